@@ -1,0 +1,77 @@
+"""Lanes: m coroutines over one compute queue are the ping-pong pipeline.
+
+A lane takes its next micro-batch, runs it through all layers, samples, reports, again. While its rows are away at the
+experts the other lanes compute; nothing schedules this by hand, and there is no barrier across lanes. Knows how a pass
+goes; knows no sequences, tensors or sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Protocol
+
+from msi.errors import TransportError
+from msi.net.dispatch_link import DispatchLink
+from msi.types import MicroBatch, Packed
+
+
+class AttentionCompute(Protocol):
+    """The attention half of the model on a device. Calls enqueue work in order; awaiting waits for it."""
+
+    num_layers: int
+
+    def begin(self, lane: int, micro_batch: MicroBatch) -> None:
+        """Embeds the tokens."""
+
+    def attention_route_pack(self, lane: int, layer: int) -> Awaitable[Packed]:
+        """Attention and router of one layer; the rows for each expert node go straight into its outbox."""
+
+    def combine(self, lane: int, layer: int) -> None:
+        """Adds what the expert nodes sent back, from the landing slots of the lane."""
+
+    def sample(self, lane: int) -> Awaitable[list[int]]:
+        """The next token of each of the micro-batch's `logit_rows`."""
+
+
+class MicroBatches(Protocol):
+    """Where lanes get their work and leave their results."""
+
+    async def next(self, lane: int) -> MicroBatch:
+        """Waits for work. Cancellation loses none."""
+
+    def may_continue(self, lane: int) -> bool:
+        """Whether this lane may have a micro-batch right after the one in flight."""
+
+    def finish(self, lane: int, micro_batch: MicroBatch, tokens: list[int]) -> None:
+        """A pass is through."""
+
+    def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
+        """A pass was given up because a peer was lost."""
+
+
+async def run_lane(lane: int, batches: MicroBatches, compute: AttentionCompute, link: DispatchLink) -> None:
+    """One lane, for ever. Cancel it to stop; what was in flight is then lost."""
+    while True:
+        await link.wait_complete()
+        micro_batch = await batches.next(lane)
+        try:
+            tokens = await run_pass(lane, micro_batch, batches, compute, link)
+        except TransportError as error:
+            link.skip_to(lane, compute.num_layers)
+            batches.fail(lane, micro_batch, error)
+        else:
+            batches.finish(lane, micro_batch, tokens)
+
+
+async def run_pass(
+    lane: int, micro_batch: MicroBatch, batches: MicroBatches, compute: AttentionCompute, link: DispatchLink
+) -> list[int]:
+    """One micro-batch through the model. Raises TransportError when an expert node is lost on the way."""
+    last = compute.num_layers - 1
+    compute.begin(lane, micro_batch)
+    for layer in range(compute.num_layers):
+        packed = await compute.attention_route_pack(lane, layer)
+        more = layer < last or batches.may_continue(lane)
+        await link.exchange(lane, packed.num_rows, more)
+        compute.combine(lane, layer)
+    return await compute.sample(lane)

@@ -1,0 +1,263 @@
+"""The combining end of a link: rows in from every node of the other side, combined rows back to each.
+
+Seats are given to peers as they come. What lands is checked against its header and turned into events for whoever
+batches rows; stale and foreign immediates are dropped and counted. Rows are read from `landing` and answers written
+into the seats' outboxes by whoever computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from msi.errors import ProtocolError, TransportError
+from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_hello
+from msi.net.slots import (
+    HEADER,
+    HEADER_BYTES,
+    INCARNATION_MASK,
+    MAGIC,
+    SEQ_MASK,
+    Header,
+    Kind,
+    pack_immediate,
+)
+from msi.net.transport import Admission, CompletionKind, Endpoint, Transport
+
+log = logging.getLogger(__name__)
+
+
+class Joined(NamedTuple):
+    """A peer has taken a seat; answers to it go into `outbox`."""
+
+    seat: int
+    outbox: memoryview
+
+
+class Left(NamedTuple):
+    """A peer is gone; its seat may be given away."""
+
+    seat: int
+
+
+class Landed(NamedTuple):
+    """Rows, or (num_rows 0) the word that there are none."""
+
+    seat: int
+    lane: int
+    seq: int
+    num_rows: int
+    more: bool
+
+
+Event = Joined | Left | Landed
+
+
+@dataclass(slots=True)
+class _Seat:
+    hello: LinkHello
+    payload: bytes  # the hello as it came
+    seqs: list[int]  # last landed, per lane
+    landed_at: list[float]
+    endpoint: Endpoint | None = None  # None between the admission and the connection
+
+
+@dataclass
+class CombineCounters:
+    """Counts since start; `dropped` by the reason why an immediate was not used."""
+
+    immediates: int = 0
+    rows: int = 0
+    answers: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+class CombineLink:
+    """All endpoints of one combining node.
+
+    Args:
+        expected: the hello that every peer must send, names and numbers of the peer aside.
+        worker_id, incarnation: who we are.
+        num_seats: the most peers at a time.
+        max_skip: how far a peer's sequence number may jump when it gives up a pass.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        expected: LinkHello,
+        worker_id: str,
+        incarnation: int,
+        num_seats: int,
+        max_skip: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        assert max_skip <= SEQ_MASK, f"a jump of {max_skip} does not fit the immediate's {SEQ_MASK}"
+        self.layout = expected.dispatch_layout
+        self.answer_layout = expected.combine_layout
+        self.landing = transport.register(num_seats, self.layout.region_bytes)
+        self.counters = CombineCounters()
+        self._transport = transport
+        self._expected = expected
+        self._worker_id = worker_id
+        self._incarnation = incarnation
+        self._seats: list[_Seat | None] = [None] * num_seats
+        self._seat_of: dict[Endpoint, int] = {}
+        self._incarnations: dict[str, int] = {}  # the latest of each worker id
+        self._max_skip = max_skip
+        self._clock = clock
+        self._fenced: list[Left] = []
+
+    @property
+    def peers(self) -> dict[int, str]:
+        """Worker ids by seat."""
+        return {index: seat.hello.worker_id for index, seat in enumerate(self._seats) if seat is not None}
+
+    # -- seats -------------------------------------------------------------------------------------------------------
+
+    async def listen(self) -> str:
+        """Takes peers from now on; the address to give them."""
+        return await self._transport.listen(self._accept)
+
+    def _accept(self, payload: bytes) -> Admission:
+        hello = decode_hello(payload, self._expected)
+        latest = self._incarnations.get(hello.worker_id, -1)
+        if hello.incarnation < latest:
+            raise ProtocolError(
+                f"{hello.worker_id} comes as incarnation {hello.incarnation}; {latest} was here already"
+            )
+        for index, seat in enumerate(self._seats):
+            if seat is not None and seat.hello.worker_id == hello.worker_id:
+                self.fence(index)
+        free = next((index for index, seat in enumerate(self._seats) if seat is None), None)
+        if free is None:
+            raise ProtocolError(f"all {len(self._seats)} seats of {self._worker_id} are taken")
+        self._incarnations[hello.worker_id] = hello.incarnation
+        lanes = range(hello.num_lanes)
+        self._seats[free] = _Seat(hello, payload, [seq - 1 for seq in hello.next_seqs], [0.0 for _ in lanes])
+        welcome = LinkWelcome(worker_id=self._worker_id, incarnation=self._incarnation, seat=free)
+        return Admission(self.landing, free, LINK_CODEC.encode(welcome))
+
+    def fence(self, seat_index: int) -> None:
+        """Shuts a peer out: connection closed, seat revoked. `events` reports that it left. Idempotent."""
+        seat = self._seats[seat_index]
+        if seat is None:
+            return
+        self._seats[seat_index] = None
+        self.landing.revoke(seat_index)
+        if seat.endpoint is not None:
+            del self._seat_of[seat.endpoint]
+            seat.endpoint.close()
+            self._fenced.append(Left(seat_index))
+
+    # -- rows --------------------------------------------------------------------------------------------------------
+
+    async def events(self) -> list[Event]:
+        """Waits until something happened; all that did, in order. Cancellation loses nothing."""
+        completions = await self._transport.completions()
+        events: list[Event] = [*self._fenced]
+        self._fenced.clear()
+        for endpoint, kind, immediate, reason in completions:
+            seat = self._seat_of.get(endpoint)
+            if kind is CompletionKind.IMMEDIATE:
+                if seat is None:
+                    self.counters.dropped["closed endpoint"] += 1
+                elif (event := self._landed(seat, immediate)) is not None:
+                    events.append(event)
+            elif kind is CompletionKind.CONNECTED:
+                admitted = self._seats[endpoint.seat]
+                if admitted is None or admitted.payload != endpoint.peer:
+                    endpoint.close()  # fenced between its admission and now
+                    continue
+                self._seat_of[endpoint] = endpoint.seat
+                admitted.endpoint = endpoint
+                events.append(Joined(endpoint.seat, endpoint.outbox))
+            elif seat is not None:
+                log.info("%s left: %s", self.peers[seat], reason)
+                self.fence(seat)
+                events.extend(self._fenced)
+                self._fenced.clear()
+        return events
+
+    def answer(self, seat_index: int, lane: int, seq: int, num_rows: int) -> None:
+        """Posts the rows that lie in the seat's outbox. Does nothing when the peer is gone."""
+        self._post(
+            seat_index, Kind.COMBINE, lane, seq, num_rows, HEADER_BYTES + num_rows * self.answer_layout.row_bytes
+        )
+
+    def refuse(self, seat_index: int, lane: int, seq: int, reason: str) -> None:
+        """Tells the peer that no answer will come, and why. Does nothing when the peer is gone."""
+        seat = self._seats[seat_index]
+        if seat is None or seat.endpoint is None:
+            return
+        text = reason.encode()[: self.answer_layout.slot_bytes - HEADER_BYTES]
+        at = self.answer_layout.offset(lane) + HEADER_BYTES
+        seat.endpoint.outbox[at : at + len(text)] = text
+        self._post(seat_index, Kind.ERROR, lane, seq, len(text), HEADER_BYTES + len(text))
+
+    def _post(self, seat_index: int, kind: Kind, lane: int, seq: int, count: int, num_bytes: int) -> None:
+        seat = self._seats[seat_index]
+        if seat is None or seat.endpoint is None or seat.seqs[lane] != seq:
+            self.counters.dropped["answer to a peer that is gone"] += 1
+            return
+        offset = self.answer_layout.offset(lane)
+        service_ns = int((self._clock() - seat.landed_at[lane]) * 1e9)
+        HEADER.pack_into(
+            seat.endpoint.outbox, offset, MAGIC, kind, lane, 0, 0,
+            self._incarnation, self._expected.placement_version, seq, count, self.answer_layout.row_bytes, service_ns,
+        )  # fmt: skip
+        try:
+            seat.endpoint.post(pack_immediate(kind, False, lane, 0, seq, self._incarnation), offset, num_bytes)
+            self.counters.answers += 1
+        except TransportError as error:  # its CLOSED completion is on the way and frees the seat
+            log.debug("answer not sent: %s", error)
+
+    def _landed(self, seat_index: int, immediate: int) -> Landed | None:
+        self.counters.immediates += 1
+        seat = self._seats[seat_index]
+        lane = immediate >> 26 & 7
+        dropped = self.counters.dropped
+        if seat is None or lane >= self.layout.num_lanes:
+            dropped["lane"] += 1
+            return None
+        if (immediate & INCARNATION_MASK) != seat.hello.incarnation & INCARNATION_MASK:
+            dropped["incarnation"] += 1
+            return None
+        ahead = ((immediate >> 12) - seat.seqs[lane]) & SEQ_MASK
+        if not 0 < ahead <= self._max_skip:
+            dropped["stale"] += 1
+            return None
+        seq = seat.seqs[lane] + ahead
+        kind = immediate >> 30
+        more = bool(immediate >> 29 & 1)
+        num_rows = 0
+        if kind == Kind.DISPATCH:
+            at = seat_index * self.landing.stride + self.layout.offset(lane)
+            header = Header._make(HEADER.unpack_from(self.landing.memory, at))
+            if (
+                header.magic != MAGIC
+                or header.kind != kind
+                or header.lane != lane
+                or header.seq != seq
+                or header.incarnation != seat.hello.incarnation
+                or header.placement_version != self._expected.placement_version
+            ):
+                dropped["header"] += 1
+                return None
+            num_rows = header.num_rows
+            if not 0 < num_rows <= self.layout.slot_rows or header.row_bytes != self.layout.row_bytes:
+                dropped["rows"] += 1
+                return None
+        elif kind != Kind.EMPTY:
+            dropped["kind"] += 1
+            return None
+        seat.seqs[lane] = seq
+        seat.landed_at[lane] = self._clock()
+        self.counters.rows += num_rows
+        return Landed(seat_index, lane, seq, num_rows, more)

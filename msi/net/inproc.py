@@ -1,0 +1,115 @@
+"""The in-process transport: workers of one process and one event loop, each with its own queue.
+
+Every post copies from a staging outbox into the peer's seat, as a network card would; the shared-memory transport is
+the one that maps. Addresses are names in a registry that lives as long as the process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+from collections.abc import Callable
+
+from msi.errors import EngineError, TransportError
+from msi.net.completion_queue import CompletionQueue
+from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Completion, CompletionKind, Endpoint, Landing
+
+_listeners: dict[str, InprocTransport] = {}
+_names = itertools.count()
+
+
+class InprocLanding:
+    """Plain memory; a peer reaches a seat only through an endpoint, so revoking cuts the endpoint off."""
+
+    def __init__(self, num_seats: int, seat_bytes: int) -> None:
+        self.num_seats = num_seats
+        self.stride = -(-seat_bytes // 64) * 64
+        self.memory = memoryview(mmap.mmap(-1, num_seats * self.stride))
+        self._generations = [0] * num_seats
+
+    def seat(self, index: int) -> memoryview:
+        return self.memory[index * self.stride : (index + 1) * self.stride]
+
+    def revoke(self, index: int) -> None:
+        self._generations[index] += 1
+        self.seat(index)[:] = bytes(self.stride)
+
+    def generation(self, index: int) -> int:
+        return self._generations[index]
+
+
+class InprocEndpoint:
+    def __init__(self, transport: InprocTransport, peer: bytes, landing: InprocLanding, seat: int, peer_bytes: int):
+        self.peer = peer
+        self.seat = seat
+        self.outbox = memoryview(mmap.mmap(-1, peer_bytes))
+        self.landing = landing
+        self.transport = transport
+        self._generation = landing.generation(seat)
+        self._other: InprocEndpoint | None = None
+
+    def join(self, other: InprocEndpoint) -> None:
+        self._other, other._other = other, self
+
+    def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
+        other = self._other
+        if other is None:
+            raise TransportError(f"in-process peer at seat {self.seat}", "the connection is closed")
+        if other._generation != other.landing.generation(other.seat):
+            return  # revoked: the peer's memory is no longer ours to write
+        if num_bytes:
+            other.landing.seat(other.seat)[offset : offset + num_bytes] = self.outbox[offset : offset + num_bytes]
+        other.transport.queue.push(Completion(other, CompletionKind.IMMEDIATE, immediate))
+
+    def close(self) -> None:
+        self.transport.endpoints.discard(self)
+        other, self._other = self._other, None
+        if other is not None:
+            other._other = None
+            other.transport.endpoints.discard(other)
+            other.transport.queue.push(Completion(other, CompletionKind.CLOSED, reason="the peer closed"))
+
+
+class InprocTransport:
+    def __init__(self) -> None:
+        self.queue = CompletionQueue()
+        self.endpoints: set[InprocEndpoint] = set()
+        self._address = f"inproc://{next(_names)}"
+        self._accept: Callable[[bytes], Admission] | None = None
+
+    def register(self, num_seats: int, seat_bytes: int) -> InprocLanding:
+        return InprocLanding(num_seats, seat_bytes)
+
+    async def listen(self, accept: Callable[[bytes], Admission]) -> str:
+        self._accept = accept
+        _listeners[self._address] = self
+        return self._address
+
+    async def connect(
+        self, address: str, hello: bytes, landing: Landing, seat: int, *, timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> Endpoint:
+        listener = _listeners.get(address)
+        if listener is None or listener._accept is None:
+            raise TransportError(address, "nobody listens there in this process")
+        try:
+            admission = listener._accept(hello)
+        except EngineError as error:
+            raise TransportError(address, f"refused: {error}") from error
+        assert isinstance(landing, InprocLanding)
+        theirs = admission.landing
+        assert isinstance(theirs, InprocLanding)
+        ours = InprocEndpoint(self, admission.welcome, landing, seat, theirs.stride)
+        other = InprocEndpoint(listener, hello, theirs, admission.seat, landing.stride)
+        ours.join(other)
+        self.endpoints.add(ours)
+        listener.endpoints.add(other)
+        listener.queue.push(Completion(other, CompletionKind.CONNECTED))
+        return ours
+
+    async def completions(self) -> list[Completion]:
+        return await self.queue.take()
+
+    async def close(self) -> None:
+        _listeners.pop(self._address, None)
+        for endpoint in list(self.endpoints):
+            endpoint.close()

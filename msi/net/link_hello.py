@@ -1,0 +1,80 @@
+"""What two nodes tell each other when they connect a link, and what makes one refuse the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msi.errors import ProtocolError
+from msi.net.codec import Codec
+from msi.net.slots import SlotLayout
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LinkHello:
+    """A node that dispatches introduces itself to a node that combines."""
+
+    protocol_version: int
+    instance: str  # the instance's token, from its coordinator
+    worker_id: str
+    incarnation: int
+    node: int
+    rank: int  # within its tensor-parallel node
+    size: int
+    placement_version: int
+    num_lanes: int
+    slot_rows: int
+    row_bytes: int  # of what it will dispatch
+    answer_row_bytes: int  # of what it wants back
+    next_seqs: tuple[int, ...]  # per lane, the first sequence number that it will send
+
+    @property
+    def dispatch_layout(self) -> SlotLayout:
+        return SlotLayout(self.num_lanes, self.slot_rows, self.row_bytes)
+
+    @property
+    def combine_layout(self) -> SlotLayout:
+        return SlotLayout(self.num_lanes, self.slot_rows, self.answer_row_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkWelcome:
+    """The node that combines has given the other one a seat."""
+
+    worker_id: str
+    incarnation: int
+    seat: int
+
+
+LINK_CODEC = Codec(LinkHello, LinkWelcome)
+
+
+def decode_hello(payload: bytes, ours: LinkHello) -> LinkHello:
+    """Checks a hello against what we expect: `ours`, with the peer's names and numbers left open.
+
+    Raises:
+        ProtocolError: says what differs, with both values.
+    """
+    hello = LINK_CODEC.decode(payload)
+    if not isinstance(hello, LinkHello):
+        raise ProtocolError(f"expected LinkHello, got {type(hello).__name__}")
+    must_match = (
+        "protocol_version", "instance", "placement_version", "num_lanes", "slot_rows", "row_bytes", "answer_row_bytes",
+    )  # fmt: skip
+    for name in must_match:
+        if getattr(hello, name) != getattr(ours, name):
+            raise ProtocolError(
+                f"{hello.worker_id[:64]} has {name} {getattr(hello, name)}, ours is {getattr(ours, name)}"
+            )
+    if len(hello.next_seqs) != hello.num_lanes or min(hello.next_seqs) < 0:
+        raise ProtocolError(f"next_seqs {hello.next_seqs} do not fit {hello.num_lanes} lanes")
+    return hello
+
+
+def decode_welcome(payload: bytes) -> LinkWelcome:
+    """Raises ProtocolError."""
+    welcome = LINK_CODEC.decode(payload)
+    if not isinstance(welcome, LinkWelcome):
+        raise ProtocolError(f"expected LinkWelcome, got {type(welcome).__name__}")
+    return welcome

@@ -1,0 +1,103 @@
+"""The verbs-shaped interface of every transport: register memory, connect, write with an immediate, completions.
+
+    landing   = transport.register(num_seats, seat_bytes)        # memory in which peers' writes land
+    endpoint  = await transport.connect(address, hello, landing, seat)
+    endpoint.outbox[offset:...] = ...                            # laid out as the peer's landing seat
+    endpoint.post(immediate, offset, num_bytes)                  # those bytes, then the immediate
+    for completion in await transport.completions(): ...
+
+Bytes posted before an immediate are there when the immediate is; immediates of one endpoint arrive in order. Where
+the peer's memory is mapped here (shared memory) the outbox *is* that memory and a post moves nothing; elsewhere it is
+a staging buffer. Nobody above asks which. A seat is one peer's region: revoking it shuts that peer out for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+CONNECT_TIMEOUT_S = 10.0
+MAX_HELLO_BYTES = 64 * 1024
+
+
+class CompletionKind(Enum):
+    IMMEDIATE = "immediate"
+    CONNECTED = "connected"  # a peer that we accepted; its immediates follow
+    CLOSED = "closed"  # nothing follows; `reason` says why
+
+
+class Completion(NamedTuple):
+    """One thing that happened at an endpoint."""
+
+    endpoint: Endpoint
+    kind: CompletionKind
+    immediate: int = 0
+    reason: str = ""
+
+
+class Admission(NamedTuple):
+    """Our answer to a hello that we accept: a seat of a landing, and what to tell the peer."""
+
+    landing: Landing
+    seat: int
+    welcome: bytes
+
+
+class Landing(Protocol):
+    """Registered memory: `num_seats` regions, `stride` bytes apart in one address range."""
+
+    num_seats: int
+    stride: int
+    memory: memoryview  # all seats, writable
+
+    def seat(self, index: int) -> memoryview:
+        """The region of one seat."""
+
+    def revoke(self, index: int) -> None:
+        """From now on nothing that the seat's peer writes is seen here; the seat reads zero and can be given away."""
+
+
+class Endpoint(Protocol):
+    """A connection to one peer. `seat` is our seat in which its writes land."""
+
+    peer: bytes  # what the peer said: its hello if we accepted it, its welcome if it accepted us
+    seat: int
+    outbox: memoryview  # writable, laid out as the peer's landing seat
+
+    def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
+        """Outbox bytes [offset, offset + num_bytes) land at the peer, then the immediate. Never blocks.
+
+        Raises:
+            TransportError: the connection is closed.
+        """
+
+    def close(self) -> None:
+        """Ends the connection; the peer gets a CLOSED completion, we get none. Idempotent."""
+
+
+class Transport(Protocol):
+    """One per worker, used from its event loop alone."""
+
+    def register(self, num_seats: int, seat_bytes: int) -> Landing:
+        """Memory for peers to write into, zeroed. Raises ConfigError where there is not enough."""
+
+    async def listen(self, accept: Callable[[bytes], Admission]) -> str:
+        """Takes peers from now on and returns the address to give them.
+
+        `accept` sees a peer's hello and admits it, or raises EngineError: the peer's connect then fails with its text.
+        """
+
+    async def connect(
+        self, address: str, hello: bytes, landing: Landing, seat: int, *, timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> Endpoint:
+        """Raises TransportError: nobody there, refused (with the peer's reason), or no answer within `timeout_s`."""
+
+    async def completions(self) -> list[Completion]:
+        """Waits until something happened at any endpoint; everything that did, in order. One waiter at a time.
+
+        Cancellation loses nothing: what happened stays for the next call.
+        """
+
+    async def close(self) -> None:
+        """Closes all endpoints and frees the landings. Idempotent."""

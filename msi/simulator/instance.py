@@ -1,0 +1,243 @@
+"""One simulated instance: attention and expert workers of constant (or drawn) stage times, in virtual time.
+
+The lanes, links, waves and expert servers are the product's; only device, transport and clock are simulated. Used to
+prove the pipeline's timing, and what disturbances cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from msi.errors import TransportError
+from msi.expert_server import ExpertServer
+from msi.lanes import run_lane
+from msi.net.combine_link import CombineLink
+from msi.net.dispatch_link import DispatchLink
+from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
+from msi.pipeline import Stages
+from msi.simulator.compute import SimulatedAttention, SimulatedExperts
+from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
+from msi.types import MicroBatch
+from msi.waves import Waves
+
+MICRO_BATCH = MicroBatch((0,), (0,), (1,), (1,), ((0,),))
+PEER_TIMEOUT_S = 1e6  # virtual; a test that wants a loss causes it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is simulated.
+
+    Attributes:
+        stages: T_a, T_e, T_c in seconds.
+        jitter: each stage's duration is multiplied by a factor drawn from [1 - jitter, 1 + jitter].
+        empty: share of dispatches without rows for a node.
+        wait_for_all: W without end: nobody is ever evicted.
+    """
+
+    num_attention: int
+    num_experts: int
+    num_lanes: int
+    num_layers: int
+    stages: Stages
+    jitter: float = 0.0
+    empty: float = 0.0
+    seed: int = 0
+    wait_for_all: bool = False
+
+
+@dataclass
+class PassLog:
+    """When each pass of each lane of one attention worker ended."""
+
+    started_at: float = 0.0
+    ended_at: dict[int, list[float]] = field(default_factory=dict)
+
+    def mean_pass_s(self, skip: int = 0) -> float:
+        """Mean time per pass over all lanes, the first `skip` passes of each left out."""
+        spans = []
+        for times in self.ended_at.values():
+            first = times[skip - 1] if skip else self.started_at
+            spans.append((times[-1] - first) / (len(times) - skip))
+        return sum(spans) / len(spans)
+
+    @property
+    def last_end(self) -> float:
+        return max(times[-1] for times in self.ended_at.values())
+
+
+class Passes:
+    """Gives each lane a number of equal micro-batches, with a gap between them."""
+
+    def __init__(self, num_lanes: int, num_passes: int, gap_s: Callable[[], float]) -> None:
+        self.log = PassLog(ended_at={lane: [] for lane in range(num_lanes)})
+        self.failures: list[TransportError] = []
+        self.done = asyncio.Event()
+        self._num_passes = num_passes
+        self._left = [num_passes] * num_lanes
+        self._gap_s = gap_s
+
+    async def next(self, lane: int) -> MicroBatch:
+        if self._left[lane] == 0:
+            await asyncio.get_running_loop().create_future()
+        if self.log.ended_at[lane] and (gap_s := self._gap_s()):
+            await asyncio.sleep(gap_s)
+        self._left[lane] -= 1
+        return MICRO_BATCH
+
+    def may_continue(self, lane: int) -> bool:
+        return self._left[lane] > 0
+
+    def finish(self, lane: int, micro_batch: MicroBatch, tokens: list[int]) -> None:
+        self.log.ended_at[lane].append(asyncio.get_running_loop().time())
+        if all(len(ended) == self._num_passes for ended in self.log.ended_at.values()):
+            self.done.set()
+
+    def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
+        self.failures.append(error)
+        self._left[lane] += 1  # tried again
+
+
+class SimulatedAttentionWorker:
+    """One attention worker; `slowness` multiplies its stage time from then on."""
+
+    def __init__(self, instance: SimulatedInstance, index: int) -> None:
+        shape = instance.shape
+        self.slowness = 1.0
+        self.compute = SimulatedAttention(
+            num_layers=shape.num_layers,
+            layer_s=lambda: self.slowness * instance.drawn(shape.stages.attention_s),
+            route=instance.route,
+        )
+        self._instance = instance
+        self._transport = SimulatedTransport(instance.network, f"attention-{index}")
+        self.link = DispatchLink(
+            self._transport,
+            hello=instance.hello(f"attention-{index}", index),
+            num_nodes=shape.num_experts,
+            report_loss=lambda node, worker_id, reason: None,
+            timeout_s=PEER_TIMEOUT_S,
+            clock=asyncio.get_running_loop().time,
+        )
+        self.passes: Passes | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, num_passes: int, gap_s: Callable[[], float] = lambda: 0.0) -> Passes:
+        """Connects to all expert workers and runs `num_passes` on each lane."""
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self.link.run()))
+        for node in range(self._instance.shape.num_experts):
+            await self.link.connect(node, f"expert-{node}")
+        self.passes = Passes(self._instance.shape.num_lanes, num_passes, gap_s)
+        self.passes.log.started_at = loop.time()
+        for lane in range(self._instance.shape.num_lanes):
+            self._tasks.append(loop.create_task(run_lane(lane, self.passes, self.compute, self.link)))
+        return self.passes
+
+    async def stop(self) -> None:
+        """Ends it as a kill would: connections close, nothing is said."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._transport.close()
+
+    def raise_failures(self) -> None:
+        """A lane that ended with an exception is a bug; raise it."""
+        for task in self._tasks:
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                raise task.exception()  # type: ignore[misc]
+
+
+class SimulatedExpertWorker:
+    def __init__(self, instance: SimulatedInstance, index: int) -> None:
+        shape = instance.shape
+        clock = asyncio.get_running_loop().time
+        self.answered: dict[tuple[int, int, int], int] = {}  # (seat, lane, seq) -> times
+        self.waves = Waves(
+            num_layers=shape.num_layers,
+            num_lanes=shape.num_lanes,
+            default_wait_s=1e9 if shape.wait_for_all else 0.020,
+            min_wait_s=1e9 if shape.wait_for_all else 0.0,
+        )
+        self.compute = SimulatedExperts(batch_s=lambda batch: instance.drawn(shape.stages.expert_s))
+        self._transport = SimulatedTransport(instance.network, f"expert-{index}")
+        self.link = CombineLink(
+            self._transport,
+            expected=instance.hello(f"expert-{index}", 0),
+            worker_id=f"expert-{index}",
+            incarnation=0,
+            num_seats=shape.num_attention + 2,
+            max_skip=2 * shape.num_layers,
+            clock=clock,
+        )
+        self._server = ExpertServer(self.link, self.waves, self.compute, clock=clock)
+        self.task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self.link.listen()
+        self.task = asyncio.get_running_loop().create_task(self._server.run())
+
+    async def stop(self) -> None:
+        assert self.task is not None
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        await self._transport.close()
+
+
+class SimulatedInstance:
+    """Workers of one shape on one simulated network; use as an async context manager inside a virtual loop."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.random = random.Random(shape.seed)
+        self.network = SimulatedNetwork(lambda num_bytes: shape.stages.comm_s)
+        self.attention = [SimulatedAttentionWorker(self, index) for index in range(shape.num_attention)]
+        self.experts = [SimulatedExpertWorker(self, index) for index in range(shape.num_experts)]
+
+    async def __aenter__(self) -> SimulatedInstance:
+        for expert in self.experts:
+            await expert.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for worker in self.attention:
+            await worker.stop()
+        for expert in self.experts:
+            await expert.stop()
+        for worker in self.attention:
+            worker.raise_failures()
+
+    def hello(self, worker_id: str, node: int) -> LinkHello:
+        return LinkHello(
+            protocol_version=PROTOCOL_VERSION,
+            instance="simulated",
+            worker_id=worker_id,
+            incarnation=0,
+            node=node,
+            rank=0,
+            size=1,
+            placement_version=0,
+            num_lanes=self.shape.num_lanes,
+            slot_rows=1,
+            row_bytes=16,
+            answer_row_bytes=16,
+            next_seqs=(0,) * self.shape.num_lanes,
+        )
+
+    def drawn(self, duration_s: float) -> float:
+        jitter = self.shape.jitter
+        return duration_s * self.random.uniform(1 - jitter, 1 + jitter) if jitter else duration_s
+
+    def route(self) -> tuple[int, ...]:
+        """One row for each expert node; none for some, when the shape has empty dispatches, but never none at all."""
+        num_nodes = self.shape.num_experts
+        rows = tuple(int(self.random.random() >= self.shape.empty) for _ in range(num_nodes))
+        if any(rows):
+            return rows
+        kept = self.random.randrange(num_nodes)
+        return tuple(int(node == kept) for node in range(num_nodes))

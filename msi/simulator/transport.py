@@ -1,0 +1,122 @@
+"""A transport whose messages take virtual time: what is posted at t lands at t + latency(num_bytes), in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from msi.errors import EngineError, TransportError
+from msi.net.completion_queue import CompletionQueue
+from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Completion, CompletionKind, Endpoint, Landing
+
+Latency = Callable[[int], float]
+
+
+class SimulatedNetwork:
+    """Who listens where, and how long messages take. `latency` gets the bytes of a post, in seconds."""
+
+    def __init__(self, latency: Latency) -> None:
+        self.latency = latency
+        self.listeners: dict[str, SimulatedTransport] = {}
+        self.num_messages = 0
+
+
+class SimulatedLanding:
+    def __init__(self, num_seats: int, seat_bytes: int) -> None:
+        self.num_seats = num_seats
+        self.stride = seat_bytes
+        self.memory = memoryview(bytearray(num_seats * seat_bytes))
+
+    def seat(self, index: int) -> memoryview:
+        return self.memory[index * self.stride : (index + 1) * self.stride]
+
+    def revoke(self, index: int) -> None:
+        self.seat(index)[:] = bytes(self.stride)
+
+
+class SimulatedEndpoint:
+    def __init__(self, transport: SimulatedTransport, peer: bytes, landing: SimulatedLanding, seat: int, size: int):
+        self.peer = peer
+        self.seat = seat
+        self.outbox = memoryview(bytearray(size))
+        self._transport = transport
+        self._landing = landing.seat(seat)
+        self._other: SimulatedEndpoint | None = None
+        self._in_flight: deque[tuple[float, int, int, bytes]] = deque()
+
+    def join(self, other: SimulatedEndpoint) -> None:
+        self._other, other._other = other, self
+
+    def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
+        other = self._other
+        if other is None:
+            raise TransportError(f"simulated peer at seat {self.seat}", "the connection is closed")
+        network, loop = self._transport.network, asyncio.get_running_loop()
+        network.num_messages += 1
+        at = loop.time() + network.latency(num_bytes)
+        if other._in_flight:
+            at = max(at, other._in_flight[-1][0])
+        # only the header is moved: simulated rows have no content
+        other._in_flight.append((at, immediate, offset, bytes(self.outbox[offset : offset + min(num_bytes, 64)])))
+        loop.call_at(at, other._land)
+
+    def _land(self) -> None:
+        if not self._in_flight:
+            return  # closed meanwhile
+        _, immediate, offset, header = self._in_flight.popleft()
+        self._landing[offset : offset + len(header)] = header
+        self._transport.queue.push(Completion(self, CompletionKind.IMMEDIATE, immediate))
+
+    def close(self) -> None:
+        other, self._other = self._other, None
+        self._in_flight.clear()
+        if other is not None:
+            other._other = None
+            other._in_flight.clear()
+            other._transport.queue.push(Completion(other, CompletionKind.CLOSED, reason="the peer closed"))
+
+
+class SimulatedTransport:
+    def __init__(self, network: SimulatedNetwork, address: str) -> None:
+        self.network = network
+        self.queue = CompletionQueue()
+        self._address = address
+        self._accept: Callable[[bytes], Admission] | None = None
+        self._endpoints: list[SimulatedEndpoint] = []
+
+    def register(self, num_seats: int, seat_bytes: int) -> SimulatedLanding:
+        return SimulatedLanding(num_seats, seat_bytes)
+
+    async def listen(self, accept: Callable[[bytes], Admission]) -> str:
+        self._accept = accept
+        self.network.listeners[self._address] = self
+        return self._address
+
+    async def connect(
+        self, address: str, hello: bytes, landing: Landing, seat: int, *, timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> Endpoint:
+        listener = self.network.listeners.get(address)
+        if listener is None or listener._accept is None:
+            raise TransportError(address, "nobody listens there")
+        try:
+            admission = listener._accept(hello)
+        except EngineError as error:
+            raise TransportError(address, f"refused: {error}") from error
+        assert isinstance(landing, SimulatedLanding)
+        assert isinstance(admission.landing, SimulatedLanding)
+        ours = SimulatedEndpoint(self, admission.welcome, landing, seat, admission.landing.stride)
+        other = SimulatedEndpoint(listener, hello, admission.landing, admission.seat, landing.stride)
+        ours.join(other)
+        self._endpoints.append(ours)
+        listener._endpoints.append(other)
+        listener.queue.push(Completion(other, CompletionKind.CONNECTED))
+        return ours
+
+    async def completions(self) -> list[Completion]:
+        return await self.queue.take()
+
+    async def close(self) -> None:
+        self.network.listeners.pop(self._address, None)
+        for endpoint in self._endpoints:
+            endpoint.close()

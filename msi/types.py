@@ -1,0 +1,179 @@
+"""Values that cross boundaries between the parts of msi. No behaviour beyond checking themselves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from msi.errors import InvalidRequest
+
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens.
+
+    Attributes:
+        max_tokens: the most tokens to generate, at least 1.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p: sample from the smallest set of tokens whose probabilities reach it, in (0, 1].
+        top_k: sample from the k most probable tokens; 0 or -1 for all.
+        seed: makes the request's randomness a function of (seed, position) alone; None draws one.
+        stop: strings that end the text; they are not part of it.
+        ignore_eos: go on after an end-of-sequence token.
+
+    Raises:
+        InvalidRequest: names the parameter, what was given and what is allowed.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require("max_tokens", self.max_tokens, _is_int(self.max_tokens) and self.max_tokens >= 1, "an integer >= 1")
+        ok = _is_number(self.temperature) and 0 <= self.temperature <= 100
+        _require("temperature", self.temperature, ok, "a number from 0 (greedy) to 100")
+        _require("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
+        _require("top_k", self.top_k, _is_int(self.top_k) and self.top_k >= -1, "an integer >= 1, or 0 or -1 for all")
+        ok = self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**64)
+        _require("seed", self.seed, ok, "an integer of 64 bits, or null")
+        ok = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
+        _require("stop", self.stop, ok and len(self.stop) <= MAX_STOP_STRINGS,
+                 f"up to {MAX_STOP_STRINGS} strings, none of them empty")  # fmt: skip
+        _require("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "true or false")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(name: str, value: object, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise InvalidRequest(f"{name} is {value!r}; it must be {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSampling:
+    """How to choose one sequence's next token; `seed` and `position` fix its randomness."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one lane carries through the model once.
+
+    Sequences lie behind one another; sequence i contributes `query_lens[i]` tokens, which end at position
+    `context_lens[i]` - 1. A prompt chunk, a decode step and later a speculated run are the same case.
+
+    Attributes:
+        token_ids: [num_tokens].
+        positions: [num_tokens], of each token in its sequence.
+        query_lens: [num_seqs].
+        context_lens: [num_seqs], tokens in the KV cache once this pass is through.
+        block_tables: [num_seqs], the KV blocks of each sequence.
+        logit_rows: rows of `token_ids` whose next token is wanted.
+        sampling: one for each of `logit_rows`.
+    """
+
+    token_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    block_tables: tuple[tuple[int, ...], ...]
+    logit_rows: tuple[int, ...] = ()
+    sampling: tuple[TokenSampling, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class Packed(NamedTuple):
+    """What an attention half has put into the outboxes: rows per expert node."""
+
+    num_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What is new of a request since its last output.
+
+    Attributes:
+        text: new text; "" while the bytes of a character are incomplete.
+        token_ids: new tokens.
+        finish_reason: "stop" (end of sequence or a stop string), "length", or None while it goes on.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    num_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which expert node holds which experts.
+
+    Attributes:
+        node_of: [num_experts], the node of each expert.
+        num_nodes: expert nodes; each holds at least one expert.
+        version: rises with every change.
+    """
+
+    node_of: tuple[int, ...]
+    num_nodes: int
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        assert set(self.node_of) == set(range(self.num_nodes)), self
+
+    def experts_of(self, node: int) -> tuple[int, ...]:
+        """The experts of a node in ascending order; the index is the local expert id."""
+        return tuple(expert for expert, owner in enumerate(self.node_of) if owner == node)
+
+    @property
+    def local_ids(self) -> tuple[int, ...]:
+        """[num_experts], the local id of each expert on its node."""
+        counts = [0] * self.num_nodes
+        local = []
+        for owner in self.node_of:
+            local.append(counts[owner])
+            counts[owner] += 1
+        return tuple(local)
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Medians of the last stages of a worker, in seconds, and what share of the wall time it computed.
+
+    Attributes:
+        attention_s: T_a, one micro-batch through one layer's attention half.
+        expert_s: T_e, one wave through one layer's experts.
+        comm_s: T_c, one way.
+        busy: compute time over wall time since the last report.
+        bubble: 1 - busy while work was admitted.
+    """
+
+    attention_s: float = 0.0
+    expert_s: float = 0.0
+    comm_s: float = 0.0
+    busy: float = 0.0
+    bubble: float = 0.0
+    extra: dict[str, float] = field(default_factory=dict)

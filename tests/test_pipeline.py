@@ -1,0 +1,31 @@
+"""The pipeline's formulas on hand-worked values."""
+
+import pytest
+
+from msi.pipeline import Stages, eq5_s, is_full, isolated_pass_s, steady_pass_s
+
+
+def test_a_fast_network_needs_three_micro_batches_and_a_slow_one_four():
+    fast, slow = Stages(1.0, 1.0, 0.4), Stages(1.0, 1.0, 0.9)
+    assert [is_full(fast, m) for m in (1, 2, 3, 4)] == [False, False, True, True]
+    assert [is_full(slow, m) for m in (1, 2, 3, 4)] == [False, False, False, True]
+
+
+def test_two_micro_batches_are_full_only_when_communication_is_free():
+    assert is_full(Stages(1.0, 1.0, 0.0), 2)
+    assert not is_full(Stages(1.0, 1.0, 0.1), 2)
+
+
+def test_hand_worked_passes():
+    full = Stages(attention_s=1.0, expert_s=1.0, comm_s=0.2)
+    assert eq5_s(full, 3, 10) == pytest.approx(2.4 + 29)
+    assert isolated_pass_s(full, 3, 10) == pytest.approx(31.4)
+    assert steady_pass_s(full, 3, 10) == pytest.approx(30.0)
+    hungry = Stages(attention_s=1.0, expert_s=0.5, comm_s=1.0)
+    assert isolated_pass_s(hungry, 2, 10) == pytest.approx(10 * 3.5 + 1.0)
+    assert steady_pass_s(hungry, 2, 10) == pytest.approx(35.0)
+
+
+def test_one_micro_batch_pays_every_round_trip():
+    stages = Stages(1.0, 2.0, 0.5)
+    assert isolated_pass_s(stages, 1, 7) == steady_pass_s(stages, 1, 7) == pytest.approx(7 * 4.0)

@@ -1,0 +1,235 @@
+"""One contract for every transport: the same test bodies, whatever moves the bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+import pytest
+
+from msi.errors import ProtocolError, TransportError
+from msi.net import shm
+from msi.net.inproc import InprocTransport
+from msi.net.shm import ShmTransport
+from msi.net.transport import Admission, CompletionKind
+from msi.simulator.clock import VirtualClockLoop
+from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
+
+SEAT_BYTES = 4096
+TRANSPORTS = ["inproc", "shm"]
+
+pytestmark = pytest.mark.skipif(shm.is_available() is not None, reason=str(shm.is_available()))
+
+
+class Pair:
+    """Two transports of a kind, the first of which listens with two seats."""
+
+    def __init__(self, make):
+        self.left, self.right = make(), make()
+        self.left_landing = self.left.register(2, SEAT_BYTES)
+        self.right_landing = self.right.register(3, SEAT_BYTES)
+        self.hellos = []
+        self.next_seat = 0
+
+    def accept(self, hello):
+        if hello == b"go away":
+            raise ProtocolError("we do not like you")
+        self.hellos.append(hello)
+        self.next_seat += 1
+        return Admission(self.left_landing, self.next_seat - 1, b"welcome " + hello)
+
+    async def connect(self, hello=b"anna", seat=2):
+        """The right-hand endpoint and the left-hand one."""
+        address = await self.left.listen(self.accept) if not self.hellos else self.address
+        self.address = address
+        ours = await self.right.connect(address, hello, self.right_landing, seat)
+        (completion,) = await self.left.completions()
+        assert completion.kind is CompletionKind.CONNECTED
+        return ours, completion.endpoint
+
+
+@pytest.fixture(params=TRANSPORTS)
+async def pair(request):
+    pair = Pair({"inproc": InprocTransport, "shm": ShmTransport}[request.param])
+    yield pair
+    await pair.right.close()
+    await pair.left.close()
+    await pair.left.close()  # idempotent
+
+
+async def take(transport, count):
+    taken = []
+    while len(taken) < count:
+        taken += await asyncio.wait_for(transport.completions(), 5)
+    return taken
+
+
+async def test_hello_and_welcome_reach_the_other_side(pair):
+    ours, theirs = await pair.connect(b"anna")
+    assert (theirs.peer, ours.peer) == (b"anna", b"welcome anna")
+    assert (ours.seat, theirs.seat) == (2, 0)
+
+
+async def test_a_refusal_carries_its_reason(pair):
+    address = await pair.left.listen(pair.accept)
+    with pytest.raises(TransportError, match="we do not like you"):
+        await pair.right.connect(address, b"go away", pair.right_landing, 0)
+
+
+async def test_nobody_there_is_an_error_that_names_the_address(pair):
+    name = "inproc://nobody" if isinstance(pair.left, InprocTransport) else "shm://nobody"
+    with pytest.raises(TransportError, match="nobody"):
+        await pair.right.connect(name, b"anna", pair.right_landing, 0)
+
+
+async def test_bytes_are_there_when_their_immediate_is(pair):
+    ours, theirs = await pair.connect()
+    for round_number in range(50):
+        content = bytes([round_number]) * 1000
+        ours.outbox[64:1064] = content
+        ours.post(round_number, 64, 1000)
+        (completion,) = await take(pair.left, 1)
+        assert completion == (theirs, CompletionKind.IMMEDIATE, round_number, "")
+        assert pair.left_landing.seat(0)[64:1064] == content
+        assert pair.left_landing.memory[64:1064] == content
+
+
+async def test_both_directions_and_every_32_bit_immediate(pair):
+    ours, theirs = await pair.connect()
+    for immediate in (0, 1, 2**31, 2**32 - 1):
+        ours.post(immediate)
+        theirs.outbox[0:4] = b"back"
+        theirs.post(immediate, 0, 4)
+        assert [c.immediate for c in await take(pair.left, 1)] == [immediate]
+        assert [c.immediate for c in await take(pair.right, 1)] == [immediate]
+        stride = pair.right_landing.stride
+        assert pair.right_landing.memory[2 * stride : 2 * stride + 4] == b"back"
+
+
+async def test_immediates_arrive_in_order_and_none_is_lost(pair):
+    ours, _ = await pair.connect()
+    for immediate in range(3000):
+        ours.post(immediate)
+        if immediate % 500 == 0:
+            await asyncio.sleep(0)
+    assert [c.immediate for c in await take(pair.left, 3000)] == list(range(3000))
+
+
+async def test_what_was_posted_before_a_close_arrives_before_it(pair):
+    ours, theirs = await pair.connect()
+    ours.post(7)
+    ours.close()
+    ours.close()  # idempotent
+    completions = await take(pair.left, 2)
+    assert [c.kind for c in completions] == [CompletionKind.IMMEDIATE, CompletionKind.CLOSED]
+    assert completions[1].reason
+    with pytest.raises(TransportError):
+        ours.post(8)
+    with pytest.raises(TransportError):
+        theirs.post(8)
+
+
+async def test_a_cancelled_wait_loses_nothing(pair):
+    ours, _ = await pair.connect()
+    waiting = asyncio.create_task(pair.left.completions())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    ours.post(1)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert [c.immediate for c in await take(pair.left, 1)] == [1]
+
+
+async def test_a_revoked_seat_reads_zero_and_what_its_peer_writes_is_not_seen(pair):
+    ours, _ = await pair.connect(b"anna", seat=0)
+    ours.outbox[0:4] = b"seen"
+    ours.post(1, 0, 4)
+    await take(pair.left, 1)
+    pair.left_landing.revoke(0)
+    assert pair.left_landing.seat(0)[0:4] == bytes(4)
+    ours.outbox[0:4] = b"late"
+    ours.post(2, 0, 4)
+    assert pair.left_landing.seat(0)[0:4] == bytes(4)
+
+
+async def test_seats_are_apart(pair):
+    first, _ = await pair.connect(b"anna", seat=0)
+    second, _ = await pair.connect(b"bert", seat=1)
+    first.outbox[:] = b"a" * len(first.outbox)
+    second.outbox[:] = b"b" * len(second.outbox)
+    first.post(1, 0, SEAT_BYTES)
+    second.post(2, 0, SEAT_BYTES)
+    await take(pair.left, 2)
+    assert bytes(pair.left_landing.seat(0)[:SEAT_BYTES]) == b"a" * SEAT_BYTES
+    assert bytes(pair.left_landing.seat(1)[:SEAT_BYTES]) == b"b" * SEAT_BYTES
+
+
+async def test_shm_cuts_off_whoever_does_not_speak_the_handshake():
+    transport = ShmTransport()
+    try:
+        landing = transport.register(1, SEAT_BYTES)
+        address = await transport.listen(lambda hello: Admission(landing, 0, b""))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.setblocking(False)
+            stranger.connect("\0" + address.removeprefix("shm://"))
+            stranger.send(os.urandom(100))
+            loop = asyncio.get_running_loop()
+            reply = await asyncio.wait_for(loop.sock_recv(stranger, 4096), 5)
+        assert reply[:1] == b"\x00"
+        assert b"descriptors" in reply
+    finally:
+        await transport.close()
+
+
+async def test_shm_refuses_memory_that_could_shrink_under_it():
+    transport = ShmTransport()
+    try:
+        landing = transport.register(1, SEAT_BYTES)
+        address = await transport.listen(lambda hello: Admission(landing, 0, b""))
+        fd = os.memfd_create("unsealed")
+        os.ftruncate(fd, 1 << 20)
+        doorbell = os.eventfd(0)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.setblocking(False)
+            stranger.connect("\0" + address.removeprefix("shm://"))
+            socket.send_fds(stranger, [b"hello"], [fd, doorbell])
+            reply = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(stranger, 4096), 5)
+        os.close(fd)
+        os.close(doorbell)
+        assert b"sealed" in reply
+    finally:
+        await transport.close()
+
+
+async def test_shm_leaves_no_descriptor_behind():
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        pair = Pair(ShmTransport)
+        await pair.connect()
+        await pair.right.close()
+        await pair.left.close()
+        del pair
+    assert len(set(os.listdir("/proc/self/fd")) - before) == 0
+
+
+def test_the_simulated_transport_delivers_in_order_after_its_latency():
+    async def scenario():
+        loop = asyncio.get_running_loop()
+        network = SimulatedNetwork(lambda num_bytes: 0.001 * (1 + num_bytes))
+        left, right = SimulatedTransport(network, "left"), SimulatedTransport(network, "right")
+        landing = left.register(1, SEAT_BYTES)
+        address = await left.listen(lambda hello: Admission(landing, 0, b"welcome"))
+        ours = await right.connect(address, b"anna", right.register(1, SEAT_BYTES), 0)
+        await left.completions()
+        ours.outbox[0:3] = b"abc"
+        ours.post(1, 0, 3)
+        ours.post(2)
+        (first, second) = await take(left, 2)
+        assert (first.immediate, second.immediate, loop.time()) == (1, 2, pytest.approx(0.004))
+        assert landing.seat(0)[0:3] == b"abc"
+        await right.close()
+        await left.close()
+
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        runner.run(scenario())
