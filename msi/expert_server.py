@@ -59,7 +59,7 @@ class ExpertServer:
                     is_news |= waves.landed(event.seat, event.lane, event.seq, event.num_rows, event.more, clock())
                 elif isinstance(event, Joined):
                     self._compute.attach(event.seat, event.outbox)
-                    waves.connect(event.seat)
+                    waves.connect(event.seat, event.node)
                 else:
                     waves.disconnect(event.seat, clock())
                     is_news = True

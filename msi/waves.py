@@ -16,10 +16,14 @@ own sequence number into the wave's position. The layer of a sequence number is 
   16 T_f, until its next layer 0, where it waits for the wave.
 - No rows wait longer than two passes: then they too run alone.
 - A seat whose last layer said that no more follows leaves, and meeting does not readmit it.
-- An empty lane gathers until every connected seat has landed, or W. A wave that empties is restarted by the oldest
-  rows here. A wave none of whose members lands for 2 W while others' rows wait gives way in the same manner.
+- An empty lane gathers until every connected seat has landed, or W. A wave that empties is restarted by rows that wait
+  here, those of the attention node of lowest rank. If no member of a wave lands for 2 W, it gives way to waiting rows
+  of lower rank than its members (for two passes: to any). Without that order two nodes that wait for each other's
+  seats would change over for ever and never agree.
 
-W is one turn of the lane as measured here (m T_f in a full pipeline): the median over the last turns.
+W is one turn of the lane as measured here (m T_f in a full pipeline): from a batch to when half of the members have
+landed for the next, and what that then waits for the device; the median of the last turns. Waiting for the late half
+is left out, or W would feed on itself.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from typing import NamedTuple
 EPSILON_S = 1e-9  # a timer may fire one rounding error early
 ALONE_PERIOD = 16  # batches served alone start at most once per 16 T_f
 TURNS_KEPT = 64
-TURNS_NEEDED = 8
+MEDIAN_EVERY = 8
 
 
 class Rows(NamedTuple):
@@ -71,6 +75,7 @@ class _Rider:
     """One seat in one lane."""
 
     seat: int
+    rank: int
     seq: int = -1  # last landed
     num_rows: int = 0  # landed and not yet taken
     landed_at: float = -math.inf
@@ -90,7 +95,10 @@ class _Lane:
     moved_at: float = -math.inf  # when the wave came to its position
     num_missing: int = 0  # members that have not landed at the position
     num_trusted_missing: int = 0  # those of them that are waited for longer
-    waited_since: float | None = None  # first rows of a member at the position, or ahead of it
+    num_members: int = 0
+    waited_since: float | None = None  # first rows of a member at the position
+    ahead_since: float | None = None  # first rows of a member ahead of the position
+    half_at: float | None = None  # when half of the members had landed
     ready_at: float | None = None  # since when everyone has landed and there are rows
     strays: list[_Rider] = field(default_factory=list)  # riders with rows that are not members
     gather_since: float | None = None  # first rows in a lane without a wave
@@ -103,7 +111,7 @@ class Waves:
     Args:
         num_layers: layers per pass; a seat's sequence number counts the layers since its start.
         num_lanes: the most lanes that any seat uses.
-        default_wait_s: W until enough turns were measured.
+        default_wait_s: W until a turn was measured.
         min_wait_s: W is never less; it covers the scheduling noise of a real host.
     """
 
@@ -129,13 +137,22 @@ class Waves:
         """How long it waits for the others. More than W, so that one node's wait is never the cause of the next's."""
         return 2 * self.wait_s
 
+    @property
+    def _two_passes_s(self) -> float:
+        return 2 * self._num_layers * self.wait_s
+
     # -- events ------------------------------------------------------------------------------------------------------
 
-    def connect(self, seat: int) -> None:
-        """A seat is taken; it joins a lane's wave where its first rows meet it."""
+    def connect(self, seat: int, rank: int) -> None:
+        """A seat is taken; it joins a lane's wave where its first rows meet it.
+
+        Args:
+            rank: the attention node's number, the same at every expert node; where nodes disagree about who is in
+                step, all of them prefer the lowest.
+        """
         for lane in self._lanes:
             assert seat not in lane.riders, f"seat {seat} is connected already"
-            lane.riders[seat] = _Rider(seat)
+            lane.riders[seat] = _Rider(seat, rank)
 
     def disconnect(self, seat: int, now: float) -> None:
         """A seat is gone, and with it whatever rows it had here."""
@@ -167,13 +184,11 @@ class Waves:
                 if not self._meets(lane, rider):
                     return False
                 self._admit(lane, rider)
-        elif not was_missing or lane.num_missing > 1:
+        elif not was_missing or lane.num_missing > 1:  # nothing gets ready by this
             lane.num_missing -= was_missing
             lane.num_trusted_missing -= was_trusted
-            is_first = num_rows > 0 and lane.waited_since is None
-            if is_first:
-                lane.waited_since = now
-            return is_first or (was_trusted and lane.num_trusted_missing == 0)
+            is_news = was_trusted and lane.num_trusted_missing == 0
+            return self._watch(lane, rider, now) or is_news
         self._settle(lane, now)
         return True
 
@@ -207,6 +222,22 @@ class Waves:
                 at = min(at, self._alone_from(lane, rider))
         return at
 
+    def _watch(self, lane: _Lane, rider: _Rider, now: float) -> bool:
+        """Starts the times that a member's landing starts; whether it started one."""
+        assert lane.position is not None
+        if lane.half_at is None and 2 * lane.num_missing <= lane.num_members:
+            lane.half_at = now
+        if rider.base is None or not rider.num_rows:
+            return False
+        ahead = rider.seq - rider.base - lane.position
+        if ahead == 0 and lane.waited_since is None:
+            lane.waited_since = now
+            return True
+        if ahead > 0 and lane.ahead_since is None:
+            lane.ahead_since = now
+            return True
+        return False
+
     # -- when --------------------------------------------------------------------------------------------------------
 
     def _ready_at(self, lane: _Lane) -> float:
@@ -216,8 +247,13 @@ class Waves:
             return math.inf if lane.gather_since is None else lane.gather_since + self.wait_s
         if lane.waited_since is not None:
             return lane.waited_since + (self._trusting_wait_s if lane.num_trusted_missing else self.wait_s)
+        if lane.ahead_since is not None:
+            return lane.ahead_since + self._trusting_wait_s
         if lane.strays:  # nobody of the wave lands here, while others wait
-            return max(lane.moved_at, min(rider.landed_at for rider in lane.strays)) + 2 * self.wait_s
+            since = max(lane.moved_at, min(rider.landed_at for rider in lane.strays))
+            first = min(rider.rank for rider in lane.strays)
+            is_first = all(first < rider.rank for rider in lane.riders.values() if rider.base is not None)
+            return since + (self._trusting_wait_s if is_first else self._two_passes_s)
         return math.inf
 
     def _alone_from(self, lane: _Lane, rider: _Rider) -> float:
@@ -227,9 +263,9 @@ class Waves:
         if rider.is_slow and rider.seq % self._num_layers:
             wanted_at = rider.landed_at
         else:
-            wanted_at = rider.landed_at + 2 * self._num_layers * self._turn_s
+            wanted_at = rider.landed_at + self._two_passes_s
         num_waves = sum(other.position is not None for other in self._lanes)
-        return max(wanted_at, self._alone_at + ALONE_PERIOD * self._turn_s / num_waves)  # turn = m T_f
+        return max(wanted_at, self._alone_at + ALONE_PERIOD * self.wait_s / num_waves)  # W = m T_f
 
     # -- membership --------------------------------------------------------------------------------------------------
 
@@ -270,18 +306,19 @@ class Waves:
 
     def _start(self, lane: _Lane, now: float) -> None:
         """A new wave at the layer of the oldest rows here, or none."""
-        lane.gather_since = lane.sealed = lane.position = lane.waited_since = lane.ready_at = None
-        oldest = min((r for r in lane.riders.values() if r.num_rows), key=lambda r: r.landed_at, default=None)
-        if oldest is None:
+        lane.gather_since = lane.sealed = lane.position = None
+        lane.waited_since = lane.ahead_since = lane.ready_at = None
+        waiting = [rider for rider in lane.riders.values() if rider.num_rows]
+        first = min(waiting, key=lambda rider: (rider.is_slow, rider.rank), default=None)
+        if first is None:
             lane.strays = []
             return
-        self._move(lane, oldest.seq, now)
+        self._move(lane, first.seq, now)
         self.counters.starts += 1
         for rider in lane.riders.values():
             rider.base = rider.readmitted_at = rider.late_at = None
-            rider.was_evicted = False
             is_alive = rider.num_rows > 0 or rider.landed_at >= now - self.wait_s
-            if rider is oldest or (is_alive and self._meets(lane, rider)):
+            if rider is first or (is_alive and self._meets(lane, rider)):
                 self._admit(lane, rider)
         self._settle(lane, now)
 
@@ -289,7 +326,7 @@ class Waves:
 
     def _move(self, lane: _Lane, position: int, now: float) -> None:
         lane.position, lane.moved_at = position, now
-        lane.waited_since = lane.ready_at = None
+        lane.waited_since = lane.ahead_since = lane.half_at = lane.ready_at = None
 
     def _settle(self, lane: _Lane, now: float) -> None:
         """Brings a lane up to date: whom the wave meets, who is missing, positions that nobody has rows for."""
@@ -300,7 +337,7 @@ class Waves:
             position = lane.position
             layer = position % self._num_layers
             num_members = num_missing = num_trusted_missing = 0
-            has_rows = has_waiting = False  # rows at the position; rows of members, at it or ahead
+            has_rows = False
             strays = []
             for rider in lane.riders.values():
                 if rider.base is None and rider.num_rows and self._meets(lane, rider):
@@ -319,13 +356,13 @@ class Waves:
                     num_missing += 1
                     num_trusted_missing += self._is_trusted(lane, rider)
                 has_rows |= ahead == 0 and rider.num_rows > 0
-                has_waiting |= rider.num_rows > 0
             lane.num_missing, lane.num_trusted_missing, lane.strays = num_missing, num_trusted_missing, strays
+            lane.num_members = num_members
             if num_members == 0:
                 self._start(lane, now)
                 return
-            if has_waiting and lane.waited_since is None:
-                lane.waited_since = now
+            for rider in lane.riders.values():
+                self._watch(lane, rider, now)
             if num_missing:
                 lane.ready_at = None
                 return
@@ -362,8 +399,9 @@ class Waves:
             if rider.seq % self._num_layers == layer if rider.base is None else rider.seq - rider.base == position:
                 taken.append(Rows(rider.seat, rider.seq, rider.num_rows))
                 rider.num_rows = 0
-        if lane.sealed is not None and lane.sealed[0] == position - 1:
-            self._measure(now - lane.sealed[1])
+        if lane.sealed is not None and lane.sealed[0] == position - 1 and lane.half_at is not None:
+            assert lane.ready_at is not None
+            self._measure((lane.half_at - lane.sealed[1]) + (now - lane.ready_at))
         lane.sealed = (position, now)
         self._count(len(taken))
         self._move(lane, position + 1, now)
@@ -401,5 +439,5 @@ class Waves:
     def _measure(self, turn_s: float) -> None:
         self._turns.append(turn_s)
         self._num_turns += 1
-        if self._num_turns >= TURNS_NEEDED and self._num_turns % TURNS_NEEDED == 0:
+        if self._num_turns < MEDIAN_EVERY or self._num_turns % MEDIAN_EVERY == 0:
             self._turn_s = median(self._turns)

@@ -10,10 +10,10 @@ LAYERS = 4
 W = 1.0
 
 
-def make_waves(num_seats=3, num_lanes=1, **options) -> Waves:
-    waves = Waves(num_layers=LAYERS, num_lanes=num_lanes, default_wait_s=W, **options)
+def make_waves(num_seats=3, num_lanes=1, min_wait_s=W) -> Waves:
+    waves = Waves(num_layers=LAYERS, num_lanes=num_lanes, default_wait_s=W, min_wait_s=min_wait_s)
     for seat in range(num_seats):
-        waves.connect(seat)
+        waves.connect(seat, rank=seat)
     return waves
 
 
@@ -139,7 +139,7 @@ def test_rows_out_of_step_wait_until_the_wave_comes_round_and_readmit_their_seat
 
 
 def test_a_seat_evicted_again_within_a_pass_is_slow_and_served_alone_until_layer_0():
-    waves = make_waves(2, min_wait_s=W)
+    waves = make_waves(2)
     start_together(waves, (0, 1))
     now = 0.0
     land(waves, 0, 1, now)
@@ -172,9 +172,10 @@ def test_no_rows_wait_longer_than_two_passes():
     assert waves.take(now) is None
     land(waves, 0, 2, now)
     assert waves.take(now) == batch(2, (0, 2, 2))
-    # the wave stands at layer 3 and nothing of it lands; the rows at layer 1 cause a new wave first
-    assert waves.take(now + 2 * W) == batch(1, (1, 1, 2))
-    assert waves.counters.starts == 2
+    # the wave stands at layer 3, and nothing of it lands; rank 0 does not give way to rank 1
+    assert waves.take(now + 7 * W) is None
+    assert waves.deadline() == pytest.approx(now + 2 * LAYERS * W)
+    assert waves.take(now + 2 * LAYERS * W) == batch(1, (1, 1, 2), alone=True)
 
 
 def test_a_seat_that_says_it_is_done_leaves_and_is_not_waited_for():
@@ -217,12 +218,36 @@ def test_a_seat_that_disconnects_is_not_waited_for():
 def test_a_seat_that_joins_waits_for_layer_0():
     waves = make_waves(2)
     start_together(waves, (0, 1))
-    waves.connect(5)
+    waves.connect(5, rank=5)
     land(waves, 5, 0, 0.0)
     for seq in (1, 2, 3):
         assert run_layer(waves, seq, 0.0) == batch(seq, (0, seq, 2), (1, seq, 2))
     assert run_layer(waves, 4, 0.0) == batch(0, (0, 4, 2), (1, 4, 2), (5, 0, 2))
     assert run_layer(waves, 5, 0.0) is None
+
+
+def test_two_nodes_that_hold_each_others_seats_both_prefer_the_lowest_rank():
+    """Each waits for a seat that is stuck at the other; without an order they would change over for ever."""
+    waves = make_waves(2)
+    start_together(waves, (0, 1))
+    land(waves, 1, 1, 0.0)
+    assert waves.take(2 * W) == batch(1, (1, 1, 2))  # seat 0 evicted; the wave is seat 1
+    now = 2 * W
+    land(waves, 0, 1, now)
+    assert waves.take(now + 2 * W) == batch(1, (0, 1, 2))  # seat 1 does not land: rank 0 takes over at once
+    land(waves, 1, 2, now + 2 * W)
+    assert waves.take(now + 2 * W) is None  # just before the wave, so a member again: seat 0 is waited for
+    land(waves, 0, 2, now + 3 * W)
+    assert waves.take(now + 3 * W) == batch(2, (0, 2, 2), (1, 2, 2))
+
+
+def test_rows_of_a_member_ahead_of_the_wave_are_not_stuck_behind_a_member_that_is_missing():
+    waves = make_waves(2)
+    start_together(waves, (0, 1))
+    land(waves, 1, 1, 0.0, rows=0)
+    land(waves, 1, 2, 0.0)
+    assert waves.take(W) is None
+    assert waves.take(2 * W) == batch(2, (1, 2, 2))
 
 
 def test_lanes_are_never_merged_and_the_one_ready_first_goes_first():
@@ -249,10 +274,15 @@ def test_a_pass_given_up_replaces_its_rows():
     assert waves.take(0.4) == batch(0, (0, 4, 7), (1, 4, 2))
 
 
-def test_w_is_the_median_turn_once_enough_turns_were_measured():
-    waves = make_waves(1)
+def test_w_is_the_median_turn_without_the_wait_for_the_late():
+    waves = make_waves(3, min_wait_s=0.0)
     assert waves.wait_s == W
-    for seq in range(20):
-        land(waves, 0, seq, 0.25 * seq)
-        assert waves.take(0.25 * seq) is not None
-    assert waves.wait_s == pytest.approx(0.25)
+    start_together(waves)
+    now = 0.0
+    for seq in range(1, 20):
+        land(waves, 0, seq, now + 0.2)
+        land(waves, 1, seq, now + 0.25)
+        land(waves, 2, seq, now + 0.45)
+        now += 0.5
+        assert waves.take(now) is not None
+    assert waves.wait_s == pytest.approx(0.25 + 0.05)  # half have landed; the device came 0.05 after the last

@@ -36,6 +36,7 @@ class Joined(NamedTuple):
 
     seat: int
     outbox: memoryview
+    node: int  # the peer's number among its kind
 
 
 class Left(NamedTuple):
@@ -177,7 +178,7 @@ class CombineLink:
                     continue
                 self._seat_of[endpoint] = endpoint.seat
                 admitted.endpoint = endpoint
-                events.append(Joined(endpoint.seat, endpoint.outbox))
+                events.append(Joined(endpoint.seat, endpoint.outbox, admitted.hello.node))
             elif seat is not None:
                 log.info("%s left: %s", self.peers[seat], reason)
                 self.fence(seat)
