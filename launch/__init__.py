@@ -1,0 +1,1 @@
+"""msi-launch: starts instances on this machine, and single processes for clusters."""

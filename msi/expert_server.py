@@ -24,8 +24,12 @@ class ExpertCompute(Protocol):
     def attach(self, seat: int, outbox: memoryview) -> None:
         """Answers to this seat go into `outbox` from now on."""
 
-    def run(self, batch: WaveBatch) -> Awaitable[None]:
-        """Enqueues one layer's experts over the batch's rows; once awaited, the answers lie in the outboxes."""
+    def run(self, batch: WaveBatch) -> Awaitable[float]:
+        """Enqueues one layer's experts over the batch's rows; once awaited, the answers lie in the outboxes.
+
+        Returns:
+            The seconds that the device computed, T_e.
+        """
 
 
 class ExpertServer:
@@ -69,18 +73,19 @@ class ExpertServer:
     async def _serve(self) -> None:
         waves, clock = self._waves, self._clock
         finished: WaveBatch | None = None
+        compute_s = 0.0
         while True:
             batch = waves.take(clock())
             done = None if batch is None else self._compute.run(batch)
             if finished is not None:  # the device works on meanwhile
                 for rows in finished.rows:
-                    self._link.answer(rows.seat, finished.lane, rows.seq, rows.num_rows)
+                    self._link.answer(rows.seat, finished.lane, rows.seq, rows.num_rows, compute_s)
                 finished = None
             if batch is None or done is None:
                 await self._alarm.wait(waves.deadline() - clock())
                 continue
             try:
-                await done
+                compute_s = await done
             except Exception as error:
                 log.exception("layer %d of lane %d failed", batch.layer, batch.lane)
                 for rows in batch.rows:

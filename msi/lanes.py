@@ -7,7 +7,7 @@ goes; knows no sequences, tensors or sockets.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from msi.errors import TransportError
@@ -55,7 +55,7 @@ async def run_lane(lane: int, batches: MicroBatches, compute: AttentionCompute, 
         await link.wait_complete()
         micro_batch = await batches.next(lane)
         try:
-            tokens = await run_pass(lane, micro_batch, batches, compute, link)
+            tokens = await run_pass(lane, micro_batch, compute, link, batches.may_continue)
         except TransportError as error:
             link.skip_to(lane, compute.num_layers)
             batches.fail(lane, micro_batch, error)
@@ -64,14 +64,18 @@ async def run_lane(lane: int, batches: MicroBatches, compute: AttentionCompute, 
 
 
 async def run_pass(
-    lane: int, micro_batch: MicroBatch, batches: MicroBatches, compute: AttentionCompute, link: DispatchLink
+    lane: int,
+    micro_batch: MicroBatch,
+    compute: AttentionCompute,
+    link: DispatchLink,
+    may_continue: Callable[[int], bool],
 ) -> list[int]:
     """One micro-batch through the model. Raises TransportError when an expert node is lost on the way."""
     last = compute.num_layers - 1
     compute.begin(lane, micro_batch)
     for layer in range(compute.num_layers):
         packed = await compute.attention_route_pack(lane, layer)
-        more = layer < last or batches.may_continue(lane)
+        more = layer < last or may_continue(lane)
         await link.exchange(lane, packed.num_rows, more)
         compute.combine(lane, layer)
     return await compute.sample(lane)

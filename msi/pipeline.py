@@ -5,6 +5,7 @@ Equation numbers are those of the MegaScale-Infer paper (arXiv 2504.02263).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_MICRO_BATCHES = 4  # N_m
@@ -48,3 +49,45 @@ def isolated_pass_s(stages: Stages, num_micro_batches: int, num_layers: int) -> 
 def steady_pass_s(stages: Stages, num_micro_batches: int, num_layers: int) -> float:
     """One pass of each of m lanes that run on without a barrier: L max(m T_f, T_a + T_e + 2 T_c)."""
     return num_layers * max(num_micro_batches * stages.forward_s, stages.round_trip_s)
+
+
+def choose_micro_batches(measured: Mapping[int, Stages], batch_size: int, num_layers: int) -> tuple[int, str]:
+    """The number of micro-batches with the best throughput for a batch of `batch_size` sequences, and why.
+
+    Throughput of m micro-batches of batch_size / m sequences is batch_size over the steady pass, of stages measured
+    at that size while m of them overlap. Within 3 % the fewer win: they need fewer slots.
+
+    Args:
+        measured: stages by m, each at batch_size / m sequences per micro-batch.
+    """
+    passes = {m: steady_pass_s(stages, m, num_layers) for m, stages in measured.items()}
+    best_s = min(passes.values())
+    chosen = min(m for m, pass_s in passes.items() if pass_s <= best_s * 1.03)
+    lines = []
+    for m, stages in sorted(measured.items()):
+        condition = "full" if is_full(stages, m) else "not full"
+        lines.append(
+            f"m={m}: T_a {stages.attention_s * 1e3:.2f} ms, T_e {stages.expert_s * 1e3:.2f} ms, "
+            f"T_c {stages.comm_s * 1e3:.2f} ms, pipeline {condition}, "
+            f"{batch_size / passes[m]:.0f} tokens/s"
+        )
+    one, more = measured.get(1), measured.get(2)
+    why = "the most tokens per second"
+    if chosen == 1 and one is not None and more is not None:
+        shrunk = (more.attention_s + more.expert_s) / (one.attention_s + one.expert_s)
+        why = f"half a batch costs {shrunk:.2f} of a whole one, so overlapping halves does not pay"
+    return chosen, f"{chosen} micro-batches for {batch_size} sequences: {why} ({'; '.join(lines)})"
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationStep:
+    """Measure stages with this many lanes of this many sequences."""
+
+    num_lanes: int
+    num_seqs: int
+
+
+def calibration_steps(batch_size: int) -> list[CalibrationStep]:
+    """What `choose_micro_batches` needs to know; only batches that divide into at least one sequence per lane."""
+    most = min(MAX_MICRO_BATCHES, batch_size)
+    return [CalibrationStep(m, -(-batch_size // m)) for m in range(1, most + 1)]

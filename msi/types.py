@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from msi.errors import InvalidRequest
@@ -176,4 +176,3 @@ class StageTimes:
     comm_s: float = 0.0
     busy: float = 0.0
     bubble: float = 0.0
-    extra: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,4 @@
+"""The operations of both halves as plain torch functions on tensors; they know nothing of msi.
+
+These run on the CPU and are the truth that faster kernels for other devices are tested against.
+"""

@@ -1,0 +1,1 @@
+"""Model families: configuration, weight names, and the two halves of a layer."""

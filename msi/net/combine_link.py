@@ -186,11 +186,10 @@ class CombineLink:
                 self._fenced.clear()
         return events
 
-    def answer(self, seat_index: int, lane: int, seq: int, num_rows: int) -> None:
+    def answer(self, seat_index: int, lane: int, seq: int, num_rows: int, compute_s: float) -> None:
         """Posts the rows that lie in the seat's outbox. Does nothing when the peer is gone."""
-        self._post(
-            seat_index, Kind.COMBINE, lane, seq, num_rows, HEADER_BYTES + num_rows * self.answer_layout.row_bytes
-        )
+        num_bytes = HEADER_BYTES + num_rows * self.answer_layout.row_bytes
+        self._post(seat_index, Kind.COMBINE, lane, seq, num_rows, num_bytes, compute_s)
 
     def refuse(self, seat_index: int, lane: int, seq: int, reason: str) -> None:
         """Tells the peer that no answer will come, and why. Does nothing when the peer is gone."""
@@ -200,9 +199,11 @@ class CombineLink:
         text = reason.encode()[: self.answer_layout.slot_bytes - HEADER_BYTES]
         at = self.answer_layout.offset(lane) + HEADER_BYTES
         seat.endpoint.outbox[at : at + len(text)] = text
-        self._post(seat_index, Kind.ERROR, lane, seq, len(text), HEADER_BYTES + len(text))
+        self._post(seat_index, Kind.ERROR, lane, seq, len(text), HEADER_BYTES + len(text), 0.0)
 
-    def _post(self, seat_index: int, kind: Kind, lane: int, seq: int, count: int, num_bytes: int) -> None:
+    def _post(
+        self, seat_index: int, kind: Kind, lane: int, seq: int, count: int, num_bytes: int, compute_s: float
+    ) -> None:
         seat = self._seats[seat_index]
         if seat is None or seat.endpoint is None or seat.seqs[lane] != seq:
             self.counters.dropped["answer to a peer that is gone"] += 1
@@ -212,6 +213,7 @@ class CombineLink:
         HEADER.pack_into(
             seat.endpoint.outbox, offset, MAGIC, kind, lane, 0, 0,
             self._incarnation, self._expected.placement_version, seq, count, self.answer_layout.row_bytes, service_ns,
+            int(compute_s * 1e9),
         )  # fmt: skip
         try:
             seat.endpoint.post(pack_immediate(kind, False, lane, 0, seq, self._incarnation), offset, num_bytes)

@@ -76,6 +76,7 @@ class DispatchLink:
         self.landing = transport.register(num_nodes, self.answer_layout.region_bytes)
         self.counters = DispatchCounters()
         self.comm_meter = StageMeter()  # T_c: half of a turn that was not the other side's service
+        self.compute_meter = StageMeter()  # T_e, as the other side measures it
         self._transport = transport
         self._hello = hello
         self._nodes: list[_Node | None] = [None] * num_nodes
@@ -160,7 +161,7 @@ class DispatchLink:
                 continue
             HEADER.pack_into(
                 peer.endpoint.outbox, offset, MAGIC, Kind.DISPATCH, lane, 0, more,
-                incarnation, hello.placement_version, seq, count, row_bytes, 0,
+                incarnation, hello.placement_version, seq, count, row_bytes, 0, 0,
             )  # fmt: skip
             peer.endpoint.post(full, offset, HEADER_BYTES + count * row_bytes)
             turn.waiting |= 1 << node
@@ -238,6 +239,7 @@ class DispatchLink:
         self.counters.answers += 1
         if not turn.waiting and turn.done is not None and not turn.done.done():
             self.comm_meter.add(max(0.0, (self._clock() - turn.posted_at - header.service_ns * 1e-9) / 2))
+            self.compute_meter.add(header.compute_ns * 1e-9)
             turn.done.set_result(None)
 
     def _expire(self, turn: _Turn, seq: int) -> None:

@@ -21,8 +21,8 @@ SEQ_BITS = 12
 SEQ_MASK = (1 << SEQ_BITS) - 1
 INCARNATION_MASK = (1 << 12) - 1
 MAGIC = b"MSI1"
-# magic, kind, lane, attempt, more, incarnation, placement version, sequence number, rows, bytes per row, service time
-HEADER = struct.Struct("<4sBBBBIIQIIQ")
+# magic, kind, lane, attempt, more, incarnation, placement version, sequence number, rows, bytes per row, two times
+HEADER = struct.Struct("<4sBBBBIIQIIQQ")
 
 
 class Kind(IntEnum):
@@ -65,7 +65,8 @@ def unpack_immediate(immediate: int) -> Immediate:
 class Header(NamedTuple):
     """The first 64 bytes of a slot, as `HEADER` packs them.
 
-    `service_ns` is, in an answer, the time from the landing of the rows to the post of their answer; else 0.
+    In an answer `service_ns` is the time from the landing of the rows to the post of their answer, and `compute_ns`
+    what of it the device computed; else both are 0.
     """
 
     magic: bytes
@@ -79,6 +80,7 @@ class Header(NamedTuple):
     num_rows: int
     row_bytes: int
     service_ns: int
+    compute_ns: int
 
 
 @dataclass(frozen=True, slots=True)

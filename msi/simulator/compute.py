@@ -70,5 +70,6 @@ class SimulatedExperts:
     def attach(self, seat: int, outbox: memoryview) -> None:
         pass
 
-    def run(self, batch: WaveBatch) -> asyncio.Future[None]:
-        return self.queue.enqueue(self._batch_s(batch), None)
+    def run(self, batch: WaveBatch) -> asyncio.Future[float]:
+        duration_s = self._batch_s(batch)
+        return self.queue.enqueue(duration_s, duration_s)

@@ -1,0 +1,136 @@
+"""The command line of msi-launch."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from msi.errors import ConfigError
+from msi.options import InstanceOptions
+
+LATER = ("--plan", "--chat-template", "--api-key", "--check")
+MICRO_BATCHES = ("auto", "1", "2", "3", "4")
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchArguments:
+    """What msi-launch was told.
+
+    Attributes:
+        role: "" for everything on this machine, else the one process to run.
+        parent: process with which this one ends; 0 for none.
+        announce: descriptor to write the coordinator's address to; -1 for none.
+    """
+
+    options: InstanceOptions
+    role: str
+    coordinator: str
+    worker_id: str
+    host: str
+    port: int
+    prompt: str | None
+    max_tokens: int
+    has_gateway: bool
+    log_level: str
+    parent: int
+    announce: int
+    trace_dir: Path | None
+
+
+def parse(argv: list[str]) -> LaunchArguments:
+    """Raises ConfigError; argparse itself ends the process on words that it does not know."""
+    for flag in LATER:
+        if any(word == flag or word.startswith(flag + "=") for word in argv):
+            raise ConfigError(f"{flag} is not built yet")
+    parser = argparse.ArgumentParser(
+        prog="msi-launch",
+        description="Serve a Mixture-of-Experts model with attention and experts on different workers. "
+        "Without --role: everything on this machine, with an HTTP server in front.",
+    )
+    _add_instance(parser)
+    _add_serving(parser)
+    _add_role(parser)
+    values = parser.parse_args(argv)
+    options = InstanceOptions(
+        model=values.model,
+        attention_workers=values.attention_workers,
+        expert_workers=values.expert_workers,
+        micro_batches=0 if values.micro_batches == "auto" else int(values.micro_batches),
+        colocated=values.colocated,
+        device=values.device,
+        threads_per_worker=values.threads_per_worker,
+        transport=values.transport,
+        dtype=values.dtype,
+        load_format=values.load_format,
+        max_model_len=values.max_model_len,
+        max_num_seqs=values.max_num_seqs,
+        max_num_batched_tokens=values.max_num_batched_tokens,
+        slot_rows=values.slot_rows,
+        gpu_memory_utilization=values.gpu_memory_utilization,
+        served_model_name=values.served_model_name,
+        trace=values.trace,
+        start_timeout_s=values.start_timeout,
+    )
+    if values.role and values.role != "coordinator" and not values.coordinator:
+        raise ConfigError(f"--role {values.role} needs --coordinator tcp://HOST:PORT")
+    return LaunchArguments(
+        options=options,
+        role=values.role,
+        coordinator=values.coordinator,
+        worker_id=values.worker_id,
+        host=values.host,
+        port=values.port,
+        prompt=values.prompt,
+        max_tokens=values.max_tokens,
+        has_gateway=not values.no_gateway,
+        log_level=values.log_level,
+        parent=values.parent,
+        announce=values.announce,
+        trace_dir=values.trace_dir,
+    )
+
+
+def _add_instance(parser: argparse.ArgumentParser) -> None:
+    defaults = {name: field.default for name, field in InstanceOptions.__dataclass_fields__.items()}
+    add = parser.add_argument_group("instance").add_argument
+    add("model", nargs="?", type=Path, metavar="MODEL", help="Hugging Face model directory; the demo model without it")
+    add("--attention-workers", type=int, metavar="N", default=defaults["attention_workers"])
+    add("--expert-workers", type=int, metavar="N", default=defaults["expert_workers"])
+    add("--micro-batches", choices=MICRO_BATCHES, default="auto", help="in flight per attention worker; auto measures")
+    add("--colocated", action="store_true", help="both roles in one process: the baseline, best for small models")
+    add("--device", default=defaults["device"], help="cpu")
+    add("--threads-per-worker", type=int, metavar="N", default=0, help="0 shares the cores among a role's workers")
+    add("--transport", default=defaults["transport"], help="auto, shm, or inproc: all workers in one process")
+    add("--dtype", default=defaults["dtype"], help="auto, float32, bfloat16 or float16")
+    add("--load-format", default=defaults["load_format"], help="auto, or dummy: random weights from config.json alone")
+    add("--max-model-len", type=int, metavar="N", default=0, help="longest sequence; 0 for the model's own")
+    add("--max-num-seqs", type=int, metavar="N", default=defaults["max_num_seqs"], help="running, per attention worker")
+    add("--max-num-batched-tokens", type=int, metavar="N", default=0, help="per micro-batch; 0 for a slot's rows")
+    add("--slot-rows", type=int, metavar="N", default=defaults["slot_rows"], help="rows of a landing slot")
+    add("--gpu-memory-utilization", type=float, metavar="F", default=defaults["gpu_memory_utilization"],
+        help="share of free memory (on a CPU: of free RAM) for KV cache")  # fmt: skip
+    add("--served-model-name", default="", metavar="S")
+    add("--trace", type=Path, metavar="FILE", help="write a Chrome trace at the end")
+    add("--start-timeout", type=float, metavar="S", default=defaults["start_timeout_s"], help="give up after that long")
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("serving").add_argument
+    add("--host", default="127.0.0.1", metavar="H")
+    add("--port", type=int, default=8000, metavar="P")
+    add("--prompt", metavar="TEXT", help="answer once, to standard output, and exit")
+    add("--max-tokens", type=int, default=128, metavar="N", help="of the answer to --prompt")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+
+
+def _add_role(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("one process of a cluster").add_argument
+    add("--role", default="", choices=("coordinator", "attention", "expert", "worker"))
+    add("--coordinator", default="", metavar="ADDRESS", help="tcp://HOST:PORT; for the coordinator: where to listen")
+    add("--worker-id", default="", metavar="ID", help="role-index by default")
+    hidden = argparse.SUPPRESS  # what a launcher tells its children
+    add("--no-gateway", action="store_true", help=hidden)
+    add("--parent", type=int, default=0, help=hidden)
+    add("--announce", type=int, default=-1, help=hidden)
+    add("--trace-dir", type=Path, help=hidden)

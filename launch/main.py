@@ -1,0 +1,48 @@
+"""msi-launch's entry point: parses, picks the event loop, and turns errors into sentences."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+import uvloop
+from . import local, processes
+from .arguments import LaunchArguments, parse
+
+from msi.errors import EngineError
+
+EXIT_SENTENCE = 2  # it said why it cannot work
+
+
+def main() -> None:
+    """Runs msi-launch with the arguments of this process; does not return."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Runs msi-launch; the exit status."""
+    try:
+        arguments = parse(argv)
+        if arguments.parent:
+            processes.end_with_parent(arguments.parent)
+        name = arguments.worker_id or arguments.role or "msi-launch"
+        logging.basicConfig(
+            level=arguments.log_level.upper(), format=f"%(asctime)s {name}: %(message)s", datefmt="%H:%M:%S"
+        )
+        uvloop.run(_chosen(arguments))
+    except EngineError as error:
+        print(f"msi-launch: {error}", file=sys.stderr)
+        return EXIT_SENTENCE
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:
+    if arguments.role == "coordinator":
+        return processes.run_coordinator(arguments)
+    if arguments.role:
+        return processes.run_worker(arguments)
+    return local.serve(arguments)

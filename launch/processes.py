@@ -1,0 +1,82 @@
+"""One process of an instance: the coordinator with its gateway, or a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+
+from .arguments import LaunchArguments
+
+from msi.engine import Engine
+from msi.errors import EngineError
+from msi.instance import create_coordinator, worker_settings
+from msi.server.gateway import Gateway
+from msi.worker import Worker
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(parent: int) -> None:
+    """This process is killed as soon as its parent is gone, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit("the launcher is gone already")
+
+
+async def run_worker(arguments: LaunchArguments) -> None:
+    """Until it is shut down. SIGTERM drains it; a launcher's own child ends at once."""
+    worker = Worker(
+        worker_settings(
+            arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir
+        )
+    )
+    task = asyncio.ensure_future(worker.run())
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, task.cancel)
+    loop.add_signal_handler(signal.SIGTERM, task.cancel if arguments.parent else worker.drain)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def run_coordinator(arguments: LaunchArguments) -> None:
+    """Until SIGTERM or SIGINT."""
+    try:
+        coordinator = create_coordinator(arguments.options, arguments.coordinator or "tcp://127.0.0.1:*")
+        async with asyncio.TaskGroup() as tasks:
+            loop = asyncio.get_running_loop()
+            running = tasks.create_task(coordinator.run())
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, running.cancel)
+            log.info("coordinator at %s", coordinator.address)
+            if not arguments.has_gateway:
+                _announce(arguments.announce, coordinator.address)
+                return
+            async with Engine.connect(coordinator.address) as engine:
+                gateway = Gateway(engine, host=arguments.host, port=arguments.port)
+                url = await gateway.start()
+                log.info("HTTP at %s", url)
+                _announce(arguments.announce, coordinator.address)
+                try:
+                    await asyncio.wait([running])
+                finally:
+                    await gateway.close()
+    except* EngineError as group:
+        error = group.exceptions[0]
+        _announce(arguments.announce, str(error))
+        raise error from None
+
+
+def _announce(fd: int, line: str) -> None:
+    """Tells the launcher where the coordinator is, or why it is not."""
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.write(fd, (line + "\n").encode())
+            os.close(fd)

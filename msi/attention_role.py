@@ -1,0 +1,299 @@
+"""What an attention worker hosts: scheduler, KV cache, lanes, and the link to the expert workers.
+
+Requests come in, progress goes out through `report`; both are values, the control plane is somebody else's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from msi.device.device import Device
+from msi.errors import EngineError, TransportError
+from msi.expert_role import link_hello
+from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.lanes import run_lane, run_pass
+from msi.messages import Assignment, ExpertAddress, Linked, PassDone, PeerLost, RequestsFailed, Topology
+from msi.models.attention_half import AttentionHalf, AttentionWeights, allocate_kv_cache
+from msi.models.config import ModelConfig
+from msi.net.alarm import Alarm
+from msi.net.dispatch_link import DispatchLink
+from msi.net.transport import Transport
+from msi.scheduler import Request, Scheduler
+from msi.types import MicroBatch, StageTimes, TokenSampling
+
+log = logging.getLogger(__name__)
+
+CONNECT_AGAIN_S = 0.25
+CALIBRATION_CONTEXT = 128
+
+
+class AttentionRole:
+    """One life (incarnation) of an attention worker; weights and device outlive it.
+
+    Implements `msi.lanes.MicroBatches`.
+
+    Args:
+        num_blocks: KV blocks, the padding block included.
+        report: takes the messages for the coordinator.
+    """
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        config: ModelConfig,
+        weights: AttentionWeights,
+        device: Device,
+        dtype: torch.dtype,
+        transport: Transport,
+        num_blocks: int,
+        report: Callable[[Any], None],
+    ) -> None:
+        self._assignment = assignment
+        self._config = config
+        self._num_blocks = num_blocks
+        self._report = report
+        self._link = DispatchLink(
+            transport,
+            hello=link_hello(assignment, config, dtype),
+            num_nodes=assignment.placement.num_nodes,
+            report_loss=self._lost_peer,
+            timeout_s=assignment.peer_timeout_s,
+        )
+        self._half = AttentionHalf(
+            config,
+            weights,
+            allocate_kv_cache(config, num_blocks, dtype),
+            assignment.placement,
+            device,
+            dispatch_layout=self._link.layout,
+            answer_layout=self._link.answer_layout,
+            landing=self._link.landing.memory,
+            landing_stride=self._link.landing.stride,
+        )
+        self._scheduler = self._new_scheduler(num_lanes=1)
+        self._idle = [Alarm() for _ in range(assignment.num_lanes)]
+        self._ended = Alarm()
+        self._lanes: list[asyncio.Task[None]] = []
+        self._tasks: asyncio.TaskGroup | None = None
+        self._wanted: dict[int, ExpertAddress] = {}
+        self._connected: dict[int, ExpertAddress] = {}
+        self._topology_changed = Alarm()
+        self._num_passes = 0
+
+    def _new_scheduler(self, num_lanes: int) -> Scheduler:
+        assignment = self._assignment
+        return Scheduler(
+            num_lanes=num_lanes,
+            num_blocks=self._num_blocks,
+            block_tokens=BLOCK_TOKENS,
+            max_num_seqs=assignment.max_num_seqs,
+            max_num_batched_tokens=assignment.max_num_batched_tokens,
+            max_model_len=assignment.max_model_len,
+            eos_token_ids=self._config.eos_token_ids,
+        )
+
+    async def run(self) -> None:
+        """Links and lanes, for ever. Cancel it to stop."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            tasks.create_task(self._link.run(), name="link")
+            tasks.create_task(self._keep_connected(), name="connector")
+
+    # -- expert workers ----------------------------------------------------------------------------------------------
+
+    def use_topology(self, topology: Topology) -> None:
+        """These expert workers are there now. Others are dropped, new ones connected."""
+        self._wanted = {expert.node: expert for expert in topology.experts}
+        for node, connected in list(self._connected.items()):
+            if self._wanted.get(node) != connected:
+                self._link.drop(node, topology.lost.get(connected.worker_id, "replaced"))
+        self._topology_changed.ring()
+
+    async def _keep_connected(self) -> None:
+        while True:
+            failed = False
+            for node, expert in sorted(self._wanted.items()):
+                if node in self._connected:
+                    continue
+                try:
+                    self._half.attach(node, await self._link.connect(node, expert.address))
+                except TransportError as error:
+                    log.warning("%s: %s", expert.worker_id, error.reason)
+                    failed = True
+                    continue
+                if self._wanted.get(node) != expert:  # changed while connecting
+                    self._link.drop(node, "replaced")
+                    failed = True
+                    continue
+                self._connected[node] = expert
+                if not self._link.missing_nodes:
+                    self._say_linked(True)
+            await self._topology_changed.wait(CONNECT_AGAIN_S if failed else float("inf"))
+
+    def _lost_peer(self, node: int, worker_id: str, reason: str) -> None:
+        expert = self._connected.pop(node, None)
+        if expert is None:
+            return
+        was_complete = len(self._connected) + 1 == self._assignment.placement.num_nodes
+        if self._wanted.get(node) == expert:  # we noticed first; it comes back under a new incarnation
+            del self._wanted[node]
+            ours = self._assignment
+            self._report(PeerLost(ours.worker_id, ours.incarnation, expert.worker_id, expert.incarnation, reason))
+        if was_complete:
+            self._say_linked(False)
+
+    def _say_linked(self, is_complete: bool) -> None:
+        self._report(Linked(self._assignment.worker_id, self._assignment.incarnation, is_complete))
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Takes a request, or reports why it cannot."""
+        try:
+            self._scheduler.add(request)
+        except EngineError as error:
+            self._fail([request.request_id], type(error).__name__, str(error))
+        self._wake()
+
+    def cancel(self, request_id: str) -> None:
+        self._scheduler.cancel(request_id)
+        self._wake()
+
+    @property
+    def is_idle(self) -> bool:
+        return self._scheduler.is_idle
+
+    async def wait_idle(self) -> None:
+        """Until no request is left."""
+        while not self._scheduler.is_idle:
+            await self._ended.wait()
+
+    def check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+
+    def _fail(self, request_ids: list[str], kind: str, reason: str) -> None:
+        ours = self._assignment
+        self._report(RequestsFailed(ours.worker_id, ours.incarnation, tuple(request_ids), kind, reason))
+
+    def _wake(self) -> None:
+        for lane in range(self._scheduler.num_lanes):
+            if self._scheduler.has_work(lane):
+                self._idle[lane].ring()
+        if self._scheduler.is_idle:
+            self._ended.ring()
+
+    # -- lanes -------------------------------------------------------------------------------------------------------
+
+    def use_lanes(self, num_lanes: int) -> None:
+        """Serves with this many micro-batches in flight. Once per life, before the first request."""
+        assert not self._lanes, "lanes run already"
+        assert self._tasks is not None
+        self._scheduler = self._new_scheduler(num_lanes)
+        for lane in range(num_lanes):
+            task = self._tasks.create_task(run_lane(lane, self, self._half, self._link), name=f"lane {lane}")
+            self._lanes.append(task)
+
+    async def next(self, lane: int) -> MicroBatch:
+        while True:
+            if (micro_batch := self._scheduler.plan(lane)) is not None:
+                return micro_batch
+            await self._idle[lane].wait()
+
+    def may_continue(self, lane: int) -> bool:
+        return self._scheduler.may_continue(lane)
+
+    def finish(self, lane: int, micro_batch: MicroBatch, tokens: list[int]) -> None:
+        self._num_passes += 1
+        progress = self._scheduler.update(lane, tokens)
+        if progress:
+            ours = self._assignment
+            self._report(PassDone(ours.worker_id, ours.incarnation, tuple(progress)))
+        self._wake()
+
+    def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
+        self._scheduler.give_up(lane)
+        failed = self._scheduler.fail_running()
+        if failed:
+            self._fail(failed, "RequestFailed", f"expert worker {error.peer} was lost: {error.reason}")
+        self._wake()
+
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    async def calibrate(self, num_lanes: int, num_seqs: int, num_passes: int) -> StageTimes:
+        """Runs synthetic decode passes of `num_seqs` sequences on each of `num_lanes` lanes; the stages' medians.
+
+        Raises:
+            TransportError: an expert worker was lost on the way.
+        """
+        assert not self._lanes, "calibration comes before serving"
+        for meter in (self._half.meter, self._link.comm_meter, self._link.compute_meter):
+            meter.clear_recent()
+        micro_batch = self._synthetic(num_seqs)
+
+        async def run(lane: int) -> None:
+            for left in reversed(range(num_passes)):
+                try:
+                    await run_pass(lane, micro_batch, self._half, self._link, partial(_has_left, left))
+                except TransportError:
+                    self._link.skip_to(lane, self._config.num_layers)
+                    raise
+
+        await asyncio.gather(*(run(lane) for lane in range(num_lanes)))
+        return self.times()
+
+    def _synthetic(self, num_seqs: int) -> MicroBatch:
+        context = min(CALIBRATION_CONTEXT, self._assignment.max_model_len, (self._num_blocks - 1) * BLOCK_TOKENS)
+        table = tuple(range(1, 1 + -(-context // BLOCK_TOKENS)))
+        spread = range(1, num_seqs + 1)
+        return MicroBatch(
+            token_ids=tuple(7919 * number % self._config.vocab_size for number in spread),
+            positions=(context - 1,) * num_seqs,
+            query_lens=(1,) * num_seqs,
+            context_lens=(context,) * num_seqs,
+            block_tables=(table,) * num_seqs,
+            logit_rows=tuple(range(num_seqs)),
+            sampling=(TokenSampling(0.0, 1.0, 0, 0, 0),) * num_seqs,
+        )
+
+    def times(self) -> StageTimes:
+        """T_a, T_e and T_c as measured here; busy and bubble are the device's to say."""
+        return StageTimes(
+            attention_s=self._half.meter.median_s,
+            expert_s=self._link.compute_meter.median_s,
+            comm_s=self._link.comm_meter.median_s,
+        )
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._scheduler.num_free_blocks
+
+    def counters(self) -> dict[str, float]:
+        link = self._link.counters
+        counters: dict[str, float] = {
+            "passes": self._num_passes,
+            "posts": link.posts,
+            "rows_sent": link.rows,
+            "answers": link.answers,
+            "attention_s": self._half.meter.total_s,
+            "sample_s": self._half.pass_meter.total_s,
+        }
+        counters |= {f"dropped_{reason.replace(' ', '_')}": count for reason, count in link.dropped.items()}
+        return counters
+
+
+def _has_left(num_left: int, lane: int) -> bool:
+    return num_left > 0

@@ -1,0 +1,170 @@
+"""A client of the coordinator: requests as token ids out, updates in. What the engine stands on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+
+from msi import errors
+from msi.errors import ConfigError, EngineError, Unavailable
+from msi.messages import (
+    MESSAGES,
+    PROTOCOL_VERSION,
+    Cancel,
+    ClientHeartbeat,
+    ClientHello,
+    InstanceStatus,
+    Outputs,
+    Refused,
+    RequestUpdate,
+    Stats,
+    StatsRequest,
+    Submit,
+    Welcome,
+)
+from msi.net.codec import Codec
+from msi.net.control import ControlClient
+from msi.scheduler import Request
+
+HEARTBEAT_S = 1.0
+LOST_AFTER_S = 4.0
+HELLO_TIMEOUT_S = 120.0
+STATS_TIMEOUT_S = 10.0
+HELLO_AGAIN_S = 2.0
+
+
+class CoordinatorClient:
+    """One connection to a coordinator. `start` before anything else, `close` after everything."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.status = InstanceStatus(False, "connecting", "")
+        self._control = ControlClient(address, Codec(*MESSAGES))
+        self._queues: dict[str, asyncio.Queue[RequestUpdate]] = {}
+        self._status_changed = asyncio.Condition()
+        self._stats: asyncio.Future[Stats] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._last_heard = time.monotonic()
+        self._failure: EngineError | None = None  # why nothing works any more, or for the moment
+
+    async def start(self, timeout_s: float = HELLO_TIMEOUT_S) -> Welcome:
+        """Says hello.
+
+        Raises:
+            Unavailable: no answer within `timeout_s`.
+            ConfigError: refused, with the coordinator's reason.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._control.send(ClientHello(PROTOCOL_VERSION))
+            try:
+                async with asyncio.timeout(min(HELLO_AGAIN_S, deadline - time.monotonic())):
+                    answer = await self._control.receive()
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    raise Unavailable(
+                        f"no coordinator answered at {self.address} for {timeout_s:g} s; is it running there?"
+                    ) from None
+                continue
+            if isinstance(answer, Refused):
+                raise ConfigError(answer.reason)
+            if isinstance(answer, Welcome):
+                break
+        self._last_heard = time.monotonic()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._receive()), loop.create_task(self._beat())]
+        return answer
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.fail(Unavailable("the engine was closed"))
+        self._control.close()
+
+    def fail(self, error: EngineError) -> None:
+        """Every request in flight ends with this error, and new ones too."""
+        self._failure = error
+        self._end_all(error)
+
+    def _end_all(self, error: EngineError) -> None:
+        for request_id, queue in self._queues.items():
+            queue.put_nowait(RequestUpdate(request_id, (), "", type(error).__name__, str(error)))
+
+    async def wait_status(self, last: InstanceStatus) -> InstanceStatus:
+        """The instance's status as soon as it is another than `last`."""
+        async with self._status_changed:
+            await self._status_changed.wait_for(lambda: self.status != last)
+            return self.status
+
+    async def stats(self) -> Stats:
+        """Raises Unavailable when no answer comes."""
+        if self._stats is None or self._stats.done():
+            self._stats = asyncio.get_running_loop().create_future()
+            self._control.send(StatsRequest())
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._stats), STATS_TIMEOUT_S)
+        except TimeoutError:
+            raise Unavailable(f"the coordinator at {self.address} did not answer for {STATS_TIMEOUT_S:g} s") from None
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestUpdate, None]:
+        """Updates until the last one. Leaving early, or being cancelled, cancels the request.
+
+        Raises:
+            EngineError: the request was refused or lost; of the class that the coordinator named.
+        """
+        if self._failure is not None:
+            raise type(self._failure)(str(self._failure))
+        queue: asyncio.Queue[RequestUpdate] = asyncio.Queue()
+        self._queues[request.request_id] = queue
+        is_over = False
+        try:
+            self._control.send(Submit(request))
+            while not is_over:
+                update = await queue.get()
+                is_over = bool(update.finish_reason or update.error_kind)
+                if update.error_kind:
+                    kind = getattr(errors, update.error_kind, EngineError)
+                    raise kind(update.error)
+                yield update
+        finally:
+            del self._queues[request.request_id]
+            if not is_over:
+                self._control.send(Cancel(request.request_id))
+
+    async def _receive(self) -> None:
+        while True:
+            message = await self._control.receive()
+            self._last_heard = time.monotonic()
+            match message:
+                case Outputs():
+                    for update in message.updates:
+                        if (queue := self._queues.get(update.request_id)) is not None:
+                            queue.put_nowait(update)
+                case InstanceStatus():
+                    await self._set_status(message)
+                case Stats() if self._stats is not None and not self._stats.done():
+                    self._stats.set_result(message)
+                case Refused():  # a coordinator that was started anew
+                    self._end_all(errors.RequestFailed("the coordinator was restarted; requests in flight are lost"))
+                    self._control.send(ClientHello(PROTOCOL_VERSION))
+                case _:
+                    pass  # Welcome to a repeated hello, HeartbeatAck
+
+    async def _set_status(self, status: InstanceStatus) -> None:
+        async with self._status_changed:
+            self.status = status
+            self._status_changed.notify_all()
+
+    async def _beat(self) -> None:
+        while True:
+            self._control.send(ClientHeartbeat())
+            await asyncio.sleep(HEARTBEAT_S)
+            silent_s = time.monotonic() - self._last_heard
+            if silent_s > LOST_AFTER_S:
+                reason = f"the coordinator at {self.address} has given no sign of life for {silent_s:.0f} s"
+                self._end_all(errors.RequestFailed(reason))
+                with contextlib.suppress(RuntimeError):
+                    await self._set_status(InstanceStatus(False, reason, ""))

@@ -1,0 +1,35 @@
+"""What a device is to the code above it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from msi.meter import StageMeter
+
+T = TypeVar("T")
+
+
+class Device(Protocol):
+    """An ordered queue of work. Used from one event loop; work runs elsewhere and must not touch the loop."""
+
+    busy_s: float  # time spent computing since the start
+
+    def submit(self, work: Callable[[], T], meter: StageMeter, name: str, lane: int) -> asyncio.Future[T]:
+        """Enqueues work; the future has its result. `name` and `lane` label it in traces."""
+
+    def enqueue(self, work: Callable[[], object]) -> None:
+        """Enqueues work that nobody waits for; should it fail, the next submitted work fails with its error."""
+
+    def compute_dtype(self, wanted: torch.dtype) -> torch.dtype:
+        """The dtype to hold and compute weights in, for a checkpoint of dtype `wanted`."""
+
+    def linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """x [rows, in] -> [rows, out] for weight [out, in], which is kept in the device's own layout."""
+
+    async def close(self) -> None:
+        """Ends after the work in progress; what is still queued is dropped. Idempotent."""

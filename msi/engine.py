@@ -1,0 +1,268 @@
+"""The engine: text or tokens in, text and tokens out, from an instance it starts or one that runs elsewhere.
+
+    async with Engine.local(model=DIR, attention_workers=2, expert_workers=2) as engine:
+        async for output in engine.generate("It is a truth", SamplingParams(max_tokens=16)):
+            print(output.text, end="")
+
+Tokenising, detokenising and stop strings happen here, in the process that asks; the gateway stands on this too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import shutil
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from msi import tracing
+from msi.client import CoordinatorClient
+from msi.errors import EngineError, InvalidRequest, Unavailable
+from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
+from msi.messages import Stats, Welcome
+from msi.options import InstanceOptions
+from msi.scheduler import Request
+from msi.tokenizer import TextStream, encode, load_tokenizer
+from msi.types import Output, SamplingParams
+
+log = logging.getLogger(__name__)
+
+MAX_PROMPT_CHARS = 8_000_000
+
+
+class Engine:
+    """Use `Engine.local` or `Engine.connect`, as an async context manager. One per event loop."""
+
+    def __init__(
+        self,
+        *,
+        address: str = "",
+        options: InstanceOptions | None = None,
+        report: Callable[[str], None] = lambda sentence: None,
+        process_flags: dict[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        self._address = address
+        self._options = options
+        self._report = report
+        self._process_flags = process_flags or {}
+        self._instance: LocalInstance | None = None
+        self._client: CoordinatorClient | None = None
+        self._failure: EngineError | None = None
+        self._failed = asyncio.Event()
+        self._trace_dir: Path | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._welcome: Welcome | None = None
+
+    @staticmethod
+    def local(
+        model: str | Path | None = None, *, report: Callable[[str], None] | None = None, **options: Any
+    ) -> Engine:
+        """An instance on this machine, started and ended with the context.
+
+        Args:
+            model: Hugging Face model directory; None for the bundled demo model.
+            report: told what start-up waits for, in sentences.
+            options: see `msi.options.InstanceOptions`.
+
+        Raises:
+            ConfigError: the options cannot work. Entering the context may raise it too, and Unavailable.
+        """
+        known = set(InstanceOptions.__dataclass_fields__)
+        if unknown := sorted(set(options) - known):
+            raise TypeError(f"Engine.local has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        path = None if model is None else Path(model)
+        return Engine(options=InstanceOptions(model=path, **options), report=report or (lambda sentence: None))
+
+    @staticmethod
+    def connect(address: str) -> Engine:
+        """An instance that runs elsewhere, by its coordinator's address tcp://HOST:PORT."""
+        return Engine(address=address)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Engine:
+        try:
+            await self._start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def _start(self) -> None:
+        options = self._options
+        if options is not None:
+            if options.trace is not None:
+                self._trace_dir = new_trace_dir()
+            if options.chosen_transport == "inproc":
+                self._instance = InprocInstance(options, self._fail, self._trace_dir)
+            else:
+                self._instance = ProcessInstance(options, self._fail, trace_dir=self._trace_dir, **self._process_flags)
+            self._address = await self._instance.start()
+        self._client = CoordinatorClient(self._address)
+        self._welcome = await self._client.start()
+        if self._welcome.tokenizer:
+            self._tokenizer = load_tokenizer(self._welcome.tokenizer)
+        if options is not None:
+            await self._wait_ready(options.start_timeout_s)
+
+    async def _wait_ready(self, timeout_s: float) -> None:
+        assert self._client is not None
+        deadline = time.monotonic() + timeout_s + 5  # the coordinator gives up first, and says why
+        failed = asyncio.ensure_future(self._failed.wait())
+        try:
+            status = self._client.status
+            while not status.is_ready:
+                self._report(status.sentence)
+                change = asyncio.ensure_future(self._client.wait_status(status))
+                left_s = max(0.0, deadline - time.monotonic())
+                done, _ = await asyncio.wait({change, failed}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                if change not in done:
+                    change.cancel()
+                    raise self._failure or Unavailable(f"gave up after {timeout_s:g} s: {status.sentence}")
+                status = change.result()
+                if status.failure:
+                    raise Unavailable(status.failure)
+        finally:
+            failed.cancel()
+
+    def _fail(self, error: EngineError) -> None:
+        """The local instance cannot go on."""
+        self._failure = self._failure or error
+        self._failed.set()
+        if self._client is not None:
+            self._client.fail(error)
+
+    async def wait_failed(self) -> EngineError:
+        """Until the local instance cannot go on; why."""
+        await self._failed.wait()
+        assert self._failure is not None
+        return self._failure
+
+    async def close(self) -> None:
+        """Ends what was started. Requests in flight end with Unavailable. Idempotent."""
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+        if self._instance is not None:
+            await self._instance.stop()
+            self._instance = None
+        if self._trace_dir is not None:
+            assert self._options is not None
+            assert self._options.trace is not None
+            count = tracing.merge(self._trace_dir, self._options.trace)
+            shutil.rmtree(self._trace_dir)
+            self._trace_dir = None
+            log.info("%d trace events are in %s; open it with ui.perfetto.dev", count, self._options.trace)
+
+    # -- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """The coordinator's."""
+        return self._address
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Child processes by name; empty for an instance that runs elsewhere or in this process."""
+        return self._instance.pids if isinstance(self._instance, ProcessInstance) else {}
+
+    @property
+    def model_name(self) -> str:
+        return self._require_welcome().model_name
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence, prompt included."""
+        return self._require_welcome().max_model_len
+
+    @property
+    def status(self) -> tuple[bool, str]:
+        """Whether requests are taken now, and a sentence that says what is waited for if not."""
+        if self._failure is not None:
+            return False, str(self._failure)
+        if self._client is None:
+            return False, "the engine is closed"
+        return self._client.status.is_ready, self._client.status.sentence
+
+    async def stats(self) -> Stats:
+        """Everything countable in the instance. Raises Unavailable."""
+        return await self._require_client().stats()
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """A prompt's tokens. Raises InvalidRequest."""
+        if isinstance(prompt, str):
+            if len(prompt) > MAX_PROMPT_CHARS:
+                raise InvalidRequest(f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are allowed")
+            if self._tokenizer is None:
+                raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids")
+            return encode(self._tokenizer, prompt)
+        token_ids = tuple(prompt)
+        vocab_size = self._require_welcome().vocab_size
+        for token_id in token_ids:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+                raise InvalidRequest(
+                    f"token id {token_id!r} in the prompt; ids are integers from 0 to {vocab_size - 1}"
+                )
+        return token_ids
+
+    async def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str = ""
+    ) -> AsyncGenerator[Output, None]:
+        """Generates, yielding what is new as it comes; the last output has a finish_reason.
+
+        Leaving the iteration early, or being cancelled, cancels the request.
+
+        Args:
+            prompt: text, or token ids.
+
+        Raises:
+            InvalidRequest: the prompt or the parameters cannot be served.
+            Unavailable: nothing can take it now.
+            RequestFailed: it was lost on the way; names the worker.
+        """
+        params = params or SamplingParams()
+        client = self._require_client()
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks")
+        token_ids = self.encode(prompt)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        request = Request(request_id or f"req-{uuid.uuid4().hex}", token_ids, replace(params, seed=seed))
+        text = TextStream(self._tokenizer, params.stop)
+        updates = client.generate(request)
+        try:
+            async for update in updates:
+                new_text = text.push(update.token_ids)
+                reason: str | None = update.finish_reason or None
+                if text.is_stopped:
+                    reason = "stop"
+                elif reason is not None:
+                    new_text += text.flush()
+                yield Output(request.request_id, new_text, update.token_ids, reason, len(token_ids))
+                if reason is not None:
+                    return
+        finally:
+            await updates.aclose()
+
+    def _require_client(self) -> CoordinatorClient:
+        if self._failure is not None:
+            raise type(self._failure)(str(self._failure))
+        if self._client is None:
+            raise Unavailable("the engine is closed; use it inside `async with`")
+        return self._client
+
+    def _require_welcome(self) -> Welcome:
+        if self._welcome is None:
+            raise Unavailable("the engine has not started; use it inside `async with`")
+        return self._welcome

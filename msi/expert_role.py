@@ -1,0 +1,109 @@
+"""What an expert worker hosts: the experts placed on it, behind a link, batched by waves."""
+
+from __future__ import annotations
+
+import torch
+
+from msi.device.device import Device
+from msi.expert_server import ExpertServer
+from msi.kernels.routing import row_bytes
+from msi.messages import Assignment
+from msi.models.config import ModelConfig
+from msi.models.expert_half import ExpertHalf, ExpertWeights
+from msi.net.combine_link import CombineLink
+from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
+from msi.net.transport import Transport
+from msi.types import StageTimes
+from msi.waves import Waves
+
+MIN_WAIT_S = 0.005  # W on a real host is never less: its scheduler takes a core away for longer than a short turn
+
+
+def link_hello(assignment: Assignment, config: ModelConfig, dtype: torch.dtype) -> LinkHello:
+    """Who we are to the other side, and what both sides must agree on."""
+    return LinkHello(
+        protocol_version=PROTOCOL_VERSION,
+        instance=assignment.instance,
+        worker_id=assignment.worker_id,
+        incarnation=assignment.incarnation,
+        node=assignment.index,
+        rank=0,
+        size=1,
+        placement_version=assignment.placement.version,
+        num_lanes=assignment.num_lanes,
+        slot_rows=assignment.slot_rows,
+        row_bytes=row_bytes(config.hidden_size, config.top_k, dtype),
+        answer_row_bytes=config.hidden_size * dtype.itemsize,
+        next_seqs=(0,) * assignment.num_lanes,
+    )
+
+
+class ExpertRole:
+    """One life (incarnation) of an expert worker; weights and device outlive it."""
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        config: ModelConfig,
+        weights: ExpertWeights,
+        device: Device,
+        dtype: torch.dtype,
+        transport: Transport,
+    ) -> None:
+        self._device = device
+        self._waves = Waves(num_layers=config.num_layers, num_lanes=assignment.num_lanes, min_wait_s=MIN_WAIT_S)
+        self._link = CombineLink(
+            transport,
+            expected=link_hello(assignment, config, dtype),
+            worker_id=assignment.worker_id,
+            incarnation=assignment.incarnation,
+            num_seats=assignment.num_seats,
+            max_skip=2 * config.num_layers,
+        )
+        self._half = ExpertHalf(
+            config,
+            weights,
+            device,
+            dtype,
+            dispatch_layout=self._link.layout,
+            answer_layout=self._link.answer_layout,
+            landing=self._link.landing.memory,
+            landing_stride=self._link.landing.stride,
+            num_seats=assignment.num_seats,
+        )
+        self._server = ExpertServer(self._link, self._waves, self._half)
+
+    async def listen(self) -> str:
+        """Takes attention workers from now on; the address to give them."""
+        return await self._link.listen()
+
+    async def run(self) -> None:
+        """Serves for ever. Cancel it to stop."""
+        await self._server.run()
+
+    def fence(self, worker_id: str) -> None:
+        """Frees the seat of an attention worker that was lost."""
+        for seat, peer in self._link.peers.items():
+            if peer == worker_id:
+                self._link.fence(seat)
+
+    def times(self) -> StageTimes:
+        return StageTimes(expert_s=self._half.meter.median_s)
+
+    def counters(self) -> dict[str, float]:
+        waves, link = self._waves.counters, self._link.counters
+        counters: dict[str, float] = {
+            "batches": waves.batches,
+            "alone_batches": waves.alone_batches,
+            "evictions": waves.evictions,
+            "readmissions": waves.readmissions,
+            "wait_s": self._waves.wait_s,
+            "rows_landed": link.rows,
+            "answers": link.answers,
+            "seats": len(self._link.peers),
+            "expert_batches_s": self._half.meter.total_s,
+            "weight_bytes_read": self._half.weight_bytes_read,
+        }
+        counters |= {f"wave_size_{size}": count for size, count in waves.wave_sizes.items()}
+        counters |= {f"dropped_{reason.replace(' ', '_')}": count for reason, count in link.dropped.items()}
+        return counters

@@ -1,0 +1,87 @@
+"""The router, and packing rows for expert nodes.
+
+A packed row is `hidden | weights float32 [k] | local ids int32 [k]`: one contiguous run of bytes per token and node.
+An id of -1 marks an expert of another node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def topk_softmax(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+    """topk_weights float32 and topk_ids int64, both [num_tokens, k], of router logits [num_tokens, num_experts].
+
+    With `renormalise` the weights of a token sum to 1: softmax over the chosen logits alone is the same number.
+    """
+    logits = logits.to(torch.float32)
+    if renormalise:
+        chosen, topk_ids = torch.topk(logits, k, dim=-1)
+        return torch.softmax(chosen, dim=-1), topk_ids
+    return torch.topk(torch.softmax(logits, dim=-1), k, dim=-1)
+
+
+def row_bytes(hidden_size: int, k: int, dtype: torch.dtype) -> int:
+    """Bytes of a packed row, rounded up so that every row's values are aligned."""
+    return -(-(hidden_size * dtype.itemsize + 8 * k) // 16) * 16
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Typed views of memory that holds packed rows; leading dimensions are those of the bytes."""
+
+    hidden: Tensor  # [..., rows, hidden_size]
+    topk_weights: Tensor  # [..., rows, k] float32
+    topk_ids: Tensor  # [..., rows, k] int32, local, -1 for none
+
+    @staticmethod
+    def view(rows: Tensor, hidden_size: int, k: int, dtype: torch.dtype) -> PackedRows:
+        """Views of uint8 [..., rows, row_bytes]."""
+        at = hidden_size * dtype.itemsize
+        return PackedRows(
+            rows[..., :at].view(dtype),
+            rows[..., at : at + 4 * k].view(torch.float32),
+            rows[..., at + 4 * k : at + 8 * k].view(torch.int32),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementTables:
+    """A placement as tensors: `local_ids` [num_nodes, num_experts] int32, -1 where a node lacks the expert."""
+
+    local_ids: Tensor
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.local_ids.shape[0])
+
+
+def rows_for_node(topk_ids: Tensor, tables: PlacementTables, node: int) -> tuple[Tensor | None, Tensor]:
+    """Which tokens have an expert on a node, and their local ids there.
+
+    Returns:
+        (token_index [n] or None for all tokens in order, local ids [n, k] int32).
+    """
+    local = tables.local_ids[node][topk_ids]
+    if tables.num_nodes == 1:
+        return None, local
+    token_index = (local >= 0).any(dim=-1).nonzero().flatten()
+    return token_index, local.index_select(0, token_index)
+
+
+def pack_rows(
+    hidden: Tensor, topk_weights: Tensor, local_ids: Tensor, token_index: Tensor | None, into: PackedRows
+) -> int:
+    """Writes one node's rows to the start of `into`; returns how many."""
+    count = int(local_ids.shape[0])
+    if token_index is None:
+        into.hidden[:count] = hidden
+        into.topk_weights[:count] = topk_weights
+    else:
+        into.hidden[:count] = hidden.index_select(0, token_index)
+        into.topk_weights[:count] = topk_weights.index_select(0, token_index)
+    into.topk_ids[:count] = local_ids
+    return count

@@ -1,0 +1,154 @@
+"""Getting a worker's part of the model into memory: which tensors, how many bytes, how much room is left for cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from msi.device.device import Device
+from msi.errors import ConfigError
+from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.messages import Assignment
+from msi.models.attention_half import AttentionWeights, load_attention_weights
+from msi.models.checkpoint import Checkpoint, DummyCheckpoint
+from msi.models.config import ModelConfig, config_digest
+from msi.models.expert_half import ExpertWeights, load_expert_weights
+from msi.models.families import load_config
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class LoadedPart:
+    """The weights of one role and placement, on a device."""
+
+    assignment: Assignment
+    attention: AttentionWeights | None
+    experts: ExpertWeights | None
+
+    def fits(self, other: Assignment) -> bool:
+        """Whether another assignment needs the very same weights."""
+        ours = self.assignment
+        return (ours.role, ours.index, ours.placement, ours.dtype, ours.is_colocated) == (
+            other.role, other.index, other.placement, other.dtype, other.is_colocated,
+        )  # fmt: skip
+
+
+@dataclass
+class ModelFiles:
+    """A model directory, opened as far as its configuration.
+
+    Raises:
+        ConfigError: no such directory, or a configuration that is not supported.
+    """
+
+    model_dir: Path
+    load_format: str = "auto"  # or "dummy": random weights from config.json alone
+    config: ModelConfig = field(init=False)
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+    _digest: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        if self.load_format not in ("auto", "dummy"):
+            raise ConfigError(f"load format {self.load_format!r} is not supported; supported: auto, dummy")
+        self.config, values = load_config(self.model_dir)
+        self._digest = config_digest(values)
+
+    def open(self, report: Callable[[int], None] = lambda num_bytes: None) -> Checkpoint | DummyCheckpoint:
+        """Raises CheckpointError."""
+        if self.load_format == "dummy":
+            return DummyCheckpoint(report)
+        return Checkpoint(self.model_dir, report)
+
+    def fingerprint(self) -> str:
+        """sha256 of the canonical config.json and of the names, shapes and dtypes of all tensors."""
+        return f"{self._digest}/{self.open().fingerprint()}"
+
+    def load(self, assignment: Assignment, device: Device) -> LoadedPart:
+        """Reads this role's tensors, and no others, into the device's layout. Slow: call it in a thread of its own.
+
+        Raises:
+            CheckpointError: a tensor is missing, truncated or misshapen.
+        """
+        dtype = DTYPES[assignment.dtype]
+        self.loaded_bytes, self.total_bytes = 0, self._part_bytes(assignment)
+        started = time.monotonic()
+        source = self.open(self._count)
+        attention = experts = None
+        if assignment.role == "expert" or assignment.is_colocated:
+            ids = self._experts_of(assignment)
+            experts = load_expert_weights(self.config, ids, source, device, dtype)
+        if assignment.role == "attention":
+            attention = load_attention_weights(self.config, source, device, dtype)
+        log.info(
+            "%s: %.1f MB of weights read in %.1f s, held as %s",
+            assignment.worker_id, source.bytes_read / 1e6, time.monotonic() - started, assignment.dtype,
+        )  # fmt: skip
+        return LoadedPart(assignment, attention, experts)
+
+    def num_kv_blocks(self, assignment: Assignment, memory_utilization: float) -> int:
+        """As many as the share of free memory allows but no more than could ever be used, and the padding block.
+
+        Raises:
+            ConfigError: not even one fits.
+        """
+        block_bytes = self.config.kv_values_per_token * BLOCK_TOKENS * DTYPES[assignment.dtype].itemsize
+        budget = free_memory_bytes() * memory_utilization * assignment.memory_share
+        useful = assignment.max_num_seqs * -(-assignment.max_model_len // BLOCK_TOKENS)
+        affordable = int(budget // block_bytes) - 1
+        if affordable < 1:
+            raise ConfigError(
+                f"{budget / 1e6:.0f} MB for KV cache do not hold one block of {block_bytes / 1e6:.2f} MB; free some "
+                f"memory or raise --gpu-memory-utilization"
+            )
+        return 1 + min(useful, affordable)
+
+    def _experts_of(self, assignment: Assignment) -> tuple[int, ...]:
+        if assignment.is_colocated:
+            return tuple(range(self.config.num_experts))
+        return assignment.placement.experts_of(assignment.index)
+
+    def _part_bytes(self, assignment: Assignment) -> int:
+        """What `load` will read."""
+        config = self.config
+        num_values = 0
+        if assignment.role == "expert" or assignment.is_colocated:
+            per_expert = 3 * config.hidden_size * config.intermediate_size
+            num_values += len(self._experts_of(assignment)) * config.num_layers * per_expert
+        if assignment.role == "attention":
+            num_heads = 2 * config.num_heads + 2 * config.num_kv_heads
+            per_layer = config.hidden_size * (num_heads * config.head_dim + config.num_experts + 2)
+            num_tables = 1 if config.tie_word_embeddings else 2
+            num_values += config.num_layers * per_layer + config.hidden_size * (num_tables * config.vocab_size + 1)
+        return num_values * DTYPES[config.dtype].itemsize
+
+    def _count(self, num_bytes: int) -> None:
+        self.loaded_bytes += num_bytes
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        log.debug("no /proc/meminfo: half of the memory counts as free")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def resident_memory_bytes() -> int:
+    """Of this process; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

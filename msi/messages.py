@@ -1,0 +1,334 @@
+"""The control plane's messages: a few per pass or rarer, all typed, all through `net.codec`.
+
+worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
+                        Calibrated, WorkerFailed, Draining, Goodbye
+coordinator -> worker   Assignment, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate, UseLanes,
+                        HeartbeatAck, Drain, Shutdown
+client -> coordinator   ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest
+coordinator -> client   Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msi.scheduler import Progress, Request
+from msi.types import Placement, StageTimes
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHello:
+    """A worker offers itself.
+
+    Attributes:
+        worker_id: wanted id; "" lets the coordinator choose.
+        role: "attention", "expert", or "worker" for whichever is needed.
+        fingerprint: of its model; all workers of an instance must have the same.
+        dtype: what its device would compute in.
+    """
+
+    protocol_version: int
+    worker_id: str
+    role: str
+    pid: int
+    host: str
+    fingerprint: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The coordinator's answer: who the worker is from now on, and the shape of the instance.
+
+    Attributes:
+        instance: the instance's token; links refuse peers of another.
+        num_lanes: lanes that slots are made for; UseLanes says how many run.
+        num_seats: seats of an expert worker.
+        is_colocated: an attention worker that hosts all experts too.
+        memory_share: of the memory for KV cache, when several attention workers share a host.
+    """
+
+    instance: str
+    worker_id: str
+    role: str
+    index: int
+    incarnation: int
+    placement: Placement
+    num_lanes: int
+    slot_rows: int
+    num_seats: int
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    is_colocated: bool
+    memory_share: float
+    peer_timeout_s: float
+    heartbeat_s: float
+    lost_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """No; `reason` is a sentence for the user."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HelloAgain:
+    """The coordinator does not (or no longer) know this worker: it may come back through a new hello."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """Weights are loaded. `address`: where links reach an expert worker, else ""; `num_blocks`: KV blocks or 0."""
+
+    worker_id: str
+    incarnation: int
+    address: str
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailed:
+    """A worker cannot do its work and ends; `reason` is a sentence for the user."""
+
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertAddress:
+    node: int
+    worker_id: str
+    incarnation: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The expert workers that are there now; `lost` says why others are not, by worker id."""
+
+    experts: tuple[ExpertAddress, ...]
+    lost: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """To expert workers: this attention worker is lost, free its seat."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """An attention worker is connected to every expert worker (or, with `is_complete` False, no longer)."""
+
+    worker_id: str
+    incarnation: int
+    is_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What a heartbeat carries.
+
+    Attributes:
+        loaded_bytes: of `total_bytes` of weights, while loading.
+        counters: everything countable, by name.
+    """
+
+    loaded_bytes: int
+    total_bytes: int
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    times: StageTimes
+    counters: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    worker_id: str
+    incarnation: int
+    status: WorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatAck:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class PassDone:
+    """New tokens of one lane's pass."""
+
+    worker_id: str
+    incarnation: int
+    progress: tuple[Progress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestsFailed:
+    """Requests that end without (further) tokens. `kind` names the error class: see `msi.errors`."""
+
+    worker_id: str
+    incarnation: int
+    request_ids: tuple[str, ...]
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """An attention worker lost its link to an expert worker."""
+
+    worker_id: str
+    incarnation: int
+    peer: str
+    peer_incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrate:
+    """Run synthetic micro-batches of this many sequences on this many lanes, and report stage times."""
+
+    num_lanes: int
+    num_seqs: int
+    num_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    worker_id: str
+    incarnation: int
+    num_lanes: int
+    num_seqs: int
+    times: StageTimes
+
+
+@dataclass(frozen=True, slots=True)
+class UseLanes:
+    """Serve with this many micro-batches in flight."""
+
+    num_lanes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Finish what runs, take nothing new, then say Goodbye and end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """A worker was asked to end and wants to be drained."""
+
+    worker_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    worker_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientHello:
+    protocol_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What a client needs to know about the model. `tokenizer` is tokenizer.json, b"" when there is none."""
+
+    model_name: str
+    vocab_size: int
+    max_model_len: int
+    tokenizer: bytes
+    chat_template: str
+    bos_token: str
+    eos_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """Whether requests are taken, and if not what is waited for; `failure` is set when it will never be."""
+
+    is_ready: bool
+    sentence: str
+    failure: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientHeartbeat:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class RequestUpdate:
+    """New tokens of a request, or its end: `finish_reason` or (`error_kind`, `error`) is then not ""."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    error_kind: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    updates: tuple[RequestUpdate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StatsRequest:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    worker_id: str
+    role: str
+    pid: int
+    host: str
+    incarnation: int
+    state: str
+    status: WorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Everything countable in the instance."""
+
+    num_lanes: int
+    num_requests: int
+    workers: tuple[WorkerStats, ...]
+
+
+MESSAGES = (
+    WorkerHello, Assignment, Refused, HelloAgain, WorkerReady, WorkerFailed, Topology, Fence, Linked, Heartbeat,
+    HeartbeatAck, PassDone, RequestsFailed, PeerLost, Calibrate, Calibrated, UseLanes, Drain, Draining, Goodbye,
+    Shutdown, ClientHello, Welcome, InstanceStatus, Submit, Cancel, ClientHeartbeat, Outputs, StatsRequest, Stats,
+)  # fmt: skip

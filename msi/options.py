@@ -1,0 +1,125 @@
+"""What an instance can be told: one frozen value that the command line and `Engine.local` both fill in."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from msi.errors import ConfigError
+from msi.net import shm
+from msi.pipeline import MAX_MICRO_BATCHES
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+TRANSPORTS = ("auto", "inproc", "shm")
+LATER_TRANSPORTS = ("tcp", "rdma")
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceOptions:
+    """Options of one instance on this machine; names are those of msi-launch's flags.
+
+    Attributes:
+        model: Hugging Face model directory; None for the bundled demo model.
+        micro_batches: m, or 0 to choose by measurement.
+        colocated: both roles in one process.
+        threads_per_worker: torch threads of each worker; 0 shares the cores among the workers of a role.
+        transport: "inproc" puts all workers into the calling process; "auto" takes shared memory.
+        max_model_len: the longest sequence, prompt included; 0 for what the model was made for.
+        max_num_seqs: sequences that run at a time, per attention worker.
+        max_num_batched_tokens: tokens per micro-batch; 0 for the rows of a slot.
+        slot_rows: rows of a slot.
+        gpu_memory_utilization: share of free memory for KV cache (on a CPU, of free RAM).
+        trace: file for a Chrome trace.
+
+    Raises:
+        ConfigError: names the option, what was given and what is allowed.
+    """
+
+    model: Path | None = None
+    attention_workers: int = 1
+    expert_workers: int = 1
+    micro_batches: int = 0
+    colocated: bool = False
+    device: str = "cpu"
+    threads_per_worker: int = 0
+    transport: str = "auto"
+    dtype: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int = 0
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 0
+    slot_rows: int = 512
+    gpu_memory_utilization: float = 0.9
+    served_model_name: str = ""
+    trace: Path | None = None
+    start_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        _at_least("attention-workers", self.attention_workers, 1)
+        _at_least("expert-workers", self.expert_workers, 1)
+        _at_least("threads-per-worker", self.threads_per_worker, 0)
+        _at_least("max-model-len", self.max_model_len, 0)
+        _at_least("max-num-seqs", self.max_num_seqs, 1)
+        _at_least("max-num-batched-tokens", self.max_num_batched_tokens, 0)
+        _at_least("slot-rows", self.slot_rows, 1)
+        if not 0 <= self.micro_batches <= MAX_MICRO_BATCHES:
+            raise ConfigError(f"--micro-batches {self.micro_batches}: give auto or 1 to {MAX_MICRO_BATCHES}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"--gpu-memory-utilization {self.gpu_memory_utilization}: give a number in (0, 1]")
+        if self.max_num_batched_tokens > self.slot_rows:
+            raise ConfigError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is more than a slot's {self.slot_rows} rows"
+            )
+        if self.colocated and (self.attention_workers, self.expert_workers) != (1, 1):
+            raise ConfigError("--colocated is one process with both roles; leave the numbers of workers out")
+        if self.device != "cpu":
+            raise ConfigError(f"--device {self.device} is not built yet; supported: cpu")
+        if self.transport in LATER_TRANSPORTS:
+            raise ConfigError(f"--transport {self.transport} is not built yet; supported: {', '.join(TRANSPORTS)}")
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"--transport {self.transport!r} is not one; supported: {', '.join(TRANSPORTS)}")
+
+    @property
+    def model_dir(self) -> Path:
+        return DEMO_MODEL if self.model is None else self.model
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or ("demo" if self.model is None else str(self.model))
+
+    @property
+    def chosen_transport(self) -> str:
+        """The transport between workers. Raises ConfigError where the host cannot do it."""
+        if self.transport != "auto":
+            return self.transport
+        if (reason := shm.is_available()) is not None and not self.colocated:
+            raise ConfigError(f"{reason}; use --transport inproc")
+        return "shm"
+
+    @property
+    def num_threads(self) -> int:
+        """Torch threads of each worker."""
+        if self.threads_per_worker:
+            return self.threads_per_worker
+        return max(1, (os.cpu_count() or 1) // max(self.attention_workers, self.expert_workers))
+
+    @property
+    def batched_tokens(self) -> int:
+        return self.max_num_batched_tokens or self.slot_rows
+
+    def flags(self) -> list[str]:
+        """This as command-line arguments of msi-launch, for child processes."""
+        arguments = [] if self.model is None else [str(self.model)]
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name != "model" and value != one.default:
+                flag = "--" + one.name.replace("_", "-").removesuffix("-s")
+                arguments += [flag] if value is True else [flag, str(value)]
+        return arguments
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"--{name} {value!r}: give an integer >= {least}")

@@ -1,0 +1,75 @@
+"""Text to tokens and back: prompts, incremental detokenisation, and stop strings across token boundaries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from msi.errors import ConfigError, InvalidRequest
+
+
+def load_tokenizer(content: bytes) -> Tokenizer:
+    """From the bytes of a tokenizer.json. Raises ConfigError."""
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ConfigError(f"tokenizer.json cannot be read: {error}") from error
+
+
+def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Tokens of a prompt, with the special tokens that the tokenizer puts around it.
+
+    Raises:
+        InvalidRequest: the text holds lone surrogates, which no encoding can express.
+    """
+    try:
+        return tuple(tokenizer.encode(text).ids)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"the prompt is not valid Unicode text: {error.reason} at {error.start}") from error
+    except TypeError as error:
+        raise InvalidRequest(f"the prompt is not valid text: {error}") from error
+
+
+class TextStream:
+    """One request's tokens as text, as soon as it is certain.
+
+    Bytes of an unfinished character are held back, and so is the end of a text that may turn out to be the beginning
+    of a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._stream: Any = None if tokenizer is None else DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, token_ids: tuple[int, ...]) -> str:
+        """The text that these tokens make certain; once it `is_stopped`, that is all there will be."""
+        if self._tokenizer is None:
+            return ""
+        for token_id in token_ids:
+            self._held += self._stream.step(self._tokenizer, token_id) or ""
+            found = [(at, text) for text in self._stop if (at := self._held.find(text)) >= 0]
+            if found:
+                self.is_stopped = True
+                certain, self._held = self._held[: min(found)[0]], ""
+                return certain
+        keep = self._possible_stop()
+        certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return certain
+
+    def flush(self) -> str:
+        """What was held back, once nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_stop(self) -> int:
+        """The longest end of the text that begins a stop string."""
+        longest = max((len(text) for text in self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(text.startswith(self._held[-length:]) for text in self._stop):
+                return length
+        return 0

@@ -1,0 +1,80 @@
+"""Greedy tokens equal transformers' in float32, whatever the layout, the lanes and the arrivals."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from msi import Engine, SamplingParams
+from tests.reference import references, save_tiny
+
+NUM_TOKENS = 12
+LENGTHS = [1, 2, 15, 16, 17, 40, 64, 129, 300]
+LAYOUTS = [(1, 1), (2, 2), (1, 3), (3, 2)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    model = save_tiny(path)
+    return path, references(model, LENGTHS, NUM_TOKENS)
+
+
+async def tokens_of(engine, prompt, delay_s=0.0, **params):
+    await asyncio.sleep(delay_s)
+    params = SamplingParams(**{"max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, **params})
+    tokens = []
+    async for output in engine.generate(prompt, params):
+        tokens += output.token_ids
+    return tuple(tokens)
+
+
+async def check_equal(engine, expected, seed):
+    chance = random.Random(seed)
+    order = chance.sample(expected, len(expected))
+    results = await asyncio.gather(*(tokens_of(engine, one.prompt, chance.uniform(0, 0.3)) for one in order))
+    for one, tokens in zip(order, results, strict=True):
+        assert tokens == one.tokens, f"prompt of {len(one.prompt)} tokens"
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 4])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}x{layout[1]}")
+async def test_tokens_equal_transformers_in_process(checkpoint, layout, micro_batches):
+    path, expected = checkpoint
+    async with Engine.local(
+        model=path,
+        attention_workers=layout[0],
+        expert_workers=layout[1],
+        micro_batches=micro_batches,
+        transport="inproc",
+        threads_per_worker=1,
+        slot_rows=48,
+        max_num_seqs=8,
+    ) as engine:
+        await check_equal(engine, expected, seed=micro_batches)
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batches"),
+    [((1, 1), 2), ((2, 2), 3), pytest.param((3, 2), 1, marks=pytest.mark.slow)],
+)
+async def test_tokens_equal_transformers_as_processes_over_shared_memory(checkpoint, layout, micro_batches):
+    path, expected = checkpoint
+    async with Engine.local(
+        model=path,
+        attention_workers=layout[0],
+        expert_workers=layout[1],
+        micro_batches=micro_batches,
+        threads_per_worker=1,
+        slot_rows=48,
+        max_num_seqs=8,
+    ) as engine:
+        await check_equal(engine, expected, seed=0)
+
+
+async def test_tokens_equal_transformers_colocated(checkpoint):
+    path, expected = checkpoint
+    async with Engine.local(model=path, colocated=True, threads_per_worker=1) as engine:
+        await check_equal(engine, expected, seed=0)
