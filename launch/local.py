@@ -9,13 +9,14 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from .arguments import LaunchArguments
 from rich.console import Console
 from rich.status import Status
 
 from msi.engine import Engine
 from msi.messages import Stats
 from msi.types import SamplingParams
+
+from .arguments import LaunchArguments
 
 STATUS_EVERY_S = 1.0
 

@@ -8,10 +8,11 @@ from collections.abc import Coroutine
 from typing import Any
 
 import uvloop
-from . import local, processes
-from .arguments import LaunchArguments, parse
 
 from msi.errors import EngineError
+
+from . import local, processes
+from .arguments import LaunchArguments, parse
 
 EXIT_SENTENCE = 2  # it said why it cannot work
 

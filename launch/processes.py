@@ -10,13 +10,13 @@ import os
 import signal
 import sys
 
-from .arguments import LaunchArguments
-
 from msi.engine import Engine
 from msi.errors import EngineError
 from msi.instance import create_coordinator, worker_settings
 from msi.server.gateway import Gateway
 from msi.worker import Worker
+
+from .arguments import LaunchArguments
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from msi.expert_role import link_hello
 from msi.kernels.paged_attention import BLOCK_TOKENS
 from msi.lanes import run_lane, run_pass
 from msi.messages import Assignment, ExpertAddress, Linked, PassDone, PeerLost, RequestsFailed, Topology
-from msi.models.attention_half import AttentionHalf, AttentionWeights, allocate_kv_cache
+from msi.models.attention_half import AttentionHalf, AttentionWeights, kv_cache_shape
 from msi.models.config import ModelConfig
 from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
@@ -68,7 +68,7 @@ class AttentionRole:
         self._half = AttentionHalf(
             config,
             weights,
-            allocate_kv_cache(config, num_blocks, dtype),
+            device.zeros(kv_cache_shape(config, num_blocks), dtype),
             assignment.placement,
             device,
             dispatch_layout=self._link.layout,
@@ -290,6 +290,7 @@ class AttentionRole:
             "answers": link.answers,
             "attention_s": self._half.meter.total_s,
             "sample_s": self._half.pass_meter.total_s,
+            "weight_bytes_read": self._half.weight_bytes_read,
         }
         counters |= {f"dropped_{reason.replace(' ', '_')}": count for reason, count in link.dropped.items()}
         return counters

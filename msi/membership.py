@@ -33,6 +33,7 @@ from msi.messages import (
 from msi.types import Placement, StageTimes
 
 NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes(), {})
+LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
 ROLES = ("attention", "expert", "worker")
 
 
@@ -262,7 +263,8 @@ class Cluster:
         instructions: list[Instruction] = []
         for member in list(self._members.values()):
             silent_s = now - member.last_seen
-            if member.is_live and silent_s > self.plan.lost_after_s:
+            patience_s = self.plan.lost_after_s * (LOADING_PATIENCE if member.state == "loading" else 1)
+            if member.is_live and silent_s > patience_s:
                 instructions += self._lose(member, f"no sign of life for {silent_s:.1f} s")
         self._was_ready |= bool(self.serving)
         if not self._was_ready and not self.failure and now - self._started_at > self.plan.start_timeout_s:

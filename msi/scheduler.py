@@ -49,6 +49,7 @@ class _Sequence:
     num_computed: int = 0  # tokens whose keys and values are in the cache
     blocks: tuple[int, ...] = ()
     is_cancelled: bool = False
+    was_left_out: bool = False  # of the last micro-batch, for want of room
 
     @property
     def num_prompt_left(self) -> int:
@@ -61,7 +62,7 @@ class _Sequence:
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    sequences: deque[_Sequence] = field(default_factory=deque)
+    sequences: list[_Sequence] = field(default_factory=list)
     in_flight: list[tuple[_Sequence, int]] = field(default_factory=list)  # with the tokens it computes
 
 
@@ -186,26 +187,18 @@ class Scheduler:
         assert not lane.in_flight, f"lane {lane_index} is in flight"
         self._admit()
         budget = self._max_num_batched_tokens
+        # whoever had no room last time, then those that decode, then prompts
+        turns = sorted(lane.sequences, key=lambda sequence: (not sequence.was_left_out, sequence.num_prompt_left > 0))
         chosen: list[tuple[_Sequence, int]] = []
-        prompts = []
-        for sequence in lane.sequences:
-            if sequence.num_prompt_left:
-                prompts.append(sequence)
-            elif budget:
-                chosen.append((sequence, 1))
-                budget -= 1
-        for sequence in prompts:
-            if not budget:
-                break
-            chunk = min(sequence.num_prompt_left, budget)
-            chosen.append((sequence, chunk))
-            budget -= chunk
+        for sequence in turns:
+            room = max(1, budget // 2) if sequence.was_left_out else budget
+            count = min(sequence.num_prompt_left or 1, room, budget)
+            sequence.was_left_out = count == 0
+            if count:
+                chosen.append((sequence, count))
+                budget -= count
         if not chosen:
             return None
-        if len(chosen) < len(lane.sequences):  # whoever had no turn comes first next time
-            served = {id(sequence) for sequence, _ in chosen}
-            rest = [sequence for sequence in lane.sequences if id(sequence) not in served]
-            lane.sequences = deque([*rest, *(sequence for sequence, _ in chosen)])
         lane.in_flight = chosen
         return _micro_batch(chosen)
 

@@ -269,7 +269,7 @@ class Worker:
                 case Shutdown() | Refused():
                     log.info("%s ends: %s", self.worker_id, message.reason)
                     raise _WorkerEnds
-                case HeartbeatAck() | Assignment():
+                case HeartbeatAck() | Assignment() | Fence():
                     pass
                 case _:
                     log.warning("%s: %s came at the wrong time", self.worker_id, type(message).__name__)
@@ -322,6 +322,8 @@ class Worker:
             if attention is None:
                 times = experts.times()
         busy = self._busy_share()
+        counters["at_s"] = time.monotonic()
+        counters["busy_s"] = 0.0 if self._device is None else self._device.busy_s
         counters["loop_cpu_s"] = time.thread_time()
         counters["rss_bytes"] = resident_memory_bytes()
         has_work = attention is None or not attention.is_idle

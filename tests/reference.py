@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.utils import logging
+
+logging.disable_progress_bar()
 
 VOCAB_SIZE = 199
 
@@ -35,9 +38,13 @@ def tiny_config(**changes) -> MixtralConfig:
 def save_tiny(path: Path, seed: int = 0, *, dtype=torch.float32, max_shard_size="1GB", **changes) -> MixtralForCausalLM:
     """Saves a random checkpoint and returns the model in float32."""
     torch.manual_seed(seed)
-    model = MixtralForCausalLM(tiny_config(**changes)).eval().to(dtype)
-    model.save_pretrained(path, max_shard_size=max_shard_size)
-    return model.float()
+    MixtralForCausalLM(tiny_config(**changes)).to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    return load_reference(path)
+
+
+def load_reference(path: Path, dtype=torch.float32) -> MixtralForCausalLM:
+    """Loaded anew: casting a model in memory would round its rotary frequencies too."""
+    return MixtralForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
 @dataclass(frozen=True)

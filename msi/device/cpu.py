@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import mmap
 import threading
 import time
 from collections.abc import Callable
@@ -98,6 +100,10 @@ class CpuDevice:
 
     def compute_dtype(self, wanted: torch.dtype) -> torch.dtype:
         return wanted if wanted is torch.float32 or has_bf16_units() else torch.float32
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # torch.zeros would touch every page
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
 
     def linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         if self._packing is None or weight.dtype is torch.float16:

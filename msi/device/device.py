@@ -28,6 +28,9 @@ class Device(Protocol):
     def compute_dtype(self, wanted: torch.dtype) -> torch.dtype:
         """The dtype to hold and compute weights in, for a checkpoint of dtype `wanted`."""
 
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory that costs nothing until it is written, where the device has such."""
+
     def linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """x [rows, in] -> [rows, out] for weight [out, in], which is kept in the device's own layout."""
 

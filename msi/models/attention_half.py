@@ -94,11 +94,9 @@ def load_attention_weights(
     return AttentionWeights(embed, tuple(layers), final_norm, device.linear(head), num_bytes)
 
 
-def allocate_kv_cache(config: ModelConfig, num_blocks: int, dtype: torch.dtype) -> Tensor:
-    """[num_layers, num_blocks, BLOCK_TOKENS, 2, num_kv_heads, head_dim], zero."""
-    return torch.zeros(
-        config.num_layers, num_blocks, BLOCK_TOKENS, 2, config.num_kv_heads, config.head_dim, dtype=dtype
-    )
+def kv_cache_shape(config: ModelConfig, num_blocks: int) -> tuple[int, ...]:
+    """[num_layers, num_blocks, BLOCK_TOKENS, 2, num_kv_heads, head_dim]; it starts as zeros."""
+    return (config.num_layers, num_blocks, BLOCK_TOKENS, 2, config.num_kv_heads, config.head_dim)
 
 
 @dataclass(slots=True)
@@ -138,6 +136,7 @@ class AttentionHalf:
         self.num_layers = config.num_layers
         self.meter = StageMeter()  # T_a
         self.pass_meter = StageMeter()  # head and sampling, once per pass
+        self.weight_bytes_read = 0
         self._config = config
         self._weights = weights
         self._kv_cache = kv_cache
@@ -240,6 +239,7 @@ class AttentionHalf:
     def _sample(self, lane: int) -> list[int]:
         state = self._combined(lane)
         self._lanes[lane] = None
+        self.weight_bytes_read += self._weights.num_bytes
         return sample(self._logits(state), state.micro_batch.sampling)
 
     def _logits(self, state: _LaneState) -> Tensor:

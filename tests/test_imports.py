@@ -1,0 +1,123 @@
+"""Imports point downwards only, and each library has one owner."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# lower layers first; a module may import its own layer and those below
+LAYERS = [
+    {"msi.errors", "msi.types", "msi.meter", "msi.tracing"},
+    {
+        "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.block_pool", "msi.kernels", "msi.net",
+    },
+    {"msi.messages", "msi.membership", "msi.routing", "msi.options"},  # decisions about an instance, and its messages
+    {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer"},
+    {"msi.lanes", "msi.expert_server", "msi.loading", "msi.attention_role", "msi.expert_role", "msi.worker"},
+    {"msi.coordinator", "msi.client", "msi.instance", "msi.engine"},
+    {"msi"},  # what everybody imports from
+    {"msi.server", "msi.simulator"},
+    {"launch", "tools"},
+]  # fmt: skip
+OWNERS = {
+    "zmq": {"msi/net/control.py"},
+    "msgpack": {"msi/net/codec.py"},
+    "aiohttp": {"msi/server/gateway.py"},
+    "triton": {"msi/kernels/"},
+    "uvloop": {"launch/main.py"},
+    "pickle": set(),
+}
+FORBIDDEN = {"msi.server": "msi.simulator", "msi.simulator": "msi.server", "msi.kernels": "msi", "msi.net": "msi.waves"}
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports, however deep inside it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def layer_of(module: str) -> int:
+    while module:
+        for index, names in enumerate(LAYERS):
+            if module in names:
+                return index
+        module = module.rpartition(".")[0]
+    raise AssertionError("not ours")
+
+
+def test_every_module_has_a_layer():
+    for path in python_files("msi", "launch", "tools"):
+        layer_of(module_of(path).removesuffix("_launch"))
+
+
+@pytest.mark.parametrize("path", python_files("msi", "launch"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    ours = module_of(path)
+    for imported in imports_of(path):
+        if imported.partition(".")[0] in ("msi", "launch", "tools") and imported != "msi.errors":
+            package = imported if (ROOT / imported.replace(".", "/")).with_suffix(".py").exists() else None
+            package = package or (imported if (ROOT / imported.replace(".", "/")).is_dir() else None)
+            if package is not None and package != "msi":
+                assert layer_of(package) <= layer_of(ours), f"{ours} imports {package} from above"
+
+
+@pytest.mark.parametrize("path", python_files("msi", "launch"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_library_has_one_owner(path):
+    name = str(path.relative_to(ROOT))
+    for library, owners in OWNERS.items():
+        if any(imported.split(".")[0] == library for imported in imports_of(path)):
+            assert any(name.startswith(owner) for owner in owners), f"{name} imports {library}"
+
+
+def test_kernels_know_nothing_of_msi():
+    for path in python_files("msi/kernels"):
+        assert not [name for name in imports_of(path) if name.startswith("msi") and not name.startswith("msi.kernels")]
+
+
+def test_net_knows_no_layers_experts_or_requests():
+    allowed = ("msi.net", "msi.errors", "msi.meter")
+    for path in python_files("msi/net"):
+        assert not [name for name in imports_of(path) if name.startswith("msi") and not name.startswith(allowed)]
+
+
+def test_there_are_no_import_circles():
+    files = {module_of(path): path for path in python_files("msi")}
+    graph = {
+        module: {name for name in imports_of(path) if name in files and name not in (module, "msi")}
+        for module, path in files.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, f"import circle: {' -> '.join([*above, module])}"
+        if module not in done:
+            for name in graph[module]:
+                visit(name, (*above, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_the_package_list_is_complete():
+    listed = (ROOT / "pyproject.toml").read_text()
+    for folder in {path.parent for path in python_files("msi")}:
+        package = ".".join(folder.relative_to(ROOT).parts)
+        assert f'"{package}"' in listed, f"{package} is missing in pyproject.toml"

@@ -1,0 +1,141 @@
+"""The plain-torch operations against definitions written out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msi.kernels.experts import moe_experts, silu_and_mul
+from msi.kernels.norm_rope import apply_rope, rms_norm, rope_table
+from msi.kernels.paged_attention import BLOCK_TOKENS, group_sequences, paged_attention, write_kv
+from msi.kernels.routing import PackedRows, PlacementTables, pack_rows, row_bytes, rows_for_node, topk_softmax
+from msi.placement import place_evenly
+
+
+def test_rms_norm_is_its_definition():
+    hidden, weight = torch.randn(5, 8), torch.randn(8)
+    expected = hidden / torch.sqrt((hidden**2).mean(-1, keepdim=True) + 1e-5) * weight
+    torch.testing.assert_close(rms_norm(hidden, weight, 1e-5), expected)
+
+
+def test_rope_rotates_pairs_by_position_times_frequency():
+    heads = torch.randn(3, 2, 8)
+    original = heads.clone()
+    cos, sin = rope_table(torch.tensor([0, 5, 9]), 8, 1e4, torch.float32)
+    apply_rope(heads, cos, sin)
+    torch.testing.assert_close(heads[0], original[0])
+    for token, position in ((1, 5), (2, 9)):
+        for pair in range(4):
+            angle = position / 1e4 ** (2 * pair / 8)
+            x, y = original[token, 1, pair], original[token, 1, pair + 4]
+            assert heads[token, 1, pair] == pytest.approx(float(x * math.cos(angle) - y * math.sin(angle)), abs=1e-5)
+            assert heads[token, 1, pair + 4] == pytest.approx(
+                float(y * math.cos(angle) + x * math.sin(angle)), abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("window", [None, 7, 40])
+def test_paged_attention_equals_attention_over_each_sequence_alone(window):
+    torch.manual_seed(0)
+    num_heads, num_kv_heads, head_dim = 6, 2, 8
+    query_lens, context_lens = [1, 1, 5, 1, 20], [3, 40, 33, 90, 20]
+    cache = torch.randn(64, BLOCK_TOKENS, 2, num_kv_heads, head_dim)
+    order = iter((torch.randperm(63) + 1).tolist())
+    tables = [[next(order) for _ in range(-(-length // BLOCK_TOKENS))] for length in context_lens]
+    query = torch.randn(sum(query_lens), num_heads, head_dim)
+    groups = group_sequences(query_lens, context_lens, tables, window, torch.float32)
+    result = paged_attention(query, cache, groups)
+    row = 0
+    for query_len, length, table in zip(query_lens, context_lens, tables, strict=True):
+        kv = cache[table].flatten(0, 1)[:length]
+        for offset in range(query_len):
+            position = length - query_len + offset
+            first = 0 if window is None else max(0, position - window + 1)
+            for head in range(num_heads):
+                keys, values = (kv[first : position + 1, part, head // 3] for part in (0, 1))
+                weights = torch.softmax(keys @ query[row + offset, head] / math.sqrt(head_dim), 0)
+                torch.testing.assert_close(result[row + offset, head], weights @ values, atol=1e-5, rtol=1e-4)
+        row += query_len
+
+
+def test_written_keys_and_values_are_where_the_slots_say():
+    cache = torch.zeros(4, BLOCK_TOKENS, 2, 1, 2)
+    kv = torch.randn(3, 2, 1, 2)
+    write_kv(cache, kv, torch.tensor([1 * BLOCK_TOKENS + 15, 2 * BLOCK_TOKENS, 3 * BLOCK_TOKENS + 7]))
+    torch.testing.assert_close(cache[1, 15], kv[0])
+    torch.testing.assert_close(cache[2, 0], kv[1])
+    torch.testing.assert_close(cache[3, 7], kv[2])
+    assert int((cache != 0).any(dim=-1).any(dim=-1).any(dim=-1).sum()) == 3
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_topk_softmax_is_softmax_then_topk(renormalise):
+    logits = torch.randn(9, 5)
+    weights, ids = topk_softmax(logits, 2, renormalise)
+    expected, expected_ids = torch.topk(torch.softmax(logits, -1), 2)
+    if renormalise:
+        expected = expected / expected.sum(-1, keepdim=True)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected)
+
+
+def dense_moe(hidden, topk_ids, topk_weights, gate_up, down):
+    result = torch.zeros_like(hidden)
+    for row in range(hidden.shape[0]):
+        for slot in range(topk_ids.shape[1]):
+            expert = int(topk_ids[row, slot])
+            inner = silu_and_mul(hidden[row : row + 1] @ gate_up[expert].T)
+            result[row] += topk_weights[row, slot] * (inner @ down[expert].T)[0]
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_combining_what_was_dispatched_equals_the_dense_computation(data):
+    """For any placement: rows packed per node, experts run there, partial sums added back."""
+    num_experts = data.draw(st.integers(1, 9), "experts")
+    num_nodes = data.draw(st.integers(1, num_experts), "nodes")
+    k = data.draw(st.integers(1, min(4, num_experts)), "k")
+    num_tokens = data.draw(st.integers(1, 12), "tokens")
+    torch.manual_seed(data.draw(st.integers(0, 1000), "seed"))
+    hidden_size, inner = 8, 6
+    hidden = torch.randn(num_tokens, hidden_size)
+    gate_up = torch.randn(num_experts, 2 * inner, hidden_size)
+    down = torch.randn(num_experts, hidden_size, inner)
+    topk_weights, topk_ids = topk_softmax(torch.randn(num_tokens, num_experts), k, renormalise=True)
+
+    placement = place_evenly(num_experts, num_nodes)
+    assert sorted(expert for node in range(num_nodes) for expert in placement.experts_of(node)) == [*range(num_experts)]
+    local_ids = torch.full((num_nodes, num_experts), -1, dtype=torch.int32)
+    for node in range(num_nodes):
+        for local, expert in enumerate(placement.experts_of(node)):
+            local_ids[node, expert] = local
+    tables = PlacementTables(local_ids)
+
+    result = torch.zeros_like(hidden)
+    rows_sent = 0
+    for node in range(num_nodes):
+        memory = torch.zeros(num_tokens, row_bytes(hidden_size, k, torch.float32), dtype=torch.uint8)
+        slot = PackedRows.view(memory, hidden_size, k, torch.float32)
+        token_index, ids = rows_for_node(topk_ids, tables, node)
+        count = pack_rows(hidden, topk_weights, ids, token_index, slot)
+        rows_sent += count
+        if count:
+            experts = placement.experts_of(node)
+            combined, num_hit = moe_experts(
+                slot.hidden[:count],
+                slot.topk_ids[:count],
+                slot.topk_weights[:count],
+                [lambda x, e=expert: x @ gate_up[e].T for expert in experts],
+                [lambda x, e=expert: x @ down[e].T for expert in experts],
+            )
+            assert num_hit == len(set(topk_ids.flatten().tolist()) & set(experts))
+            index = slice(None) if token_index is None else token_index
+            result[index] += combined
+    torch.testing.assert_close(result, dense_moe(hidden, topk_ids, topk_weights, gate_up, down), atol=1e-4, rtol=1e-4)
+    nodes_per_token = [len({placement.node_of[expert] for expert in row}) for row in topk_ids.tolist()]
+    assert rows_sent == sum(nodes_per_token), "a token travels once to each node that it needs"

@@ -1,0 +1,318 @@
+"""Reading models: configurations, checkpoints, and that each worker opens only what is its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from msi import Engine, SamplingParams
+from msi.errors import CheckpointError, ConfigError
+from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.loading import ModelFiles
+from msi.messages import Assignment
+from msi.models.attention_half import AttentionHalf, kv_cache_shape, load_attention_weights
+from msi.models.checkpoint import Checkpoint
+from msi.models.expert_half import load_expert_weights
+from msi.models.families import load_config, parse_config
+from msi.placement import place_evenly
+from msi.types import MicroBatch, TokenSampling
+from tests.reference import VOCAB_SIZE, greedy, load_reference, references, save_tiny, tiny_config
+
+
+class PlainDevice:
+    """Weights as they are, nothing queued."""
+
+    def linear(self, weight):
+        return lambda rows: torch.nn.functional.linear(rows, weight)
+
+    def zeros(self, shape, dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+
+def edit(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    for key, value in changes.items():
+        config.pop(key) if value is ... else config.__setitem__(key, value)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_tiny(tmp_path)
+    return tmp_path
+
+
+# -- configurations ----------------------------------------------------------------------------------------------------
+
+
+def test_transformers_4_and_5_write_the_same_model(checkpoint):
+    newer, _ = load_config(checkpoint)
+    values = json.loads((checkpoint / "config.json").read_text())
+    older = {key: value for key, value in values.items() if key not in ("rope_parameters", "dtype")}
+    older |= {"rope_theta": 1e4, "torch_dtype": "float32"}
+    assert parse_config(older, "config.json") == newer
+    assert (newer.rope_theta, newer.dtype, newer.head_dim, newer.eos_token_ids) == (1e4, "float32", 16, (2,))
+
+
+def test_generation_config_names_the_end_of_sequence_tokens(checkpoint):
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert load_config(checkpoint)[0].eos_token_ids == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM' is not supported; supported: MixtralForCausalLM"),
+        ({"architectures": ...}, "names no architecture"),
+        ({"hidden_size": "large"}, "hidden_size is 'large'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"num_experts_per_tok": 9}, "9 of 7 experts"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+        ({"dtype": "float8"}, "dtype 'float8' is not supported"),
+        ({"vocab_size": ...}, "vocab_size is None"),
+    ],
+)
+def test_a_configuration_that_cannot_be_served_is_refused_by_name(checkpoint, changes, complaint):
+    edit(checkpoint, **changes)
+    with pytest.raises(ConfigError, match=complaint):
+        load_config(checkpoint)
+
+
+def test_directories_that_hold_no_model(tmp_path):
+    with pytest.raises(ConfigError, match="not a directory"):
+        load_config(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{oops")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="must be a JSON object"):
+        load_config(tmp_path)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def load_everything(path):
+    config, _ = load_config(path)
+    source = Checkpoint(path)
+    attention = load_attention_weights(config, source, PlainDevice(), torch.float32)
+    experts = load_expert_weights(config, tuple(range(config.num_experts)), source, PlainDevice(), torch.float32)
+    return attention, experts
+
+
+def rewrite(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("model.layers.1.self_attn.q_proj.weight"), r"no tensor model\.layers\.1\.self_attn\.q_proj"),
+        (lambda t: t.pop("model.layers.2.block_sparse_moe.experts.6.w3.weight"), r"experts\.6\.w3.*\[48, 32\]"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(31)}), r"model\.norm\.weight is \[31\]; expected \[32\]"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(5, 32)}), r"lm_head\.weight is \[5, 32\]; expected \[199"),
+    ],
+)  # fmt: skip
+def test_a_missing_or_misshapen_tensor_is_named(checkpoint, change, complaint):
+    rewrite(checkpoint, change)
+    with pytest.raises(CheckpointError, match=complaint):
+        load_everything(checkpoint)
+
+
+def test_a_truncated_file_is_named(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        load_everything(checkpoint)
+
+
+def test_no_weights_at_all(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no safetensors weights; --load-format dummy"):
+        load_everything(checkpoint)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    save_tiny(tmp_path, max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=f"{shards[1].name} does not exist"):
+        load_everything(tmp_path)
+
+
+def assignment(role, index, num_expert, **changes) -> Assignment:
+    values = {
+        "instance": "i", "worker_id": "w", "role": role, "index": index, "incarnation": 0,
+        "placement": place_evenly(7, num_expert), "num_lanes": 1, "slot_rows": 16, "num_seats": 2, "dtype": "float32",
+        "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16, "is_colocated": False,
+        "memory_share": 1.0, "peer_timeout_s": 4.0, "heartbeat_s": 1.0, "lost_after_s": 3.0,
+    }  # fmt: skip
+    return Assignment(**{**values, **changes})
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "40KB"])
+def test_each_worker_reads_only_the_tensors_of_its_role_and_placement(tmp_path, max_shard_size):
+    save_tiny(tmp_path, max_shard_size=max_shard_size)
+    tensors = {}
+    for file in tmp_path.glob("*.safetensors"):
+        tensors |= load_file(file)
+    sizes = {name: tensor.numel() * 4 for name, tensor in tensors.items()}
+    expert_bytes = 3 * 3 * 48 * 32 * 4  # layers, matrices
+    files = ModelFiles(tmp_path)
+    for index, count in enumerate([3, 2, 2]):
+        files.load(assignment("expert", index, 3), PlainDevice())
+        assert files.loaded_bytes == files.total_bytes == count * expert_bytes
+    files.load(assignment("attention", 0, 3), PlainDevice())
+    rest = sum(size for name, size in sizes.items() if ".experts." not in name)
+    assert files.loaded_bytes == files.total_bytes == rest
+    files.load(assignment("attention", 0, 1, is_colocated=True), PlainDevice())
+    assert files.loaded_bytes == sum(sizes.values())
+
+
+def test_the_fused_expert_layout_gives_the_same_weights(checkpoint, tmp_path_factory):
+    fused_path = tmp_path_factory.mktemp("fused")
+    shutil.copytree(checkpoint, fused_path, dirs_exist_ok=True)
+
+    def fuse(tensors):
+        for layer in range(3):
+            old = f"model.layers.{layer}.block_sparse_moe"
+            gate_up, down = [], []
+            for expert in range(7):
+                w1, w2, w3 = (tensors.pop(f"{old}.experts.{expert}.w{number}.weight") for number in (1, 2, 3))
+                gate_up.append(torch.cat([w1, w3]))
+                down.append(w2)
+            tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.stack(gate_up)
+            tensors[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.stack(down)
+            tensors[f"model.layers.{layer}.mlp.gate.weight"] = tensors.pop(f"{old}.gate.weight")
+
+    rewrite(fused_path, fuse)
+    rows = torch.randn(4, 32)
+    _, classic = load_everything(checkpoint)
+    _, fused = load_everything(fused_path)
+    for layer in range(3):
+        for expert in range(7):
+            assert torch.equal(classic.gate_up[layer][expert](rows), fused.gate_up[layer][expert](rows))
+    files = ModelFiles(fused_path)
+    files.load(assignment("expert", 1, 3), PlainDevice())
+    assert files.loaded_bytes == 2 * 3 * 3 * 48 * 32 * 4, "of a fused tensor only the rows of its own experts"
+
+
+# -- what they compute -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 24},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 4, "head_dim": 8},
+        {"num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 3},
+        {"max_shard_size": "40KB", "num_experts_per_tok": 1},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+async def test_variants_of_the_family_equal_transformers(tmp_path, changes):
+    model = save_tiny(tmp_path, seed=3, **changes)
+    expected = references(model, [1, 30, 70], 10)
+    async with Engine.local(model=tmp_path, expert_workers=2, transport="inproc", slot_rows=40) as engine:
+        for one in expected:
+            params = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+            tokens = [token async for output in engine.generate(one.prompt, params) for token in output.token_ids]
+            assert tuple(tokens) == one.tokens
+
+
+async def test_dummy_weights_need_nothing_but_the_configuration(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    edit(tmp_path, architectures=["MixtralForCausalLM"])
+    options = {"model": tmp_path, "load_format": "dummy", "transport": "inproc", "expert_workers": 2}
+    results = []
+    for _ in range(2):
+        async with Engine.local(**options) as engine:
+            params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
+            results.append([t async for output in engine.generate([3, 4, 5], params) for t in output.token_ids])
+    assert len(results[0]) == 5
+    assert results[0] == results[1]
+
+
+class Inline:
+    """A device that computes when asked, for looking at logits."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    linear = PlainDevice.linear
+
+
+def logits_of(path, prompt, dtype):
+    """float32 logits at the last position of a prompt, computed in `dtype` with one expert node."""
+    config, _ = load_config(path)
+    source = Checkpoint(path)
+    device = Inline(dtype)
+    attention = load_attention_weights(config, source, device, dtype)
+    experts = load_expert_weights(config, tuple(range(config.num_experts)), source, device, dtype)
+    from msi.kernels.experts import moe_experts
+    from msi.kernels.routing import PackedRows, row_bytes
+    from msi.net.slots import SlotLayout
+
+    rows = len(prompt)
+    dispatch = SlotLayout(1, rows, row_bytes(config.hidden_size, config.top_k, dtype))
+    answers = SlotLayout(1, rows, config.hidden_size * dtype.itemsize)
+    landing = memoryview(bytearray(answers.region_bytes))
+    num_blocks = 2 + rows // BLOCK_TOKENS
+    half = AttentionHalf(
+        config, attention, torch.zeros(kv_cache_shape(config, num_blocks), dtype=dtype), place_evenly(7, 1), device,
+        dispatch_layout=dispatch, answer_layout=answers, landing=landing, landing_stride=answers.region_bytes,
+    )  # fmt: skip
+    outbox = memoryview(bytearray(dispatch.region_bytes))
+    half.attach(0, outbox)
+    batch = MicroBatch(
+        tuple(prompt), tuple(range(rows)), (rows,), (rows,), (tuple(range(1, num_blocks)),), (rows - 1,),
+        (TokenSampling(0, 1, 0, 0, 0),),
+    )  # fmt: skip
+    with torch.inference_mode():
+        half._begin(0, batch)
+        for layer in range(config.num_layers):
+            half._attention_route_pack(0, layer)
+            slot: PackedRows = half._outboxes[0][0]
+            combined, _ = moe_experts(
+                slot.hidden[:rows], slot.topk_ids[:rows], slot.topk_weights[:rows],
+                experts.gate_up[layer], experts.down[layer],
+            )  # fmt: skip
+            half._answers[0, 0, :rows] = combined
+        return half._logits(half._combined(0))[0]
+
+
+def test_bf16_logits_are_as_close_to_float32_as_transformers_bf16(tmp_path):
+    exact_model = save_tiny(tmp_path, seed=1, dtype=torch.bfloat16)
+    rounded_model = load_reference(tmp_path, torch.bfloat16)
+    torch.manual_seed(0)
+    ours = theirs = 0.0
+    for _ in range(6):
+        prompt = torch.randint(3, VOCAB_SIZE, (40,))
+        with torch.inference_mode():
+            exact = exact_model(prompt[None]).logits[0, -1]
+            rounded = rounded_model(prompt[None]).logits[0, -1].float()
+        assert (logits_of(tmp_path, prompt.tolist(), torch.float32) - exact).abs().max() < 1e-3
+        ours += float((logits_of(tmp_path, prompt.tolist(), torch.bfloat16) - exact).abs().mean())
+        theirs += float((rounded - exact).abs().mean())
+    assert ours <= 2 * theirs
+
+
+async def test_an_explicit_dtype_is_served(tmp_path):
+    model = save_tiny(tmp_path, dtype=torch.bfloat16)
+    reference = greedy(model, (5, 6, 7, 8), 4)
+    async with Engine.local(model=tmp_path, transport="inproc", dtype="bfloat16") as engine:
+        params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+        tokens = [token async for output in engine.generate(reference.prompt, params) for token in output.token_ids]
+    assert len(tokens) == 4

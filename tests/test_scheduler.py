@@ -1,0 +1,228 @@
+"""The scheduler's decisions, by values."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msi.errors import InvalidRequest, Unavailable
+from msi.scheduler import Progress, Request, Scheduler
+from msi.types import SamplingParams
+
+EOS = 2
+
+
+def make_scheduler(**changes) -> Scheduler:
+    values = {
+        "num_lanes": 1,
+        "num_blocks": 33,
+        "block_tokens": 4,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 16,
+        "max_model_len": 64,
+        "eos_token_ids": (EOS,),
+    }
+    return Scheduler(**{**values, **changes})
+
+
+def request(name: str, num_prompt: int, max_tokens: int = 4, **params) -> Request:
+    prompt = tuple(range(10, 10 + num_prompt))
+    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, seed=1, **params))
+
+
+def test_a_prompt_is_computed_and_then_decoded_token_by_token():
+    scheduler = make_scheduler()
+    scheduler.add(request("a", 3, max_tokens=2))
+    batch = scheduler.plan(0)
+    assert (batch.token_ids, batch.positions, batch.query_lens, batch.context_lens, batch.logit_rows) == (
+        (10, 11, 12), (0, 1, 2), (3,), (3,), (2,),
+    )  # fmt: skip
+    assert batch.sampling[0].position == 3
+    assert scheduler.update(0, [50]) == [Progress("a", (50,))]
+    batch = scheduler.plan(0)
+    assert (batch.token_ids, batch.positions, batch.query_lens, batch.context_lens) == ((50,), (3,), (1,), (4,))
+    assert scheduler.update(0, [51]) == [Progress("a", (51,), "length")]
+    assert scheduler.plan(0) is None
+    assert scheduler.is_idle
+    scheduler.check_integrity()
+
+
+def test_long_prompts_are_cut_into_chunks_that_mix_with_decode():
+    scheduler = make_scheduler()
+    scheduler.add(request("short", 2, max_tokens=10))
+    scheduler.plan(0)
+    scheduler.update(0, [50])
+    scheduler.add(request("long", 40, max_tokens=1))
+    chunks = []
+    for _ in range(3):
+        batch = scheduler.plan(0)
+        chunks.append((batch.query_lens, batch.logit_rows))
+        scheduler.update(0, [60] * len(batch.logit_rows))
+    assert chunks == [((1, 15), (0,)), ((1, 15), (0,)), ((1, 10), (0, 10))]
+    scheduler.check_integrity()
+
+
+def test_the_end_of_sequence_ends_it_unless_ignored():
+    scheduler = make_scheduler()
+    scheduler.add(request("ends", 2))
+    scheduler.add(request("goes on", 2, ignore_eos=True))
+    scheduler.plan(0)
+    assert scheduler.update(0, [EOS, EOS]) == [Progress("ends", (EOS,), "stop"), Progress("goes on", (EOS,))]
+
+
+def test_admission_waits_for_free_blocks_in_order_of_arrival():
+    scheduler = make_scheduler(num_blocks=11)  # 10 blocks of 4 tokens
+    scheduler.add(request("first", 20, max_tokens=5))
+    scheduler.add(request("large", 30, max_tokens=5))
+    scheduler.add(request("small", 1, max_tokens=1))
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)  # "small" would fit, but does not overtake
+    assert scheduler.cancel("large")
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
+    scheduler.check_integrity()
+
+
+def test_sequences_go_to_the_lane_with_the_least_predicted_time():
+    scheduler = make_scheduler(num_lanes=2, num_blocks=200)
+    scheduler.add(request("long", 60))
+    for name in "abc":
+        scheduler.add(request(name, 4))
+    first, second = scheduler.plan(0), scheduler.plan(1)
+    assert first.query_lens == (16,)
+    assert second.query_lens == (4, 4, 4)
+
+
+def test_no_more_than_max_num_seqs_run():
+    scheduler = make_scheduler(max_num_seqs=2, num_blocks=200)
+    for name in "abc":
+        scheduler.add(request(name, 2, max_tokens=1))
+    assert len(scheduler.plan(0).query_lens) == 2
+    scheduler.update(0, [5, 5])
+    assert len(scheduler.plan(0).query_lens) == 1
+
+
+def test_more_sequences_than_a_slot_has_rows_take_turns():
+    scheduler = make_scheduler(max_num_batched_tokens=2, num_blocks=200)
+    for name in "abc":
+        scheduler.add(request(name, 1, max_tokens=3))
+    seen = []
+    while (batch := scheduler.plan(0)) is not None:
+        assert batch.num_tokens <= 2
+        seen += [one.request_id for one in scheduler.update(0, [7] * len(batch.logit_rows))]
+    assert sorted(seen) == sorted("abc" * 3)
+    assert set(seen[:5]) == set("abc")
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "message"),
+    [(0, "empty"), (64, "at most 63 are allowed"), (500, "at most 63 are allowed")],
+)
+def test_prompts_that_can_never_run_are_refused_with_a_sentence(num_prompt, message):
+    scheduler = make_scheduler()
+    with pytest.raises(InvalidRequest, match=message):
+        scheduler.add(request("a", num_prompt))
+    assert scheduler.is_idle
+
+
+def test_a_prompt_longer_than_the_whole_cache_is_refused():
+    with pytest.raises(InvalidRequest, match="whole KV cache holds 16"):
+        make_scheduler(num_blocks=5).add(request("a", 20))
+
+
+def test_the_context_and_the_cache_end_a_sequence():
+    scheduler = make_scheduler(num_blocks=3)  # 8 tokens
+    scheduler.add(request("a", 6, max_tokens=50))
+    tokens = []
+    while (batch := scheduler.plan(0)) is not None:
+        tokens += scheduler.update(0, [7] * len(batch.logit_rows))
+    assert [one.finish_reason for one in tokens] == [None, "length"]
+
+
+def test_too_many_waiting_requests_are_turned_away():
+    scheduler = make_scheduler(max_num_waiting=1, max_num_seqs=1)
+    scheduler.add(request("a", 2))
+    scheduler.add(request("b", 2))
+    with pytest.raises(Unavailable):
+        scheduler.add(request("c", 2))
+
+
+def test_a_request_cancelled_in_flight_gives_its_blocks_back_after_the_pass():
+    scheduler = make_scheduler()
+    scheduler.add(request("a", 4))
+    free = scheduler.num_free_blocks
+    scheduler.plan(0)
+    assert scheduler.cancel("a")
+    assert scheduler.num_free_blocks == free
+    assert scheduler.update(0, [5]) == []
+    assert scheduler.num_free_blocks == 32
+    assert not scheduler.cancel("a")
+    scheduler.check_integrity()
+
+
+def test_a_lost_expert_worker_fails_what_runs_and_keeps_what_waits():
+    scheduler = make_scheduler(num_lanes=2, max_num_seqs=2)
+    for name in ("a", "b", "waits"):
+        scheduler.add(request(name, 4))
+    scheduler.plan(0)
+    scheduler.plan(1)
+    scheduler.give_up(0)
+    assert sorted(scheduler.fail_running()) == ["a", "b"]
+    scheduler.give_up(1)
+    scheduler.check_integrity()
+    assert scheduler.plan(0) is not None or scheduler.plan(1) is not None
+
+
+def test_a_lane_says_whether_more_may_follow():
+    scheduler = make_scheduler()
+    scheduler.add(request("a", 4, max_tokens=2))
+    scheduler.plan(0)
+    assert scheduler.may_continue(0)
+    scheduler.update(0, [5])
+    scheduler.plan(0)
+    assert not scheduler.may_continue(0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_whatever_happens_every_request_ends_and_no_block_is_lost(data):
+    scheduler = make_scheduler(
+        num_lanes=data.draw(st.integers(1, 4)), num_blocks=data.draw(st.integers(17, 40)), max_num_seqs=5
+    )
+    expected: dict[str, int] = {}
+    got: dict[str, int] = {}
+    finished, cancelled = set(), set()
+    in_flight: dict[int, int] = {}
+    steps = 0
+    while steps < 400:
+        steps += 1
+        action = (
+            data.draw(st.sampled_from(["add", "plan", "plan", "update", "update", "cancel"])) if steps < 60 else "go"
+        )
+        if action == "add":
+            name = f"r{len(expected)}"
+            one = request(name, data.draw(st.integers(1, 60)), max_tokens=data.draw(st.integers(1, 9)))
+            expected[name] = min(one.params.max_tokens, 64 - len(one.prompt_token_ids))
+            scheduler.add(one)
+        if action == "cancel" and expected:
+            name = data.draw(st.sampled_from(sorted(expected)))
+            if scheduler.cancel(name):
+                cancelled.add(name)
+        if action in ("plan", "go"):
+            for lane in range(scheduler.num_lanes):
+                if lane not in in_flight and (batch := scheduler.plan(lane)) is not None:
+                    assert batch.num_tokens <= 16
+                    assert len({block for table in batch.block_tables for block in table}) == sum(
+                        map(len, batch.block_tables)
+                    )
+                    in_flight[lane] = len(batch.logit_rows)
+        if action in ("update", "go"):
+            for lane in list(in_flight):
+                for one in scheduler.update(lane, [9] * in_flight.pop(lane)):
+                    got[one.request_id] = got.get(one.request_id, 0) + len(one.token_ids)
+                    if one.finish_reason:
+                        finished.add(one.request_id)
+        scheduler.check_integrity()
+        if action == "go" and scheduler.is_idle:
+            break
+    assert finished == set(expected) - cancelled
+    assert all(got[name] == expected[name] for name in finished)
