@@ -75,6 +75,7 @@ class ExpertServer:
         finished: WaveBatch | None = None
         compute_s = 0.0
         while True:
+            self._alarm.silence()
             batch = waves.take(clock())
             done = None if batch is None else self._compute.run(batch)
             if finished is not None:  # the device works on meanwhile

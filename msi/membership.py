@@ -104,6 +104,7 @@ class Member:
     address: str = ""
     num_blocks: int = 0
     is_linked: bool = False
+    has_lanes: bool = False  # was told how many to run
     has_beaten: bool = False
     status: WorkerStatus = field(default=NO_STATUS)
 
@@ -210,9 +211,8 @@ class Cluster:
         member = self._known(route, linked.worker_id, linked.incarnation)
         if member is None:
             return []
-        first = linked.is_complete and not member.is_linked
         member.is_linked = linked.is_complete
-        return self._lanes_to(member) if first else []
+        return self._lanes_to(member) if linked.is_complete else []
 
     def heartbeat(self, route: bytes, heartbeat: Heartbeat, now: float) -> list[Instruction]:
         member = self._known(route, heartbeat.worker_id, heartbeat.incarnation)
@@ -362,7 +362,10 @@ class Cluster:
                 yield Send(member.route, Topology(experts, lost))
 
     def _lanes_to(self, member: Member) -> list[Instruction]:
-        return [Send(member.route, UseLanes(self.num_lanes))] if self.num_lanes else []
+        if not self.num_lanes or member.has_lanes:
+            return []
+        member.has_lanes = True
+        return [Send(member.route, UseLanes(self.num_lanes))]
 
     def _lose(self, member: Member, reason: str) -> list[Instruction]:
         member.state, member.reason, member.is_linked = "lost", reason, False

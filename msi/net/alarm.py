@@ -7,19 +7,28 @@ import math
 
 
 class Alarm:
-    """One coroutine waits; `ring` from the same loop ends the wait early."""
+    """One coroutine waits; `ring` from the same loop ends its wait, or its next one if it does not wait now."""
 
     def __init__(self) -> None:
         self._waiter: asyncio.Future[None] | None = None
+        self._is_ringing = False
 
     def ring(self) -> None:
-        """Ends the current wait; does nothing when nobody waits."""
-        if self._waiter is not None and not self._waiter.done():
+        if self._waiter is None:
+            self._is_ringing = True
+        elif not self._waiter.done():
             self._waiter.set_result(None)
+
+    def silence(self) -> None:
+        """Forgets a ring that nobody has heard: the caller is about to look for itself."""
+        self._is_ringing = False
 
     async def wait(self, delay_s: float = math.inf) -> None:
         """Returns after `delay_s` or when rung. Cancellation leaves nothing behind."""
         assert self._waiter is None, "one waiter at a time"
+        if self._is_ringing:
+            self._is_ringing = False
+            return
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
         timer = None if math.isinf(delay_s) else loop.call_later(max(delay_s, 0.0), self.ring)

@@ -1,0 +1,232 @@
+"""Workers and coordinators that die or freeze: every request ends in text or an error that names the worker.
+
+Real processes, real signals. Time limits are generous; tools/ measures seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from msi import Engine, RequestFailed, SamplingParams, Unavailable
+from tests.reference import save_tiny
+
+ENDS_WITHIN_S = 20
+RETURNS_WITHIN_S = 60
+LONG = SamplingParams(max_tokens=450, temperature=0, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+
+pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    save_tiny(path)
+    return path
+
+
+async def outcome(engine, prompt, params=LONG) -> tuple[str, int]:
+    """How a request ended, and how many tokens came before."""
+    count = 0
+    try:
+        async for output in engine.generate(prompt, params):
+            count += len(output.token_ids)
+    except (RequestFailed, Unavailable) as error:
+        return str(error), count
+    return "done", count
+
+
+async def until(condition, within_s=RETURNS_WITHIN_S):
+    deadline = time.monotonic() + within_s
+    while not (result := await condition()):
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.1)
+    return result
+
+
+async def running_requests(engine, count):
+    """Long requests, all of which have produced tokens."""
+    started = asyncio.Event()
+    seen = set()
+
+    async def one(index):
+        tokens = 0
+        try:
+            async for output in engine.generate([5 + index] * 8, LONG):
+                tokens += len(output.token_ids)
+                seen.add(index)
+                if len(seen) == count:
+                    started.set()
+        except (RequestFailed, Unavailable) as error:
+            return str(error), tokens
+        return "done", tokens
+
+    tasks = [asyncio.create_task(one(index)) for index in range(count)]
+    await asyncio.wait_for(started.wait(), ENDS_WITHIN_S)
+    return tasks
+
+
+def local(checkpoint, attention=2, expert=2):
+    return Engine.local(
+        model=checkpoint, attention_workers=attention, expert_workers=expert, micro_batches=2, threads_per_worker=1
+    )
+
+
+async def serves_again(engine, former_pid, name):
+    """The worker was started anew, and requests succeed on every attention worker."""
+
+    async def is_back():
+        return engine.pids[name] != former_pid and engine.status[0]
+
+    await until(is_back)
+
+    async def all_succeed():
+        results = await asyncio.gather(*(outcome(engine, [7, 8, 9], SHORT) for _ in range(6)))
+        return all(result == ("done", 4) for result in results)
+
+    await until(all_succeed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_lost_expert_worker_fails_what_runs_and_is_taken_back(checkpoint, number):
+    async with local(checkpoint) as engine:
+        others = {name: pid for name, pid in engine.pids.items() if name != "expert-1"}
+        tasks = await running_requests(engine, 4)
+        pid = engine.pids["expert-1"]
+        os.kill(pid, number)
+        for message, tokens in await asyncio.wait_for(asyncio.gather(*tasks), ENDS_WITHIN_S):
+            assert "expert-1 was lost" in message
+            assert 0 < tokens < 450
+        if number == signal.SIGSTOP:
+            os.kill(pid, signal.SIGCONT)
+            await until(lambda: _succeeds(engine))
+            assert engine.pids["expert-1"] == pid
+        else:
+            await serves_again(engine, pid, "expert-1")
+        assert {name: pid for name, pid in engine.pids.items() if name != "expert-1"} == others
+
+
+async def _succeeds(engine):
+    return await outcome(engine, [7, 8, 9], SHORT) == ("done", 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_lost_attention_worker_fails_its_own_requests_alone(checkpoint, number):
+    async with local(checkpoint) as engine:
+        tasks = await running_requests(engine, 4)
+        pid = engine.pids["attention-1"]
+        os.kill(pid, number)
+        results = await asyncio.wait_for(asyncio.gather(*tasks), 3 * ENDS_WITHIN_S)
+        assert sorted(message == "done" for message, _ in results) == [False, False, True, True]
+        assert all("attention worker attention-1 was lost" in message for message, _ in results if message != "done")
+        assert await outcome(engine, [7, 8, 9], SHORT) == ("done", 4), "the other worker serves on"
+        if number == signal.SIGSTOP:
+            os.kill(pid, signal.SIGCONT)
+
+            async def is_back():
+                workers = (await engine.stats()).workers
+                return any(w.worker_id == "attention-1" and w.state == "ready" and w.incarnation > 0 for w in workers)
+
+            await until(is_back)
+            assert engine.pids["attention-1"] == pid
+        else:
+            await serves_again(engine, pid, "attention-1")
+
+
+async def test_without_its_experts_a_new_request_waits_and_then_runs(checkpoint):
+    async with local(checkpoint, attention=1) as engine:
+        pid = engine.pids["expert-0"]
+        os.kill(pid, signal.SIGKILL)
+
+        async def is_noticed():
+            return not engine.status[0]
+
+        await until(is_noticed)
+        assert "expert worker 1 of 2" in engine.status[1]
+        assert await asyncio.wait_for(outcome(engine, [7, 8, 9], SHORT), 60) == ("done", 4)
+
+
+async def test_the_death_of_the_coordinator_ends_requests_and_leaves_no_process(checkpoint):
+    async with local(checkpoint, attention=1, expert=1) as engine:
+        pids = list(engine.pids.values())
+        tasks = await running_requests(engine, 2)
+        os.kill(engine.pids["coordinator"], signal.SIGKILL)
+        for message, _ in await asyncio.wait_for(asyncio.gather(*tasks), ENDS_WITHIN_S):
+            assert "coordinator" in message
+        with pytest.raises(Unavailable, match="coordinator"):
+            await anext(engine.generate([5], SHORT))
+    assert not [pid for pid in pids if is_alive(pid)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+async def test_the_context_leaves_no_process_socket_or_shared_memory_behind(checkpoint):
+    def traces() -> set[str]:
+        sockets = {line for line in Path("/proc/net/unix").read_text().splitlines() if "@msi-" in line}
+        return sockets | set(os.listdir("/dev/shm")) | {name for name in os.listdir("/tmp") if name.startswith("msi-")}
+
+    before = traces()
+    fds = set(os.listdir("/proc/self/fd"))
+    async with local(checkpoint) as engine:
+        pids = list(engine.pids.values())
+        assert await outcome(engine, [7, 8, 9], SHORT) == ("done", 4)
+        assert all(is_alive(pid) for pid in pids)
+    assert not [pid for pid in pids if is_alive(pid)]
+    assert traces() <= before
+    assert len(set(os.listdir("/proc/self/fd")) - fds) <= 1  # the loop's own, made at first use
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_no_orphan_outlives_the_process_that_embeds_the_engine(checkpoint, number):
+    script = (
+        "import asyncio, sys\n"
+        "from msi import Engine\n"
+        "async def main():\n"
+        f"    async with Engine.local(model={str(checkpoint)!r}, threads_per_worker=1) as engine:\n"
+        "        print(*engine.pids.values(), flush=True)\n"
+        "        await asyncio.sleep(1000)\n"
+        "asyncio.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=subprocess.PIPE)
+    try:
+        pids = [int(word) for word in (await asyncio.wait_for(process.stdout.readline(), 60)).split()]
+        assert len(pids) == 3
+        os.kill(pids[1], signal.SIGSTOP)  # even one that does not run
+    finally:
+        process.send_signal(number)
+        await process.wait()
+
+    async def all_gone():
+        return not [pid for pid in pids if is_alive(pid)]
+
+    await until(all_gone, 20)
+
+
+async def test_a_worker_that_dies_again_and_again_ends_the_instance_with_a_sentence(checkpoint, monkeypatch):
+    monkeypatch.setattr("msi.instance.RESTARTS_ALLOWED", 1)
+    async with local(checkpoint, attention=1, expert=1) as engine:
+        pid = engine.pids["expert-0"]
+        os.kill(pid, signal.SIGKILL)
+
+        async def is_back():
+            return engine.pids["expert-0"] != pid
+
+        await until(is_back)
+        os.kill(engine.pids["expert-0"], signal.SIGKILL)
+        error = await asyncio.wait_for(engine.wait_failed(), 30)
+        assert "expert-0" in str(error)
+        assert "not started again" in str(error)
