@@ -194,6 +194,13 @@ class Engine:
             return False, "the engine is closed"
         return self._client.status.is_ready, self._client.status.sentence
 
+    @property
+    def failure(self) -> str:
+        """Why the instance will never be ready; "" while it may."""
+        if self._failure is not None:
+            return str(self._failure)
+        return "" if self._client is None else self._client.status.failure
+
     async def stats(self) -> Stats:
         """Everything countable in the instance. Raises Unavailable."""
         return await self._require_client().stats()

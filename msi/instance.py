@@ -262,9 +262,12 @@ class ProcessInstance:
             now = time.monotonic()
             died_at = [at for at in died_at if now - at < RESTART_WINDOW_S] + [now]
             how = f"{worker_id} (pid {process.pid}) {_how_it_ended(status)}"
-            if status == EXIT_SENTENCE or len(died_at) > RESTARTS_ALLOWED:
-                if status != EXIT_SENTENCE:
-                    self._report_failure(Unavailable(f"{how}, for the {len(died_at)}th time; it is not started again"))
+            if status == EXIT_SENTENCE:
+                await asyncio.sleep(SENTENCE_GRACE_S)  # the coordinator may know it too, and says it better
+                self._report_failure(Unavailable(f"{worker_id} cannot work; what it said is above"))
+                return
+            if len(died_at) > RESTARTS_ALLOWED:
+                self._report_failure(Unavailable(f"{how}, for the {len(died_at)}th time; it is not started again"))
                 return
             log.warning("%s; starting it again", how)
             await asyncio.sleep(AFTER_LOSS_S)  # until the coordinator has noticed: a live id refuses a second
@@ -290,6 +293,7 @@ class ProcessInstance:
         self._tasks.clear()
 
 
+SENTENCE_GRACE_S = 2.0
 EXIT_SENTENCE = 2  # a process said why it cannot work; starting it again would not help
 AFTER_LOSS_S = 4.0
 

@@ -11,6 +11,8 @@ from msi.net import shm
 from msi.pipeline import MAX_MICRO_BATCHES
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
 TRANSPORTS = ("auto", "inproc", "shm")
 LATER_TRANSPORTS = ("tcp", "rdma")
 
@@ -77,8 +79,9 @@ class InstanceOptions:
             raise ConfigError(f"--device {self.device} is not built yet; supported: cpu")
         if self.transport in LATER_TRANSPORTS:
             raise ConfigError(f"--transport {self.transport} is not built yet; supported: {', '.join(TRANSPORTS)}")
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(f"--transport {self.transport!r} is not one; supported: {', '.join(TRANSPORTS)}")
+        _one_of("transport", self.transport, TRANSPORTS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("load-format", self.load_format, LOAD_FORMATS)
 
     @property
     def model_dir(self) -> Path:
@@ -123,3 +126,8 @@ class InstanceOptions:
 def _at_least(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"--{name} {value!r}: give an integer >= {least}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"--{name} {value!r} is not one; supported: {', '.join(allowed)}")

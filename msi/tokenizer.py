@@ -43,6 +43,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stream: Any = None if tokenizer is None else DecodeStream(skip_special_tokens=True)
         self._stop = stop
+        self._token_ids: list[int] = []
+        self._num_streamed = 0  # characters that the stream gave
         self._held = ""
         self.is_stopped = False
 
@@ -51,7 +53,10 @@ class TextStream:
         if self._tokenizer is None:
             return ""
         for token_id in token_ids:
-            self._held += self._stream.step(self._tokenizer, token_id) or ""
+            new_text = self._stream.step(self._tokenizer, token_id) or ""
+            self._token_ids.append(token_id)
+            self._num_streamed += len(new_text)
+            self._held += new_text
             found = [(at, text) for text in self._stop if (at := self._held.find(text)) >= 0]
             if found:
                 self.is_stopped = True
@@ -62,9 +67,11 @@ class TextStream:
         return certain
 
     def flush(self) -> str:
-        """What was held back, once nothing follows."""
+        """What was held back, once nothing follows; bytes of a character that stayed incomplete show as U+FFFD."""
         held, self._held = self._held, ""
-        return held
+        if self._tokenizer is None:
+            return held
+        return held + str(self._tokenizer.decode(self._token_ids))[self._num_streamed :]
 
     def _possible_stop(self) -> int:
         """The longest end of the text that begins a stop string."""

@@ -93,7 +93,7 @@ class _WorkerEnds(Exception):
 
 
 @dataclass
-class _Life:
+class Life:
     """What one incarnation hosts."""
 
     assignment: Assignment
@@ -112,6 +112,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.worker_id = settings.worker_id
+        self.life: Life | None = None
         self._settings = settings
         self._files = ModelFiles(settings.model_dir, settings.load_format)
         self._loaded: LoadedPart | None = None
@@ -197,7 +198,7 @@ class Worker:
     # -- one life ----------------------------------------------------------------------------------------------------
 
     async def _live(self, assignment: Assignment) -> None:
-        life = _Life(assignment)
+        life = self.life = Life(assignment)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._heartbeats(life), name="heartbeats")
@@ -208,7 +209,7 @@ class Worker:
             for transport in life.transports:
                 await transport.close()
 
-    async def _host(self, life: _Life, tasks: asyncio.TaskGroup) -> None:
+    async def _host(self, life: Life, tasks: asyncio.TaskGroup) -> None:
         """Loads and starts the role, then follows the coordinator's messages."""
         assignment, device, config = life.assignment, self._device, self._files.config
         dtype = DTYPES[assignment.dtype]
@@ -234,7 +235,7 @@ class Worker:
         tasks.create_task(self._drain_when_asked(life), name="drain")
         await receiving
 
-    def _new_transport(self, life: _Life) -> Transport:
+    def _new_transport(self, life: Life) -> Transport:
         is_inproc = life.assignment.is_colocated or self._settings.transport == "inproc"
         transport: Transport = InprocTransport() if is_inproc else ShmTransport()
         life.transports.append(transport)
@@ -242,7 +243,7 @@ class Worker:
 
     # -- the coordinator's messages ----------------------------------------------------------------------------------
 
-    async def _follow(self, life: _Life) -> None:
+    async def _follow(self, life: Life) -> None:
         assignment = life.assignment
         while True:
             message = await self._control.receive()
@@ -283,7 +284,7 @@ class Worker:
         ids = (assignment.worker_id, assignment.incarnation)
         self._control.send(Calibrated(*ids, order.num_lanes, order.num_seqs, times))
 
-    async def _drain_when_asked(self, life: _Life) -> None:
+    async def _drain_when_asked(self, life: Life) -> None:
         """Once asked to end: nothing new comes, what runs is finished, then goodbye."""
         await self._drain_wanted.wait()
         ids = (life.assignment.worker_id, life.assignment.incarnation)
@@ -297,7 +298,7 @@ class Worker:
 
     # -- heartbeats --------------------------------------------------------------------------------------------------
 
-    async def _heartbeats(self, life: _Life) -> None:
+    async def _heartbeats(self, life: Life) -> None:
         assignment = life.assignment
         while True:
             self._control.send(Heartbeat(assignment.worker_id, assignment.incarnation, self._status(life)))
@@ -311,7 +312,7 @@ class Worker:
                     f"{silent_s:.0f} s"
                 )
 
-    def _status(self, life: _Life) -> WorkerStatus:
+    def _status(self, life: Life) -> WorkerStatus:
         attention, experts = life.attention, life.experts
         times = StageTimes()
         counters: dict[str, float] = {}
@@ -325,6 +326,7 @@ class Worker:
         counters["at_s"] = time.monotonic()
         counters["busy_s"] = 0.0 if self._device is None else self._device.busy_s
         counters["loop_cpu_s"] = time.thread_time()
+        counters["control_messages_sent"] = self._control.num_sent
         counters["rss_bytes"] = resident_memory_bytes()
         has_work = attention is None or not attention.is_idle
         return WorkerStatus(

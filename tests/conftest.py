@@ -5,3 +5,28 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.reference import VOCAB_SIZE, save_tiny
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must be in want."
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A random checkpoint with a byte-pair tokenizer of its own size."""
+    path = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + 40, special_tokens=["<u>", "<s>", "</s>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator([TEXT] * 5, trainer)
+    assert tokenizer.get_vocab_size() > VOCAB_SIZE
+    save_tiny(path, vocab_size=tokenizer.get_vocab_size())
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path

@@ -77,6 +77,7 @@ class ControlClient:
 
     def __init__(self, address: str, codec: Codec) -> None:
         self.num_dropped = 0
+        self.num_sent = 0
         self._codec = codec
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -90,6 +91,7 @@ class ControlClient:
             raise ConfigError(f"{address!r} is not a coordinator's address; give tcp://HOST:PORT") from error
 
     def send(self, message: Any) -> None:
+        self.num_sent += 1
         self._socket.send(self._codec.encode(message))
 
     async def receive(self) -> Any:

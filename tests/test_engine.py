@@ -1,0 +1,216 @@
+"""The engine as an embedding service sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+from tokenizers import Tokenizer
+
+from msi import ConfigError, Engine, InvalidRequest, SamplingParams, Unavailable
+from tests.conftest import TEXT
+
+
+@pytest.fixture
+async def engine(tiny_model):
+    async with Engine.local(model=tiny_model, expert_workers=2, transport="inproc", micro_batches=2) as engine:
+        yield engine
+        await idle(engine)
+        for worker in engine._instance.workers:
+            if worker.life.attention is not None:
+                worker.life.attention.check_integrity()
+
+
+async def idle(engine, within_s=10):
+    for _ in range(int(within_s * 20)):
+        if (await engine.stats()).num_requests == 0 and all(
+            worker.life.attention is None or worker.life.attention.is_idle for worker in engine._instance.workers
+        ):
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("requests are left")
+
+
+async def collect(engine, prompt, **params):
+    outputs = [output async for output in engine.generate(prompt, SamplingParams(**params))]
+    return "".join(o.text for o in outputs), [t for o in outputs for t in o.token_ids], outputs[-1].finish_reason
+
+
+async def test_text_in_text_out(engine, tiny_model):
+    text, tokens, reason = await collect(engine, TEXT, max_tokens=20, temperature=0, ignore_eos=True)
+    assert (len(tokens), reason) == (20, "length")
+    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    assert text == tokenizer.decode(tokens)
+    assert await collect(engine, tokenizer.encode(TEXT).ids, max_tokens=20, temperature=0, ignore_eos=True) == (
+        text, tokens, reason,
+    )  # fmt: skip
+
+
+async def test_a_seeded_request_gives_the_same_tokens_whatever_runs_beside_it(engine):
+    params = {"max_tokens": 24, "temperature": 1.2, "top_p": 0.95, "top_k": 50, "seed": 11, "ignore_eos": True}
+    alone = await collect(engine, TEXT, **params)
+    crowd = [
+        asyncio.create_task(collect(engine, [3 + n] * (1 + 9 * n), max_tokens=30, seed=n, ignore_eos=True))
+        for n in range(6)
+    ]
+    beside = [await collect(engine, TEXT, **params) for _ in range(2)]
+    await asyncio.gather(*crowd)
+    assert beside == [alone, alone]
+    assert await collect(engine, TEXT, **{**params, "seed": 12}) != alone
+
+
+async def test_unseeded_requests_differ(engine):
+    results = {(await collect(engine, TEXT, max_tokens=16, ignore_eos=True))[0] for _ in range(3)}
+    assert len(results) > 1
+
+
+async def test_a_stop_string_ends_the_text_before_itself_and_cancels(engine):
+    whole, tokens, _ = await collect(engine, TEXT, max_tokens=200, temperature=0, ignore_eos=True)
+    stop = whole[11:15]
+    text, fewer, reason = await collect(
+        engine, TEXT, max_tokens=200, temperature=0, ignore_eos=True, stop=("zzz", stop)
+    )
+    assert (text, reason) == (whole[: whole.index(stop)], "stop")
+    assert len(fewer) < len(tokens)
+    await idle(engine)
+
+
+async def test_an_end_of_sequence_token_stops(engine):
+    outputs = [await collect(engine, TEXT, max_tokens=400, temperature=3.0, seed=seed) for seed in range(4)]
+    assert "stop" in {reason for _, _, reason in outputs}
+    for _, tokens, reason in outputs:
+        assert (tokens[-1] == 2) == (reason == "stop")
+
+
+async def test_leaving_early_cancels(engine):
+    outputs = engine.generate(TEXT, SamplingParams(max_tokens=400, ignore_eos=True))
+    async with contextlib.aclosing(outputs):
+        async for _ in outputs:
+            break
+    await idle(engine)
+    task = asyncio.create_task(collect(engine, TEXT, max_tokens=400, ignore_eos=True))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "complaint"),
+    [
+        ("", "prompt is empty"),
+        ([], "prompt is empty"),
+        ([1, 5000], "token id 5000 in the prompt"),
+        ([1, -1], "token id -1"),
+        ([1, "a"], "token id 'a'"),
+        ([True], "token id True"),
+        ([1] * 512, "at most 511 are allowed"),
+        ("a\ud800b", "not valid"),
+    ],
+)
+async def test_prompts_that_cannot_be_served_are_refused_with_a_sentence(engine, prompt, complaint):
+    with pytest.raises(InvalidRequest, match=complaint):
+        await collect(engine, prompt)
+    assert (await collect(engine, TEXT, max_tokens=1))[2] == "length", "nothing is lost"
+
+
+@pytest.mark.parametrize(
+    ("params", "complaint"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; it must be an integer >= 1"),
+        ({"max_tokens": 2.5}, r"max_tokens is 2\.5"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"temperature": -0.1}, r"temperature is -0\.1; it must be a number from 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_p": 0}, r"top_p is 0; it must be a number in \(0, 1\]"),
+        ({"top_p": float("inf")}, "top_p is inf"),
+        ({"top_k": -2}, "top_k is -2"),
+        ({"seed": 1.5}, r"seed is 1\.5"),
+        ({"seed": 2**64}, "64 bits"),
+        ({"stop": ("",)}, "stop is"),
+        ({"stop": "text"}, "stop is 'text'"),
+        ({"ignore_eos": 1}, "ignore_eos is 1; it must be true or false"),
+    ],
+)
+def test_parameters_that_make_no_sense_are_named(params, complaint):
+    with pytest.raises(InvalidRequest, match=complaint):
+        SamplingParams(**params)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"attention_workers": 0}, "--attention-workers 0: give an integer >= 1"),
+        ({"expert_workers": "two"}, "--expert-workers 'two'"),
+        ({"micro_batches": 5}, "--micro-batches 5: give auto or 1 to 4"),
+        ({"gpu_memory_utilization": 0.0}, r"--gpu-memory-utilization 0\.0"),
+        ({"max_num_batched_tokens": 600}, "more than a slot's 512 rows"),
+        ({"colocated": True, "expert_workers": 2}, "one process with both roles"),
+        ({"device": "cuda"}, "--device cuda is not built yet"),
+        ({"transport": "tcp"}, "--transport tcp is not built yet"),
+        ({"transport": "pigeon"}, "--transport 'pigeon' is not one"),
+        ({"load_format": "gguf"}, "--load-format 'gguf' is not one; supported: auto, dummy"),
+        ({"dtype": "float8"}, "--dtype 'float8' is not one"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_by_name(options, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        Engine.local(**options)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="no option 'experts'"):
+        Engine.local(experts=2)
+
+
+@pytest.mark.parametrize("transport", ["inproc", "shm"])
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"expert_workers": 8}, "8 expert workers for 7 experts; give between 1 and 7"),
+        ({"max_model_len": 4096}, "--max-model-len 4096 is more than the 512 positions"),
+        ({"model": "/nowhere"}, "/nowhere is not a directory"),
+    ],
+)
+async def test_instances_that_cannot_start_say_why(tiny_model, transport, options, complaint):
+    engine = Engine.local(**{"model": tiny_model, "transport": transport, **options})
+    with pytest.raises((ConfigError, Unavailable), match=complaint):
+        await asyncio.wait_for(engine.__aenter__(), 60)
+    assert engine.pids == {}
+
+
+async def test_an_engine_that_is_closed_says_so(tiny_model):
+    engine = Engine.local(model=tiny_model, transport="inproc")
+    with pytest.raises(Unavailable, match="closed"):
+        await collect(engine, TEXT)
+    async with engine:
+        pass
+    with pytest.raises(Unavailable, match="closed"):
+        await collect(engine, TEXT)
+    assert engine.status == (False, "the engine is closed")
+
+
+async def test_requests_cross_processes_and_the_layer_loop_does_no_control_traffic(tiny_model):
+    async with Engine.local(
+        model=tiny_model, attention_workers=2, expert_workers=2, micro_batches=2, threads_per_worker=1
+    ) as engine:
+        await asyncio.gather(
+            *(collect(engine, [5 + n, 6, 7], max_tokens=200, temperature=0, ignore_eos=True) for n in range(4))
+        )
+        await asyncio.sleep(1.2)  # the next heartbeat
+        workers = (await engine.stats()).workers
+    experts = [worker for worker in workers if worker.role == "expert"]
+    assert len({worker.pid for worker in workers}) == 4
+    for worker in experts:
+        assert worker.status.counters["rows_landed"] > 500
+        assert worker.status.counters["control_messages_sent"] < 40, "heartbeats and the like, nothing per layer"
+    for worker in workers:
+        if worker.role == "attention":
+            passes = worker.status.counters["passes"]
+            assert passes > 200
+            assert worker.status.counters["control_messages_sent"] < passes + 40, "one per pass"
+            assert worker.status.counters["posts"] >= passes * 3 * 2, "one per layer and expert worker"
+            assert not [name for name in worker.status.counters if name.startswith("dropped")]

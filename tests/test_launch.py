@@ -1,0 +1,243 @@
+"""msi-launch from the outside: real processes, exit statuses, and sentences instead of stack traces."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import sys
+import time
+
+import aiohttp
+import pytest
+import zmq
+import zmq.asyncio
+
+from msi import Engine, SamplingParams
+from msi.messages import MESSAGES, Submit, WorkerHello
+from msi.net.codec import Codec
+from msi.scheduler import Request
+from msi_launch.main import run
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["/nowhere"], "/nowhere is not a directory"),
+        (["--plan", "plan.json"], "--plan is not built yet"),
+        (["--api-key=secret"], "--api-key is not built yet"),
+        (["--role", "expert"], "--role expert needs --coordinator tcp://HOST:PORT"),
+        (["--device", "cuda"], "--device cuda is not built yet"),
+        (["--transport", "rdma"], "--transport rdma is not built yet"),
+        (["--attention-workers", "0"], "--attention-workers 0"),
+    ],
+)
+def test_what_cannot_work_is_a_sentence_and_status_2(capsys, arguments, complaint):
+    assert run(arguments) == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert "Traceback" not in said
+
+
+def test_unknown_words_are_refused_by_name(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["--experts", "3"])
+    assert stop.value.code == 2
+    assert "--experts" in capsys.readouterr().err
+
+
+class Process:
+    """A child whose output is collected, and which never outlives its test."""
+
+    def __init__(self, process):
+        self.process = process
+        self.said = ""
+        self._reader = asyncio.ensure_future(self._read())
+
+    async def _read(self):
+        while chunk := await self.process.stdout.read(4096):
+            self.said += chunk.decode(errors="replace")
+
+    async def until_said(self, pattern, within_s=90):
+        deadline = time.monotonic() + within_s
+        while not (found := re.search(pattern, self.said)):
+            assert time.monotonic() < deadline, f"{pattern!r} was not said:\n{self.said}"
+            assert self.process.returncode is None or not self._reader.done(), f"it ended:\n{self.said}"
+            await asyncio.sleep(0.05)
+        return found
+
+    async def ended(self, within_s=60):
+        status = await asyncio.wait_for(self.process.wait(), within_s)
+        await self._reader
+        return status
+
+
+@contextlib.asynccontextmanager
+async def launched(*arguments):
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "msi_launch", *map(str, arguments),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    child = Process(process)
+    try:
+        yield child
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await child.ended()
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+async def test_a_prompt_is_answered_once(tiny_model):
+    async with launched(tiny_model, "--prompt", "It is", "--max-tokens", 5, "--threads-per-worker", 1) as child:
+        assert await child.ended() == 0
+        assert re.search(r"processes: coordinator \d+, expert-0 \d+, attention-0 \d+", child.said)
+        assert "It is" in child.said
+        assert "Traceback" not in child.said
+
+
+async def test_everything_on_this_machine_with_a_trace(tiny_model, tmp_path):
+    port, trace = free_port(), tmp_path / "trace.json"
+    arguments = (tiny_model, "--port", port, "--attention-workers", 2, "--trace", trace, "--threads-per-worker", 1)
+    async with launched(*arguments) as child, aiohttp.ClientSession() as session:
+        await child.until_said("ready: ")
+        assert "micro-batches for" in child.said or "micro-batch" in child.said, "why m was chosen is in the log"
+        body = {"prompt": "It is a truth", "max_tokens": 8, "temperature": 0}
+        async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as response:
+            assert response.status == 200
+        child.process.send_signal(signal.SIGINT)
+        assert await child.ended() == 0
+    events = __import__("json").loads(trace.read_text())["traceEvents"]
+    tracks = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert tracks == {"attention-0", "attention-1", "expert-0"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {"attention", "experts", "sample"} <= {span["name"] for span in spans}
+    assert all(span["dur"] >= 0 and "cname" in span for span in spans)
+
+
+async def test_a_port_in_use_is_said_and_ends_it(tiny_model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        async with launched(tiny_model, "--port", taken.getsockname()[1]) as child:
+            assert await child.ended() == 2
+            assert "cannot serve HTTP on" in child.said
+            assert "Traceback" not in child.said
+
+
+async def test_a_coordinator_that_cannot_be_reached_is_named(tiny_model):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    async with launched(tiny_model, "--role", "expert", "--coordinator", address, "--start-timeout", 2) as child:
+        assert await child.ended() == 2
+        assert f"no coordinator answered at {address} for 2 s; is it running there?" in child.said
+    async with launched(tiny_model, "--role", "expert", "--coordinator", "nonsense") as child:
+        assert await child.ended() == 2
+        assert "'nonsense' is not a coordinator's address; give tcp://HOST:PORT" in child.said
+
+
+async def test_processes_started_one_by_one_in_any_order(tiny_model, tmp_path):
+    """Workers first, the coordinator last; a second with the same id, garbage on the socket, and a drain."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    port = free_port()
+    common = (tiny_model, "--coordinator", address, "--threads-per-worker", 1)
+    async with (
+        launched(*common, "--role", "expert", "--worker-id", "expert-0") as expert,
+        launched(*common, "--role", "worker") as chosen,
+        launched(*common, "--role", "coordinator", "--expert-workers", 1, "--port", port) as coordinator,
+    ):
+        await coordinator.until_said("HTTP at")
+        engine = Engine.connect(address)
+        async with engine:
+            deadline = time.monotonic() + 90
+            while not engine.status[0]:
+                assert time.monotonic() < deadline, engine.status
+                await asyncio.sleep(0.1)
+
+            async def generate():
+                params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+                return [t async for output in engine.generate("It is", params) for t in output.token_ids]
+
+            expected = await generate()
+            assert len(expected) == 6
+
+            async with launched(*common, "--role", "expert", "--worker-id", "expert-0") as second:
+                assert await second.ended() == 2
+                assert re.search(r"expert-0 is live already \(pid \d+ on .*\); give another --worker-id", second.said)
+
+            await send_garbage(address)
+            assert await generate() == expected, "garbage on the coordinator's socket changes nothing"
+
+            expert.process.send_signal(signal.SIGTERM)
+            assert await expert.ended() == 0, "an expert worker that is drained ends"
+            async with launched(*common, "--role", "expert", "--worker-id", "expert-0"):
+                assert await asyncio.wait_for(generate(), 60) == expected, "and its successor is taken"
+        assert chosen.process.returncode is None
+
+
+async def send_garbage(address):
+    context = zmq.asyncio.Context()
+    socket_ = context.socket(zmq.DEALER)
+    socket_.connect(address)
+    codec = Codec(*MESSAGES)
+    from msi.types import SamplingParams as Params
+
+    for payload in (
+        [b""],
+        [b"\xff" * 100],
+        [b"two", b"frames"],
+        [b"\x91\xa5Hello"],
+        [codec.encode(WorkerHello(99, "x", "expert", 1, "h", "f", "float32"))],
+        [codec.encode(Submit(Request("r", (1, 2), Params(seed=1))))],
+    ):
+        await socket_.send_multipart(payload)
+    await asyncio.sleep(0.3)
+    socket_.close()
+    context.term()
+    host, port = address.removeprefix("tcp://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET / HTTP/1.1\r\n\r\n" * 20)
+    with contextlib.suppress(ConnectionError):
+        await writer.drain()
+        await asyncio.wait_for(reader.read(10), 1)
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+async def test_weights_that_cannot_be_loaded_are_named(tiny_model, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    async with launched(tmp_path, "--port", free_port()) as child:
+        assert await child.ended() == 2
+        assert re.search(r"has no tensor model\.layers\.1\.block_sparse_moe\.experts\.3\.w2\.weight", child.said)
+        assert "Traceback" not in child.said
+
+
+async def test_it_waits_by_name_and_gives_up_with_a_sentence(tiny_model):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    async with launched(
+        tiny_model, "--role", "coordinator", "--coordinator", address, "--no-gateway", "--start-timeout", 3
+    ) as coordinator:
+        await coordinator.until_said("coordinator at")
+        async with Engine.connect(address) as engine:
+            deadline = time.monotonic() + 30
+            while "gave up" not in engine.failure:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.1)
+            assert "waiting for attention worker 1 of 1" in engine.failure

@@ -1,0 +1,243 @@
+"""Links: what is dropped and counted, and what a peer that fails does to a turn."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from msi.errors import TransportError
+from msi.net.combine_link import CombineLink, Joined, Landed, Left
+from msi.net.dispatch_link import DispatchLink
+from msi.net.inproc import InprocTransport
+from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
+from msi.net.slots import HEADER, HEADER_BYTES, MAGIC, Header, Kind, pack_immediate, unpack_immediate
+
+HELLO = LinkHello(
+    protocol_version=PROTOCOL_VERSION, instance="token", worker_id="attention-0", incarnation=5, node=3, rank=0, size=1,
+    placement_version=2, num_lanes=2, slot_rows=4, row_bytes=16, answer_row_bytes=8, next_seqs=(0, 0),
+)  # fmt: skip
+
+
+class Pair:
+    """A dispatching node that is connected to two combining ones."""
+
+    async def start(self, hello=HELLO, timeout_s=5.0):
+        self.losses = []
+        self.transports = [InprocTransport() for _ in range(3)]
+        self.nodes = [
+            CombineLink(transport, expected=HELLO, worker_id=f"expert-{node}", incarnation=9, num_seats=2, max_skip=100)
+            for node, transport in enumerate(self.transports[1:])
+        ]
+        self.addresses = [await node.listen() for node in self.nodes]
+        self.link = DispatchLink(
+            self.transports[0], hello=hello, num_nodes=2, report_loss=lambda *loss: self.losses.append(loss),
+            timeout_s=timeout_s,
+        )  # fmt: skip
+        self.outboxes = [await self.link.connect(node, self.addresses[node]) for node in range(2)]
+        self.receiving = asyncio.create_task(self.link.run())
+        for node in self.nodes:
+            (joined,) = await node.events()
+            assert isinstance(joined, Joined)
+            assert joined.node == 3
+        return self
+
+    async def stop(self):
+        self.receiving.cancel()
+        await asyncio.gather(self.receiving, return_exceptions=True)
+        for transport in self.transports:
+            await transport.close()
+
+
+@pytest.fixture
+async def pair():
+    pair = await Pair().start()
+    yield pair
+    await pair.stop()
+
+
+async def landed(node):
+    return [event for event in await asyncio.wait_for(node.events(), 5) if isinstance(event, Landed)]
+
+
+async def test_a_turn_is_one_post_per_node_and_an_answer_from_those_that_had_rows(pair):
+    turn = asyncio.create_task(pair.link.exchange(1, (2, 0), more=True))
+    assert await landed(pair.nodes[0]) == [Landed(0, 1, 0, 2, True)]
+    assert await landed(pair.nodes[1]) == [Landed(0, 1, 0, 0, True)]
+    await asyncio.sleep(0)
+    assert not turn.done()
+    pair.nodes[0].answer(0, 1, 0, 2, compute_s=0.001)
+    await asyncio.wait_for(turn, 5)
+    assert pair.link.compute_meter.median_s == pytest.approx(0.001)
+    turn = asyncio.create_task(pair.link.exchange(1, (0, 1), more=False))
+    assert await landed(pair.nodes[0]) == [Landed(0, 1, 1, 0, False)]
+    assert await landed(pair.nodes[1]) == [Landed(0, 1, 1, 1, False)]
+    pair.nodes[1].answer(0, 1, 1, 1, compute_s=0.0)
+    await asyncio.wait_for(turn, 5)
+
+
+def test_immediates_hold_their_fields():
+    for fields in [(3, True, 7, 3, 4095, 4095), (0, False, 0, 0, 0, 0), (2, True, 3, 1, 1234, 77)]:
+        assert tuple(unpack_immediate(pack_immediate(*fields))) == fields
+    assert HEADER.size <= HEADER_BYTES
+
+
+GARBAGE = [
+    ("lane", pack_immediate(Kind.DISPATCH, True, 5, 0, 0, 5)),
+    ("incarnation", pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 4)),
+    ("stale", pack_immediate(Kind.EMPTY, True, 0, 0, 4095, 5)),
+    ("stale", pack_immediate(Kind.EMPTY, True, 0, 0, 200, 5)),
+    ("kind", pack_immediate(Kind.COMBINE, True, 0, 0, 0, 5)),
+    ("header", pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5)),
+]
+HEADERS = [
+    ("header", {"magic": b"HTTP"}),
+    ("header", {"lane": 1}),
+    ("header", {"seq": 4096}),
+    ("header", {"incarnation": 4}),
+    ("header", {"placement_version": 1}),
+    ("rows", {"num_rows": 0}),
+    ("rows", {"num_rows": 5}),
+    ("rows", {"row_bytes": 32}),
+]
+GOOD = Header(MAGIC, Kind.DISPATCH, 0, 0, 1, 5, 2, 0, 3, 16, 0, 0)
+
+
+@pytest.mark.parametrize(("reason", "immediate"), GARBAGE)
+async def test_a_foreign_or_stale_immediate_is_dropped_and_counted(pair, reason, immediate):
+    endpoint = pair.link._nodes[0].endpoint
+    endpoint.post(immediate)
+    assert await landed(pair.nodes[0]) == []
+    assert pair.nodes[0].counters.dropped == {reason: 1}
+
+
+@pytest.mark.parametrize(("reason", "changes"), HEADERS)
+async def test_a_header_that_does_not_match_its_immediate_is_dropped_and_counted(pair, reason, changes):
+    endpoint = pair.link._nodes[0].endpoint
+    HEADER.pack_into(endpoint.outbox, 0, *GOOD._replace(**changes))
+    endpoint.post(pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5), 0, HEADER_BYTES)
+    assert await landed(pair.nodes[0]) == []
+    assert pair.nodes[0].counters.dropped == {reason: 1}
+    HEADER.pack_into(endpoint.outbox, 0, *GOOD)
+    endpoint.post(pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5), 0, HEADER_BYTES)
+    assert await landed(pair.nodes[0]) == [Landed(0, 0, 0, 3, True)]
+
+
+async def test_answers_that_nobody_waits_for_are_dropped_and_counted(pair):
+    turn = asyncio.create_task(pair.link.exchange(0, (1, 0), more=True))
+    await landed(pair.nodes[0])
+    endpoint = pair.nodes[0]._seats[0].endpoint
+    for immediate in (
+        pack_immediate(Kind.COMBINE, False, 0, 0, 7, 9),  # another turn
+        pack_immediate(Kind.COMBINE, False, 1, 0, 0, 9),  # a lane that waits for nothing
+        pack_immediate(Kind.COMBINE, False, 0, 0, 0, 8),  # another life
+        pack_immediate(Kind.COMBINE, False, 0, 0, 0, 9),  # no header
+    ):
+        endpoint.post(immediate)
+    await asyncio.sleep(0.05)
+    assert not turn.done()
+    assert pair.link.counters.dropped == {"stale": 2, "incarnation": 1, "header": 1}
+    pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)
+    await asyncio.wait_for(turn, 5)
+
+
+async def test_a_refusal_carries_its_reason_to_the_turn(pair):
+    turn = asyncio.create_task(pair.link.exchange(0, (1, 0), more=True))
+    await landed(pair.nodes[0])
+    pair.nodes[0].refuse(0, 0, 0, "out of luck")
+    with pytest.raises(TransportError, match="expert-0: out of luck"):
+        await asyncio.wait_for(turn, 5)
+
+
+async def test_a_peer_that_closes_fails_the_turns_that_wait_for_it(pair):
+    turn = asyncio.create_task(pair.link.exchange(0, (1, 1), more=True))
+    await asyncio.sleep(0)
+    await pair.transports[2].close()
+    with pytest.raises(TransportError, match="expert-1: connection lost"):
+        await asyncio.wait_for(turn, 5)
+    assert [(node, worker_id) for node, worker_id, _ in pair.losses] == [(1, "expert-1")]
+    assert pair.link.missing_nodes == [1]
+    with pytest.raises(TransportError, match="not connected"):
+        await pair.link.exchange(1, (1, 1), more=True)
+
+
+async def test_a_peer_that_does_not_answer_is_lost_after_its_time():
+    pair = await Pair().start(timeout_s=0.1)
+    with pytest.raises(TransportError, match=r"expert-0: no answer for 0\.1 s"):
+        await asyncio.wait_for(pair.link.exchange(0, (1, 0), more=True), 5)
+    assert pair.link.missing_nodes == [0]
+    await pair.stop()
+
+
+async def test_a_lane_that_gave_up_a_pass_goes_on_at_the_next(pair):
+    turn = asyncio.create_task(pair.link.exchange(0, (1, 0), more=True))
+    await landed(pair.nodes[0])
+    turn.cancel()
+    await asyncio.gather(turn, return_exceptions=True)
+    pair.link.skip_to(0, 8)
+    turn = asyncio.create_task(pair.link.exchange(0, (1, 1), more=True))
+    assert await landed(pair.nodes[0]) == [Landed(0, 0, 8, 1, True)]
+    assert (await landed(pair.nodes[1]))[-1] == Landed(0, 0, 8, 1, True)
+    pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)  # for the pass that was given up
+    assert pair.nodes[0].counters.dropped == {"answer to a peer that is gone": 1}
+    turn.cancel()
+
+
+async def test_a_new_life_of_a_peer_fences_the_old_one_and_an_older_one_is_refused(pair):
+    transport = InprocTransport()
+    newer = DispatchLink(
+        transport, hello=replace(HELLO, incarnation=6), num_nodes=2, report_loss=lambda *loss: None
+    )  # fmt: skip
+    await newer.connect(0, pair.addresses[0])
+    events = await asyncio.wait_for(pair.nodes[0].events(), 5)
+    assert [type(event) for event in events] == [Left, Joined]
+    older = DispatchLink(
+        transport, hello=replace(HELLO, incarnation=5), num_nodes=2, report_loss=lambda *loss: None
+    )  # fmt: skip
+    with pytest.raises(TransportError, match="comes as incarnation 5; 6 was here already"):
+        await older.connect(0, pair.addresses[0])
+    await transport.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"protocol_version": 9}, "protocol_version 9, ours is 1"),
+        ({"instance": "other"}, "instance other, ours is token"),
+        ({"placement_version": 3}, "placement_version 3, ours is 2"),
+        ({"row_bytes": 32}, "row_bytes 32, ours is 16"),
+        ({"slot_rows": 8}, "slot_rows 8, ours is 4"),
+    ],
+)
+async def test_peers_that_do_not_fit_are_refused_with_both_values(pair, changes, complaint):
+    transport = InprocTransport()
+    stranger = DispatchLink(
+        transport, hello=replace(HELLO, worker_id="x", **changes), num_nodes=2, report_loss=lambda *loss: None
+    )
+    with pytest.raises(TransportError, match=complaint):
+        await stranger.connect(0, pair.addresses[0])
+    await transport.close()
+
+
+async def test_when_all_seats_are_taken_the_next_peer_is_told(pair):
+    transport = InprocTransport()
+    for index in range(2):
+        link = DispatchLink(
+            transport, hello=replace(HELLO, worker_id=f"x{index}"), num_nodes=2, report_loss=lambda *loss: None
+        )
+        if index == 0:
+            await link.connect(0, pair.addresses[0])
+        else:
+            with pytest.raises(TransportError, match="all 2 seats of expert-0 are taken"):
+                await link.connect(0, pair.addresses[0])
+    await transport.close()
+
+
+async def test_garbage_as_a_hello_is_refused():
+    transport = InprocTransport()
+    node = CombineLink(transport, expected=HELLO, worker_id="expert-0", incarnation=0, num_seats=1, max_skip=10)
+    address = await node.listen()
+    with pytest.raises(TransportError, match=r"not msgpack|array"):
+        await transport.connect(address, b"GET / HTTP/1.1", transport.register(1, 64), 0)
+    await transport.close()

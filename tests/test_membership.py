@@ -1,0 +1,204 @@
+"""Who belongs to an instance: events in, instructions out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from msi.membership import NO_STATUS, Cluster, InstancePlan, Lost, Send
+from msi.messages import (
+    Assignment,
+    Drain,
+    Fence,
+    Goodbye,
+    Heartbeat,
+    HeartbeatAck,
+    HelloAgain,
+    Linked,
+    PeerLost,
+    Refused,
+    Topology,
+    UseLanes,
+    WorkerHello,
+    WorkerReady,
+)
+from msi.placement import place_evenly
+
+PLAN = InstancePlan("token", 1, 2, False, place_evenly(8, 2), 4, 512, 1024, 64, 512)
+HELLO = WorkerHello(1, "", "expert", 100, "here", "print", "float32")
+
+
+def hello(cluster, route, now=0.0, **changes):
+    (instruction,) = cluster.hello(route, replace(HELLO, **changes), now)
+    assert isinstance(instruction, Send)
+    assert instruction.route == route
+    return instruction.message
+
+
+def formed(plan=PLAN):
+    """A cluster of attention-0, expert-0 and expert-1, all ready and linked, on 3 lanes."""
+    cluster = Cluster(plan, 0.0)
+    for route, role in ((b"e0", "expert"), (b"e1", "expert"), (b"a0", "attention")):
+        given = hello(cluster, route, role=role)
+        cluster.ready(route, WorkerReady(given.worker_id, 0, f"shm://{given.worker_id}", 100))
+    cluster.linked(b"a0", Linked("attention-0", 0, True))
+    cluster.use_lanes(3)
+    return cluster
+
+
+def beat(cluster, route, worker_id, now, incarnation=0):
+    return cluster.heartbeat(route, Heartbeat(worker_id, incarnation, NO_STATUS), now)
+
+
+def test_places_are_given_in_order_and_then_refused():
+    cluster = Cluster(PLAN, 0.0)
+    first, second = hello(cluster, b"1"), hello(cluster, b"2")
+    assert [(one.worker_id, one.role, one.index, one.incarnation) for one in (first, second)] == [
+        ("expert-0", "expert", 0, 0),
+        ("expert-1", "expert", 1, 0),
+    ]
+    assert hello(cluster, b"3") == Refused("all 2 expert workers of this instance are there already")
+    chosen = hello(cluster, b"4", role="worker")
+    assert (chosen.worker_id, chosen.role) == ("attention-0", "attention")
+    assert hello(cluster, b"5", role="worker") == Refused("all 3 workers of this instance are there already")
+
+
+def test_a_default_id_says_its_place():
+    cluster = Cluster(PLAN, 0.0)
+    assert hello(cluster, b"1", worker_id="expert-1").index == 1
+    assert hello(cluster, b"2", worker_id="mine").index == 0
+
+
+def test_a_live_id_refuses_a_second():
+    cluster = formed()
+    refused = hello(cluster, b"x", worker_id="expert-1", pid=7)
+    assert "expert-1 is live already (pid 100 on here)" in refused.reason
+
+
+def test_a_hello_asked_twice_before_the_answer_came_is_one_life():
+    cluster = Cluster(PLAN, 0.0)
+    assert hello(cluster, b"1") == hello(cluster, b"1", worker_id="expert-0")
+
+
+def test_other_versions_models_and_roles_are_refused_with_a_sentence():
+    cluster = formed(replace(PLAN, num_expert=3, placement=place_evenly(8, 3)))
+    assert "protocol version 7, the coordinator 1" in hello(cluster, b"x", protocol_version=7).reason
+    assert "model differs" in hello(cluster, b"x", fingerprint="other").reason
+    assert "role 'cook'" in hello(cluster, b"x", role="cook").reason
+
+
+def test_attention_workers_learn_of_expert_workers_as_they_become_ready():
+    cluster = Cluster(PLAN, 0.0)
+    hello(cluster, b"a0", role="attention")
+    (send,) = cluster.ready(b"a0", WorkerReady("attention-0", 0, "", 100))
+    assert send == Send(b"a0", Topology((), {}))
+    hello(cluster, b"e0")
+    (send,) = cluster.ready(b"e0", WorkerReady("expert-0", 0, "shm://e0", 0))
+    assert [(expert.node, expert.address) for expert in send.message.experts] == [(0, "shm://e0")]
+    assert not cluster.serving
+
+
+def test_it_serves_once_linked_and_told_its_lanes_and_is_told_once():
+    cluster = formed()
+    assert list(cluster.serving) == ["attention-0"]
+    assert cluster.linked(b"a0", Linked("attention-0", 0, True)) == []
+    cluster.linked(b"a0", Linked("attention-0", 0, False))
+    assert not cluster.serving
+
+
+def test_a_silent_expert_worker_is_lost_fenced_and_comes_back_as_its_next_incarnation():
+    cluster = formed()
+    for route, name in ((b"a0", "attention-0"), (b"e0", "expert-0")):
+        assert beat(cluster, route, name, 3.0) == [Send(route, HeartbeatAck())]
+    out, topology = cluster.tick(3.5)
+    assert isinstance(out.message, HelloAgain)
+    assert [expert.worker_id for expert in topology.message.experts] == ["expert-0"]
+    assert "no sign of life" in topology.message.lost["expert-1"]
+    (again,) = beat(cluster, b"e1", "expert-1", 3.6)
+    assert isinstance(again.message, HelloAgain)
+    back = hello(cluster, b"e1", worker_id="expert-1")
+    assert (back.index, back.incarnation) == (1, 1)
+    assert beat(cluster, b"e1", "expert-1", 3.7)[0].message != HeartbeatAck(), "the old life's heartbeats count no more"
+    assert beat(cluster, b"e1", "expert-1", 3.7, incarnation=1) == [Send(b"e1", HeartbeatAck())]
+
+
+def test_a_lost_attention_worker_loses_its_requests_and_frees_its_seats():
+    cluster = formed()
+    for route, name in ((b"e0", "expert-0"), (b"e1", "expert-1")):
+        beat(cluster, route, name, 3.0)
+    out, lost, *fences = cluster.tick(3.5)
+    assert isinstance(out.message, HelloAgain)
+    assert isinstance(lost, Lost)
+    assert lost.worker_id == "attention-0"
+    assert fences == [Send(b"e0", Fence("attention-0")), Send(b"e1", Fence("attention-0"))]
+    again = hello(cluster, b"new", role="attention", worker_id="attention-0")
+    cluster.ready(b"new", WorkerReady("attention-0", again.incarnation, "", 100))
+    assert cluster.linked(b"new", Linked("attention-0", 1, True)) == [Send(b"new", UseLanes(3))]
+
+
+def test_a_link_that_breaks_puts_the_expert_worker_out_at_once():
+    cluster = formed()
+    out, topology = cluster.peer_lost(b"a0", PeerLost("attention-0", 0, "expert-1", 0, "connection lost"))
+    assert out.route == b"e1"
+    assert [expert.worker_id for expert in topology.message.experts] == ["expert-0"]
+    assert cluster.peer_lost(b"a0", PeerLost("attention-0", 0, "expert-1", 0, "again")) == []
+    assert cluster.peer_lost(b"a0", PeerLost("attention-0", 0, "expert-0", 4, "another life")) == []
+
+
+def test_draining_an_attention_worker_stops_requests_to_it():
+    cluster = formed()
+    assert cluster.draining(b"a0", "attention-0", 0) == [Send(b"a0", Drain())]
+    assert not cluster.serving
+    _, lost, *_ = cluster.goodbye(b"a0", Goodbye("attention-0", 0))
+    assert lost == Lost("attention-0", "it was drained")
+
+
+def test_draining_an_expert_worker_waits_for_all_requests():
+    cluster = formed()
+    assert cluster.draining(b"e0", "expert-0", 0) == []
+    assert not cluster.serving
+    assert cluster.no_requests_left() == [Send(b"e0", Drain())]
+
+
+def test_what_is_waited_for_is_said_by_name():
+    cluster = Cluster(PLAN, 0.0)
+    assert cluster.sentence(2.0) == "waiting for attention worker 1 of 1, 2 s"
+    hello(cluster, b"a0", role="attention")
+    hello(cluster, b"e0")
+    assert cluster.sentence(12.0) == "waiting for expert worker 2 of 2, 12 s"
+    hello(cluster, b"e1")
+    assert cluster.sentence(12.0) == "loading weights: attention-0 0 %, expert-0 0 %, expert-1 0 %, 12 s"
+    assert formed().sentence(1.0) == "ready"
+
+
+def test_it_gives_up_with_the_same_sentence():
+    cluster = Cluster(replace(PLAN, start_timeout_s=5.0), 0.0)
+    cluster.tick(4.0)
+    assert cluster.failure == ""
+    cluster.tick(6.0)
+    assert cluster.failure == "gave up after 5 s: waiting for attention worker 1 of 1, 6 s"
+
+
+def test_a_worker_that_cannot_load_ends_the_start():
+    cluster = Cluster(PLAN, 0.0)
+    hello(cluster, b"e0")
+    cluster.worker_failed("expert-0", "model.norm.weight is missing")
+    assert cluster.failure == "model.norm.weight is missing"
+
+
+def test_messages_of_strangers_change_nothing():
+    cluster = formed()
+    before = cluster.stats()
+    assert isinstance(cluster.ready(b"x", WorkerReady("expert-0", 0, "shm://evil", 1))[0].message, HelloAgain)
+    assert cluster.linked(b"x", Linked("attention-0", 0, False)) == []
+    assert cluster.goodbye(b"x", Goodbye("expert-0", 0)) == []
+    assert cluster.peer_lost(b"x", PeerLost("attention-0", 0, "expert-0", 0, "lie")) == []
+    assert cluster.stats() == before
+
+
+def test_colocated_has_one_worker_and_no_expert_workers():
+    cluster = Cluster(replace(PLAN, is_colocated=True, num_expert=1), 0.0)
+    assert "runs colocated" in hello(cluster, b"e0").reason
+    given = hello(cluster, b"a0", role="attention")
+    assert isinstance(given, Assignment)
+    (send,) = cluster.ready(b"a0", WorkerReady("attention-0", 0, "inproc://0", 100))
+    assert [expert.address for expert in send.message.experts] == ["inproc://0"]
