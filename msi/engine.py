@@ -113,9 +113,14 @@ class Engine:
         if self._welcome.tokenizer:
             self._tokenizer = load_tokenizer(self._welcome.tokenizer)
         if options is not None:
-            await self._wait_ready(options.start_timeout_s)
+            await self.wait_ready(options.start_timeout_s)
 
-    async def _wait_ready(self, timeout_s: float) -> None:
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Until requests are taken; a local instance is when its context is entered.
+
+        Raises:
+            Unavailable: it will never be, or not within `timeout_s`; says what is waited for.
+        """
         assert self._client is not None
         deadline = time.monotonic() + timeout_s + 5  # the coordinator gives up first, and says why
         failed = asyncio.ensure_future(self._failed.wait())

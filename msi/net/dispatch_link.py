@@ -143,6 +143,21 @@ class DispatchLink:
             TransportError: a node that owes an answer was lost; `peer` names it. Cancelling leaves the lane's slots
                 in use until `skip_to`.
         """
+        turn = self._post(lane, num_rows, more)
+        if not turn.waiting:
+            return
+        loop = asyncio.get_running_loop()
+        turn.done = loop.create_future()
+        timer = loop.call_later(self._timeout_s, self._expire, turn, turn.seq)
+        try:
+            await turn.done
+        finally:
+            timer.cancel()
+            turn.done = None
+            turn.waiting = 0
+
+    def _post(self, lane: int, num_rows: Sequence[int], more: bool) -> _Turn:
+        """One post to every node; the turn then waits for those that got rows."""
         seq = self._next_seqs[lane]
         self._next_seqs[lane] = seq + 1
         hello, layout = self._hello, self.layout
@@ -167,17 +182,7 @@ class DispatchLink:
             turn.waiting |= 1 << node
             self.counters.rows += count
         self.counters.posts += len(self._nodes)
-        if not turn.waiting:
-            return
-        loop = asyncio.get_running_loop()
-        turn.done = loop.create_future()
-        timer = loop.call_later(self._timeout_s, self._expire, turn, seq)
-        try:
-            await turn.done
-        finally:
-            timer.cancel()
-            turn.done = None
-            turn.waiting = 0
+        return turn
 
     def skip_to(self, lane: int, multiple: int) -> None:
         """After a turn that failed: the lane goes on at the next multiple of `multiple`."""

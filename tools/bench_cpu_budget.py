@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""CPU time that the loop threads spend per (layer, lane), by stage; what the compute threads do is not in it.
+
+    tools/bench_cpu_budget.py [MODEL] --attention-workers 2 --expert-workers 2 --micro-batches 2
+
+Real worker processes over shared memory, measured with thread time while a batch decodes. A unit is one (layer, lane):
+for an attention worker one exchange, for an expert worker one batch that it takes. Prints a JSON line per worker and
+one with the medians per role.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from msi import Engine, SamplingParams
+from msi.options import InstanceOptions
+from msi_launch.main import run
+
+WARM_UP_S = 1.0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, help="the demo model without it")
+    parser.add_argument("--attention-workers", type=int, default=2)
+    parser.add_argument("--expert-workers", type=int, default=2)
+    parser.add_argument("--micro-batches", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    return parser.parse_args()
+
+
+# -- in a worker -----------------------------------------------------------------------------------------------------
+
+spent: defaultdict[str, float] = defaultdict(float)  # seconds of the loop thread, by stage
+units: Counter[str] = Counter()
+
+
+def timed(owner: type, name: str, stage: str, unit: str = "") -> None:
+    """Adds the thread time of a method to a stage, and counts its non-empty results as units."""
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        started = time.thread_time()
+        result = method(*args, **kwargs)
+        spent[stage] += time.thread_time() - started
+        if unit and result is not None:
+            units[unit] += 1
+        return result
+
+    setattr(owner, name, measured)
+
+
+def work(arguments: list[str]) -> int:
+    """Runs msi-launch with its stages timed; SIGUSR1 prints a snapshot."""
+    from msi.models.attention_half import AttentionHalf
+    from msi.models.expert_half import ExpertHalf
+    from msi.net.combine_link import CombineLink
+    from msi.net.dispatch_link import DispatchLink
+    from msi.net.shm import ShmTransport
+    from msi.waves import Waves
+    from msi.worker import Worker
+
+    timed(ShmTransport, "_rung", "wake up and read the rings")
+    timed(DispatchLink, "_arrived", "check answers")
+    timed(DispatchLink, "_post", "post rows", unit="units")
+    timed(AttentionHalf, "attention_route_pack", "submit attention")
+    timed(CombineLink, "_landed", "check rows")
+    timed(Waves, "landed", "waves")
+    timed(Waves, "take", "waves", unit="units")
+    timed(ExpertHalf, "run", "submit experts")
+    timed(CombineLink, "answer", "post answers")
+    original = Worker.run
+
+    async def run_with_snapshots(worker: Worker) -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, snapshot)
+        await original(worker)
+
+    Worker.run = run_with_snapshots  # type: ignore[assignment,method-assign]
+    status: int = run(arguments)
+    return status
+
+
+def snapshot() -> None:
+    shown = {"total_s": time.thread_time(), "units": units["units"], "spent_s": dict(spent)}
+    print(json.dumps(shown), flush=True)
+
+
+# -- outside ---------------------------------------------------------------------------------------------------------
+
+
+async def main() -> None:
+    arguments = parse()
+    options = InstanceOptions(
+        model=arguments.model,
+        attention_workers=arguments.attention_workers,
+        expert_workers=arguments.expert_workers,
+        micro_batches=arguments.micro_batches,
+        threads_per_worker=1,
+    )
+    from msi.instance import create_coordinator, worker_ids
+
+    coordinator = create_coordinator(options, "tcp://127.0.0.1:*")
+    running = asyncio.ensure_future(coordinator.run())
+    workers = {}
+    for role, worker_id in worker_ids(options):
+        workers[worker_id] = await asyncio.create_subprocess_exec(
+            sys.executable, __file__, "--worker", *options.flags(), "--role", role, "--worker-id", worker_id,
+            "--coordinator", coordinator.address, "--parent", str(os.getpid()), "--log-level", "warning",
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+    try:
+        async with Engine.connect(coordinator.address) as engine:
+            await engine.wait_ready(60.0)
+            measured = await measure(engine, workers, arguments.batch, arguments.seconds)
+    finally:
+        for process in workers.values():
+            process.terminate()
+        await asyncio.gather(*(process.wait() for process in workers.values()))
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    report(measured)
+
+
+async def measure(
+    engine: Engine, workers: dict[str, asyncio.subprocess.Process], batch: int, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Microseconds per unit of each stage, by worker, while `batch` sequences decode."""
+    is_over = asyncio.Event()
+
+    async def load(index: int) -> None:
+        while not is_over.is_set():
+            params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+            async for _ in engine.generate([index + 3] * 4, params):
+                if is_over.is_set():
+                    break
+
+    loads = [asyncio.ensure_future(load(index)) for index in range(batch)]
+    await asyncio.sleep(WARM_UP_S)
+    before = {name: await ask(process) for name, process in workers.items()}
+    await asyncio.sleep(seconds)
+    after = {name: await ask(process) for name, process in workers.items()}
+    is_over.set()
+    await asyncio.gather(*loads)
+    return {name: per_unit(before[name], after[name]) for name in workers}
+
+
+async def ask(process: asyncio.subprocess.Process) -> dict[str, Any]:
+    assert process.stdout is not None
+    process.send_signal(signal.SIGUSR1)
+    answer: dict[str, Any] = json.loads(await asyncio.wait_for(process.stdout.readline(), 10))
+    return answer
+
+
+def per_unit(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    count = after["units"] - before["units"]
+    stages = {
+        stage: 1e6 * (total - before["spent_s"].get(stage, 0.0)) / count for stage, total in after["spent_s"].items()
+    }
+    total = 1e6 * (after["total_s"] - before["total_s"]) / count
+    return {"units": count, "total_us": total, **stages, "event loop and tasks": total - sum(stages.values())}
+
+
+def report(measured: dict[str, dict[str, float]]) -> None:
+    for name, stages in measured.items():
+        print(json.dumps({"worker": name, **{stage: round(value, 1) for stage, value in stages.items()}}))
+    summary = {}
+    for role in ("attention", "expert"):
+        totals = [stages["total_us"] for name, stages in measured.items() if name.startswith(role)]
+        summary[f"{role}_us_per_layer_and_lane"] = round(median(totals), 1)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        sys.exit(work(sys.argv[2:]))
+    asyncio.run(main())

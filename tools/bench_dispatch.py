@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""One-way latency of dispatching rows from M senders to N receivers: shared memory against Gloo's isend / irecv.
+
+    tools/bench_dispatch.py --size 65536 --rounds 2000
+
+M + N processes each. In a round every sender sends `size` bytes to every receiver and waits for their empty
+acknowledgements. A message's time runs from when its sender begins the round (before anything is copied) to when its
+receiver has it, on the clock that all processes share. Receivers sleep until they are woken; nobody polls. The two
+kinds alternate; contents are checked. Prints a JSON line per kind and run, and the ratio of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median, quantiles
+
+STAMP = struct.Struct("<dI")  # time of the round's begin, round
+ACKNOWLEDGED = 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--senders", type=int, default=2)
+    parser.add_argument("--receivers", type=int, default=2)
+    parser.add_argument("--size", type=int, default=65536)
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--kind", choices=["shm", "gloo"], help="only this one")
+    parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("--rendezvous", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# -- shared memory ---------------------------------------------------------------------------------------------------
+
+
+async def shm_receiver(arguments: argparse.Namespace) -> list[float]:
+    from msi.net.shm import ShmTransport
+    from msi.net.transport import Admission, CompletionKind
+
+    transport = ShmTransport()
+    landing = transport.register(arguments.senders, arguments.size)
+    seats = iter(range(arguments.senders))
+    address = await transport.listen(lambda hello: Admission(landing, next(seats), b""))
+    publish(arguments, address)
+    times = []
+    left = arguments.senders * arguments.rounds
+    while left:
+        for endpoint, kind, round_number, _ in await transport.completions():
+            if kind is CompletionKind.IMMEDIATE:
+                now = time.monotonic()
+                started, stamped = STAMP.unpack_from(landing.memory, endpoint.seat * landing.stride)
+                check(stamped == round_number, landing.seat(endpoint.seat)[arguments.size - 1], round_number)
+                times.append(now - started)
+                endpoint.post(ACKNOWLEDGED)
+                left -= 1
+    await asyncio.sleep(0.2)  # the last acknowledgements are read before the connections end
+    await transport.close()
+    return times
+
+
+async def shm_sender(arguments: argparse.Namespace) -> list[float]:
+    from msi.net.shm import ShmTransport
+
+    transport = ShmTransport()
+    landing = transport.register(arguments.receivers, 64)
+    endpoints = []
+    for index in range(arguments.receivers):
+        address = await published(arguments, arguments.senders + index)
+        endpoints.append(await transport.connect(address, b"sender", landing, index))
+    payload = bytearray(arguments.size)
+    for round_number in range(arguments.rounds):
+        payload[-1] = round_number % 251
+        started = time.monotonic()
+        STAMP.pack_into(payload, 0, started, round_number)
+        for endpoint in endpoints:
+            endpoint.outbox[: arguments.size] = payload
+            endpoint.post(round_number, 0, arguments.size)
+        missing = len(endpoints)
+        while missing:
+            missing -= len(await transport.completions())
+    await transport.close()
+    return []
+
+
+# -- Gloo ------------------------------------------------------------------------------------------------------------
+
+
+def gloo(arguments: argparse.Namespace) -> list[float]:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    world = arguments.senders + arguments.receivers
+    dist.init_process_group(
+        "gloo", init_method=f"file://{arguments.rendezvous}/store", rank=arguments.rank, world_size=world
+    )
+    senders, receivers = range(arguments.senders), range(arguments.senders, world)
+    acknowledgement = torch.zeros(1, dtype=torch.uint8)
+    times = []
+    dist.barrier()
+    if arguments.rank in senders:
+        payload = torch.zeros(arguments.size, dtype=torch.uint8)
+        view = payload.numpy().data
+        for round_number in range(arguments.rounds):
+            payload[-1] = round_number % 251
+            STAMP.pack_into(view, 0, time.monotonic(), round_number)
+            sends = [dist.isend(payload, peer) for peer in receivers]
+            waits = [dist.irecv(acknowledgement, peer) for peer in receivers]
+            for work in (*sends, *waits):
+                assert work is not None
+                work.wait()
+    else:
+        buffers = [torch.zeros(arguments.size, dtype=torch.uint8) for _ in senders]
+        for round_number in range(arguments.rounds):
+            works = [dist.irecv(buffer, peer) for buffer, peer in zip(buffers, senders, strict=True)]
+            for work, buffer, peer in zip(works, buffers, senders, strict=True):
+                assert work is not None
+                work.wait()
+                now = time.monotonic()
+                started, stamped = STAMP.unpack_from(buffer.numpy().data)
+                check(stamped == round_number, int(buffer[-1]), round_number)
+                times.append(now - started)
+                send = dist.isend(acknowledgement, peer)
+                assert send is not None
+                send.wait()
+    dist.barrier()
+    dist.destroy_process_group()
+    return times
+
+
+# -- both ------------------------------------------------------------------------------------------------------------
+
+
+def check(is_right_round: bool, last_byte: int, round_number: int) -> None:
+    if not is_right_round or last_byte != round_number % 251:
+        raise SystemExit(f"round {round_number}: wrong contents")
+
+
+def publish(arguments: argparse.Namespace, address: str) -> None:
+    path = arguments.rendezvous / f"address-{arguments.rank}"
+    path.with_suffix(".tmp").write_text(address)
+    path.with_suffix(".tmp").rename(path)
+
+
+async def published(arguments: argparse.Namespace, rank: int) -> str:
+    path: Path = arguments.rendezvous / f"address-{rank}"
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"receiver {rank} did not come within 60 s")
+        await asyncio.sleep(0.01)
+    return path.read_text()
+
+
+def run_rank(arguments: argparse.Namespace) -> list[float]:
+    if arguments.kind == "gloo":
+        return gloo(arguments)
+    import uvloop
+
+    role = shm_sender if arguments.rank < arguments.senders else shm_receiver
+    times: list[float] = uvloop.run(role(arguments))
+    return times
+
+
+def run_kind(arguments: argparse.Namespace, kind: str) -> dict[str, float]:
+    """All ranks of one kind as processes; microseconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, __file__, "--kind", kind, "--senders", str(arguments.senders), "--receivers",
+            str(arguments.receivers), "--size", str(arguments.size), "--rounds", str(arguments.rounds),
+            "--rendezvous", folder,
+        ]  # fmt: skip
+        environment = {"GLOO_SOCKET_IFNAME": "lo", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
+        processes = [
+            subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, env=environment, text=True)
+            for rank in range(arguments.senders + arguments.receivers)
+        ]
+        times = []
+        for process in processes:
+            output, _ = process.communicate(timeout=600)
+            if process.returncode:
+                raise SystemExit(f"a {kind} process ended with status {process.returncode}")
+            times += json.loads(output)
+    times = times[len(times) // 10 :]
+    return {"median_us": 1e6 * median(times), "p99_us": 1e6 * quantiles(times, n=100)[98]}
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.rank >= 0:
+        print(json.dumps(run_rank(arguments)))
+        return
+    kinds = [arguments.kind] if arguments.kind else ["shm", "gloo"]
+    about = {"senders": arguments.senders, "receivers": arguments.receivers, "size": arguments.size}
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(arguments.repeat):
+        for kind in kinds:
+            result = run_kind(arguments, kind)
+            found[kind].append(result["median_us"])
+            print(json.dumps({"kind": kind, **about, **result}), flush=True)
+    summary = {f"{kind}_median_us": median(values) for kind, values in found.items()}
+    if len(kinds) == 2:
+        summary["gloo_over_shm"] = summary["gloo_median_us"] / summary["shm_median_us"]
+    print(json.dumps({**about, **summary}))
+
+
+if __name__ == "__main__":
+    main()
