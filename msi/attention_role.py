@@ -102,7 +102,6 @@ class AttentionRole:
         """Links and lanes, for ever. Cancel it to stop."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            tasks.create_task(self._link.run(), name="link")
             tasks.create_task(self._keep_connected(), name="connector")
 
     # -- expert workers ----------------------------------------------------------------------------------------------

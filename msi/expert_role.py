@@ -75,7 +75,7 @@ class ExpertRole:
 
     async def listen(self) -> str:
         """Takes attention workers from now on; the address to give them."""
-        return await self._link.listen()
+        return await self._link.listen(self._server)
 
     async def run(self) -> None:
         """Serves for ever. Cancel it to stop."""

@@ -1,5 +1,7 @@
-"""The expert half's loop: take a closed wave for a layer, run its experts, write back.
+"""The expert half's course: take a closed wave for a layer, run its experts, write back, take the next.
 
+What lands is told by the link on the event loop; what is finished is told by the device on its own thread, which takes
+and enqueues the next batch and then posts the answers without going through the loop. A lock keeps the waves whole.
 Knows seats, waves and answers; knows no requests, weights or sockets.
 """
 
@@ -7,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 from msi.net.alarm import Alarm
-from msi.net.combine_link import CombineLink, Joined, Landed
-from msi.waves import WaveBatch, Waves
+from msi.net.combine_link import CombineLink
+from msi.waves import Finished, WaveBatch, Waves
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +28,16 @@ class ExpertCompute(Protocol):
     def attach(self, seat: int, outbox: memoryview) -> None:
         """Answers to this seat go into `outbox` from now on."""
 
-    def run(self, batch: WaveBatch) -> Awaitable[float]:
-        """Enqueues one layer's experts over the batch's rows; once awaited, the answers lie in the outboxes.
+    def run(self, batch: WaveBatch, finished: Finished) -> None:
+        """Enqueues one layer's experts over the batch's rows.
 
-        Returns:
-            The seconds that the device computed, T_e.
+        Calls `finished(batch, seconds computed, error or None)` on the device's thread once the answers lie in the
+        outboxes, before anything else runs there.
         """
 
 
 class ExpertServer:
-    """Serves the seats of one expert node.
+    """Serves the seats of one expert node; implements `msi.net.combine_link.Listener`.
 
     Args:
         clock: seconds; the one that `waves` and `link` were given.
@@ -46,50 +50,60 @@ class ExpertServer:
         self._waves = waves
         self._compute = compute
         self._clock = clock
+        self._lock = threading.Lock()  # over the waves and what follows
+        self._is_busy = False
         self._alarm = Alarm()
+        self._alarm_at = math.inf
+        self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
-        """For ever. Cancel it to stop."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen(), name="waves")
-            tasks.create_task(self._serve(), name="experts")
-
-    async def _listen(self) -> None:
-        link, waves, clock = self._link, self._waves, self._clock
+        """Starts batches whose time is up though nothing lands, for ever. Cancel it to stop."""
         while True:
-            is_news = False
-            for event in await link.events():
-                if isinstance(event, Landed):
-                    is_news |= waves.landed(event.seat, event.lane, event.seq, event.num_rows, event.more, clock())
-                elif isinstance(event, Joined):
-                    self._compute.attach(event.seat, event.outbox)
-                    waves.connect(event.seat, event.node)
-                else:
-                    waves.disconnect(event.seat, clock())
-                    is_news = True
-            if is_news:
-                self._alarm.ring()
+            with self._lock:
+                self._start_next()
+                self._alarm_at = math.inf if self._is_busy else self._waves.deadline()
+                delay_s = self._alarm_at - self._clock()
+            await self._alarm.wait(delay_s)
 
-    async def _serve(self) -> None:
-        waves, clock = self._waves, self._clock
-        finished: WaveBatch | None = None
-        compute_s = 0.0
-        while True:
-            self._alarm.silence()
-            batch = waves.take(clock())
-            done = None if batch is None else self._compute.run(batch)
-            if finished is not None:  # the device works on meanwhile
-                for rows in finished.rows:
-                    self._link.answer(rows.seat, finished.lane, rows.seq, rows.num_rows, compute_s)
-                finished = None
-            if batch is None or done is None:
-                await self._alarm.wait(waves.deadline() - clock())
-                continue
-            try:
-                compute_s = await done
-            except Exception as error:
-                log.exception("layer %d of lane %d failed", batch.layer, batch.lane)
-                for rows in batch.rows:
-                    self._link.refuse(rows.seat, batch.lane, rows.seq, f"its experts failed: {error}")
-            else:
-                finished = batch
+    # -- on the event loop -------------------------------------------------------------------------------------------
+
+    def joined(self, seat: int, node: int, outbox: memoryview) -> None:
+        self._compute.attach(seat, outbox)
+        with self._lock:
+            self._waves.connect(seat, node)
+
+    def left(self, seat: int) -> None:
+        with self._lock:
+            self._waves.disconnect(seat, self._clock())
+            self._start_next()
+
+    def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool) -> None:
+        with self._lock:
+            if self._waves.landed(seat, lane, seq, num_rows, more, self._clock()):
+                self._start_next()
+
+    # -- on either thread --------------------------------------------------------------------------------------------
+
+    def _start_next(self) -> None:
+        """Gives a free device its next batch, or sees to it that `run` wakes when there may be one. Needs the lock."""
+        if self._is_busy:
+            return
+        batch = self._waves.take(self._clock())
+        if batch is not None:
+            self._is_busy = True
+            self._compute.run(batch, self._finished)
+        elif (deadline := self._waves.deadline()) < self._alarm_at:
+            self._alarm_at = deadline
+            self._loop.call_soon_threadsafe(self._alarm.ring)
+
+    def _finished(self, batch: WaveBatch, compute_s: float, error: Exception | None) -> None:
+        with self._lock:
+            self._is_busy = False
+            self._start_next()
+        if error is None:
+            for rows in batch.rows:
+                self._link.answer(rows.seat, batch.lane, rows.seq, rows.num_rows, compute_s)
+            return
+        log.error("layer %d of lane %d failed", batch.layer, batch.lane, exc_info=error)
+        for rows in batch.rows:
+            self._link.refuse(rows.seat, batch.lane, rows.seq, f"its experts failed: {error}")

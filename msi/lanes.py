@@ -11,20 +11,24 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from msi.errors import TransportError
-from msi.net.dispatch_link import DispatchLink
-from msi.types import MicroBatch, Packed
+from msi.net.dispatch_link import DispatchLink, Turn
+from msi.types import MicroBatch
 
 
 class AttentionCompute(Protocol):
-    """The attention half of the model on a device. Calls enqueue work in order; awaiting waits for it."""
+    """The attention half of the model on a device. Calls enqueue work, which runs in order."""
 
     num_layers: int
 
     def begin(self, lane: int, micro_batch: MicroBatch) -> None:
         """Embeds the tokens."""
 
-    def attention_route_pack(self, lane: int, layer: int) -> Awaitable[Packed]:
-        """Attention and router of one layer; the rows for each expert node go straight into its outbox."""
+    def attention_route_pack(self, lane: int, layer: int, turn: Turn) -> None:
+        """Attention and router of one layer; the rows for each expert node go straight into its outbox.
+
+        Then `turn.post` is called where the work ran: a post that waited for the event loop would wake it once more
+        per layer. Where the work failed, `turn.fail`.
+        """
 
     def combine(self, lane: int, layer: int) -> None:
         """Adds what the expert nodes sent back, from the landing slots of the lane."""
@@ -74,8 +78,8 @@ async def run_pass(
     last = compute.num_layers - 1
     compute.begin(lane, micro_batch)
     for layer in range(compute.num_layers):
-        packed = await compute.attention_route_pack(lane, layer)
-        more = layer < last or may_continue(lane)
-        await link.exchange(lane, packed.num_rows, more)
+        turn = link.open(lane, more=layer < last or may_continue(lane))
+        compute.attention_route_pack(lane, layer, turn)
+        await link.landed(turn)
         compute.combine(lane, layer)
     return await compute.sample(lane)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from msi.errors import InvalidRequest
 
@@ -102,12 +101,6 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
-
-
-class Packed(NamedTuple):
-    """What an attention half has put into the outboxes: rows per expert node."""
-
-    num_rows: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,33 @@ from dataclasses import replace
 import pytest
 
 from msi.errors import TransportError
-from msi.net.combine_link import CombineLink, Joined, Landed, Left
+from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.inproc import InprocTransport
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
 from msi.net.slots import HEADER, HEADER_BYTES, MAGIC, Header, Kind, pack_immediate, unpack_immediate
+from tests.waiting import until
 
 HELLO = LinkHello(
     protocol_version=PROTOCOL_VERSION, instance="token", worker_id="attention-0", incarnation=5, node=3, rank=0, size=1,
     placement_version=2, num_lanes=2, slot_rows=4, row_bytes=16, answer_row_bytes=8, next_seqs=(0, 0),
 )  # fmt: skip
+
+
+class Recorder:
+    """A listener that keeps what it is told."""
+
+    def __init__(self):
+        self.events = []
+
+    def joined(self, seat, node, outbox):
+        self.events.append(("joined", seat, node))
+
+    def left(self, seat):
+        self.events.append(("left", seat))
+
+    def landed(self, seat, lane, seq, num_rows, more):
+        self.events.append((seat, lane, seq, num_rows, more))
 
 
 class Pair:
@@ -30,22 +47,43 @@ class Pair:
             CombineLink(transport, expected=HELLO, worker_id=f"expert-{node}", incarnation=9, num_seats=2, max_skip=100)
             for node, transport in enumerate(self.transports[1:])
         ]
-        self.addresses = [await node.listen() for node in self.nodes]
+        self.recorders = [Recorder() for _ in self.nodes]
+        self.addresses = [
+            await node.listen(recorder) for node, recorder in zip(self.nodes, self.recorders, strict=True)
+        ]
         self.link = DispatchLink(
             self.transports[0], hello=hello, num_nodes=2, report_loss=lambda *loss: self.losses.append(loss),
             timeout_s=timeout_s,
         )  # fmt: skip
         self.outboxes = [await self.link.connect(node, self.addresses[node]) for node in range(2)]
-        self.receiving = asyncio.create_task(self.link.run())
-        for node in self.nodes:
-            (joined,) = await node.events()
-            assert isinstance(joined, Joined)
-            assert joined.node == 3
+        for recorder in self.recorders:
+            assert recorder.events == [("joined", 0, 3)]
+            recorder.events.clear()
         return self
 
+    def exchange(self, lane, num_rows, more=True):
+        """A turn, posted from a thread as the device does it; a task that ends when its answers have landed."""
+
+        async def turn():
+            turn = self.link.open(lane, more)
+            await asyncio.to_thread(turn.post, num_rows)
+            await self.link.landed(turn)
+
+        return asyncio.create_task(turn())
+
+    async def landed(self, node, count=1):
+        """What landed at a node since the last look, once it is `count` posts."""
+        events = self.recorders[node].events
+        await until(lambda: len(events) >= count)
+        taken = events.copy()
+        events.clear()
+        return taken
+
+    async def nothing_landed(self, node):
+        await until(lambda: self.nodes[node].counters.immediates > 0)
+        return not self.recorders[node].events
+
     async def stop(self):
-        self.receiving.cancel()
-        await asyncio.gather(self.receiving, return_exceptions=True)
         for transport in self.transports:
             await transport.close()
 
@@ -57,22 +95,18 @@ async def pair():
     await pair.stop()
 
 
-async def landed(node):
-    return [event for event in await asyncio.wait_for(node.events(), 5) if isinstance(event, Landed)]
-
-
 async def test_a_turn_is_one_post_per_node_and_an_answer_from_those_that_had_rows(pair):
-    turn = asyncio.create_task(pair.link.exchange(1, (2, 0), more=True))
-    assert await landed(pair.nodes[0]) == [Landed(0, 1, 0, 2, True)]
-    assert await landed(pair.nodes[1]) == [Landed(0, 1, 0, 0, True)]
+    turn = pair.exchange(1, (2, 0))
+    assert await pair.landed(0) == [(0, 1, 0, 2, True)]
+    assert await pair.landed(1) == [(0, 1, 0, 0, True)]
     await asyncio.sleep(0)
     assert not turn.done()
     pair.nodes[0].answer(0, 1, 0, 2, compute_s=0.001)
     await asyncio.wait_for(turn, 5)
     assert pair.link.compute_meter.median_s == pytest.approx(0.001)
-    turn = asyncio.create_task(pair.link.exchange(1, (0, 1), more=False))
-    assert await landed(pair.nodes[0]) == [Landed(0, 1, 1, 0, False)]
-    assert await landed(pair.nodes[1]) == [Landed(0, 1, 1, 1, False)]
+    turn = pair.exchange(1, (0, 1), more=False)
+    assert await pair.landed(0) == [(0, 1, 1, 0, False)]
+    assert await pair.landed(1) == [(0, 1, 1, 1, False)]
     pair.nodes[1].answer(0, 1, 1, 1, compute_s=0.0)
     await asyncio.wait_for(turn, 5)
 
@@ -108,7 +142,7 @@ GOOD = Header(MAGIC, Kind.DISPATCH, 0, 0, 1, 5, 2, 0, 3, 16, 0, 0)
 async def test_a_foreign_or_stale_immediate_is_dropped_and_counted(pair, reason, immediate):
     endpoint = pair.link._nodes[0].endpoint
     endpoint.post(immediate)
-    assert await landed(pair.nodes[0]) == []
+    assert await pair.nothing_landed(0)
     assert pair.nodes[0].counters.dropped == {reason: 1}
 
 
@@ -117,16 +151,16 @@ async def test_a_header_that_does_not_match_its_immediate_is_dropped_and_counted
     endpoint = pair.link._nodes[0].endpoint
     HEADER.pack_into(endpoint.outbox, 0, *GOOD._replace(**changes))
     endpoint.post(pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5), 0, HEADER_BYTES)
-    assert await landed(pair.nodes[0]) == []
+    assert await pair.nothing_landed(0)
     assert pair.nodes[0].counters.dropped == {reason: 1}
     HEADER.pack_into(endpoint.outbox, 0, *GOOD)
     endpoint.post(pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5), 0, HEADER_BYTES)
-    assert await landed(pair.nodes[0]) == [Landed(0, 0, 0, 3, True)]
+    assert await pair.landed(0) == [(0, 0, 0, 3, True)]
 
 
 async def test_answers_that_nobody_waits_for_are_dropped_and_counted(pair):
-    turn = asyncio.create_task(pair.link.exchange(0, (1, 0), more=True))
-    await landed(pair.nodes[0])
+    turn = pair.exchange(0, (1, 0))
+    await pair.landed(0)
     endpoint = pair.nodes[0]._seats[0].endpoint
     for immediate in (
         pack_immediate(Kind.COMBINE, False, 0, 0, 7, 9),  # another turn
@@ -143,42 +177,43 @@ async def test_answers_that_nobody_waits_for_are_dropped_and_counted(pair):
 
 
 async def test_a_refusal_carries_its_reason_to_the_turn(pair):
-    turn = asyncio.create_task(pair.link.exchange(0, (1, 0), more=True))
-    await landed(pair.nodes[0])
+    turn = pair.exchange(0, (1, 0))
+    await pair.landed(0)
     pair.nodes[0].refuse(0, 0, 0, "out of luck")
     with pytest.raises(TransportError, match="expert-0: out of luck"):
         await asyncio.wait_for(turn, 5)
 
 
 async def test_a_peer_that_closes_fails_the_turns_that_wait_for_it(pair):
-    turn = asyncio.create_task(pair.link.exchange(0, (1, 1), more=True))
-    await asyncio.sleep(0)
+    turn = pair.exchange(0, (1, 1))
+    await pair.landed(1)
     await pair.transports[2].close()
     with pytest.raises(TransportError, match="expert-1: connection lost"):
         await asyncio.wait_for(turn, 5)
     assert [(node, worker_id) for node, worker_id, _ in pair.losses] == [(1, "expert-1")]
     assert pair.link.missing_nodes == [1]
     with pytest.raises(TransportError, match="not connected"):
-        await pair.link.exchange(1, (1, 1), more=True)
+        await pair.exchange(1, (1, 1))
 
 
 async def test_a_peer_that_does_not_answer_is_lost_after_its_time():
     pair = await Pair().start(timeout_s=0.1)
     with pytest.raises(TransportError, match=r"expert-0: no answer for 0\.1 s"):
-        await asyncio.wait_for(pair.link.exchange(0, (1, 0), more=True), 5)
+        await asyncio.wait_for(pair.exchange(0, (1, 0)), 5)
     assert pair.link.missing_nodes == [0]
     await pair.stop()
 
 
 async def test_a_lane_that_gave_up_a_pass_goes_on_at_the_next(pair):
-    turn = asyncio.create_task(pair.link.exchange(0, (1, 0), more=True))
-    await landed(pair.nodes[0])
+    turn = pair.exchange(0, (1, 0))
+    await pair.landed(0)
     turn.cancel()
     await asyncio.gather(turn, return_exceptions=True)
     pair.link.skip_to(0, 8)
-    turn = asyncio.create_task(pair.link.exchange(0, (1, 1), more=True))
-    assert await landed(pair.nodes[0]) == [Landed(0, 0, 8, 1, True)]
-    assert (await landed(pair.nodes[1]))[-1] == Landed(0, 0, 8, 1, True)
+    await pair.landed(1)
+    turn = pair.exchange(0, (1, 1))
+    assert await pair.landed(0) == [(0, 0, 8, 1, True)]
+    assert await pair.landed(1) == [(0, 0, 8, 1, True)]
     pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)  # for the pass that was given up
     assert pair.nodes[0].counters.dropped == {"answer to a peer that is gone": 1}
     turn.cancel()
@@ -190,8 +225,7 @@ async def test_a_new_life_of_a_peer_fences_the_old_one_and_an_older_one_is_refus
         transport, hello=replace(HELLO, incarnation=6), num_nodes=2, report_loss=lambda *loss: None
     )  # fmt: skip
     await newer.connect(0, pair.addresses[0])
-    events = await asyncio.wait_for(pair.nodes[0].events(), 5)
-    assert [type(event) for event in events] == [Left, Joined]
+    assert pair.recorders[0].events == [("left", 0), ("joined", 0, 3)]
     older = DispatchLink(
         transport, hello=replace(HELLO, incarnation=5), num_nodes=2, report_loss=lambda *loss: None
     )  # fmt: skip
@@ -237,7 +271,7 @@ async def test_when_all_seats_are_taken_the_next_peer_is_told(pair):
 async def test_garbage_as_a_hello_is_refused():
     transport = InprocTransport()
     node = CombineLink(transport, expected=HELLO, worker_id="expert-0", incarnation=0, num_seats=1, max_skip=10)
-    address = await node.listen()
+    address = await node.listen(Recorder())
     with pytest.raises(TransportError, match=r"not msgpack|array"):
         await transport.connect(address, b"GET / HTTP/1.1", transport.register(1, 64), 0)
     await transport.close()

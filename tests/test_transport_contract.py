@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
+import time
+from typing import NamedTuple
 
 import pytest
 
@@ -12,9 +15,10 @@ from msi.errors import ProtocolError, TransportError
 from msi.net import shm
 from msi.net.inproc import InprocTransport
 from msi.net.shm import ShmTransport
-from msi.net.transport import Admission, CompletionKind
+from msi.net.transport import Admission, CompletionKind, Endpoint
 from msi.simulator.clock import VirtualClockLoop
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
+from tests.waiting import until
 
 SEAT_BYTES = 4096
 TRANSPORTS = ["inproc", "shm"]
@@ -22,11 +26,30 @@ TRANSPORTS = ["inproc", "shm"]
 pytestmark = pytest.mark.skipif(shm.is_available() is not None, reason=str(shm.is_available()))
 
 
+class Completion(NamedTuple):
+    endpoint: Endpoint
+    kind: CompletionKind
+    immediate: int
+    reason: str
+
+
+class Recorded:
+    """A transport, and what it has delivered and nobody has taken yet."""
+
+    def __init__(self, transport):
+        self.transport = transport
+        self.delivered = []
+        transport.deliver(lambda *completion: self.delivered.append(Completion(*completion)))
+
+    def __getattr__(self, name):
+        return getattr(self.transport, name)
+
+
 class Pair:
     """Two transports of a kind, the first of which listens with two seats."""
 
     def __init__(self, make):
-        self.left, self.right = make(), make()
+        self.left, self.right = Recorded(make()), Recorded(make())
         self.left_landing = self.left.register(2, SEAT_BYTES)
         self.right_landing = self.right.register(3, SEAT_BYTES)
         self.hellos = []
@@ -44,24 +67,29 @@ class Pair:
         address = await self.left.listen(self.accept) if not self.hellos else self.address
         self.address = address
         ours = await self.right.connect(address, hello, self.right_landing, seat)
-        (completion,) = await self.left.completions()
+        (completion,) = await take(self.left, 1)
         assert completion.kind is CompletionKind.CONNECTED
         return ours, completion.endpoint
 
 
 @pytest.fixture(params=TRANSPORTS)
-async def pair(request):
-    pair = Pair({"inproc": InprocTransport, "shm": ShmTransport}[request.param])
+def make(request):
+    return {"inproc": InprocTransport, "shm": ShmTransport}[request.param]
+
+
+@pytest.fixture
+async def pair(make):
+    pair = Pair(make)
     yield pair
     await pair.right.close()
     await pair.left.close()
     await pair.left.close()  # idempotent
 
 
-async def take(transport, count):
-    taken = []
-    while len(taken) < count:
-        taken += await asyncio.wait_for(transport.completions(), 5)
+async def take(recorded, count):
+    await until(lambda: len(recorded.delivered) >= count)
+    assert len(recorded.delivered) == count
+    taken, recorded.delivered = recorded.delivered, []
     return taken
 
 
@@ -78,7 +106,7 @@ async def test_a_refusal_carries_its_reason(pair):
 
 
 async def test_nobody_there_is_an_error_that_names_the_address(pair):
-    name = "inproc://nobody" if isinstance(pair.left, InprocTransport) else "shm://nobody"
+    name = "inproc://nobody" if isinstance(pair.left.transport, InprocTransport) else "shm://nobody"
     with pytest.raises(TransportError, match="nobody"):
         await pair.right.connect(name, b"anna", pair.right_landing, 0)
 
@@ -130,15 +158,51 @@ async def test_what_was_posted_before_a_close_arrives_before_it(pair):
         theirs.post(8)
 
 
-async def test_a_cancelled_wait_loses_nothing(pair):
-    ours, _ = await pair.connect()
-    waiting = asyncio.create_task(pair.left.completions())
-    await asyncio.sleep(0)
-    waiting.cancel()
+async def test_what_comes_before_there_is_a_handler_is_kept_for_it(make):
+    early, right = make(), make()
+    landing = early.register(1, SEAT_BYTES)
+    address = await early.listen(lambda hello: Admission(landing, 0, b""))
+    ours = await right.connect(address, b"anna", right.register(1, SEAT_BYTES), 0)
     ours.post(1)
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    assert [c.immediate for c in await take(pair.left, 1)] == [1]
+    await asyncio.sleep(0.05)
+    completions = await take(Recorded(early), 2)
+    assert [c.kind for c in completions] == [CompletionKind.CONNECTED, CompletionKind.IMMEDIATE]
+    await right.close()
+    await early.close()
+
+
+async def test_a_post_from_another_thread_arrives_on_the_loop(pair):
+    ours, _ = await pair.connect()
+    threads = []
+    pair.left.transport.deliver(lambda *completion: threads.append(threading.current_thread()))
+
+    def post():
+        for immediate in range(100):
+            ours.post(immediate)
+
+    await asyncio.to_thread(post)
+    await until(lambda: len(threads) == 100)
+    assert set(threads) == {threading.current_thread()}
+
+
+async def test_closing_while_another_thread_posts_is_an_error_there_and_nothing_else(pair):
+    ours, _ = await pair.connect()
+
+    is_closing = threading.Event()
+
+    def post():
+        while not is_closing.is_set():
+            ours.post(1)
+            time.sleep(0)
+        while True:
+            ours.post(2)
+
+    posting = asyncio.create_task(asyncio.to_thread(post))
+    await asyncio.sleep(0.01)
+    is_closing.set()
+    ours.close()
+    with pytest.raises(TransportError, match="closed"):
+        await asyncio.wait_for(posting, 5)
 
 
 async def test_a_revoked_seat_reads_zero_and_what_its_peer_writes_is_not_seen(pair):
@@ -218,15 +282,19 @@ def test_the_simulated_transport_delivers_in_order_after_its_latency():
         loop = asyncio.get_running_loop()
         network = SimulatedNetwork(lambda num_bytes: 0.001 * (1 + num_bytes))
         left, right = SimulatedTransport(network, "left"), SimulatedTransport(network, "right")
+        came = []
+        left.deliver(lambda endpoint, kind, immediate, reason: came.append((kind, immediate, loop.time())))
         landing = left.register(1, SEAT_BYTES)
         address = await left.listen(lambda hello: Admission(landing, 0, b"welcome"))
         ours = await right.connect(address, b"anna", right.register(1, SEAT_BYTES), 0)
-        await left.completions()
         ours.outbox[0:3] = b"abc"
         ours.post(1, 0, 3)
         ours.post(2)
-        (first, second) = await take(left, 2)
-        assert (first.immediate, second.immediate, loop.time()) == (1, 2, pytest.approx(0.004))
+        await asyncio.sleep(1)
+        assert [(kind, immediate) for kind, immediate, _ in came] == [
+            (CompletionKind.CONNECTED, 0), (CompletionKind.IMMEDIATE, 1), (CompletionKind.IMMEDIATE, 2),
+        ]  # fmt: skip
+        assert [time_s for _, _, time_s in came] == pytest.approx([0, 0.004, 0.004])
         assert landing.seat(0)[0:3] == b"abc"
         await right.close()
         await left.close()

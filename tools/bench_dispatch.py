@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
 
 async def shm_receiver(arguments: argparse.Namespace) -> list[float]:
     from msi.net.shm import ShmTransport
-    from msi.net.transport import Admission, CompletionKind
+    from msi.net.transport import Admission, CompletionKind, Endpoint
 
     transport = ShmTransport()
     landing = transport.register(arguments.senders, arguments.size)
@@ -52,16 +52,21 @@ async def shm_receiver(arguments: argparse.Namespace) -> list[float]:
     address = await transport.listen(lambda hello: Admission(landing, next(seats), b""))
     publish(arguments, address)
     times = []
-    left = arguments.senders * arguments.rounds
-    while left:
-        for endpoint, kind, round_number, _ in await transport.completions():
-            if kind is CompletionKind.IMMEDIATE:
-                now = time.monotonic()
-                started, stamped = STAMP.unpack_from(landing.memory, endpoint.seat * landing.stride)
-                check(stamped == round_number, landing.seat(endpoint.seat)[arguments.size - 1], round_number)
-                times.append(now - started)
-                endpoint.post(ACKNOWLEDGED)
-                left -= 1
+    is_over = asyncio.Event()
+
+    def landed(endpoint: Endpoint, kind: CompletionKind, round_number: int, _: str) -> None:
+        if kind is not CompletionKind.IMMEDIATE:
+            return
+        now = time.monotonic()
+        started, stamped = STAMP.unpack_from(landing.memory, endpoint.seat * landing.stride)
+        check(stamped == round_number, landing.seat(endpoint.seat)[arguments.size - 1], round_number)
+        times.append(now - started)
+        endpoint.post(ACKNOWLEDGED)
+        if len(times) == arguments.senders * arguments.rounds:
+            is_over.set()
+
+    transport.deliver(landed)
+    await is_over.wait()
     await asyncio.sleep(0.2)  # the last acknowledgements are read before the connections end
     await transport.close()
     return times
@@ -77,16 +82,26 @@ async def shm_sender(arguments: argparse.Namespace) -> list[float]:
         address = await published(arguments, arguments.senders + index)
         endpoints.append(await transport.connect(address, b"sender", landing, index))
     payload = bytearray(arguments.size)
+    missing = 0
+    acknowledged = asyncio.Event()
+
+    def landed(*_: object) -> None:
+        nonlocal missing
+        missing -= 1
+        if not missing:
+            acknowledged.set()
+
+    transport.deliver(landed)
     for round_number in range(arguments.rounds):
         payload[-1] = round_number % 251
+        missing = len(endpoints)
         started = time.monotonic()
         STAMP.pack_into(payload, 0, started, round_number)
         for endpoint in endpoints:
             endpoint.outbox[: arguments.size] = payload
             endpoint.post(round_number, 0, arguments.size)
-        missing = len(endpoints)
-        while missing:
-            missing -= len(await transport.completions())
+        await acknowledged.wait()
+        acknowledged.clear()
     await transport.close()
     return []
 

@@ -21,6 +21,7 @@ from msi.tracing import Tracer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_Work = tuple[Callable[[], None], Callable[[Exception], None], StageMeter, str, int]
 PACKING_ROWS = 32  # a hint of how many rows a product will have; the packed layout does not depend on it much
 
 
@@ -57,8 +58,7 @@ class CpuDevice:
         self.busy_s = 0.0
         self.tracer: Tracer | None = None
         self._loop = asyncio.get_running_loop()
-        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._failure: Exception | None = None
+        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._packing = _packing()
         self._is_open = True
         self._thread = threading.Thread(target=self._run, args=(num_threads,), name="msi-compute", daemon=True)
@@ -67,36 +67,19 @@ class CpuDevice:
     def submit(self, work: Callable[[], T], meter: StageMeter, name: str, lane: int) -> asyncio.Future[T]:
         done: asyncio.Future[T] = self._loop.create_future()
 
-        def run() -> None:
-            failure, self._failure = self._failure, None
-            started = time.monotonic()
-            try:
-                if failure is not None:
-                    raise failure
-                result = work()
-            except Exception as error:
-                self._loop.call_soon_threadsafe(_fail, done, error)
-                return
-            ended = time.monotonic()
-            self._loop.call_soon_threadsafe(_resolve, done, result)
-            self.busy_s += ended - started
-            meter.add(ended - started)
-            if self.tracer is not None:
-                self.tracer.span(name, lane, started, ended)
+        def resolve() -> None:
+            self._loop.call_soon_threadsafe(_resolve, done, work())
 
-        self._queue.put(run)
+        def failed(error: Exception) -> None:
+            self._loop.call_soon_threadsafe(_fail, done, error)
+
+        self.enqueue(resolve, failed, meter, name, lane)
         return done
 
-    def enqueue(self, work: Callable[[], object]) -> None:
-        def run() -> None:
-            started = time.monotonic()
-            try:
-                work()
-            except Exception as error:
-                self._failure = error
-            self.busy_s += time.monotonic() - started
-
-        self._queue.put(run)
+    def enqueue(
+        self, work: Callable[[], None], failed: Callable[[Exception], None], meter: StageMeter, name: str, lane: int
+    ) -> None:
+        self._queue.put((work, failed, meter, name, lane))
 
     def compute_dtype(self, wanted: torch.dtype) -> torch.dtype:
         return wanted if wanted is torch.float32 or has_bf16_units() else torch.float32
@@ -123,9 +106,21 @@ class CpuDevice:
     def _run(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         with torch.inference_mode():
-            while (work := self._queue.get()) is not None:
-                if self._is_open:
+            while (item := self._queue.get()) is not None:
+                if not self._is_open:
+                    continue
+                work, failed, meter, name, lane = item
+                started = time.monotonic()
+                try:
                     work()
+                except Exception as error:
+                    failed(error)
+                    continue
+                ended = time.monotonic()
+                self.busy_s += ended - started
+                meter.add(ended - started)
+                if self.tracer is not None:
+                    self.tracer.span(name, lane, started, ended)
 
 
 def _resolve(done: asyncio.Future[T], result: T) -> None:

@@ -22,8 +22,10 @@ class Device(Protocol):
     def submit(self, work: Callable[[], T], meter: StageMeter, name: str, lane: int) -> asyncio.Future[T]:
         """Enqueues work; the future has its result. `name` and `lane` label it in traces."""
 
-    def enqueue(self, work: Callable[[], object]) -> None:
-        """Enqueues work that nobody waits for; should it fail, the next submitted work fails with its error."""
+    def enqueue(
+        self, work: Callable[[], None], failed: Callable[[Exception], None], meter: StageMeter, name: str, lane: int
+    ) -> None:
+        """Enqueues work that passes its results on itself; should it raise, `failed` is called where it ran."""
 
     def compute_dtype(self, wanted: torch.dtype) -> torch.dtype:
         """The dtype to hold and compute weights in, for a checkpoint of dtype `wanted`."""

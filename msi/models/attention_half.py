@@ -21,9 +21,10 @@ from msi.meter import StageMeter
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
+from msi.net.dispatch_link import Turn
 from msi.net.slots import HEADER_BYTES, SlotLayout
 from msi.sampler import sample
-from msi.types import MicroBatch, Packed, Placement
+from msi.types import MicroBatch, Placement
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -148,6 +149,7 @@ class AttentionHalf:
             for local, expert in enumerate(placement.experts_of(node)):
                 local_ids[node, expert] = local
         self._placement = PlacementTables(local_ids)
+        self._fresh: dict[int, MicroBatch] = {}  # by lane, until the first layer's work takes it up
         self._lanes: list[_LaneState | None] = [None] * dispatch_layout.num_lanes
         self._outboxes: list[list[PackedRows]] = [[] for _ in range(placement.num_nodes)]
         answers = slot_rows_view(landing, placement.num_nodes, landing_stride, answer_layout)
@@ -165,10 +167,16 @@ class AttentionHalf:
     # -- msi.lanes.AttentionCompute ----------------------------------------------------------------------------------
 
     def begin(self, lane: int, micro_batch: MicroBatch) -> None:
-        self._device.enqueue(lambda: self._begin(lane, micro_batch))
+        """The embedding is looked up at the start of the first layer's work."""
+        self._fresh[lane] = micro_batch
 
-    def attention_route_pack(self, lane: int, layer: int) -> asyncio.Future[Packed]:
-        return self._device.submit(lambda: self._attention_route_pack(lane, layer), self.meter, "attention", lane)
+    def attention_route_pack(self, lane: int, layer: int, turn: Turn) -> None:
+        def work() -> None:
+            if layer == 0:
+                self._begin(lane, self._fresh[lane])
+            turn.post(self._attention_route_pack(lane, layer))
+
+        self._device.enqueue(work, turn.fail, self.meter, "attention", lane)
 
     def combine(self, lane: int, layer: int) -> None:
         """The answers are added at the start of the lane's next work, which reads them in any case."""
@@ -199,7 +207,8 @@ class AttentionHalf:
             ),
         )
 
-    def _attention_route_pack(self, lane: int, layer: int) -> Packed:
+    def _attention_route_pack(self, lane: int, layer: int) -> list[int]:
+        """The number of rows that lie in each node's outbox."""
         state, weights, config = self._combined(lane), self._weights.layers[layer], self._config
         hidden = state.hidden
         num_tokens = hidden.shape[0]
@@ -221,7 +230,7 @@ class AttentionHalf:
             counts.append(count)
             if count:
                 state.sent.append((node, token_index, count))
-        return Packed(tuple(counts))
+        return counts
 
     def _combined(self, lane: int) -> _LaneState:
         """The lane's state, with what the expert nodes sent back added to the residual stream."""

@@ -5,7 +5,6 @@ Owns weights, never requests. Reads rows where they landed and writes answers wh
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
 from msi.net.slots import SlotLayout
-from msi.waves import WaveBatch
+from msi.waves import Finished, WaveBatch
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -104,8 +103,14 @@ class ExpertHalf:
         rows = slot_rows_view(outbox, 1, len(outbox), self._answer_layout)[0]
         self._outboxes[seat] = rows[..., : self._config.hidden_size * self._dtype.itemsize].view(self._dtype)
 
-    def run(self, batch: WaveBatch) -> asyncio.Future[float]:
-        return self._device.submit(lambda: self._run(batch), self.meter, "experts", batch.lane)
+    def run(self, batch: WaveBatch, finished: Finished) -> None:
+        def work() -> None:
+            finished(batch, self._run(batch), None)
+
+        def failed(error: Exception) -> None:
+            finished(batch, 0.0, error)
+
+        self._device.enqueue(work, failed, self.meter, "experts", batch.lane)
 
     # -- work --------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Protocol
 
 from msi.errors import ProtocolError, TransportError
 from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_hello
@@ -22,7 +22,6 @@ from msi.net.slots import (
     INCARNATION_MASK,
     MAGIC,
     SEQ_MASK,
-    Header,
     Kind,
     pack_immediate,
 )
@@ -31,31 +30,17 @@ from msi.net.transport import Admission, CompletionKind, Endpoint, Transport
 log = logging.getLogger(__name__)
 
 
-class Joined(NamedTuple):
-    """A peer has taken a seat; answers to it go into `outbox`."""
+class Listener(Protocol):
+    """Who batches rows. Called on the event loop; must not raise."""
 
-    seat: int
-    outbox: memoryview
-    node: int  # the peer's number among its kind
+    def joined(self, seat: int, node: int, outbox: memoryview) -> None:
+        """A peer, `node` among its kind, has taken a seat; answers to it go into `outbox`."""
 
+    def left(self, seat: int) -> None:
+        """A peer is gone; its seat may be given away."""
 
-class Left(NamedTuple):
-    """A peer is gone; its seat may be given away."""
-
-    seat: int
-
-
-class Landed(NamedTuple):
-    """Rows, or (num_rows 0) the word that there are none."""
-
-    seat: int
-    lane: int
-    seq: int
-    num_rows: int
-    more: bool
-
-
-Event = Joined | Left | Landed
+    def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool) -> None:
+        """Rows, or (num_rows 0) the word that there are none."""
 
 
 @dataclass(slots=True)
@@ -113,7 +98,9 @@ class CombineLink:
         self._incarnations: dict[str, int] = {}  # the latest of each worker id
         self._max_skip = max_skip
         self._clock = clock
-        self._fenced: list[Left] = []
+        self._listener: Listener | None = None
+        self._offsets = [self.layout.offset(lane) for lane in range(expected.num_lanes)]
+        self._answer_offsets = [self.answer_layout.offset(lane) for lane in range(expected.num_lanes)]
 
     @property
     def peers(self) -> dict[int, str]:
@@ -122,8 +109,10 @@ class CombineLink:
 
     # -- seats -------------------------------------------------------------------------------------------------------
 
-    async def listen(self) -> str:
-        """Takes peers from now on; the address to give them."""
+    async def listen(self, listener: Listener) -> str:
+        """Takes peers from now on and tells `listener` of them and their rows; the address to give to peers."""
+        self._listener = listener
+        self._transport.deliver(self._completed)
         return await self._transport.listen(self._accept)
 
     def _accept(self, payload: bytes) -> Admission:
@@ -146,7 +135,7 @@ class CombineLink:
         return Admission(self.landing, free, LINK_CODEC.encode(welcome))
 
     def fence(self, seat_index: int) -> None:
-        """Shuts a peer out: connection closed, seat revoked. `events` reports that it left. Idempotent."""
+        """Shuts a peer out: connection closed, seat revoked, the listener told. Idempotent."""
         seat = self._seats[seat_index]
         if seat is None:
             return
@@ -155,49 +144,43 @@ class CombineLink:
         if seat.endpoint is not None:
             del self._seat_of[seat.endpoint]
             seat.endpoint.close()
-            self._fenced.append(Left(seat_index))
+            assert self._listener is not None
+            self._listener.left(seat_index)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
-    async def events(self) -> list[Event]:
-        """Waits until something happened; all that did, in order. Cancellation loses nothing."""
-        completions = await self._transport.completions()
-        events: list[Event] = [*self._fenced]
-        self._fenced.clear()
-        for endpoint, kind, immediate, reason in completions:
-            seat = self._seat_of.get(endpoint)
-            if kind is CompletionKind.IMMEDIATE:
-                if seat is None:
-                    self.counters.dropped["closed endpoint"] += 1
-                elif (event := self._landed(seat, immediate)) is not None:
-                    events.append(event)
-            elif kind is CompletionKind.CONNECTED:
-                admitted = self._seats[endpoint.seat]
-                if admitted is None or admitted.payload != endpoint.peer:
-                    endpoint.close()  # fenced between its admission and now
-                    continue
-                self._seat_of[endpoint] = endpoint.seat
-                admitted.endpoint = endpoint
-                events.append(Joined(endpoint.seat, endpoint.outbox, admitted.hello.node))
-            elif seat is not None:
-                log.info("%s left: %s", self.peers[seat], reason)
-                self.fence(seat)
-                events.extend(self._fenced)
-                self._fenced.clear()
-        return events
+    def _completed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
+        seat_index = self._seat_of.get(endpoint)
+        if kind is CompletionKind.IMMEDIATE:
+            if seat_index is None:
+                self.counters.dropped["closed endpoint"] += 1
+            else:
+                self._landed(seat_index, immediate)
+        elif kind is CompletionKind.CONNECTED:
+            admitted = self._seats[endpoint.seat]
+            if admitted is None or admitted.payload != endpoint.peer:
+                endpoint.close()  # fenced between its admission and now
+                return
+            self._seat_of[endpoint] = endpoint.seat
+            admitted.endpoint = endpoint
+            assert self._listener is not None
+            self._listener.joined(endpoint.seat, admitted.hello.node, endpoint.outbox)
+        elif seat_index is not None:
+            log.info("%s left: %s", self.peers[seat_index], reason)
+            self.fence(seat_index)
 
     def answer(self, seat_index: int, lane: int, seq: int, num_rows: int, compute_s: float) -> None:
-        """Posts the rows that lie in the seat's outbox. Does nothing when the peer is gone."""
+        """Posts the rows that lie in the seat's outbox. From any thread; does nothing when the peer is gone."""
         num_bytes = HEADER_BYTES + num_rows * self.answer_layout.row_bytes
         self._post(seat_index, Kind.COMBINE, lane, seq, num_rows, num_bytes, compute_s)
 
     def refuse(self, seat_index: int, lane: int, seq: int, reason: str) -> None:
-        """Tells the peer that no answer will come, and why. Does nothing when the peer is gone."""
+        """Tells the peer that no answer will come, and why. From any thread; does nothing when the peer is gone."""
         seat = self._seats[seat_index]
         if seat is None or seat.endpoint is None:
             return
         text = reason.encode()[: self.answer_layout.slot_bytes - HEADER_BYTES]
-        at = self.answer_layout.offset(lane) + HEADER_BYTES
+        at = self._answer_offsets[lane] + HEADER_BYTES
         seat.endpoint.outbox[at : at + len(text)] = text
         self._post(seat_index, Kind.ERROR, lane, seq, len(text), HEADER_BYTES + len(text), 0.0)
 
@@ -208,7 +191,7 @@ class CombineLink:
         if seat is None or seat.endpoint is None or seat.seqs[lane] != seq:
             self.counters.dropped["answer to a peer that is gone"] += 1
             return
-        offset = self.answer_layout.offset(lane)
+        offset = self._answer_offsets[lane]
         service_ns = int((self._clock() - seat.landed_at[lane]) * 1e9)
         HEADER.pack_into(
             seat.endpoint.outbox, offset, MAGIC, kind, lane, 0, 0,
@@ -221,46 +204,48 @@ class CombineLink:
         except TransportError as error:  # its CLOSED completion is on the way and frees the seat
             log.debug("answer not sent: %s", error)
 
-    def _landed(self, seat_index: int, immediate: int) -> Landed | None:
+    def _landed(self, seat_index: int, immediate: int) -> None:
         self.counters.immediates += 1
         seat = self._seats[seat_index]
         lane = immediate >> 26 & 7
         dropped = self.counters.dropped
-        if seat is None or lane >= self.layout.num_lanes:
+        if seat is None or lane >= len(self._offsets):
             dropped["lane"] += 1
-            return None
-        if (immediate & INCARNATION_MASK) != seat.hello.incarnation & INCARNATION_MASK:
+            return
+        incarnation = seat.hello.incarnation
+        if (immediate & INCARNATION_MASK) != incarnation & INCARNATION_MASK:
             dropped["incarnation"] += 1
-            return None
+            return
         ahead = ((immediate >> 12) - seat.seqs[lane]) & SEQ_MASK
         if not 0 < ahead <= self._max_skip:
             dropped["stale"] += 1
-            return None
+            return
         seq = seat.seqs[lane] + ahead
         kind = immediate >> 30
-        more = bool(immediate >> 29 & 1)
         num_rows = 0
         if kind == Kind.DISPATCH:
-            at = seat_index * self.landing.stride + self.layout.offset(lane)
-            header = Header._make(HEADER.unpack_from(self.landing.memory, at))
+            at = seat_index * self.landing.stride + self._offsets[lane]
+            magic, its_kind, its_lane, _, _, its_incarnation, placement_version, its_seq, num_rows, row_bytes, _, _ = (
+                HEADER.unpack_from(self.landing.memory, at)
+            )
             if (
-                header.magic != MAGIC
-                or header.kind != kind
-                or header.lane != lane
-                or header.seq != seq
-                or header.incarnation != seat.hello.incarnation
-                or header.placement_version != self._expected.placement_version
+                magic != MAGIC
+                or its_kind != kind
+                or its_lane != lane
+                or its_seq != seq
+                or its_incarnation != incarnation
+                or placement_version != self._expected.placement_version
             ):
                 dropped["header"] += 1
-                return None
-            num_rows = header.num_rows
-            if not 0 < num_rows <= self.layout.slot_rows or header.row_bytes != self.layout.row_bytes:
+                return
+            if not 0 < num_rows <= self.layout.slot_rows or row_bytes != self.layout.row_bytes:
                 dropped["rows"] += 1
-                return None
+                return
         elif kind != Kind.EMPTY:
             dropped["kind"] += 1
-            return None
+            return
         seat.seqs[lane] = seq
         seat.landed_at[lane] = self._clock()
         self.counters.rows += num_rows
-        return Landed(seat_index, lane, seq, num_rows, more)
+        assert self._listener is not None
+        self._listener.landed(seat_index, lane, seq, num_rows, bool(immediate >> 29 & 1))

@@ -2,13 +2,15 @@
 
 For each turn of a lane every connected node gets exactly one post: rows in its slot, or the bare word that there are
 none. A lane has one turn in flight; its slots are free again when the answers have landed, so there are no credits.
-Rows themselves are written into `outbox(node)` and read from `landing` by whoever computes; this moves and checks them.
+Rows themselves are written into the nodes' outboxes and read from `landing` by whoever computes, on the thread that
+computes; that thread posts them, too. Everything else here happens on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,21 +19,35 @@ from dataclasses import dataclass, field, replace
 from msi.errors import ProtocolError, TransportError
 from msi.meter import StageMeter
 from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_welcome
-from msi.net.slots import HEADER, HEADER_BYTES, INCARNATION_MASK, MAGIC, SEQ_MASK, Header, Kind, pack_immediate
+from msi.net.slots import HEADER, HEADER_BYTES, INCARNATION_MASK, MAGIC, SEQ_MASK, Kind, pack_immediate
 from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Transport
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Turn:
-    """What a lane waits for."""
+class Turn:
+    """One turn of a lane: opened on the event loop, posted by the thread that fills the outboxes, then awaited."""
 
-    seq: int = -1
-    waiting: int = 0  # bit per node
-    num_rows: Sequence[int] = ()
-    posted_at: float = 0.0
-    done: asyncio.Future[None] | None = None
+    __slots__ = ("_link", "done", "is_over", "lane", "more", "num_rows", "posted_at", "seq", "waiting")
+
+    def __init__(self, link: DispatchLink, lane: int, seq: int, more: bool, done: asyncio.Future[None]) -> None:
+        self.lane = lane
+        self.seq = seq
+        self.more = more
+        self.done = done
+        self.waiting = 0  # bit per node that owes an answer
+        self.num_rows: Sequence[int] = ()
+        self.posted_at = 0.0
+        self.is_over = False  # nobody waits for it any more
+        self._link = link
+
+    def post(self, num_rows: Sequence[int]) -> None:
+        """The rows lie in the outboxes, so many for each node. From any thread; does not raise."""
+        self._link.post(self, num_rows)
+
+    def fail(self, error: Exception) -> None:
+        """There will be no rows; the await raises `error`. From any thread."""
+        self._link.fail(self, error)
 
 
 @dataclass(slots=True)
@@ -81,12 +97,18 @@ class DispatchLink:
         self._hello = hello
         self._nodes: list[_Node | None] = [None] * num_nodes
         self._node_of: dict[Endpoint, int] = {}
-        self._turns = [_Turn() for _ in range(hello.num_lanes)]
+        self._turns: list[Turn | None] = [None] * hello.num_lanes
         self._next_seqs = list(hello.next_seqs)
         self._complete = asyncio.Event()
         self._report_loss = report_loss
         self._timeout_s = timeout_s
         self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._posting = threading.Lock()  # held while a turn is posted, and while nodes come and go
+        self._incarnation = hello.incarnation
+        self._offsets = [self.layout.offset(lane) for lane in range(hello.num_lanes)]
+        self._answer_offsets = [self.answer_layout.offset(lane) for lane in range(hello.num_lanes)]
+        transport.deliver(self._completed)
 
     # -- connections -------------------------------------------------------------------------------------------------
 
@@ -100,7 +122,8 @@ class DispatchLink:
         except ProtocolError as error:
             endpoint.close()
             raise TransportError(address, str(error)) from error
-        self._nodes[node] = _Node(endpoint, welcome)
+        with self._posting:
+            self._nodes[node] = _Node(endpoint, welcome)
         self._node_of[endpoint] = node
         if all(self._nodes):
             self._complete.set()
@@ -111,15 +134,15 @@ class DispatchLink:
         peer = self._nodes[node]
         if peer is None:
             return
-        self._nodes[node] = None
+        with self._posting:
+            self._nodes[node] = None
         del self._node_of[peer.endpoint]
         self._complete.clear()
         peer.endpoint.close()
         self.landing.revoke(node)
-        error = TransportError(peer.welcome.worker_id, reason)
         for turn in self._turns:
-            if turn.waiting >> node & 1 and turn.done is not None and not turn.done.done():
-                turn.done.set_exception(error)
+            if turn is not None and turn.waiting >> node & 1 and not turn.done.done():
+                turn.done.set_exception(TransportError(peer.welcome.worker_id, reason))
         self._report_loss(node, peer.welcome.worker_id, reason)
 
     @property
@@ -132,57 +155,66 @@ class DispatchLink:
 
     # -- the layer loop ----------------------------------------------------------------------------------------------
 
-    async def exchange(self, lane: int, num_rows: Sequence[int], more: bool) -> None:
-        """One turn: posts the rows that lie in the outboxes and returns when every answer has landed.
+    def open(self, lane: int, more: bool) -> Turn:
+        """The next turn of a lane, to be posted and then awaited with `landed`.
 
         Args:
-            num_rows: per node.
-            more: whether this lane goes on after this turn; the nodes need not expect it otherwise.
+            more: whether the lane goes on after it; the nodes need not expect it otherwise.
+        """
+        seq = self._next_seqs[lane]
+        self._next_seqs[lane] = seq + 1
+        turn = self._turns[lane] = Turn(self, lane, seq, more, self._loop.create_future())
+        return turn
+
+    async def landed(self, turn: Turn) -> None:
+        """Until every answer to a turn has landed.
 
         Raises:
-            TransportError: a node that owes an answer was lost; `peer` names it. Cancelling leaves the lane's slots
-                in use until `skip_to`.
+            TransportError: a node that owes an answer was lost; `peer` names it. Cancelling, too, leaves the lane's
+                slots in use until `skip_to`.
         """
-        turn = self._post(lane, num_rows, more)
-        if not turn.waiting:
-            return
-        loop = asyncio.get_running_loop()
-        turn.done = loop.create_future()
-        timer = loop.call_later(self._timeout_s, self._expire, turn, turn.seq)
+        timer = self._loop.call_later(self._timeout_s, self._expire, turn)
         try:
             await turn.done
         finally:
             timer.cancel()
-            turn.done = None
-            turn.waiting = 0
+            turn.is_over = True
 
-    def _post(self, lane: int, num_rows: Sequence[int], more: bool) -> _Turn:
-        """One post to every node; the turn then waits for those that got rows."""
-        seq = self._next_seqs[lane]
-        self._next_seqs[lane] = seq + 1
-        hello, layout = self._hello, self.layout
-        incarnation, row_bytes = hello.incarnation, layout.row_bytes
-        offset = layout.offset(lane)
-        turn = self._turns[lane]
-        turn.seq, turn.waiting, turn.num_rows, turn.posted_at = seq, 0, num_rows, self._clock()
-        empty = pack_immediate(Kind.EMPTY, more, lane, 0, seq, incarnation)
-        full = pack_immediate(Kind.DISPATCH, more, lane, 0, seq, incarnation)
-        for node, peer in enumerate(self._nodes):
-            if peer is None:
-                raise TransportError(f"node {node}", "is not connected")
-            count = num_rows[node]
-            if not count:
-                peer.endpoint.post(empty)
-                continue
-            HEADER.pack_into(
-                peer.endpoint.outbox, offset, MAGIC, Kind.DISPATCH, lane, 0, more,
-                incarnation, hello.placement_version, seq, count, row_bytes, 0, 0,
-            )  # fmt: skip
-            peer.endpoint.post(full, offset, HEADER_BYTES + count * row_bytes)
-            turn.waiting |= 1 << node
-            self.counters.rows += count
-        self.counters.posts += len(self._nodes)
-        return turn
+    def post(self, turn: Turn, num_rows: Sequence[int]) -> None:
+        """See `Turn.post`: one post to every node; the turn then waits for those that got rows."""
+        lane, seq, more, incarnation = turn.lane, turn.seq, turn.more, self._incarnation
+        offset, row_bytes = self._offsets[lane], self.layout.row_bytes
+        with self._posting:
+            if turn.is_over:
+                return  # its pass was given up while the rows were computed
+            turn.num_rows, turn.posted_at = num_rows, self._clock()
+            turn.waiting = sum(1 << node for node, count in enumerate(num_rows) if count)
+            empty = pack_immediate(Kind.EMPTY, more, lane, 0, seq, incarnation)
+            full = pack_immediate(Kind.DISPATCH, more, lane, 0, seq, incarnation)
+            try:
+                for node, peer in enumerate(self._nodes):
+                    if peer is None:
+                        raise TransportError(f"node {node}", "is not connected")
+                    count = num_rows[node]
+                    if not count:
+                        peer.endpoint.post(empty)
+                        continue
+                    HEADER.pack_into(
+                        peer.endpoint.outbox, offset, MAGIC, Kind.DISPATCH, lane, 0, more,
+                        incarnation, self._hello.placement_version, seq, count, row_bytes, 0, 0,
+                    )  # fmt: skip
+                    peer.endpoint.post(full, offset, HEADER_BYTES + count * row_bytes)
+                    self.counters.rows += count
+            except TransportError as error:
+                self.fail(turn, error)
+                return
+            self.counters.posts += len(self._nodes)
+        if not turn.waiting:
+            self._loop.call_soon_threadsafe(_succeed, turn)
+
+    def fail(self, turn: Turn, error: Exception) -> None:
+        """See `Turn.fail`."""
+        self._loop.call_soon_threadsafe(_fail, turn, error)
 
     def skip_to(self, lane: int, multiple: int) -> None:
         """After a turn that failed: the lane goes on at the next multiple of `multiple`."""
@@ -191,65 +223,72 @@ class DispatchLink:
     def next_seq(self, lane: int) -> int:
         return self._next_seqs[lane]
 
-    async def run(self) -> None:
-        """Takes what arrives, for ever. Cancel it to stop."""
-        while True:
-            for endpoint, kind, immediate, reason in await self._transport.completions():
-                node = self._node_of.get(endpoint)
-                if node is None:
-                    self.counters.dropped["closed endpoint"] += 1
-                elif kind is CompletionKind.IMMEDIATE:
-                    self._arrived(node, immediate)
-                elif kind is CompletionKind.CLOSED:
-                    self.drop(node, f"connection lost ({reason})")
-
     # -- answers -----------------------------------------------------------------------------------------------------
+
+    def _completed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
+        node = self._node_of.get(endpoint)
+        if node is None:
+            self.counters.dropped["closed endpoint"] += 1
+        elif kind is CompletionKind.IMMEDIATE:
+            self._arrived(node, immediate)
+        elif kind is CompletionKind.CLOSED:
+            self.drop(node, f"connection lost ({reason})")
 
     def _arrived(self, node: int, immediate: int) -> None:
         lane = immediate >> 26 & 7
         peer = self._nodes[node]
+        dropped = self.counters.dropped
         if peer is None or lane >= len(self._turns):
-            self.counters.dropped["lane"] += 1
+            dropped["lane"] += 1
             return
         turn = self._turns[lane]
-        if not turn.waiting >> node & 1 or (immediate >> 12 & SEQ_MASK) != turn.seq & SEQ_MASK:
-            self.counters.dropped["stale"] += 1
+        if turn is None or not turn.waiting >> node & 1 or (immediate >> 12 & SEQ_MASK) != turn.seq & SEQ_MASK:
+            dropped["stale"] += 1
             return
-        if (immediate & INCARNATION_MASK) != peer.welcome.incarnation & INCARNATION_MASK:
-            self.counters.dropped["incarnation"] += 1
+        incarnation = peer.welcome.incarnation
+        if (immediate & INCARNATION_MASK) != incarnation & INCARNATION_MASK:
+            dropped["incarnation"] += 1
             return
-        kind = immediate >> 30
-        at = node * self.landing.stride + self.answer_layout.offset(lane)
-        header = Header._make(HEADER.unpack_from(self.landing.memory, at))
+        at = node * self.landing.stride + self._answer_offsets[lane]
+        magic, kind, its_lane, _, _, its_incarnation, _, seq, num_rows, _, service_ns, compute_ns = HEADER.unpack_from(
+            self.landing.memory, at
+        )
         if (
-            header.magic != MAGIC
-            or header.kind != kind
-            or header.lane != lane
-            or header.seq != turn.seq
-            or header.incarnation != peer.welcome.incarnation
+            magic != MAGIC
+            or kind != immediate >> 30
+            or its_lane != lane
+            or seq != turn.seq
+            or its_incarnation != incarnation
         ):
-            self.counters.dropped["header"] += 1
-            return
-        if kind == Kind.ERROR:
+            dropped["header"] += 1
+        elif kind == Kind.ERROR:
             start = at + HEADER_BYTES
-            length = min(header.num_rows, self.answer_layout.slot_bytes - HEADER_BYTES)
+            length = min(num_rows, self.answer_layout.slot_bytes - HEADER_BYTES)
             reason = bytes(self.landing.memory[start : start + length]).decode(errors="replace")
-            if turn.done is not None and not turn.done.done():
-                turn.done.set_exception(TransportError(peer.welcome.worker_id, reason))
-            return
-        if kind != Kind.COMBINE or header.num_rows != turn.num_rows[node]:
-            self.counters.dropped["rows"] += 1
-            return
-        turn.waiting &= ~(1 << node)
-        self.counters.answers += 1
-        if not turn.waiting and turn.done is not None and not turn.done.done():
-            self.comm_meter.add(max(0.0, (self._clock() - turn.posted_at - header.service_ns * 1e-9) / 2))
-            self.compute_meter.add(header.compute_ns * 1e-9)
-            turn.done.set_result(None)
+            _fail(turn, TransportError(peer.welcome.worker_id, reason))
+        elif kind != Kind.COMBINE or num_rows != turn.num_rows[node]:
+            dropped["rows"] += 1
+        else:
+            turn.waiting &= ~(1 << node)
+            self.counters.answers += 1
+            if not turn.waiting:
+                self.comm_meter.add(max(0.0, (self._clock() - turn.posted_at - service_ns * 1e-9) / 2))
+                self.compute_meter.add(compute_ns * 1e-9)
+                _succeed(turn)
 
-    def _expire(self, turn: _Turn, seq: int) -> None:
-        if turn.seq != seq:
-            return
+    def _expire(self, turn: Turn) -> None:
         for node in range(len(self._nodes)):
             if turn.waiting >> node & 1:
                 self.drop(node, f"no answer for {self._timeout_s:g} s")
+        if not turn.done.done():
+            _fail(turn, TransportError("this worker", f"computed nothing to post for {self._timeout_s:g} s"))
+
+
+def _succeed(turn: Turn) -> None:
+    if not turn.done.done():
+        turn.done.set_result(None)
+
+
+def _fail(turn: Turn, error: Exception) -> None:
+    if not turn.done.done():
+        turn.done.set_exception(error)

@@ -6,13 +6,15 @@ the one that maps. Addresses are names in a registry that lives as long as the p
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import mmap
+from collections import deque
 from collections.abc import Callable
 
 from msi.errors import EngineError, TransportError
-from msi.net.completion_queue import CompletionQueue
-from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Completion, CompletionKind, Endpoint, Landing
+from msi.net.delivery import Delivery
+from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
 
 _listeners: dict[str, InprocTransport] = {}
 _names = itertools.count()
@@ -59,7 +61,7 @@ class InprocEndpoint:
             return  # revoked: the peer's memory is no longer ours to write
         if num_bytes:
             other.landing.seat(other.seat)[offset : offset + num_bytes] = self.outbox[offset : offset + num_bytes]
-        other.transport.queue.push(Completion(other, CompletionKind.IMMEDIATE, immediate))
+        other.transport.land(other, immediate)
 
     def close(self) -> None:
         self.transport.endpoints.discard(self)
@@ -67,13 +69,15 @@ class InprocEndpoint:
         if other is not None:
             other._other = None
             other.transport.endpoints.discard(other)
-            other.transport.queue.push(Completion(other, CompletionKind.CLOSED, reason="the peer closed"))
+            other.transport.land(other, None)
 
 
 class InprocTransport:
     def __init__(self) -> None:
-        self.queue = CompletionQueue()
         self.endpoints: set[InprocEndpoint] = set()
+        self._loop = asyncio.get_running_loop()
+        self._deliver = Delivery()
+        self._landed: deque[tuple[InprocEndpoint, int | None]] = deque()  # None: closed
         self._address = f"inproc://{next(_names)}"
         self._accept: Callable[[bytes], Admission] | None = None
 
@@ -103,11 +107,24 @@ class InprocTransport:
         ours.join(other)
         self.endpoints.add(ours)
         listener.endpoints.add(other)
-        listener.queue.push(Completion(other, CompletionKind.CONNECTED))
+        listener._deliver(other, CompletionKind.CONNECTED)
         return ours
 
-    async def completions(self) -> list[Completion]:
-        return await self.queue.take()
+    def deliver(self, handler: Handler) -> None:
+        self._deliver.start(handler)
+
+    def land(self, endpoint: InprocEndpoint, immediate: int | None) -> None:
+        """From any thread: something came for one of our endpoints; None is its end."""
+        self._landed.append((endpoint, immediate))
+        self._loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        while self._landed:
+            endpoint, immediate = self._landed.popleft()
+            if immediate is None:
+                self._deliver(endpoint, CompletionKind.CLOSED, 0, "the peer closed")
+            else:
+                self._deliver(endpoint, CompletionKind.IMMEDIATE, immediate)
 
     async def close(self) -> None:
         _listeners.pop(self._address, None)

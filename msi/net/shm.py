@@ -21,18 +21,19 @@ import platform
 import secrets
 import socket
 import struct
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 
 from msi.errors import ConfigError, EngineError, TransportError
-from msi.net.completion_queue import CompletionQueue
+from msi.net.delivery import Delivery
 from msi.net.transport import (
     CONNECT_TIMEOUT_S,
     MAX_HELLO_BYTES,
     Admission,
-    Completion,
     CompletionKind,
     Endpoint,
+    Handler,
     Landing,
 )
 
@@ -150,17 +151,20 @@ class ShmEndpoint:
         self._out_ring = _Ring(out_ring)
         self._doorbell = doorbell
         self._is_open = True
+        self._posting = threading.Lock()  # the doorbell is not closed, and its number reused, under a post
 
     def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
-        if not self._is_open:
-            raise TransportError(f"shared-memory peer at seat {self.seat}", "the connection is closed")
-        if not self._out_ring.push(immediate):
-            raise TransportError(f"shared-memory peer at seat {self.seat}", f"is {RING_ENTRIES} messages behind")
-        os.eventfd_write(self._doorbell, 1)
+        with self._posting:
+            if not self._is_open:
+                raise TransportError(f"shared-memory peer at seat {self.seat}", "the connection is closed")
+            if not self._out_ring.push(immediate):
+                raise TransportError(f"shared-memory peer at seat {self.seat}", f"is {RING_ENTRIES} messages behind")
+            os.eventfd_write(self._doorbell, 1)
 
     def close(self) -> None:
-        if self._is_open:
-            self._is_open = False
+        with self._posting:
+            was_open, self._is_open = self._is_open, False
+        if was_open:
             self._transport.forget(self)
             self.sock.close()
             os.close(self._doorbell)
@@ -172,7 +176,7 @@ class ShmTransport:
     def __init__(self) -> None:
         if (reason := is_available()) is not None:
             raise ConfigError(f"{reason}; use --transport inproc")
-        self._queue = CompletionQueue()
+        self._deliver = Delivery()
         self._loop = asyncio.get_running_loop()
         self._doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._loop.add_reader(self._doorbell, self._rung)
@@ -275,8 +279,8 @@ class ShmTransport:
             raise
         endpoint = ShmEndpoint(self, sock, hello, admission.seat, outbox, out_ring, in_ring, doorbell)
         self._add(endpoint)
-        self._queue.push(Completion(endpoint, CompletionKind.CONNECTED))
-        self._rung()  # it may have posted already
+        self._deliver(endpoint, CompletionKind.CONNECTED)
+        self._read_rings()  # it may have posted already
 
     async def _receive(self, sock: socket.socket) -> tuple[bytes, list[int]]:
         """One message and its descriptors."""
@@ -300,15 +304,13 @@ class ShmTransport:
     # -- what happens ------------------------------------------------------------------------------------------------
 
     def _rung(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._doorbell)
-        completions = [
-            Completion(endpoint, CompletionKind.IMMEDIATE, immediate)
-            for endpoint in self._endpoints
-            for immediate in endpoint.in_ring.drain()
-        ]
-        if completions:
-            self._queue.extend(completions)
+        os.eventfd_read(self._doorbell)
+        self._read_rings()
+
+    def _read_rings(self) -> None:
+        for endpoint in self._endpoints.copy():
+            for immediate in endpoint.in_ring.drain():
+                self._deliver(endpoint, CompletionKind.IMMEDIATE, immediate)
 
     def _hung_up(self, endpoint: ShmEndpoint) -> None:
         """Nothing but the end comes over this socket after the handshake."""
@@ -319,12 +321,12 @@ class ShmTransport:
             if error.errno == errno.EAGAIN:
                 return
             reason = str(error)
-        self._rung()  # what it posted before
+        self._read_rings()  # what it posted before
         endpoint.close()
-        self._queue.push(Completion(endpoint, CompletionKind.CLOSED, reason=reason))
+        self._deliver(endpoint, CompletionKind.CLOSED, 0, reason)
 
-    async def completions(self) -> list[Completion]:
-        return await self._queue.take()
+    def deliver(self, handler: Handler) -> None:
+        self._deliver.start(handler)
 
     async def close(self) -> None:
         if not self._is_open:

@@ -1,14 +1,17 @@
 """The verbs-shaped interface of every transport: register memory, connect, write with an immediate, completions.
 
     landing   = transport.register(num_seats, seat_bytes)        # memory in which peers' writes land
+    transport.deliver(handler)                                   # completions: what happens at our endpoints
     endpoint  = await transport.connect(address, hello, landing, seat)
     endpoint.outbox[offset:...] = ...                            # laid out as the peer's landing seat
     endpoint.post(immediate, offset, num_bytes)                  # those bytes, then the immediate
-    for completion in await transport.completions(): ...
 
 Bytes posted before an immediate are there when the immediate is; immediates of one endpoint arrive in order. Where
 the peer's memory is mapped here (shared memory) the outbox *is* that memory and a post moves nothing; elsewhere it is
 a staging buffer. Nobody above asks which. A seat is one peer's region: revoking it shuts that peer out for good.
+
+Completions are handed to a callback, not awaited: a future and a task step per wake-up cost as much as everything
+else that a layer needs of the loop thread (tools/bench_cpu_budget.py).
 """
 
 from __future__ import annotations
@@ -24,16 +27,7 @@ MAX_HELLO_BYTES = 64 * 1024
 class CompletionKind(Enum):
     IMMEDIATE = "immediate"
     CONNECTED = "connected"  # a peer that we accepted; its immediates follow
-    CLOSED = "closed"  # nothing follows; `reason` says why
-
-
-class Completion(NamedTuple):
-    """One thing that happened at an endpoint."""
-
-    endpoint: Endpoint
-    kind: CompletionKind
-    immediate: int = 0
-    reason: str = ""
+    CLOSED = "closed"  # nothing follows
 
 
 class Admission(NamedTuple):
@@ -68,6 +62,8 @@ class Endpoint(Protocol):
     def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
         """Outbox bytes [offset, offset + num_bytes) land at the peer, then the immediate. Never blocks.
 
+        One thread at a time, but any thread; closing meanwhile is safe.
+
         Raises:
             TransportError: the connection is closed.
         """
@@ -76,8 +72,12 @@ class Endpoint(Protocol):
         """Ends the connection; the peer gets a CLOSED completion, we get none. Idempotent."""
 
 
+# (endpoint, what happened, the immediate or 0, why it was closed or "")
+Handler = Callable[[Endpoint, CompletionKind, int, str], None]
+
+
 class Transport(Protocol):
-    """One per worker, used from its event loop alone."""
+    """One per worker, used from its event loop alone; only `Endpoint.post` may be called from another thread."""
 
     def register(self, num_seats: int, seat_bytes: int) -> Landing:
         """Memory for peers to write into, zeroed. Raises ConfigError where there is not enough."""
@@ -93,10 +93,10 @@ class Transport(Protocol):
     ) -> Endpoint:
         """Raises TransportError: nobody there, refused (with the peer's reason), or no answer within `timeout_s`."""
 
-    async def completions(self) -> list[Completion]:
-        """Waits until something happened at any endpoint; everything that did, in order. One waiter at a time.
+    def deliver(self, handler: Handler) -> None:
+        """Hands everything that happens to `handler`, on the event loop and in order; what already did, at once.
 
-        Cancellation loses nothing: what happened stays for the next call.
+        The handler must not raise.
         """
 
     async def close(self) -> None:

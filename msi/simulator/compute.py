@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TypeVar
 
-from msi.types import MicroBatch, Packed
-from msi.waves import WaveBatch
-
-T = TypeVar("T")
+from msi.net.dispatch_link import Turn
+from msi.types import MicroBatch
+from msi.waves import Finished, WaveBatch
 
 
 class SimulatedQueue:
@@ -19,23 +17,16 @@ class SimulatedQueue:
         self.free_at = 0.0
         self.busy_s = 0.0
 
-    def enqueue(self, duration_s: float, result: T) -> asyncio.Future[T]:
-        """The future resolves to `result` when the work is through."""
+    def enqueue(self, duration_s: float, finished: Callable[..., None], *results: object) -> None:
+        """Calls `finished(*results)` when the work is through."""
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
         self.free_at = max(self.free_at, loop.time()) + duration_s
         self.busy_s += duration_s
-        loop.call_at(self.free_at, _resolve, done, result)
-        return done
+        loop.call_at(self.free_at, finished, *results)
 
     def stall(self, duration_s: float) -> None:
         """Nothing runs for a while; what is enqueued waits."""
         self.free_at = max(self.free_at, asyncio.get_running_loop().time()) + duration_s
-
-
-def _resolve(done: asyncio.Future[T], result: T) -> None:
-    if not done.done():
-        done.set_result(result)
 
 
 class SimulatedAttention:
@@ -50,8 +41,8 @@ class SimulatedAttention:
     def begin(self, lane: int, micro_batch: MicroBatch) -> None:
         pass
 
-    def attention_route_pack(self, lane: int, layer: int) -> asyncio.Future[Packed]:
-        return self.queue.enqueue(self._layer_s(), Packed(self._route()))
+    def attention_route_pack(self, lane: int, layer: int, turn: Turn) -> None:
+        self.queue.enqueue(self._layer_s(), turn.post, self._route())
 
     def combine(self, lane: int, layer: int) -> None:
         pass
@@ -70,6 +61,6 @@ class SimulatedExperts:
     def attach(self, seat: int, outbox: memoryview) -> None:
         pass
 
-    def run(self, batch: WaveBatch) -> asyncio.Future[float]:
+    def run(self, batch: WaveBatch, finished: Finished) -> None:
         duration_s = self._batch_s(batch)
-        return self.queue.enqueue(duration_s, duration_s)
+        self.queue.enqueue(duration_s, finished, batch, duration_s, None)

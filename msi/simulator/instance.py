@@ -129,7 +129,6 @@ class SimulatedAttentionWorker:
     async def start(self, num_passes: int, gap_s: Callable[[], float] = lambda: 0.0) -> Passes:
         """Connects to all expert workers and runs `num_passes` on each lane."""
         loop = asyncio.get_running_loop()
-        self._tasks.append(loop.create_task(self.link.run()))
         for node in range(self._instance.shape.num_experts):
             await self.link.connect(node, f"expert-{node}")
         self.passes = Passes(self._instance.shape.num_lanes, num_passes, gap_s)
@@ -178,7 +177,7 @@ class SimulatedExpertWorker:
         self.task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        await self.link.listen()
+        await self.link.listen(self._server)
         self.task = asyncio.get_running_loop().create_task(self._server.run())
 
     async def stop(self) -> None:

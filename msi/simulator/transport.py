@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 
 from msi.errors import EngineError, TransportError
-from msi.net.completion_queue import CompletionQueue
-from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Completion, CompletionKind, Endpoint, Landing
+from msi.net.delivery import Delivery
+from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
 
 Latency = Callable[[int], float]
 
@@ -66,7 +66,7 @@ class SimulatedEndpoint:
             return  # closed meanwhile
         _, immediate, offset, header = self._in_flight.popleft()
         self._landing[offset : offset + len(header)] = header
-        self._transport.queue.push(Completion(self, CompletionKind.IMMEDIATE, immediate))
+        self._transport.completed(self, CompletionKind.IMMEDIATE, immediate)
 
     def close(self) -> None:
         other, self._other = self._other, None
@@ -74,13 +74,13 @@ class SimulatedEndpoint:
         if other is not None:
             other._other = None
             other._in_flight.clear()
-            other._transport.queue.push(Completion(other, CompletionKind.CLOSED, reason="the peer closed"))
+            other._transport.completed(other, CompletionKind.CLOSED, 0, "the peer closed")
 
 
 class SimulatedTransport:
     def __init__(self, network: SimulatedNetwork, address: str) -> None:
         self.network = network
-        self.queue = CompletionQueue()
+        self.completed = Delivery()
         self._address = address
         self._accept: Callable[[bytes], Admission] | None = None
         self._endpoints: list[SimulatedEndpoint] = []
@@ -110,11 +110,11 @@ class SimulatedTransport:
         ours.join(other)
         self._endpoints.append(ours)
         listener._endpoints.append(other)
-        listener.queue.push(Completion(other, CompletionKind.CONNECTED))
+        listener.completed(other, CompletionKind.CONNECTED)
         return ours
 
-    async def completions(self) -> list[Completion]:
-        return await self.queue.take()
+    def deliver(self, handler: Handler) -> None:
+        self.completed.start(handler)
 
     async def close(self) -> None:
         self.network.listeners.pop(self._address, None)

@@ -1,0 +1,26 @@
+"""Handing completions to a handler, and keeping those that come before there is one."""
+
+from __future__ import annotations
+
+from msi.net.transport import CompletionKind, Endpoint, Handler
+
+
+class Delivery:
+    """Call it with what happened, on the event loop."""
+
+    def __init__(self) -> None:
+        self._early: list[tuple[Endpoint, CompletionKind, int, str]] = []
+        self._handler: Handler | None = None
+
+    def __call__(self, endpoint: Endpoint, kind: CompletionKind, immediate: int = 0, reason: str = "") -> None:
+        if self._handler is None:
+            self._early.append((endpoint, kind, immediate, reason))
+        else:
+            self._handler(endpoint, kind, immediate, reason)
+
+    def start(self, handler: Handler) -> None:
+        """From now on to this handler, beginning with what came before."""
+        self._handler = handler
+        early, self._early = self._early, []
+        for completion in early:
+            handler(*completion)
