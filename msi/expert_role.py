@@ -77,9 +77,9 @@ class ExpertRole:
         """Takes attention workers from now on; the address to give them."""
         return await self._link.listen(self._server)
 
-    async def run(self) -> None:
-        """Serves for ever. Cancel it to stop."""
-        await self._server.run()
+    def close(self) -> None:
+        """Computes nothing more. Idempotent."""
+        self._server.close()
 
     def fence(self, worker_id: str) -> None:
         """Frees the seat of an attention worker that was lost."""

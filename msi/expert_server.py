@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from msi.net.alarm import Alarm
 from msi.net.combine_link import CombineLink
 from msi.waves import Finished, WaveBatch, Waves
 
@@ -52,18 +51,14 @@ class ExpertServer:
         self._clock = clock
         self._lock = threading.Lock()  # over the waves and what follows
         self._is_busy = False
-        self._alarm = Alarm()
-        self._alarm_at = math.inf
+        self._is_closed = False
+        self._timer_at = math.inf
         self._loop = asyncio.get_running_loop()
 
-    async def run(self) -> None:
-        """Starts batches whose time is up though nothing lands, for ever. Cancel it to stop."""
-        while True:
-            with self._lock:
-                self._start_next()
-                self._alarm_at = math.inf if self._is_busy else self._waves.deadline()
-                delay_s = self._alarm_at - self._clock()
-            await self._alarm.wait(delay_s)
+    def close(self) -> None:
+        """Starts no more batches. Idempotent."""
+        with self._lock:
+            self._is_closed = True
 
     # -- on the event loop -------------------------------------------------------------------------------------------
 
@@ -82,19 +77,31 @@ class ExpertServer:
             if self._waves.landed(seat, lane, seq, num_rows, more, self._clock()):
                 self._start_next()
 
+    def _set_timer(self) -> None:
+        self._loop.call_later(max(0.0, self._timer_at - self._clock()), self._time_is_up, self._timer_at)
+
+    def _time_is_up(self, timer_at: float) -> None:
+        with self._lock:
+            if timer_at == self._timer_at:  # no earlier one was set meanwhile
+                self._timer_at = math.inf
+                self._start_next()
+
     # -- on either thread --------------------------------------------------------------------------------------------
 
     def _start_next(self) -> None:
-        """Gives a free device its next batch, or sees to it that `run` wakes when there may be one. Needs the lock."""
-        if self._is_busy:
+        """Gives a free device its next batch, or sees to it that this is called when there may be one. Needs the lock.
+
+        Deadlines mostly move on before they come, so a timer that is set already is let run out and set anew then.
+        """
+        if self._is_busy or self._is_closed:
             return
         batch = self._waves.take(self._clock())
         if batch is not None:
             self._is_busy = True
             self._compute.run(batch, self._finished)
-        elif (deadline := self._waves.deadline()) < self._alarm_at:
-            self._alarm_at = deadline
-            self._loop.call_soon_threadsafe(self._alarm.ring)
+        elif (deadline := self._waves.deadline()) < self._timer_at:
+            self._timer_at = deadline
+            self._loop.call_soon_threadsafe(self._set_timer)
 
     def _finished(self, batch: WaveBatch, compute_s: float, error: Exception | None) -> None:
         with self._lock:

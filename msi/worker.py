@@ -206,6 +206,8 @@ class Worker:
         except* (_LifeEnds, _WorkerEnds, EngineError) as group:
             raise _first(group) from None
         finally:
+            if life.experts is not None:
+                life.experts.close()
             for transport in life.transports:
                 await transport.close()
 
@@ -223,7 +225,6 @@ class Worker:
         if loaded.experts is not None:
             life.experts = ExpertRole(assignment, config, loaded.experts, device, dtype, self._new_transport(life))
             address = await life.experts.listen()
-            tasks.create_task(life.experts.run(), name="expert role")
         if loaded.attention is not None:
             num_blocks = self._files.num_kv_blocks(assignment, self._settings.memory_utilization)
             transport = self._new_transport(life)

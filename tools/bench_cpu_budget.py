@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""CPU time that the loop threads spend per (layer, lane), by stage; what the compute threads do is not in it.
+"""CPU time that the loop threads spend per (layer, lane), by stage; what the compute threads compute is not in it.
 
     tools/bench_cpu_budget.py [MODEL] --attention-workers 2 --expert-workers 2 --micro-batches 2
 
 Real worker processes over shared memory, measured with thread time while a batch decodes. A unit is one (layer, lane):
-for an attention worker one exchange, for an expert worker one batch that it takes. Prints a JSON line per worker and
-one with the medians per role.
+for an attention worker one turn, for an expert worker one batch that it takes. What the compute threads do of the
+loop's work (posting, taking the next batch) is counted, too, and belongs to the total. Prints a JSON line per worker
+and one with the medians per role.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -33,6 +35,7 @@ WARM_UP_S = 1.0
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="the demo model without it")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument("--attention-workers", type=int, default=2)
     parser.add_argument("--expert-workers", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=2)
@@ -43,21 +46,34 @@ def parse() -> argparse.Namespace:
 
 # -- in a worker -----------------------------------------------------------------------------------------------------
 
-spent: defaultdict[str, float] = defaultdict(float)  # seconds of the loop thread, by stage
-units: Counter[str] = Counter()
+spent: dict[bool, defaultdict[str, float]] = {True: defaultdict(float), False: defaultdict(float)}  # on the loop?
+units = Counter[str]()
 
 
-def timed(owner: type, name: str, stage: str, unit: str = "") -> None:
-    """Adds the thread time of a method to a stage, and counts its non-empty results as units."""
+def timed(owner: type, name: str, stage: str) -> None:
+    """Adds the thread time of a method to a stage, of the loop thread or of the compute thread."""
     method = getattr(owner, name)
 
     @functools.wraps(method)
     def measured(*args: Any, **kwargs: Any) -> Any:
         started = time.thread_time()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            on_loop = threading.current_thread() is threading.main_thread()
+            spent[on_loop][stage] += time.thread_time() - started
+
+    setattr(owner, name, measured)
+
+
+def counted(owner: type, name: str) -> None:
+    """Counts the calls of a method that return something as units."""
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def measured(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        spent[stage] += time.thread_time() - started
-        if unit and result is not None:
-            units[unit] += 1
+        units["units"] += result is not None
         return result
 
     setattr(owner, name, measured)
@@ -65,23 +81,23 @@ def timed(owner: type, name: str, stage: str, unit: str = "") -> None:
 
 def work(arguments: list[str]) -> int:
     """Runs msi-launch with its stages timed; SIGUSR1 prints a snapshot."""
+    from msi.attention_role import AttentionRole
+    from msi.expert_server import ExpertServer
     from msi.models.attention_half import AttentionHalf
-    from msi.models.expert_half import ExpertHalf
-    from msi.net.combine_link import CombineLink
     from msi.net.dispatch_link import DispatchLink
     from msi.net.shm import ShmTransport
+    from msi.scheduler import Scheduler
     from msi.waves import Waves
     from msi.worker import Worker
 
-    timed(ShmTransport, "_rung", "wake up and read the rings")
-    timed(DispatchLink, "_arrived", "check answers")
-    timed(DispatchLink, "_post", "post rows", unit="units")
-    timed(AttentionHalf, "attention_route_pack", "submit attention")
-    timed(CombineLink, "_landed", "check rows")
-    timed(Waves, "landed", "waves")
-    timed(Waves, "take", "waves", unit="units")
-    timed(ExpertHalf, "run", "submit experts")
-    timed(CombineLink, "answer", "post answers")
+    timed(ShmTransport, "_rung", "read rings, check what landed")
+    timed(AttentionHalf, "attention_route_pack", "enqueue attention")
+    timed(AttentionRole, "finish", "end passes")
+    timed(Scheduler, "plan", "plan passes")
+    timed(DispatchLink, "post", "post rows")
+    timed(ExpertServer, "_finished", "take the next batch, post answers")
+    counted(DispatchLink, "open")
+    counted(Waves, "take")
     original = Worker.run
 
     async def run_with_snapshots(worker: Worker) -> None:
@@ -94,7 +110,7 @@ def work(arguments: list[str]) -> int:
 
 
 def snapshot() -> None:
-    shown = {"total_s": time.thread_time(), "units": units["units"], "spent_s": dict(spent)}
+    shown = {"loop_s": time.thread_time(), "units": units["units"], "loop": spent[True], "compute": spent[False]}
     print(json.dumps(shown), flush=True)
 
 
@@ -109,6 +125,7 @@ async def main() -> None:
         expert_workers=arguments.expert_workers,
         micro_batches=arguments.micro_batches,
         threads_per_worker=1,
+        load_format=arguments.load_format,
     )
     from msi.instance import create_coordinator, worker_ids
 
@@ -165,12 +182,24 @@ async def ask(process: asyncio.subprocess.Process) -> dict[str, Any]:
 
 
 def per_unit(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
-    count = after["units"] - before["units"]
-    stages = {
-        stage: 1e6 * (total - before["spent_s"].get(stage, 0.0)) / count for stage, total in after["spent_s"].items()
+    count: int = after["units"] - before["units"]
+
+    def us(now_s: float, then_s: float) -> float:
+        return 1e6 * (now_s - then_s) / count
+
+    on_loop, handed_over = (
+        {stage: us(total, before[thread].get(stage, 0.0)) for stage, total in after[thread].items()}
+        for thread in ("loop", "compute")
+    )
+    loop_us = us(after["loop_s"], before["loop_s"])
+    return {
+        "units": count,
+        "total_us": loop_us + sum(handed_over.values()),
+        "loop_us": loop_us,
+        **{f"loop: {stage}": value for stage, value in on_loop.items()},
+        "loop: event loop and tasks": loop_us - sum(on_loop.values()),
+        **{f"compute thread: {stage}": value for stage, value in handed_over.items()},
     }
-    total = 1e6 * (after["total_s"] - before["total_s"]) / count
-    return {"units": count, "total_us": total, **stages, "event loop and tasks": total - sum(stages.values())}
 
 
 def report(measured: dict[str, dict[str, float]]) -> None:
@@ -178,8 +207,9 @@ def report(measured: dict[str, dict[str, float]]) -> None:
         print(json.dumps({"worker": name, **{stage: round(value, 1) for stage, value in stages.items()}}))
     summary = {}
     for role in ("attention", "expert"):
-        totals = [stages["total_us"] for name, stages in measured.items() if name.startswith(role)]
-        summary[f"{role}_us_per_layer_and_lane"] = round(median(totals), 1)
+        for which in ("total", "loop"):
+            values = [stages[f"{which}_us"] for name, stages in measured.items() if name.startswith(role)]
+            summary[f"{role}_{which}_us_per_layer_and_lane"] = round(median(values), 1)
     print(json.dumps(summary))
 
 

@@ -22,6 +22,7 @@ from msi.tracing import Tracer
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _Work = tuple[Callable[[], None], Callable[[Exception], None], StageMeter, str, int]
+PACKED_BYTES = 1 << 20  # a call of oneDNN costs 80 us before it computes, one of MKL 14: smaller weights are not packed
 PACKING_ROWS = 32  # a hint of how many rows a product will have; the packed layout does not depend on it much
 
 
@@ -89,7 +90,8 @@ class CpuDevice:
         return torch.frombuffer(memory, dtype=dtype).view(shape)
 
     def linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        if self._packing is None or weight.dtype is torch.float16:
+        is_small = weight.numel() * weight.element_size() < PACKED_BYTES
+        if self._packing is None or weight.dtype is torch.float16 or is_small:
             kept = weight.contiguous()
             return lambda rows: functional.linear(rows, kept)
         pack, apply = self._packing

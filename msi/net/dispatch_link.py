@@ -24,16 +24,21 @@ from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Trans
 
 log = logging.getLogger(__name__)
 
+WATCH_SHARE = 16  # of the time-out: how often turns are checked against it
+
 
 class Turn:
     """One turn of a lane: opened on the event loop, posted by the thread that fills the outboxes, then awaited."""
 
-    __slots__ = ("_link", "done", "is_over", "lane", "more", "num_rows", "posted_at", "seq", "waiting")
+    __slots__ = ("_link", "done", "is_over", "lane", "more", "num_rows", "opened_at", "posted_at", "seq", "waiting")
 
-    def __init__(self, link: DispatchLink, lane: int, seq: int, more: bool, done: asyncio.Future[None]) -> None:
+    def __init__(
+        self, link: DispatchLink, lane: int, seq: int, more: bool, opened_at: float, done: asyncio.Future[None]
+    ):
         self.lane = lane
         self.seq = seq
         self.more = more
+        self.opened_at = opened_at
         self.done = done
         self.waiting = 0  # bit per node that owes an answer
         self.num_rows: Sequence[int] = ()
@@ -104,6 +109,7 @@ class DispatchLink:
         self._timeout_s = timeout_s
         self._clock = clock
         self._loop = asyncio.get_running_loop()
+        self._is_watching = False
         self._posting = threading.Lock()  # held while a turn is posted, and while nodes come and go
         self._incarnation = hello.incarnation
         self._offsets = [self.layout.offset(lane) for lane in range(hello.num_lanes)]
@@ -163,7 +169,7 @@ class DispatchLink:
         """
         seq = self._next_seqs[lane]
         self._next_seqs[lane] = seq + 1
-        turn = self._turns[lane] = Turn(self, lane, seq, more, self._loop.create_future())
+        turn = self._turns[lane] = Turn(self, lane, seq, more, self._clock(), self._loop.create_future())
         return turn
 
     async def landed(self, turn: Turn) -> None:
@@ -173,11 +179,12 @@ class DispatchLink:
             TransportError: a node that owes an answer was lost; `peer` names it. Cancelling, too, leaves the lane's
                 slots in use until `skip_to`.
         """
-        timer = self._loop.call_later(self._timeout_s, self._expire, turn)
+        if not self._is_watching:
+            self._is_watching = True
+            self._loop.call_later(self._timeout_s / WATCH_SHARE, self._watch)
         try:
             await turn.done
         finally:
-            timer.cancel()
             turn.is_over = True
 
     def post(self, turn: Turn, num_rows: Sequence[int]) -> None:
@@ -275,6 +282,16 @@ class DispatchLink:
                 self.comm_meter.add(max(0.0, (self._clock() - turn.posted_at - service_ns * 1e-9) / 2))
                 self.compute_meter.add(compute_ns * 1e-9)
                 _succeed(turn)
+
+    def _watch(self) -> None:
+        """Ends turns that took too long; comes again while any is in flight. A timer per turn would cost more."""
+        in_flight = [turn for turn in self._turns if turn is not None and not turn.is_over]
+        self._is_watching = bool(in_flight)
+        if in_flight:
+            self._loop.call_later(self._timeout_s / WATCH_SHARE, self._watch)
+        for turn in in_flight:
+            if self._clock() - turn.opened_at >= self._timeout_s:
+                self._expire(turn)
 
     def _expire(self, turn: Turn) -> None:
         for node in range(len(self._nodes)):

@@ -308,9 +308,10 @@ class ShmTransport:
         self._read_rings()
 
     def _read_rings(self) -> None:
+        deliver, kind = self._deliver, CompletionKind.IMMEDIATE
         for endpoint in self._endpoints.copy():
             for immediate in endpoint.in_ring.drain():
-                self._deliver(endpoint, CompletionKind.IMMEDIATE, immediate)
+                deliver(endpoint, kind, immediate)
 
     def _hung_up(self, endpoint: ShmEndpoint) -> None:
         """Nothing but the end comes over this socket after the handshake."""

@@ -7,7 +7,6 @@ prove the pipeline's timing, and what disturbances cost.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -174,17 +173,12 @@ class SimulatedExpertWorker:
             clock=clock,
         )
         self._server = ExpertServer(self.link, self.waves, self.compute, clock=clock)
-        self.task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         await self.link.listen(self._server)
-        self.task = asyncio.get_running_loop().create_task(self._server.run())
 
     async def stop(self) -> None:
-        assert self.task is not None
-        self.task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self.task
+        self._server.close()
         await self._transport.close()
 
 
