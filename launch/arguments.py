@@ -71,6 +71,9 @@ def parse(argv: list[str]) -> LaunchArguments:
         served_model_name=values.served_model_name,
         trace=values.trace,
         start_timeout_s=values.start_timeout,
+        max_num_waiting=values.max_num_waiting,
+        enable_prefix_caching=values.enable_prefix_caching,
+        num_gpu_blocks_override=values.num_gpu_blocks_override,
     )
     if values.role and values.role != "coordinator" and not values.coordinator:
         raise ConfigError(f"--role {values.role} needs --coordinator tcp://HOST:PORT")
@@ -107,6 +110,11 @@ def _add_instance(parser: argparse.ArgumentParser) -> None:
     add("--max-model-len", type=int, metavar="N", default=0, help="longest sequence; 0 for the model's own")
     add("--max-num-seqs", type=int, metavar="N", default=defaults["max_num_seqs"], help="running, per attention worker")
     add("--max-num-batched-tokens", type=int, metavar="N", default=0, help="per micro-batch; 0 for a slot's rows")
+    add("--max-num-waiting", type=int, metavar="N", default=defaults["max_num_waiting"],
+        help="requests that wait at an attention worker; more are refused")  # fmt: skip
+    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
+        help="share the KV blocks of common prefixes")  # fmt: skip
+    add("--num-gpu-blocks-override", type=int, metavar="N", default=0, help="KV blocks, whatever the memory allows")
     add("--slot-rows", type=int, metavar="N", default=defaults["slot_rows"], help="rows of a landing slot")
     add("--gpu-memory-utilization", type=float, metavar="F", default=defaults["gpu_memory_utilization"],
         help="share of free memory (on a CPU: of free RAM) for KV cache")  # fmt: skip

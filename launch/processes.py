@@ -10,6 +10,9 @@ import os
 import signal
 import sys
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
 from msi.engine import Engine
 from msi.errors import EngineError
 from msi.instance import create_coordinator, worker_settings
@@ -39,11 +42,31 @@ async def run_worker(arguments: LaunchArguments) -> None:
         )
     )
     task = asyncio.ensure_future(worker.run())
+    showing = None if arguments.parent else asyncio.ensure_future(show_loading(worker))
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, task.cancel)
     loop.add_signal_handler(signal.SIGTERM, task.cancel if arguments.parent else worker.drain)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    finally:
+        if showing is not None:
+            showing.cancel()
+
+
+async def show_loading(worker: Worker) -> None:
+    """A bar on a terminal while weights are read; nothing elsewhere. The log says when they are."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("weights", total=None)
+        loaded, total = worker.loaded
+        while not total or loaded < total:
+            progress.update(bar, completed=loaded, total=total or None)
+            await asyncio.sleep(0.1)
+            loaded, total = worker.loaded
 
 
 async def run_coordinator(arguments: LaunchArguments) -> None:

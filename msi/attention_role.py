@@ -96,6 +96,8 @@ class AttentionRole:
             max_num_batched_tokens=assignment.max_num_batched_tokens,
             max_model_len=assignment.max_model_len,
             eos_token_ids=self._config.eos_token_ids,
+            max_num_waiting=assignment.max_num_waiting,
+            has_prefix_cache=assignment.has_prefix_cache,
         )
 
     async def run(self) -> None:
@@ -281,7 +283,7 @@ class AttentionRole:
         return self._scheduler.num_free_blocks
 
     def counters(self) -> dict[str, float]:
-        link = self._link.counters
+        link, scheduled = self._link.counters, self._scheduler.counters
         counters: dict[str, float] = {
             "passes": self._num_passes,
             "posts": link.posts,
@@ -290,6 +292,11 @@ class AttentionRole:
             "attention_s": self._half.meter.total_s,
             "sample_s": self._half.pass_meter.total_s,
             "weight_bytes_read": self._half.weight_bytes_read,
+            "kv_blocks": self._scheduler.num_blocks,
+            "kv_blocks_evicted": self._scheduler.num_evicted,
+            "prompt_tokens": scheduled.prompt_tokens,
+            "prefix_hit_tokens": scheduled.prefix_hit_tokens,
+            "preemptions": scheduled.preemptions,
         }
         counters |= {f"dropped_{reason.replace(' ', '_')}": count for reason, count in link.dropped.items()}
         return counters

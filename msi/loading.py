@@ -101,6 +101,8 @@ class ModelFiles:
         Raises:
             ConfigError: not even one fits.
         """
+        if assignment.num_kv_blocks:
+            return 1 + assignment.num_kv_blocks
         block_bytes = self.config.kv_values_per_token * BLOCK_TOKENS * DTYPES[assignment.dtype].itemsize
         budget = free_memory_bytes() * memory_utilization * assignment.memory_share
         useful = assignment.max_num_seqs * -(-assignment.max_model_len // BLOCK_TOKENS)

@@ -61,6 +61,9 @@ class InstancePlan:
     heartbeat_s: float = 1.0
     lost_after_s: float = 3.0
     start_timeout_s: float = 120.0
+    max_num_waiting: int = 1024
+    has_prefix_cache: bool = True
+    num_kv_blocks: int = 0
 
     @property
     def wanted(self) -> dict[str, int]:
@@ -180,9 +183,9 @@ class Cluster:
     # -- events ------------------------------------------------------------------------------------------------------
 
     def hello(self, route: bytes, hello: WorkerHello, now: float) -> list[Instruction]:
-        known = self._members.get(hello.worker_id)
-        if known is not None and known.is_live and known.route == route and not known.has_beaten:
-            return [Send(route, self._assignment(known))]  # it asked again before our answer came
+        for known in self._members.values():
+            if known.is_live and known.route == route and not known.has_beaten:
+                return [Send(route, self._assignment(known))]  # it asked again before our answer came
         refusal = self._refusal(route, hello)
         if refusal:
             return [Send(route, Refused(refusal))]
@@ -348,6 +351,9 @@ class Cluster:
             peer_timeout_s=plan.peer_timeout_s,
             heartbeat_s=plan.heartbeat_s,
             lost_after_s=plan.lost_after_s,
+            max_num_waiting=plan.max_num_waiting,
+            has_prefix_cache=plan.has_prefix_cache,
+            num_kv_blocks=plan.num_kv_blocks,
         )
 
     def _topology_to(self, *attention: Member) -> Iterator[Instruction]:

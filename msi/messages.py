@@ -48,6 +48,7 @@ class Assignment:
         num_seats: seats of an expert worker.
         is_colocated: an attention worker that hosts all experts too.
         memory_share: of the memory for KV cache, when several attention workers share a host.
+        num_kv_blocks: KV blocks, whatever the memory allows; 0 for what it allows.
     """
 
     instance: str
@@ -68,6 +69,9 @@ class Assignment:
     peer_timeout_s: float
     heartbeat_s: float
     lost_after_s: float
+    max_num_waiting: int = 1024
+    has_prefix_cache: bool = True
+    num_kv_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,9 @@ class InstanceOptions:
         slot_rows: rows of a slot.
         gpu_memory_utilization: share of free memory for KV cache (on a CPU, of free RAM).
         trace: file for a Chrome trace.
+        max_num_waiting: requests that wait at an attention worker; the next is refused (503).
+        enable_prefix_caching: requests with a common prefix share its KV blocks.
+        num_gpu_blocks_override: KV blocks per attention worker, whatever the memory allows; 0 for what it allows.
 
     Raises:
         ConfigError: names the option, what was given and what is allowed.
@@ -56,6 +59,9 @@ class InstanceOptions:
     served_model_name: str = ""
     trace: Path | None = None
     start_timeout_s: float = 120.0
+    max_num_waiting: int = 1024
+    enable_prefix_caching: bool = True
+    num_gpu_blocks_override: int = 0
 
     def __post_init__(self) -> None:
         _at_least("attention-workers", self.attention_workers, 1)
@@ -65,6 +71,8 @@ class InstanceOptions:
         _at_least("max-num-seqs", self.max_num_seqs, 1)
         _at_least("max-num-batched-tokens", self.max_num_batched_tokens, 0)
         _at_least("slot-rows", self.slot_rows, 1)
+        _at_least("max-num-waiting", self.max_num_waiting, 1)
+        _at_least("num-gpu-blocks-override", self.num_gpu_blocks_override, 0)
         if not 0 <= self.micro_batches <= MAX_MICRO_BATCHES:
             raise ConfigError(f"--micro-batches {self.micro_batches}: give auto or 1 to {MAX_MICRO_BATCHES}")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -119,7 +127,9 @@ class InstanceOptions:
             value = getattr(self, one.name)
             if one.name != "model" and value != one.default:
                 flag = "--" + one.name.replace("_", "-").removesuffix("-s")
-                arguments += [flag] if value is True else [flag, str(value)]
+                if value is False:
+                    flag = flag.replace("--", "--no-", 1)
+                arguments += [flag] if isinstance(value, bool) else [flag, str(value)]
         return arguments
 
 

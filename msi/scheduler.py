@@ -3,9 +3,12 @@
 Decides; does not act: takes requests and sampled tokens, returns micro-batches and progress. Knows no clock, tensors
 or sockets.
 
-Admission is in order of arrival, as soon as a request's blocks are free (all that it can ever need, so nothing has to
-be preempted), onto the lane with the least predicted time; a sequence keeps its lane to its end. Each micro-batch
-takes a token from every sequence that decodes and fills the token budget with prompt chunks.
+Admission is in order of arrival, as soon as there are blocks for a request's tokens and one more for every sequence
+that runs, onto the lane with the least predicted time; a sequence keeps its lane to its end or preemption. Blocks
+whose contents are known already (a common prefix) are shared and need not be computed. Each micro-batch takes a token
+from every sequence that decodes and fills the token budget with prompt chunks. When blocks run out, the sequence that
+arrived last gives its own up and waits, in front of all others, to be computed again: whoever came first always gets
+on, so nobody starves.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from msi.block_pool import BlockPool
+from msi.block_pool import BlockPool, hash_block
 from msi.errors import InvalidRequest, Unavailable
 from msi.types import MicroBatch, SamplingParams, TokenSampling
 
@@ -41,23 +44,36 @@ class Progress:
     finish_reason: str | None = None
 
 
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Counts since start. `prompt_tokens` counts the tokens of admitted sequences, again after a preemption."""
+
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class _Sequence:
     request: Request
+    arrival: int
     max_len: int  # tokens, prompt included, at which it ends
     tokens: list[int]
     num_computed: int = 0  # tokens whose keys and values are in the cache
-    blocks: tuple[int, ...] = ()
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
+    num_kept: int = 0  # full blocks that can be found by their hashes
     is_cancelled: bool = False
     was_left_out: bool = False  # of the last micro-batch, for want of room
 
     @property
-    def num_prompt_left(self) -> int:
-        return max(0, len(self.request.prompt_token_ids) - self.num_computed)
+    def num_left(self) -> int:
+        """Tokens still to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
 
     @property
     def predicted(self) -> float:
-        return 1 + len(self.tokens) / CONTEXT_UNIT + self.num_prompt_left * PROMPT_SHARE
+        return 1 + len(self.tokens) / CONTEXT_UNIT + (self.num_left - 1) * PROMPT_SHARE
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +92,7 @@ class Scheduler:
         max_num_batched_tokens: the most tokens in one micro-batch; at most the rows of a slot.
         max_model_len: the most tokens of a sequence, prompt included.
         max_num_waiting: the most requests that wait for admission.
+        has_prefix_cache: whether blocks are found again by their contents.
     """
 
     def __init__(
@@ -88,8 +105,12 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: tuple[int, ...] = (),
-        max_num_waiting: int = 100_000,
+        max_num_waiting: int = 1024,
+        has_prefix_cache: bool = True,
     ) -> None:
+        self.counters = SchedulerCounters()
+        self._has_prefix_cache = has_prefix_cache
+        self._num_arrived = 0
         self._pool = BlockPool(num_blocks)
         self._block_tokens = block_tokens
         self._max_num_seqs = max_num_seqs
@@ -112,6 +133,16 @@ class Scheduler:
         return self._pool.num_free
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks that sequences can have, all together."""
+        return self._pool.capacity
+
+    @property
+    def num_evicted(self) -> int:
+        """Blocks whose contents were given up for others since the start."""
+        return self._pool.num_evicted
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -124,7 +155,7 @@ class Scheduler:
         return not self._sequences
 
     def check_integrity(self) -> None:
-        """Re-adds free and used blocks. Raises AssertionError with the numbers."""
+        """Re-adds free, kept and used blocks. Raises AssertionError with the numbers."""
         in_use = [block for lane in self._lanes for sequence in lane.sequences for block in sequence.blocks]
         self._pool.check_integrity(in_use)
 
@@ -155,7 +186,8 @@ class Scheduler:
             raise Unavailable(f"{len(self._waiting)} requests wait already; try again later")
         assert request.request_id not in self._sequences, request.request_id
         max_len = min(num_prompt + request.params.max_tokens, self._max_model_len, cache_len)
-        sequence = _Sequence(request, max_len, list(request.prompt_token_ids))
+        sequence = _Sequence(request, self._num_arrived, max_len, list(request.prompt_token_ids))
+        self._num_arrived += 1
         self._waiting.append(sequence)
         self._sequences[request.request_id] = (sequence, None)
         self._admit()
@@ -187,12 +219,18 @@ class Scheduler:
         assert not lane.in_flight, f"lane {lane_index} is in flight"
         self._admit()
         budget = self._max_num_batched_tokens
-        # whoever had no room last time, then those that decode, then prompts
-        turns = sorted(lane.sequences, key=lambda sequence: (not sequence.was_left_out, sequence.num_prompt_left > 0))
+        # whoever had no room last time, then those that decode, then prompts; each in order of arrival
+        turns = sorted(lane.sequences, key=lambda one: (not one.was_left_out, one.num_left > 1, one.arrival))
         chosen: list[tuple[_Sequence, int]] = []
         for sequence in turns:
+            if not sequence.blocks:
+                continue  # preempted meanwhile
             room = max(1, budget // 2) if sequence.was_left_out else budget
-            count = min(sequence.num_prompt_left or 1, room, budget)
+            count = min(sequence.num_left, room, budget)
+            if count and not self._make_room(sequence, count, chosen):
+                count = 0
+                if not sequence.blocks:
+                    continue
             sequence.was_left_out = count == 0
             if count:
                 chosen.append((sequence, count))
@@ -208,8 +246,7 @@ class Scheduler:
         if len(lane.sequences) > len(lane.in_flight):
             return True
         return any(
-            not sequence.is_cancelled
-            and (sequence.num_prompt_left > count or len(sequence.tokens) + 1 < sequence.max_len)
+            not sequence.is_cancelled and (sequence.num_left > count or len(sequence.tokens) + 1 < sequence.max_len)
             for sequence, count in lane.in_flight
         )
 
@@ -221,6 +258,7 @@ class Scheduler:
         progress = []
         for sequence, count in in_flight:
             sequence.num_computed += count
+            self._keep_full_blocks(sequence)
             token = next(sampled) if sequence.num_computed == len(sequence.tokens) else None
             if sequence.is_cancelled:
                 self._release(lane, sequence)
@@ -259,14 +297,20 @@ class Scheduler:
         return "length" if len(sequence.tokens) >= sequence.max_len else None
 
     def _admit(self) -> None:
-        while self._waiting and self.num_running < self._max_num_seqs:
+        while self._waiting and (num_running := self.num_running) < self._max_num_seqs:
             sequence = self._waiting[0]
-            # the last token is never written to the cache
-            num_blocks = -(-(sequence.max_len - 1) // self._block_tokens)
-            if num_blocks > self._pool.num_free:
+            known = self._known_blocks(sequence)
+            num_new = self._blocks_for(len(sequence.tokens)) - len(known)
+            # one for each that runs, so that the next token of an older one does not throw this one out again
+            if num_new + self._pool.num_unused(known) + num_running > self._pool.num_free:
                 return
             self._waiting.popleft()
-            sequence.blocks = self._pool.allocate(num_blocks)
+            self._pool.share(known)
+            sequence.blocks = known + self._pool.allocate(num_new)
+            sequence.num_kept = len(known)
+            sequence.num_computed = len(known) * self._block_tokens
+            self.counters.prompt_tokens += len(sequence.tokens)
+            self.counters.prefix_hit_tokens += sequence.num_computed
             lane = min(self._lanes, key=lambda lane: sum(other.predicted for other in lane.sequences))
             lane.sequences.append(sequence)
             self._sequences[sequence.request.request_id] = (sequence, lane)
@@ -274,7 +318,71 @@ class Scheduler:
     def _release(self, lane: _Lane, sequence: _Sequence) -> None:
         lane.sequences.remove(sequence)
         self._pool.free(sequence.blocks)
-        sequence.blocks = ()
+        sequence.blocks = []
+
+    # -- blocks ------------------------------------------------------------------------------------------------------
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_tokens)
+
+    def _hash(self, sequence: _Sequence, index: int) -> bytes:
+        """Of the sequence's block at `index`, which is full."""
+        hashes, size = sequence.hashes, self._block_tokens
+        while len(hashes) <= index:
+            start = len(hashes) * size
+            hashes.append(hash_block(hashes[-1] if hashes else b"", sequence.tokens[start : start + size]))
+        return hashes[index]
+
+    def _known_blocks(self, sequence: _Sequence) -> list[int]:
+        """Blocks that hold the beginning of the sequence; at least its last token is left to compute."""
+        if not self._has_prefix_cache:
+            return []
+        num_full = (len(sequence.tokens) - 1) // self._block_tokens
+        return self._pool.find(self._hash(sequence, index) for index in range(num_full))
+
+    def _keep_full_blocks(self, sequence: _Sequence) -> None:
+        if self._has_prefix_cache:
+            for index in range(sequence.num_kept, sequence.num_computed // self._block_tokens):
+                self._pool.keep(sequence.blocks[index], self._hash(sequence, index))
+                sequence.num_kept = index + 1
+
+    def _make_room(self, sequence: _Sequence, count: int, chosen: list[tuple[_Sequence, int]]) -> bool:
+        """Sees to it that the sequence has blocks for `count` more tokens; False where it must wait for them."""
+        num_new = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        while num_new > self._pool.num_free:
+            victim = self._victim(sequence, chosen)
+            if victim is None:
+                return False  # what came later is in flight, and gives its blocks up when it has landed
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if num_new > 0:
+            sequence.blocks += self._pool.allocate(num_new)
+        return True
+
+    def _victim(self, sequence: _Sequence, chosen: list[tuple[_Sequence, int]]) -> _Sequence | None:
+        """Whoever arrived last of those that nothing is being computed for, `sequence` included if none came later."""
+        busy = {id(one) for lane in self._lanes for one, _ in lane.in_flight} | {id(one) for one, _ in chosen}
+        later = [
+            one
+            for lane in self._lanes
+            for one in lane.sequences
+            if one.arrival > sequence.arrival and id(one) not in busy
+        ]
+        if later:
+            return max(later, key=lambda one: one.arrival)
+        is_last = all(one.arrival <= sequence.arrival for lane in self._lanes for one in lane.sequences)
+        return sequence if is_last else None
+
+    def _preempt(self, sequence: _Sequence) -> None:
+        """Takes a sequence's blocks; it waits to be computed again, before all that came later."""
+        lane = next(lane for lane in self._lanes if sequence in lane.sequences)
+        self._release(lane, sequence)
+        sequence.num_computed = sequence.num_kept = 0
+        sequence.was_left_out = False
+        self._sequences[sequence.request.request_id] = (sequence, None)
+        self._waiting.appendleft(sequence)
+        self.counters.preemptions += 1
 
 
 def _micro_batch(chosen: list[tuple[_Sequence, int]]) -> MicroBatch:
@@ -298,7 +406,7 @@ def _micro_batch(chosen: list[tuple[_Sequence, int]]) -> MicroBatch:
         positions=tuple(positions),
         query_lens=tuple(count for _, count in chosen),
         context_lens=tuple(sequence.num_computed + count for sequence, count in chosen),
-        block_tables=tuple(sequence.blocks for sequence, _ in chosen),
+        block_tables=tuple(tuple(sequence.blocks) for sequence, _ in chosen),
         logit_rows=tuple(logit_rows),
         sampling=tuple(sampling),
     )

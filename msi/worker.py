@@ -151,6 +151,11 @@ class Worker:
                 self._tracer.flush()
             self._control.close()
 
+    @property
+    def loaded(self) -> tuple[int, int]:
+        """Bytes of weights read, and how many there are to read (0 until the role is known)."""
+        return self._files.loaded_bytes, self._files.total_bytes
+
     def drain(self) -> None:
         """Asks to be drained: what runs is finished, then `run` returns."""
         self._drain_wanted.ring()

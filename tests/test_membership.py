@@ -62,6 +62,12 @@ def test_places_are_given_in_order_and_then_refused():
     assert hello(cluster, b"5", role="worker") == Refused("all 3 workers of this instance are there already")
 
 
+def test_who_asks_again_before_the_answer_came_gets_the_same_answer():
+    cluster = Cluster(PLAN, 0.0)
+    for role in ("worker", "expert", "attention"):
+        assert hello(cluster, role.encode(), role=role) == hello(cluster, role.encode(), role=role)
+
+
 def test_a_default_id_says_its_place():
     cluster = Cluster(PLAN, 0.0)
     assert hello(cluster, b"1", worker_id="expert-1").index == 1

@@ -73,8 +73,8 @@ def test_the_end_of_sequence_ends_it_unless_ignored():
 
 def test_admission_waits_for_free_blocks_in_order_of_arrival():
     scheduler = make_scheduler(num_blocks=11)  # 10 blocks of 4 tokens
-    scheduler.add(request("first", 20, max_tokens=5))
-    scheduler.add(request("large", 30, max_tokens=5))
+    scheduler.add(request("first", 24, max_tokens=5))
+    scheduler.add(request("large", 25, max_tokens=5))
     scheduler.add(request("small", 1, max_tokens=1))
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)  # "small" would fit, but does not overtake
     assert scheduler.cancel("large")
@@ -155,6 +155,7 @@ def test_a_request_cancelled_in_flight_gives_its_blocks_back_after_the_pass():
     assert scheduler.num_free_blocks == free
     assert scheduler.update(0, [5]) == []
     assert scheduler.num_free_blocks == 32
+    assert scheduler.is_idle
     assert not scheduler.cancel("a")
     scheduler.check_integrity()
 
@@ -180,6 +181,121 @@ def test_a_lane_says_whether_more_may_follow():
     scheduler.update(0, [5])
     scheduler.plan(0)
     assert not scheduler.may_continue(0)
+
+
+def finish(scheduler: Scheduler, in_order: list[str] | None = None) -> dict[str, list[int]]:
+    """Runs until idle, each token one more than the last of its sequence; the tokens of each request."""
+    tokens: dict[str, list[int]] = {}
+    for _ in range(1000):
+        batches = {lane: batch for lane in range(scheduler.num_lanes) if (batch := scheduler.plan(lane)) is not None}
+        for lane, batch in batches.items():
+            for one in scheduler.update(lane, [batch.token_ids[row] + 1 for row in batch.logit_rows]):
+                tokens.setdefault(one.request_id, []).extend(one.token_ids)
+                if one.finish_reason and in_order is not None:
+                    in_order.append(one.request_id)
+        scheduler.check_integrity()
+        if scheduler.is_idle:
+            return tokens
+    raise AssertionError("it does not end")
+
+
+def test_a_known_prefix_is_shared_and_not_computed_again():
+    scheduler = make_scheduler()
+    scheduler.add(request("first", 11, max_tokens=1))
+    finish(scheduler)
+    scheduler.add(request("second", 13))
+    scheduler.add(request("third", 13))
+    batch = scheduler.plan(0)
+    assert batch.positions[:5] == (8, 9, 10, 11, 12)  # two blocks of four are known
+    assert batch.query_lens == (5, 5)
+    assert batch.block_tables[0][:2] == batch.block_tables[1][:2]
+    assert batch.block_tables[0][2:] != batch.block_tables[1][2:]
+    assert scheduler.counters.prefix_hit_tokens == 16
+    scheduler.check_integrity()
+
+
+def test_the_last_token_of_a_known_prompt_is_computed_all_the_same():
+    scheduler = make_scheduler()
+    for _ in range(2):
+        scheduler.add(request("a", 8))
+        last = scheduler.plan(0)
+        scheduler.update(0, [9])
+        finish(scheduler)
+    assert last.positions == (4, 5, 6, 7)
+
+
+def test_generated_tokens_are_part_of_a_later_prompt():
+    scheduler = make_scheduler()
+    scheduler.add(request("a", 6, max_tokens=7))
+    tokens = finish(scheduler)["a"]
+    conversation = (*range(10, 16), *tokens, 40, 41)
+    scheduler.add(Request("b", conversation, SamplingParams(seed=1)))
+    assert scheduler.plan(0).positions[0] == 12  # the thirteenth token was sampled, its keys never computed
+
+
+def test_contents_are_given_up_least_recently_used_first():
+    scheduler = make_scheduler(num_blocks=9)
+    for name, first in (("a", 100), ("b", 200), ("a again", 100)):
+        scheduler.add(Request(name, tuple(range(first, first + 12)), SamplingParams(max_tokens=1, seed=1)))
+        finish(scheduler)
+    assert scheduler.counters.prefix_hit_tokens == 8
+    scheduler.add(Request("c", tuple(range(300, 319)), SamplingParams(max_tokens=1, seed=1)))
+    finish(scheduler)
+    assert scheduler.num_evicted == 3
+    hits = {}
+    for name, first in (("a", 100), ("b", 200)):
+        before = scheduler.counters.prefix_hit_tokens
+        scheduler.add(Request(name, tuple(range(first, first + 12)), SamplingParams(max_tokens=1, seed=1)))
+        finish(scheduler)
+        hits[name] = scheduler.counters.prefix_hit_tokens - before
+    assert hits["a"] == 8
+    assert hits["b"] == 4
+
+
+def test_without_a_prefix_cache_nothing_is_shared():
+    scheduler = make_scheduler(has_prefix_cache=False)
+    for name in "ab":
+        scheduler.add(request(name, 12))
+        finish(scheduler)
+    assert scheduler.counters.prefix_hit_tokens == 0
+
+
+@pytest.mark.parametrize("has_prefix_cache", [False, True])
+@pytest.mark.parametrize("num_lanes", [1, 2])
+def test_when_blocks_run_out_who_came_last_waits_and_loses_nothing(num_lanes, has_prefix_cache):
+    scheduler = make_scheduler(num_blocks=9, num_lanes=num_lanes, has_prefix_cache=has_prefix_cache)
+    prompts = {name: tuple(range(first, first + 4)) for name, first in (("a", 100), ("b", 200), ("c", 300))}
+    for name, prompt in prompts.items():
+        scheduler.add(Request(name, prompt, SamplingParams(max_tokens=20, seed=1, ignore_eos=True)))
+    in_order: list[str] = []
+    tokens = finish(scheduler, in_order)
+    assert scheduler.counters.preemptions > 0
+    assert in_order == ["a", "b", "c"]
+    for name, prompt in prompts.items():
+        assert tokens[name] == list(range(prompt[-1] + 1, prompt[-1] + 21))
+
+
+def test_a_preempted_request_can_be_cancelled():
+    scheduler = make_scheduler(num_blocks=9)
+    for name, first in (("a", 100), ("b", 200)):
+        params = SamplingParams(max_tokens=24, seed=1, ignore_eos=True)
+        scheduler.add(Request(name, tuple(range(first, first + 4)), params))
+    while not scheduler.counters.preemptions:
+        scheduler.update(0, [9] * len(scheduler.plan(0).logit_rows))
+    assert scheduler.num_waiting == 1
+    assert scheduler.cancel("b")
+    assert set(finish(scheduler)) == {"a"}
+
+
+def assert_nobody_writes_what_another_reads(batch):
+    written = set()
+    for query_len, context_len, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
+        own = set(table[(context_len - query_len) // 4 : -(-context_len // 4)])
+        assert not written & own
+        assert len(table) >= -(-context_len // 4)
+        written |= own
+    for query_len, context_len, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
+        assert not written & set(table[: (context_len - query_len) // 4])
 
 
 @settings(max_examples=100, deadline=None)
@@ -211,9 +327,7 @@ def test_whatever_happens_every_request_ends_and_no_block_is_lost(data):
             for lane in range(scheduler.num_lanes):
                 if lane not in in_flight and (batch := scheduler.plan(lane)) is not None:
                     assert batch.num_tokens <= 16
-                    assert len({block for table in batch.block_tables for block in table}) == sum(
-                        map(len, batch.block_tables)
-                    )
+                    assert_nobody_writes_what_another_reads(batch)
                     in_flight[lane] = len(batch.logit_rows)
         if action in ("update", "go"):
             for lane in list(in_flight):

@@ -78,3 +78,23 @@ async def test_tokens_equal_transformers_colocated(checkpoint):
     path, expected = checkpoint
     async with Engine.local(model=path, colocated=True, threads_per_worker=1) as engine:
         await check_equal(engine, expected, seed=0)
+
+
+async def test_tokens_equal_transformers_with_forced_preemption_and_prefix_hits(tmp_path):
+    long = references(save_tiny(tmp_path), [5, 14, 30, 31, 60], 44)
+    async with Engine.local(
+        model=tmp_path, transport="inproc", micro_batches=2, threads_per_worker=1, num_gpu_blocks_override=11
+    ) as engine:  # 176 tokens, and each sequence comes to 49 to 104
+        for _ in range(2):
+            results = await asyncio.gather(*(tokens_of(engine, one.prompt, max_tokens=44) for one in long))
+            assert results == [one.tokens for one in long]
+        (attention,) = (one.status for one in (await settled(engine)).workers if one.role == "attention")
+        assert attention.counters["preemptions"] > 0
+        assert attention.counters["prefix_hit_tokens"] > 0
+        assert attention.counters["kv_blocks_evicted"] > 0
+
+
+async def settled(engine):
+    """Counters after the next heartbeat."""
+    await asyncio.sleep(1.5)
+    return await engine.stats()
