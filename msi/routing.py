@@ -1,6 +1,8 @@
-"""Where requests go: to the attention worker with the most free KV cache, or they wait for one.
+"""Where requests go: to the attention worker with the least predicted load, or they wait for one.
 
-Decides; does not act. Holds every request's prompt and the tokens emitted so far. Knows no sockets or clock.
+A decode step of a worker takes a time that grows with its sequences and with their contexts, and every sequence waits
+for all of them: so requests are placed by the sum of both, on workers whose KV cache has room. Decides; does not act.
+Holds every request's prompt and the tokens emitted so far. Knows no sockets or clock.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from msi.messages import RequestUpdate
-from msi.scheduler import Progress, Request
+from msi.scheduler import CONTEXT_UNIT, Progress, Request
 
 WAIT_FOR_WORKERS_S = 30.0
+OUTPUTS_REMEMBERED = 64  # the mean length of answers is that of about the last so many
 
 
 @dataclass(slots=True)
@@ -23,6 +26,7 @@ class Routed:
     arrived_at: float
     worker_id: str = ""
     token_ids: list[int] = field(default_factory=list)
+    predicted: float = 0.0  # its part of the worker's load
 
     @property
     def num_tokens(self) -> int:
@@ -33,13 +37,27 @@ class Routed:
 Updates = dict[bytes, list[RequestUpdate]]  # by client
 
 
+@dataclass(slots=True)
+class Load:
+    """What a worker has been given and has not finished.
+
+    Attributes:
+        predicted: of a decode step, in units of one sequence without context (`msi.scheduler.CONTEXT_UNIT`).
+        num_tokens: of KV cache that may come to be needed.
+    """
+
+    predicted: float = 0.0
+    num_tokens: int = 0
+
+
 class Router:
     """All requests of an instance."""
 
     def __init__(self) -> None:
         self._requests: dict[str, Routed] = {}
         self._waiting: dict[str, Routed] = {}  # those without a worker, in order of arrival
-        self._load: dict[str, int] = {}  # tokens that a worker's requests may need
+        self._loads: dict[str, Load] = {}
+        self._mean_output = 0.0  # of finished answers; 0 before the first
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -62,9 +80,11 @@ class Router:
             return []
         given = []
         for routed in self._waiting.values():
-            free = {worker: capacity - self._load.get(worker, 0) for worker, capacity in capacities.items()}
-            routed.worker_id = max(free, key=free.__getitem__)
-            self._load[routed.worker_id] = self._load.get(routed.worker_id, 0) + routed.num_tokens
+            routed.worker_id = self._least_loaded(routed.num_tokens, capacities)
+            routed.predicted = self._predicted(routed.request)
+            load = self._loads[routed.worker_id]
+            load.predicted += routed.predicted
+            load.num_tokens += routed.num_tokens
             given.append((routed.worker_id, routed.request))
         self._waiting.clear()
         return given
@@ -79,6 +99,8 @@ class Router:
             routed.token_ids.extend(one.token_ids)
             if one.finish_reason is not None:
                 self._forget(routed)
+                weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
+                self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
             update = RequestUpdate(one.request_id, one.token_ids, one.finish_reason or "", "", "")
             updates.setdefault(routed.client, []).append(update)
         return updates
@@ -97,7 +119,7 @@ class Router:
         """The requests of a worker are lost with it."""
         lost = [request_id for request_id, routed in self._requests.items() if routed.worker_id == worker_id]
         updates = self.fail(lost, "RequestFailed", f"attention worker {worker_id} was lost: {reason}")
-        self._load.pop(worker_id, None)
+        self._loads.pop(worker_id, None)
         return updates
 
     def expire(self, now: float, reason: str) -> Updates:
@@ -122,11 +144,31 @@ class Router:
             self._forget(routed)
         return [(routed.worker_id, routed.request.request_id) for routed in gone if routed.worker_id]
 
+    def load(self, worker_id: str) -> Load:
+        """What a worker has been given and has not finished."""
+        return self._loads.get(worker_id, Load())
+
+    def _least_loaded(self, num_tokens: int, capacities: Mapping[str, int]) -> str:
+        """Of the workers with room the one with the least predicted load; the most room where none has enough."""
+        loads = {worker: self._loads.setdefault(worker, Load()) for worker in capacities}
+        room = {worker: capacity - loads[worker].num_tokens for worker, capacity in capacities.items()}
+        roomy = [worker for worker in room if room[worker] >= num_tokens]
+        if roomy:
+            return min(roomy, key=lambda worker: (loads[worker].predicted, -room[worker]))
+        return max(room, key=room.__getitem__)
+
+    def _predicted(self, request: Request) -> float:
+        """Of a request in the middle of its answer, whose length is taken to be the mean of those before."""
+        most = request.params.max_tokens
+        num_output = min(most, self._mean_output) if self._mean_output else most
+        return 1 + (len(request.prompt_token_ids) + num_output / 2) / CONTEXT_UNIT
+
     def _forget(self, routed: Routed) -> None:
         del self._requests[routed.request.request_id]
         self._waiting.pop(routed.request.request_id, None)
-        if routed.worker_id in self._load:
-            self._load[routed.worker_id] -= routed.num_tokens
+        if (load := self._loads.get(routed.worker_id)) is not None:
+            load.predicted -= routed.predicted
+            load.num_tokens -= routed.num_tokens
 
 
 def _failure(request_id: str, kind: str, reason: str) -> RequestUpdate:
