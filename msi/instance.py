@@ -169,6 +169,9 @@ class InprocInstance:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        for worker in self.workers:
+            if worker.life is not None and worker.life.attention is not None:
+                worker.life.attention.check_integrity()  # embedded workers are what tests use: none ends unchecked
 
 
 # -- as processes ----------------------------------------------------------------------------------------------------

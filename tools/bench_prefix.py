@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""What a prefix hit is worth: TTFT of a prompt whose beginning is cached over that of one which is not.
+
+    tools/bench_prefix.py MODEL --input-len 2000 --cached 1900
+
+Each round sends a new prompt (cold), and then one with the same first `cached` tokens and another end (warm); the
+pairs alternate, so both see the same machine. Prints a JSON line per round and one with the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+from msi import Engine, SamplingParams
+from msi.models.families import load_config
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--input-len", type=int, default=2000)
+    parser.add_argument("--cached", type=int, default=1900)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--attention-workers", type=int, default=1)
+    parser.add_argument("--expert-workers", type=int, default=1)
+    parser.add_argument("--colocated", action="store_true")
+    parser.add_argument("--threads-per-worker", type=int, default=0)
+    return parser.parse_args()
+
+
+async def ttft_s(engine: Engine, prompt: list[int]) -> float:
+    started = time.monotonic()
+    async for _ in engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)):
+        break
+    return time.monotonic() - started
+
+
+async def main() -> None:
+    arguments = parse()
+    config, _ = load_config(arguments.model)
+    chance = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [chance.randrange(3, config.vocab_size) for _ in range(count)]
+
+    rounds = []
+    engine = Engine.local(
+        model=arguments.model, colocated=arguments.colocated, attention_workers=arguments.attention_workers,
+        expert_workers=arguments.expert_workers, threads_per_worker=arguments.threads_per_worker,
+        max_num_seqs=8, report=_progress,
+    )  # fmt: skip
+    async with engine:
+        await ttft_s(engine, tokens(arguments.input_len))  # warm up
+        for _ in range(arguments.rounds):
+            prompt = tokens(arguments.input_len)
+            cold = await ttft_s(engine, prompt)
+            end = tokens(arguments.input_len - arguments.cached)
+            warm = await ttft_s(engine, prompt[: arguments.cached] + end)
+            rounds.append((cold, warm))
+            print(json.dumps({"cold_ttft_s": cold, "warm_ttft_s": warm, "ratio": warm / cold}), flush=True)
+    about = {"model": arguments.model.name, "input_len": arguments.input_len, "cached": arguments.cached}
+    medians = {
+        "median_cold_ttft_s": median(cold for cold, _ in rounds),
+        "median_warm_ttft_s": median(warm for _, warm in rounds),
+        "median_ratio": median(warm / cold for cold, warm in rounds),
+    }
+    print(json.dumps({**about, **medians}))
+
+
+def _progress(sentence: str) -> None:
+    if sys.stderr.isatty():
+        print(sentence, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
