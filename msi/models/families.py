@@ -14,9 +14,10 @@ from msi.errors import ConfigError
 from msi.models.config import ConfigReader, ModelConfig, check_config, read_json
 from msi.models.family import Family
 from msi.models.mixtral import MIXTRAL
+from msi.models.olmoe import OLMOE
 from msi.models.qwen_moe import QWEN2_MOE, QWEN3_MOE
 
-FAMILIES = {family.architecture: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
+FAMILIES = {family.architecture: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)}
 
 
 def family_of(config: ModelConfig) -> Family:
