@@ -82,7 +82,7 @@ async def test_tokens_equal_transformers_colocated(checkpoint):
 
 # -- the other families ------------------------------------------------------------------------------------------------
 
-FAMILIES = ["qwen3", "qwen2", "olmoe"]
+FAMILIES = ["qwen3", "qwen2", "olmoe", "dbrx"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -12,12 +12,13 @@ from typing import Any
 
 from msi.errors import ConfigError
 from msi.models.config import ConfigReader, ModelConfig, check_config, read_json
+from msi.models.dbrx import DBRX
 from msi.models.family import Family
 from msi.models.mixtral import MIXTRAL
 from msi.models.olmoe import OLMOE
 from msi.models.qwen_moe import QWEN2_MOE, QWEN3_MOE
 
-FAMILIES = {family.architecture: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)}
+FAMILIES = {family.architecture: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DBRX)}
 
 
 def family_of(config: ModelConfig) -> Family:
