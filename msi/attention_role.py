@@ -19,7 +19,8 @@ from msi.expert_role import link_hello
 from msi.kernels.paged_attention import BLOCK_TOKENS
 from msi.lanes import run_lane, run_pass
 from msi.messages import Assignment, ExpertAddress, Linked, PassDone, PeerLost, RequestsFailed, Topology
-from msi.models.attention_half import AttentionHalf, AttentionWeights, kv_cache_shape
+from msi.models.attention_half import AttentionHalf, kv_cache_shape
+from msi.models.attention_weights import AttentionWeights
 from msi.models.config import ModelConfig
 from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
@@ -233,7 +234,7 @@ class AttentionRole:
             TransportError: an expert worker was lost on the way.
         """
         assert not self._lanes, "calibration comes before serving"
-        for meter in (self._half.meter, self._link.comm_meter, self._link.compute_meter):
+        for meter in (self._half.meter, self._half.shared_meter, self._link.comm_meter, self._link.compute_meter):
             meter.clear_recent()
         micro_batch = self._synthetic(num_seqs)
 
@@ -242,7 +243,7 @@ class AttentionRole:
                 try:
                     await run_pass(lane, micro_batch, self._half, self._link, partial(_has_left, left))
                 except TransportError:
-                    self._link.skip_to(lane, self._config.num_layers)
+                    self._link.skip_to(lane, self._half.num_layers)
                     raise
 
         await asyncio.gather(*(run(lane) for lane in range(num_lanes)))
@@ -263,9 +264,9 @@ class AttentionRole:
         )
 
     def times(self) -> StageTimes:
-        """T_a, T_e and T_c as measured here; busy and bubble are the device's to say."""
+        """T_a (what a turn takes of the device), T_e and T_c as measured; busy and bubble are the device's to say."""
         return StageTimes(
-            attention_s=self._half.meter.median_s,
+            attention_s=self._half.meter.median_s + self._half.shared_meter.median_s,
             expert_s=self._link.compute_meter.median_s,
             comm_s=self._link.comm_meter.median_s,
         )
@@ -290,6 +291,7 @@ class AttentionRole:
             "rows_sent": link.rows,
             "answers": link.answers,
             "attention_s": self._half.meter.total_s,
+            "shared_experts_s": self._half.shared_meter.total_s,
             "sample_s": self._half.pass_meter.total_s,
             "weight_bytes_read": self._half.weight_bytes_read,
             "kv_blocks": self._scheduler.num_blocks,

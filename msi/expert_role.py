@@ -51,14 +51,14 @@ class ExpertRole:
         transport: Transport,
     ) -> None:
         self._device = device
-        self._waves = Waves(num_layers=config.num_layers, num_lanes=assignment.num_lanes, min_wait_s=MIN_WAIT_S)
+        self._waves = Waves(num_layers=config.num_sparse_layers, num_lanes=assignment.num_lanes, min_wait_s=MIN_WAIT_S)
         self._link = CombineLink(
             transport,
             expected=link_hello(assignment, config, dtype),
             worker_id=assignment.worker_id,
             incarnation=assignment.incarnation,
             num_seats=assignment.num_seats,
-            max_skip=2 * config.num_layers,
+            max_skip=2 * config.num_sparse_layers,
         )
         self._half = ExpertHalf(
             config,

@@ -85,7 +85,9 @@ def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
         bos_token=_token_text(texts.get("bos_token")),
         eos_token=_token_text(texts.get("eos_token")),
     )
-    return Coordinator(bind, plan, welcome, num_micro_batches=options.micro_batches, num_layers=config.num_layers)
+    return Coordinator(
+        bind, plan, welcome, num_micro_batches=options.micro_batches, num_layers=config.num_sparse_layers
+    )
 
 
 def _token_text(value: object) -> str:

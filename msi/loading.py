@@ -15,7 +15,7 @@ from msi.device.device import Device
 from msi.errors import ConfigError
 from msi.kernels.paged_attention import BLOCK_TOKENS
 from msi.messages import Assignment
-from msi.models.attention_half import AttentionWeights, load_attention_weights
+from msi.models.attention_weights import AttentionWeights, load_attention_weights
 from msi.models.checkpoint import Checkpoint, DummyCheckpoint
 from msi.models.config import ModelConfig, config_digest
 from msi.models.expert_half import ExpertWeights, load_expert_weights
@@ -124,13 +124,9 @@ class ModelFiles:
         config = self.config
         num_values = 0
         if assignment.role == "expert" or assignment.is_colocated:
-            per_expert = 3 * config.hidden_size * config.intermediate_size
-            num_values += len(self._experts_of(assignment)) * config.num_layers * per_expert
+            num_values += len(self._experts_of(assignment)) * config.num_sparse_layers * config.expert_values
         if assignment.role == "attention":
-            num_heads = 2 * config.num_heads + 2 * config.num_kv_heads
-            per_layer = config.hidden_size * (num_heads * config.head_dim + config.num_experts + 2)
-            num_tables = 1 if config.tie_word_embeddings else 2
-            num_values += config.num_layers * per_layer + config.hidden_size * (num_tables * config.vocab_size + 1)
+            num_values += config.attention_values
         return num_values * DTYPES[config.dtype].itemsize
 
     def _count(self, num_bytes: int) -> None:

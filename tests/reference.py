@@ -6,45 +6,98 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 from transformers.utils import logging
 
 logging.disable_progress_bar()
 
 VOCAB_SIZE = 199
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.35,
+    "rope_theta": 1e4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+QWEN = {
+    **COMMON,
+    "num_hidden_layers": 6,
+    "mlp_only_layers": [0, 3, 5],
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+}
+FAMILIES = {
+    "mixtral": (
+        MixtralConfig,
+        {**COMMON, "intermediate_size": 48, "head_dim": 16, "num_local_experts": 7, "num_experts_per_tok": 2},
+    ),
+    "qwen3": (Qwen3MoeConfig, {**QWEN, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen2": (Qwen2MoeConfig, {**QWEN, "shared_expert_intermediate_size": 56}),
+    "olmoe": (
+        OlmoeConfig,
+        {**COMMON, "intermediate_size": 24, "num_experts": 7, "num_experts_per_tok": 3, "clip_qkv": 1.5},
+    ),
+    "dbrx": (
+        DbrxConfig,
+        {
+            "vocab_size": VOCAB_SIZE,
+            "d_model": 32,
+            "n_layers": 3,
+            "n_heads": 4,
+            "max_seq_len": 512,
+            "attn_config": {"clip_qkv": 1.5, "kv_n_heads": 2, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 7, "moe_top_k": 3},
+            "initializer_range": 0.35,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+}
 
 
-def tiny_config(**changes) -> MixtralConfig:
-    values = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_local_experts": 7,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.35,
-        "rope_theta": 1e4,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    }
-    return MixtralConfig(**{**values, **changes})
+def tiny_config(family: str = "mixtral", **changes) -> PreTrainedConfig:
+    kind, values = FAMILIES[family]
+    return kind(**{**values, **changes})
 
 
-def save_tiny(path: Path, seed: int = 0, *, dtype=torch.float32, max_shard_size="1GB", **changes) -> MixtralForCausalLM:
-    """Saves a random checkpoint and returns the model in float32."""
+def save_tiny(
+    path: Path, seed: int = 0, *, family="mixtral", dtype=torch.float32, max_shard_size="1GB", is_fused=False, **changes
+) -> PreTrainedModel:
+    """Saves a random checkpoint and returns the model in float32.
+
+    Args:
+        is_fused: whether experts are saved as tensors that hold all of them, where the family knows both layouts.
+    """
     torch.manual_seed(seed)
-    MixtralForCausalLM(tiny_config(**changes)).to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).to(dtype)
+    if family != "mixtral":  # whose fixture is older than families that have biases
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms start as ones, biases as zeros: nothing would be noticed
+                parameter.data += torch.empty_like(parameter).uniform_(-0.5, 0.5)
+    model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=not is_fused)
     return load_reference(path)
 
 
-def load_reference(path: Path, dtype=torch.float32) -> MixtralForCausalLM:
+def load_reference(path: Path, dtype=torch.float32) -> PreTrainedModel:
     """Loaded anew: casting a model in memory would round its rotary frequencies too."""
-    return MixtralForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
 @dataclass(frozen=True)
@@ -57,7 +110,7 @@ class Greedy:
 
 
 @torch.inference_mode()
-def greedy(model: MixtralForCausalLM, prompt: tuple[int, ...], num_tokens: int) -> Greedy:
+def greedy(model: PreTrainedModel, prompt: tuple[int, ...], num_tokens: int) -> Greedy:
     tokens = list(prompt)
     gap = float("inf")
     for _ in range(num_tokens):
@@ -68,7 +121,7 @@ def greedy(model: MixtralForCausalLM, prompt: tuple[int, ...], num_tokens: int) 
     return Greedy(prompt, tuple(tokens[len(prompt) :]), gap)
 
 
-def references(model: MixtralForCausalLM, lengths: list[int], num_tokens: int, seed: int = 0) -> list[Greedy]:
+def references(model: PreTrainedModel, lengths: list[int], num_tokens: int, seed: int = 0) -> list[Greedy]:
     """One continuation of a random prompt for each length; prompts whose choices are closer than 1e-3 are replaced."""
     generator = torch.Generator().manual_seed(seed)
     found = []

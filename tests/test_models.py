@@ -14,7 +14,8 @@ from msi.errors import CheckpointError, ConfigError
 from msi.kernels.paged_attention import BLOCK_TOKENS
 from msi.loading import ModelFiles
 from msi.messages import Assignment
-from msi.models.attention_half import AttentionHalf, kv_cache_shape, load_attention_weights
+from msi.models.attention_half import AttentionHalf, kv_cache_shape
+from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
 from msi.models.expert_half import load_expert_weights
 from msi.models.families import load_config, parse_config
@@ -26,8 +27,8 @@ from tests.reference import VOCAB_SIZE, greedy, load_reference, references, save
 class PlainDevice:
     """Weights as they are, nothing queued."""
 
-    def linear(self, weight):
-        return lambda rows: torch.nn.functional.linear(rows, weight)
+    def linear(self, weight, bias=None):
+        return lambda rows: torch.nn.functional.linear(rows, weight, bias)
 
     def zeros(self, shape, dtype):
         return torch.zeros(shape, dtype=dtype)
@@ -66,7 +67,10 @@ def test_generation_config_names_the_end_of_sequence_tokens(checkpoint):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM' is not supported; supported: MixtralForCausalLM"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "'LlamaForCausalLM' is not supported; supported: MixtralForCausalLM, Q",
+        ),
         ({"architectures": ...}, "names no architecture"),
         ({"hidden_size": "large"}, "hidden_size is 'large'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
@@ -76,6 +80,9 @@ def test_generation_config_names_the_end_of_sequence_tokens(checkpoint):
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
         ({"dtype": "float8"}, "dtype 'float8' is not supported"),
         ({"vocab_size": ...}, "vocab_size is None"),
+        ({"attention_bias": True}, "attention_bias is True; supported: False"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ],
 )
 def test_a_configuration_that_cannot_be_served_is_refused_by_name(checkpoint, changes, complaint):
@@ -180,6 +187,22 @@ def test_each_worker_reads_only_the_tensors_of_its_role_and_placement(tmp_path, 
     assert files.loaded_bytes == sum(sizes.values())
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx"])
+def test_workers_of_every_family_read_only_what_is_theirs(tmp_path, family, is_fused):
+    save_tiny(tmp_path, family=family, is_fused=is_fused, dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert any("experts.gate_up_proj" in name or ".w1" in name for name in tensors) == (is_fused or family == "dbrx")
+    expert_bytes = sum(2 * tensor.numel() for name, tensor in tensors.items() if ".experts." in name) // 7
+    rest = sum(2 * tensor.numel() for name, tensor in tensors.items() if ".experts." not in name)
+    files = ModelFiles(tmp_path)
+    for index, count in enumerate([3, 2, 2]):
+        files.load(assignment("expert", index, 3), PlainDevice())
+        assert files.loaded_bytes == files.total_bytes == count * expert_bytes
+    files.load(assignment("attention", 0, 3), PlainDevice())
+    assert files.loaded_bytes == files.total_bytes == rest
+
+
 def test_the_fused_expert_layout_gives_the_same_weights(checkpoint, tmp_path_factory):
     fused_path = tmp_path_factory.mktemp("fused")
     shutil.copytree(checkpoint, fused_path, dirs_exist_ok=True)
@@ -282,7 +305,7 @@ def logits_of(path, prompt, dtype):
     )  # fmt: skip
     with torch.inference_mode():
         half._begin(0, batch)
-        for layer in range(config.num_layers):
+        for layer in range(config.num_sparse_layers):
             half._attention_route_pack(0, layer)
             slot: PackedRows = half._outboxes[0][0]
             combined, _ = moe_experts(

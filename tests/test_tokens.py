@@ -98,3 +98,48 @@ async def settled(engine):
     """Counters after the next heartbeat."""
     await asyncio.sleep(1.5)
     return await engine.stats()
+
+
+# -- the other families ------------------------------------------------------------------------------------------------
+
+FAMILIES = ["qwen3", "qwen2", "olmoe", "dbrx"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family_checkpoint(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    model = save_tiny(path, family=request.param)
+    return path, references(model, [1, 17, 64], NUM_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batches"),
+    [
+        ((2, 2), 2),
+        pytest.param((1, 1), 1, marks=pytest.mark.slow),
+        pytest.param((1, 1), 2, marks=pytest.mark.slow),
+        pytest.param((2, 2), 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+async def test_tokens_of_every_family_equal_transformers(family_checkpoint, layout, micro_batches):
+    path, expected = family_checkpoint
+    async with Engine.local(
+        model=path,
+        attention_workers=layout[0],
+        expert_workers=layout[1],
+        micro_batches=micro_batches,
+        transport="inproc",
+        threads_per_worker=1,
+        slot_rows=48,
+    ) as engine:
+        await check_equal(engine, expected, seed=micro_batches)
+
+
+@pytest.mark.slow
+async def test_tokens_of_every_family_equal_transformers_as_processes_over_shared_memory(family_checkpoint):
+    path, expected = family_checkpoint
+    async with Engine.local(
+        model=path, attention_workers=2, expert_workers=2, micro_batches=2, threads_per_worker=1, slot_rows=48
+    ) as engine:
+        await check_equal(engine, expected, seed=0)

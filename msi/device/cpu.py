@@ -89,15 +89,15 @@ class CpuDevice:
         memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # torch.zeros would touch every page
         return torch.frombuffer(memory, dtype=dtype).view(shape)
 
-    def linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         is_small = weight.numel() * weight.element_size() < PACKED_BYTES
         if self._packing is None or weight.dtype is torch.float16 or is_small:
             kept = weight.contiguous()
-            return lambda rows: functional.linear(rows, kept)
+            return lambda rows: functional.linear(rows, kept, bias)
         pack, apply = self._packing
         with torch.inference_mode():
             packed = pack(weight, PACKING_ROWS)
-        return lambda rows: apply(rows, packed, None, "none", [], "")
+        return lambda rows: apply(rows, packed, bias, "none", [], "")
 
     async def close(self) -> None:
         if self._is_open:

@@ -33,8 +33,8 @@ class Device(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory that costs nothing until it is written, where the device has such."""
 
-    def linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """x [rows, in] -> [rows, out] for weight [out, in], which is kept in the device's own layout."""
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """x [rows, in] -> [rows, out] for weight [out, in] and bias [out], kept in the device's own layout."""
 
     async def close(self) -> None:
         """Ends after the work in progress; what is still queued is dropped. Idempotent."""

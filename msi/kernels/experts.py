@@ -1,4 +1,4 @@
-"""Grouped expert MLPs: rows sorted by expert, one pair of matrix products per expert that has rows."""
+"""Gated MLPs: one for all rows, or many experts with one pair of matrix products for each that has rows."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """SwiGLU's middle: silu(gate) * up of gate_up [rows, 2 * h']."""
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)
+
+
+def gated_mlp(rows: Tensor, gate_up: Linear, down: Linear) -> Tensor:
+    """The MLP of a dense layer or a shared expert, [n, h] -> [n, h]; `gate_up` and `down` as in `moe_experts`."""
+    return down(silu_and_mul(gate_up(rows)))
+
+
+def sigmoid_gated(rows: Tensor, gate: Linear, mlp: Linear) -> Tensor:
+    """A shared expert's output scaled per row by sigmoid(gate), gate: [n, h] -> [n, 1]."""
+    return mlp(rows).mul_(torch.sigmoid(gate(rows)))
 
 
 def moe_experts(

@@ -1,4 +1,8 @@
-"""The attention side of a model on a device: embedding, attention and router of every layer, head and sampler.
+"""The attention side of a model on a device: embedding, attention and router, dense and shared MLPs, head, sampler.
+
+A lane takes one turn with the expert nodes per sparse layer; turns are numbered from 0 on both sides. Dense layers are
+computed before the sparse layer that follows them, or before the head. A shared expert is computed once the turn is
+posted, while the routed ones are away.
 
 Owns the weights, the KV cache and what each lane has in flight. Methods named with a leading underscore run as work
 on the device; the others only enqueue. Knows slots as memory to write rows into; knows no sockets or requests.
@@ -7,92 +11,22 @@ on the device; the others only enqueue. Knows slots as memory to write rows into
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from msi.device.device import Device
-from msi.kernels.norm_rope import apply_rope, rms_norm, rope_table
+from msi.kernels.norm_rope import apply_rope, layer_norm, rms_norm, rope_table
 from msi.kernels.paged_attention import BLOCK_TOKENS, SequenceGroup, group_sequences, paged_attention, write_kv
 from msi.kernels.routing import PackedRows, PlacementTables, pack_rows, rows_for_node, topk_softmax
 from msi.meter import StageMeter
-from msi.models.checkpoint import TensorSource
+from msi.models.attention_weights import AttentionLayer, AttentionWeights
 from msi.models.config import ModelConfig
-from msi.models.families import family_of
 from msi.net.dispatch_link import Turn
 from msi.net.slots import HEADER_BYTES, SlotLayout
 from msi.sampler import sample
 from msi.types import MicroBatch, Placement
-
-Linear = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionLayer:
-    """Weights of one layer's attention half, in the device's layout."""
-
-    attention_norm: Tensor
-    qkv: Linear
-    output: Linear
-    expert_norm: Tensor
-    router: Linear
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionWeights:
-    """All weights of the attention side. `num_bytes` is what one pass reads of them."""
-
-    embed: Tensor
-    layers: tuple[AttentionLayer, ...]
-    final_norm: Tensor
-    lm_head: Linear
-    num_bytes: int
-
-
-def load_attention_weights(
-    config: ModelConfig, source: TensorSource, device: Device, dtype: torch.dtype
-) -> AttentionWeights:
-    """Reads the attention side's tensors, and no others. Raises CheckpointError."""
-    names = family_of(config).names
-    hidden, head_dim = config.hidden_size, config.head_dim
-    num_bytes = 0
-
-    def read(name: str, *shape: int) -> Tensor:
-        nonlocal num_bytes
-        tensor = source.read(name, shape).to(dtype)
-        num_bytes += tensor.numel() * tensor.element_size()
-        return tensor
-
-    layers = []
-    for index in range(config.num_layers):
-
-        def at(name: str, layer: int = index) -> str:
-            return name.format(layer=layer)
-
-        qkv = torch.cat(
-            [
-                read(at(names.query), config.num_heads * head_dim, hidden),
-                read(at(names.key), config.num_kv_heads * head_dim, hidden),
-                read(at(names.value), config.num_kv_heads * head_dim, hidden),
-            ]
-        )
-        router = source.first_of(*(at(name) for name in names.router))
-        layers.append(
-            AttentionLayer(
-                attention_norm=read(at(names.attention_norm), hidden),
-                qkv=device.linear(qkv),
-                output=device.linear(read(at(names.output), hidden, config.num_heads * head_dim)),
-                expert_norm=read(at(names.expert_norm), hidden),
-                router=device.linear(read(router, config.num_experts, hidden)),
-            )
-        )
-    final_norm = read(names.final_norm, hidden)
-    embed = source.read(names.embed, (config.vocab_size, hidden)).to(dtype)
-    head = embed if config.tie_word_embeddings else source.read(names.lm_head, (config.vocab_size, hidden)).to(dtype)
-    num_bytes += head.numel() * head.element_size()
-    return AttentionWeights(embed, tuple(layers), final_norm, device.linear(head), num_bytes)
 
 
 def kv_cache_shape(config: ModelConfig, num_blocks: int) -> tuple[int, ...]:
@@ -111,6 +45,7 @@ class _LaneState:
     slot_mapping: Tensor
     groups: list[SequenceGroup]
     sent: list[tuple[int, Tensor | None, int]] = field(default_factory=list)  # (node, token_index, count)
+    normed: Tensor | None = None  # what a shared expert is still to see
 
 
 class AttentionHalf:
@@ -134,8 +69,9 @@ class AttentionHalf:
         landing: memoryview,
         landing_stride: int,
     ) -> None:
-        self.num_layers = config.num_layers
-        self.meter = StageMeter()  # T_a
+        self.num_layers = config.num_sparse_layers
+        self.meter = StageMeter()  # T_a, without shared experts
+        self.shared_meter = StageMeter()
         self.pass_meter = StageMeter()  # head and sampling, once per pass
         self.weight_bytes_read = 0
         self._config = config
@@ -143,6 +79,11 @@ class AttentionHalf:
         self._kv_cache = kv_cache
         self._device = device
         self._dtype = kv_cache.dtype
+        self._norm = rms_norm if config.norm == "rms" else layer_norm
+        self._has_shared = config.shared_intermediate_size is not None
+        ends = (*config.sparse_layers, config.num_layers)
+        starts = (0, *(layer + 1 for layer in config.sparse_layers))
+        self._dense_before = [range(start, end) for start, end in zip(starts, ends, strict=True)]
         self._layout = dispatch_layout
         local_ids = torch.full((placement.num_nodes, config.num_experts), -1, dtype=torch.int32)
         for node in range(placement.num_nodes):
@@ -177,6 +118,10 @@ class AttentionHalf:
             turn.post(self._attention_route_pack(lane, layer))
 
         self._device.enqueue(work, turn.fail, self.meter, "attention", lane)
+        if self._has_shared:
+            self._device.enqueue(
+                lambda: self._shared_experts(lane, layer), turn.fail, self.shared_meter, "shared experts", lane
+            )
 
     def combine(self, lane: int, layer: int) -> None:
         """The answers are added at the start of the lane's next work, which reads them in any case."""
@@ -207,21 +152,14 @@ class AttentionHalf:
             ),
         )
 
-    def _attention_route_pack(self, lane: int, layer: int) -> list[int]:
+    def _attention_route_pack(self, lane: int, sparse_index: int) -> list[int]:
         """The number of rows that lie in each node's outbox."""
-        state, weights, config = self._combined(lane), self._weights.layers[layer], self._config
-        hidden = state.hidden
-        num_tokens = hidden.shape[0]
-        num_q, num_kv, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-
-        qkv = weights.qkv(rms_norm(hidden, weights.attention_norm, config.rms_norm_eps))
-        heads = qkv.view(num_tokens, num_q + 2 * num_kv, head_dim)
-        apply_rope(heads[:, : num_q + num_kv], state.cos, state.sin)
-        write_kv(self._kv_cache[layer], heads[:, num_q:].view(num_tokens, 2, num_kv, head_dim), state.slot_mapping)
-        attended = paged_attention(heads[:, :num_q], self._kv_cache[layer], state.groups)
-        hidden.add_(weights.output(attended.reshape(num_tokens, num_q * head_dim)))
-
-        normed = rms_norm(hidden, weights.expert_norm, config.rms_norm_eps)
+        state, config = self._combined(lane), self._config
+        self._dense_layers(state, sparse_index)
+        layer = config.sparse_layers[sparse_index]
+        weights = self._weights.layers[layer]
+        normed = self._attention(state, weights, layer)
+        assert weights.router is not None, f"layer {layer} has no router"
         topk_weights, topk_ids = topk_softmax(weights.router(normed), config.top_k, config.renormalise_topk)
         counts = []
         for node, outbox in enumerate(self._outboxes):
@@ -230,7 +168,39 @@ class AttentionHalf:
             counts.append(count)
             if count:
                 state.sent.append((node, token_index, count))
+        if self._has_shared:
+            state.normed = normed
         return counts
+
+    def _attention(self, state: _LaneState, weights: AttentionLayer, layer: int) -> Tensor:
+        """Attention is added to the residual stream; returns that normed, for the layer's MLP or experts."""
+        config, hidden = self._config, state.hidden
+        num_tokens = hidden.shape[0]
+        num_q, num_kv, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        qkv = weights.qkv(self._norm(hidden, weights.attention_norm, config.norm_eps))
+        heads = qkv.view(num_tokens, num_q + 2 * num_kv, head_dim)
+        apply_rope(heads[:, : num_q + num_kv], state.cos, state.sin)
+        write_kv(self._kv_cache[layer], heads[:, num_q:].view(num_tokens, 2, num_kv, head_dim), state.slot_mapping)
+        attended = paged_attention(heads[:, :num_q], self._kv_cache[layer], state.groups)
+        hidden.add_(weights.output(attended.reshape(num_tokens, num_q * head_dim)))
+        return self._norm(hidden, weights.mlp_norm, config.norm_eps)
+
+    def _dense_layers(self, state: _LaneState, sparse_index: int) -> None:
+        """Those between this sparse layer and the one before it."""
+        for layer in self._dense_before[sparse_index]:
+            weights = self._weights.layers[layer]
+            assert weights.mlp is not None, f"layer {layer} has no MLP"
+            state.hidden.add_(weights.mlp(self._attention(state, weights, layer)))
+
+    def _shared_experts(self, lane: int, sparse_index: int) -> None:
+        """Added to the residual stream at once: the rows that are away are copies, and nothing else reads it now."""
+        state, layer = self._lanes[lane], self._config.sparse_layers[sparse_index]
+        shared = self._weights.layers[layer].shared
+        assert state is not None, f"lane {lane} has not begun"
+        assert shared is not None, f"layer {layer} has no shared expert"
+        assert state.normed is not None, f"layer {layer} of lane {lane} was not computed"
+        normed, state.normed = state.normed, None
+        state.hidden.add_(shared(normed))
 
     def _combined(self, lane: int) -> _LaneState:
         """The lane's state, with what the expert nodes sent back added to the residual stream."""
@@ -247,6 +217,7 @@ class AttentionHalf:
 
     def _sample(self, lane: int) -> list[int]:
         state = self._combined(lane)
+        self._dense_layers(state, self.num_layers)
         self._lanes[lane] = None
         self.weight_bytes_read += self._weights.num_bytes
         return sample(self._logits(state), state.micro_batch.sampling)
@@ -257,7 +228,7 @@ class AttentionHalf:
         hidden = state.hidden
         if len(batch.logit_rows) < batch.num_tokens:
             hidden = hidden.index_select(0, torch.tensor(batch.logit_rows, dtype=torch.int64))
-        normed = rms_norm(hidden, self._weights.final_norm, self._config.rms_norm_eps)
+        normed = self._norm(hidden, self._weights.final_norm, self._config.norm_eps)
         return self._weights.lm_head(normed).to(torch.float32)
 
 

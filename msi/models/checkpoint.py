@@ -17,6 +17,7 @@ from msi.errors import CheckpointError
 from msi.models.config import read_json
 
 Shape = tuple[int, ...]
+Rows = tuple[int, int]  # from, to
 
 
 class TensorSource(Protocol):
@@ -29,8 +30,8 @@ class TensorSource(Protocol):
 
     def has(self, name: str) -> bool: ...
 
-    def read(self, name: str, shape: Shape, index: int | None = None) -> Tensor:
-        """One tensor of this shape, or with `index` one row of a tensor whose rows have this shape.
+    def read(self, name: str, shape: Shape, rows: Rows | None = None) -> Tensor:
+        """One tensor, which has this shape; of its first dimension only `rows`, where given.
 
         Raises:
             CheckpointError: missing, truncated or misshapen; names the tensor.
@@ -70,16 +71,16 @@ class Checkpoint:
     def first_of(self, *names: str) -> str:
         return next((name for name in names if name in self._file_of), names[0])
 
-    def read(self, name: str, shape: Shape, index: int | None = None) -> Tensor:
+    def read(self, name: str, shape: Shape, rows: Rows | None = None) -> Tensor:
         file = self._file_of.get(name)
         if file is None:
             raise CheckpointError(f"{self._model_dir} has no tensor {name}; expected one of shape {list(shape)}")
         try:
             stored = self._open(file, name).get_slice(name)
             found = tuple(stored.get_shape())
-            if found != shape and (index is None or found[1:] != shape or index >= found[0]):
+            if found != shape:
                 raise CheckpointError(f"{self._model_dir / file}: {name} is {list(found)}; expected {list(shape)}")
-            tensor: Tensor = stored[:] if index is None else stored[index]
+            tensor: Tensor = stored[:] if rows is None else stored[rows[0] : rows[1]]
         except SafetensorError as error:
             raise CheckpointError(f"{self._model_dir / file}: {name} cannot be read: {error}") from error
         num_bytes = tensor.numel() * tensor.element_size()
@@ -120,11 +121,17 @@ class DummyCheckpoint:
     def first_of(self, *names: str) -> str:
         return names[0]
 
-    def read(self, name: str, shape: Shape, index: int | None = None) -> Tensor:
-        if len(shape) == 1:
-            return torch.ones(shape)
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        tensor = torch.randn(shape, generator=generator) * 0.02
+    def read(self, name: str, shape: Shape, rows: Rows | None = None) -> Tensor:
+        label = name
+        if rows is not None:
+            label, shape = f"{name}[{rows[0]}:{rows[1]}]", (rows[1] - rows[0], *shape[1:])
+        if name.endswith(".bias"):
+            tensor = torch.zeros(shape)
+        elif len(shape) == 1:
+            tensor = torch.ones(shape)
+        else:
+            generator = torch.Generator().manual_seed(zlib.crc32(label.encode()))
+            tensor = torch.randn(shape, generator=generator) * 0.02
         self._report(tensor.numel() * tensor.element_size())
         return tensor
 

@@ -1,7 +1,7 @@
 """What a model is, read from a Hugging Face directory's config.json as transformers 4 and 5 write it.
 
-Families differ in data: which norms, router and attention they use. `ModelConfig` states it; the code that computes
-reads only this, never config.json.
+Families differ in data: which norms, attention, router and layers they use. `ModelConfig` states it; the code that
+computes reads only this, never config.json.
 """
 
 from __future__ import annotations
@@ -10,20 +10,29 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from msi.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One model, whatever its family.
 
     Attributes:
         architecture: as config.json names it; picks the weight names (`msi.models.families`).
-        intermediate_size: h', of one expert.
+        num_layers: all decoder layers, dense ones included.
+        sparse_layers: those of them that have experts, ascending. Only they take turns with the expert nodes, which
+            number them from 0: layer 3 of a wave is `sparse_layers[3]` of the model.
+        intermediate_size: h', of one routed expert.
+        shared_intermediate_size: of the shared expert that every token of a sparse layer passes; None without one.
+        dense_intermediate_size: of the MLP of layers that have no experts; None where all layers have some.
+        norm: of the residual stream: root mean square, or layer norm without bias.
+        qkv_bias, output_bias: whether these projections have one.
+        qk_norm: RMSNorm of queries and keys, over each head or over the whole projection; None without.
+        clip_qkv: queries, keys and values are cut to [-clip_qkv, clip_qkv]; None for no limit.
         sliding_window: tokens that attention looks back, itself included; None for all.
         renormalise_topk: whether the weights of the chosen experts are scaled to sum to 1.
         eos_token_ids: tokens that end a sequence.
@@ -35,26 +44,69 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     num_layers: int
+    sparse_layers: tuple[int, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
     num_experts: int
     top_k: int
-    rms_norm_eps: float
+    norm_eps: float
     rope_theta: float
-    sliding_window: int | None
     tie_word_embeddings: bool
     max_position_embeddings: int
     renormalise_topk: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str
+    norm: Literal["rms", "layer"] = "rms"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    clip_qkv: float | None = None
+    sliding_window: int | None = None
+    shared_intermediate_size: int | None = None
+    dense_intermediate_size: int | None = None
+
+    @property
+    def num_sparse_layers(self) -> int:
+        """Turns of one pass: the layers that expert nodes, waves and lanes count."""
+        return len(self.sparse_layers)
 
     @property
     def kv_values_per_token(self) -> int:
         """Elements of KV cache per token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def query_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of the keys, and of the values."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def expert_values(self) -> int:
+        """Elements of one routed expert's matrices in one layer."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def attention_values(self) -> int:
+        """Elements of all that an attention worker loads: everything but the routed experts."""
+        hidden, query, kv = self.hidden_size, self.query_width, self.kv_width
+        every_layer = hidden * (2 * query + 2 * kv + 2)  # projections and two norms
+        every_layer += (query + 2 * kv) * self.qkv_bias + hidden * self.output_bias
+        every_layer += {"head": 2 * self.head_dim, "projection": query + kv, None: 0}[self.qk_norm]
+        sparse_layer = hidden * self.num_experts
+        if self.shared_intermediate_size is not None:
+            sparse_layer += hidden * (3 * self.shared_intermediate_size + 1)
+        dense_layer = 3 * hidden * (self.dense_intermediate_size or 0)
+        num_sparse, num_tables = self.num_sparse_layers, 1 if self.tie_word_embeddings else 2
+        layers = self.num_layers * every_layer + num_sparse * sparse_layer
+        layers += (self.num_layers - num_sparse) * dense_layer
+        return layers + hidden * (num_tables * self.vocab_size + 1)
 
 
 class ConfigReader:
@@ -64,6 +116,13 @@ class ConfigReader:
         self.values = values
         self.source = source
 
+    def section(self, key: str) -> ConfigReader:
+        """An object inside this one; an absent one is empty."""
+        values = self.values.get(key)
+        if values is not None and not isinstance(values, dict):
+            raise ConfigError(f"{self.source}: {key} is {values!r}; it must be an object")
+        return ConfigReader(values or {}, f"{self.source}: {key}")
+
     def integer(self, key: str, *, default: int | None = None, at_least: int = 1) -> int:
         value = self.values.get(key)
         if value is None:
@@ -72,11 +131,21 @@ class ConfigReader:
             raise ConfigError(f"{self.source}: {key} is {value!r}; it must be an integer >= {at_least}")
         return value
 
+    def first_integer(self, *keys: str) -> int:
+        """By the first of these names that is there."""
+        return self.integer(next((key for key in keys if self.values.get(key) is not None), keys[0]))
+
+    def optional_integer(self, key: str) -> int | None:
+        return None if self.values.get(key) is None else self.integer(key)
+
     def number(self, key: str, default: float) -> float:
         value = self.values.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise ConfigError(f"{self.source}: {key} is {value!r}; it must be a number above 0")
         return float(value)
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self.values.get(key) is None else self.number(key, 0.0)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key, default)
@@ -92,13 +161,13 @@ class ConfigReader:
 
     def rope_theta(self, default: float) -> float:
         """The rotary base: top level in transformers 4, inside rope_parameters in 5. Scaled kinds are refused."""
-        parameters = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
-        if not isinstance(parameters, dict):
-            raise ConfigError(f"{self.source}: rope_parameters is {parameters!r}; it must be an object")
+        parameters = self.section("rope_parameters").values or self.section("rope_scaling").values
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind != "default":
             raise ConfigError(f"{self.source}: rope_type {kind!r} is not supported; supported: 'default'")
-        return ConfigReader({**self.values, **parameters}, self.source).number("rope_theta", default)
+        rope = ConfigReader({**self.values, **parameters}, self.source)
+        rope.require("partial_rotary_factor", None, 1, 1.0)
+        return rope.number("rope_theta", default)
 
     def dtype(self) -> str:
         value = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
@@ -107,14 +176,66 @@ class ConfigReader:
             raise ConfigError(f"{self.source}: dtype {value!r} is not supported; supported: {', '.join(DTYPES)}")
         return value
 
-    def token_ids(self, key: str) -> tuple[int, ...]:
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A number or a list of them; absent is none."""
         value = self.values.get(key)
         if value is None:
             return ()
         ids = tuple(value) if isinstance(value, list) else (value,)
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-            raise ConfigError(f"{self.source}: {key} is {value!r}; it must be a token id or a list of them")
+            raise ConfigError(f"{self.source}: {key} is {value!r}; it must be an integer or a list of them")
         return ids
+
+
+def read_common(
+    reader: ConfigReader,
+    architecture: str,
+    *,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    norm_eps: float,
+    rope_theta: float,
+    renormalise_topk: bool,
+) -> ModelConfig:
+    """What most families write under the same keys; `norm_eps` and `rope_theta` are the family's defaults."""
+    reader.require("hidden_act", "silu")
+    hidden_size, num_layers = reader.integer("hidden_size"), reader.integer("num_hidden_layers")
+    num_heads = reader.integer("num_attention_heads")
+    bos = reader.integers("bos_token_id")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        sparse_layers=tuple(range(num_layers)),
+        num_heads=num_heads,
+        num_kv_heads=reader.integer("num_key_value_heads", default=num_heads),
+        head_dim=reader.integer("head_dim", default=hidden_size // num_heads),
+        intermediate_size=intermediate_size,
+        num_experts=num_experts,
+        top_k=top_k,
+        norm_eps=reader.number("rms_norm_eps", norm_eps),
+        rope_theta=reader.rope_theta(rope_theta),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        max_position_embeddings=reader.integer("max_position_embeddings"),
+        renormalise_topk=renormalise_topk,
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=reader.integers("eos_token_id"),
+        dtype=reader.dtype(),
+    )
+
+
+def check_config(config: ModelConfig, source: str) -> None:
+    """What must hold between the numbers of any model. Raises ConfigError."""
+    if config.num_heads % config.num_kv_heads:
+        raise ConfigError(
+            f"{source}: {config.num_heads} attention heads are not a multiple of {config.num_kv_heads} key-value heads"
+        )
+    if config.top_k > config.num_experts:
+        raise ConfigError(f"{source}: each token is to choose {config.top_k} of {config.num_experts} experts")
+    if not config.sparse_layers:
+        raise ConfigError(f"{source}: none of the {config.num_layers} layers has experts; dense models are not served")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from msi.models.attention_half import slot_rows_view
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
+from msi.models.family import StackedExpertNames
 from msi.net.slots import SlotLayout
 from msi.waves import Finished, WaveBatch
 
@@ -28,7 +29,7 @@ Linear = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """Per layer and local expert, in the device's layout; `expert_bytes` is the size of one expert of one layer."""
+    """Per sparse layer and local expert, in the device's layout; `expert_bytes` is the size of one in one layer."""
 
     gate_up: tuple[tuple[Linear, ...], ...]
     down: tuple[tuple[Linear, ...], ...]
@@ -38,31 +39,40 @@ class ExpertWeights:
 def load_expert_weights(
     config: ModelConfig, experts: tuple[int, ...], source: TensorSource, device: Device, dtype: torch.dtype
 ) -> ExpertWeights:
-    """Reads the matrices of these experts, and no others, in the classic or the fused layout.
+    """Reads the matrices of these experts, and no others, however they lie on disk.
 
     Raises:
         CheckpointError: a tensor is missing, truncated or misshapen.
     """
-    names = family_of(config).names.experts
-    hidden, inner = config.hidden_size, config.intermediate_size
     gate_up_layers, down_layers = [], []
-    for layer in range(config.num_layers):
-        gate_ups, downs = [], []
-        for expert in experts:
-            fused = names.fused_gate_up.format(layer=layer)
-            if source.has(fused):
-                gate_up = source.read(fused, (2 * inner, hidden), index=expert)
-                down = source.read(names.fused_down.format(layer=layer), (hidden, inner), index=expert)
-            else:
-                gate = source.read(names.gate.format(layer=layer, expert=expert), (inner, hidden))
-                up = source.read(names.up.format(layer=layer, expert=expert), (inner, hidden))
-                gate_up = torch.cat([gate, up])
-                down = source.read(names.down.format(layer=layer, expert=expert), (hidden, inner))
-            gate_ups.append(device.linear(gate_up.to(dtype)))
-            downs.append(device.linear(down.to(dtype)))
-        gate_up_layers.append(tuple(gate_ups))
-        down_layers.append(tuple(downs))
-    return ExpertWeights(tuple(gate_up_layers), tuple(down_layers), 3 * inner * hidden * dtype.itemsize)
+    for layer in config.sparse_layers:
+        matrices = [_read_expert(config, source, layer, expert) for expert in experts]
+        gate_up_layers.append(tuple(device.linear(gate_up.to(dtype)) for gate_up, _ in matrices))
+        down_layers.append(tuple(device.linear(down.to(dtype)) for _, down in matrices))
+    return ExpertWeights(tuple(gate_up_layers), tuple(down_layers), config.expert_values * dtype.itemsize)
+
+
+def _read_expert(config: ModelConfig, source: TensorSource, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+    """gate_up [2 h', h] (gate first) and down [h, h']."""
+    names = family_of(config).names.experts
+    num_experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+    if isinstance(names, StackedExpertNames):
+        rows = (expert * inner, (expert + 1) * inner)
+        gate, up, down = (
+            source.read(name.format(layer=layer), (num_experts * inner, hidden), rows)
+            for name in (names.gate, names.up, names.down)
+        )
+        return torch.cat([gate, up]), down.T.contiguous()
+    fused = names.fused_gate_up.format(layer=layer)
+    if source.has(fused):
+        rows = (expert, expert + 1)
+        gate_up = source.read(fused, (num_experts, 2 * inner, hidden), rows)
+        return gate_up[0], source.read(names.fused_down.format(layer=layer), (num_experts, hidden, inner), rows)[0]
+    gate_name, up_name, down_name = (
+        name.format(layer=layer, expert=expert) for name in (names.each.gate, names.each.up, names.each.down)
+    )
+    gate, up = source.read(gate_name, (inner, hidden)), source.read(up_name, (inner, hidden))
+    return torch.cat([gate, up]), source.read(down_name, (hidden, inner))
 
 
 class ExpertHalf:

@@ -1,0 +1,166 @@
+"""Reading the attention side's weights: embedding, attention, routers, dense and shared MLPs, head; no routed experts.
+
+What differs between families inside a projection (bias, norm of queries and keys, clipping) is put around it here, so
+that the half that computes calls one function and asks no questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from msi.device.device import Device
+from msi.kernels.experts import gated_mlp, sigmoid_gated
+from msi.kernels.norm_rope import norm_heads, norm_projections
+from msi.models.checkpoint import TensorSource
+from msi.models.config import ModelConfig
+from msi.models.families import family_of
+from msi.models.family import MlpNames
+
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """Weights of one layer's attention half, in the device's layout.
+
+    Attributes:
+        qkv: normed rows [n, h] -> queries, keys and values [n, (num_heads + 2 num_kv_heads) * head_dim], ready for
+            rotary embedding.
+        router: of a sparse layer; None in a dense one.
+        shared: the shared expert of a sparse layer, its gate applied; None where the model has none.
+        mlp: of a dense layer; None in a sparse one.
+    """
+
+    attention_norm: Tensor
+    qkv: Linear
+    output: Linear
+    mlp_norm: Tensor
+    router: Linear | None = None
+    shared: Linear | None = None
+    mlp: Linear | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """All weights of the attention side. `num_bytes` is what one pass reads of them."""
+
+    embed: Tensor
+    layers: tuple[AttentionLayer, ...]
+    final_norm: Tensor
+    lm_head: Linear
+    num_bytes: int
+
+
+def load_attention_weights(
+    config: ModelConfig, source: TensorSource, device: Device, dtype: torch.dtype
+) -> AttentionWeights:
+    """Reads the attention side's tensors, and no others. Raises CheckpointError."""
+    reader = _Reader(config, source, device, dtype)
+    names = reader.names
+    layers = tuple(reader.layer(layer) for layer in range(config.num_layers))
+    final_norm = reader.tensor(names.final_norm, config.hidden_size)
+    table = (config.vocab_size, config.hidden_size)
+    if config.tie_word_embeddings:
+        embed = head = reader.tensor(names.embed, *table)
+    else:
+        embed = source.read(names.embed, table).to(dtype)  # a pass reads only some of its rows
+        head = reader.tensor(names.lm_head, *table)
+    return AttentionWeights(embed, layers, final_norm, device.linear(head), reader.num_bytes)
+
+
+class _Reader:
+    """Reads what belongs together, and counts the bytes that a pass reads of it."""
+
+    def __init__(self, config: ModelConfig, source: TensorSource, device: Device, dtype: torch.dtype) -> None:
+        self.names = family_of(config).names
+        self.num_bytes = 0
+        self._config = config
+        self._source = source
+        self._device = device
+        self._dtype = dtype
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        tensor = self._source.read(name, shape).to(self._dtype)
+        self.num_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def layer(self, layer: int) -> AttentionLayer:
+        config, names = self._config, self.names
+        hidden = config.hidden_size
+        output = names.output.format(layer=layer)
+        output_bias = self.tensor(bias_of(output), hidden) if config.output_bias else None
+        router = shared = mlp = None
+        if layer in config.sparse_layers:
+            name = self._source.first_of(*(name.format(layer=layer) for name in names.router))
+            router = self._device.linear(self.tensor(name, config.num_experts, hidden))
+            if config.shared_intermediate_size is not None:
+                shared = partial(
+                    sigmoid_gated,
+                    gate=self._device.linear(self.tensor(names.shared_gate.format(layer=layer), 1, hidden)),
+                    mlp=self._mlp(names.shared_mlp, layer, config.shared_intermediate_size),
+                )
+        else:
+            assert config.dense_intermediate_size is not None, f"layer {layer} has neither experts nor an MLP"
+            mlp = self._mlp(names.dense_mlp, layer, config.dense_intermediate_size)
+        return AttentionLayer(
+            attention_norm=self.tensor(names.attention_norm.format(layer=layer), hidden),
+            qkv=self._qkv(layer),
+            output=self._device.linear(self.tensor(output, hidden, config.query_width), output_bias),
+            mlp_norm=self.tensor(names.mlp_norm.format(layer=layer), hidden),
+            router=router,
+            shared=shared,
+            mlp=mlp,
+        )
+
+    def _qkv(self, layer: int) -> Linear:
+        """One product for all three, and after it what the family does to them before rotary embedding."""
+        config, names = self._config, [name.format(layer=layer) for name in self.names.qkv]
+        query, kv = config.query_width, config.kv_width
+        widths = [query, kv, kv] if len(names) == 3 else [query + 2 * kv]
+        weight = torch.cat(
+            [self.tensor(name, width, config.hidden_size) for name, width in zip(names, widths, strict=True)]
+        )
+        bias = None
+        if config.qkv_bias:
+            bias = torch.cat([self.tensor(bias_of(name), width) for name, width in zip(names, widths, strict=True)])
+        project = self._device.linear(weight, bias)
+        if config.qk_norm is not None:
+            is_per_head = config.qk_norm == "head"
+            query_norm, key_norm = (
+                self.tensor(name.format(layer=layer), config.head_dim if is_per_head else width)
+                for name, width in ((self.names.query_norm, query), (self.names.key_norm, kv))
+            )
+            if is_per_head:
+                weights = torch.cat([query_norm.expand(config.num_heads, -1), key_norm.expand(config.num_kv_heads, -1)])
+                project = _then(project, partial(norm_heads, weights=weights, eps=config.norm_eps))
+            else:
+                project = _then(project, partial(norm_projections, query=query_norm, key=key_norm, eps=config.norm_eps))
+        if config.clip_qkv is not None:
+            project = _then(project, partial(Tensor.clamp_, min=-config.clip_qkv, max=config.clip_qkv))
+        return project
+
+    def _mlp(self, names: MlpNames, layer: int, inner: int) -> Linear:
+        gate, up, down = (name.format(layer=layer) for name in (names.gate, names.up, names.down))
+        hidden = self._config.hidden_size
+        gate_up = torch.cat([self.tensor(gate, inner, hidden), self.tensor(up, inner, hidden)])
+        down_weight = self.tensor(down, hidden, inner)
+        return partial(gated_mlp, gate_up=self._device.linear(gate_up), down=self._device.linear(down_weight))
+
+
+def _then(project: Linear, in_place: Callable[[Tensor], object]) -> Linear:
+    def apply(rows: Tensor) -> Tensor:
+        projected = project(rows)
+        in_place(projected)
+        return projected
+
+    return apply
+
+
+def bias_of(weight: str) -> str:
+    """The name of a projection's bias."""
+    return weight.removesuffix(".weight") + ".bias"

@@ -1,0 +1,75 @@
+"""DBRX: layer norms, clipped projections in one tensor, experts stacked in three; config.json in nested sections."""
+
+from __future__ import annotations
+
+from msi.errors import ConfigError
+from msi.models.config import ConfigReader, ModelConfig
+from msi.models.family import Family, StackedExpertNames, TensorNames
+
+LAYER_NORM_EPS = 1e-5  # torch's default; config.json does not say
+
+
+def _parse(reader: ConfigReader) -> ModelConfig:
+    attention, ffn = reader.section("attn_config"), reader.section("ffn_config")
+    reader.require("tie_word_embeddings", False)
+    ffn.section("ffn_act_fn").require("name", "silu")
+    ffn.require("uniform_expert_assignment", False)
+    ffn.require("moe_normalize_expert_weights", None, 1)
+    hidden_size, num_layers, num_heads = (reader.integer(key) for key in ("d_model", "n_layers", "n_heads"))
+    bos = reader.integers("bos_token_id")
+    return ModelConfig(
+        architecture="DbrxForCausalLM",
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        sparse_layers=tuple(range(num_layers)),
+        num_heads=num_heads,
+        num_kv_heads=attention.integer("kv_n_heads", default=1),
+        head_dim=hidden_size // num_heads,
+        intermediate_size=ffn.integer("ffn_hidden_size"),
+        num_experts=ffn.integer("moe_num_experts"),
+        top_k=ffn.integer("moe_top_k"),
+        norm="layer",
+        norm_eps=LAYER_NORM_EPS,
+        rope_theta=_rope_theta(reader, attention),
+        clip_qkv=attention.optional_number("clip_qkv"),
+        tie_word_embeddings=False,
+        max_position_embeddings=reader.integer("max_seq_len"),
+        renormalise_topk=ffn.values.get("moe_normalize_expert_weights", 1) is not None,
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=reader.integers("eos_token_id"),
+        dtype=reader.dtype(),
+    )
+
+
+def _rope_theta(reader: ConfigReader, attention: ConfigReader) -> float:
+    """In attn_config as transformers 4 writes it, in rope_parameters as 5 does; a file that holds both must agree."""
+    inner = attention.optional_number("rope_theta")
+    outer = reader.rope_theta(1e4 if inner is None else inner)
+    if inner is not None and outer != inner:
+        raise ConfigError(
+            f"{reader.source}: rope_theta is {outer:g} in rope_parameters and {inner:g} in attn_config; remove one"
+        )
+    return outer
+
+
+_BLOCK = "transformer.blocks.{layer}."
+
+DBRX = Family(
+    "DbrxForCausalLM",
+    _parse,
+    TensorNames(
+        embed="transformer.wte.weight",
+        final_norm="transformer.norm_f.weight",
+        attention_norm=_BLOCK + "norm_attn_norm.norm_1.weight",
+        qkv=(_BLOCK + "norm_attn_norm.attn.Wqkv.weight",),
+        output=_BLOCK + "norm_attn_norm.attn.out_proj.weight",
+        mlp_norm=_BLOCK + "norm_attn_norm.norm_2.weight",
+        router=(_BLOCK + "ffn.router.layer.weight",),
+        experts=StackedExpertNames(
+            gate=_BLOCK + "ffn.experts.mlp.w1",
+            up=_BLOCK + "ffn.experts.mlp.v1",
+            down=_BLOCK + "ffn.experts.mlp.w2",
+        ),
+    ),
+)

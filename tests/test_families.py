@@ -1,0 +1,216 @@
+"""Families other than Mixtral: what their configurations say, and that their variants equal transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import msi.models
+from msi import Engine, SamplingParams
+from msi.errors import CheckpointError, ConfigError
+from msi.models.attention_weights import load_attention_weights
+from msi.models.checkpoint import Checkpoint
+from msi.models.expert_half import load_expert_weights
+from msi.models.families import load_config, parse_config
+from tests.reference import references, save_tiny, tiny_config
+from tests.test_models import PlainDevice, edit
+
+SCALED_MOE = Path(msi.models.__file__).parent / "configs" / "scaled_moe"
+
+
+def values_of(family, **changes):
+    """config.json as transformers writes it, parsed."""
+    values = tiny_config(family, **changes).to_dict()
+    name = {"qwen3": "Qwen3Moe", "qwen2": "Qwen2Moe", "olmoe": "Olmoe", "dbrx": "Dbrx"}[family]
+    return {**json.loads(json.dumps(values, default=str)), "architectures": [f"{name}ForCausalLM"]}
+
+
+# -- configurations ----------------------------------------------------------------------------------------------------
+
+
+def test_what_differs_between_families_is_data():
+    qwen3, qwen2, olmoe, dbrx = (
+        parse_config(values_of(family), "config.json") for family in ("qwen3", "qwen2", "olmoe", "dbrx")
+    )
+    assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.renormalise_topk, qwen3.head_dim) == ("head", False, True, 16)
+    assert (qwen3.sparse_layers, qwen3.dense_intermediate_size, qwen3.intermediate_size) == ((1, 2, 4), 40, 24)
+    assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.output_bias, qwen2.renormalise_topk) == (None, True, False, False)
+    assert (qwen2.shared_intermediate_size, qwen2.sliding_window, qwen2.num_sparse_layers) == (56, None, 3)
+    assert (olmoe.qk_norm, olmoe.clip_qkv, olmoe.renormalise_topk, olmoe.norm_eps) == ("projection", 1.5, False, 1e-5)
+    assert (dbrx.norm, dbrx.clip_qkv, dbrx.renormalise_topk, dbrx.num_kv_heads) == ("layer", 1.5, True, 2)
+    assert (dbrx.intermediate_size, dbrx.num_experts, dbrx.top_k, dbrx.head_dim) == (24, 7, 3, 8)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx"])
+def test_transformers_4_and_5_write_the_same_model(family):
+    newer = values_of(family)
+    older = {key: value for key, value in newer.items() if key not in ("rope_parameters", "dtype", "layer_types")}
+    if family == "qwen3":
+        older["num_experts"] = older.pop("num_local_experts")
+    if family != "dbrx":  # whose base is in attn_config in transformers 4
+        older["rope_theta"] = 1e4
+    else:
+        newer["attn_config"] = {key: value for key, value in newer["attn_config"].items() if key != "rope_theta"}
+    older["torch_dtype"] = "float32"
+    assert parse_config(older, "config.json") == parse_config(newer, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "complaint"),
+    [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True; supported: False"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 6}, "layer_types holds 'sliding_attention'"),
+        ("qwen3", {"decoder_sparse_step": 9}, "none of the 6 layers has experts"),
+        ("qwen3", {"mlp_only_layers": ["first"]}, "mlp_only_layers is"),
+        ("qwen3", {"num_local_experts": None}, "num_experts is None"),
+        ("olmoe", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("olmoe", {"clip_qkv": -1}, "clip_qkv is -1; it must be a number above 0"),
+        ("olmoe", {"head_dim": 16}, "head_dim is 16; supported: None, 8"),
+        ("dbrx", {"attn_config": {"rope_theta": 5e5}}, "rope_theta is 10000 in rope_parameters and 500000 in attn_co"),
+        ("dbrx", {"attn_config": 7}, "attn_config is 7; it must be an object"),
+        ("dbrx", {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_config: ffn_act_fn: name is 'gelu'"),
+        ("dbrx", {"ffn_config": {"moe_normalize_expert_weights": 2.0}}, "moe_normalize_expert_weights is 2.0; suppor"),
+        ("dbrx", {"ffn_config": {}}, "ffn_config: ffn_hidden_size is None"),
+        ("dbrx", {"quantization_config": {"bits": 4}}, "quantization_config is set; quantised checkpoints are not"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(family, changes, complaint):
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        parse_config({**values_of(family), **changes}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "complaint"),
+    [
+        ("qwen3", "model.layers.2.self_attn.k_norm.weight", "[16]"),
+        ("qwen3", "model.layers.3.mlp.up_proj.weight", "[40, 32]"),
+        ("qwen2", "model.layers.1.self_attn.v_proj.bias", "[16]"),
+        ("qwen2", "model.layers.4.mlp.shared_expert_gate.weight", "[1, 32]"),
+        ("olmoe", "model.layers.0.self_attn.q_norm.weight", "[32]"),
+        ("dbrx", "transformer.blocks.1.norm_attn_norm.attn.Wqkv.weight", "[64, 32]"),
+        ("dbrx", "transformer.blocks.2.ffn.experts.mlp.v1", "[168, 32]"),
+    ],
+)
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path, family, name, complaint):
+    save_tiny(tmp_path, family=family)
+    config, _ = load_config(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+
+    def load():
+        source = Checkpoint(tmp_path)
+        load_attention_weights(config, source, PlainDevice(), torch.float32)
+        load_expert_weights(config, (0, 6), source, PlainDevice(), torch.float32)
+
+    load()
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
+    with pytest.raises(CheckpointError, match=re.escape(f"no tensor {name}; expected one of shape {complaint}")):
+        load()
+    save_file({**tensors, name: torch.ones(3)}, path)
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} is [3]; expected {complaint}")):
+        load()
+
+
+# -- what they compute -------------------------------------------------------------------------------------------------
+
+
+async def tokens_of(path, prompts, **options):
+    params = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+    options = {"expert_workers": 2, "micro_batches": 2, "transport": "inproc", "slot_rows": 40, **options}
+    results = []
+    async with Engine.local(model=path, **options) as engine:
+        for prompt in prompts:
+            results.append(
+                tuple([token async for output in engine.generate(prompt, params) for token in output.token_ids])
+            )
+    return results
+
+
+def slow(family, **changes):
+    return pytest.param(family, changes, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3", {"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 2, "attention_bias": True}),
+        slow("qwen3", mlp_only_layers=[], use_sliding_window=True, sliding_window=24),
+        slow("qwen3", mlp_only_layers=[1, 2, 3, 4, 5], tie_word_embeddings=True, is_fused=True),
+        slow("qwen2", mlp_only_layers=[5, 4], qkv_bias=False, norm_topk_prob=True, is_fused=True),
+        slow("qwen2", mlp_only_layers=None, num_experts_per_tok=1, max_shard_size="40KB"),
+        slow("olmoe", clip_qkv=None, norm_topk_prob=True, num_key_value_heads=4, is_fused=True),
+        slow("olmoe", attention_bias=True, num_key_value_heads=1),
+        slow(
+            "dbrx",
+            attn_config={"clip_qkv": 1, "kv_n_heads": 4, "rope_theta": 1e4},  # transformers itself needs a limit
+            ffn_config={
+                "ffn_hidden_size": 24, "moe_num_experts": 3, "moe_top_k": 2, "moe_normalize_expert_weights": None,
+            },
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+async def test_variants_equal_transformers(tmp_path, family, changes):
+    model = save_tiny(tmp_path, seed=3, family=family, **changes)
+    expected = references(model, [1, 30, 70], 10)
+    assert await tokens_of(tmp_path, [one.prompt for one in expected]) == [one.tokens for one in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx"])
+async def test_a_colocated_instance_equals_transformers(tmp_path, family):
+    expected = references(save_tiny(tmp_path, family=family), [30], 10)
+    options = {"colocated": True, "expert_workers": 1, "micro_batches": 1, "transport": "auto"}
+    assert await tokens_of(tmp_path, [expected[0].prompt], **options) == [expected[0].tokens]
+
+
+async def test_shared_experts_are_computed_after_their_turn_is_posted_and_before_the_next(tmp_path):
+    save_tiny(tmp_path, family="qwen2")
+    trace = tmp_path / "trace.json"
+    await tokens_of(tmp_path, [(5, 6, 7)], trace=trace)
+    courses = defaultdict(list)  # of each lane, on the attention worker
+    for event in sorted(json.loads(trace.read_text())["traceEvents"], key=lambda event: event.get("ts", 0)):
+        if event["ph"] == "X" and event["name"] != "experts":
+            courses[event["args"]["lane"]].append(event["name"])
+    assert courses
+    for course in courses.values():
+        one_pass = ["attention", "shared experts"] * 3 + ["sample"]
+        assert course == one_pass * (len(course) // len(one_pass))
+
+
+# -- Scaled-MoE --------------------------------------------------------------------------------------------------------
+
+
+def test_scaled_moe_has_the_papers_numbers():
+    config, _ = load_config(SCALED_MOE)
+    assert (config.num_layers, config.hidden_size, config.intermediate_size) == (48, 8192, 8192)
+    assert (config.num_experts, config.top_k, config.dtype) == (32, 4, "bfloat16")
+    total = config.attention_values + config.num_experts * config.num_sparse_layers * config.expert_values
+    assert total == pytest.approx(317e9, rel=2e-3)
+
+
+async def test_scaled_moe_runs_on_dummy_weights(tmp_path):
+    """Two of its layers, 64 times narrower: as many experts, choices and heads."""
+    shutil.copytree(SCALED_MOE, tmp_path, dirs_exist_ok=True)
+    edit(tmp_path, num_hidden_layers=2, hidden_size=128, intermediate_size=128, head_dim=2, vocab_size=500)
+    (one,) = await tokens_of(tmp_path, [(3, 4, 5)], load_format="dummy", expert_workers=4)
+    (other,) = await tokens_of(tmp_path, [(3, 4, 5)], load_format="dummy", expert_workers=2)
+    assert len(one) == 10
+    assert one == other, "the same weights, whoever holds them"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx"])
+async def test_every_family_runs_on_dummy_weights(tmp_path, family):
+    (tmp_path / "config.json").write_text(json.dumps(values_of(family)))
+    (one,) = await tokens_of(tmp_path, [(3, 4, 5)], load_format="dummy")
+    (other,) = await tokens_of(tmp_path, [(3, 4, 5)], load_format="dummy", expert_workers=1)
+    assert len(one) == 10
+    assert one == other
