@@ -15,13 +15,14 @@ from msi.errors import ProtocolError, TransportError
 from msi.net import shm
 from msi.net.inproc import InprocTransport
 from msi.net.shm import ShmTransport
+from msi.net.tcp import TcpTransport
 from msi.net.transport import Admission, CompletionKind, Endpoint
 from msi.simulator.clock import VirtualClockLoop
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from tests.waiting import until
 
 SEAT_BYTES = 4096
-TRANSPORTS = ["inproc", "shm"]
+TRANSPORTS = {"inproc": InprocTransport, "shm": ShmTransport, "tcp": TcpTransport}
 
 pytestmark = pytest.mark.skipif(shm.is_available() is not None, reason=str(shm.is_available()))
 
@@ -74,7 +75,7 @@ class Pair:
 
 @pytest.fixture(params=TRANSPORTS)
 def make(request):
-    return {"inproc": InprocTransport, "shm": ShmTransport}[request.param]
+    return TRANSPORTS[request.param]
 
 
 @pytest.fixture
@@ -106,8 +107,9 @@ async def test_a_refusal_carries_its_reason(pair):
 
 
 async def test_nobody_there_is_an_error_that_names_the_address(pair):
-    name = "inproc://nobody" if isinstance(pair.left.transport, InprocTransport) else "shm://nobody"
-    with pytest.raises(TransportError, match="nobody"):
+    kind = type(pair.left.transport)
+    name = {InprocTransport: "inproc://nobody", ShmTransport: "shm://nobody", TcpTransport: "tcp://127.0.0.1:1"}[kind]
+    with pytest.raises(TransportError, match=name):
         await pair.right.connect(name, b"anna", pair.right_landing, 0)
 
 
@@ -214,6 +216,7 @@ async def test_a_revoked_seat_reads_zero_and_what_its_peer_writes_is_not_seen(pa
     assert pair.left_landing.seat(0)[0:4] == bytes(4)
     ours.outbox[0:4] = b"late"
     ours.post(2, 0, 4)
+    await asyncio.sleep(0.05)
     assert pair.left_landing.seat(0)[0:4] == bytes(4)
 
 
