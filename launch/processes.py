@@ -35,7 +35,12 @@ async def run_worker(arguments: LaunchArguments) -> None:
     """Until it is shut down. SIGTERM drains it; a launcher's own child ends at once."""
     worker = Worker(
         worker_settings(
-            arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir
+            arguments.options,
+            arguments.coordinator,
+            arguments.role,
+            arguments.worker_id,
+            arguments.trace_dir,
+            arguments.advertise_host,
         )
     )
     task = asyncio.ensure_future(worker.run())

@@ -91,7 +91,12 @@ def _token_text(value: object) -> str:
 
 
 def worker_settings(
-    options: InstanceOptions, coordinator: str, role: str, worker_id: str = "", trace_dir: Path | None = None
+    options: InstanceOptions,
+    coordinator: str,
+    role: str,
+    worker_id: str = "",
+    trace_dir: Path | None = None,
+    advertise_host: str = "",
 ) -> WorkerSettings:
     return WorkerSettings(
         coordinator=coordinator,
@@ -100,7 +105,8 @@ def worker_settings(
         worker_id=worker_id,
         dtype=options.dtype,
         load_format=options.load_format,
-        transport=options.chosen_transport,
+        transport=options.transport,
+        advertise_host=advertise_host,
         num_threads=options.num_threads,
         memory_utilization=options.gpu_memory_utilization,
         trace_dir=trace_dir,
@@ -235,8 +241,12 @@ class ProcessInstance:
 
     async def _start_worker(self, address: str, role: str, worker_id: str) -> None:
         await self._spawn(
-            worker_id, ("--role", role, "--worker-id", worker_id, "--coordinator", address, *self._worker_flags)
-        )
+            worker_id,
+            (
+                "--role", role, "--worker-id", worker_id, "--coordinator", address,
+                "--transport", self._options.chosen_transport, *self._worker_flags,
+            ),
+        )  # fmt: skip
 
     async def _spawn(self, name: str, arguments: tuple[str, ...], pass_fds: tuple[int, ...] = ()) -> None:
         self._processes[name] = await asyncio.create_subprocess_exec(
