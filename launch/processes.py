@@ -12,9 +12,8 @@ import sys
 
 from msi.engine import Engine
 from msi.errors import EngineError
-from msi.instance import create_coordinator, worker_settings
+from msi.instance import create_coordinator, create_worker
 from msi.server.gateway import Gateway
-from msi.worker import Worker
 
 from .arguments import LaunchArguments
 
@@ -33,16 +32,10 @@ def end_with_parent(parent: int) -> None:
 
 async def run_worker(arguments: LaunchArguments) -> None:
     """Until it is shut down. SIGTERM drains it; a launcher's own child ends at once."""
-    worker = Worker(
-        worker_settings(
-            arguments.options,
-            arguments.coordinator,
-            arguments.role,
-            arguments.worker_id,
-            arguments.trace_dir,
-            arguments.advertise_host,
-        )
-    )
+    worker = create_worker(
+        arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir,
+        arguments.advertise_host,
+    )  # fmt: skip
     task = asyncio.ensure_future(worker.run())
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, task.cancel)

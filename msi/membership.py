@@ -274,6 +274,10 @@ class Cluster:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    def knows(self, route: bytes, worker_id: str, incarnation: int) -> bool:
+        """Whether this is a live member's connection and its present life."""
+        return self._known(route, worker_id, incarnation) is not None
+
     def _known(self, route: bytes, worker_id: str, incarnation: int) -> Member | None:
         member = self._members.get(worker_id)
         if member is None or not member.is_live or member.route != route or member.incarnation != incarnation:
