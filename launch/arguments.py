@@ -27,6 +27,7 @@ class LaunchArguments:
     role: str
     coordinator: str
     worker_id: str
+    advertise_host: str
     host: str
     port: int
     prompt: str | None
@@ -82,6 +83,7 @@ def parse(argv: list[str]) -> LaunchArguments:
         role=values.role,
         coordinator=values.coordinator,
         worker_id=values.worker_id,
+        advertise_host=values.advertise_host,
         host=values.host,
         port=values.port,
         prompt=values.prompt,
@@ -104,7 +106,11 @@ def _add_instance(parser: argparse.ArgumentParser) -> None:
     add("--colocated", action="store_true", help="both roles in one process: the baseline, best for small models")
     add("--device", default=defaults["device"], help="cpu")
     add("--threads-per-worker", type=int, metavar="N", default=0, help="0 shares the cores among a role's workers")
-    add("--transport", default=defaults["transport"], help="auto, shm, or inproc: all workers in one process")
+    add(
+        "--transport",
+        default=defaults["transport"],
+        help="auto (shared memory within a host, TCP across), shm, tcp, or inproc: all workers in one process",
+    )
     add("--dtype", default=defaults["dtype"], help="auto, float32, bfloat16 or float16")
     add("--load-format", default=defaults["load_format"], help="auto, or dummy: random weights from config.json alone")
     add("--max-model-len", type=int, metavar="N", default=0, help="longest sequence; 0 for the model's own")
@@ -137,6 +143,7 @@ def _add_role(parser: argparse.ArgumentParser) -> None:
     add("--role", default="", choices=("coordinator", "attention", "expert", "worker"))
     add("--coordinator", default="", metavar="ADDRESS", help="tcp://HOST:PORT; for the coordinator: where to listen")
     add("--worker-id", default="", metavar="ID", help="role-index by default")
+    add("--advertise-host", default="", metavar="H", help="this host's address for workers on others; found by default")
     hidden = argparse.SUPPRESS  # what a launcher tells its children
     add("--no-gateway", action="store_true", help=hidden)
     add("--parent", type=int, default=0, help=hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Coroutine
 from typing import Any
@@ -42,6 +43,10 @@ def run(argv: list[str]) -> int:
 
 
 def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:
+    if "TORCHELASTIC_RUN_ID" in os.environ and not arguments.parent:
+        from . import torchrun  # imports torch.distributed, which nobody else needs
+
+        return torchrun.run_world(arguments, torchrun.World.of(os.environ))
     if arguments.role == "coordinator":
         return processes.run_coordinator(arguments)
     if arguments.role:

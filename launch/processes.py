@@ -15,9 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from msi.engine import Engine
 from msi.errors import EngineError
-from msi.instance import create_coordinator, worker_settings
+from msi.instance import create_coordinator, create_worker
 from msi.server.gateway import Gateway
-from msi.worker import Worker
 
 from .arguments import LaunchArguments
 
@@ -36,11 +35,10 @@ def end_with_parent(parent: int) -> None:
 
 async def run_worker(arguments: LaunchArguments) -> None:
     """Until it is shut down. SIGTERM drains it; a launcher's own child ends at once."""
-    worker = Worker(
-        worker_settings(
-            arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir
-        )
-    )
+    worker = create_worker(
+        arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir,
+        arguments.advertise_host,
+    )  # fmt: skip
     task = asyncio.ensure_future(worker.run())
     showing = None if arguments.parent else asyncio.ensure_future(show_loading(worker))
     loop = asyncio.get_running_loop()

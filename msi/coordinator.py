@@ -112,6 +112,8 @@ class Coordinator:
     def _handle(self, route: bytes, message: Any, now: float) -> None:
         cluster = self._cluster
         match message:
+            case PassDone() if not cluster.knows(route, message.worker_id, message.incarnation):
+                pass  # earlier ones may have been lost with its connection: its requests will be, too
             case PassDone():
                 self._tell(self._router.progress(message.worker_id, message.progress))
                 if not len(self._router):

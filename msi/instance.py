@@ -95,22 +95,30 @@ def _token_text(value: object) -> str:
     return content if isinstance(content, str) else ""
 
 
-def worker_settings(
-    options: InstanceOptions, coordinator: str, role: str, worker_id: str = "", trace_dir: Path | None = None
-) -> WorkerSettings:
-    return WorkerSettings(
+def create_worker(
+    options: InstanceOptions,
+    coordinator: str,
+    role: str,
+    worker_id: str = "",
+    trace_dir: Path | None = None,
+    advertise_host: str = "",
+) -> Worker:
+    """Raises ConfigError: the model directory or the settings cannot work."""
+    settings = WorkerSettings(
         coordinator=coordinator,
         model_dir=options.model_dir,
         role=role,
         worker_id=worker_id,
         dtype=options.dtype,
         load_format=options.load_format,
-        transport=options.chosen_transport,
+        transport=options.transport,
+        advertise_host=advertise_host,
         num_threads=options.num_threads,
         memory_utilization=options.gpu_memory_utilization,
         trace_dir=trace_dir,
         start_timeout_s=options.start_timeout_s,
     )
+    return Worker(settings)
 
 
 def worker_ids(options: InstanceOptions) -> list[tuple[str, str]]:
@@ -150,7 +158,7 @@ class InprocInstance:
         coordinator = create_coordinator(self._options, "tcp://127.0.0.1:*")
         self._start(coordinator.run(), "coordinator")
         for role, worker_id in worker_ids(self._options):
-            worker = Worker(worker_settings(self._options, coordinator.address, role, worker_id, self._trace_dir))
+            worker = create_worker(self._options, coordinator.address, role, worker_id, self._trace_dir)
             self.workers.append(worker)
             self._start(worker.run(), worker_id)
         return coordinator.address
@@ -177,6 +185,50 @@ class InprocInstance:
 
 
 # -- as processes ----------------------------------------------------------------------------------------------------
+
+
+async def start_coordinator(
+    options: InstanceOptions, bind: str, flags: tuple[str, ...]
+) -> tuple[asyncio.subprocess.Process, str]:
+    """A coordinator as a child, which ends with this process however it ends; its address.
+
+    Raises:
+        ConfigError: it cannot work; in its own words.
+        Unavailable: it does not start in time.
+    """
+    reader, writer = os.pipe()
+    process: asyncio.subprocess.Process | None = None
+    try:
+        arguments = ("--role", "coordinator", "--coordinator", bind, "--announce", str(writer), *flags)
+        process = await _spawn(options, arguments, pass_fds=(writer,))
+        os.close(writer)
+        writer = -1
+        address = await asyncio.wait_for(asyncio.to_thread(_read_line, reader), ADDRESS_TIMEOUT_S)
+        if address.startswith("tcp://"):
+            started, process = process, None
+            return started, address
+        await process.wait()
+        raise ConfigError(address or "the coordinator ended while it started; what it said is above")
+    except TimeoutError:
+        raise Unavailable(f"the coordinator did not start within {ADDRESS_TIMEOUT_S:g} s") from None
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+async def _spawn(
+    options: InstanceOptions, arguments: tuple[str, ...], pass_fds: tuple[int, ...] = ()
+) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "msi_launch", *options.flags(), *arguments, "--parent", str(os.getpid()),
+        stdin=asyncio.subprocess.DEVNULL,
+        pass_fds=pass_fds,
+    )  # fmt: skip
 
 
 class ProcessInstance:
@@ -222,35 +274,18 @@ class ProcessInstance:
         self._tasks.append(asyncio.get_running_loop().create_task(running))
 
     async def _start_coordinator(self) -> str:
-        reader, writer = os.pipe()
-        try:
-            arguments = ("--role", "coordinator", "--coordinator", "tcp://127.0.0.1:*", "--announce", str(writer))
-            await self._spawn("coordinator", (*arguments, *self._coordinator_flags), pass_fds=(writer,))
-            os.close(writer)
-            writer = -1
-            address = await asyncio.wait_for(asyncio.to_thread(_read_line, reader), ADDRESS_TIMEOUT_S)
-        except TimeoutError:
-            raise Unavailable(f"the coordinator did not start within {ADDRESS_TIMEOUT_S:g} s") from None
-        finally:
-            os.close(reader)
-            if writer >= 0:
-                os.close(writer)
-        if not address.startswith("tcp://"):
-            await self._processes["coordinator"].wait()
-            raise ConfigError(address or "the coordinator ended while it started; what it said is above")
+        process, address = await start_coordinator(self._options, "tcp://127.0.0.1:*", self._coordinator_flags)
+        self._processes["coordinator"] = process
         self._watch(self._watch_coordinator())
         return address
 
     async def _start_worker(self, address: str, role: str, worker_id: str) -> None:
-        await self._spawn(
-            worker_id, ("--role", role, "--worker-id", worker_id, "--coordinator", address, *self._worker_flags)
-        )
-
-    async def _spawn(self, name: str, arguments: tuple[str, ...], pass_fds: tuple[int, ...] = ()) -> None:
-        self._processes[name] = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "msi_launch", *self._options.flags(), *arguments, "--parent", str(os.getpid()),
-            stdin=asyncio.subprocess.DEVNULL,
-            pass_fds=pass_fds,
+        self._processes[worker_id] = await _spawn(
+            self._options,
+            (
+                "--role", role, "--worker-id", worker_id, "--coordinator", address,
+                "--transport", self._options.chosen_transport, *self._worker_flags,
+            ),
         )  # fmt: skip
 
     async def _watch_coordinator(self) -> None:

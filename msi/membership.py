@@ -102,6 +102,7 @@ class Member:
     pid: int
     host: str
     last_seen: float
+    process: str = ""
     state: str = "loading"
     reason: str = ""  # why it is lost
     address: str = ""
@@ -276,6 +277,10 @@ class Cluster:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    def knows(self, route: bytes, worker_id: str, incarnation: int) -> bool:
+        """Whether this is a live member's connection and its present life."""
+        return self._known(route, worker_id, incarnation) is not None
+
     def _known(self, route: bytes, worker_id: str, incarnation: int) -> Member | None:
         member = self._members.get(worker_id)
         if member is None or not member.is_live or member.route != route or member.incarnation != incarnation:
@@ -295,7 +300,8 @@ class Cluster:
         if self._dtype and hello.dtype != self._dtype and self.plan.dtype != "auto":
             return f"it computes in {hello.dtype}, the instance in {self._dtype}; give all workers the same --dtype"
         known = self._members.get(hello.worker_id)
-        if known is not None and known.is_live and known.route != route:
+        is_same = known is not None and hello.process and hello.process == known.process
+        if known is not None and known.is_live and known.route != route and not is_same:
             return (
                 f"worker id {hello.worker_id} is live already (pid {known.pid} on {known.host}); "
                 f"give another --worker-id, or end that one"
@@ -323,7 +329,7 @@ class Cluster:
             worker_id = hello.worker_id or f"{role}-{index}"
             former = self._members.get(worker_id)
             incarnation = 0 if former is None else former.incarnation + 1
-            return Member(worker_id, role, index, incarnation, route, hello.pid, hello.host, last_seen=now)
+            return Member(worker_id, role, index, incarnation, route, hello.pid, hello.host, now, hello.process)
         wanted = self.plan.wanted.get(hello.role, sum(self.plan.wanted.values()))
         kind = "" if hello.role == "worker" else f"{hello.role} "
         if not wanted:

@@ -27,6 +27,7 @@ class WorkerHello:
         role: "attention", "expert", or "worker" for whichever is needed.
         fingerprint: of its model; all workers of an instance must have the same.
         dtype: what its device would compute in.
+        process: random, one per process: tells a worker whose connection broke from another that wants its id.
     """
 
     protocol_version: int
@@ -36,6 +37,7 @@ class WorkerHello:
     host: str
     fingerprint: str
     dtype: str
+    process: str = ""
 
 
 @dataclass(frozen=True, slots=True)

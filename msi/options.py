@@ -13,8 +13,8 @@ from msi.pipeline import MAX_MICRO_BATCHES
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
-TRANSPORTS = ("auto", "inproc", "shm")
-LATER_TRANSPORTS = ("tcp", "rdma")
+TRANSPORTS = ("auto", "inproc", "shm", "tcp")
+LATER_TRANSPORTS = ("rdma",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class InstanceOptions:
         micro_batches: m, or 0 to choose by measurement.
         colocated: both roles in one process.
         threads_per_worker: torch threads of each worker; 0 shares the cores among the workers of a role.
-        transport: "inproc" puts all workers into the calling process; "auto" takes shared memory.
+        transport: "inproc" puts all workers into the calling process; "auto" takes shared memory within a host and TCP
+            across hosts.
         max_model_len: the longest sequence, prompt included; 0 for what the model was made for.
         max_num_seqs: sequences that run at a time, per attention worker.
         max_num_batched_tokens: tokens per micro-batch; 0 for the rows of a slot.
@@ -102,12 +103,10 @@ class InstanceOptions:
 
     @property
     def chosen_transport(self) -> str:
-        """The transport between workers. Raises ConfigError where the host cannot do it."""
+        """The transport between workers that are all on this machine."""
         if self.transport != "auto":
             return self.transport
-        if (reason := shm.is_available()) is not None and not self.colocated:
-            raise ConfigError(f"{reason}; use --transport inproc")
-        return "shm"
+        return "shm" if shm.is_available() is None else "tcp"
 
     @property
     def num_threads(self) -> int:

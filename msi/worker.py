@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import socket
 import time
 from dataclasses import dataclass, field, replace
@@ -46,11 +47,14 @@ from msi.messages import (
     WorkerReady,
     WorkerStatus,
 )
+from msi.net import shm
 from msi.net.alarm import Alarm
+from msi.net.auto import AutoTransport
 from msi.net.codec import Codec
 from msi.net.control import ControlClient
 from msi.net.inproc import InprocTransport
 from msi.net.shm import ShmTransport
+from msi.net.tcp import TcpTransport, address_towards, split_address
 from msi.net.transport import Transport
 from msi.tracing import Tracer
 from msi.types import StageTimes
@@ -66,6 +70,8 @@ class WorkerSettings:
         role: "attention", "expert" or "worker" (whichever is needed).
         dtype: "auto" (the checkpoint's, or what the device computes fastest) or a dtype's name.
         num_threads: torch's threads for one operator; 0 leaves it to torch.
+        transport: "inproc", "shm", "tcp", or "auto": shared memory within a host, TCP across.
+        advertise_host: this host's address for peers on others; "" for the one on the way to the coordinator.
         memory_utilization: share of free memory that the host's attention workers may use for KV cache.
         reconnect_s: how long the coordinator may be gone before the worker gives up.
     """
@@ -77,6 +83,7 @@ class WorkerSettings:
     dtype: str = "auto"
     load_format: str = "auto"
     transport: str = "shm"
+    advertise_host: str = ""
     num_threads: int = 0
     memory_utilization: float = 0.9
     trace_dir: Path | None = None
@@ -113,6 +120,7 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         self.worker_id = settings.worker_id
         self.life: Life | None = None
+        self._process = secrets.token_hex(8)
         self._settings = settings
         self._files = ModelFiles(settings.model_dir, settings.load_format)
         self._loaded: LoadedPart | None = None
@@ -172,7 +180,7 @@ class Worker:
         dtype = wanted if settings.dtype != "auto" else _name(device.compute_dtype(DTYPES[wanted]))
         hello = WorkerHello(
             PROTOCOL_VERSION, self.worker_id, settings.role, os.getpid(), socket.gethostname(),
-            self._files.fingerprint(), dtype,
+            self._files.fingerprint(), dtype, self._process,
         )  # fmt: skip
         patience_s = settings.start_timeout_s if self._loaded is None else settings.reconnect_s
         try:
@@ -242,10 +250,22 @@ class Worker:
         await receiving
 
     def _new_transport(self, life: Life) -> Transport:
-        is_inproc = life.assignment.is_colocated or self._settings.transport == "inproc"
-        transport: Transport = InprocTransport() if is_inproc else ShmTransport()
+        name = "inproc" if life.assignment.is_colocated else self._settings.transport
+        transport: Transport
+        if name == "inproc":
+            transport = InprocTransport()
+        elif name == "shm":
+            transport = ShmTransport()
+        elif name == "auto" and shm.is_available() is None:
+            transport = AutoTransport(self._advertised_host())
+        else:
+            transport = TcpTransport(self._advertised_host())
         life.transports.append(transport)
         return transport
+
+    def _advertised_host(self) -> str:
+        settings = self._settings
+        return settings.advertise_host or address_towards(*split_address(settings.coordinator))
 
     # -- the coordinator's messages ----------------------------------------------------------------------------------
 

@@ -150,7 +150,7 @@ def test_parameters_that_make_no_sense_are_named(params, complaint):
         ({"max_num_batched_tokens": 600}, "more than a slot's 512 rows"),
         ({"colocated": True, "expert_workers": 2}, "one process with both roles"),
         ({"device": "cuda"}, "--device cuda is not built yet"),
-        ({"transport": "tcp"}, "--transport tcp is not built yet"),
+        ({"transport": "rdma"}, "--transport rdma is not built yet"),
         ({"transport": "pigeon"}, "--transport 'pigeon' is not one"),
         ({"load_format": "gguf"}, "--load-format 'gguf' is not one; supported: auto, dummy"),
         ({"dtype": "float8"}, "--dtype 'float8' is not one"),
@@ -166,7 +166,7 @@ def test_an_unknown_option_is_refused():
         Engine.local(experts=2)
 
 
-@pytest.mark.parametrize("transport", ["inproc", "shm"])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "tcp"])
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

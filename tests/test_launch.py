@@ -77,12 +77,15 @@ class Process:
         return status
 
 
+def launched(*arguments):
+    return running(sys.executable, "-m", "msi_launch", *arguments)
+
+
 @contextlib.asynccontextmanager
-async def launched(*arguments):
+async def running(*command):
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "msi_launch", *map(str, arguments),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        *map(str, command), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True
+    )
     child = Process(process)
     try:
         yield child

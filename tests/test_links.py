@@ -238,7 +238,7 @@ async def test_a_new_life_of_a_peer_fences_the_old_one_and_an_older_one_is_refus
     ("changes", "complaint"),
     [
         ({"protocol_version": 9}, "protocol_version 9, ours is 1"),
-        ({"instance": "other"}, "instance other, ours is token"),
+        ({"instance": "other"}, "x belongs to another instance"),
         ({"placement_version": 3}, "placement_version 3, ours is 2"),
         ({"row_bytes": 32}, "row_bytes 32, ours is 16"),
         ({"slot_rows": 8}, "slot_rows 8, ours is 4"),

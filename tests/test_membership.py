@@ -80,6 +80,17 @@ def test_a_live_id_refuses_a_second():
     assert "expert-1 is live already (pid 100 on here)" in refused.reason
 
 
+def test_a_worker_whose_connection_broke_begins_a_new_life_under_its_own_id():
+    cluster = Cluster(PLAN, 0.0)
+    first = hello(cluster, b"1", worker_id="expert-0", process="p")
+    instructions = cluster.hello(b"2", replace(HELLO, worker_id="expert-0", process="p"), 1.0)
+    again = instructions[-1]
+    assert (again.route, again.message.worker_id, again.message.incarnation) == (b"2", "expert-0", 1)
+    assert first.incarnation == 0
+    assert "began a new life" in instructions[0].message.reason
+    assert "is live already" in hello(cluster, b"3", worker_id="expert-0", process="q").reason
+
+
 def test_a_hello_asked_twice_before_the_answer_came_is_one_life():
     cluster = Cluster(PLAN, 0.0)
     assert hello(cluster, b"1") == hello(cluster, b"1", worker_id="expert-0")

@@ -13,15 +13,34 @@ import pytest
 
 from msi.errors import ProtocolError, TransportError
 from msi.net import shm
+from msi.net.auto import AutoTransport
 from msi.net.inproc import InprocTransport
 from msi.net.shm import ShmTransport
+from msi.net.tcp import TcpTransport
 from msi.net.transport import Admission, CompletionKind, Endpoint
 from msi.simulator.clock import VirtualClockLoop
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from tests.waiting import until
 
 SEAT_BYTES = 4096
-TRANSPORTS = ["inproc", "shm"]
+
+
+class Near(AutoTransport):
+    """On this host."""
+
+    def __init__(self):
+        super().__init__("127.0.0.1")
+
+
+class Far(Near):
+    """On a host of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self._identity = str(id(self))
+
+
+TRANSPORTS = {"inproc": InprocTransport, "shm": ShmTransport, "tcp": TcpTransport, "near": Near, "far": Far}
 
 pytestmark = pytest.mark.skipif(shm.is_available() is not None, reason=str(shm.is_available()))
 
@@ -74,7 +93,7 @@ class Pair:
 
 @pytest.fixture(params=TRANSPORTS)
 def make(request):
-    return {"inproc": InprocTransport, "shm": ShmTransport}[request.param]
+    return TRANSPORTS[request.param]
 
 
 @pytest.fixture
@@ -106,8 +125,9 @@ async def test_a_refusal_carries_its_reason(pair):
 
 
 async def test_nobody_there_is_an_error_that_names_the_address(pair):
-    name = "inproc://nobody" if isinstance(pair.left.transport, InprocTransport) else "shm://nobody"
-    with pytest.raises(TransportError, match="nobody"):
+    names = {InprocTransport: "inproc://nobody", ShmTransport: "shm://nobody"}
+    name = names.get(type(pair.left.transport), "tcp://127.0.0.1:1")
+    with pytest.raises(TransportError, match=name):
         await pair.right.connect(name, b"anna", pair.right_landing, 0)
 
 
@@ -214,6 +234,7 @@ async def test_a_revoked_seat_reads_zero_and_what_its_peer_writes_is_not_seen(pa
     assert pair.left_landing.seat(0)[0:4] == bytes(4)
     ours.outbox[0:4] = b"late"
     ours.post(2, 0, 4)
+    await asyncio.sleep(0.05)
     assert pair.left_landing.seat(0)[0:4] == bytes(4)
 
 
@@ -227,6 +248,22 @@ async def test_seats_are_apart(pair):
     await take(pair.left, 2)
     assert bytes(pair.left_landing.seat(0)[:SEAT_BYTES]) == b"a" * SEAT_BYTES
     assert bytes(pair.left_landing.seat(1)[:SEAT_BYTES]) == b"b" * SEAT_BYTES
+
+
+@pytest.mark.parametrize(("kind", "endpoint"), [(Near, "ShmEndpoint"), (Far, "TcpEndpoint")])
+async def test_auto_takes_shared_memory_within_a_host_and_tcp_across(kind, endpoint):
+    pair = Pair(kind)
+    ours, theirs = await pair.connect()
+    assert (type(ours).__name__, type(theirs).__name__) == (endpoint, endpoint)
+    await pair.right.close()
+    await pair.left.close()
+
+
+async def test_auto_says_what_a_peer_on_another_host_lacks():
+    transport = Near()
+    with pytest.raises(TransportError, match="is on another host and offers no TCP address"):
+        await transport.connect("shm://name@elsewhere", b"anna", transport.register(1, 64), 0)
+    await transport.close()
 
 
 async def test_shm_cuts_off_whoever_does_not_speak_the_handshake():

@@ -17,12 +17,20 @@ from msi.net.codec import Codec
 
 log = logging.getLogger(__name__)
 
+HEARTBEAT_MS = 1000
+SILENT_MS = 5000
+CONNECT_TIMEOUT_MS = 2000
+
 
 def _configure(socket: zmq.asyncio.Socket) -> None:
     socket.setsockopt(zmq.LINGER, 500)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, 64 * 1024 * 1024)
+    # a host that vanished says no goodbye: after that long its connection is dropped, and made anew once it is back
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
 
 
 class ControlServer:

@@ -14,34 +14,15 @@ from collections.abc import Callable
 
 from msi.errors import EngineError, TransportError
 from msi.net.delivery import Delivery
+from msi.net.landing import PlainLanding
 from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
 
 _listeners: dict[str, InprocTransport] = {}
 _names = itertools.count()
 
 
-class InprocLanding:
-    """Plain memory; a peer reaches a seat only through an endpoint, so revoking cuts the endpoint off."""
-
-    def __init__(self, num_seats: int, seat_bytes: int) -> None:
-        self.num_seats = num_seats
-        self.stride = -(-seat_bytes // 64) * 64
-        self.memory = memoryview(mmap.mmap(-1, num_seats * self.stride))
-        self._generations = [0] * num_seats
-
-    def seat(self, index: int) -> memoryview:
-        return self.memory[index * self.stride : (index + 1) * self.stride]
-
-    def revoke(self, index: int) -> None:
-        self._generations[index] += 1
-        self.seat(index)[:] = bytes(self.stride)
-
-    def generation(self, index: int) -> int:
-        return self._generations[index]
-
-
 class InprocEndpoint:
-    def __init__(self, transport: InprocTransport, peer: bytes, landing: InprocLanding, seat: int, peer_bytes: int):
+    def __init__(self, transport: InprocTransport, peer: bytes, landing: PlainLanding, seat: int, peer_bytes: int):
         self.peer = peer
         self.seat = seat
         self.outbox = memoryview(mmap.mmap(-1, peer_bytes))
@@ -81,8 +62,8 @@ class InprocTransport:
         self._address = f"inproc://{next(_names)}"
         self._accept: Callable[[bytes], Admission] | None = None
 
-    def register(self, num_seats: int, seat_bytes: int) -> InprocLanding:
-        return InprocLanding(num_seats, seat_bytes)
+    def register(self, num_seats: int, seat_bytes: int) -> PlainLanding:
+        return PlainLanding(num_seats, seat_bytes)
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         self._accept = accept
@@ -99,9 +80,9 @@ class InprocTransport:
             admission = listener._accept(hello)
         except EngineError as error:
             raise TransportError(address, f"refused: {error}") from error
-        assert isinstance(landing, InprocLanding)
+        assert isinstance(landing, PlainLanding)
         theirs = admission.landing
-        assert isinstance(theirs, InprocLanding)
+        assert isinstance(theirs, PlainLanding)
         ours = InprocEndpoint(self, admission.welcome, landing, seat, theirs.stride)
         other = InprocEndpoint(listener, hello, theirs, admission.seat, landing.stride)
         ours.join(other)

@@ -60,8 +60,10 @@ def decode_hello(payload: bytes, ours: LinkHello) -> LinkHello:
     if not isinstance(hello, LinkHello):
         raise ProtocolError(f"expected LinkHello, got {type(hello).__name__}")
     must_match = (
-        "protocol_version", "instance", "placement_version", "num_lanes", "slot_rows", "row_bytes", "answer_row_bytes",
+        "protocol_version", "placement_version", "num_lanes", "slot_rows", "row_bytes", "answer_row_bytes",
     )  # fmt: skip
+    if hello.instance != ours.instance:  # whose token is what lets a peer in: it is not told
+        raise ProtocolError(f"{hello.worker_id[:64]} belongs to another instance")
     for name in must_match:
         if getattr(hello, name) != getattr(ours, name):
             raise ProtocolError(

@@ -108,12 +108,17 @@ class ShmLanding:
         array = (ctypes.c_char * size).from_address(self._base)
         weakref.finalize(array, _libc.munmap, self._base, size)  # once no view of it is left
         self.memory = memoryview(array).cast("B")
+        self._generations = [0] * num_seats
 
     def seat(self, index: int) -> memoryview:
         return self.memory[index * self.stride : (index + 1) * self.stride]
 
     def revoke(self, index: int) -> None:
+        self._generations[index] += 1
         _map(self._base + index * self.stride, self.stride, _ANONYMOUS | _MAP_FIXED)
+
+    def generation(self, index: int) -> int:
+        return self._generations[index]
 
     def open(self, index: int) -> tuple[int, memoryview]:
         """Fresh shared memory for a seat: its descriptor (the caller closes it) and the ring in front of it."""

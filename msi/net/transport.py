@@ -51,6 +51,9 @@ class Landing(Protocol):
     def revoke(self, index: int) -> None:
         """From now on nothing that the seat's peer writes is seen here; the seat reads zero and can be given away."""
 
+    def generation(self, index: int) -> int:
+        """How often the seat was revoked."""
+
 
 class Endpoint(Protocol):
     """A connection to one peer. `seat` is our seat in which its writes land."""

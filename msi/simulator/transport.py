@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from msi.errors import EngineError, TransportError
 from msi.net.delivery import Delivery
+from msi.net.landing import PlainLanding
 from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
 
 Latency = Callable[[int], float]
@@ -22,21 +23,8 @@ class SimulatedNetwork:
         self.num_messages = 0
 
 
-class SimulatedLanding:
-    def __init__(self, num_seats: int, seat_bytes: int) -> None:
-        self.num_seats = num_seats
-        self.stride = seat_bytes
-        self.memory = memoryview(bytearray(num_seats * seat_bytes))
-
-    def seat(self, index: int) -> memoryview:
-        return self.memory[index * self.stride : (index + 1) * self.stride]
-
-    def revoke(self, index: int) -> None:
-        self.seat(index)[:] = bytes(self.stride)
-
-
 class SimulatedEndpoint:
-    def __init__(self, transport: SimulatedTransport, peer: bytes, landing: SimulatedLanding, seat: int, size: int):
+    def __init__(self, transport: SimulatedTransport, peer: bytes, landing: PlainLanding, seat: int, size: int):
         self.peer = peer
         self.seat = seat
         self.outbox = memoryview(bytearray(size))
@@ -85,8 +73,8 @@ class SimulatedTransport:
         self._accept: Callable[[bytes], Admission] | None = None
         self._endpoints: list[SimulatedEndpoint] = []
 
-    def register(self, num_seats: int, seat_bytes: int) -> SimulatedLanding:
-        return SimulatedLanding(num_seats, seat_bytes)
+    def register(self, num_seats: int, seat_bytes: int) -> PlainLanding:
+        return PlainLanding(num_seats, seat_bytes)
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         self._accept = accept
@@ -103,8 +91,8 @@ class SimulatedTransport:
             admission = listener._accept(hello)
         except EngineError as error:
             raise TransportError(address, f"refused: {error}") from error
-        assert isinstance(landing, SimulatedLanding)
-        assert isinstance(admission.landing, SimulatedLanding)
+        assert isinstance(landing, PlainLanding)
+        assert isinstance(admission.landing, PlainLanding)
         ours = SimulatedEndpoint(self, admission.welcome, landing, seat, admission.landing.stride)
         other = SimulatedEndpoint(listener, hello, admission.landing, admission.seat, landing.stride)
         ours.join(other)

@@ -1,0 +1,147 @@
+"""Under torchrun the world is the workers: each of its processes is one, and rank 0's also starts the coordinator.
+
+The coordinator listens on a free port of its own (MASTER_PORT is taken by torchrun itself), which rank 0 publishes
+through the store that torchrun keeps at MASTER_ADDR:MASTER_PORT. The coordinator chooses roles unless --role says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+from msi.errors import ConfigError, Unavailable
+from msi.instance import create_worker, start_coordinator
+from msi.net.tcp import address_towards
+from msi.options import InstanceOptions
+
+from .arguments import LaunchArguments
+
+SAID_GRACE_S = 2.0  # rank 0 stays so long after saying that it cannot start: another's end has torchrun kill it
+STOP_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What torchrun says in environment variables."""
+
+    rank: int
+    size: int
+    master_host: str
+    master_port: int
+    is_store_there: bool  # torchrun's agent keeps it; else rank 0 has to
+    key: str  # under which this start of the world publishes its coordinator
+
+    @staticmethod
+    def of(environment: Mapping[str, str]) -> World:
+        """Raises ConfigError: variables are missing or are no numbers."""
+        try:
+            return World(
+                rank=int(environment["RANK"]),
+                size=int(environment["WORLD_SIZE"]),
+                master_host=environment["MASTER_ADDR"],
+                master_port=int(environment["MASTER_PORT"]),
+                is_store_there=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                key=f"msi/coordinator/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+            )
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"torchrun's environment is incomplete: {error}") from error
+
+
+def share_out(options: InstanceOptions, num_workers: int) -> InstanceOptions:
+    """How many of the world's workers have which role: as told, or evenly when nothing was told.
+
+    Raises:
+        ConfigError: what was told is not what torchrun started.
+    """
+    told = 1 if options.colocated else options.attention_workers + options.expert_workers
+    if told == num_workers:
+        return options
+    is_default = (options.attention_workers, options.expert_workers) == (1, 1) and not options.colocated
+    if not is_default or num_workers < 2:
+        raise ConfigError(
+            f"torchrun started {num_workers} processes for {told} workers; give --attention-workers and "
+            f"--expert-workers that add up to them, or start as many processes"
+        )
+    return replace(options, attention_workers=num_workers // 2, expert_workers=num_workers - num_workers // 2)
+
+
+async def run_world(arguments: LaunchArguments, world: World) -> None:
+    """One process of torchrun's. Until torchrun ends it, or the coordinator does."""
+    if arguments.prompt is not None or arguments.role == "coordinator" or arguments.coordinator:
+        raise ConfigError("--prompt, --coordinator and --role coordinator have no place under torchrun")
+    arguments = replace(arguments, options=share_out(arguments.options, world.size))
+    coordinator: asyncio.subprocess.Process | None = None
+    try:
+        store = await _open_store(world, arguments.options.start_timeout_s)
+        if world.rank == 0:
+            coordinator, address = await _start_coordinator(arguments, world, store)
+        else:
+            address = await _look_up(store, world, arguments.options.start_timeout_s)
+        worker = create_worker(
+            arguments.options, address, arguments.role or "worker", arguments.worker_id,
+            advertise_host=arguments.advertise_host,
+        )  # fmt: skip
+        task = asyncio.ensure_future(worker.run())
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    finally:
+        if coordinator is not None and coordinator.returncode is None:
+            coordinator.terminate()
+            try:
+                await asyncio.wait_for(coordinator.wait(), STOP_GRACE_S)
+            except TimeoutError:
+                coordinator.kill()
+                await coordinator.wait()
+
+
+async def _open_store(world: World, timeout_s: float) -> TCPStore:
+    is_ours = world.rank == 0 and not world.is_store_there
+    try:
+        return await asyncio.to_thread(
+            TCPStore, world.master_host, world.master_port, is_master=is_ours, wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
+    except (DistError, RuntimeError) as error:
+        where = f"{world.master_host}:{world.master_port}"
+        raise Unavailable(f"torchrun's store at {where} cannot be reached: {_first_line(error)}") from error
+
+
+async def _start_coordinator(
+    arguments: LaunchArguments, world: World, store: TCPStore
+) -> tuple[asyncio.subprocess.Process, str]:
+    """Rank 0's: started and published; or, where it cannot start, why not is published, and raised."""
+    host = arguments.advertise_host or address_towards(world.master_host, world.master_port)
+    flags = ("--host", arguments.host, "--port", str(arguments.port), "--log-level", arguments.log_level)
+    try:
+        coordinator, address = await start_coordinator(arguments.options, f"tcp://{host}:*", flags)
+    except (ConfigError, Unavailable) as error:
+        await asyncio.to_thread(store.set, world.key, str(error))
+        await asyncio.sleep(SAID_GRACE_S)
+        raise
+    await asyncio.to_thread(store.set, world.key, address)
+    return coordinator, address
+
+
+async def _look_up(store: TCPStore, world: World, timeout_s: float) -> str:
+    try:
+        said: str = (await asyncio.to_thread(store.get, world.key)).decode()
+    except (DistError, RuntimeError) as error:
+        raise Unavailable(
+            f"rank 0 at {world.master_host} published no coordinator within {timeout_s:g} s: {_first_line(error)}"
+        ) from error
+    if not said.startswith("tcp://"):
+        raise ConfigError(said)
+    return said
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,226 @@
+"""One end of a TCP connection: frames out of an outbox, frames into a seat.
+
+A post is one vectored write of a frame's head and the outbox's bytes, from whichever thread posts. What the socket
+does not take at once the event loop writes later, from the same memory: a slot is not written again before its answer
+has landed, so nothing is copied. What comes goes straight to where it lands; only heads, and the first few kilobytes
+behind one, pass through a small buffer, so that a short frame costs one read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from msi.errors import TransportError
+from msi.net.transport import CompletionKind, Endpoint, Landing
+
+FRAME_MAGIC = b"MSIF"
+FRAME = struct.Struct("<4sIQQ")  # magic, immediate, offset in the seat, bytes that follow
+FRAME_BYTES = FRAME.size
+HEADS_BYTES = 8192  # of the buffer that heads pass through
+MAX_BACKLOG = 2 * 8192  # pieces that a peer may be behind; a frame is one or two
+MAX_PIECES = 64  # of one write
+READS_PER_TURN = 16  # before other connections get theirs
+
+Deliver = Callable[[Endpoint, CompletionKind, int, str], None]
+
+
+class TcpEndpoint:
+    """Used from the event loop, but for `post`.
+
+    Args:
+        name: of the peer, for sentences.
+        peer: what it said.
+        outbox_bytes: of its seat.
+        forget: called once, on the event loop, when the connection is closed.
+        cut_off: told why, when the peer sent what is not a frame.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        name: str,
+        peer: bytes,
+        landing: Landing,
+        seat: int,
+        outbox_bytes: int,
+        deliver: Deliver,
+        forget: Callable[[TcpEndpoint], None],
+        cut_off: Callable[[str, str], None],
+    ) -> None:
+        self.peer = peer
+        self.seat = seat
+        self.outbox = memoryview(mmap.mmap(-1, outbox_bytes))
+        self._name = name
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._deliver = deliver
+        self._forget = forget
+        self._cut_off = cut_off
+        self._landing = landing
+        self._generation = landing.generation(seat)
+        self._inbox = landing.seat(seat)
+        self._heads = memoryview(bytearray(HEADS_BYTES))
+        self._num_heads = 0  # bytes in `_heads`, less than a head
+        self._rest = self._heads[:0]  # where the rest of the frame in progress goes
+        self._immediate = 0  # its immediate
+        self._posting = threading.Lock()  # held while writing, and while the connection ends
+        self._backlog: deque[memoryview] = deque()
+        self._is_open = True
+
+    # -- out ---------------------------------------------------------------------------------------------------------
+
+    def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
+        head = FRAME.pack(FRAME_MAGIC, immediate, offset, num_bytes)
+        self.write(head, self.outbox[offset : offset + num_bytes])
+
+    def write(self, head: bytes, body: memoryview | None = None) -> None:
+        """These bytes go out after all earlier ones; `body` stays as it is until they have. As `post`, from any thread.
+
+        Raises:
+            TransportError: the connection is closed.
+        """
+        pieces = (head, body) if body else (head,)
+        with self._posting:
+            if not self._is_open:
+                raise TransportError(self._name, "the connection is closed")
+            backlog = self._backlog
+            if backlog:
+                if len(backlog) >= MAX_BACKLOG:
+                    raise TransportError(self._name, f"is {len(backlog)} writes behind")
+                backlog.extend(memoryview(piece) for piece in pieces)
+                return
+            try:
+                sent = self._sock.sendmsg(pieces)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:  # the event loop sees it, too, and says CLOSED
+                raise TransportError(self._name, f"the connection is closed ({error.strerror or error})") from error
+            if sent < len(head) + len(body or b""):
+                backlog.extend(memoryview(piece) for piece in pieces)
+                _skip(backlog, sent)
+                self._loop.call_soon_threadsafe(self._wait_writable)
+
+    def _wait_writable(self) -> None:
+        if self._is_open:
+            self._loop.add_writer(self._sock, self._writable)
+
+    def _writable(self) -> None:
+        with self._posting:
+            backlog = self._backlog
+            try:
+                while backlog:
+                    _skip(
+                        backlog, self._sock.sendmsg([backlog[index] for index in range(min(len(backlog), MAX_PIECES))])
+                    )
+            except BlockingIOError:
+                return
+            except OSError:  # reading says why
+                backlog.clear()
+            self._loop.remove_writer(self._sock)
+
+    # -- in ----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Frames land from now on."""
+        if self._is_open:
+            self._loop.add_reader(self._sock, self._readable)
+
+    def _readable(self) -> None:
+        try:
+            for _ in range(READS_PER_TURN):
+                if not self._is_open or not self._read():
+                    return
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end(f"the connection broke: {error.strerror or error}")
+
+    def _read(self) -> bool:
+        """One read; whether there may be more."""
+        if self._landing.generation(self.seat) != self._generation:
+            self._end("its seat was revoked")
+            return False
+        rest, heads = self._rest, self._heads
+        if rest:
+            num_read = self._sock.recvmsg_into((rest, heads))[0]
+            wanted = len(rest) + HEADS_BYTES
+        else:
+            num_read = self._sock.recv_into(heads[self._num_heads :])
+            wanted = HEADS_BYTES - self._num_heads
+        if not num_read:
+            is_between = not rest and not self._num_heads
+            self._end("its process is gone or closed the connection" + ("" if is_between else ", in mid-frame"))
+            return False
+        if not rest:
+            self._take(self._num_heads + num_read)
+        elif num_read < len(rest):
+            self._rest = rest[num_read:]
+        else:
+            self._rest = heads[:0]
+            self._deliver(self, CompletionKind.IMMEDIATE, self._immediate, "")
+            self._take(num_read - len(rest))
+        return num_read == wanted
+
+    def _take(self, num_bytes: int) -> None:
+        """So many bytes lie in `_heads`, the first of a head at its beginning."""
+        heads, inbox, at = self._heads, self._inbox, 0
+        while num_bytes - at >= FRAME_BYTES and self._is_open:
+            magic, immediate, offset, length = FRAME.unpack_from(heads, at)
+            at += FRAME_BYTES
+            if magic != FRAME_MAGIC:
+                self._refuse("not a frame")
+                return
+            if length:
+                end = offset + length
+                if end > len(inbox):
+                    self._refuse("out of bounds")
+                    return
+                here = min(length, num_bytes - at)
+                inbox[offset : offset + here] = heads[at : at + here]
+                at += here
+                if here < length:
+                    self._rest, self._immediate = inbox[offset + here : end], immediate
+                    break
+            self._deliver(self, CompletionKind.IMMEDIATE, immediate, "")
+        self._num_heads = num_bytes - at
+        heads[: self._num_heads] = bytes(heads[at:num_bytes])
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _refuse(self, reason: str) -> None:
+        self._cut_off(self._name, reason)
+        self._end(f"it sent what is {reason}")
+
+    def _end(self, reason: str) -> None:
+        if self._is_open:
+            self.close()
+            self._deliver(self, CompletionKind.CLOSED, 0, reason)
+
+    def close(self) -> None:
+        """What the socket has taken still arrives; what waited for it does not."""
+        with self._posting:
+            was_open, self._is_open = self._is_open, False
+            self._backlog.clear()
+        if was_open:
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+            self._sock.close()
+            self._forget(self)
+
+
+def _skip(pieces: deque[memoryview], num_bytes: int) -> None:
+    """Takes so many bytes off the front."""
+    while num_bytes:
+        first = pieces[0]
+        if num_bytes < len(first):
+            pieces[0] = first[num_bytes:]
+            return
+        num_bytes -= len(first)
+        pieces.popleft()
