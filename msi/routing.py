@@ -79,7 +79,7 @@ class Router:
             routed.token_ids.extend(one.token_ids)
             if one.finish_reason is not None:
                 self._forget(routed)
-            update = RequestUpdate(one.request_id, one.token_ids, one.finish_reason or "", "", "")
+            update = RequestUpdate(one.request_id, one.token_ids, one.finish_reason or "", "", "", one.logprobs)
             updates.setdefault(routed.client, []).append(update)
         return updates
 
