@@ -9,9 +9,10 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 from msi.engine import Engine
-from msi.errors import EngineError
+from msi.errors import ConfigError, EngineError
 from msi.instance import create_coordinator, worker_settings
 from msi.server.gateway import Gateway
 from msi.worker import Worker
@@ -60,7 +61,13 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
                 _announce(arguments.announce, coordinator.address)
                 return
             async with Engine.connect(coordinator.address) as engine:
-                gateway = Gateway(engine, host=arguments.host, port=arguments.port)
+                gateway = Gateway(
+                    engine,
+                    host=arguments.host,
+                    port=arguments.port,
+                    api_key=arguments.api_key,
+                    chat_template=_template(arguments.chat_template),
+                )
                 url = await gateway.start()
                 log.info("HTTP at %s", url)
                 _announce(arguments.announce, coordinator.address)
@@ -72,6 +79,13 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
         error = group.exceptions[0]
         _announce(arguments.announce, str(error))
         raise error from None
+
+
+def _template(path: Path | None) -> str:
+    try:
+        return "" if path is None else path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error
 
 
 def _announce(fd: int, line: str) -> None:

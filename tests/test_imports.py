@@ -26,7 +26,9 @@ LAYERS = [
 OWNERS = {
     "zmq": {"msi/net/control.py"},
     "msgpack": {"msi/net/codec.py"},
-    "aiohttp": {"msi/server/gateway.py"},
+    "aiohttp": {"msi/server/gateway.py", "msi/server/websocket.py"},
+    "prometheus_client": {"msi/server/metrics.py"},
+    "jinja2": {"msi/server/chat_template.py"},
     "triton": {"msi/kernels/"},
     "uvloop": {"launch/main.py"},
     "pickle": set(),
