@@ -9,7 +9,7 @@ from pathlib import Path
 from msi.errors import ConfigError
 from msi.options import InstanceOptions
 
-LATER = ("--plan", "--chat-template", "--api-key", "--check")
+LATER = ("--plan", "--check")
 MICRO_BATCHES = ("auto", "1", "2", "3", "4")
 
 
@@ -20,6 +20,8 @@ class LaunchArguments:
     Attributes:
         role: "" for everything on this machine, else the one process to run.
         parent: process with which this one ends; 0 for none.
+        api_key: what HTTP clients must give; "" asks for none.
+        chat_template: file with a template to use in place of the model's.
         announce: descriptor to write the coordinator's address to; -1 for none.
     """
 
@@ -33,6 +35,8 @@ class LaunchArguments:
     prompt: str | None
     max_tokens: int
     has_gateway: bool
+    api_key: str
+    chat_template: Path | None
     log_level: str
     parent: int
     announce: int
@@ -78,6 +82,10 @@ def parse(argv: list[str]) -> LaunchArguments:
     )
     if values.role and values.role != "coordinator" and not values.coordinator:
         raise ConfigError(f"--role {values.role} needs --coordinator tcp://HOST:PORT")
+    if values.api_key == "":
+        raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none")
+    if values.chat_template is not None and not values.chat_template.is_file():
+        raise ConfigError(f"--chat-template {values.chat_template} is not a file")
     return LaunchArguments(
         options=options,
         role=values.role,
@@ -89,6 +97,8 @@ def parse(argv: list[str]) -> LaunchArguments:
         prompt=values.prompt,
         max_tokens=values.max_tokens,
         has_gateway=not values.no_gateway,
+        api_key=values.api_key or "",
+        chat_template=values.chat_template,
         log_level=values.log_level,
         parent=values.parent,
         announce=values.announce,
@@ -133,6 +143,8 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("serving").add_argument
     add("--host", default="127.0.0.1", metavar="H")
     add("--port", type=int, default=8000, metavar="P")
+    add("--api-key", metavar="K", help="clients must send it as Authorization: Bearer K, on all paths but /health")
+    add("--chat-template", type=Path, metavar="F", help="Jinja file to use in place of the model's chat template")
     add("--prompt", metavar="TEXT", help="answer once, to standard output, and exit")
     add("--max-tokens", type=int, default=128, metavar="N", help="of the answer to --prompt")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))

@@ -55,7 +55,11 @@ class StatusLine:
 async def serve(arguments: LaunchArguments) -> None:
     """Serves until SIGINT or SIGTERM, or answers one prompt. Raises EngineError when the instance cannot go on."""
     level = ("--log-level", "warning" if arguments.prompt is not None else arguments.log_level)
-    gateway = ("--host", arguments.host, "--port", str(arguments.port))
+    gateway = ["--host", arguments.host, "--port", str(arguments.port)]
+    if arguments.api_key:
+        gateway.append(f"--api-key={arguments.api_key}")
+    if arguments.chat_template is not None:
+        gateway.append(f"--chat-template={arguments.chat_template.absolute()}")
     flags = {
         "coordinator_flags": (*level, *(("--no-gateway",) if arguments.prompt is not None else gateway)),
         "worker_flags": level,

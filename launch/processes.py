@@ -9,14 +9,16 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from msi.engine import Engine
-from msi.errors import EngineError
+from msi.errors import ConfigError, EngineError
 from msi.instance import create_coordinator, create_worker
 from msi.server.gateway import Gateway
+from msi.worker import Worker
 
 from .arguments import LaunchArguments
 
@@ -81,7 +83,13 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
                 _announce(arguments.announce, coordinator.address)
                 return
             async with Engine.connect(coordinator.address) as engine:
-                gateway = Gateway(engine, host=arguments.host, port=arguments.port)
+                gateway = Gateway(
+                    engine,
+                    host=arguments.host,
+                    port=arguments.port,
+                    api_key=arguments.api_key,
+                    chat_template=_template(arguments.chat_template),
+                )
                 url = await gateway.start()
                 log.info("HTTP at %s", url)
                 _announce(arguments.announce, coordinator.address)
@@ -93,6 +101,13 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
         error = group.exceptions[0]
         _announce(arguments.announce, str(error))
         raise error from None
+
+
+def _template(path: Path | None) -> str:
+    try:
+        return "" if path is None else path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error
 
 
 def _announce(fd: int, line: str) -> None:

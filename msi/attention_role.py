@@ -26,7 +26,7 @@ from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
 from msi.net.transport import Transport
 from msi.scheduler import Request, Scheduler
-from msi.types import MicroBatch, StageTimes, TokenSampling
+from msi.types import MicroBatch, Sampled, StageTimes, TokenSampling
 
 log = logging.getLogger(__name__)
 
@@ -210,9 +210,9 @@ class AttentionRole:
     def may_continue(self, lane: int) -> bool:
         return self._scheduler.may_continue(lane)
 
-    def finish(self, lane: int, micro_batch: MicroBatch, tokens: list[int]) -> None:
+    def finish(self, lane: int, micro_batch: MicroBatch, sampled: Sampled) -> None:
         self._num_passes += 1
-        progress = self._scheduler.update(lane, tokens)
+        progress = self._scheduler.update(lane, sampled.token_ids, sampled.logprobs)
         if progress:
             ours = self._assignment
             self._report(PassDone(ours.worker_id, ours.incarnation, tuple(progress)))
@@ -287,6 +287,7 @@ class AttentionRole:
         link, scheduled = self._link.counters, self._scheduler.counters
         counters: dict[str, float] = {
             "passes": self._num_passes,
+            "blocks": self._num_blocks - 1,
             "posts": link.posts,
             "rows_sent": link.rows,
             "answers": link.answers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from msi import errors
 from msi.errors import ConfigError, EngineError, Unavailable
@@ -109,30 +109,37 @@ class CoordinatorClient:
         except TimeoutError:
             raise Unavailable(f"the coordinator at {self.address} did not answer for {STATS_TIMEOUT_S:g} s") from None
 
-    async def generate(self, request: Request) -> AsyncGenerator[RequestUpdate, None]:
-        """Updates until the last one. Leaving early, or being cancelled, cancels the request.
+    async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[RequestUpdate, None]:
+        """Updates of these requests until the last one. Leaving early, or being cancelled, cancels them.
 
         Raises:
-            EngineError: the request was refused or lost; of the class that the coordinator named.
+            EngineError: a request was refused or lost; of the class that the coordinator named. The others end too.
         """
         if self._failure is not None:
             raise type(self._failure)(str(self._failure))
         queue: asyncio.Queue[RequestUpdate] = asyncio.Queue()
-        self._queues[request.request_id] = queue
-        is_over = False
         try:
-            self._control.send(Submit(request))
-            while not is_over:
+            for request in requests:
+                self._queues[request.request_id] = queue
+                self._control.send(Submit(request))
+            while any(request.request_id in self._queues for request in requests):
                 update = await queue.get()
-                is_over = bool(update.finish_reason or update.error_kind)
+                if update.request_id not in self._queues:  # cancelled since
+                    continue
+                if update.finish_reason or update.error_kind:
+                    del self._queues[update.request_id]
                 if update.error_kind:
                     kind = getattr(errors, update.error_kind, EngineError)
                     raise kind(update.error)
                 yield update
         finally:
-            del self._queues[request.request_id]
-            if not is_over:
-                self._control.send(Cancel(request.request_id))
+            for request in requests:
+                self.cancel(request.request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """No more updates of this request; nothing happens if it is over."""
+        if self._queues.pop(request_id, None) is not None:
+            self._control.send(Cancel(request_id))
 
     async def _receive(self) -> None:
         while True:

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from msi.errors import EngineError, InvalidRequest, Unavailable
 from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
 from msi.messages import Stats, Welcome
 from msi.options import InstanceOptions
+from msi.sampling import seed_of_choice
 from msi.scheduler import Request
 from msi.tokenizer import TextStream, encode, load_tokenizer
 from msi.types import Output, SamplingParams
@@ -191,6 +192,17 @@ class Engine:
         return self._require_welcome().max_model_len
 
     @property
+    def chat_template(self) -> str:
+        """The model's, in Jinja; "" where it has none."""
+        return self._require_welcome().chat_template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of the tokens that chat templates name."""
+        welcome = self._require_welcome()
+        return {"bos_token": welcome.bos_token, "eos_token": welcome.eos_token}
+
+    @property
     def status(self) -> tuple[bool, str]:
         """Whether requests are taken now, and a sentence that says what is waited for if not."""
         if self._failure is not None:
@@ -212,27 +224,32 @@ class Engine:
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """A prompt's tokens. Raises InvalidRequest."""
+    def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """A prompt's tokens; with those that the tokenizer puts around a text. Raises InvalidRequest."""
         if isinstance(prompt, str):
             if len(prompt) > MAX_PROMPT_CHARS:
                 raise InvalidRequest(f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are allowed")
             if self._tokenizer is None:
                 raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids")
-            return encode(self._tokenizer, prompt)
+            return encode(self._tokenizer, prompt, add_special_tokens)
         token_ids = tuple(prompt)
+        self._check_tokens("the prompt", token_ids)
+        return token_ids
+
+    def _check_tokens(self, where: str, token_ids: Iterable[int]) -> None:
         vocab_size = self._require_welcome().vocab_size
         for token_id in token_ids:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-                raise InvalidRequest(
-                    f"token id {token_id!r} in the prompt; ids are integers from 0 to {vocab_size - 1}"
-                )
-        return token_ids
+                raise InvalidRequest(f"token id {token_id!r} in {where}; ids are integers from 0 to {vocab_size - 1}")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included; "" for a model without tokenizer."""
+        return "" if self._tokenizer is None else str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str = ""
     ) -> AsyncGenerator[Output, None]:
-        """Generates, yielding what is new as it comes; the last output has a finish_reason.
+        """Generates, yielding what is new as it comes; the last output of each choice has a finish_reason.
 
         Leaving the iteration early, or being cancelled, cancels the request.
 
@@ -249,21 +266,26 @@ class Engine:
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks")
         token_ids = self.encode(prompt)
+        self._check_tokens("logit_bias", params.logit_bias)
+        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        request_id = request_id or f"req-{uuid.uuid4().hex}"
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(request_id or f"req-{uuid.uuid4().hex}", token_ids, replace(params, seed=seed))
-        text = TextStream(self._tokenizer, params.stop)
-        updates = client.generate(request)
+        names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
+        choices = [replace(params, seed=seed_of_choice(seed, index), n=1) for index in range(params.n)]
+        texts = [TextStream(self._tokenizer, params.stop, params.min_tokens) for _ in choices]
+        updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
         try:
             async for update in updates:
-                new_text = text.push(update.token_ids)
-                reason: str | None = update.finish_reason or None
+                index = names.index(update.request_id)
+                text, reason = texts[index], update.finish_reason or None
+                # a token that ends the text is not part of it
+                new_text = text.push(update.token_ids[:-1] if reason == "stop" else update.token_ids)
                 if text.is_stopped:
                     reason = "stop"
+                    client.cancel(update.request_id)
                 elif reason is not None:
                     new_text += text.flush()
-                yield Output(request.request_id, new_text, update.token_ids, reason, len(token_ids))
-                if reason is not None:
-                    return
+                yield Output(request_id, new_text, update.token_ids, reason, len(token_ids), index, update.logprobs)
         finally:
             await updates.aclose()
 

@@ -76,6 +76,8 @@ def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
     texts = read_json(tokenizer_config_path) if tokenizer_config_path.exists() else {}
     template_path = model_dir / "chat_template.jinja"
     template = template_path.read_text() if template_path.exists() else texts.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((one["template"] for one in template if one.get("name") == "default"), None)
     welcome = Welcome(
         model_name=options.model_name,
         vocab_size=config.vocab_size,

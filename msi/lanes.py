@@ -12,7 +12,7 @@ from typing import Protocol
 
 from msi.errors import TransportError
 from msi.net.dispatch_link import DispatchLink, Turn
-from msi.types import MicroBatch
+from msi.types import MicroBatch, Sampled
 
 
 class AttentionCompute(Protocol):
@@ -33,7 +33,7 @@ class AttentionCompute(Protocol):
     def combine(self, lane: int, layer: int) -> None:
         """Adds what the expert nodes sent back, from the landing slots of the lane."""
 
-    def sample(self, lane: int) -> Awaitable[list[int]]:
+    def sample(self, lane: int) -> Awaitable[Sampled]:
         """The next token of each of the micro-batch's `logit_rows`."""
 
 
@@ -46,7 +46,7 @@ class MicroBatches(Protocol):
     def may_continue(self, lane: int) -> bool:
         """Whether this lane may have a micro-batch right after the one in flight."""
 
-    def finish(self, lane: int, micro_batch: MicroBatch, tokens: list[int]) -> None:
+    def finish(self, lane: int, micro_batch: MicroBatch, sampled: Sampled) -> None:
         """A pass is through."""
 
     def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
@@ -59,12 +59,12 @@ async def run_lane(lane: int, batches: MicroBatches, compute: AttentionCompute, 
         await link.wait_complete()
         micro_batch = await batches.next(lane)
         try:
-            tokens = await run_pass(lane, micro_batch, compute, link, batches.may_continue)
+            sampled = await run_pass(lane, micro_batch, compute, link, batches.may_continue)
         except TransportError as error:
             link.skip_to(lane, compute.num_layers)
             batches.fail(lane, micro_batch, error)
         else:
-            batches.finish(lane, micro_batch, tokens)
+            batches.finish(lane, micro_batch, sampled)
 
 
 async def run_pass(
@@ -73,7 +73,7 @@ async def run_pass(
     compute: AttentionCompute,
     link: DispatchLink,
     may_continue: Callable[[int], bool],
-) -> list[int]:
+) -> Sampled:
     """One micro-batch through the model. Raises TransportError when an expert node is lost on the way."""
     last = compute.num_layers - 1
     compute.begin(lane, micro_batch)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from msi.scheduler import Progress, Request
-from msi.types import Placement, StageTimes
+from msi.types import Placement, StageTimes, TokenLogprobs
 
 PROTOCOL_VERSION = 1
 
@@ -301,6 +301,7 @@ class RequestUpdate:
     finish_reason: str
     error_kind: str
     error: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 The randomness of a request is a function of (seed, position) alone: each choice uses one number in [0, 1) drawn by
 hashing the two, so the same request gives the same tokens whatever else runs beside it.
+
+Order of operations, as in vLLM: log-probabilities of the model's own distribution; bias, bans and penalties; then
+greedy, or temperature, min-p, top-k, top-p over what is left, and one draw.
 """
 
 from __future__ import annotations
@@ -11,24 +14,65 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msi.types import TokenSampling
+from msi.sampling import uniform_of
+from msi.types import LogitChanges, Sampled, TokenLogprobs, TokenSampling
 
-MASK = (1 << 64) - 1
 
-
-def sample(logits: Tensor, sampling: Sequence[TokenSampling]) -> list[int]:
-    """One token per row of logits float32 [n, vocab_size].
-
-    Order of operations: temperature, then top-k, then top-p over what is left, then one draw.
-    """
+def sample(logits: Tensor, sampling: Sequence[TokenSampling]) -> Sampled:
+    """One token per row of logits float32 [n, vocab_size], which are changed in place."""
     if not len(sampling):
-        return []
+        return Sampled([])
+    wanted: dict[int, int] = {}
+    raw = logits
+    if extras := [(row, one.extras) for row, one in enumerate(sampling) if one.extras is not None]:
+        wanted = {row: extra.logprobs for row, extra in extras if extra.logprobs is not None}
+        if wanted:
+            raw = torch.log_softmax(logits[list(wanted)], dim=-1)
+        if changes := [(row, extra.changes) for row, extra in extras if extra.changes is not None]:
+            _change(logits, changes)
     tokens = logits.argmax(dim=-1)
-    rows = [index for index, one in enumerate(sampling) if one.temperature > 0]
-    if rows:
-        tokens[rows] = _draw(logits[rows], [sampling[index] for index in rows])
-    chosen: list[int] = tokens.tolist()
-    return chosen
+    if rows := [row for row, one in enumerate(sampling) if one.temperature > 0]:
+        tokens[rows] = _draw(logits[rows], [sampling[row] for row in rows])
+    token_ids: list[int] = tokens.tolist()
+    return Sampled(token_ids, _logprobs(raw, wanted, token_ids) if wanted else {})
+
+
+def _change(logits: Tensor, changes: Sequence[tuple[int, LogitChanges]]) -> None:
+    """Touches the tokens that are named and no others, so it costs their number, not the vocabulary's."""
+    if biased := [(row, token, bias) for row, one in changes for token, bias in one.logit_bias.items()]:
+        added = torch.tensor([bias for _, _, bias in biased], dtype=logits.dtype)
+        logits[_entries([(row, token) for row, token, _ in biased])] += added
+    if banned := [(row, token) for row, one in changes for token in one.banned_token_ids]:
+        logits[_entries(banned)] = -torch.inf
+    if seen := [(row, one) for row, one in changes if one.repetition_penalty != 1]:
+        tokens = [(*one.prompt_token_ids, *one.output_token_ids) for _, one in seen]
+        at, penalties = _rows_and_tokens(seen, tokens, [one.repetition_penalty for _, one in seen])
+        values = logits[at]  # a token that comes twice is computed twice, with the same result
+        logits[at] = torch.where(values > 0, values / penalties, values * penalties)
+    if seen := [(row, one) for row, one in changes if one.frequency_penalty]:
+        tokens = [one.output_token_ids for _, one in seen]
+        at, penalties = _rows_and_tokens(seen, tokens, [one.frequency_penalty for _, one in seen])
+        logits.index_put_(at, -penalties, accumulate=True)
+    if seen := [(row, one) for row, one in changes if one.presence_penalty]:
+        tokens = [one.output_token_ids for _, one in seen]
+        at, penalties = _rows_and_tokens(seen, tokens, [one.presence_penalty for _, one in seen])
+        logits[at] = logits[at] - penalties
+
+
+def _entries(entries: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Indices (rows, tokens) of some entries of the logits."""
+    rows, tokens = torch.tensor(entries, dtype=torch.int64).T
+    return rows, tokens
+
+
+def _rows_and_tokens(
+    changes: Sequence[tuple[int, LogitChanges]], tokens: Sequence[tuple[int, ...]], values: Sequence[float]
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Indices (rows, tokens) of each row's tokens, and the row's value for each of them."""
+    counts = torch.tensor([len(one) for one in tokens])
+    rows = torch.tensor([row for row, _ in changes]).repeat_interleave(counts)
+    flat = torch.tensor([token for one in tokens for token in one], dtype=torch.int64)
+    return (rows, flat), torch.tensor(values).repeat_interleave(counts)
 
 
 def _draw(logits: Tensor, sampling: Sequence[TokenSampling]) -> Tensor:
@@ -40,6 +84,9 @@ def _draw(logits: Tensor, sampling: Sequence[TokenSampling]) -> Tensor:
 
     values, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = torch.softmax((values - values[:, :1]) / temperature[:, None], dim=-1, dtype=torch.float64)
+    if any(one.extras is not None and one.extras.min_p > 0 for one in sampling):
+        min_p = torch.tensor([0.0 if one.extras is None else one.extras.min_p for one in sampling], dtype=torch.float64)
+        probabilities.masked_fill_(probabilities < min_p[:, None] * probabilities[:, :1], 0.0)
     ranks = torch.arange(vocab_size)
     probabilities.masked_fill_(ranks >= top_k[:, None], 0.0)
     before = probabilities.cumsum(dim=-1) - probabilities
@@ -51,13 +98,12 @@ def _draw(logits: Tensor, sampling: Sequence[TokenSampling]) -> Tensor:
     return order.gather(1, picked.minimum(num_left - 1)).flatten()
 
 
-def uniform_of(seed: int, position: int) -> float:
-    """A number in [0, 1) from 64 bits of seed and the position: splitmix64's output function, twice."""
-    return (_mix(_mix(seed & MASK) + position & MASK) >> 11) * 2.0**-53
-
-
-def _mix(state: int) -> int:
-    state = state + 0x9E3779B97F4A7C15 & MASK
-    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    state = (state ^ state >> 27) * 0x94D049BB133111EB & MASK
-    return state ^ state >> 31
+def _logprobs(raw: Tensor, wanted: dict[int, int], token_ids: Sequence[int]) -> dict[int, TokenLogprobs]:
+    """By row, from log-probabilities [len(wanted), vocab_size]; `wanted`: row to how many of the best."""
+    chosen = raw.gather(1, torch.tensor([[token_ids[row]] for row in wanted])).flatten().tolist()
+    count = min(max(wanted.values()), raw.shape[-1])
+    values, tokens = (best.tolist() for best in raw.topk(count, dim=-1))
+    return {
+        row: TokenLogprobs(token_ids[row], chosen[index], tuple(tokens[index][:top]), tuple(values[index][:top]))
+        for index, (row, top) in enumerate(wanted.items())
+    }

@@ -14,16 +14,19 @@ on, so nobody starves.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from msi.block_pool import BlockPool, hash_block
 from msi.errors import InvalidRequest, Unavailable
-from msi.types import MicroBatch, SamplingParams, TokenSampling
+from msi.sampling import is_stop_token, token_sampling
+from msi.types import MicroBatch, SamplingParams, TokenLogprobs
 
 # The predicted time of a lane, in units of one decoded token: attention over this much context costs as much again,
 # and of a prompt that is still to be computed a token costs this share.
 CONTEXT_UNIT = 1024
 PROMPT_SHARE = 1 / 16
+NO_LOGPROBS: Mapping[int, TokenLogprobs] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +40,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What is new of a request after a pass. `finish_reason` is "stop", "length" or None while it goes on."""
+    """What is new of a request after a pass.
+
+    Attributes:
+        finish_reason: "stop", "length" or None while it goes on.
+        logprobs: one for each token if they were asked for, else ().
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(slots=True)
@@ -238,7 +247,7 @@ class Scheduler:
         if not chosen:
             return None
         lane.in_flight = chosen
-        return _micro_batch(chosen)
+        return _micro_batch(chosen, self._eos_token_ids)
 
     def may_continue(self, lane_index: int) -> bool:
         """Whether the lane may have a micro-batch right after the one in flight."""
@@ -250,22 +259,29 @@ class Scheduler:
             for sequence, count in lane.in_flight
         )
 
-    def update(self, lane_index: int, token_ids: list[int]) -> list[Progress]:
-        """The pass of a lane is through: one sampled token for each of its micro-batch's logit rows."""
+    def update(
+        self, lane_index: int, token_ids: list[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS
+    ) -> list[Progress]:
+        """The pass of a lane is through: one sampled token for each of its micro-batch's logit rows.
+
+        Args:
+            logprobs: by index into `token_ids`.
+        """
         lane = self._lanes[lane_index]
         in_flight, lane.in_flight = lane.in_flight, []
-        sampled = iter(token_ids)
+        sampled = iter(enumerate(token_ids))
         progress = []
         for sequence, count in in_flight:
             sequence.num_computed += count
             self._keep_full_blocks(sequence)
-            token = next(sampled) if sequence.num_computed == len(sequence.tokens) else None
+            row, token = next(sampled) if sequence.num_computed == len(sequence.tokens) else (-1, None)
             if sequence.is_cancelled:
                 self._release(lane, sequence)
             elif token is not None:
                 sequence.tokens.append(token)
                 reason = self._finish_reason(sequence, token)
-                progress.append(Progress(sequence.request.request_id, (token,), reason))
+                chosen = (logprobs[row],) if row in logprobs else ()
+                progress.append(Progress(sequence.request.request_id, (token,), reason, chosen))
                 if reason is not None:
                     del self._sequences[sequence.request.request_id]
                     self._release(lane, sequence)
@@ -292,7 +308,7 @@ class Scheduler:
             self._release(lane, sequence)
 
     def _finish_reason(self, sequence: _Sequence, token: int) -> str | None:
-        if token in self._eos_token_ids and not sequence.request.params.ignore_eos:
+        if is_stop_token(sequence.request.params, token, self._eos_token_ids):
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.max_len else None
 
@@ -385,7 +401,7 @@ class Scheduler:
         self.counters.preemptions += 1
 
 
-def _micro_batch(chosen: list[tuple[_Sequence, int]]) -> MicroBatch:
+def _micro_batch(chosen: list[tuple[_Sequence, int]], eos_token_ids: Collection[int]) -> MicroBatch:
     token_ids: list[int] = []
     positions: list[int] = []
     logit_rows = []
@@ -395,12 +411,10 @@ def _micro_batch(chosen: list[tuple[_Sequence, int]]) -> MicroBatch:
         token_ids += sequence.tokens[start : start + count]
         positions += range(start, start + count)
         if start + count == len(sequence.tokens):
-            params = sequence.request.params
-            assert params.seed is not None, sequence.request.request_id
+            request = sequence.request
             logit_rows.append(len(token_ids) - 1)
-            sampling.append(
-                TokenSampling(params.temperature, params.top_p, params.top_k, params.seed, len(sequence.tokens))
-            )
+            num_prompt = len(request.prompt_token_ids)
+            sampling.append(token_sampling(request.params, sequence.tokens, num_prompt, eos_token_ids))
     return MicroBatch(
         token_ids=tuple(token_ids),
         positions=tuple(positions),

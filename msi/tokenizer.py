@@ -18,14 +18,14 @@ def load_tokenizer(content: bytes) -> Tokenizer:
         raise ConfigError(f"tokenizer.json cannot be read: {error}") from error
 
 
-def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Tokens of a prompt, with the special tokens that the tokenizer puts around it.
+def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+    """Tokens of a prompt, by default with the special tokens that the tokenizer puts around it.
 
     Raises:
         InvalidRequest: the text holds lone surrogates, which no encoding can express.
     """
     try:
-        return tuple(tokenizer.encode(text).ids)
+        return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"the prompt is not valid Unicode text: {error.reason} at {error.start}") from error
     except TypeError as error:
@@ -37,12 +37,16 @@ class TextStream:
 
     Bytes of an unfinished character are held back, and so is the end of a text that may turn out to be the beginning
     of a stop string.
+
+    Args:
+        min_tokens: before so many tokens no stop string counts.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...], min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         self._stream: Any = None if tokenizer is None else DecodeStream(skip_special_tokens=True)
         self._stop = stop
+        self._min_tokens = min_tokens
         self._token_ids: list[int] = []
         self._num_streamed = 0  # characters that the stream gave
         self._held = ""
@@ -52,19 +56,23 @@ class TextStream:
         """The text that these tokens make certain; once it `is_stopped`, that is all there will be."""
         if self._tokenizer is None:
             return ""
+        early = ""  # what comes before a stop string counts
         for token_id in token_ids:
             new_text = self._stream.step(self._tokenizer, token_id) or ""
             self._token_ids.append(token_id)
             self._num_streamed += len(new_text)
+            if len(self._token_ids) <= self._min_tokens:
+                early += new_text
+                continue
             self._held += new_text
             found = [(at, text) for text in self._stop if (at := self._held.find(text)) >= 0]
             if found:
                 self.is_stopped = True
                 certain, self._held = self._held[: min(found)[0]], ""
-                return certain
+                return early + certain
         keep = self._possible_stop()
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return certain
+        return early + certain
 
     def flush(self) -> str:
         """What was held back, once nothing follows; bytes of a character that stayed incomplete show as U+FFFD."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import reprlib
+from dataclasses import dataclass, field
 
 from msi.errors import InvalidRequest
 
 MAX_STOP_STRINGS = 16
+MAX_LISTED_TOKENS = 1024
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens.
+    """How to choose tokens. Names and meanings are vLLM's, and OpenAI's where that has the parameter.
 
     Attributes:
         max_tokens: the most tokens to generate, at least 1.
@@ -22,6 +26,16 @@ class SamplingParams:
         seed: makes the request's randomness a function of (seed, position) alone; None draws one.
         stop: strings that end the text; they are not part of it.
         ignore_eos: go on after an end-of-sequence token.
+        min_p: sample from the tokens with at least this share of the best one's probability.
+        presence_penalty: subtracted from the logit of every token that the output has.
+        frequency_penalty: the same, times how often the output has it.
+        repetition_penalty: logits of tokens in prompt or output are divided by it if positive, else multiplied.
+        logit_bias: token id to what is added to its logit, from -100 to 100.
+        min_tokens: neither an end of sequence nor `stop_token_ids` nor a stop string before so many tokens.
+        stop_token_ids: tokens that end the text; they are not part of it.
+        logprobs: log-probabilities of each chosen token and of so many of the most probable ones, before temperature,
+            penalties and bias; None for none at all.
+        n: choices, each an answer of its own; their seeds derive from `seed`.
 
     Raises:
         InvalidRequest: names the parameter, what was given and what is allowed.
@@ -34,6 +48,15 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         _require("max_tokens", self.max_tokens, _is_int(self.max_tokens) and self.max_tokens >= 1, "an integer >= 1")
@@ -47,10 +70,36 @@ class SamplingParams:
         _require("stop", self.stop, ok and len(self.stop) <= MAX_STOP_STRINGS,
                  f"up to {MAX_STOP_STRINGS} strings, none of them empty")  # fmt: skip
         _require("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "true or false")
+        _require("min_p", self.min_p, _is_number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(name, value, _is_number(value) and -2 <= value <= 2, "a number from -2 to 2")
+        ok = _is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100
+        _require("repetition_penalty", self.repetition_penalty, ok, "a number above 0 and up to 100; 1 changes nothing")
+        self._check_listed_tokens()
+        ok = _is_int(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens
+        _require("min_tokens", self.min_tokens, ok, f"an integer from 0 to max_tokens, which is {self.max_tokens}")
+        ok = self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS)
+        _require("logprobs", self.logprobs, ok, f"an integer from 0 to {MAX_LOGPROBS}, or null")
+        ok = _is_int(self.n) and 1 <= self.n <= MAX_CHOICES
+        _require("n", self.n, ok, f"an integer from 1 to {MAX_CHOICES}")
+
+    def _check_listed_tokens(self) -> None:
+        bias = self.logit_bias
+        ok = isinstance(bias, dict) and len(bias) <= MAX_LISTED_TOKENS and all(_is_token(token) for token in bias)
+        ok = ok and all(_is_number(value) and -100 <= value <= 100 for value in bias.values())
+        _require("logit_bias", bias, ok, f"a map of up to {MAX_LISTED_TOKENS} token ids to numbers from -100 to 100")
+        ids = self.stop_token_ids
+        ok = isinstance(ids, tuple) and len(ids) <= MAX_LISTED_TOKENS and all(_is_token(token) for token in ids)
+        _require("stop_token_ids", ids, ok, f"up to {MAX_LISTED_TOKENS} token ids")
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _is_number(value: object) -> bool:
@@ -59,7 +108,42 @@ def _is_number(value: object) -> bool:
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:
     if not ok:
-        raise InvalidRequest(f"{name} is {value!r}; it must be {allowed}")
+        raise InvalidRequest(f"{name} is {reprlib.repr(value)}; it must be {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class LogitChanges:
+    """What is done to one row of logits before a token is chosen: bias, then bans, then penalties.
+
+    Attributes:
+        repetition_penalty: applies to `prompt_token_ids` and `output_token_ids`, once per token.
+        presence_penalty, frequency_penalty: apply to `output_token_ids`.
+        prompt_token_ids: () unless there is a repetition penalty.
+        output_token_ids: () unless there is a penalty.
+        banned_token_ids: tokens that cannot be chosen.
+    """
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    prompt_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
+    logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
+    banned_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingExtras:
+    """What few rows want; rows without cost nothing.
+
+    Attributes:
+        changes: None when the logits stay as they are.
+        logprobs: how many of the most probable tokens are wanted with the chosen one; None for no log-probabilities.
+    """
+
+    min_p: float = 0.0
+    changes: LogitChanges | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +155,36 @@ class TokenSampling:
     top_k: int
     seed: int
     position: int
+    extras: SamplingExtras | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the model's own distribution.
+
+    Attributes:
+        logprob: of the token that was chosen.
+        top_token_ids: the most probable tokens, best first.
+        top_logprobs: theirs.
+    """
+
+    token_id: int
+    logprob: float
+    top_token_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The chosen tokens of a micro-batch.
+
+    Attributes:
+        token_ids: one for each of its `logit_rows`.
+        logprobs: by index into `token_ids`, of the rows that asked.
+    """
+
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +224,9 @@ class Output:
     Attributes:
         text: new text; "" while the bytes of a character are incomplete.
         token_ids: new tokens.
-        finish_reason: "stop" (end of sequence or a stop string), "length", or None while it goes on.
+        finish_reason: "stop" (end of sequence, a stop token or string), "length", or None while it goes on.
+        index: which of the request's `n` choices this belongs to.
+        logprobs: one for each of `token_ids` if they were asked for, else ().
     """
 
     request_id: str
@@ -118,6 +234,8 @@ class Output:
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     num_prompt_tokens: int = 0
+    index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgpack
 import pytest
 from hypothesis import given
@@ -23,7 +25,7 @@ from msi.messages import (
 )
 from msi.net.codec import Codec
 from msi.scheduler import Progress, Request
-from msi.types import Placement, SamplingParams, StageTimes
+from msi.types import Placement, SamplingParams, StageTimes, TokenLogprobs
 
 CODEC = Codec(*MESSAGES)
 EXAMPLES = [
@@ -52,13 +54,20 @@ EXAMPLES = [
     Heartbeat("a", 0, WorkerStatus(1, 2, 3, 4, 5, StageTimes(0.1, 0.2, 0.3, 0.4, 0.5), {"x": 1.5})),
     PassDone("a", 0, (Progress("r", (1, 2)), Progress("s", (3,), "stop"))),
     Submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=3, seed=2**64 - 1, stop=("a", "b")))),
+    Submit(Request("r", (1,), SamplingParams(seed=1, logit_bias={5: -100, 7: 0.5}, stop_token_ids=(3,), logprobs=2))),
     Outputs((RequestUpdate("r", (1,), "", "", ""),)),
+    Outputs((RequestUpdate("r", (1,), "", "", "", (TokenLogprobs(1, -0.5, (1, 2), (-0.5, -1.0)),)),)),
 ]
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 def test_messages_survive_the_wire(message):
     assert CODEC.decode(CODEC.encode(message)) == message
+
+
+def submit(**changes):
+    params = dataclasses.asdict(SamplingParams()) | changes
+    return msgpack.packb(["Submit", ["r", [1], list(params.values())]])
 
 
 @pytest.mark.parametrize(
@@ -72,9 +81,11 @@ def test_messages_survive_the_wire(message):
         (msgpack.packb(["Shutdown"]), "Shutdown has 1 fields"),
         (msgpack.packb(["Shutdown", 3]), "expected str, got int"),
         (msgpack.packb(["ClientHello", True]), "expected int, got bool"),
-        (msgpack.packb(["Outputs", [["r", 3, "", "", ""]]]), "expected an array"),
-        (msgpack.packb(["Submit", ["r", [1], [0, 1.0, 1.0, 0, None, [], False]]]), "max_tokens is 0"),
-        (msgpack.packb(["Submit", ["r", [1], [1, float("nan"), 1.0, 0, None, [], False]]]), "temperature is nan"),
+        (msgpack.packb(["Outputs", [["r", 3, "", "", "", []]]]), "expected an array"),
+        (submit(max_tokens=0), "max_tokens is 0"),
+        (submit(temperature=float("nan")), "temperature is nan"),
+        (submit(logit_bias={"5": 1.0}), "expected a map with int keys"),
+        (submit(n=True), "expected int, got bool"),
     ],
 )
 def test_what_is_no_message_is_refused(payload, complaint):

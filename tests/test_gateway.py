@@ -123,9 +123,18 @@ BAD = [
     ({"json": {"prompt": "a", "stop": 3}}, "stop is a number"),
     ({"json": {"prompt": "a", "stop": [""]}}, "stop is"),
     ({"json": {"prompt": "a", "stream": "yes"}}, "stream is a string; it must be a boolean"),
-    ({"json": {"prompt": "a", "n": 2}}, "n is 2; only 1 is supported yet"),
+    ({"json": {"prompt": "a", "n": 0}}, "n is 0; it must be an integer from 1 to 128"),
+    ({"json": {"prompt": "a", "best_of": 2}}, "best_of is 2; only 1 is supported yet"),
+    ({"json": {"prompt": "a", "logit_bias": {"x": 1}}}, "logit_bias has the key 'x'"),
+    ({"json": {"prompt": "a", "logit_bias": {"5": 200}}}, "logit_bias is"),
+    ({"json": {"prompt": "a", "logit_bias": {"5000": 1}}}, "token id 5000 in logit_bias"),
+    ({"json": {"prompt": "a", "stop_token_ids": 3}}, "stop_token_ids is a number; it must be an array"),
+    ({"json": {"prompt": "a", "logprobs": 50}}, "logprobs is 50; it must be an integer from 0 to 20"),
+    ({"json": {"prompt": "a", "logprobs": 1, "echo": True}}, "echo and logprobs do not go together"),
+    ({"json": {"prompt": "a", "min_tokens": 99}}, "min_tokens is 99"),
+    ({"json": {"prompt": "a", "stream_options": {}}}, 'stream_options is only allowed with "stream": true'),
+    ({"json": {"prompt": "a", "stream": True, "stream_options": {"x": 1}}}, "field 'x' is not supported"),
     ({"json": {"prompt": "a", "frobnicate": 1}}, "field 'frobnicate' is not supported"),
-    ({"json": {"prompt": "a", "model": "other"}}, "model 'other' is not served here; this is 'tiny'"),
 ]
 
 
@@ -136,6 +145,12 @@ async def test_bad_requests_are_answered_with_a_sentence(served, options, compla
     assert complaint in body["error"]["message"]
     assert body["error"]["type"] == "invalid_request_error"
     assert (await post(served, {"prompt": [5], "max_tokens": 1}))[0] == 200, "nothing is lost"
+
+
+async def test_another_model_is_not_found(served):
+    status, body = await post(served, {"prompt": "a", "model": "other"})
+    assert (status, body["error"]["code"]) == (404, 404)
+    assert body["error"]["message"] == "model 'other' is not served here; this is 'tiny'"
 
 
 async def test_a_bad_request_that_wanted_a_stream_is_an_http_error_too(served):

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"msi.errors", "msi.types", "msi.meter", "msi.tracing"},
     {
-        "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.block_pool", "msi.kernels", "msi.net",
+        "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.sampling", "msi.block_pool", "msi.kernels",
+        "msi.net",
     },
     {"msi.messages", "msi.membership", "msi.routing", "msi.options"},  # decisions about an instance, and its messages
     {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer"},
@@ -25,7 +26,9 @@ LAYERS = [
 OWNERS = {
     "zmq": {"msi/net/control.py"},
     "msgpack": {"msi/net/codec.py"},
-    "aiohttp": {"msi/server/gateway.py"},
+    "aiohttp": {"msi/server/gateway.py", "msi/server/websocket.py"},
+    "prometheus_client": {"msi/server/metrics.py"},
+    "jinja2": {"msi/server/chat_template.py"},
     "triton": {"msi/kernels/"},
     "uvloop": {"launch/main.py"},
     "pickle": set(),

@@ -30,7 +30,8 @@ pytestmark = pytest.mark.timeout(180)
     [
         (["/nowhere"], "/nowhere is not a directory"),
         (["--plan", "plan.json"], "--plan is not built yet"),
-        (["--api-key=secret"], "--api-key is not built yet"),
+        (["--api-key="], "--api-key is empty; give a key"),
+        (["--chat-template", "/nowhere"], "--chat-template /nowhere is not a file"),
         (["--role", "expert"], "--role expert needs --coordinator tcp://HOST:PORT"),
         (["--device", "cuda"], "--device cuda is not built yet"),
         (["--transport", "rdma"], "--transport rdma is not built yet"),

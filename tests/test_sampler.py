@@ -7,18 +7,19 @@ import collections
 import pytest
 import torch
 
-from msi.sampler import sample, uniform_of
+from msi.sampler import sample
+from msi.sampling import uniform_of
 from msi.types import TokenSampling
 
 
 def draw(logits, count=4000, **changes):
     values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 7}
     sampling = [TokenSampling(**{**values, **changes}, position=position) for position in range(count)]
-    return collections.Counter(sample(logits.expand(count, -1).clone(), sampling))
+    return collections.Counter(sample(logits.expand(count, -1).clone(), sampling).token_ids)
 
 
 def test_temperature_zero_is_greedy():
-    assert sample(torch.tensor([[0.1, 3.0, 2.9]]), [TokenSampling(0, 1, 0, 1, 0)]) == [1]
+    assert sample(torch.tensor([[0.1, 3.0, 2.9]]), [TokenSampling(0, 1, 0, 1, 0)]).token_ids == [1]
 
 
 def test_frequencies_follow_the_softmax():
@@ -47,15 +48,15 @@ def test_a_choice_depends_on_seed_and_position_alone():
     torch.manual_seed(0)
     rows = torch.randn(6, 50)
     sampling = [TokenSampling(1.0, 0.9, 0, seed, seed * 3) for seed in range(6)]
-    together = sample(rows.clone(), sampling)
-    alone = [sample(rows[index : index + 1].clone(), [sampling[index]])[0] for index in range(6)]
-    backwards = sample(rows.flip(0), sampling[::-1])[::-1]
+    together = sample(rows.clone(), sampling).token_ids
+    alone = [sample(rows[index : index + 1].clone(), [sampling[index]]).token_ids[0] for index in range(6)]
+    backwards = sample(rows.flip(0), sampling[::-1]).token_ids[::-1]
     assert together == alone == backwards
 
 
 def test_greedy_and_random_rows_mix():
     rows = torch.tensor([[0.0, 5.0], [5.0, 0.0]])
-    assert sample(rows, [TokenSampling(0, 1, 0, 1, 0), TokenSampling(0.01, 1, 0, 1, 0)]) == [1, 0]
+    assert sample(rows, [TokenSampling(0, 1, 0, 1, 0), TokenSampling(0.01, 1, 0, 1, 0)]).token_ids == [1, 0]
 
 
 def test_the_numbers_are_even():

@@ -26,7 +26,7 @@ from msi.models.config import ModelConfig
 from msi.net.dispatch_link import Turn
 from msi.net.slots import HEADER_BYTES, SlotLayout
 from msi.sampler import sample
-from msi.types import MicroBatch, Placement
+from msi.types import MicroBatch, Placement, Sampled
 
 
 def kv_cache_shape(config: ModelConfig, num_blocks: int) -> tuple[int, ...]:
@@ -126,7 +126,7 @@ class AttentionHalf:
     def combine(self, lane: int, layer: int) -> None:
         """The answers are added at the start of the lane's next work, which reads them in any case."""
 
-    def sample(self, lane: int) -> asyncio.Future[list[int]]:
+    def sample(self, lane: int) -> asyncio.Future[Sampled]:
         return self._device.submit(lambda: self._sample(lane), self.pass_meter, "sample", lane)
 
     # -- work --------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class AttentionHalf:
         state.sent = []
         return state
 
-    def _sample(self, lane: int) -> list[int]:
+    def _sample(self, lane: int) -> Sampled:
         state = self._combined(lane)
         self._dense_layers(state, self.num_layers)
         self._lanes[lane] = None

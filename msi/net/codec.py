@@ -37,7 +37,7 @@ class Codec:
         if len(payload) > MAX_MESSAGE_BYTES:
             raise ProtocolError(f"a message of {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
         try:
-            fields = msgpack.unpackb(payload, use_list=False)
+            fields = msgpack.unpackb(payload, use_list=False, strict_map_key=False)
         except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
             raise ProtocolError(f"{len(payload)} bytes that are not msgpack: {type(error).__name__}") from error
         if not isinstance(fields, tuple) or not fields or not isinstance(fields[0], str):
@@ -91,8 +91,8 @@ def _check(hint: Any) -> Check:
         assert args[1] is Ellipsis, hint
         return _check_tuple(_check(args[0]), plain=args[0] if args[0] in (int, float, str) else None)
     if origin is dict:
-        assert args[0] is str, hint
-        return _check_dict(_check(args[1]))
+        assert args[0] in (str, int), hint
+        return _check_dict(args[0], _check(args[1]))
     if origin in (typing.Union, types.UnionType):
         (inner,) = [arg for arg in args if arg is not type(None)]
         check = _check(inner)
@@ -123,10 +123,10 @@ def _check_tuple(check: Check, plain: type | None) -> Check:
     return check_all
 
 
-def _check_dict(check: Check) -> Check:
+def _check_dict(key_type: type, check: Check) -> Check:
     def check_all(value: Any) -> Any:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise ProtocolError(f"expected a map with string keys, got {type(value).__name__}")
+        if not isinstance(value, dict) or not all(type(key) is key_type for key in value):
+            raise ProtocolError(f"expected a map with {key_type.__name__} keys, got {type(value).__name__}")
         return {key: check(item) for key, item in value.items()}
 
     return check_all

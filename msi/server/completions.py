@@ -2,122 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from msi.errors import InvalidRequest
+from msi.server.fields import (
+    SHARED_FIELDS,
+    Usage,
+    Values,
+    is_usage_wanted,
+    kind_of,
+    logprob_values,
+    refuse_unknown,
+    sampling_params,
+    typed,
+)
 from msi.types import Output, SamplingParams
 
-SAMPLING_FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
-# accepted where they ask for what is done anyway
-NEUTRAL = {
-    "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": None, "presence_penalty": 0,
-    "frequency_penalty": 0, "logit_bias": None, "stream_options": None, "user": None,
-}  # fmt: skip
+DEFAULT_MAX_TOKENS = 16
+FIELDS = {"prompt", "echo", "logprobs", *SHARED_FIELDS}
+NEUTRAL = {"best_of": 1, "suffix": None}
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """One parsed body."""
+    """One parsed body.
 
-    model: str
+    Attributes:
+        echo: whether the prompt comes before the text.
+    """
+
     prompt: str | tuple[int, ...]
     params: SamplingParams
     stream: bool
+    include_usage: bool
+    echo: bool
 
 
-def parse_completion(body: bytes) -> CompletionRequest:
-    """Raises InvalidRequest: malformed JSON, a field of the wrong type, or one that is not supported, by name."""
-    try:
-        values = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InvalidRequest(f"the body is {_kind(values)}; it must be a JSON object")
-    known = {"model", "prompt", "stream", "stop", *SAMPLING_FIELDS, *NEUTRAL}
-    for name, value in values.items():
-        if name not in known:
-            raise InvalidRequest(f"field {name!r} is not supported; supported: {', '.join(sorted(known))}")
-        if name in NEUTRAL and name != "user" and value is not None and value != NEUTRAL[name]:
-            raise InvalidRequest(f"{name} is {value!r}; only {NEUTRAL[name]!r} is supported yet")
-    sampling = {name: values[name] for name in SAMPLING_FIELDS if values.get(name) is not None}
+def parse_completion(values: Values) -> CompletionRequest:
+    """Raises InvalidRequest: a field of the wrong type, or one that is not supported, by name."""
+    refuse_unknown(values, FIELDS, NEUTRAL)
+    logprobs, echo = values.get("logprobs"), typed(values, "echo", bool, False)
+    if echo and logprobs is not None:
+        raise InvalidRequest("echo and logprobs do not go together: the prompt's log-probabilities are not computed")
     return CompletionRequest(
-        model=_typed(values, "model", str, ""),
-        prompt=_prompt(values),
-        params=SamplingParams(stop=_stop(values), **sampling),
-        stream=_typed(values, "stream", bool, False),
+        prompt=_prompt(values.get("prompt")),
+        params=sampling_params(values, max_tokens=DEFAULT_MAX_TOKENS, logprobs=logprobs),
+        stream=typed(values, "stream", bool, False),
+        include_usage=is_usage_wanted(values),
+        echo=echo,
     )
 
 
-def _kind(value: object) -> str:
-    names = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
-    return "a number" if isinstance(value, float) else names.get(type(value), "null")
-
-
-def _typed(values: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
-    value = values.get(name)
-    if value is None:
-        return default
-    if type(value) is not kind:
-        raise InvalidRequest(f"{name} is {_kind(value)}; it must be {_kind(kind())}")
-    return value
-
-
-def _prompt(values: Mapping[str, Any]) -> str | tuple[int, ...]:
-    prompt = values.get("prompt")
+def _prompt(prompt: object) -> str | tuple[int, ...]:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        return _prompt({"prompt": prompt[0]})
+        return _prompt(prompt[0])
     if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
         return tuple(prompt)
-    raise InvalidRequest(f"prompt is {_kind(prompt)}; it must be a string, or an array of token ids")
+    raise InvalidRequest(f"prompt is {kind_of(prompt)}; it must be a string, or an array of token ids")
 
 
-def _stop(values: Mapping[str, Any]) -> tuple[str, ...]:
-    stop = values.get("stop")
-    if stop is None:
-        return ()
-    if isinstance(stop, str):
-        return (stop,)
-    if isinstance(stop, list):
-        return tuple(stop)
-    raise InvalidRequest(f"stop is {_kind(stop)}; it must be a string or an array of strings")
+class CompletionAnswer:
+    """Shapes the outputs of one request.
+
+    Args:
+        decode: tokens to text.
+        echo: the prompt's text, if it is wanted before every choice's.
+    """
+
+    def __init__(
+        self, request_id: str, model: str, created: int, decode: Callable[[Sequence[int]], str], num_choices: int,
+        echo: str = "",
+    ) -> None:  # fmt: skip
+        self.request_id = request_id
+        self._usage = Usage()
+        self._decode = decode
+        self._num_choices = num_choices
+        self._echo = echo
+        self._offsets = [0] * num_choices  # characters before the next token, for logprobs
+        self._head = {"id": request_id, "object": "text_completion", "created": created, "model": model}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Chunks that come before the first output's."""
+        if not self._echo:
+            return []
+        return [self._head | {"choices": [_choice(index, self._echo)]} for index in range(self._num_choices)]
+
+    def chunk(self, output: Output) -> dict[str, Any]:
+        """One server-sent event."""
+        self._usage.add(output)
+        choice = _choice(output.index, output.text, self._logprobs(output), output.finish_reason)
+        return self._head | {"choices": [choice]}
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The event that tells usage, after all others."""
+        return self._head | {"choices": [], "usage": self._usage.values()}
+
+    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
+        choices = [_choice(index, self._echo) for index in range(self._num_choices)]
+        for output in outputs:
+            (part,) = self.chunk(output)["choices"]
+            choice = choices[output.index]
+            choice["text"] += part["text"]
+            choice["finish_reason"] = part["finish_reason"]
+            if (earlier := choice["logprobs"]) is None:
+                choice["logprobs"] = part["logprobs"]
+            elif part["logprobs"] is not None:
+                for name, values in part["logprobs"].items():
+                    earlier[name] += values
+        return self._head | {"choices": choices, "usage": self._usage.values()}
+
+    def _logprobs(self, output: Output) -> dict[str, Any] | None:
+        if not output.logprobs:
+            return None
+        tokens, values, tops, offsets = [], [], [], []
+        for one in output.logprobs:
+            text, (value, best) = self._decode([one.token_id]), logprob_values(one)
+            tokens.append(text)
+            values.append(value)
+            tops.append({self._decode([token]): logprob for token, logprob in best} | {text: value})
+            offsets.append(self._offsets[output.index])
+            self._offsets[output.index] += len(text)
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
-def completion_chunk(output: Output, model: str, created: int) -> bytes:
-    """One server-sent event's JSON."""
-    return orjson.dumps(_completion(output.request_id, output.text, output.finish_reason, model, created))
-
-
-def completion_body(outputs: list[Output], model: str, created: int) -> bytes:
-    """The whole answer of a request that did not stream."""
-    last = outputs[-1]
-    num_completion = sum(len(output.token_ids) for output in outputs)
-    text = "".join(output.text for output in outputs)
-    usage = {
-        "prompt_tokens": last.num_prompt_tokens,
-        "completion_tokens": num_completion,
-        "total_tokens": last.num_prompt_tokens + num_completion,
-    }
-    return orjson.dumps(_completion(last.request_id, text, last.finish_reason, model, created) | {"usage": usage})
-
-
-def _completion(request_id: str, text: str, finish_reason: str | None, model: str, created: int) -> dict[str, Any]:
-    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-    return {"id": request_id, "object": "text_completion", "created": created, "model": model, "choices": [choice]}
-
-
-def error_body(message: str, kind: str, code: int) -> bytes:
-    """OpenAI's error object."""
-    return orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+def _choice(
+    index: int, text: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

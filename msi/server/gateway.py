@@ -1,43 +1,62 @@
-"""The gateway: HTTP in front of an engine. /v1/completions with server-sent events, /v1/models, /health, /ready."""
+"""The gateway: HTTP in front of an engine.
+
+POST /v1/completions and /v1/chat/completions (server-sent events with "stream": true), GET /v1/models, WebSocket
+/v1/stream, GET /health, /ready, /metrics and /version. A client that leaves cancels its requests.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hmac
 import logging
-import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any
 
 import orjson
 from aiohttp import web
 
 import msi
 from msi.engine import Engine
-from msi.errors import ConfigError, EngineError, InvalidRequest, RequestFailed, Unavailable
-from msi.server.completions import CompletionRequest, completion_body, completion_chunk, error_body, parse_completion
-from msi.types import Output
+from msi.errors import ConfigError, EngineError
+from msi.server.calls import Call, Calls, error_of
+from msi.server.fields import error_object, parse_object
+from msi.server.metrics import CONTENT_TYPE_LATEST, Metrics
+from msi.server.websocket import serve_websocket
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-STATUS_OF = {InvalidRequest: 400, Unavailable: 503, RequestFailed: 502}
 
 
 class Gateway:
-    """Serves an engine over HTTP. `start`, then `close`."""
+    """Serves an engine over HTTP. `start`, then `close`.
 
-    def __init__(self, engine: Engine, *, host: str, port: int) -> None:
+    Args:
+        api_key: what clients give as `Authorization: Bearer`, on every path but /health; "" asks for none.
+        chat_template: in Jinja, in place of the model's; "" for the model's.
+
+    Raises:
+        ConfigError: the chat template is not valid.
+    """
+
+    def __init__(self, engine: Engine, *, host: str, port: int, api_key: str = "", chat_template: str = "") -> None:
         self._engine = engine
         self._host = host
         self._port = port
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors_as_json])
+        self._api_key = api_key.encode()
+        self._metrics = Metrics()
+        self._calls = Calls(engine, self._metrics, chat_template)
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors_as_json, self._authorised])
         app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/chat/completions", self._chat_completions)
+        app.router.add_get("/v1/stream", self._websocket)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
+        app.router.add_get("/metrics", self._prometheus)
         app.router.add_get("/version", self._version)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
 
     async def start(self) -> str:
         """Listens; returns the URL. Raises ConfigError: the port is in use."""
@@ -55,42 +74,46 @@ class Gateway:
     async def close(self) -> None:
         await self._runner.cleanup()
 
+    @web.middleware
+    async def _authorised(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self._api_key and request.path != "/health":
+            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            # surrogates: a header may hold any bytes
+            is_right = hmac.compare_digest(given.strip().encode(errors="surrogateescape"), self._api_key)
+            if scheme.lower() != "bearer" or not is_right:
+                raise web.HTTPUnauthorized
+        return await handler(request)
+
     # -- endpoints ---------------------------------------------------------------------------------------------------
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        asked = parse_completion(await request.read())
-        if asked.model and asked.model != self._engine.model_name:
-            raise InvalidRequest(f"model {asked.model!r} is not served here; this is {self._engine.model_name!r}")
-        created = int(time.time())
-        outputs = self._engine.generate(asked.prompt, asked.params, request_id=f"cmpl-{uuid.uuid4().hex}")
-        async with contextlib.aclosing(outputs):
-            if asked.stream:
-                return await self._stream(request, asked, outputs, created)
-            collected = [output async for output in outputs]
-        body = completion_body(collected, self._engine.model_name, created)
-        return web.Response(body=body, content_type="application/json")
+        return await self._answer(request, self._calls.completion(parse_object(await request.read())))
 
-    async def _stream(
-        self, request: web.Request, asked: CompletionRequest, outputs: AsyncGenerator[Output, None], created: int
-    ) -> web.StreamResponse:
-        """Server-sent events; a failure before the first is an HTTP error, a later one is an event."""
+    async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, self._calls.chat(parse_object(await request.read())))
+
+    async def _answer(self, request: web.Request, call: Call) -> web.StreamResponse:
+        async with contextlib.aclosing(call.outputs):
+            if call.stream:
+                return await self._stream(request, call)
+            return _json(call.answer.whole([output async for output in call.outputs]))
+
+    async def _stream(self, request: web.Request, call: Call) -> web.StreamResponse:
+        """A failure before the first event is an HTTP error."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         try:
-            async for output in outputs:
-                if not response.prepared:
-                    await response.prepare(request)
-                chunk = completion_chunk(output, self._engine.model_name, created)
-                await response.write(b"data: " + chunk + b"\n\n")
+            async with contextlib.aclosing(_events(call)) as events:
+                async for event in events:
+                    if not response.prepared:
+                        await response.prepare(request)
+                    await response.write(event)
+            await response.write_eof()
         except ConnectionResetError:
             log.info("client left; its request is cancelled")
-            return response
-        except EngineError as error:
-            if not response.prepared:
-                raise
-            await response.write(b"data: " + _error_of(error)[1] + b"\n\n")
-        await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
         return response
+
+    async def _websocket(self, request: web.Request) -> web.StreamResponse:
+        return await serve_websocket(request, self._calls, MAX_BODY_BYTES)
 
     async def _models(self, request: web.Request) -> web.Response:
         model = {"id": self._engine.model_name, "object": "model", "created": 0, "owned_by": "msi",
@@ -106,31 +129,58 @@ class Gateway:
         is_ready, sentence = self._engine.status
         return _json({"ready": is_ready, "status": sentence}, status=200 if is_ready else 503)
 
+    async def _prometheus(self, request: web.Request) -> web.Response:
+        body = self._metrics.exposition(await self._engine.stats())
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
     async def _version(self, request: web.Request) -> web.Response:
         return _json({"version": msi.__version__})
 
 
-def _json(values: object, status: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(values), content_type="application/json", status=status)
+def _json(values: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(body=orjson.dumps(values), content_type="application/json", status=status, headers=headers)
 
 
-def _error_of(error: EngineError) -> tuple[int, bytes]:
-    code = next((code for kind, code in STATUS_OF.items() if isinstance(error, kind)), 500)
-    kind = "invalid_request_error" if code == 400 else "server_error"
-    return code, error_body(str(error), kind, code)
+async def _events(call: Call) -> AsyncGenerator[bytes, None]:
+    """Server-sent events; a failure after the first is an event too."""
+    has_begun = False
+    try:
+        async for output in call.outputs:
+            chunks = [call.answer.chunk(output)]
+            if not has_begun:
+                chunks = call.answer.opening() + chunks
+                has_begun = True
+            if call.include_usage:
+                chunks = [{**chunk, "usage": None} for chunk in chunks]
+            yield b"".join(_event(chunk) for chunk in chunks)
+        if call.include_usage:
+            yield _event(call.answer.usage_chunk())
+    except EngineError as error:
+        if not has_begun:
+            raise
+        yield _event({"error": error_of(error)})
+    yield b"data: [DONE]\n\n"
+
+
+def _event(values: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(values) + b"\n\n"
 
 
 @web.middleware
 async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    headers = {}
     try:
         return await handler(request)
-    except EngineError as error:
-        code, body = _error_of(error)
-    except web.HTTPRequestEntityTooLarge as error:
-        code = error.status
-        body = error_body(f"the body is larger than {MAX_BODY_BYTES} bytes", "invalid_request_error", code)
-    except web.HTTPNotFound as error:
-        code, body = error.status, error_body(f"there is no {request.path}", "invalid_request_error", error.status)
+    except EngineError as engine_error:
+        body = error_of(engine_error)
     except web.HTTPException as error:
-        code, body = error.status, error_body(error.reason, "invalid_request_error", error.status)
-    return web.Response(body=body, status=code, content_type="application/json")
+        sentence = error.reason
+        if isinstance(error, web.HTTPUnauthorized):
+            sentence = "this server needs an API key: send it as `Authorization: Bearer KEY`"
+            headers["WWW-Authenticate"] = "Bearer"
+        elif isinstance(error, web.HTTPRequestEntityTooLarge):
+            sentence = f"the body is larger than {MAX_BODY_BYTES} bytes"
+        elif isinstance(error, web.HTTPNotFound):
+            sentence = f"there is no {request.path}"
+        body = error_object(sentence, error.status)
+    return _json({"error": body}, body["code"], headers)

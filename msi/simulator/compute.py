@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from msi.net.dispatch_link import Turn
-from msi.types import MicroBatch
+from msi.types import MicroBatch, Sampled
 from msi.waves import Finished, WaveBatch
 
 
@@ -47,8 +47,8 @@ class SimulatedAttention:
     def combine(self, lane: int, layer: int) -> None:
         pass
 
-    async def sample(self, lane: int) -> list[int]:
-        return []
+    async def sample(self, lane: int) -> Sampled:
+        return Sampled([])
 
 
 class SimulatedExperts:

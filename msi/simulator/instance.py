@@ -20,7 +20,7 @@ from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
 from msi.pipeline import Stages
 from msi.simulator.compute import SimulatedAttention, SimulatedExperts
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
-from msi.types import MicroBatch
+from msi.types import MicroBatch, Sampled
 from msi.waves import Waves
 
 MICRO_BATCH = MicroBatch((0,), (0,), (1,), (1,), ((0,),))
@@ -91,7 +91,7 @@ class Passes:
     def may_continue(self, lane: int) -> bool:
         return self._left[lane] > 0
 
-    def finish(self, lane: int, micro_batch: MicroBatch, tokens: list[int]) -> None:
+    def finish(self, lane: int, micro_batch: MicroBatch, sampled: Sampled) -> None:
         self.log.ended_at[lane].append(asyncio.get_running_loop().time())
         if all(len(ended) == self._num_passes for ended in self.log.ended_at.values()):
             self.done.set()

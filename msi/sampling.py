@@ -1,0 +1,79 @@
+"""What a request's parameters mean for its next token: how it is chosen, and whether it is the last.
+
+Decides; knows no logits. The sampler does what `token_sampling` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from msi.types import LogitChanges, SamplingExtras, SamplingParams, TokenSampling
+
+MASK = (1 << 64) - 1
+
+
+def token_sampling(
+    params: SamplingParams, tokens: Sequence[int], num_prompt: int, eos_token_ids: Collection[int]
+) -> TokenSampling:
+    """How to choose the token that follows `tokens`, of which the first `num_prompt` are the prompt."""
+    assert params.seed is not None, "whoever accepted the request has drawn a seed"
+    extras = _extras(params, tokens, num_prompt, eos_token_ids) if has_extras(params) else None
+    return TokenSampling(params.temperature, params.top_p, params.top_k, params.seed, len(tokens), extras)
+
+
+def has_extras(params: SamplingParams) -> bool:
+    """Whether the parameters ask for more than temperature, top_p and top_k."""
+    return (
+        params.logprobs is not None
+        or params.min_p > 0
+        or params.min_tokens > 0
+        or params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or bool(params.logit_bias)
+    )
+
+
+def _extras(
+    params: SamplingParams, tokens: Sequence[int], num_prompt: int, eos_token_ids: Collection[int]
+) -> SamplingExtras:
+    is_repetition_penalised = params.repetition_penalty != 1
+    is_penalised = is_repetition_penalised or params.presence_penalty != 0 or params.frequency_penalty != 0
+    banned: tuple[int, ...] = ()
+    if len(tokens) - num_prompt < params.min_tokens:
+        banned = (*eos_token_ids, *params.stop_token_ids)
+    changes = None
+    if is_penalised or params.logit_bias or banned:
+        changes = LogitChanges(
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            prompt_token_ids=tuple(tokens[:num_prompt]) if is_repetition_penalised else (),
+            output_token_ids=tuple(tokens[num_prompt:]) if is_penalised else (),
+            logit_bias=params.logit_bias,
+            banned_token_ids=banned,
+        )
+    return SamplingExtras(params.min_p, changes, params.logprobs)
+
+
+def is_stop_token(params: SamplingParams, token: int, eos_token_ids: Collection[int]) -> bool:
+    """Whether this new token ends the text."""
+    return token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
+
+
+def seed_of_choice(seed: int, index: int) -> int:
+    """The seed of one of a request's choices; the first has the request's own."""
+    return seed if index == 0 else mix(mix(seed & MASK) + index & MASK)
+
+
+def uniform_of(seed: int, position: int) -> float:
+    """A number in [0, 1) from 64 bits of seed and the position: splitmix64's output function, twice."""
+    return (mix(mix(seed & MASK) + position & MASK) >> 11) * 2.0**-53
+
+
+def mix(state: int) -> int:
+    """splitmix64's output function of 64 bits."""
+    state = state + 0x9E3779B97F4A7C15 & MASK
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & MASK
+    return state ^ state >> 31

@@ -1,0 +1,143 @@
+"""What Prometheus is told: requests as this edge saw them, and the workers' own counts as their heartbeats say.
+
+msi_requests_total{outcome}                 stop, length, error or cancelled
+msi_prompt_tokens_total, msi_generation_tokens_total
+msi_time_to_first_token_seconds, msi_inter_token_seconds      histograms
+msi_requests_in_flight, msi_micro_batches   in the whole instance; m
+msi_attention_seconds, msi_expert_seconds, msi_comm_seconds   T_a, T_e and T_c of each worker, medians
+msi_busy_ratio, msi_bubble_ratio            compute time over wall time; 1 - busy while work is admitted
+msi_running, msi_waiting                    sequences of each attention worker
+msi_kv_cache_used_ratio, msi_kv_cache_blocks
+msi_wave_size_total{size}                   batches of each expert worker by the seats in them
+msi_worker_..._total                        everything else a worker counts, such as evictions
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from msi.messages import Stats, WorkerStats
+from msi.types import Output
+
+__all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
+
+TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 10)
+# counters that are told in a form of their own
+TOLD_APART = ("blocks", "seats", "at_s", "rss_bytes")
+WAVE_SIZE = "wave_size_"
+
+
+class Metrics:
+    """One edge's."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        registry = self._registry
+        self._requests = Counter("msi_requests", "Requests that ended here.", ["outcome"], registry=registry)
+        self._prompt_tokens = Counter("msi_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self._generation_tokens = Counter("msi_generation_tokens", "Tokens that were generated.", registry=registry)
+        self._first_token = Histogram(
+            "msi_time_to_first_token_seconds", "From request to first token.", buckets=TTFT_BUCKETS, registry=registry
+        )
+        self._inter_token = Histogram(
+            "msi_inter_token_seconds", "From one token of a choice to its next.", buckets=INTER_TOKEN_BUCKETS,
+            registry=registry,
+        )  # fmt: skip
+
+    async def observed(self, outputs: AsyncGenerator[Output, None]) -> AsyncGenerator[Output, None]:
+        """The same outputs, counted and timed. Closing it closes them."""
+        started = time.monotonic()
+        last_at: dict[int, float] = {}  # by choice
+        outcome = "cancelled"
+        try:
+            async for output in outputs:
+                now = time.monotonic()
+                if not last_at:
+                    self._first_token.observe(now - started)
+                    self._prompt_tokens.inc(output.num_prompt_tokens)
+                elif output.index in last_at:
+                    self._inter_token.observe(now - last_at[output.index])
+                last_at[output.index] = now
+                self._generation_tokens.inc(len(output.token_ids))
+                if output.finish_reason is not None:
+                    outcome = output.finish_reason
+                yield output
+        except Exception:
+            outcome = "error"
+            raise
+        finally:
+            self._requests.labels(outcome).inc()
+            await outputs.aclose()
+
+    def exposition(self, stats: Stats) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(_Together(self._registry, stats))
+
+
+class _Together(Collector):
+    """The edge's own metrics, then the instance's."""
+
+    def __init__(self, own: CollectorRegistry, stats: Stats) -> None:
+        self._own = own
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._own.collect()
+        yield from _instance_metrics(self._stats)
+
+
+def _instance_metrics(stats: Stats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("msi_requests_in_flight", "Requests in the instance now.", stats.num_requests)
+    yield GaugeMetricFamily("msi_micro_batches", "Micro-batches in flight per attention worker: m.", stats.num_lanes)
+    attention = [worker for worker in stats.workers if worker.role == "attention"]
+    gauges = {
+        "attention_seconds": ("T_a, one micro-batch through a layer's attention half.", "attention_s"),
+        "expert_seconds": ("T_e, one wave through a layer's experts.", "expert_s"),
+        "comm_seconds": ("T_c, one way.", "comm_s"),
+        "busy_ratio": ("Compute time over wall time.", "busy"),
+        "bubble_ratio": ("1 - busy while work was admitted.", "bubble"),
+    }
+    for name, (meaning, field) in gauges.items():
+        values = [(worker, float(getattr(worker.status.times, field))) for worker in stats.workers]
+        yield _gauge(name, meaning, values)
+    yield _gauge("running", "Sequences that run.", [(one, one.status.num_running) for one in attention])
+    yield _gauge("waiting", "Requests that wait.", [(one, one.status.num_waiting) for one in attention])
+    blocks = [(one, one.status.counters.get("blocks", 0.0)) for one in attention]
+    yield _gauge("kv_cache_blocks", "KV blocks.", blocks)
+    used = [(one, 1 - one.status.num_free_blocks / count) for one, count in blocks if count]
+    yield _gauge("kv_cache_used_ratio", "Share of the KV blocks in use.", used)
+    rss = [(one, one.status.counters.get("rss_bytes", 0.0)) for one in stats.workers]
+    yield _gauge("resident_memory_bytes", "Memory of the process.", rss)
+    yield from _counters(stats.workers)
+
+
+def _gauge(name: str, meaning: str, values: list[tuple[WorkerStats, float]]) -> Metric:
+    gauge = GaugeMetricFamily(f"msi_{name}", meaning, labels=["worker", "role"])
+    for worker, value in values:
+        gauge.add_metric([worker.worker_id, worker.role], value)
+    return gauge
+
+
+def _counters(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
+    """Whatever workers count, under its own name."""
+    waves = CounterMetricFamily("msi_wave_size", "Batches by the seats in them.", labels=["worker", "size"])
+    others: dict[str, CounterMetricFamily] = {}
+    for worker in workers:
+        for name, value in worker.status.counters.items():
+            if name.startswith(WAVE_SIZE):
+                waves.add_metric([worker.worker_id, name.removeprefix(WAVE_SIZE)], value)
+            elif name not in TOLD_APART:
+                if name not in others:
+                    others[name] = CounterMetricFamily(
+                        f"msi_worker_{name}", f"The worker's count {name}.", labels=["worker", "role"]
+                    )
+                others[name].add_metric([worker.worker_id, worker.role], value)
+    yield waves
+    yield from others.values()
