@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import logging
 import math
 import mmap
-import threading
-import time
-from collections.abc import Callable
-from queue import SimpleQueue
-from typing import TypeVar
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msi.meter import StageMeter
-from msi.tracing import Tracer
+from msi.device.work_queue import QueuedDevice, WorkQueue
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-_Work = tuple[Callable[[], None], Callable[[Exception], None], StageMeter, str, int]
 PACKED_BYTES = 1 << 20  # a call of oneDNN costs 80 us before it computes, one of MKL 14: smaller weights are not packed
 PACKING_ROWS = 32  # a hint of how many rows a product will have; the packed layout does not depend on it much
 
@@ -30,6 +25,17 @@ def has_bf16_units() -> bool:
     """Whether this CPU multiplies bfloat16 itself (AVX512-BF16 or AMX); emulated it is slower than float32."""
     cpu = torch.cpu
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
+def free_host_memory_bytes() -> int:
+    """Memory that can be had without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        log.debug("no /proc/meminfo: half of the memory counts as free")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _packing() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
@@ -45,42 +51,36 @@ def _packing() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
     return None
 
 
-class CpuDevice:
-    """Work runs in order on one thread of its own; the loop thread only hands over and is woken.
+class CpuDevice(QueuedDevice):
+    """One thread for all lanes; the loop thread only hands over and is woken.
 
     Args:
         num_threads: torch's threads for one operator.
-
-    Attributes:
-        tracer: gets a span for every submitted work.
     """
 
     def __init__(self, *, num_threads: int) -> None:
-        self.busy_s = 0.0
-        self.tracer: Tracer | None = None
-        self._loop = asyncio.get_running_loop()
-        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
+        super().__init__()
+        self._num_threads = num_threads
         self._packing = _packing()
-        self._is_open = True
-        self._thread = threading.Thread(target=self._run, args=(num_threads,), name="msi-compute", daemon=True)
-        self._thread.start()
+        self._queue = WorkQueue("msi-compute", self._entered, self._worked)
 
-    def submit(self, work: Callable[[], T], meter: StageMeter, name: str, lane: int) -> asyncio.Future[T]:
-        done: asyncio.Future[T] = self._loop.create_future()
+    def queue_of(self, lane: int) -> WorkQueue:
+        return self._queue
 
-        def resolve() -> None:
-            self._loop.call_soon_threadsafe(_resolve, done, work())
+    def queues(self) -> list[WorkQueue]:
+        return [self._queue]
 
-        def failed(error: Exception) -> None:
-            self._loop.call_soon_threadsafe(_fail, done, error)
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        torch.set_num_threads(self._num_threads)
+        with torch.inference_mode():
+            yield
 
-        self.enqueue(resolve, failed, meter, name, lane)
-        return done
+    def free_memory_bytes(self) -> int:
+        return free_host_memory_bytes()
 
-    def enqueue(
-        self, work: Callable[[], None], failed: Callable[[Exception], None], meter: StageMeter, name: str, lane: int
-    ) -> None:
-        self._queue.put((work, failed, meter, name, lane))
+    def upload(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def compute_dtype(self, wanted: torch.dtype) -> torch.dtype:
         return wanted if wanted is torch.float32 or has_bf16_units() else torch.float32
@@ -98,38 +98,3 @@ class CpuDevice:
         with torch.inference_mode():
             packed = pack(weight, PACKING_ROWS)
         return lambda rows: apply(rows, packed, bias, "none", [], "")
-
-    async def close(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            self._queue.put(None)
-            await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
-
-    def _run(self, num_threads: int) -> None:
-        torch.set_num_threads(num_threads)
-        with torch.inference_mode():
-            while (item := self._queue.get()) is not None:
-                if not self._is_open:
-                    continue
-                work, failed, meter, name, lane = item
-                started = time.monotonic()
-                try:
-                    work()
-                except Exception as error:
-                    failed(error)
-                    continue
-                ended = time.monotonic()
-                self.busy_s += ended - started
-                meter.add(ended - started)
-                if self.tracer is not None:
-                    self.tracer.span(name, lane, started, ended)
-
-
-def _resolve(done: asyncio.Future[T], result: T) -> None:
-    if not done.done():
-        done.set_result(result)
-
-
-def _fail(done: asyncio.Future[T], error: Exception) -> None:
-    if not done.done():
-        done.set_exception(error)

@@ -36,5 +36,11 @@ class Device(Protocol):
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """x [rows, in] -> [rows, out] for weight [out, in] and bias [out], kept in the device's own layout."""
 
+    def upload(self, tensor: Tensor) -> Tensor:
+        """The tensor in the device's memory."""
+
+    def free_memory_bytes(self) -> int:
+        """Of the memory that KV cache goes into."""
+
     async def close(self) -> None:
         """Ends after the work in progress; what is still queued is dropped. Idempotent."""

@@ -1,0 +1,79 @@
+"""CUDA as a device, plainly: torch's own operators, a thread and a stream per lane.
+
+The thread of a lane waits for its stream where the host needs a value (row counts, rows that leave, tokens), which
+releases the interpreter lock: the event loop never waits, and the streams of other lanes go on. Kernels of our own and
+captured graphs come later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from msi.device.work_queue import QueuedDevice, WorkQueue
+from msi.errors import ConfigError
+
+
+def why_unavailable() -> str | None:
+    """A sentence where this process cannot use a GPU, else None."""
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to this process"
+    return None
+
+
+class CudaDevice(QueuedDevice):
+    """One GPU.
+
+    Args:
+        index: which; CUDA_VISIBLE_DEVICES applies before.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+
+    def __init__(self, *, index: int = 0) -> None:
+        super().__init__()
+        if (reason := why_unavailable()) is not None:
+            raise ConfigError(f"--device cuda cannot work: {reason}; supported without one: cpu")
+        if not 0 <= index < torch.cuda.device_count():
+            raise ConfigError(f"there is no CUDA device {index}; this process sees {torch.cuda.device_count()}")
+        self._device = torch.device("cuda", index)
+        self._queues: dict[int, WorkQueue] = {}
+
+    def queue_of(self, lane: int) -> WorkQueue:
+        if lane not in self._queues:
+            self._queues[lane] = WorkQueue(f"msi-compute-{lane}", self._entered, self._worked)
+        return self._queues[lane]
+
+    def queues(self) -> list[WorkQueue]:
+        return list(self._queues.values())
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        """What is created without saying where is created on the GPU, and runs on the lane's stream."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), self._device, torch.cuda.stream(stream):
+            yield
+
+    def compute_dtype(self, wanted: torch.dtype) -> torch.dtype:
+        return wanted
+
+    def free_memory_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self._device)[0])
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self._device)
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device)
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        on_device = weight.contiguous().to(self._device)
+        bias_on_device = None if bias is None else bias.to(self._device)
+        return lambda rows: functional.linear(rows, on_device, bias_on_device)
