@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import msi.models
 from msi import Engine, SamplingParams
 from msi.errors import CheckpointError, ConfigError
+from msi.models.attention_half import frequencies_of
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
 from msi.models.expert_half import load_expert_weights
@@ -160,6 +162,37 @@ def slow(family, **changes):
 async def test_variants_equal_transformers(tmp_path, family, changes):
     model = save_tiny(tmp_path, seed=3, family=family, **changes)
     expected = references(model, [1, 30, 70], 10)
+    assert await tokens_of(tmp_path, [one.prompt for one in expected]) == [one.tokens for one in expected]
+
+
+ROPES = [
+    {"rope_type": "linear", "factor": 2.5},
+    {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "attention_factor": 0.8},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("parameters", ROPES, ids=lambda parameters: parameters["rope_type"])
+def test_stretched_rotary_frequencies_are_those_of_transformers(parameters):
+    config = tiny_config("qwen3", rope_parameters={**parameters, "rope_theta": 1e4})
+    frequencies, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)
+    values = values_of("qwen3")
+    del values["rope_parameters"]
+    ours = parse_config({**values, "rope_theta": 1e4, "rope_scaling": parameters}, "config.json")
+    torch.testing.assert_close(frequencies_of(ours.rope, ours.head_dim), frequencies, rtol=1e-6, atol=0)
+    assert ours.rope.scale == pytest.approx(scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters", ROPES[:3], ids=lambda parameters: parameters["rope_type"])
+async def test_stretched_contexts_equal_transformers(tmp_path, parameters):
+    model = save_tiny(tmp_path, family="qwen3", rope_parameters={**parameters, "rope_theta": 1e4})
+    expected = references(model, [30, 200], 10)
     assert await tokens_of(tmp_path, [one.prompt for one in expected]) == [one.tokens for one in expected]
 
 

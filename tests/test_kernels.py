@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msi.kernels.experts import moe_experts, silu_and_mul
-from msi.kernels.norm_rope import apply_rope, rms_norm, rope_table
+from msi.kernels.experts import gated_mlp, moe_experts, sigmoid_gated, silu_and_mul
+from msi.kernels.norm import layer_norm, norm_heads, norm_projections, rms_norm
 from msi.kernels.paged_attention import BLOCK_TOKENS, group_sequences, paged_attention, write_kv
+from msi.kernels.rope import apply_rope, rope_frequencies, rope_table
 from msi.kernels.routing import PackedRows, PlacementTables, pack_rows, row_bytes, rows_for_node, topk_softmax
 from msi.placement import place_evenly
 
@@ -22,10 +23,47 @@ def test_rms_norm_is_its_definition():
     torch.testing.assert_close(rms_norm(hidden, weight, 1e-5), expected)
 
 
+def test_layer_norm_is_its_definition():
+    hidden, weight = torch.randn(5, 8), torch.randn(8)
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    expected = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5) * weight
+    torch.testing.assert_close(layer_norm(hidden, weight, 1e-5), expected)
+
+
+def test_queries_and_keys_are_normed_head_by_head_and_values_left_alone():
+    query, key, value = torch.randn(5, 3, 4), torch.randn(5, 2, 4), torch.randn(5, 2, 4)
+    query_weight, key_weight = torch.randn(4), torch.randn(4)
+    qkv = torch.cat([query, key, value], dim=1).flatten(1)
+    norm_heads(qkv, torch.cat([query_weight.expand(3, -1), key_weight.expand(2, -1)]), 1e-6)
+    expected = torch.cat([rms_norm(query, query_weight, 1e-6), rms_norm(key, key_weight, 1e-6), value], dim=1)
+    torch.testing.assert_close(qkv, expected.flatten(1))
+
+
+def test_queries_and_keys_are_normed_as_wholes_and_values_left_alone():
+    query, key, value = torch.randn(5, 12), torch.randn(5, 8), torch.randn(5, 8)
+    query_weight, key_weight = torch.randn(12), torch.randn(8)
+    qkv = torch.cat([query, key, value], dim=1)
+    norm_projections(qkv, query_weight, key_weight, 1e-6)
+    expected = torch.cat([rms_norm(query, query_weight, 1e-6), rms_norm(key, key_weight, 1e-6), value], dim=1)
+    torch.testing.assert_close(qkv, expected)
+
+
+def test_a_shared_expert_is_a_gated_mlp_times_a_sigmoid_per_row():
+    rows, gate_up, down, gate = torch.randn(5, 4), torch.randn(12, 4), torch.randn(4, 6), torch.randn(1, 4)
+
+    def mlp(rows):
+        return gated_mlp(rows, lambda x: x @ gate_up.T, lambda x: x @ down.T)
+
+    inner = torch.nn.functional.silu(rows @ gate_up[:6].T) * (rows @ gate_up[6:].T)
+    torch.testing.assert_close(mlp(rows), inner @ down.T)
+    scale = 1 / (1 + torch.exp(-(rows @ gate[0])))
+    torch.testing.assert_close(sigmoid_gated(rows, lambda x: x @ gate.T, mlp), inner @ down.T * scale[:, None])
+
+
 def test_rope_rotates_pairs_by_position_times_frequency():
     heads = torch.randn(3, 2, 8)
     original = heads.clone()
-    cos, sin = rope_table(torch.tensor([0, 5, 9]), 8, 1e4, torch.float32)
+    cos, sin = rope_table(torch.tensor([0, 5, 9]), rope_frequencies(8, 1e4), torch.float32)
     apply_rope(heads, cos, sin)
     torch.testing.assert_close(heads[0], original[0])
     for token, position in ((1, 5), (2, 9)):

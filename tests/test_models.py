@@ -56,7 +56,7 @@ def test_transformers_4_and_5_write_the_same_model(checkpoint):
     older = {key: value for key, value in values.items() if key not in ("rope_parameters", "dtype")}
     older |= {"rope_theta": 1e4, "torch_dtype": "float32"}
     assert parse_config(older, "config.json") == newer
-    assert (newer.rope_theta, newer.dtype, newer.head_dim, newer.eos_token_ids) == (1e4, "float32", 16, (2,))
+    assert (newer.rope.theta, newer.dtype, newer.head_dim, newer.eos_token_ids) == (1e4, "float32", 16, (2,))
 
 
 def test_generation_config_names_the_end_of_sequence_tokens(checkpoint):
@@ -77,7 +77,12 @@ def test_generation_config_names_the_end_of_sequence_tokens(checkpoint):
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"num_experts_per_tok": 9}, "9 of 7 experts"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type 'dynamic' is not supported; supported: ",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn rope: factor is None"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "both rope_parameters and rope_scaling"),
         ({"dtype": "float8"}, "dtype 'float8' is not supported"),
         ({"vocab_size": ...}, "vocab_size is None"),
         ({"attention_bias": True}, "attention_bias is True; supported: False"),

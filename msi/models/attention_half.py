@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from msi.device.device import Device
-from msi.kernels.norm_rope import apply_rope, layer_norm, rms_norm, rope_table
+from msi.kernels.norm import layer_norm, rms_norm
 from msi.kernels.paged_attention import BLOCK_TOKENS, SequenceGroup, group_sequences, paged_attention, write_kv
+from msi.kernels.rope import apply_rope, llama3_frequencies, rope_frequencies, rope_table, yarn_frequencies
 from msi.kernels.routing import PackedRows, PlacementTables, pack_rows, rows_for_node, topk_softmax
 from msi.meter import StageMeter
 from msi.models.attention_weights import AttentionLayer, AttentionWeights
-from msi.models.config import ModelConfig
+from msi.models.config import ModelConfig, Rope
 from msi.net.dispatch_link import Turn
 from msi.net.slots import HEADER_BYTES, SlotLayout
 from msi.sampler import sample
@@ -80,6 +81,7 @@ class AttentionHalf:
         self._device = device
         self._dtype = kv_cache.dtype
         self._norm = rms_norm if config.norm == "rms" else layer_norm
+        self._rope_frequencies = frequencies_of(config.rope, config.head_dim)
         self._has_shared = config.shared_intermediate_size is not None
         ends = (*config.sparse_layers, config.num_layers)
         starts = (0, *(layer + 1 for layer in config.sparse_layers))
@@ -134,7 +136,7 @@ class AttentionHalf:
     def _begin(self, lane: int, batch: MicroBatch) -> None:
         config = self._config
         positions = torch.tensor(batch.positions)
-        cos, sin = rope_table(positions, config.head_dim, config.rope_theta, self._dtype)
+        cos, sin = rope_table(positions, self._rope_frequencies, self._dtype, config.rope.scale)
         slots = []
         row = 0
         for query_len, table in zip(batch.query_lens, batch.block_tables, strict=True):
@@ -230,6 +232,32 @@ class AttentionHalf:
             hidden = hidden.index_select(0, torch.tensor(batch.logit_rows, dtype=torch.int64))
         normed = self._norm(hidden, self._weights.final_norm, self._config.norm_eps)
         return self._weights.lm_head(normed).to(torch.float32)
+
+
+def frequencies_of(rope: Rope, head_dim: int) -> Tensor:
+    """float32 [head_dim / 2] radians per position."""
+    frequencies = rope_frequencies(head_dim, rope.theta)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        return llama3_frequencies(
+            frequencies,
+            factor=rope.factor,
+            low_freq_factor=rope.low_freq_factor,
+            high_freq_factor=rope.high_freq_factor,
+            original_len=rope.original_len,
+        )
+    if rope.kind == "yarn":
+        return yarn_frequencies(
+            frequencies,
+            theta=rope.theta,
+            factor=rope.factor,
+            beta_fast=rope.beta_fast,
+            beta_slow=rope.beta_slow,
+            original_len=rope.original_len,
+            truncate=rope.truncate,
+        )
+    return frequencies
 
 
 def slot_rows_view(memory: memoryview, num_seats: int, stride: int, layout: SlotLayout) -> Tensor:

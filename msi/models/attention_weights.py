@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msi.device.device import Device
 from msi.kernels.experts import gated_mlp, sigmoid_gated
-from msi.kernels.norm_rope import norm_heads, norm_projections
+from msi.kernels.norm import norm_heads, norm_projections
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,27 @@ from typing import Any, Literal
 from msi.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding: its base, and how frequencies are stretched for long contexts (`msi.kernels.rope`).
+
+    Attributes:
+        original_len: positions of the context before it was stretched.
+        scale: of cosines and sines.
+    """
+
+    theta: float
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_len: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +74,7 @@ class ModelConfig:
     num_experts: int
     top_k: int
     norm_eps: float
-    rope_theta: float
+    rope: Rope
     tie_word_embeddings: bool
     max_position_embeddings: int
     renormalise_topk: bool
@@ -139,13 +161,16 @@ class ConfigReader:
         return None if self.values.get(key) is None else self.integer(key)
 
     def number(self, key: str, default: float) -> float:
-        value = self.values.get(key, default)
+        return self.required_number(key) if key in self.values else default
+
+    def required_number(self, key: str) -> float:
+        value = self.values.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise ConfigError(f"{self.source}: {key} is {value!r}; it must be a number above 0")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
-        return None if self.values.get(key) is None else self.number(key, 0.0)
+        return None if self.values.get(key) is None else self.required_number(key)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key, default)
@@ -158,16 +183,6 @@ class ConfigReader:
         if key in self.values and self.values[key] not in allowed:
             shown = ", ".join(repr(value) for value in allowed)
             raise ConfigError(f"{self.source}: {key} is {self.values[key]!r}; supported: {shown}")
-
-    def rope_theta(self, default: float) -> float:
-        """The rotary base: top level in transformers 4, inside rope_parameters in 5. Scaled kinds are refused."""
-        parameters = self.section("rope_parameters").values or self.section("rope_scaling").values
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind != "default":
-            raise ConfigError(f"{self.source}: rope_type {kind!r} is not supported; supported: 'default'")
-        rope = ConfigReader({**self.values, **parameters}, self.source)
-        rope.require("partial_rotary_factor", None, 1, 1.0)
-        return rope.number("rope_theta", default)
 
     def dtype(self) -> str:
         value = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
@@ -187,6 +202,48 @@ class ConfigReader:
         return ids
 
 
+def read_rope(reader: ConfigReader, default_theta: float, max_position_embeddings: int) -> Rope:
+    """Transformers 5 writes all of it into rope_parameters; 4 the base beside rope_scaling. Other kinds are refused."""
+    newer, older = reader.section("rope_parameters").values, reader.section("rope_scaling").values
+    if newer and older:
+        raise ConfigError(f"{reader.source} holds both rope_parameters and rope_scaling; remove one")
+    parameters = newer or older
+    rope = ConfigReader({**reader.values, **parameters}, reader.source)
+    rope.require("partial_rotary_factor", None, 1)
+    theta = rope.number("rope_theta", default_theta)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return Rope(theta)
+    factor = ConfigReader(parameters, f"{reader.source}: {kind} rope").required_number("factor")
+    if kind == "linear":
+        return Rope(theta, "linear", factor)
+    # as in transformers, a value outside the section goes before one inside
+    original = ConfigReader({**parameters, **reader.values}, reader.source)
+    original_len = original.integer("original_max_position_embeddings", default=max_position_embeddings)
+    if kind == "llama3":
+        low, high = rope.required_number("low_freq_factor"), rope.required_number("high_freq_factor")
+        if low >= high:
+            raise ConfigError(f"{reader.source}: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
+        return Rope(theta, "llama3", factor, original_len, low_freq_factor=low, high_freq_factor=high)
+    if kind == "yarn":
+        rope.require("mscale", None)
+        rope.require("mscale_all_dim", None)
+        scale = rope.optional_number("attention_factor")
+        return Rope(
+            theta,
+            "yarn",
+            factor,
+            original_len,
+            beta_fast=rope.optional_number("beta_fast") or 32.0,
+            beta_slow=rope.optional_number("beta_slow") or 1.0,
+            truncate=rope.flag("truncate", True),
+            scale=0.1 * math.log(max(factor, 1.0)) + 1.0 if scale is None else scale,
+        )
+    raise ConfigError(
+        f"{reader.source}: rope_type {kind!r} is not supported; supported: 'default', 'linear', 'llama3', 'yarn'"
+    )
+
+
 def read_common(
     reader: ConfigReader,
     architecture: str,
@@ -202,6 +259,7 @@ def read_common(
     reader.require("hidden_act", "silu")
     hidden_size, num_layers = reader.integer("hidden_size"), reader.integer("num_hidden_layers")
     num_heads = reader.integer("num_attention_heads")
+    max_position_embeddings = reader.integer("max_position_embeddings")
     bos = reader.integers("bos_token_id")
     return ModelConfig(
         architecture=architecture,
@@ -216,9 +274,9 @@ def read_common(
         num_experts=num_experts,
         top_k=top_k,
         norm_eps=reader.number("rms_norm_eps", norm_eps),
-        rope_theta=reader.rope_theta(rope_theta),
+        rope=read_rope(reader, rope_theta, max_position_embeddings),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        max_position_embeddings=reader.integer("max_position_embeddings"),
+        max_position_embeddings=max_position_embeddings,
         renormalise_topk=renormalise_topk,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=reader.integers("eos_token_id"),

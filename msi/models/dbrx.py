@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from msi.errors import ConfigError
-from msi.models.config import ConfigReader, ModelConfig
+from msi.models.config import ConfigReader, ModelConfig, Rope, read_rope
 from msi.models.family import Family, StackedExpertNames, TensorNames
 
 LAYER_NORM_EPS = 1e-5  # torch's default; config.json does not say
@@ -16,6 +16,7 @@ def _parse(reader: ConfigReader) -> ModelConfig:
     ffn.require("uniform_expert_assignment", False)
     ffn.require("moe_normalize_expert_weights", None, 1)
     hidden_size, num_layers, num_heads = (reader.integer(key) for key in ("d_model", "n_layers", "n_heads"))
+    max_position_embeddings = reader.integer("max_seq_len")
     bos = reader.integers("bos_token_id")
     return ModelConfig(
         architecture="DbrxForCausalLM",
@@ -31,10 +32,10 @@ def _parse(reader: ConfigReader) -> ModelConfig:
         top_k=ffn.integer("moe_top_k"),
         norm="layer",
         norm_eps=LAYER_NORM_EPS,
-        rope_theta=_rope_theta(reader, attention),
+        rope=_rope(reader, attention, max_position_embeddings),
         clip_qkv=attention.optional_number("clip_qkv"),
         tie_word_embeddings=False,
-        max_position_embeddings=reader.integer("max_seq_len"),
+        max_position_embeddings=max_position_embeddings,
         renormalise_topk=ffn.values.get("moe_normalize_expert_weights", 1) is not None,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=reader.integers("eos_token_id"),
@@ -42,15 +43,18 @@ def _parse(reader: ConfigReader) -> ModelConfig:
     )
 
 
-def _rope_theta(reader: ConfigReader, attention: ConfigReader) -> float:
-    """In attn_config as transformers 4 writes it, in rope_parameters as 5 does; a file that holds both must agree."""
+def _rope(reader: ConfigReader, attention: ConfigReader, max_position_embeddings: int) -> Rope:
+    """Base in attn_config as transformers 4 writes it, in rope_parameters as 5 does; if it is in both they must agree.
+
+    Transformers 5 would use rope_parameters and keep silent.
+    """
     inner = attention.optional_number("rope_theta")
-    outer = reader.rope_theta(1e4 if inner is None else inner)
-    if inner is not None and outer != inner:
+    rope = read_rope(reader, 1e4 if inner is None else inner, max_position_embeddings)
+    if inner is not None and rope.theta != inner:
         raise ConfigError(
-            f"{reader.source}: rope_theta is {outer:g} in rope_parameters and {inner:g} in attn_config; remove one"
+            f"{reader.source}: rope_theta is {rope.theta:g} in rope_parameters and {inner:g} in attn_config; remove one"
         )
-    return outer
+    return rope
 
 
 _BLOCK = "transformer.blocks.{layer}."
