@@ -109,9 +109,10 @@ def _instance_metrics(stats: Stats) -> Iterator[Metric]:
         yield _gauge(name, meaning, values)
     yield _gauge("running", "Sequences that run.", [(one, one.status.num_running) for one in attention])
     yield _gauge("waiting", "Requests that wait.", [(one, one.status.num_waiting) for one in attention])
-    blocks = [(one, one.status.counters.get("blocks", 0.0)) for one in attention]
+    counted = [one for one in attention if "blocks" in one.status.counters]  # not while it loads
+    blocks = [(one, one.status.counters["blocks"]) for one in counted]
     yield _gauge("kv_cache_blocks", "KV blocks.", blocks)
-    used = [(one, 1 - one.status.num_free_blocks / count) for one, count in blocks if count]
+    used = [(one, 1 - one.status.num_free_blocks / count) for one, count in blocks]
     yield _gauge("kv_cache_used_ratio", "Share of the KV blocks in use.", used)
     rss = [(one, one.status.counters.get("rss_bytes", 0.0)) for one in stats.workers]
     yield _gauge("resident_memory_bytes", "Memory of the process.", rss)
