@@ -1,0 +1,104 @@
+"""An instance across hosts with addresses of their own: the same tokens, whatever the network does to the time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from msi import Engine, SamplingParams
+from tests import hosts
+from tests.hosts import Hosts
+from tests.test_launch import running
+
+REASON = hosts.why_not()
+PORT = 5555
+ENDS_WITHIN_S = 5.0
+NUM_TOKENS = 24
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.skipif(bool(REASON), reason=REASON)]
+
+
+@contextlib.asynccontextmanager
+async def instance(net):
+    """Two expert workers and an attention worker on hosts of their own, started before their coordinator."""
+    address = f"tcp://{net.addresses['front']}:{PORT}"
+    launch = (sys.executable, "-m", "msi_launch", "--coordinator", address, "--threads-per-worker", 1)
+    async with (
+        running(*net.on("experts", *launch, "--role", "expert", "--worker-id", "expert-0")) as first,
+        running(*net.on("experts", *launch, "--role", "expert", "--worker-id", "expert-1")) as second,
+        running(*net.on("attention", *launch, "--role", "attention")) as attention,
+    ):
+        await asyncio.sleep(2)
+        front = (*launch, "--role", "coordinator", "--expert-workers", 2, "--micro-batches", 2, "--port", 8000)
+        async with running(*net.on("front", *front)) as coordinator:
+            await coordinator.until_said("HTTP at")
+            yield {"expert-0": first, "expert-1": second, "attention-0": attention, "coordinator": coordinator}
+
+
+@contextlib.asynccontextmanager
+async def asked(net, num_requests, num_tokens):
+    """A client beside the coordinator."""
+    address = f"tcp://{net.addresses['front']}:{PORT}"
+    command = (sys.executable, "-m", "tests.hosts", address, num_requests, num_tokens)
+    async with running(*net.on("front", "env", f"PYTHONPATH={Path(__file__).parent.parent}", *command)) as child:
+        yield child
+
+
+async def answers(net, num_requests=4, num_tokens=NUM_TOKENS):
+    async with asked(net, num_requests, num_tokens) as child:
+        assert await child.ended(120) == 0, child.said
+        return results(child)
+
+
+def results(child):
+    return json.loads(next(line for line in child.said.splitlines() if line.startswith("[[")))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What the instance says when it is one process."""
+
+    async def generate():
+        async with Engine.local(transport="inproc", expert_workers=2, micro_batches=2) as engine:
+            params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+            return [token async for output in engine.generate(hosts.PROMPT, params) for token in output.token_ids]
+
+    return asyncio.run(generate())
+
+
+async def test_three_hosts_serve_the_tokens_of_one_process_and_come_back_after_a_cable_was_out(expected):
+    with Hosts("front", "attention", "experts") as net:
+        async with instance(net) as processes:
+            for how, tokens, _ in await answers(net):
+                assert (how, tokens) == ("done", expected)
+
+            for host, lost in (("experts", "expert-"), ("attention", "attention-0")):
+                async with asked(net, 2, 900) as client:
+                    await client.until_said("running")
+                    pulled_at = time.monotonic()
+                    net.set_link(host, "down")
+                    await client.until_said(r"\[\[", 3 * ENDS_WITHIN_S)
+                    took_s = time.monotonic() - pulled_at
+                    assert all(lost in how for how, _, _ in results(client)), client.said
+                    assert took_s < ENDS_WITHIN_S
+                net.set_link(host, "up")
+                for how, tokens, _ in await answers(net):
+                    assert (how, tokens) == ("done", expected), "the workers were taken back"
+            assert all(child.process.returncode is None for child in processes.values())
+
+            processes["attention-0"].process.send_signal(signal.SIGTERM)
+            assert await processes["attention-0"].ended() == 0
+
+
+async def test_a_slow_network_that_loses_packets_changes_time_and_no_token(expected):
+    with Hosts("front", "attention", "experts", slow="experts", delay_s=0.005, loss=0.01) as net:
+        async with instance(net):
+            for how, tokens, _ in await answers(net):
+                assert (how, tokens) == ("done", expected)
