@@ -114,7 +114,7 @@ def _add_instance(parser: argparse.ArgumentParser) -> None:
     add("--expert-workers", type=int, metavar="N", default=defaults["expert_workers"])
     add("--micro-batches", choices=MICRO_BATCHES, default="auto", help="in flight per attention worker; auto measures")
     add("--colocated", action="store_true", help="both roles in one process: the baseline, best for small models")
-    add("--device", default=defaults["device"], help="cpu")
+    add("--device", default=defaults["device"], help="cpu, cuda or cuda:N")
     add("--threads-per-worker", type=int, metavar="N", default=0, help="0 shares the cores among a role's workers")
     add(
         "--transport",

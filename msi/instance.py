@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from msi.coordinator import Coordinator
+from msi.device.choice import check_device
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.membership import InstancePlan
 from msi.messages import Welcome
@@ -111,6 +112,7 @@ def create_worker(
         model_dir=options.model_dir,
         role=role,
         worker_id=worker_id,
+        device=options.device,
         dtype=options.dtype,
         load_format=options.load_format,
         transport=options.transport,
@@ -157,6 +159,7 @@ class InprocInstance:
         self.workers: list[Worker] = []
 
     async def start(self) -> str:
+        check_device(self._options.device)
         coordinator = create_coordinator(self._options, "tcp://127.0.0.1:*")
         self._start(coordinator.run(), "coordinator")
         for role, worker_id in worker_ids(self._options):
@@ -252,6 +255,7 @@ class ProcessInstance:
         trace_dir: Path | None = None,
     ) -> None:
         build_plan(options)  # what cannot work is said before anything starts
+        check_device(options.device)
         self._options = options
         self._report_failure = report_failure
         self._coordinator_flags = coordinator_flags

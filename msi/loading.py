@@ -95,7 +95,7 @@ class ModelFiles:
         )  # fmt: skip
         return LoadedPart(assignment, attention, experts)
 
-    def num_kv_blocks(self, assignment: Assignment, memory_utilization: float) -> int:
+    def num_kv_blocks(self, assignment: Assignment, device: Device, memory_utilization: float) -> int:
         """As many as the share of free memory allows but no more than could ever be used, and the padding block.
 
         Raises:
@@ -104,7 +104,7 @@ class ModelFiles:
         if assignment.num_kv_blocks:
             return 1 + assignment.num_kv_blocks
         block_bytes = self.config.kv_values_per_token * BLOCK_TOKENS * DTYPES[assignment.dtype].itemsize
-        budget = free_memory_bytes() * memory_utilization * assignment.memory_share
+        budget = device.free_memory_bytes() * memory_utilization * assignment.memory_share
         useful = assignment.max_num_seqs * -(-assignment.max_model_len // BLOCK_TOKENS)
         affordable = int(budget // block_bytes) - 1
         if affordable < 1:
@@ -131,17 +131,6 @@ class ModelFiles:
 
     def _count(self, num_bytes: int) -> None:
         self.loaded_bytes += num_bytes
-
-
-def free_memory_bytes() -> int:
-    """Memory that can be had without swapping."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        log.debug("no /proc/meminfo: half of the memory counts as free")
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def resident_memory_bytes() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -84,8 +85,8 @@ class InstanceOptions:
             )
         if self.colocated and (self.attention_workers, self.expert_workers) != (1, 1):
             raise ConfigError("--colocated is one process with both roles; leave the numbers of workers out")
-        if self.device != "cpu":
-            raise ConfigError(f"--device {self.device} is not built yet; supported: cpu")
+        if self.device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", self.device):
+            raise ConfigError(f"--device {self.device!r} is not one; supported: cpu, cuda, cuda:N")
         if self.transport in LATER_TRANSPORTS:
             raise ConfigError(f"--transport {self.transport} is not built yet; supported: {', '.join(TRANSPORTS)}")
         _one_of("transport", self.transport, TRANSPORTS)

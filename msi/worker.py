@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from msi.attention_role import AttentionRole
+from msi.device.choice import open_device
 from msi.device.cpu import CpuDevice
+from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError, EngineError, TransportError, Unavailable
 from msi.expert_role import ExpertRole
 from msi.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
@@ -68,6 +70,7 @@ class WorkerSettings:
 
     Attributes:
         role: "attention", "expert" or "worker" (whichever is needed).
+        device: "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's, or what the device computes fastest) or a dtype's name.
         num_threads: torch's threads for one operator; 0 leaves it to torch.
         transport: "inproc", "shm", "tcp", or "auto": shared memory within a host, TCP across.
@@ -80,6 +83,7 @@ class WorkerSettings:
     model_dir: Path
     role: str = "worker"
     worker_id: str = ""
+    device: str = "cpu"
     dtype: str = "auto"
     load_format: str = "auto"
     transport: str = "shm"
@@ -124,7 +128,7 @@ class Worker:
         self._settings = settings
         self._files = ModelFiles(settings.model_dir, settings.load_format)
         self._loaded: LoadedPart | None = None
-        self._device: CpuDevice | None = None
+        self._device: CpuDevice | CudaDevice | None = None
         self._tracer: Tracer | None = None
         self._control = ControlClient(settings.coordinator, Codec(*MESSAGES))
         self._last_heard = time.monotonic()
@@ -172,7 +176,7 @@ class Worker:
 
     async def _introduce(self) -> Assignment:
         settings = self._settings
-        device = self._device or CpuDevice(num_threads=settings.num_threads or torch.get_num_threads())
+        device = self._device or open_device(settings.device, settings.num_threads)
         self._device = device
         wanted = self._files.config.dtype if settings.dtype == "auto" else settings.dtype
         if wanted not in DTYPES:
@@ -239,7 +243,7 @@ class Worker:
             life.experts = ExpertRole(assignment, config, loaded.experts, device, dtype, self._new_transport(life))
             address = await life.experts.listen()
         if loaded.attention is not None:
-            num_blocks = self._files.num_kv_blocks(assignment, self._settings.memory_utilization)
+            num_blocks = self._files.num_kv_blocks(assignment, device, self._settings.memory_utilization)
             transport = self._new_transport(life)
             life.attention = AttentionRole(
                 assignment, config, loaded.attention, device, dtype, transport, num_blocks, self._control.send

@@ -149,7 +149,7 @@ def test_parameters_that_make_no_sense_are_named(params, complaint):
         ({"gpu_memory_utilization": 0.0}, r"--gpu-memory-utilization 0\.0"),
         ({"max_num_batched_tokens": 600}, "more than a slot's 512 rows"),
         ({"colocated": True, "expert_workers": 2}, "one process with both roles"),
-        ({"device": "cuda"}, "--device cuda is not built yet"),
+        ({"device": "tpu"}, "--device 'tpu' is not one"),
         ({"transport": "rdma"}, "--transport rdma is not built yet"),
         ({"transport": "pigeon"}, "--transport 'pigeon' is not one"),
         ({"load_format": "gguf"}, "--load-format 'gguf' is not one; supported: auto, dummy"),

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(180)
         (["--api-key="], "--api-key is empty; give a key"),
         (["--chat-template", "/nowhere"], "--chat-template /nowhere is not a file"),
         (["--role", "expert"], "--role expert needs --coordinator tcp://HOST:PORT"),
-        (["--device", "cuda"], "--device cuda is not built yet"),
+        (["--device", "tpu"], "--device 'tpu' is not one; supported: cpu, cuda, cuda:N"),
         (["--transport", "rdma"], "--transport rdma is not built yet"),
         (["--attention-workers", "0"], "--attention-workers 0"),
     ],

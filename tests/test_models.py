@@ -33,6 +33,9 @@ class PlainDevice:
     def zeros(self, shape, dtype):
         return torch.zeros(shape, dtype=dtype)
 
+    def upload(self, tensor):
+        return tensor
+
 
 def edit(path, **changes):
     config = json.loads((path / "config.json").read_text())
@@ -280,6 +283,7 @@ class Inline:
         self.dtype = dtype
 
     linear = PlainDevice.linear
+    upload = PlainDevice.upload
 
 
 def logits_of(path, prompt, dtype):

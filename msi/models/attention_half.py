@@ -79,9 +79,10 @@ class AttentionHalf:
         self._weights = weights
         self._kv_cache = kv_cache
         self._device = device
+        self._upload = device.upload
         self._dtype = kv_cache.dtype
         self._norm = rms_norm if config.norm == "rms" else layer_norm
-        self._rope_frequencies = frequencies_of(config.rope, config.head_dim)
+        self._rope_frequencies = device.upload(frequencies_of(config.rope, config.head_dim))
         self._has_shared = config.shared_intermediate_size is not None
         ends = (*config.sparse_layers, config.num_layers)
         starts = (0, *(layer + 1 for layer in config.sparse_layers))
@@ -91,7 +92,7 @@ class AttentionHalf:
         for node in range(placement.num_nodes):
             for local, expert in enumerate(placement.experts_of(node)):
                 local_ids[node, expert] = local
-        self._placement = PlacementTables(local_ids)
+        self._placement = PlacementTables(device.upload(local_ids))
         self._fresh: dict[int, MicroBatch] = {}  # by lane, until the first layer's work takes it up
         self._lanes: list[_LaneState | None] = [None] * dispatch_layout.num_lanes
         self._outboxes: list[list[PackedRows]] = [[] for _ in range(placement.num_nodes)]
@@ -209,7 +210,7 @@ class AttentionHalf:
         state = self._lanes[lane]
         assert state is not None, f"lane {lane} has not begun"
         for node, token_index, count in state.sent:
-            rows = self._answers[node, lane, :count]
+            rows = self._upload(self._answers[node, lane, :count])
             if token_index is None:
                 state.hidden.add_(rows)
             else:

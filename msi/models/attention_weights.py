@@ -68,7 +68,7 @@ def load_attention_weights(
     if config.tie_word_embeddings:
         embed = head = reader.tensor(names.embed, *table)
     else:
-        embed = source.read(names.embed, table).to(dtype)  # a pass reads only some of its rows
+        embed = device.upload(source.read(names.embed, table).to(dtype))  # a pass reads only some of its rows
         head = reader.tensor(names.lm_head, *table)
     return AttentionWeights(embed, layers, final_norm, device.linear(head), reader.num_bytes)
 
@@ -85,7 +85,7 @@ class _Reader:
         self._dtype = dtype
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        tensor = self._source.read(name, shape).to(self._dtype)
+        tensor = self._device.upload(self._source.read(name, shape).to(self._dtype))
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
 

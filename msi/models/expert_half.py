@@ -126,12 +126,12 @@ class ExpertHalf:
 
     def _run(self, batch: WaveBatch) -> float:
         started = time.perf_counter()
-        lane, landed = batch.lane, self._rows
+        lane, landed, upload = batch.lane, self._rows, self._device.upload
         at = [(rows.seat, lane, slice(0, rows.num_rows)) for rows in batch.rows]
         combined, num_hit = moe_experts(
-            torch.cat([landed.hidden[index] for index in at]),
-            torch.cat([landed.topk_ids[index] for index in at]),
-            torch.cat([landed.topk_weights[index] for index in at]),
+            upload(torch.cat([landed.hidden[index] for index in at])),
+            upload(torch.cat([landed.topk_ids[index] for index in at])),
+            upload(torch.cat([landed.topk_weights[index] for index in at])),
             self._weights.gate_up[batch.layer],
             self._weights.down[batch.layer],
         )

@@ -1,0 +1,39 @@
+"""The CUDA device: the same tokens as everywhere. Skipped, with the reason, where there is no GPU."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from msi import ConfigError, Engine, SamplingParams
+from msi.device.cuda import why_unavailable
+from tests.reference import references, save_tiny
+
+needs_gpu = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3", "olmoe", "dbrx"])
+@pytest.mark.parametrize("transport", ["inproc", "shm"])
+async def test_tokens_equal_transformers_on_a_gpu(tmp_path, family, transport):
+    expected = references(save_tiny(tmp_path, family=family), [1, 17, 64, 129], 12)
+    async with Engine.local(
+        model=tmp_path, device="cuda", transport=transport, attention_workers=2, expert_workers=2, micro_batches=2,
+        gpu_memory_utilization=0.1, slot_rows=48,
+    ) as engine:  # fmt: skip
+
+        async def tokens_of(prompt):
+            params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+            return tuple([token async for output in engine.generate(prompt, params) for token in output.token_ids])
+
+        results = await asyncio.gather(*(tokens_of(one.prompt) for one in expected))
+        assert results == [one.tokens for one in expected]
+
+
+@pytest.mark.skipif(why_unavailable() is None, reason="there is a GPU")
+@pytest.mark.parametrize("transport", ["inproc", "shm"])
+async def test_without_a_gpu_it_is_said_before_anything_starts(tiny_model, transport):
+    with pytest.raises(ConfigError, match=r"--device cuda cannot work: .*; without one, use --device cpu"):
+        async with Engine.local(model=tiny_model, device="cuda", transport=transport):
+            pass
