@@ -177,6 +177,20 @@ class Transformers:
         return {"decode_tokens_per_s": len(prompts) / tpot_s, "tpot_s": tpot_s, "ttft_s": seen[0] - started}
 
 
+def machine_read_gb_per_s(num_threads: int) -> float:
+    """How fast this machine reads memory that no cache holds: the best of a few sums over a gigabyte."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+    values = torch.ones(1 << 28)
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        values.sum()
+        times.append(time.perf_counter() - started)
+    return values.numel() * 4 / min(times) / 1e9
+
+
 async def main() -> None:
     arguments = parse()
     config, _ = load_config(arguments.model)
@@ -212,12 +226,14 @@ async def main() -> None:
                 theirs.append(await asyncio.to_thread(peer.run, prompts, arguments.output_len))
                 shown = {"engine": arguments.compare, "dtype": arguments.compare_dtype, **about, **theirs[-1]}
                 print(json.dumps(shown), flush=True)
+    limit = machine_read_gb_per_s(arguments.compare_threads)
     rate = median(run.decode_tokens_per_s for run in ours)
     summary: dict[str, Any] = {
         "median_decode_tokens_per_s": rate,
         "median_tpot_s": median(run.tpot_s for run in ours),
         "median_ttft_s": median(run.ttft_s for run in ours),
         "median_weight_gb_per_s": median(run.weight_gb_per_s for run in ours),
+        "machine_read_gb_per_s": limit,
     }
     if theirs:
         peer_rate = median(run["decode_tokens_per_s"] for run in theirs)
