@@ -1,28 +1,19 @@
 """What a request's parameters mean for its next token: how it is chosen, and whether it is the last.
 
-Decides; knows no logits. The sampler does what `token_sampling` says.
+Decides; knows no logits. The sampler does what `sampling_extras` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from msi.types import LogitChanges, SamplingExtras, SamplingParams, TokenSampling
+from msi.types import LogitChanges, SamplingExtras, SamplingParams
 
 MASK = (1 << 64) - 1
 
 
-def token_sampling(
-    params: SamplingParams, tokens: Sequence[int], num_prompt: int, eos_token_ids: Collection[int]
-) -> TokenSampling:
-    """How to choose the token that follows `tokens`, of which the first `num_prompt` are the prompt."""
-    assert params.seed is not None, "whoever accepted the request has drawn a seed"
-    extras = _extras(params, tokens, num_prompt, eos_token_ids) if has_extras(params) else None
-    return TokenSampling(params.temperature, params.top_p, params.top_k, params.seed, len(tokens), extras)
-
-
 def has_extras(params: SamplingParams) -> bool:
-    """Whether the parameters ask for more than temperature, top_p and top_k."""
+    """Whether the parameters ask for more than temperature, top_p and top_k; if not, skip `sampling_extras`."""
     return (
         params.logprobs is not None
         or params.min_p > 0
@@ -34,9 +25,10 @@ def has_extras(params: SamplingParams) -> bool:
     )
 
 
-def _extras(
+def sampling_extras(
     params: SamplingParams, tokens: Sequence[int], num_prompt: int, eos_token_ids: Collection[int]
 ) -> SamplingExtras:
+    """What else is done to choose the token that follows `tokens`, of which the first `num_prompt` are the prompt."""
     is_repetition_penalised = params.repetition_penalty != 1
     is_penalised = is_repetition_penalised or params.presence_penalty != 0 or params.frequency_penalty != 0
     banned: tuple[int, ...] = ()

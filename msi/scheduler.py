@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 from msi.block_pool import BlockPool, hash_block
 from msi.errors import InvalidRequest, Unavailable
-from msi.sampling import is_stop_token, token_sampling
-from msi.types import MicroBatch, SamplingParams, TokenLogprobs
+from msi.sampling import has_extras, is_stop_token, sampling_extras
+from msi.types import MicroBatch, SamplingParams, TokenLogprobs, TokenSampling
 
 # The predicted time of a lane, in units of one decoded token: attention over this much context costs as much again,
 # and of a prompt that is still to be computed a token costs this share.
@@ -74,6 +74,10 @@ class _Sequence:
     num_kept: int = 0  # full blocks that can be found by their hashes
     is_cancelled: bool = False
     was_left_out: bool = False  # of the last micro-batch, for want of room
+    has_extras: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.has_extras = has_extras(self.request.params)
 
     @property
     def num_left(self) -> int:
@@ -411,10 +415,16 @@ def _micro_batch(chosen: list[tuple[_Sequence, int]], eos_token_ids: Collection[
         token_ids += sequence.tokens[start : start + count]
         positions += range(start, start + count)
         if start + count == len(sequence.tokens):
-            request = sequence.request
+            params = sequence.request.params
+            assert params.seed is not None, sequence.request.request_id
             logit_rows.append(len(token_ids) - 1)
-            num_prompt = len(request.prompt_token_ids)
-            sampling.append(token_sampling(request.params, sequence.tokens, num_prompt, eos_token_ids))
+            extras = None
+            if sequence.has_extras:
+                num_prompt = len(sequence.request.prompt_token_ids)
+                extras = sampling_extras(params, sequence.tokens, num_prompt, eos_token_ids)
+            sampling.append(
+                TokenSampling(params.temperature, params.top_p, params.top_k, params.seed, len(sequence.tokens), extras)
+            )
     return MicroBatch(
         token_ids=tuple(token_ids),
         positions=tuple(positions),

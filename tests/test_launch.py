@@ -129,6 +129,38 @@ async def test_everything_on_this_machine_with_a_trace(tiny_model, tmp_path):
     assert all(span["dur"] >= 0 and "cname" in span for span in spans)
 
 
+async def test_a_key_and_a_chat_template_reach_the_gateway(tiny_model, tmp_path):
+    port, template = free_port(), tmp_path / "template.jinja"
+    arguments = (
+        tiny_model,
+        "--port",
+        port,
+        "--api-key=-secret",
+        "--chat-template",
+        template,
+        "--threads-per-worker",
+        1,
+    )
+    template.write_text("{{ messages[0].content }}")
+    body = {"messages": [{"role": "user", "content": "It is"}], "max_tokens": 4, "n": 2, "logprobs": True,
+            "frequency_penalty": 1, "logit_bias": {"5": -100}, "min_tokens": 2}  # fmt: skip
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    async with launched(*arguments) as child, aiohttp.ClientSession() as session:
+        await child.until_said("ready: ")
+        async with session.post(url, json=body) as response:
+            assert response.status == 401
+        async with session.post(url, json=body, headers={"Authorization": "Bearer -secret"}) as response:
+            assert response.status == 200
+            choices = (await response.json())["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]
+    assert all(choice["logprobs"]["content"] for choice in choices)
+    template.write_text("{% for %}")
+    async with launched(*arguments) as child:
+        assert await child.ended() == 2
+        assert "the chat template is not valid Jinja" in child.said
+        assert "Traceback" not in child.said
+
+
 async def test_a_port_in_use_is_said_and_ends_it(tiny_model):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

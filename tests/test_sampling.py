@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 
 from msi import Engine, InvalidRequest, SamplingParams
 from msi.sampler import _change, sample
-from msi.sampling import seed_of_choice, token_sampling
+from msi.sampling import has_extras, sampling_extras, seed_of_choice
 from msi.tokenizer import TextStream
 from msi.types import LogitChanges, SamplingExtras, TokenLogprobs, TokenSampling
 from tests.conftest import TEXT
@@ -131,13 +131,16 @@ def test_plain_rows_beside_rows_with_features_are_untouched():
 
 
 def test_requests_without_features_carry_nothing():
-    params = SamplingParams(seed=1, temperature=0.7, top_p=0.9, top_k=4, stop=("x",), stop_token_ids=(9,))
-    assert token_sampling(params, [5, 6, 7], 2, EOS) == TokenSampling(0.7, 0.9, 4, 1, 3)
+    plain = {"temperature": 0.7, "top_p": 0.9, "top_k": 4, "stop": ("x",), "stop_token_ids": (9,), "n": 2}
+    assert not has_extras(SamplingParams(seed=1, **plain))
+    features = {"logprobs": 0, "min_p": 0.1, "min_tokens": 1, "repetition_penalty": 1.1, "presence_penalty": 1,
+                "frequency_penalty": -1, "logit_bias": {1: 0}}  # fmt: skip
+    assert all(has_extras(SamplingParams(seed=1, **{name: value})) for name, value in features.items())
 
 
 def test_tokens_travel_for_those_penalties_alone_that_need_them():
     def changes(**params):
-        return token_sampling(SamplingParams(seed=1, **params), [5, 6, 7], 2, EOS).extras.changes
+        return sampling_extras(SamplingParams(seed=1, **params), [5, 6, 7], 2, EOS).changes
 
     assert changes(presence_penalty=0.5) == LogitChanges(presence_penalty=0.5, output_token_ids=(7,))
     assert changes(repetition_penalty=2) == LogitChanges(2, prompt_token_ids=(5, 6), output_token_ids=(7,))
@@ -147,7 +150,7 @@ def test_tokens_travel_for_those_penalties_alone_that_need_them():
 
 def test_min_tokens_bars_the_end_until_enough_tokens_are_there():
     params = SamplingParams(seed=1, max_tokens=5, min_tokens=2, stop_token_ids=(9,))
-    sampled = [token_sampling(params, [5] * count, 3, EOS).extras.changes for count in (3, 4, 5)]
+    sampled = [sampling_extras(params, [5] * count, 3, EOS).changes for count in (3, 4, 5)]
     assert sampled == [LogitChanges(banned_token_ids=(2, 3, 9))] * 2 + [None]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from msi.errors import InvalidRequest, Unavailable
 from msi.scheduler import Progress, Request, Scheduler
-from msi.types import SamplingParams
+from msi.types import SamplingExtras, SamplingParams, TokenLogprobs
 
 EOS = 2
 
@@ -340,3 +340,18 @@ def test_whatever_happens_every_request_ends_and_no_block_is_lost(data):
             break
     assert finished == set(expected) - cancelled
     assert all(got[name] == expected[name] for name in finished)
+
+
+def test_stop_tokens_and_logprobs_go_with_their_own_sequence():
+    scheduler = make_scheduler()
+    scheduler.add(request("long", 12, logprobs=0))
+    scheduler.add(request("a", 2, stop_token_ids=(7,)))
+    scheduler.add(request("b", 2, logprobs=1))
+    batch = scheduler.plan(0)
+    assert [one.extras for one in batch.sampling] == [SamplingExtras(logprobs=0), None, SamplingExtras(logprobs=1)]
+    first, third = TokenLogprobs(7, -0.5), TokenLogprobs(9, -0.1, (9,), (-0.1,))
+    assert scheduler.update(0, [7, 7, 9], {0: first, 2: third}) == [
+        Progress("long", (7,), None, (first,)),
+        Progress("a", (7,), "stop"),
+        Progress("b", (9,), None, (third,)),
+    ]
