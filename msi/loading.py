@@ -78,9 +78,17 @@ class ModelFiles:
 
         Raises:
             CheckpointError: a tensor is missing, truncated or misshapen.
+            ConfigError: the memory that is free cannot hold them.
         """
-        dtype = DTYPES[assignment.dtype]
-        self.loaded_bytes, self.total_bytes = 0, self._part_bytes(assignment)
+        dtype, num_values = DTYPES[assignment.dtype], self._part_values(assignment)
+        free_bytes = free_memory_bytes()
+        if num_values * dtype.itemsize > free_bytes:
+            raise ConfigError(
+                f"the weights of {assignment.worker_id} take {num_values * dtype.itemsize / 1e9:.1f} GB as "
+                f"{assignment.dtype}, and {free_bytes / 1e9:.1f} GB of memory are free; give experts more workers, on "
+                f"more machines, or free some memory"
+            )
+        self.loaded_bytes, self.total_bytes = 0, num_values * DTYPES[self.config.dtype].itemsize
         started = time.monotonic()
         source = self.open(self._count)
         attention = experts = None
@@ -119,15 +127,15 @@ class ModelFiles:
             return tuple(range(self.config.num_experts))
         return assignment.placement.experts_of(assignment.index)
 
-    def _part_bytes(self, assignment: Assignment) -> int:
-        """What `load` will read."""
+    def _part_values(self, assignment: Assignment) -> int:
+        """Elements of what `load` will read."""
         config = self.config
         num_values = 0
         if assignment.role == "expert" or assignment.is_colocated:
             num_values += len(self._experts_of(assignment)) * config.num_sparse_layers * config.expert_values
         if assignment.role == "attention":
             num_values += config.attention_values
-        return num_values * DTYPES[config.dtype].itemsize
+        return num_values
 
     def _count(self, num_bytes: int) -> None:
         self.loaded_bytes += num_bytes

@@ -16,13 +16,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import msi.models
 from msi import Engine, SamplingParams
 from msi.errors import CheckpointError, ConfigError
+from msi.loading import ModelFiles
 from msi.models.attention_half import frequencies_of
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
 from msi.models.expert_half import load_expert_weights
 from msi.models.families import load_config, parse_config
+from msi.placement import place_evenly
 from tests.reference import references, save_tiny, tiny_config
-from tests.test_models import PlainDevice, edit
+from tests.test_models import PlainDevice, assignment, edit
 
 SCALED_MOE = Path(msi.models.__file__).parent / "configs" / "scaled_moe"
 
@@ -227,6 +229,14 @@ def test_scaled_moe_has_the_papers_numbers():
     assert (config.num_experts, config.top_k, config.dtype) == (32, 4, "bfloat16")
     total = config.attention_values + config.num_experts * config.num_sparse_layers * config.expert_values
     assert total == pytest.approx(317e9, rel=2e-3)
+
+
+def test_weights_that_memory_cannot_hold_are_refused_before_any_is_read(monkeypatch):
+    monkeypatch.setattr("msi.loading.free_memory_bytes", lambda: 64 * 10**9)
+    files = ModelFiles(SCALED_MOE, "dummy")
+    complaint = re.escape("the weights of w take 309.2 GB as float32, and 64.0 GB of memory are free")
+    with pytest.raises(ConfigError, match=complaint):
+        files.load(assignment("expert", 1, 4, placement=place_evenly(32, 4)), PlainDevice())
 
 
 async def test_scaled_moe_runs_on_dummy_weights(tmp_path):

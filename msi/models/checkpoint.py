@@ -132,7 +132,9 @@ class DummyCheckpoint:
         else:
             generator = torch.Generator().manual_seed(zlib.crc32(label.encode()))
             tensor = torch.randn(shape, generator=generator) * 0.02
-        self._report(tensor.numel() * tensor.element_size())
+        num_bytes = tensor.numel() * tensor.element_size()
+        self.bytes_read += num_bytes
+        self._report(num_bytes)
         return tensor
 
     def fingerprint(self) -> str:
