@@ -1,12 +1,19 @@
 #!/usr/bin/env python3
-"""One-way latency of dispatching rows from M senders to N receivers: shared memory against Gloo's isend / irecv.
+"""One-way latency of dispatching rows from M senders to N receivers: our transports against Gloo and ZeroMQ.
 
-    tools/bench_dispatch.py --size 65536 --rounds 2000
+    tools/bench_dispatch.py --size 4096 65536 262144 1048576 --rounds 1000
 
 M + N processes each. In a round every sender sends `size` bytes to every receiver and waits for their empty
-acknowledgements. A message's time runs from when its sender begins the round (before anything is copied) to when its
-receiver has it, on the clock that all processes share. Receivers sleep until they are woken; nobody polls. The two
-kinds alternate; contents are checked. Prints a JSON line per kind and run, and the ratio of the medians.
+acknowledgements. A message's time runs from when its sender begins the round to when its receiver has it, on the clock
+that all processes share. Receivers sleep until they are woken; nobody polls. Contents are checked.
+
+    shm    the payload is copied into the receiver's memory within the round: that copy is the transport
+    tcp    ours over loopback; the payload lies in the outbox, as rows do that were computed into it
+    gloo   isend / irecv over loopback; the payload lies in the tensor that is sent
+    zmq    PUSH / PULL over ipc, blocking; the payload lies in the buffer that is sent, large ones are not copied
+
+The kinds alternate, a run of each at a time. Prints a JSON line per kind, size and run, then for each size the medians
+and what the best of gloo and zmq needs over what ours do.
 """
 
 from __future__ import annotations
@@ -21,32 +28,44 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median, quantiles
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from msi.net.transport import Transport
 
 STAMP = struct.Struct("<dI")  # time of the round's begin, round
 ACKNOWLEDGED = 1
+KINDS = ("shm", "tcp", "gloo", "zmq")
+ZERO_COPY_BYTES = 65536  # pyzmq's own threshold: below, a copy is cheaper than telling when it may be reused
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--senders", type=int, default=2)
     parser.add_argument("--receivers", type=int, default=2)
-    parser.add_argument("--size", type=int, default=65536)
+    parser.add_argument("--size", type=int, nargs="+", default=[65536])
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--kind", choices=["shm", "gloo"], help="only this one")
+    parser.add_argument("--kind", choices=KINDS, nargs="+", default=list(KINDS))
     parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("--rendezvous", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-# -- shared memory ---------------------------------------------------------------------------------------------------
+# -- our transports ---------------------------------------------------------------------------------------------------
 
 
-async def shm_receiver(arguments: argparse.Namespace) -> list[float]:
+def new_transport(kind: str) -> Transport:
     from msi.net.shm import ShmTransport
+    from msi.net.tcp import TcpTransport
+
+    return ShmTransport() if kind == "shm" else TcpTransport("127.0.0.1")
+
+
+async def receiver(arguments: argparse.Namespace) -> list[float]:
     from msi.net.transport import Admission, CompletionKind, Endpoint
 
-    transport = ShmTransport()
+    transport = new_transport(arguments.kind)
     landing = transport.register(arguments.senders, arguments.size)
     seats = iter(range(arguments.senders))
     address = await transport.listen(lambda hello: Admission(landing, next(seats), b""))
@@ -72,10 +91,9 @@ async def shm_receiver(arguments: argparse.Namespace) -> list[float]:
     return times
 
 
-async def shm_sender(arguments: argparse.Namespace) -> list[float]:
-    from msi.net.shm import ShmTransport
-
-    transport = ShmTransport()
+async def sender(arguments: argparse.Namespace) -> list[float]:
+    is_mapped = arguments.kind == "shm"
+    transport = new_transport(arguments.kind)
     landing = transport.register(arguments.receivers, 64)
     endpoints = []
     for index in range(arguments.receivers):
@@ -98,7 +116,11 @@ async def shm_sender(arguments: argparse.Namespace) -> list[float]:
         started = time.monotonic()
         STAMP.pack_into(payload, 0, started, round_number)
         for endpoint in endpoints:
-            endpoint.outbox[: arguments.size] = payload
+            if is_mapped:
+                endpoint.outbox[: arguments.size] = payload
+            else:
+                endpoint.outbox[: STAMP.size] = payload[: STAMP.size]
+                endpoint.outbox[arguments.size - 1] = payload[-1]
             endpoint.post(round_number, 0, arguments.size)
         await acknowledged.wait()
         acknowledged.clear()
@@ -152,11 +174,60 @@ def gloo(arguments: argparse.Namespace) -> list[float]:
     return times
 
 
-# -- both ------------------------------------------------------------------------------------------------------------
+# -- ZeroMQ ----------------------------------------------------------------------------------------------------------
 
 
-def check(is_right_round: bool, last_byte: int, round_number: int) -> None:
-    if not is_right_round or last_byte != round_number % 251:
+def zeromq(arguments: argparse.Namespace) -> list[float]:
+    import zmq
+
+    context = zmq.Context()
+    here = context.socket(zmq.PULL)
+    here.bind(f"ipc://{arguments.rendezvous}/zmq-{arguments.rank}")
+    senders, receivers = range(arguments.senders), range(arguments.senders, arguments.senders + arguments.receivers)
+    is_sender = arguments.rank in senders
+    there = {}
+    for peer in receivers if is_sender else senders:
+        there[peer] = context.socket(zmq.PUSH)
+        there[peer].connect(f"ipc://{arguments.rendezvous}/zmq-{peer}")
+    times = []
+    if is_sender:
+        payload = bytearray(arguments.size)
+        payload[STAMP.size] = arguments.rank
+        is_copied = arguments.size < ZERO_COPY_BYTES
+        for peer in receivers:  # connections are made before the first round
+            there[peer].send(b"hello")
+        for _ in receivers:
+            here.recv()
+        for round_number in range(arguments.rounds):
+            payload[-1] = round_number % 251
+            STAMP.pack_into(payload, 0, time.monotonic(), round_number)
+            for peer in receivers:
+                there[peer].send(payload, copy=is_copied)
+            for _ in receivers:
+                here.recv()
+    else:
+        for _ in senders:
+            here.recv()
+        for peer in senders:
+            there[peer].send(b"hello")
+        for _ in range(arguments.rounds * arguments.senders):
+            frame = here.recv(copy=False)
+            now = time.monotonic()
+            started, round_number = STAMP.unpack_from(frame.buffer)
+            check(len(frame.buffer) == arguments.size, frame.buffer[-1], round_number)
+            times.append(now - started)
+            there[frame.buffer[STAMP.size]].send(b"")
+    for socket in (here, *there.values()):
+        socket.close()
+    context.term()
+    return times
+
+
+# -- all -------------------------------------------------------------------------------------------------------------
+
+
+def check(is_right: bool, last_byte: int, round_number: int) -> None:
+    if not is_right or last_byte != round_number % 251:
         raise SystemExit(f"round {round_number}: wrong contents")
 
 
@@ -179,19 +250,21 @@ async def published(arguments: argparse.Namespace, rank: int) -> str:
 def run_rank(arguments: argparse.Namespace) -> list[float]:
     if arguments.kind == "gloo":
         return gloo(arguments)
+    if arguments.kind == "zmq":
+        return zeromq(arguments)
     import uvloop
 
-    role = shm_sender if arguments.rank < arguments.senders else shm_receiver
+    role = sender if arguments.rank < arguments.senders else receiver
     times: list[float] = uvloop.run(role(arguments))
     return times
 
 
-def run_kind(arguments: argparse.Namespace, kind: str) -> dict[str, float]:
+def run_kind(arguments: argparse.Namespace, kind: str, size: int) -> dict[str, float]:
     """All ranks of one kind as processes; microseconds."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, __file__, "--kind", kind, "--senders", str(arguments.senders), "--receivers",
-            str(arguments.receivers), "--size", str(arguments.size), "--rounds", str(arguments.rounds),
+            str(arguments.receivers), "--size", str(size), "--rounds", str(arguments.rounds),
             "--rendezvous", folder,
         ]  # fmt: skip
         environment = {"GLOO_SOCKET_IFNAME": "lo", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
@@ -212,20 +285,24 @@ def run_kind(arguments: argparse.Namespace, kind: str) -> dict[str, float]:
 def main() -> None:
     arguments = parse()
     if arguments.rank >= 0:
+        (arguments.kind,), (arguments.size,) = arguments.kind, arguments.size
         print(json.dumps(run_rank(arguments)))
         return
-    kinds = [arguments.kind] if arguments.kind else ["shm", "gloo"]
-    about = {"senders": arguments.senders, "receivers": arguments.receivers, "size": arguments.size}
-    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    about = {"senders": arguments.senders, "receivers": arguments.receivers}
+    found: dict[tuple[str, int], list[float]] = {(kind, size): [] for size in arguments.size for kind in arguments.kind}
     for _ in range(arguments.repeat):
-        for kind in kinds:
-            result = run_kind(arguments, kind)
-            found[kind].append(result["median_us"])
-            print(json.dumps({"kind": kind, **about, **result}), flush=True)
-    summary = {f"{kind}_median_us": median(values) for kind, values in found.items()}
-    if len(kinds) == 2:
-        summary["gloo_over_shm"] = summary["gloo_median_us"] / summary["shm_median_us"]
-    print(json.dumps({**about, **summary}))
+        for kind, size in found:
+            result = run_kind(arguments, kind, size)
+            found[kind, size].append(result["median_us"])
+            print(json.dumps({"kind": kind, "size": size, **about, **result}), flush=True)
+    for size in arguments.size:
+        medians = {kind: median(found[kind, size]) for kind in arguments.kind}
+        summary = {f"{kind}_median_us": value for kind, value in medians.items()}
+        peers = [medians[kind] for kind in ("gloo", "zmq") if kind in medians]
+        for kind in ("shm", "tcp"):
+            if peers and kind in medians:
+                summary[f"best_peer_over_{kind}"] = min(peers) / medians[kind]
+        print(json.dumps({"size": size, **about, **summary}))
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ class DispatchLink:
         self._hello = hello
         self._nodes: list[_Node | None] = [None] * num_nodes
         self._node_of: dict[Endpoint, int] = {}
+        self._gone: dict[int, tuple[str, str]] = {}  # worker id and reason of the one lost last, by node
         self._turns: list[Turn | None] = [None] * hello.num_lanes
         self._next_seqs = list(hello.next_seqs)
         self._complete = asyncio.Event()
@@ -142,6 +143,7 @@ class DispatchLink:
             return
         with self._posting:
             self._nodes[node] = None
+            self._gone[node] = (peer.welcome.worker_id, reason)
         del self._node_of[peer.endpoint]
         self._complete.clear()
         peer.endpoint.close()
@@ -201,7 +203,7 @@ class DispatchLink:
             try:
                 for node, peer in enumerate(self._nodes):
                     if peer is None:
-                        raise TransportError(f"node {node}", "is not connected")
+                        raise TransportError(*self._gone.get(node, (f"node {node}", "is not connected")))
                     count = num_rows[node]
                     if not count:
                         peer.endpoint.post(empty)

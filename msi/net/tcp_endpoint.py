@@ -97,7 +97,7 @@ class TcpEndpoint:
                 backlog.extend(memoryview(piece) for piece in pieces)
                 return
             try:
-                sent = self._sock.sendmsg(pieces)
+                sent = self._sock.sendmsg(pieces) if body else self._sock.send(head)
             except BlockingIOError:
                 sent = 0
             except OSError as error:  # the event loop sees it, too, and says CLOSED

@@ -1,0 +1,137 @@
+"""Processes started one by one, over TCP: connections that break, drains, and a coordinator that is started anew."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import time
+
+import pytest
+
+from msi import Engine
+from msi.instance import create_coordinator, create_worker
+from msi.net.tcp import TcpTransport
+from msi.options import InstanceOptions
+from tests.test_faults import LONG, SHORT, checkpoint, outcome, running_requests, until
+from tests.test_launch import free_port, launched
+
+__all__ = ["checkpoint"]  # a fixture
+
+ENDS_WITHIN_S = 5.0  # what the design promises for a loss
+RETURNS_WITHIN_S = 60.0
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+
+
+def reset(sock):
+    """Breaks a connection as a middlebox would: the peer gets a reset, and neither end said goodbye."""
+    nobody = (ctypes.c_char * 16)()  # AF_UNSPEC: the kernel disconnects
+    assert ctypes.CDLL(None).connect(sock.fileno(), nobody, 16) == 0
+
+
+@contextlib.asynccontextmanager
+async def inside(options):
+    """An instance over TCP whose processes are tasks of this one."""
+    coordinator = create_coordinator(options, "tcp://127.0.0.1:*")
+    workers = {
+        worker_id: create_worker(options, coordinator.address, worker_id.partition("-")[0], worker_id)
+        for worker_id in ("expert-0", "expert-1", "attention-0")
+    }
+    tasks = [asyncio.ensure_future(one.run()) for one in (coordinator, *workers.values())]
+    try:
+        async with Engine.connect(coordinator.address) as engine:
+            await engine.wait_ready(60)
+            yield engine, workers
+    finally:
+        for task in reversed(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def succeeds(engine):
+    return await outcome(engine, [7, 8, 9], SHORT) == ("done", 4)
+
+
+async def test_a_connection_that_is_reset_ends_what_runs_and_the_peer_is_taken_back_in_a_new_life(checkpoint):
+    options = InstanceOptions(
+        model=checkpoint, expert_workers=2, micro_batches=2, transport="tcp", threads_per_worker=1
+    )
+    async with inside(options) as (engine, workers):
+        tasks = await running_requests(engine, 3)
+        (transport,) = workers["attention-0"].life.transports
+        assert isinstance(transport, TcpTransport)
+        broken_at = time.monotonic()
+        reset(next(iter(transport._endpoints))._sock)
+        for message, tokens in await asyncio.gather(*tasks):
+            assert "expert worker expert-" in message
+            assert "was lost: connection lost" in message
+            assert 0 < tokens < 450
+        assert time.monotonic() - broken_at < ENDS_WITHIN_S
+        await until(lambda: succeeds(engine), RETURNS_WITHIN_S)
+        incarnations = {one.worker_id: one.incarnation for one in (await engine.stats()).workers}
+        assert sorted(incarnations.values()) == [0, 0, 1], incarnations
+        assert incarnations["attention-0"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_lost_expert_worker_over_tcp_fails_what_runs_and_is_taken_back(checkpoint, number):
+    engine = Engine.local(model=checkpoint, expert_workers=2, micro_batches=2, threads_per_worker=1, transport="tcp")
+    async with engine:
+        tasks = await running_requests(engine, 3)
+        pid = engine.pids["expert-1"]
+        os.kill(pid, number)
+        for message, tokens in await asyncio.wait_for(asyncio.gather(*tasks), 20):
+            assert "expert-1 was lost" in message
+            assert 0 < tokens < 450
+        if number == signal.SIGSTOP:
+            os.kill(pid, signal.SIGCONT)
+        await until(lambda: succeeds(engine), RETURNS_WITHIN_S)
+        if number == signal.SIGSTOP:
+            assert engine.pids["expert-1"] == pid
+
+
+@contextlib.asynccontextmanager
+async def cluster(checkpoint):
+    """A coordinator's command line, its address, and workers that were started already, all over TCP."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    common = (checkpoint, "--coordinator", address, "--threads-per-worker", 1, "--transport", "tcp")
+    async with (
+        launched(*common, "--role", "expert") as expert,
+        launched(*common, "--role", "attention") as attention,
+    ):
+        yield (*common, "--role", "coordinator", "--no-gateway", "--micro-batches", 2), address, expert, attention
+
+
+async def test_a_coordinator_that_is_started_anew_takes_its_workers_back(checkpoint):
+    async with cluster(checkpoint) as (command, address, expert, attention):
+        async with launched(*command) as first, Engine.connect(address) as engine:
+            await engine.wait_ready(90)
+            tasks = await running_requests(engine, 2)
+            first.process.kill()
+            for message, _ in await asyncio.wait_for(asyncio.gather(*tasks), 20):
+                assert "coordinator" in message
+            await first.ended()
+            async with launched(*command):
+                await until(lambda: succeeds(engine), RETURNS_WITHIN_S)
+        assert expert.process.returncode is None
+        assert attention.process.returncode is None
+
+
+async def test_a_drained_attention_worker_finishes_what_runs_and_new_requests_are_refused_by_a_sentence(checkpoint):
+    async with (
+        cluster(checkpoint) as (command, address, _, attention),
+        launched(*command),
+        Engine.connect(address) as engine,
+    ):
+        await engine.wait_ready(90)
+        tasks = await running_requests(engine, 2)
+        attention.process.send_signal(signal.SIGTERM)
+        assert await asyncio.gather(*tasks) == [("done", LONG.max_tokens)] * 2
+        assert await attention.ended() == 0
+        message, num_tokens = await outcome(engine, [7, 8, 9], SHORT)
+        assert num_tokens == 0
+        assert "no worker could take it" in message
+        assert "attention worker 1 of 1 (it was drained)" in message
