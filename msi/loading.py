@@ -81,7 +81,7 @@ class ModelFiles:
             ConfigError: the memory that is free cannot hold them.
         """
         dtype, num_values = DTYPES[assignment.dtype], self._part_values(assignment)
-        free_bytes = free_memory_bytes()
+        free_bytes = device.free_memory_bytes()
         if num_values * dtype.itemsize > free_bytes:
             raise ConfigError(
                 f"the weights of {assignment.worker_id} take {num_values * dtype.itemsize / 1e9:.1f} GB as "

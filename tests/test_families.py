@@ -232,7 +232,7 @@ def test_scaled_moe_has_the_papers_numbers():
 
 
 def test_weights_that_memory_cannot_hold_are_refused_before_any_is_read(monkeypatch):
-    monkeypatch.setattr("msi.loading.free_memory_bytes", lambda: 64 * 10**9)
+    monkeypatch.setattr(PlainDevice, "free_bytes", 64 * 10**9)
     files = ModelFiles(SCALED_MOE, "dummy")
     complaint = re.escape("the weights of w take 309.2 GB as float32, and 64.0 GB of memory are free")
     with pytest.raises(ConfigError, match=complaint):

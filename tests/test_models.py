@@ -36,6 +36,11 @@ class PlainDevice:
     def upload(self, tensor):
         return tensor
 
+    def free_memory_bytes(self):
+        return self.free_bytes
+
+    free_bytes = 1 << 60
+
 
 def edit(path, **changes):
     config = json.loads((path / "config.json").read_text())
