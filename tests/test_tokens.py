@@ -80,18 +80,24 @@ async def test_tokens_equal_transformers_colocated(checkpoint):
         await check_equal(engine, expected, seed=0)
 
 
+LONG = [5, 14, 30, 31, 60], 44  # prompt lengths, tokens of each answer
+SCARCE = {"micro_batches": 2, "threads_per_worker": 1, "num_gpu_blocks_override": 11}  # 176 tokens of 49 to 104 each
+
+
+async def check_equal_when_blocks_are_scarce(engine, expected):
+    for _ in range(2):
+        results = await asyncio.gather(*(tokens_of(engine, one.prompt, max_tokens=LONG[1]) for one in expected))
+        assert results == [one.tokens for one in expected]
+    (attention,) = (one.status for one in (await settled(engine)).workers if one.role == "attention")
+    assert attention.counters["preemptions"] > 0
+    assert attention.counters["prefix_hit_tokens"] > 0
+    assert attention.counters["kv_blocks_evicted"] > 0
+
+
 async def test_tokens_equal_transformers_with_forced_preemption_and_prefix_hits(tmp_path):
-    long = references(save_tiny(tmp_path), [5, 14, 30, 31, 60], 44)
-    async with Engine.local(
-        model=tmp_path, transport="inproc", micro_batches=2, threads_per_worker=1, num_gpu_blocks_override=11
-    ) as engine:  # 176 tokens, and each sequence comes to 49 to 104
-        for _ in range(2):
-            results = await asyncio.gather(*(tokens_of(engine, one.prompt, max_tokens=44) for one in long))
-            assert results == [one.tokens for one in long]
-        (attention,) = (one.status for one in (await settled(engine)).workers if one.role == "attention")
-        assert attention.counters["preemptions"] > 0
-        assert attention.counters["prefix_hit_tokens"] > 0
-        assert attention.counters["kv_blocks_evicted"] > 0
+    expected = references(save_tiny(tmp_path), *LONG)
+    async with Engine.local(model=tmp_path, transport="inproc", **SCARCE) as engine:
+        await check_equal_when_blocks_are_scarce(engine, expected)
 
 
 async def settled(engine):
@@ -143,3 +149,17 @@ async def test_tokens_of_every_family_equal_transformers_as_processes_over_share
         model=path, attention_workers=2, expert_workers=2, micro_batches=2, threads_per_worker=1, slot_rows=48
     ) as engine:
         await check_equal(engine, expected, seed=0)
+
+
+@pytest.fixture(scope="module", params=["mixtral", *FAMILIES])
+def long_checkpoint(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(f"long-{request.param}")
+    return path, references(save_tiny(path, family=request.param), *LONG)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_tokens_of_every_family_equal_transformers_when_blocks_are_scarce(long_checkpoint, transport):
+    path, expected = long_checkpoint
+    async with Engine.local(model=path, transport=transport, expert_workers=2, **SCARCE) as engine:
+        await check_equal_when_blocks_are_scarce(engine, expected)
