@@ -196,7 +196,7 @@ class Scheduler:
                 f"attention workers more memory"
             )
         if len(self._waiting) >= self._max_num_waiting:
-            raise Unavailable(f"{len(self._waiting)} requests wait already; try again later")
+            raise Unavailable(f"{len(self._waiting)} requests wait here already; try again later")
         assert request.request_id not in self._sequences, request.request_id
         max_len = min(num_prompt + request.params.max_tokens, self._max_model_len, cache_len)
         sequence = _Sequence(request, self._num_arrived, max_len, list(request.prompt_token_ids))

@@ -214,3 +214,17 @@ async def test_requests_cross_processes_and_the_layer_loop_does_no_control_traff
             assert worker.status.counters["control_messages_sent"] < passes + 40, "one per pass"
             assert worker.status.counters["posts"] >= passes * 3 * 2, "one per layer and expert worker"
             assert not [name for name in worker.status.counters if name.startswith("dropped")]
+
+
+async def test_a_full_queue_refuses_the_next_and_serves_the_rest(tiny_model):
+    async with Engine.local(
+        model=tiny_model, transport="inproc", micro_batches=1, max_num_seqs=1, max_num_waiting=1
+    ) as engine:
+        results = await asyncio.gather(
+            *(collect(engine, [5, 6, 7], max_tokens=40, ignore_eos=True) for _ in range(4)), return_exceptions=True
+        )
+        refused = [one for one in results if isinstance(one, Unavailable)]
+        assert len(refused) == 2
+        assert "1 requests wait here already; try again later" in str(refused[0])
+        assert not [one for one in results if isinstance(one, BaseException) and one not in refused]
+        await idle(engine)
