@@ -296,7 +296,7 @@ class AttentionRole:
             "sample_s": self._half.pass_meter.total_s,
             "weight_bytes_read": self._half.weight_bytes_read,
             "kv_blocks": self._scheduler.num_blocks,
-            "kv_blocks_lost": self._scheduler.num_blocks - self.num_free_blocks if self.is_idle else 0,
+            "kv_blocks_lost": 0 if self.num_running else self._scheduler.num_blocks - self.num_free_blocks,
             "kv_blocks_evicted": self._scheduler.num_evicted,
             "prompt_tokens": scheduled.prompt_tokens,
             "prefix_hit_tokens": scheduled.prefix_hit_tokens,

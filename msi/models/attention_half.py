@@ -93,7 +93,7 @@ class AttentionHalf:
             for local, expert in enumerate(placement.experts_of(node)):
                 local_ids[node, expert] = local
         self._placement = PlacementTables(device.upload(local_ids))
-        self._fresh: dict[int, MicroBatch] = {}  # by lane, until the first layer's work takes it up
+        self._fresh: dict[int, MicroBatch] = {}  # by lane, until its first layer is enqueued
         self._lanes: list[_LaneState | None] = [None] * dispatch_layout.num_lanes
         self._outboxes: list[list[PackedRows]] = [[] for _ in range(placement.num_nodes)]
         answers = slot_rows_view(landing, placement.num_nodes, landing_stride, answer_layout)
@@ -115,9 +115,11 @@ class AttentionHalf:
         self._fresh[lane] = micro_batch
 
     def attention_route_pack(self, lane: int, layer: int, turn: Turn) -> None:
+        fresh = self._fresh.pop(lane, None)
+
         def work() -> None:
-            if layer == 0:
-                self._begin(lane, self._fresh[lane])
+            if fresh is not None:
+                self._begin(lane, fresh)
             turn.post(self._attention_route_pack(lane, layer))
 
         self._device.enqueue(work, turn.fail, self.meter, "attention", lane)

@@ -19,10 +19,6 @@ class Alarm:
         elif not self._waiter.done():
             self._waiter.set_result(None)
 
-    def silence(self) -> None:
-        """Forgets a ring that nobody has heard: the caller is about to look for itself."""
-        self._is_ringing = False
-
     async def wait(self, delay_s: float = math.inf) -> None:
         """Returns after `delay_s` or when rung. Cancellation leaves nothing behind."""
         assert self._waiter is None, "one waiter at a time"
