@@ -13,7 +13,7 @@ LAYERS = [
     {"msi.errors", "msi.types", "msi.meter", "msi.tracing"},
     {
         "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.sampling", "msi.block_pool", "msi.kernels",
-        "msi.net",
+        "msi.net", "msi.planner",
     },
     {"msi.messages", "msi.membership", "msi.routing", "msi.options"},  # decisions about an instance, and its messages
     {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer"},

@@ -1,0 +1,1 @@
+"""Performance model, deployment search and hardware catalogue: pure decisions in seconds and bytes."""
