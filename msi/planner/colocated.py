@@ -17,7 +17,7 @@ from msi.planner.performance import (
     expert_gemm_s,
 )
 from msi.planner.plan import Limit, Plan
-from msi.planner.search import MAX_MICRO_BATCH, Pool, Task, score_of
+from msi.planner.task import MAX_MICRO_BATCH, Pool, Task, score_of
 
 MAX_GROUP = 64
 

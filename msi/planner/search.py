@@ -7,17 +7,16 @@ once; the largest micro-batch under the TPOT limit and both memories by binary s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msi.errors import ConfigError
-from msi.pipeline import MAX_MICRO_BATCHES, Stages, isolated_pass_s
-from msi.planner.assumptions import DEFAULTS, Assumptions, Quantity
+from msi.pipeline import Stages, isolated_pass_s
+from msi.planner.assumptions import Assumptions, Quantity
 from msi.planner.hardware import Gpu
-from msi.planner.model_shape import ModelShape
 from msi.planner.performance import (
     PairCosts,
     Roofline,
@@ -27,59 +26,10 @@ from msi.planner.performance import (
     expert_node_bytes,
     nodes_per_token,
 )
-from msi.planner.plan import Limit, Plan, Workload
+from msi.planner.plan import Limit, Plan
+from msi.planner.task import Limits, Objective, Pool, Task
 
-Objective = Literal["gpu", "cost", "watt", "cluster"]
-OBJECTIVES: tuple[Objective, ...] = ("gpu", "cost", "watt", "cluster")
-TP_SIZES = (1, 2, 4, 8)
-MAX_MICRO_BATCH = 1 << 16  # sequences of one micro-batch on one attention node
 DENSE_UP_TO = 16  # every number of attention nodes up to here, then steps of 10 %
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """GPUs of one type that are there."""
-
-    gpu: Gpu
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ConfigError(f"{self.count} GPUs of type {self.gpu.name}: give at least 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a plan must keep to beyond memory and TPOT.
-
-    Attributes:
-        tp_sizes: GPUs of a tensor-parallel group that are tried.
-        micro_batches: values of m that are tried.
-        max_micro_batch: sequences of one micro-batch on one attention node.
-        max_batch: sequences of an instance; 0 for any number.
-    """
-
-    tp_sizes: tuple[int, ...] = TP_SIZES
-    micro_batches: tuple[int, ...] = tuple(range(1, MAX_MICRO_BATCHES + 1))
-    max_micro_batch: int = MAX_MICRO_BATCH
-    max_batch: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What to search: a model for a workload, on these GPUs.
-
-    Attributes:
-        attention, expert: types and counts that each side may use; a type in both is shared.
-    """
-
-    model: ModelShape
-    workload: Workload
-    attention: tuple[Pool, ...]
-    expert: tuple[Pool, ...]
-    objective: Objective = "gpu"
-    given: Assumptions = DEFAULTS
-    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +272,14 @@ class Deployment:
             num_instances=int(self.num_instances(at)[0]),
         )
 
+    def resized(self, num_attention_nodes: int, num_expert_nodes: int, num_micro_batches: int) -> Plan | None:
+        """The plan with so many nodes, with the largest B; where nodes do not divide E, the fullest one decides."""
+        experts_per_node = -(-self.task.model.num_experts // num_expert_nodes)
+        sizes = (num_attention_nodes, experts_per_node, num_expert_nodes, num_micro_batches)
+        at = Candidates(*(np.array([float(size)]) for size in sizes))
+        micro_batch = float(self.largest_micro_batch(at)[0])
+        return self.plan(at, micro_batch) if micro_batch else None
+
 
 def search(task: Task, *, num_plans: int = 5) -> list[Plan]:
     """The best plans by the task's objective, best first; at most one per pair of node types and m.
@@ -379,6 +337,15 @@ def deployments(task: Task) -> Iterator[Deployment]:
                 yield Deployment(task, attention, expert, costs)
 
 
+def deployment_of(task: Task, plan: Plan) -> Deployment:
+    """The deployment whose nodes a disaggregated plan uses."""
+    for deployment in deployments(task):
+        sides = (deployment.attention.gpu.name, deployment.attention.tp, deployment.expert.gpu.name)
+        if (*sides, deployment.expert.tp) == (plan.attention_gpu, plan.tp_attention, plan.expert_gpu, plan.tp_expert):
+            return deployment
+    raise AssertionError(f"no such nodes: {plan}")
+
+
 def _sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
     for pool in pools:
         for tp in limits.tp_sizes:
@@ -423,36 +390,6 @@ def why_none(task: Task) -> str:
         f"{model.name}: not one sequence of {workload.mean_len:g} tokens fits beside the weights on {gpus}; give more "
         "GPUs, larger ones, or shorter lengths"
     )
-
-
-def pareto_front(task: Task, *, num_points: int = 12) -> list[Plan]:
-    """Plans of which none has both a lower TPOT and a higher score, by ascending TPOT, up to the task's limit."""
-    front: list[Plan] = []
-    best = 0.0
-    for step in reversed(range(num_points)):
-        tpot_s = task.workload.tpot_s / 1.25**step
-        try:
-            plan = search(replace(task, workload=replace(task.workload, tpot_s=tpot_s)), num_plans=1)[0]
-        except ConfigError:
-            continue
-        score = score_of(plan, task.objective)
-        if score > best * (1 + 1e-9):
-            best = score
-            front.append(plan)
-    return front
-
-
-def score_of(plan: Plan, objective: Objective) -> float:
-    """Tokens per second over what the objective counts."""
-    match objective:
-        case "gpu":
-            return plan.tokens_per_s_per_gpu
-        case "cost":
-            return plan.tokens_per_s_per_cost
-        case "watt":
-            return plan.tokens_per_s_per_watt
-        case "cluster":
-            return plan.tokens_per_s * plan.num_instances
 
 
 def divisors(number: int) -> list[int]:
