@@ -67,7 +67,7 @@ def cells(one: Measured) -> tuple[str, ...]:
     """A row of the table, in the order of HEADINGS."""
     claim = one.claim
     each = ", ".join(f"{TITLES[model]} {value:.2f}" for model, value in one.each.items())
-    difference = "" if one.difference is None else f"{100 * one.difference:+.0f} %"
+    difference = "" if one.difference is None else f"{100 * one.difference:+.1f} %"
     paper = "" if claim.paper is None else f"{claim.paper:.2f}"
     return claim.figure, claim.text, paper, f"{one.ours:.2f}", difference, each if len(one.each) > 1 else ""
 
