@@ -72,6 +72,14 @@ def test_readme_shows_todays_numbers_and_a_reason_for_each_that_differs(measured
         assert is_explained == (not one.is_close)
 
 
+def test_no_plan_asks_more_of_a_nic_than_it_carries(systems):
+    """The steady pass does not bound m messages by the NIC; here they fit, so it need not."""
+    for model in MODELS:
+        for plan in (systems.ours(model, HOMOGENEOUS), systems.ours(model, HETEROGENEOUS), systems.pipelined(model)):
+            occupied_s = plan.t_comm_s / DEFAULTS.tail - DEFAULTS.network_latency_s
+            assert plan.num_layers * plan.num_micro_batches * occupied_s <= plan.tpot_s
+
+
 def test_tuned_baselines_are_never_slower_than_shipped_ones(systems):
     for model in MODELS:
         for cluster in (HOMOGENEOUS, HETEROGENEOUS):
