@@ -10,7 +10,7 @@ coordinator -> client   Welcome, Refused, InstanceStatus, Outputs, Stats, Heartb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msi.scheduler import Progress, Request
 from msi.types import Placement, StageTimes, TokenLogprobs
@@ -327,11 +327,16 @@ class WorkerStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Everything countable in the instance."""
+    """Everything countable in the instance.
+
+    Attributes:
+        drift: where a plan runs, measured over planned by stage ("attention", "expert", "comm"), and "alarms".
+    """
 
     num_lanes: int
     num_requests: int
     workers: tuple[WorkerStats, ...]
+    drift: dict[str, float] = field(default_factory=dict)
 
 
 MESSAGES = (

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from msi.errors import ConfigError
 from msi.planner.assumptions import BASELINES, Baseline
 from msi.planner.colocated import best_colocated
-from msi.planner.machine import machine_plans
+from msi.planner.machine import machine_of, machine_plans
+from msi.planner.performance import DeploymentCosts
 from msi.planner.plan import Plan
 from msi.planner.search import deployment_of, search
+from msi.planner.stage_costs import StageCosts
 from msi.planner.task import Pool, Task, score_of
 
 
@@ -23,6 +25,18 @@ def best_plans(task: Task, *, num_plans: int = 5) -> list[Plan]:
     if task.profile is not None:
         return machine_plans(task, num_plans=num_plans)
     return search(task, num_plans=num_plans)
+
+
+def costs_of(task: Task, plan: Plan, micro_batch: int = 0) -> StageCosts:
+    """What the stages of a plan take, for the simulator and for comparing with what is measured.
+
+    Args:
+        micro_batch: the usual one, where costs depend on how far both sides overlap; 0 for the plan's.
+    """
+    if task.profile is not None:
+        return machine_of(task, plan).stage_costs(micro_batch or plan.micro_batch)
+    pair = deployment_of(task, plan).costs
+    return DeploymentCosts(pair, plan.num_attention_nodes, plan.num_expert_nodes, plan.experts_per_node)
 
 
 def pareto_front(task: Task, *, num_points: int = 12) -> list[Plan]:

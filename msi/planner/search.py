@@ -27,8 +27,9 @@ from msi.planner.performance import (
     nodes_per_token,
 )
 from msi.planner.plan import Limit, Plan
-from msi.planner.task import Limits, Objective, Pool, Task
+from msi.planner.task import Limits, Objective, Pool, StageFactors, Task
 
+UNCHANGED = StageFactors()
 DENSE_UP_TO = 16  # every number of attention nodes up to here, then steps of 10 %
 
 
@@ -97,6 +98,9 @@ class Deployment:
         message_rows = micro_batch * nodes_per_token(model, at.experts_per_node) / at.num_expert_nodes
         message_bytes = message_rows * model.hidden_size * model.value_bytes
         comm_s = self.costs.comm_s(message_bytes, at.num_attention_nodes, at.num_expert_nodes)
+        if task.factors != UNCHANGED:
+            attention_s, expert_s = attention_s * task.factors.attention, expert_s * task.factors.expert
+            comm_s = comm_s * task.factors.comm
         forward_s = np.maximum(attention_s, expert_s)
         round_trip_s = attention_s + expert_s + 2 * comm_s
         tpot_s = model.num_sparse_layers * np.maximum(at.num_micro_batches * forward_s, round_trip_s)
@@ -279,6 +283,11 @@ class Deployment:
         at = Candidates(*(np.array([float(size)]) for size in sizes))
         micro_batch = float(self.largest_micro_batch(at)[0])
         return self.plan(at, micro_batch) if micro_batch else None
+
+    def with_attention_nodes(self, plan: Plan, num_attention_nodes: int) -> Plan:
+        """A plan with another number of attention nodes and the same micro-batch on each, whatever the limits."""
+        sizes = (num_attention_nodes, plan.experts_per_node, plan.num_expert_nodes, plan.num_micro_batches)
+        return self.plan(Candidates(*(np.array([float(size)]) for size in sizes)), float(plan.micro_batch))
 
 
 def search(task: Task, *, num_plans: int = 5) -> list[Plan]:
