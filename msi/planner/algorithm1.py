@@ -221,9 +221,18 @@ class _Pair:
                 b_a=b_a, b_e=b_e, h=h, K=K, tp_a=attention.tp, tp_e=expert.tp, W_a=W_a, W_e=W_e, util=util
             )
         mean_s = eq.eq6_corrected_s(
-            b_a=b_a, b_e=b_e, h=h, K=K, E=model.num_experts, tp_a=attention.tp, tp_e=expert.tp, W_a=W_a, W_e=W_e,
-            util=util, value_bytes=model.value_bytes,
-        )  # fmt: skip
+            b_a=b_a,
+            b_e=b_e,
+            h=h,
+            K=K,
+            E=model.num_experts,
+            tp_a=attention.tp,
+            tp_e=expert.tp,
+            W_a=W_a,
+            W_e=W_e,
+            util=util,
+            value_bytes=model.value_bytes,
+        )
         return (mean_s + given.network_latency_s) * given.tail  # defect 7
 
     def total_s(self, stages: Stages, m: int) -> float:
@@ -234,17 +243,31 @@ class _Pair:
         model, tp = self.task.model, self.attention.tp
         if self.equations == "paper":
             return eq.eq8_as_written_bytes(
-                m=at.m, b_a=at.b_a, s=self.task.workload.mean_len, h=model.hidden_size, L=model.num_layers,
-                g=model.queries_per_kv_head, attention_values=model.attention_bytes / model.value_bytes,
-            )  # fmt: skip
+                m=at.m,
+                b_a=at.b_a,
+                s=self.task.workload.mean_len,
+                h=model.hidden_size,
+                L=model.num_layers,
+                g=model.queries_per_kv_head,
+                attention_values=model.attention_bytes / model.value_bytes,
+            )
         empty = attention_node_bytes(
-            model, tp, self.task.given, micro_batch=at.b_a, num_micro_batches=at.m, mean_len=0.0,
+            model,
+            tp,
+            self.task.given,
+            micro_batch=at.b_a,
+            num_micro_batches=at.m,
+            mean_len=0.0,
             num_expert_nodes=model.num_experts,
-        )  # fmt: skip
+        )
         return eq.eq8_corrected_bytes(
-            m=at.m, b_a=at.b_a, s=self.mean_len, attention_bytes=model.attention_bytes,
-            kv_bytes_per_token=model.kv_bytes_per_token * tp / kv_shards(model, tp), buffer_bytes=float(empty) - model.attention_bytes,
-        )  # fmt: skip
+            m=at.m,
+            b_a=at.b_a,
+            s=self.mean_len,
+            attention_bytes=model.attention_bytes,
+            kv_bytes_per_token=model.kv_bytes_per_token * tp / kv_shards(model, tp),
+            buffer_bytes=float(empty) - model.attention_bytes,
+        )
 
     def expert_bytes(self, at: _At) -> float:
         model = self.task.model
@@ -252,10 +275,15 @@ class _Pair:
             return model.expert_bytes
         return float(
             expert_node_bytes(
-                model, self.expert.tp, self.task.given, micro_batch=at.b_a, num_micro_batches=at.m,
-                num_attention_nodes=at.n_a, experts_per_node=1,
+                model,
+                self.expert.tp,
+                self.task.given,
+                micro_batch=at.b_a,
+                num_micro_batches=at.m,
+                num_attention_nodes=at.n_a,
+                experts_per_node=1,
             )
-        )  # fmt: skip
+        )
 
     @property
     def mean_len(self) -> float:
@@ -283,9 +311,15 @@ class _Pair:
 
         def per(a_gpu: float, e_gpu: float) -> float:
             return eq.throughput_per_cost(
-                batch_size, total_s, tp_a=attention.tp, n_a=at.n_a, cost_a=a_gpu, tp_e=expert.tp, n_e=num_experts,
+                batch_size,
+                total_s,
+                tp_a=attention.tp,
+                n_a=at.n_a,
+                cost_a=a_gpu,
+                tp_e=expert.tp,
+                n_e=num_experts,
                 cost_e=e_gpu,
-            )  # fmt: skip
+            )
 
         return Plan(
             kind="disaggregated",
