@@ -337,10 +337,10 @@ def _best_of(deployment: Deployment) -> Iterator[_Found]:
 def deployments(task: Task) -> Iterator[Deployment]:
     """Every pair of GPU types and tensor-parallel sizes whose weights fit (the two outer loops of Algorithm 1)."""
     model, given = task.model, task.given
-    for attention in _sides(task.attention, task.limits):
+    for attention in sides(task.attention, task.limits):
         if model.attention_bytes > attention.memory_limit_bytes(given):
             continue
-        for expert in _sides(task.expert, task.limits):
+        for expert in sides(task.expert, task.limits):
             if model.expert_bytes <= expert.memory_limit_bytes(given):
                 costs = Roofline(model, attention.gpu, attention.tp, expert.gpu, expert.tp, given)
                 yield Deployment(task, attention, expert, costs)
@@ -355,7 +355,7 @@ def deployment_of(task: Task, plan: Plan) -> Deployment:
     raise AssertionError(f"no such nodes: {plan}")
 
 
-def _sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
+def sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
     for pool in pools:
         for tp in limits.tp_sizes:
             if tp <= min(pool.gpu.gpus_per_node, pool.count):
@@ -365,9 +365,9 @@ def _sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
 def why_none(task: Task) -> str:
     """The sentence for a task that no plan satisfies."""
     model, given, workload = task.model, task.given, task.workload
-    sides = {"attention": (task.attention, model.attention_bytes), "one expert": (task.expert, model.expert_bytes)}
-    for what, (pools, weights) in sides.items():
-        largest = max((side.memory_limit_bytes(given) for side in _sides(pools, task.limits)), default=0.0)
+    needed = {"attention": (task.attention, model.attention_bytes), "one expert": (task.expert, model.expert_bytes)}
+    for what, (pools, weights) in needed.items():
+        largest = max((side.memory_limit_bytes(given) for side in sides(pools, task.limits)), default=0.0)
         if weights > largest:
             names = ", ".join(pool.gpu.name for pool in pools)
             return (
