@@ -11,17 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-
-from msi.device.device import Device
 from msi.errors import EngineError, TransportError
 from msi.expert_role import link_hello
+from msi.host import LoadedModel
 from msi.kernels.paged_attention import BLOCK_TOKENS
 from msi.lanes import run_lane, run_pass
 from msi.messages import Assignment, ExpertAddress, Linked, PassDone, PeerLost, RequestsFailed, Topology
-from msi.models.attention_half import AttentionHalf, kv_cache_shape
-from msi.models.attention_weights import AttentionWeights
-from msi.models.config import ModelConfig
 from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
 from msi.net.transport import Transport
@@ -42,41 +37,32 @@ class AttentionRole:
     Args:
         num_blocks: KV blocks, the padding block included.
         report: takes the messages for the coordinator.
+        clock: seconds, monotonic.
     """
 
     def __init__(
         self,
         assignment: Assignment,
-        config: ModelConfig,
-        weights: AttentionWeights,
-        device: Device,
-        dtype: torch.dtype,
+        model: LoadedModel,
         transport: Transport,
         num_blocks: int,
         report: Callable[[Any], None],
+        *,
+        clock: Callable[[], float],
     ) -> None:
         self._assignment = assignment
-        self._config = config
+        self._shape = model.shape
         self._num_blocks = num_blocks
         self._report = report
         self._link = DispatchLink(
             transport,
-            hello=link_hello(assignment, config, dtype),
+            hello=link_hello(assignment, model.shape),
             num_nodes=assignment.placement.num_nodes,
             report_loss=self._lost_peer,
             timeout_s=assignment.peer_timeout_s,
+            clock=clock,
         )
-        self._half = AttentionHalf(
-            config,
-            weights,
-            device.zeros(kv_cache_shape(config, num_blocks), dtype),
-            assignment.placement,
-            device,
-            dispatch_layout=self._link.layout,
-            answer_layout=self._link.answer_layout,
-            landing=self._link.landing.memory,
-            landing_stride=self._link.landing.stride,
-        )
+        self._half = model.attention_half(self._link, num_blocks)
         self._scheduler = self._new_scheduler(num_lanes=1)
         self._idle = [Alarm() for _ in range(assignment.num_lanes)]
         self._ended = Alarm()
@@ -96,7 +82,7 @@ class AttentionRole:
             max_num_seqs=assignment.max_num_seqs,
             max_num_batched_tokens=assignment.max_num_batched_tokens,
             max_model_len=assignment.max_model_len,
-            eos_token_ids=self._config.eos_token_ids,
+            eos_token_ids=self._shape.eos_token_ids,
             max_num_waiting=assignment.max_num_waiting,
             has_prefix_cache=assignment.has_prefix_cache,
         )
@@ -254,7 +240,7 @@ class AttentionRole:
         table = tuple(range(1, 1 + -(-context // BLOCK_TOKENS)))
         spread = range(1, num_seqs + 1)
         return MicroBatch(
-            token_ids=tuple(7919 * number % self._config.vocab_size for number in spread),
+            token_ids=tuple(7919 * number % self._shape.vocab_size for number in spread),
             positions=(context - 1,) * num_seqs,
             query_lens=(1,) * num_seqs,
             context_lens=(context,) * num_seqs,

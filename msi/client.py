@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from msi import errors
 from msi.errors import ConfigError, EngineError, Unavailable
@@ -25,7 +25,7 @@ from msi.messages import (
     Welcome,
 )
 from msi.net.codec import Codec
-from msi.net.control import ControlClient
+from msi.net.control import ControlClient, MessageClient
 from msi.scheduler import Request
 
 HEARTBEAT_S = 1.0
@@ -36,17 +36,25 @@ HELLO_AGAIN_S = 2.0
 
 
 class CoordinatorClient:
-    """One connection to a coordinator. `start` before anything else, `close` after everything."""
+    """One connection to a coordinator. `start` before anything else, `close` after everything.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        control: the way there; by default a socket.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, address: str, control: MessageClient | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.address = address
         self.status = InstanceStatus(False, "connecting", "")
-        self._control = ControlClient(address, Codec(*MESSAGES))
+        self._control = control or ControlClient(address, Codec(*MESSAGES))
+        self._clock = clock
         self._queues: dict[str, asyncio.Queue[RequestUpdate]] = {}
         self._status_changed = asyncio.Condition()
         self._stats: asyncio.Future[Stats] | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._last_heard = time.monotonic()
+        self._last_heard = self._clock()
         self._failure: EngineError | None = None  # why nothing works any more, or for the moment
 
     async def start(self, timeout_s: float = HELLO_TIMEOUT_S) -> Welcome:
@@ -56,14 +64,14 @@ class CoordinatorClient:
             Unavailable: no answer within `timeout_s`.
             ConfigError: refused, with the coordinator's reason.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = self._clock() + timeout_s
         while True:
             self._control.send(ClientHello(PROTOCOL_VERSION))
             try:
-                async with asyncio.timeout(min(HELLO_AGAIN_S, deadline - time.monotonic())):
+                async with asyncio.timeout(min(HELLO_AGAIN_S, deadline - self._clock())):
                     answer = await self._control.receive()
             except TimeoutError:
-                if time.monotonic() >= deadline:
+                if self._clock() >= deadline:
                     raise Unavailable(
                         f"no coordinator answered at {self.address} for {timeout_s:g} s; is it running there?"
                     ) from None
@@ -72,7 +80,7 @@ class CoordinatorClient:
                 raise ConfigError(answer.reason)
             if isinstance(answer, Welcome):
                 break
-        self._last_heard = time.monotonic()
+        self._last_heard = self._clock()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._receive()), loop.create_task(self._beat())]
         return answer
@@ -144,7 +152,7 @@ class CoordinatorClient:
     async def _receive(self) -> None:
         while True:
             message = await self._control.receive()
-            self._last_heard = time.monotonic()
+            self._last_heard = self._clock()
             match message:
                 case Outputs():
                     for update in message.updates:
@@ -169,7 +177,7 @@ class CoordinatorClient:
         while True:
             self._control.send(ClientHeartbeat())
             await asyncio.sleep(HEARTBEAT_S)
-            silent_s = time.monotonic() - self._last_heard
+            silent_s = self._clock() - self._last_heard
             if silent_s > LOST_AFTER_S:
                 reason = f"the coordinator at {self.address} has given no sign of life for {silent_s:.0f} s"
                 self._end_all(errors.RequestFailed(reason))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from msi.kernels.paged_attention import BLOCK_TOKENS
 from msi.membership import Cluster, InstancePlan, Instruction, Lost, Send
 from msi.messages import (
-    MESSAGES,
     PROTOCOL_VERSION,
     Calibrate,
     Calibrated,
@@ -42,8 +42,7 @@ from msi.messages import (
     WorkerHello,
     WorkerReady,
 )
-from msi.net.codec import Codec
-from msi.net.control import ControlServer
+from msi.net.control import MessageServer
 from msi.pipeline import Stages, calibration_steps, choose_micro_batches
 from msi.routing import Router, Updates
 
@@ -66,24 +65,30 @@ class Coordinator:
     """One per instance.
 
     Args:
-        bind: where to listen, tcp://HOST:PORT; port 0 for any that is free.
+        server: where workers and clients are heard; closed when `run` ends.
         num_micro_batches: m, or 0 to choose by measurement.
         num_layers: of the model.
-
-    Raises:
-        ConfigError: the port is in use.
+        clock: seconds, monotonic.
     """
 
     def __init__(
-        self, bind: str, plan: InstancePlan, welcome: Welcome, *, num_micro_batches: int, num_layers: int
+        self,
+        server: MessageServer,
+        plan: InstancePlan,
+        welcome: Welcome,
+        *,
+        num_micro_batches: int,
+        num_layers: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._server = ControlServer(bind, Codec(*MESSAGES))
-        self.address = self._server.address
+        self._server = server
+        self.address = server.address
+        self._clock = clock
         self._plan = plan
         self._welcome = welcome
         self._num_micro_batches = num_micro_batches
         self._num_layers = num_layers
-        self._cluster = Cluster(plan, time.monotonic())
+        self._cluster = Cluster(plan, clock())
         self._router = Router()
         self._clients: dict[bytes, _Client] = {}
         self._calibrations: asyncio.Queue[Calibrated] = asyncio.Queue()
@@ -107,7 +112,7 @@ class Coordinator:
     async def _receive(self) -> None:
         while True:
             route, message = await self._server.receive()
-            self._handle(route, message, time.monotonic())
+            self._handle(route, message, self._clock())
 
     def _handle(self, route: bytes, message: Any, now: float) -> None:
         cluster = self._cluster
@@ -217,7 +222,7 @@ class Coordinator:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            now = time.monotonic()
+            now = self._clock()
             self._carry_out(self._cluster.tick(now))
             self._tell(self._router.expire(now, self._cluster.sentence(now)))
             for route, client in list(self._clients.items()):
@@ -245,7 +250,7 @@ class Coordinator:
                 chosen = 1
                 log.warning("1 micro-batch: stages could not be measured within %g s", CALIBRATION_TIMEOUT_S)
         self._carry_out(self._cluster.use_lanes(chosen))
-        self._advance(time.monotonic())
+        self._advance(self._clock())
 
     async def _measure(self) -> tuple[int, str]:
         batch_size = min(CALIBRATION_BATCH, self._plan.max_num_seqs, self._plan.max_num_batched_tokens)

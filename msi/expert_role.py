@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
-from msi.device.device import Device
 from msi.expert_server import ExpertServer
-from msi.kernels.routing import row_bytes
+from msi.host import LoadedModel, ModelShape
 from msi.messages import Assignment
-from msi.models.config import ModelConfig
-from msi.models.expert_half import ExpertHalf, ExpertWeights
 from msi.net.combine_link import CombineLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
 from msi.net.transport import Transport
@@ -19,7 +16,7 @@ from msi.waves import Waves
 MIN_WAIT_S = 0.005  # W on a real host is never less: its scheduler takes a core away for longer than a short turn
 
 
-def link_hello(assignment: Assignment, config: ModelConfig, dtype: torch.dtype) -> LinkHello:
+def link_hello(assignment: Assignment, shape: ModelShape) -> LinkHello:
     """Who we are to the other side, and what both sides must agree on."""
     return LinkHello(
         protocol_version=PROTOCOL_VERSION,
@@ -32,8 +29,8 @@ def link_hello(assignment: Assignment, config: ModelConfig, dtype: torch.dtype) 
         placement_version=assignment.placement.version,
         num_lanes=assignment.num_lanes,
         slot_rows=assignment.slot_rows,
-        row_bytes=row_bytes(config.hidden_size, config.top_k, dtype),
-        answer_row_bytes=config.hidden_size * dtype.itemsize,
+        row_bytes=shape.row_bytes,
+        answer_row_bytes=shape.answer_row_bytes,
         next_seqs=(0,) * assignment.num_lanes,
     )
 
@@ -42,36 +39,21 @@ class ExpertRole:
     """One life (incarnation) of an expert worker; weights and device outlive it."""
 
     def __init__(
-        self,
-        assignment: Assignment,
-        config: ModelConfig,
-        weights: ExpertWeights,
-        device: Device,
-        dtype: torch.dtype,
-        transport: Transport,
+        self, assignment: Assignment, model: LoadedModel, transport: Transport, *, clock: Callable[[], float]
     ) -> None:
-        self._device = device
-        self._waves = Waves(num_layers=config.num_sparse_layers, num_lanes=assignment.num_lanes, min_wait_s=MIN_WAIT_S)
+        num_layers = model.shape.num_sparse_layers
+        self._waves = Waves(num_layers=num_layers, num_lanes=assignment.num_lanes, min_wait_s=MIN_WAIT_S)
         self._link = CombineLink(
             transport,
-            expected=link_hello(assignment, config, dtype),
+            expected=link_hello(assignment, model.shape),
             worker_id=assignment.worker_id,
             incarnation=assignment.incarnation,
             num_seats=assignment.num_seats,
-            max_skip=2 * config.num_sparse_layers,
+            max_skip=2 * num_layers,
+            clock=clock,
         )
-        self._half = ExpertHalf(
-            config,
-            weights,
-            device,
-            dtype,
-            dispatch_layout=self._link.layout,
-            answer_layout=self._link.answer_layout,
-            landing=self._link.landing.memory,
-            landing_stride=self._link.landing.stride,
-            num_seats=assignment.num_seats,
-        )
-        self._server = ExpertServer(self._link, self._waves, self._half)
+        self._half = model.expert_half(self._link, assignment.num_seats)
+        self._server = ExpertServer(self._link, self._waves, self._half, clock=clock)
 
     async def listen(self) -> str:
         """Takes attention workers from now on; the address to give them."""

@@ -18,12 +18,15 @@ from msi.coordinator import Coordinator
 from msi.device.choice import check_device
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.membership import InstancePlan
-from msi.messages import Welcome
+from msi.messages import MESSAGES, Welcome
 from msi.models.config import ModelConfig, read_json
 from msi.models.families import load_config
+from msi.net.codec import Codec
+from msi.net.control import ControlClient, ControlServer
 from msi.options import InstanceOptions
 from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
+from msi.torch_host import HostSettings, TorchHost
 from msi.worker import Worker, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -88,8 +91,9 @@ def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
         bos_token=_token_text(texts.get("bos_token")),
         eos_token=_token_text(texts.get("eos_token")),
     )
+    server = ControlServer(bind, Codec(*MESSAGES))
     return Coordinator(
-        bind, plan, welcome, num_micro_batches=options.micro_batches, num_layers=config.num_sparse_layers
+        server, plan, welcome, num_micro_batches=options.micro_batches, num_layers=config.num_sparse_layers
     )
 
 
@@ -107,11 +111,9 @@ def create_worker(
     advertise_host: str = "",
 ) -> Worker:
     """Raises ConfigError: the model directory or the settings cannot work."""
-    settings = WorkerSettings(
+    host = HostSettings(
         coordinator=coordinator,
         model_dir=options.model_dir,
-        role=role,
-        worker_id=worker_id,
         device=options.device,
         dtype=options.dtype,
         load_format=options.load_format,
@@ -119,10 +121,15 @@ def create_worker(
         advertise_host=advertise_host,
         num_threads=options.num_threads,
         memory_utilization=options.gpu_memory_utilization,
+    )
+    settings = WorkerSettings(
+        coordinator=coordinator,
+        role=role,
+        worker_id=worker_id,
         trace_dir=trace_dir,
         start_timeout_s=options.start_timeout_s,
     )
-    return Worker(settings)
+    return Worker(settings, TorchHost(host), ControlClient(coordinator, Codec(*MESSAGES)))
 
 
 def worker_ids(options: InstanceOptions) -> list[tuple[str, str]]:

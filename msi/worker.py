@@ -11,22 +11,15 @@ import logging
 import os
 import secrets
 import socket
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from msi.attention_role import AttentionRole
-from msi.device.choice import open_device
-from msi.device.cpu import CpuDevice
-from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError, EngineError, TransportError, Unavailable
 from msi.expert_role import ExpertRole
-from msi.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
+from msi.host import Host, LoadedModel
 from msi.messages import (
-    MESSAGES,
     PROTOCOL_VERSION,
     Assignment,
     Calibrate,
@@ -49,14 +42,8 @@ from msi.messages import (
     WorkerReady,
     WorkerStatus,
 )
-from msi.net import shm
 from msi.net.alarm import Alarm
-from msi.net.auto import AutoTransport
-from msi.net.codec import Codec
-from msi.net.control import ControlClient
-from msi.net.inproc import InprocTransport
-from msi.net.shm import ShmTransport
-from msi.net.tcp import TcpTransport, address_towards, split_address
+from msi.net.control import MessageClient
 from msi.net.transport import Transport
 from msi.tracing import Tracer
 from msi.types import StageTimes
@@ -66,30 +53,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """What a worker is told on its command line; the rest comes with its assignment.
+    """What a worker is told at its start; the rest comes with its assignment.
 
     Attributes:
+        coordinator: its address, as it stands in sentences.
         role: "attention", "expert" or "worker" (whichever is needed).
-        device: "cpu", "cuda" or "cuda:N".
-        dtype: "auto" (the checkpoint's, or what the device computes fastest) or a dtype's name.
-        num_threads: torch's threads for one operator; 0 leaves it to torch.
-        transport: "inproc", "shm", "tcp", or "auto": shared memory within a host, TCP across.
-        advertise_host: this host's address for peers on others; "" for the one on the way to the coordinator.
-        memory_utilization: share of free memory that the host's attention workers may use for KV cache.
         reconnect_s: how long the coordinator may be gone before the worker gives up.
     """
 
     coordinator: str
-    model_dir: Path
     role: str = "worker"
     worker_id: str = ""
-    device: str = "cpu"
-    dtype: str = "auto"
-    load_format: str = "auto"
-    transport: str = "shm"
-    advertise_host: str = ""
-    num_threads: int = 0
-    memory_utilization: float = 0.9
     trace_dir: Path | None = None
     start_timeout_s: float = 120.0
     reconnect_s: float = 60.0
@@ -117,25 +91,25 @@ class Life:
 class Worker:
     """One worker of an instance.
 
-    Raises:
-        ConfigError: the model directory or the settings cannot work.
+    Args:
+        host: what it runs on; closed when `run` ends.
+        control: the way to the coordinator; closed then, too.
     """
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, host: Host, control: MessageClient) -> None:
         self.worker_id = settings.worker_id
         self.life: Life | None = None
         self._process = secrets.token_hex(8)
         self._settings = settings
-        self._files = ModelFiles(settings.model_dir, settings.load_format)
-        self._loaded: LoadedPart | None = None
-        self._device: CpuDevice | CudaDevice | None = None
+        self._host = host
+        self._control = control
+        self._clock = host.clock
+        self._loaded: LoadedModel | None = None
         self._tracer: Tracer | None = None
-        self._control = ControlClient(settings.coordinator, Codec(*MESSAGES))
-        self._last_heard = time.monotonic()
+        self._last_heard = self._clock()
         self._drain_wanted = Alarm()
-        self._beat_at = time.monotonic()
+        self._beat_at = self._clock()
         self._busy_at_beat = 0.0
-        self._idle_s = 0.0
 
     async def run(self) -> None:
         """Until the coordinator says shutdown, or drained.
@@ -157,8 +131,7 @@ class Worker:
             self._control.send(WorkerFailed(self.worker_id, str(error)))
             raise
         finally:
-            if self._device is not None:
-                await self._device.close()
+            await self._host.close()
             if self._tracer is not None:
                 self._tracer.flush()
             self._control.close()
@@ -166,7 +139,7 @@ class Worker:
     @property
     def loaded(self) -> tuple[int, int]:
         """Bytes of weights read, and how many there are to read (0 until the role is known)."""
-        return self._files.loaded_bytes, self._files.total_bytes
+        return self._host.loaded
 
     def drain(self) -> None:
         """Asks to be drained: what runs is finished, then `run` returns."""
@@ -176,15 +149,10 @@ class Worker:
 
     async def _introduce(self) -> Assignment:
         settings = self._settings
-        device = self._device or open_device(settings.device, settings.num_threads)
-        self._device = device
-        wanted = self._files.config.dtype if settings.dtype == "auto" else settings.dtype
-        if wanted not in DTYPES:
-            raise ConfigError(f"dtype {wanted!r} is not supported; supported: auto, {', '.join(DTYPES)}")
-        dtype = wanted if settings.dtype != "auto" else _name(device.compute_dtype(DTYPES[wanted]))
+        fingerprint, dtype = self._host.introduce()
         hello = WorkerHello(
             PROTOCOL_VERSION, self.worker_id, settings.role, os.getpid(), socket.gethostname(),
-            self._files.fingerprint(), dtype, self._process,
+            fingerprint, dtype, self._process,
         )  # fmt: skip
         patience_s = settings.start_timeout_s if self._loaded is None else settings.reconnect_s
         try:
@@ -206,10 +174,10 @@ class Worker:
         if isinstance(answer, Refused):
             raise ConfigError(answer.reason)
         self.worker_id = answer.worker_id
-        self._last_heard = time.monotonic()
+        self._last_heard = self._clock()
         if settings.trace_dir is not None and self._tracer is None:
             self._tracer = Tracer(answer.worker_id, settings.trace_dir)
-            device.tracer = self._tracer
+            self._host.use_tracer(self._tracer)
         return answer
 
     # -- one life ----------------------------------------------------------------------------------------------------
@@ -219,7 +187,7 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._heartbeats(life), name="heartbeats")
-                tasks.create_task(self._host(life, tasks), name="role")
+                tasks.create_task(self._host_role(life, tasks), name="role")
         except* (_LifeEnds, _WorkerEnds, EngineError) as group:
             raise _first(group) from None
         finally:
@@ -228,25 +196,19 @@ class Worker:
             for transport in life.transports:
                 await transport.close()
 
-    async def _host(self, life: Life, tasks: asyncio.TaskGroup) -> None:
+    async def _host_role(self, life: Life, tasks: asyncio.TaskGroup) -> None:
         """Loads and starts the role, then follows the coordinator's messages."""
-        assignment, device, config = life.assignment, self._device, self._files.config
-        dtype = DTYPES[assignment.dtype]
-        assert device is not None
+        assignment, clock = life.assignment, self._clock
         receiving = tasks.create_task(self._follow(life), name="control")
-        if self._loaded is None or not self._loaded.fits(assignment):
-            self._loaded = None
-            self._loaded = await asyncio.to_thread(self._files.load, assignment, device)
-        loaded = self._loaded
+        model = self._loaded = await self._host.load(assignment)
         address, num_blocks = "", 0
-        if loaded.experts is not None:
-            life.experts = ExpertRole(assignment, config, loaded.experts, device, dtype, self._new_transport(life))
+        if model.has_experts:
+            life.experts = ExpertRole(assignment, model, self._new_transport(life), clock=clock)
             address = await life.experts.listen()
-        if loaded.attention is not None:
-            num_blocks = self._files.num_kv_blocks(assignment, device, self._settings.memory_utilization)
-            transport = self._new_transport(life)
+        if model.has_attention:
+            num_blocks = model.num_kv_blocks()
             life.attention = AttentionRole(
-                assignment, config, loaded.attention, device, dtype, transport, num_blocks, self._control.send
+                assignment, model, self._new_transport(life), num_blocks, self._control.send, clock=clock
             )
             tasks.create_task(life.attention.run(), name="attention role")
         self._control.send(WorkerReady(assignment.worker_id, assignment.incarnation, address, num_blocks))
@@ -254,22 +216,9 @@ class Worker:
         await receiving
 
     def _new_transport(self, life: Life) -> Transport:
-        name = "inproc" if life.assignment.is_colocated else self._settings.transport
-        transport: Transport
-        if name == "inproc":
-            transport = InprocTransport()
-        elif name == "shm":
-            transport = ShmTransport()
-        elif name == "auto" and shm.is_available() is None:
-            transport = AutoTransport(self._advertised_host())
-        else:
-            transport = TcpTransport(self._advertised_host())
+        transport = self._host.new_transport(life.assignment.is_colocated)
         life.transports.append(transport)
         return transport
-
-    def _advertised_host(self) -> str:
-        settings = self._settings
-        return settings.advertise_host or address_towards(*split_address(settings.coordinator))
 
     # -- the coordinator's messages ----------------------------------------------------------------------------------
 
@@ -277,7 +226,7 @@ class Worker:
         assignment = life.assignment
         while True:
             message = await self._control.receive()
-            self._last_heard = time.monotonic()
+            self._last_heard = self._clock()
             attention, experts = life.attention, life.experts
             match message:
                 case Submit() if attention is not None:
@@ -335,7 +284,7 @@ class Worker:
             if self._tracer is not None:
                 self._tracer.flush()
             await asyncio.sleep(assignment.heartbeat_s)
-            silent_s = time.monotonic() - self._last_heard
+            silent_s = self._clock() - self._last_heard
             if silent_s > self._settings.reconnect_s:
                 raise Unavailable(
                     f"{self.worker_id}: the coordinator at {self._settings.coordinator} has been silent for "
@@ -353,15 +302,15 @@ class Worker:
             if attention is None:
                 times = experts.times()
         busy = self._busy_share()
-        counters["at_s"] = time.monotonic()
-        counters["busy_s"] = 0.0 if self._device is None else self._device.busy_s
-        counters["loop_cpu_s"] = time.thread_time()
+        counters |= self._host.counters()
+        counters["at_s"] = self._clock()
+        counters["busy_s"] = self._host.busy_s
         counters["control_messages_sent"] = self._control.num_sent
-        counters["rss_bytes"] = resident_memory_bytes()
         has_work = attention is None or not attention.is_idle
+        loaded_bytes, total_bytes = self._host.loaded
         return WorkerStatus(
-            loaded_bytes=self._files.loaded_bytes,
-            total_bytes=self._files.total_bytes,
+            loaded_bytes=loaded_bytes,
+            total_bytes=total_bytes,
             num_running=0 if attention is None else attention.num_running,
             num_waiting=0 if attention is None else attention.num_waiting,
             num_free_blocks=0 if attention is None else attention.num_free_blocks,
@@ -370,14 +319,10 @@ class Worker:
         )
 
     def _busy_share(self) -> float:
-        now, busy_s = time.monotonic(), 0.0 if self._device is None else self._device.busy_s
+        now, busy_s = self._clock(), self._host.busy_s
         elapsed, self._beat_at = now - self._beat_at, now
         computed, self._busy_at_beat = busy_s - self._busy_at_beat, busy_s
         return min(1.0, computed / elapsed) if elapsed > 0 else 0.0
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

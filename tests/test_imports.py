@@ -17,7 +17,10 @@ LAYERS = [
     },
     {"msi.messages", "msi.membership", "msi.routing", "msi.options"},  # decisions about an instance, and its messages
     {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer"},
-    {"msi.lanes", "msi.expert_server", "msi.loading", "msi.attention_role", "msi.expert_role", "msi.worker"},
+    {
+        "msi.lanes", "msi.expert_server", "msi.host", "msi.loading", "msi.torch_host", "msi.attention_role",
+        "msi.expert_role", "msi.worker",
+    },
     {"msi.coordinator", "msi.client", "msi.instance", "msi.engine"},
     {"msi"},  # what everybody imports from
     {"msi.server", "msi.simulator"},

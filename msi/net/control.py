@@ -7,7 +7,7 @@ not read has its messages kept until it is closed.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 import zmq.asyncio
@@ -20,6 +20,34 @@ log = logging.getLogger(__name__)
 HEARTBEAT_MS = 1000
 SILENT_MS = 5000
 CONNECT_TIMEOUT_MS = 2000
+
+
+class MessageServer(Protocol):
+    """The coordinator's end: hears many peers, each known by an opaque route."""
+
+    address: str
+
+    def send(self, route: bytes, message: Any) -> None:
+        """Never blocks; nobody says whether it came."""
+
+    async def receive(self) -> tuple[bytes, Any]:
+        """The next message and who sent it. Cancellation loses nothing."""
+
+    def close(self) -> None: ...
+
+
+class MessageClient(Protocol):
+    """A worker's or client's end."""
+
+    num_sent: int
+
+    def send(self, message: Any) -> None:
+        """Never blocks; nobody says whether it came."""
+
+    async def receive(self) -> Any:
+        """The next message. Cancellation loses nothing."""
+
+    def close(self) -> None: ...
 
 
 def _configure(socket: zmq.asyncio.Socket) -> None:

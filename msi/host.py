@@ -1,0 +1,112 @@
+"""What a worker runs on, and what its roles get from there: the halves of a model on a device, transports, a clock.
+
+`msi.torch_host` is the real thing; the simulator has another. Above this line nobody asks which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from msi.expert_server import ExpertCompute
+from msi.lanes import AttentionCompute
+from msi.messages import Assignment
+from msi.meter import StageMeter
+from msi.net.combine_link import CombineLink
+from msi.net.dispatch_link import DispatchLink
+from msi.net.transport import Transport
+from msi.tracing import Tracer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the roles need to know of a model.
+
+    Attributes:
+        num_sparse_layers: turns of one pass.
+        row_bytes: of one row on its way to the experts.
+        answer_row_bytes: of one row on its way back.
+    """
+
+    num_sparse_layers: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    row_bytes: int
+    answer_row_bytes: int
+
+
+class AttentionPart(AttentionCompute, Protocol):
+    """The attention half, and what it measures."""
+
+    meter: StageMeter  # T_a, without shared experts
+    shared_meter: StageMeter
+    pass_meter: StageMeter  # head and sampling, once per pass
+    weight_bytes_read: int
+
+    def attach(self, node: int, outbox: memoryview) -> None:
+        """Rows for this expert node go into `outbox` from now on."""
+
+
+class ExpertPart(ExpertCompute, Protocol):
+    """The experts of one node, and what they measure."""
+
+    meter: StageMeter  # T_e
+    weight_bytes_read: int
+
+
+class LoadedModel(Protocol):
+    """The weights of one assignment on a device."""
+
+    shape: ModelShape
+
+    @property
+    def has_attention(self) -> bool: ...
+
+    @property
+    def has_experts(self) -> bool: ...
+
+    def num_kv_blocks(self) -> int:
+        """KV blocks that there is room for, the padding block included. Raises ConfigError: not even one."""
+
+    def attention_half(self, link: DispatchLink, num_blocks: int) -> AttentionPart:
+        """Reads rows from the link's landing; outboxes are attached as nodes connect."""
+
+    def expert_half(self, link: CombineLink, num_seats: int) -> ExpertPart:
+        """Reads rows from the link's landing; outboxes are attached as seats are taken."""
+
+
+class Host(Protocol):
+    """One per worker; outlives its incarnations."""
+
+    clock: Callable[[], float]  # seconds, monotonic
+
+    @property
+    def busy_s(self) -> float:
+        """Time spent computing since the start."""
+
+    @property
+    def loaded(self) -> tuple[int, int]:
+        """Bytes of weights read, and how many there are to read (0 until the role is known)."""
+
+    def introduce(self) -> tuple[str, str]:
+        """The model's fingerprint, and the dtype to compute in. Raises ConfigError."""
+
+    def use_tracer(self, tracer: Tracer) -> None:
+        """All work gets a span from now on. Not before `introduce`."""
+
+    async def load(self, assignment: Assignment) -> LoadedModel:
+        """The weights of an assignment; those that are loaded already where they fit.
+
+        Raises:
+            CheckpointError: a tensor is missing, truncated or misshapen.
+            ConfigError: the memory that is free cannot hold them.
+        """
+
+    def new_transport(self, is_colocated: bool) -> Transport: ...
+
+    def counters(self) -> dict[str, float]:
+        """What else is countable here, by name."""
+
+    async def close(self) -> None:
+        """Idempotent."""

@@ -1,0 +1,190 @@
+"""The host of a real worker: model files, a torch device, and transports between processes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from msi.device.choice import open_device
+from msi.device.cpu import CpuDevice
+from msi.device.cuda import CudaDevice
+from msi.errors import ConfigError
+from msi.host import ModelShape
+from msi.kernels.routing import row_bytes
+from msi.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
+from msi.messages import Assignment
+from msi.models.attention_half import AttentionHalf, kv_cache_shape
+from msi.models.expert_half import ExpertHalf
+from msi.net import shm
+from msi.net.auto import AutoTransport
+from msi.net.combine_link import CombineLink
+from msi.net.dispatch_link import DispatchLink
+from msi.net.inproc import InprocTransport
+from msi.net.shm import ShmTransport
+from msi.net.tcp import TcpTransport, address_towards, split_address
+from msi.net.transport import Transport
+from msi.tracing import Tracer
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    """What a worker is told about what it runs on.
+
+    Attributes:
+        device: "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (the checkpoint's, or what the device computes fastest) or a dtype's name.
+        num_threads: torch's threads for one operator; 0 leaves it to torch.
+        transport: "inproc", "shm", "tcp", or "auto": shared memory within a host, TCP across.
+        advertise_host: this host's address for peers on others; "" for the one on the way to `coordinator`.
+        memory_utilization: share of free memory that the host's attention workers may use for KV cache.
+    """
+
+    coordinator: str
+    model_dir: Path
+    device: str = "cpu"
+    dtype: str = "auto"
+    load_format: str = "auto"
+    transport: str = "shm"
+    advertise_host: str = ""
+    num_threads: int = 0
+    memory_utilization: float = 0.9
+
+
+class TorchModel:
+    """Implements `msi.host.LoadedModel`."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        part: LoadedPart,
+        assignment: Assignment,
+        device: CpuDevice | CudaDevice,
+        memory_utilization: float,
+    ) -> None:
+        config, dtype = files.config, DTYPES[assignment.dtype]
+        self.part = part
+        self.shape = ModelShape(
+            num_sparse_layers=config.num_sparse_layers,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            row_bytes=row_bytes(config.hidden_size, config.top_k, dtype),
+            answer_row_bytes=config.hidden_size * dtype.itemsize,
+        )
+        self._files = files
+        self._assignment = assignment
+        self._dtype = dtype
+        self._device = device
+        self._memory_utilization = memory_utilization
+
+    @property
+    def has_attention(self) -> bool:
+        return self.part.attention is not None
+
+    @property
+    def has_experts(self) -> bool:
+        return self.part.experts is not None
+
+    def num_kv_blocks(self) -> int:
+        return self._files.num_kv_blocks(self._assignment, self._device, self._memory_utilization)
+
+    def attention_half(self, link: DispatchLink, num_blocks: int) -> AttentionHalf:
+        assert self.part.attention is not None
+        return AttentionHalf(
+            self._files.config,
+            self.part.attention,
+            self._device.zeros(kv_cache_shape(self._files.config, num_blocks), self._dtype),
+            self._assignment.placement,
+            self._device,
+            dispatch_layout=link.layout,
+            answer_layout=link.answer_layout,
+            landing=link.landing.memory,
+            landing_stride=link.landing.stride,
+        )
+
+    def expert_half(self, link: CombineLink, num_seats: int) -> ExpertHalf:
+        assert self.part.experts is not None
+        return ExpertHalf(
+            self._files.config,
+            self.part.experts,
+            self._device,
+            self._dtype,
+            dispatch_layout=link.layout,
+            answer_layout=link.answer_layout,
+            landing=link.landing.memory,
+            landing_stride=link.landing.stride,
+            num_seats=num_seats,
+        )
+
+
+class TorchHost:
+    """Implements `msi.host.Host`; the device is opened by `introduce`, on the worker's event loop.
+
+    Raises:
+        ConfigError: the model directory cannot work.
+    """
+
+    def __init__(self, settings: HostSettings) -> None:
+        self.clock = time.monotonic
+        self._settings = settings
+        self._files = ModelFiles(settings.model_dir, settings.load_format)
+        self._device: CpuDevice | CudaDevice | None = None
+        self._part: LoadedPart | None = None
+
+    @property
+    def busy_s(self) -> float:
+        return 0.0 if self._device is None else self._device.busy_s
+
+    @property
+    def loaded(self) -> tuple[int, int]:
+        return self._files.loaded_bytes, self._files.total_bytes
+
+    def introduce(self) -> tuple[str, str]:
+        settings = self._settings
+        if self._device is None:
+            self._device = open_device(settings.device, settings.num_threads)
+        wanted = self._files.config.dtype if settings.dtype == "auto" else settings.dtype
+        if wanted not in DTYPES:
+            raise ConfigError(f"dtype {wanted!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+        dtype = wanted if settings.dtype != "auto" else _name(self._device.compute_dtype(DTYPES[wanted]))
+        return self._files.fingerprint(), dtype
+
+    def use_tracer(self, tracer: Tracer) -> None:
+        assert self._device is not None
+        self._device.tracer = tracer
+
+    async def load(self, assignment: Assignment) -> TorchModel:
+        device = self._device
+        assert device is not None
+        if self._part is None or not self._part.fits(assignment):
+            self._part = None
+            self._part = await asyncio.to_thread(self._files.load, assignment, device)
+        return TorchModel(self._files, self._part, assignment, device, self._settings.memory_utilization)
+
+    def new_transport(self, is_colocated: bool) -> Transport:
+        name = "inproc" if is_colocated else self._settings.transport
+        if name == "inproc":
+            return InprocTransport()
+        if name == "shm":
+            return ShmTransport()
+        if name == "auto" and shm.is_available() is None:
+            return AutoTransport(self._advertised_host())
+        return TcpTransport(self._advertised_host())
+
+    def _advertised_host(self) -> str:
+        settings = self._settings
+        return settings.advertise_host or address_towards(*split_address(settings.coordinator))
+
+    def counters(self) -> dict[str, float]:
+        return {"loop_cpu_s": time.thread_time(), "rss_bytes": resident_memory_bytes()}
+
+    async def close(self) -> None:
+        if self._device is not None:
+            await self._device.close()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
