@@ -82,4 +82,6 @@ async def run_pass(
         compute.attention_route_pack(lane, layer, turn)
         await link.landed(turn)
         compute.combine(lane, layer)
-    return await compute.sample(lane)
+    sampled = await compute.sample(lane)
+    link.check(turn)  # the last answers were read only now
+    return sampled

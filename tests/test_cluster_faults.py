@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from msi import Engine
 from msi.instance import create_coordinator, create_worker
 from msi.net.tcp import TcpTransport
 from msi.options import InstanceOptions
+from tests import waiting
 from tests.test_faults import LONG, SHORT, checkpoint, outcome, running_requests, until
 from tests.test_launch import free_port, launched
 
@@ -51,6 +53,11 @@ async def inside(options):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def expert_lives(workers):
+    """How often each expert worker began a life after its first."""
+    return [workers[name].life.assignment.incarnation for name in ("expert-0", "expert-1")]
+
+
 async def succeeds(engine):
     return await outcome(engine, [7, 8, 9], SHORT) == ("done", 4)
 
@@ -74,6 +81,40 @@ async def test_a_connection_that_is_reset_ends_what_runs_and_the_peer_is_taken_b
         incarnations = {one.worker_id: one.incarnation for one in (await engine.stats()).workers}
         assert sorted(incarnations.values()) == [0, 0, 1], incarnations
         assert incarnations["attention-0"] == 0
+
+
+@pytest.mark.parametrize("work", ["_attention_route_pack", "_sample"])
+async def test_a_connection_that_breaks_and_is_back_while_the_device_is_busy_ends_what_runs_for_that_reason(
+    checkpoint, work
+):
+    """Rows for a life that is over went to the next one, which did not answer; tokens were sampled without answers."""
+    options = InstanceOptions(
+        model=checkpoint, expert_workers=2, micro_batches=2, transport="tcp", threads_per_worker=1
+    )
+    async with inside(options) as (engine, workers):
+        attention = workers["attention-0"].life.attention
+        compute, is_held, may_go_on = getattr(attention._half, work), threading.Event(), threading.Event()
+
+        def held(*arguments):
+            is_held.set()
+            may_go_on.wait()
+            return compute(*arguments)
+
+        tasks = await running_requests(engine, 3)
+        setattr(attention._half, work, held)
+        try:
+            assert await asyncio.to_thread(is_held.wait, RETURNS_WITHIN_S)
+            reset(next(iter(workers["attention-0"].life.transports[0]._endpoints))._sock)
+            await waiting.until(
+                lambda: sum(expert_lives(workers)) and not attention._link.missing_nodes, RETURNS_WITHIN_S
+            )
+        finally:
+            may_go_on.set()
+        for message, tokens in await asyncio.gather(*tasks):
+            assert "was lost: connection lost" in message
+            assert 0 < tokens < 450
+        await until(lambda: succeeds(engine), RETURNS_WITHIN_S)
+        assert sum(expert_lives(workers)) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -40,7 +41,7 @@ class Recorder:
 class Pair:
     """A dispatching node that is connected to two combining ones."""
 
-    async def start(self, hello=HELLO, timeout_s=5.0):
+    async def start(self, hello=HELLO, timeout_s=5.0, clock=time.monotonic):
         self.losses = []
         self.transports = [InprocTransport() for _ in range(3)]
         self.nodes = [
@@ -53,7 +54,7 @@ class Pair:
         ]
         self.link = DispatchLink(
             self.transports[0], hello=hello, num_nodes=2, report_loss=lambda *loss: self.losses.append(loss),
-            timeout_s=timeout_s,
+            timeout_s=timeout_s, clock=clock,
         )  # fmt: skip
         self.outboxes = [await self.link.connect(node, self.addresses[node]) for node in range(2)]
         for recorder in self.recorders:
@@ -78,6 +79,17 @@ class Pair:
         taken = events.copy()
         events.clear()
         return taken
+
+    async def come_back(self, node):
+        """A node that was lost is there again, in a new life."""
+        transport, recorder = InprocTransport(), Recorder()
+        again = CombineLink(
+            transport, expected=HELLO, worker_id=f"expert-{node}", incarnation=10, num_seats=2, max_skip=100
+        )
+        self.transports[1 + node], self.nodes[node], self.recorders[node] = transport, again, recorder
+        await self.link.connect(node, await again.listen(recorder))
+        assert recorder.events == [("joined", 0, 3)]
+        recorder.events.clear()
 
     async def nothing_landed(self, node):
         await until(lambda: self.nodes[node].counters.immediates > 0)
@@ -201,6 +213,74 @@ async def test_a_peer_that_does_not_answer_is_lost_after_its_time():
     with pytest.raises(TransportError, match=r"expert-0: no answer for 0\.1 s"):
         await asyncio.wait_for(pair.exchange(0, (1, 0)), 5)
     assert pair.link.missing_nodes == [0]
+    await pair.stop()
+
+
+LOST = r"^expert-1: connection lost"
+
+
+async def lose_and_return(pair):
+    """The second node's connection breaks, and it is there again in a new life."""
+    await pair.transports[2].close()
+    await until(lambda: pair.link.missing_nodes == [1])
+    await pair.come_back(1)
+
+
+async def test_rows_that_were_packed_for_a_node_that_was_lost_do_not_go_to_its_next_life(pair):
+    turn = pair.link.open(0, True)
+    await lose_and_return(pair)
+    turn.post((0, 1))
+    with pytest.raises(TransportError, match=LOST):
+        await asyncio.wait_for(pair.link.landed(turn), 5)
+    again = pair.exchange(0, (0, 1))
+    assert await pair.landed(1) == [(0, 0, 1, 1, True)]
+    pair.nodes[1].answer(0, 0, 1, 1, compute_s=0.0)
+    await asyncio.wait_for(again, 5)
+    assert not pair.nodes[1].counters.dropped
+
+
+async def test_a_turn_that_a_lost_node_had_answered_fails_too_for_its_answer_went_with_its_seat(pair):
+    turn = pair.exchange(0, (1, 1))
+    await pair.landed(1)
+    pair.nodes[1].answer(0, 0, 0, 1, compute_s=0.0)
+    await until(lambda: pair.link.counters.answers == 1)
+    await lose_and_return(pair)
+    pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)
+    with pytest.raises(TransportError, match=LOST):
+        await asyncio.wait_for(turn, 5)
+
+
+async def test_a_turn_that_is_over_is_found_out_when_a_node_was_lost_since(pair):
+    turn = pair.link.open(0, False)
+    turn.post((0, 0))
+    await asyncio.wait_for(pair.link.landed(turn), 5)
+    pair.link.check(turn)
+    await lose_and_return(pair)
+    with pytest.raises(TransportError, match=LOST):
+        pair.link.check(turn)
+
+
+async def test_a_connection_that_takes_no_post_is_a_loss_of_the_worker_and_not_of_an_address(pair):
+    pair.link._nodes[1].endpoint.close()  # broken, and nobody has said so yet
+    with pytest.raises(TransportError, match=r"^expert-1: connection lost \(the connection is closed\)$"):
+        await asyncio.wait_for(pair.exchange(0, (1, 0)), 5)
+    assert pair.losses == [(1, "expert-1", "connection lost (the connection is closed)")]
+    assert pair.link.missing_nodes == [1]
+
+
+async def test_the_time_that_a_turn_was_computed_for_is_not_held_against_those_who_answer():
+    now = 0.0
+    pair = await Pair().start(timeout_s=0.16, clock=lambda: now)
+    turn = pair.link.open(0, True)
+    landing = asyncio.create_task(pair.link.landed(turn))
+    now = 0.15
+    turn.post((1, 0))
+    now = 0.30
+    await asyncio.sleep(0.05)  # looks at it every hundredth of a second
+    assert not landing.done()
+    now = 0.32
+    with pytest.raises(TransportError, match=r"expert-0: no answer for 0\.16 s"):
+        await asyncio.wait_for(landing, 5)
     await pair.stop()
 
 

@@ -2,6 +2,8 @@
 
 For each turn of a lane every connected node gets exactly one post: rows in its slot, or the bare word that there are
 none. A lane has one turn in flight; its slots are free again when the answers have landed, so there are no credits.
+A pass lives and dies with the connections that it was begun with: when a node is lost, what it had answered is wiped
+with its seat, so that every turn in flight fails, and none that was opened before goes to a node that came after.
 Rows themselves are written into the nodes' outboxes and read from `landing` by whoever computes, on the thread that
 computes; that thread posts them, too. Everything else here happens on the event loop.
 """
@@ -30,16 +32,26 @@ WATCH_SHARE = 16  # of the time-out: how often turns are checked against it
 class Turn:
     """One turn of a lane: opened on the event loop, posted by the thread that fills the outboxes, then awaited."""
 
-    __slots__ = ("_link", "done", "is_over", "lane", "more", "num_rows", "opened_at", "posted_at", "seq", "waiting")
+    __slots__ = (
+        "_link", "done", "is_over", "lane", "more", "nodes", "num_rows", "opened_at", "posted_at", "seq", "waiting",
+    )  # fmt: skip
 
     def __init__(
-        self, link: DispatchLink, lane: int, seq: int, more: bool, opened_at: float, done: asyncio.Future[None]
+        self,
+        link: DispatchLink,
+        nodes: tuple[_Node | None, ...],
+        lane: int,
+        seq: int,
+        more: bool,
+        opened_at: float,
+        done: asyncio.Future[None],
     ):
         self.lane = lane
         self.seq = seq
         self.more = more
         self.opened_at = opened_at
         self.done = done
+        self.nodes = nodes  # connected when it was opened: its rows are in their outboxes
         self.waiting = 0  # bit per node that owes an answer
         self.num_rows: Sequence[int] = ()
         self.posted_at = 0.0
@@ -55,7 +67,7 @@ class Turn:
         self._link.fail(self, error)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Node:
     endpoint: Endpoint
     welcome: LinkWelcome
@@ -78,7 +90,8 @@ class DispatchLink:
         hello: who we are; its `next_seqs` are filled in at each connect.
         num_nodes: nodes of the other side; node i answers into landing seat i.
         report_loss: called with (node, worker id, reason) when a connected node is lost.
-        timeout_s: a turn without its answer for that long loses the nodes that owe it.
+        timeout_s: a turn that has been posted and lacks answers for that long loses the nodes that owe them; one that
+            is not posted within that time fails.
         clock: seconds, monotonic.
     """
 
@@ -100,7 +113,7 @@ class DispatchLink:
         self.compute_meter = StageMeter()  # T_e, as the other side measures it
         self._transport = transport
         self._hello = hello
-        self._nodes: list[_Node | None] = [None] * num_nodes
+        self._nodes: tuple[_Node | None, ...] = (None,) * num_nodes
         self._node_of: dict[Endpoint, int] = {}
         self._gone: dict[int, tuple[str, str]] = {}  # worker id and reason of the one lost last, by node
         self._turns: list[Turn | None] = [None] * hello.num_lanes
@@ -130,28 +143,34 @@ class DispatchLink:
             endpoint.close()
             raise TransportError(address, str(error)) from error
         with self._posting:
-            self._nodes[node] = _Node(endpoint, welcome)
+            self._set(node, _Node(endpoint, welcome))
         self._node_of[endpoint] = node
         if all(self._nodes):
             self._complete.set()
         return endpoint.outbox
 
     def drop(self, node: int, reason: str) -> None:
-        """Fences a node: connection closed, its seat revoked, turns that wait for it fail. Idempotent."""
+        """Fences a node: connection closed, its seat revoked, all turns in flight fail. Idempotent."""
         peer = self._nodes[node]
         if peer is None:
             return
         with self._posting:
-            self._nodes[node] = None
+            self._set(node, None)
             self._gone[node] = (peer.welcome.worker_id, reason)
         del self._node_of[peer.endpoint]
         self._complete.clear()
         peer.endpoint.close()
         self.landing.revoke(node)
         for turn in self._turns:
-            if turn is not None and turn.waiting >> node & 1 and not turn.done.done():
-                turn.done.set_exception(TransportError(peer.welcome.worker_id, reason))
+            if turn is not None:
+                _fail(turn, TransportError(peer.welcome.worker_id, reason))
         self._report_loss(node, peer.welcome.worker_id, reason)
+
+    def _set(self, node: int, peer: _Node | None) -> None:
+        self._nodes = (*self._nodes[:node], peer, *self._nodes[node + 1 :])
+
+    def _lost(self, node: int) -> TransportError:
+        return TransportError(*self._gone.get(node, (f"node {node}", "is not connected")))
 
     @property
     def missing_nodes(self) -> list[int]:
@@ -171,15 +190,15 @@ class DispatchLink:
         """
         seq = self._next_seqs[lane]
         self._next_seqs[lane] = seq + 1
-        turn = self._turns[lane] = Turn(self, lane, seq, more, self._clock(), self._loop.create_future())
+        turn = self._turns[lane] = Turn(self, self._nodes, lane, seq, more, self._clock(), self._loop.create_future())
         return turn
 
     async def landed(self, turn: Turn) -> None:
         """Until every answer to a turn has landed.
 
         Raises:
-            TransportError: a node that owes an answer was lost; `peer` names it. Cancelling, too, leaves the lane's
-                slots in use until `skip_to`.
+            TransportError: a node was lost; `peer` names it. Cancelling, too, leaves the lane's slots in use until
+                `skip_to`.
         """
         if not self._is_watching:
             self._is_watching = True
@@ -202,8 +221,9 @@ class DispatchLink:
             full = pack_immediate(Kind.DISPATCH, more, lane, 0, seq, incarnation)
             try:
                 for node, peer in enumerate(self._nodes):
-                    if peer is None:
-                        raise TransportError(*self._gone.get(node, (f"node {node}", "is not connected")))
+                    if peer is None or peer is not turn.nodes[node]:
+                        self.fail(turn, self._lost(node))
+                        return
                     count = num_rows[node]
                     if not count:
                         peer.endpoint.post(empty)
@@ -215,7 +235,7 @@ class DispatchLink:
                     peer.endpoint.post(full, offset, HEADER_BYTES + count * row_bytes)
                     self.counters.rows += count
             except TransportError as error:
-                self.fail(turn, error)
+                self._loop.call_soon_threadsafe(self._not_posted, turn, node, error)
                 return
             self.counters.posts += len(self._nodes)
         if not turn.waiting:
@@ -224,6 +244,18 @@ class DispatchLink:
     def fail(self, turn: Turn, error: Exception) -> None:
         """See `Turn.fail`."""
         self._loop.call_soon_threadsafe(_fail, turn, error)
+
+    def _not_posted(self, turn: Turn, node: int, error: TransportError) -> None:
+        """A connection that takes no post is lost, whether or not the transport has said so, and the turn with it."""
+        if self._nodes[node] is turn.nodes[node]:
+            self.drop(node, f"connection lost ({error.reason})")
+        _fail(turn, self._lost(node))
+
+    def check(self, turn: Turn) -> None:
+        """Raises TransportError if a node was lost since the turn was opened, and what it had answered with it."""
+        for node, peer in enumerate(self._nodes):
+            if peer is not turn.nodes[node]:
+                raise self._lost(node)
 
     def skip_to(self, lane: int, multiple: int) -> None:
         """After a turn that failed: the lane goes on at the next multiple of `multiple`."""
@@ -292,7 +324,8 @@ class DispatchLink:
         if in_flight:
             self._loop.call_later(self._timeout_s / WATCH_SHARE, self._watch)
         for turn in in_flight:
-            if self._clock() - turn.opened_at >= self._timeout_s:
+            # our own computing is not held against those who answer
+            if self._clock() - max(turn.opened_at, turn.posted_at) >= self._timeout_s:
                 self._expire(turn)
 
     def _expire(self, turn: Turn) -> None:

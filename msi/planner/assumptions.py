@@ -66,6 +66,9 @@ class Assumptions:
         return asdict(self)
 
 
+DEFAULTS = Assumptions()
+
+
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """How another system serves the same model on the same GPUs, attention and experts together.
@@ -80,8 +83,8 @@ class Baseline:
     max_num_seqs: int
 
 
-# Both keep to one tensor-parallel group of as many GPUs as the model needs, across nodes where it does not fit one.
-# Neither overlaps the collectives with compute. Kernels reach the same fractions as ours.
+# Both serve from one tensor-parallel group of GPUs, of the size that suits them best, across nodes where the model does
+# not fit into one. Neither overlaps collectives with compute. Their kernels reach the same fractions as ours.
 BASELINES: Mapping[str, Baseline] = {
     "vllm": Baseline("vllm", "sharded", 256),
     "tensorrt-llm": Baseline("tensorrt-llm", "placed", 2048),

@@ -94,17 +94,34 @@ def attention_layer_s(
     return every_layer_s * per_sparse + sparse_s + dense_s * (per_sparse - 1)
 
 
+def expert_gemm_s(
+    model: ModelShape,
+    gpu: Gpu,
+    expert_rows: Quantity,
+    active_experts: Quantity,
+    given: Assumptions,
+    *,
+    slices: int = 1,
+) -> Quantity:
+    """One grouped GEMM over (token, expert) pairs; an expert with any row costs the reading of its weights.
+
+    `slices`: GPUs that share each expert; this is one of them.
+    """
+    width = model.value_bytes
+    rows_each = expert_rows / np.maximum(active_experts, 1e-9)
+    compute_s = 2 * expert_rows * model.expert_values / slices / (gpu.flops_per_s * given.compute_at(rows_each))
+    streamed = expert_rows * (2 * model.hidden_size + 3 * model.intermediate_size / slices) * width
+    read = active_experts * model.expert_values * width / slices
+    memory_s = (read + streamed) / (gpu.memory_bytes_per_s * given.memory)
+    return np.maximum(compute_s, memory_s) + given.expert_launch_s
+
+
 def expert_layer_s(
     model: ModelShape, gpu: Gpu, tp: int, expert_rows: Quantity, active_experts: Quantity, given: Assumptions
 ) -> Quantity:
-    """T_e: one grouped GEMM over (token, expert) pairs; an expert with any row costs the reading of its weights."""
-    width = model.value_bytes
-    rows_each = expert_rows / np.maximum(active_experts, 1e-9)
-    compute_s = 2 * expert_rows * model.expert_values / tp / (gpu.flops_per_s * given.compute_at(rows_each))
-    streamed = expert_rows * (2 * model.hidden_size + 3 * model.intermediate_size / tp) * width
-    memory_s = (active_experts * model.expert_values * width / tp + streamed) / (gpu.memory_bytes_per_s * given.memory)
-    sync_s = 2 * collective_s(expert_rows * model.hidden_size * width, tp, gpu, given)
-    return np.maximum(compute_s, memory_s) + sync_s + given.expert_launch_s
+    """T_e of an expert node of tp GPUs: the grouped GEMM, rows gathered before it and scattered after."""
+    gemm = expert_gemm_s(model, gpu, expert_rows, active_experts, given, slices=tp)
+    return gemm + 2 * collective_s(expert_rows * model.hidden_size * model.value_bytes, tp, gpu, given)
 
 
 def active_experts(model: ModelShape, experts: Quantity, tokens: Quantity) -> Quantity:

@@ -1,0 +1,117 @@
+"""Choosing: the best plans for a task, their Pareto front, what limits them, and whether disaggregation is worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from msi.errors import ConfigError
+from msi.planner.assumptions import BASELINES, Baseline
+from msi.planner.colocated import best_colocated
+from msi.planner.machine import machine_plans
+from msi.planner.plan import Plan
+from msi.planner.search import deployment_of, search
+from msi.planner.task import Pool, Task, score_of
+
+
+def best_plans(task: Task, *, num_plans: int = 5) -> list[Plan]:
+    """By the task's objective, best first: from a profile where the task has one, else from the roofline.
+
+    Raises:
+        ConfigError: no plan keeps the limits; says which limit stands in the way.
+    """
+    if task.profile is not None:
+        return machine_plans(task, num_plans=num_plans)
+    return search(task, num_plans=num_plans)
+
+
+def pareto_front(task: Task, *, num_points: int = 12) -> list[Plan]:
+    """Plans of which none has both a lower TPOT and a higher score, by ascending TPOT, up to the task's limit."""
+    front: list[Plan] = []
+    for step in reversed(range(num_points)):
+        tpot_s = task.workload.tpot_s / 1.25**step
+        try:
+            plan = best_plans(replace(task, workload=replace(task.workload, tpot_s=tpot_s)), num_plans=1)[0]
+        except ConfigError:
+            continue
+        if not front or score_of(plan, task.objective) > score_of(front[-1], task.objective) * (1 + 1e-9):
+            front.append(plan)
+    return front
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether disaggregation is worth it on this hardware.
+
+    Attributes:
+        best: the best disaggregated plan, if any.
+        colocated: the best colocated plan of each way to deploy it, by name.
+        gain: best over the best colocated, by the task's objective; 0.0 without the one, inf without the other.
+    """
+
+    best: Plan | None
+    colocated: dict[str, Plan]
+    gain: float
+
+    @property
+    def is_worth_it(self) -> bool:
+        return self.gain > 1.0
+
+
+def is_it_worth_it(task: Task, plans: Sequence[Plan]) -> Verdict:
+    """Compares with the same hardware colocated; the baselines here batch as many sequences as they can.
+
+    Args:
+        plans: of this task; more are looked for where none of them is disaggregated.
+    """
+    best = next((plan for plan in plans if plan.kind == "disaggregated"), None)
+    colocated: dict[str, Plan] = {}
+    if task.profile is not None:
+        every = best_plans(task, num_plans=1000)
+        best = next((plan for plan in every if plan.kind == "disaggregated"), None)
+        one_process = next((plan for plan in every if plan.kind == "colocated"), None)
+        if one_process is not None:
+            colocated["one process"] = one_process
+    else:
+        for name, label in (("vllm", "tensor parallel"), ("tensorrt-llm", "tensor + expert parallel")):
+            unlimited: Baseline = replace(BASELINES[name], max_num_seqs=0)
+            plan = best_colocated(task, unlimited)
+            if plan is not None:
+                colocated[label] = plan
+    scores = [score_of(plan, task.objective) for plan in colocated.values()]
+    ours = 0.0 if best is None else score_of(best, task.objective)
+    return Verdict(best, colocated, ours / max(scores) if scores else float("inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class Marginal:
+    """What one more node of a side would bring.
+
+    Attributes:
+        change: relative, of the instance's tokens per second; None where it cannot be used.
+    """
+
+    side: str
+    gpu: str
+    num_gpus: int
+    change: float | None
+
+
+def one_more(task: Task, plan: Plan) -> list[Marginal]:
+    """One more attention node and one more expert node of the plan's kinds, its m kept, B as large as it can be."""
+    found = []
+    for side, nodes, experts in (
+        ("attention", plan.num_attention_nodes + 1, plan.num_expert_nodes),
+        ("expert", plan.num_attention_nodes, plan.num_expert_nodes + 1),
+    ):
+        gpu, tp = (plan.attention_gpu, plan.tp_attention) if side == "attention" else (plan.expert_gpu, plan.tp_expert)
+        more = None
+        if task.profile is None and plan.kind == "disaggregated" and experts <= task.model.num_experts:
+            wider = replace(task, attention=_one_more(task.attention, gpu, tp), expert=_one_more(task.expert, gpu, tp))
+            more = deployment_of(wider, plan).resized(nodes, experts, plan.num_micro_batches)
+        found.append(Marginal(side, gpu, tp, None if more is None else more.tokens_per_s / plan.tokens_per_s - 1))
+    return found
+
+
+def _one_more(pools: tuple[Pool, ...], gpu: str, tp: int) -> tuple[Pool, ...]:
+    return tuple(replace(pool, count=pool.count + tp) if pool.gpu.name == gpu else pool for pool in pools)

@@ -1,0 +1,464 @@
+"""What stages take on one machine, as measured by `tools/profile_stages.py`, and what that says of other sizes.
+
+A profile is a JSON file; `read_profile` refuses one that is not whole, with a sentence. `ProfiledCosts` answers what
+the pipeline asks (`msi.planner.stage_costs.StageCosts`) for one deployment: it interpolates between measured sizes, and
+knows what workers that share a machine do to each other. Knows no models and no clocks.
+
+    {"schema_version": 1, "kind": "msi-profile", "device": "cpu", "host": "...", "num_cores": 2, "date": "2026-11-22",
+     "model": "...", "config_digest": sha256 of its config.json, "dtype": "float32",
+     "attention": [{"threads": 1, "contention": "alone", "num_tokens": 8, "context_len": 128, "seconds": 0.002}, ...],
+     "expert": [{"threads": 1, "contention": "alone", "num_experts": 8, "num_active_experts": 4, "num_expert_rows": 8,
+                 "seconds": 0.012}, ...],
+     "pass": [{"threads": 1, "contention": "alone", "num_seqs": 8, "seconds": 0.011}, ...],
+     "comm": [{"transport": "shm", "num_bytes": 33000, "seconds": 0.0003}, ...],
+     "control": {"scheduling": [{"num_seqs": 8, "seconds": 0.0005}, ...]}}
+
+Contention is "alone", or "overlapped": while a worker of the other side computes all the time. `num_experts` are those
+on the measured node; its times are those of any node with as many *active* experts. Sizes ascend within a list (outer
+first: num_tokens, then context_len; num_active_experts, then num_expert_rows) for each setting. `control` is optional.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+
+from msi.errors import ConfigError
+from msi.planner.interpolation import Curve, Size, Surface, fit_line, like
+
+SCHEMA_VERSION = 1
+KIND = "msi-profile"
+CONTENTIONS = ("alone", "overlapped")
+TRANSPORTS = ("inproc", "shm", "tcp", "rdma")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPoint:
+    """T_a of one layer: `num_tokens` sequences that decode with `context_len` tokens each in the KV cache."""
+
+    threads: int
+    contention: str
+    num_tokens: int
+    context_len: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPoint:
+    """T_e of one layer: `num_expert_rows` (token, expert) pairs spread over `num_active_experts`."""
+
+    threads: int
+    contention: str
+    num_experts: int
+    num_active_experts: int
+    num_expert_rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PassPoint:
+    """Once per pass: embedding, LM head and sampling."""
+
+    threads: int
+    contention: str
+    num_seqs: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CommPoint:
+    """T_c: from the end of one side's work to the start of the other's, wake-ups included."""
+
+    transport: str
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingPoint:
+    """Once per pass, between two micro-batches of a lane: what the scheduler takes."""
+
+    num_seqs: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One machine and one model. `passes` is "pass" in the file, `scheduling` is under "control"."""
+
+    device: str
+    host: str
+    num_cores: int
+    date: str
+    model: str
+    config_digest: str
+    dtype: str
+    attention: tuple[AttentionPoint, ...]
+    expert: tuple[ExpertPoint, ...]
+    passes: tuple[PassPoint, ...]
+    comm: tuple[CommPoint, ...]
+    scheduling: tuple[SchedulingPoint, ...] = ()
+
+    def fits(self, *, threads: int, context_len: int, contention: str = "alone") -> Fits:
+        """k1 to k4 of the paper, by least squares over the measured sizes.
+
+        Args:
+            context_len: of the sequences, which T_a depends on too; between measured lengths it is interpolated.
+
+        Raises:
+            ConfigError: nothing was measured with so many threads.
+        """
+        attention = _select(self, "attention", self.attention, threads, contention)
+        surface = Surface({(point.num_tokens, point.context_len): point.seconds for point in attention})
+        sizes = sorted({point.num_tokens for point in attention})
+        k1, k2 = fit_line((size, surface.at(size, context_len)) for size in sizes)
+        expert = _select(self, "expert", self.expert, threads, contention)
+        most = max(point.num_active_experts for point in expert)
+        busy = [point for point in expert if point.num_active_experts == most]
+        k3, k4 = fit_line((point.num_expert_rows / most, point.seconds / most) for point in busy)
+        return Fits(k1, k2, k3, k4)
+
+
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """The paper's T_a = k1 b + k2 and T_e = k3 b + k4, in seconds; b: tokens of an attention node, rows of an expert.
+
+    The paper puts one expert on a node: k3 and k4 are of one of the experts that were measured together.
+    """
+
+    k1: float
+    k2: float
+    k3: float
+    k4: float
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def read_profile(source: str | Path | Mapping[str, Any]) -> Profile:
+    """A profile from its file, or from what `json` made of it.
+
+    Raises:
+        ConfigError: it is not a whole profile of this version; names the file and the key.
+    """
+    if isinstance(source, Mapping):
+        return _Reader("the profile").read(source)
+    where = str(source)
+    try:
+        values = json.loads(Path(source).read_text())
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON, or only part of it ({error}); measure it again") from error
+    return _Reader(where).read(values)
+
+
+def to_json(profile: Profile) -> dict[str, Any]:
+    """What `read_profile` takes; `json.dump` it."""
+    values = asdict(profile)
+    lists = {name: [asdict(point) for point in values_of] for name, values_of in _lists(profile).items()}
+    described = {name: values[name] for name in _DESCRIPTION}
+    control = {"scheduling": [asdict(point) for point in profile.scheduling]}
+    return {"schema_version": SCHEMA_VERSION, "kind": KIND, **described, **lists, "control": control}
+
+
+_DESCRIPTION = {
+    "device": str, "host": str, "num_cores": int, "date": str, "model": str, "config_digest": str, "dtype": str,
+}  # fmt: skip
+P = TypeVar("P", AttentionPoint, ExpertPoint, PassPoint, CommPoint, SchedulingPoint)
+
+
+def _lists(profile: Profile) -> dict[str, Sequence[Any]]:
+    return {
+        "attention": profile.attention, "expert": profile.expert, "pass": profile.passes, "comm": profile.comm,
+    }  # fmt: skip
+
+
+class _Reader:
+    """Checks every value that it takes; `where` begins each sentence."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def read(self, values: object) -> Profile:
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{self._where} holds {type(values).__name__}; a profile is a JSON object")
+        kind, version = values.get("kind"), values.get("schema_version")
+        if kind != KIND:
+            raise ConfigError(f"{self._where} has kind {kind!r}; a profile has {KIND!r}")
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{self._where} has schema_version {version!r}, and {SCHEMA_VERSION} is read here; measure it again"
+            )
+        described = {name: self._value(values, name, type_) for name, type_ in _DESCRIPTION.items()}
+        control = values.get("control", {})
+        if not isinstance(control, Mapping):
+            raise ConfigError(f"{self._where}: control is {control!r}; it must be an object")
+        scheduling = self._points(control, "scheduling", SchedulingPoint) if control.get("scheduling") else ()
+        return Profile(
+            **described,
+            attention=self._points(values, "attention", AttentionPoint),
+            expert=self._points(values, "expert", ExpertPoint),
+            passes=self._points(values, "pass", PassPoint),
+            comm=self._points(values, "comm", CommPoint),
+            scheduling=scheduling,
+        )
+
+    def _value(self, values: Mapping[str, Any], name: str, type_: type, prefix: str = "") -> Any:
+        if name not in values:
+            raise ConfigError(f"{self._where} has no {prefix}{name}; is the file whole?")
+        value = values[name]
+        if type_ is float:
+            ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+            allowed = "a number above 0"
+        elif type_ is int:
+            ok, allowed = isinstance(value, int) and not isinstance(value, bool) and value > 0, "an integer above 0"
+        else:
+            ok, allowed = isinstance(value, str), "a text"
+        if not ok:
+            raise ConfigError(f"{self._where}: {prefix}{name} is {value!r}; it must be {allowed}")
+        return value
+
+    def _points(self, values: Mapping[str, Any], name: str, point_type: type[P]) -> tuple[P, ...]:
+        listed = values.get(name)
+        if name not in values:
+            raise ConfigError(f"{self._where} has no {name}; is the file whole?")
+        if not isinstance(listed, list) or not listed:
+            raise ConfigError(f"{self._where}: {name} has no points; measure at least one")
+        points: list[P] = []
+        last: dict[tuple[object, ...], tuple[int, ...]] = {}
+        for index, one in enumerate(listed):
+            at = f"{name}[{index}]"
+            if not isinstance(one, Mapping):
+                raise ConfigError(f"{self._where}: {at} is {one!r}; it must be an object")
+            found = {
+                field.name: self._value(one, field.name, _TYPES[str(field.type)], f"{at}.")
+                for field in fields(point_type)
+            }
+            self._check_names(found, at)
+            setting = tuple(found[key] for key in found if key in _SETTINGS)
+            size = tuple(found[key] for key in found if key not in _SETTINGS and key != "seconds")
+            if size <= last.get(setting, ()):
+                raise ConfigError(f"{self._where}: the sizes of {at} do not ascend: {size} after {last[setting]}")
+            last[setting] = size
+            points.append(point_type(**found))
+        return tuple(points)
+
+    def _check_names(self, found: Mapping[str, Any], at: str) -> None:
+        for name, allowed in (("contention", CONTENTIONS), ("transport", TRANSPORTS)):
+            if name in found and found[name] not in allowed:
+                raise ConfigError(f"{self._where}: {at}.{name} is {found[name]!r}; it must be {' or '.join(allowed)}")
+        if "num_active_experts" in found:
+            active, most = found["num_active_experts"], min(found["num_experts"], found["num_expert_rows"])
+            if active > most:
+                raise ConfigError(
+                    f"{self._where}: {at} has {active} active experts, more than its experts or its rows ({most})"
+                )
+
+
+_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+_SETTINGS = ("threads", "contention", "num_experts", "transport")
+
+
+# -- what it says of a deployment ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What stages run on, as far as it changes what they take.
+
+    Attributes:
+        threads: of each worker.
+        num_experts: on each expert node.
+        transport: between the two sides.
+        num_attention, num_expert: workers of each side that share one machine (1 each on machines of their own).
+        num_micro_batches: m; with one, the two sides never compute at the same time.
+        is_colocated: one process computes both sides in turn, so they never do.
+    """
+
+    threads: int
+    num_experts: int
+    transport: str
+    num_attention: int = 1
+    num_expert: int = 1
+    num_micro_batches: int = 1
+    is_colocated: bool = False
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a side computes while the other one does."""
+        return self.num_micro_batches > 1 and not self.is_colocated
+
+
+class ProfiledCosts:
+    """Implements `msi.planner.stage_costs.StageCosts` for one deployment, for numbers and numpy arrays alike.
+
+    Workers of one side compute at the same time (a wave gathers them); those of the other side too, in turn with m = 1
+    and beside them with more. What was measured is one worker alone, and one beside a worker of the other side. When
+    more run at a time than the machine has cores for, they share it fairly.
+
+    Args:
+        attention_overlap, expert_overlap: share of a side's work that is done while the other side computes; see
+            `settled`. By default all of it where the deployment overlaps the sides at all.
+
+    Raises:
+        ConfigError: the profile has nothing for so many threads, or this transport.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        deployment: Deployment,
+        *,
+        attention_overlap: Size | None = None,
+        expert_overlap: Size | None = None,
+    ) -> None:
+        default = float(deployment.overlaps)
+        self.attention_overlap: Size = default if attention_overlap is None else attention_overlap
+        self.expert_overlap: Size = default if expert_overlap is None else expert_overlap
+        self._profile = profile
+        self._deployment = deployment
+        comm = [point for point in profile.comm if point.transport == deployment.transport]
+        if not comm:
+            measured = ", ".join(dict.fromkeys(point.transport for point in profile.comm))
+            raise ConfigError(f"the profile has no transport {deployment.transport!r}; it has {measured}")
+        self._comm = Curve({point.num_bytes: point.seconds for point in comm})
+        self._scheduling = Curve({point.num_seqs: point.seconds for point in profile.scheduling} or {0.0: 0.0})
+        self._attention = self._by_contention("attention", profile.attention, deployment.num_attention, _attention)
+        self._pass = self._by_contention("pass", profile.passes, deployment.num_attention, _passes)
+        nearest = _nearest([point.num_experts for point in profile.expert], deployment.num_experts)
+        expert = tuple(point for point in profile.expert if point.num_experts == nearest)
+        self._expert = self._by_contention("expert", expert, deployment.num_expert, _expert)
+
+    def _by_contention(
+        self, name: str, points: Sequence[Any], num_workers: int, interpolate: Callable[[Sequence[Any]], Surface]
+    ) -> _Contended:
+        """How long this side's work takes without and with the other side."""
+        deployment = self._deployment
+        alone = beside = interpolate(_select(self._profile, name, points, deployment.threads, "alone"))
+        if deployment.overlaps or num_workers > 1:
+            beside = interpolate(_select(self._profile, name, points, deployment.threads, "overlapped"))
+        together = deployment.num_attention + deployment.num_expert
+        return _Contended(
+            apart=alone if num_workers == 1 else beside,
+            apart_factor=1.0 if num_workers == 1 else self._crowding(num_workers),
+            beside=beside,
+            beside_factor=self._crowding(together),
+        )
+
+    def _crowding(self, num_workers: int) -> float:
+        """How much longer work takes than beside one other worker (two at a time are measured, more are not)."""
+        cores, threads = self._profile.num_cores, self._deployment.threads
+        return max(1.0, num_workers * threads / cores) / max(1.0, 2 * threads / cores)
+
+    def settled(
+        self, num_tokens: Size, num_context_tokens: Size, num_expert_rows: Size, num_active_experts: Size
+    ) -> ProfiledCosts:
+        """These costs for a pipeline of such micro-batches: how far the sides overlap follows from what they take.
+
+        The shorter stage runs beside the longer one from its start to its end; the longer one has the device to
+        itself for the rest.
+        """
+        if not self._deployment.overlaps:
+            return self
+        attention = self._attention.beside_factor * self._attention.beside.at(
+            num_tokens, _mean(num_context_tokens, num_tokens)
+        )
+        expert = self._expert.beside_factor * self._expert.beside.at(
+            num_active_experts, _mean(num_expert_rows, num_active_experts)
+        )
+        return ProfiledCosts(
+            self._profile,
+            self._deployment,
+            attention_overlap=like(np.minimum(1.0, expert / attention)),
+            expert_overlap=like(np.minimum(1.0, attention / expert)),
+        )
+
+    @overload
+    def attention_s(self, num_tokens: int, num_context_tokens: int) -> float: ...
+    @overload
+    def attention_s(self, num_tokens: Size, num_context_tokens: Size) -> Size: ...
+    def attention_s(self, num_tokens: Size, num_context_tokens: Size) -> Size:
+        return self._attention.at(self.attention_overlap, num_tokens, _mean(num_context_tokens, num_tokens))
+
+    @overload
+    def pass_s(self, num_logit_rows: int) -> float: ...
+    @overload
+    def pass_s(self, num_logit_rows: Size) -> Size: ...
+    def pass_s(self, num_logit_rows: Size) -> Size:
+        return like(self._pass.at(self.attention_overlap, 1.0, num_logit_rows) + self._scheduling.at(num_logit_rows))
+
+    @overload
+    def expert_s(self, num_expert_rows: float, num_active_experts: int) -> float: ...
+    @overload
+    def expert_s(self, num_expert_rows: Size, num_active_experts: Size) -> Size: ...
+    def expert_s(self, num_expert_rows: Size, num_active_experts: Size) -> Size:
+        return self._expert.at(self.expert_overlap, num_active_experts, _mean(num_expert_rows, num_active_experts))
+
+    @overload
+    def comm_s(self, num_bytes: int) -> float: ...
+    @overload
+    def comm_s(self, num_bytes: Size) -> Size: ...
+    def comm_s(self, num_bytes: Size) -> Size:
+        return self._comm.at(num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Contended:
+    """One kind of work: while the other side rests (`apart`), and while it computes (`beside`)."""
+
+    apart: Surface
+    apart_factor: float
+    beside: Surface
+    beside_factor: float
+
+    def at(self, overlap: Size, outer: Size, inner: Size) -> Size:
+        apart = self.apart_factor * self.apart.at(outer, inner)
+        return like(apart + overlap * (self.beside_factor * self.beside.at(outer, inner) - apart))
+
+
+def _attention(points: Sequence[AttentionPoint]) -> Surface:
+    return Surface({(point.num_tokens, point.context_len): point.seconds for point in points})
+
+
+def _expert(points: Sequence[ExpertPoint]) -> Surface:
+    """Over the rows of each active expert: what an expert costs beside its weights depends on those."""
+    return Surface(
+        {
+            (point.num_active_experts, point.num_expert_rows / point.num_active_experts): point.seconds
+            for point in points
+        }
+    )
+
+
+def _passes(points: Sequence[PassPoint]) -> Surface:
+    return Surface({(1, point.num_seqs): point.seconds for point in points})
+
+
+def _select(profile: Profile, name: str, points: Sequence[Any], threads: int, contention: str) -> list[Any]:
+    """Those of a setting. Raises ConfigError: there are none."""
+    found = [point for point in points if (point.threads, point.contention) == (threads, contention)]
+    if not found:
+        measured = ", ".join(dict.fromkeys(f"{point.threads} {point.contention}" for point in points))
+        raise ConfigError(
+            f"the profile has no {name} times of {profile.model} for {threads} threads {contention}, but {measured}. "
+            f"Measure them with tools/profile_stages.py --threads {threads}"
+        )
+    return found
+
+
+def _nearest(measured: Sequence[int], wanted: int) -> int:
+    """The least that is enough, else the most."""
+    enough = [one for one in measured if one >= wanted]
+    return min(enough) if enough else max(measured)
+
+
+def _mean(total: Size, count: Size) -> Size:
+    """Per one of `count`; of none, nothing."""
+    return like(np.asarray(total, dtype=np.float64) / np.maximum(count, 1e-9))

@@ -1,0 +1,408 @@
+"""The deployment search: the paper's Algorithm 1 with every count searched, over arrays of candidates.
+
+For each pair of GPU types and tensor-parallel sizes, all of experts per node, micro-batches and attention nodes at
+once; the largest micro-batch under the TPOT limit and both memories by binary search; the best by the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msi.errors import ConfigError
+from msi.pipeline import Stages, isolated_pass_s
+from msi.planner.assumptions import Assumptions, Quantity
+from msi.planner.hardware import Gpu
+from msi.planner.performance import (
+    PairCosts,
+    Roofline,
+    active_experts,
+    attention_node_bytes,
+    context_len,
+    expert_node_bytes,
+    nodes_per_token,
+)
+from msi.planner.plan import Limit, Plan
+from msi.planner.task import Limits, Objective, Pool, Task
+
+DENSE_UP_TO = 16  # every number of attention nodes up to here, then steps of 10 %
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side's nodes: `tp` GPUs each."""
+
+    gpu: Gpu
+    tp: int
+    count: int  # GPUs of the type
+
+    def memory_limit_bytes(self, given: Assumptions) -> float:
+        return self.tp * self.gpu.memory_bytes * given.memory_utilization
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Deployments of one pair of sides: arrays of equal length."""
+
+    num_attention_nodes: NDArray[np.float64]
+    experts_per_node: NDArray[np.float64]
+    num_expert_nodes: NDArray[np.float64]
+    num_micro_batches: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.num_micro_batches)
+
+    def only(self, chosen: NDArray[Any]) -> Candidates:
+        return Candidates(
+            self.num_attention_nodes[chosen],
+            self.experts_per_node[chosen],
+            self.num_expert_nodes[chosen],
+            self.num_micro_batches[chosen],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Of each candidate at its micro-batch."""
+
+    attention_s: Quantity
+    expert_s: Quantity
+    comm_s: Quantity
+    tpot_s: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One pair of node types for a task: predicts candidates, and finds their largest micro-batches."""
+
+    task: Task
+    attention: Side
+    expert: Side
+    costs: PairCosts
+
+    def predict(self, at: Candidates, micro_batch: NDArray[np.float64]) -> Prediction:
+        """b_a m n_a = B; an expert node gets b_a n_a K / E rows for each of its experts."""
+        task, model = self.task, self.task.model
+        tokens = micro_batch * at.num_attention_nodes
+        expert_rows = tokens * model.top_k * at.experts_per_node / model.num_experts
+        active = active_experts(model, at.experts_per_node, tokens)
+        mean_len = context_len(model, task.workload.mean_len)
+        attention_s = self.costs.attention_s(micro_batch, micro_batch * mean_len)
+        attention_s = attention_s + self.costs.pass_s(micro_batch) / model.num_sparse_layers
+        expert_s = self.costs.expert_s(expert_rows, active, at.experts_per_node)
+        message_rows = micro_batch * nodes_per_token(model, at.experts_per_node) / at.num_expert_nodes
+        message_bytes = message_rows * model.hidden_size * model.value_bytes
+        comm_s = self.costs.comm_s(message_bytes, at.num_attention_nodes, at.num_expert_nodes)
+        forward_s = np.maximum(attention_s, expert_s)
+        round_trip_s = attention_s + expert_s + 2 * comm_s
+        tpot_s = model.num_sparse_layers * np.maximum(at.num_micro_batches * forward_s, round_trip_s)
+        return Prediction(attention_s, expert_s, comm_s, np.asarray(tpot_s))
+
+    def attention_bytes(self, at: Candidates, micro_batch: NDArray[np.float64]) -> Quantity:
+        task = self.task
+        return attention_node_bytes(
+            task.model,
+            self.attention.tp,
+            task.given,
+            micro_batch=micro_batch,
+            num_micro_batches=at.num_micro_batches,
+            mean_len=context_len(task.model, task.workload.mean_len),
+            num_expert_nodes=at.num_expert_nodes,
+        )
+
+    def expert_bytes(self, at: Candidates, micro_batch: NDArray[np.float64]) -> Quantity:
+        task = self.task
+        return expert_node_bytes(
+            task.model,
+            self.expert.tp,
+            task.given,
+            micro_batch=micro_batch,
+            num_micro_batches=at.num_micro_batches,
+            num_attention_nodes=at.num_attention_nodes,
+            experts_per_node=at.experts_per_node,
+        )
+
+    def violated(self, at: Candidates, micro_batch: NDArray[np.float64]) -> dict[Limit, NDArray[np.bool_]]:
+        """By limit, which candidates break it with this micro-batch."""
+        task = self.task
+        batch = micro_batch * at.num_micro_batches * at.num_attention_nodes
+        too_many = micro_batch > task.limits.max_micro_batch
+        if task.limits.max_batch:
+            too_many = too_many | (batch > task.limits.max_batch)
+        return {
+            "tpot": self._is_slow(at, micro_batch),
+            "attention memory": np.asarray(
+                self.attention_bytes(at, micro_batch) > self.attention.memory_limit_bytes(task.given)
+            ),
+            "expert memory": np.asarray(
+                self.expert_bytes(at, micro_batch) > self.expert.memory_limit_bytes(task.given)
+            ),
+            "batch limit": too_many,
+        }
+
+    def largest_micro_batch(self, at: Candidates) -> NDArray[np.float64]:
+        """Of each candidate; 0 where not even one sequence is within the limits.
+
+        Memory grows by the same bytes with every sequence, so its limit is a division; where the TPOT limit is lower,
+        a binary search (TPOT never falls with the micro-batch).
+        """
+        largest = self._largest_in_memory(at)
+        is_slow = (largest > 0) & self._is_slow(at, np.maximum(largest, 1))
+        slow, searched = at.only(is_slow), np.flatnonzero(is_slow)
+        low, high = np.zeros(len(slow)), largest[searched]
+        while np.any(high - low > 1):
+            middle = np.floor((low + high) / 2)
+            too_slow = self._is_slow(slow, np.maximum(middle, 1))
+            is_open = high - low > 1
+            high = np.where(is_open & too_slow, middle, high)
+            low = np.where(is_open & ~too_slow, middle, low)
+        largest[searched] = low
+        return largest
+
+    def _largest_in_memory(self, at: Candidates) -> NDArray[np.float64]:
+        task = self.task
+        largest = np.full(len(at), float(task.limits.max_micro_batch))
+        if task.limits.max_batch:
+            largest = np.minimum(largest, task.limits.max_batch // (at.num_micro_batches * at.num_attention_nodes))
+        one, two = np.full(len(at), 1.0), np.full(len(at), 2.0)
+        for needed, side in ((self.attention_bytes, self.attention), (self.expert_bytes, self.expert)):
+            first = needed(at, one)
+            room = side.memory_limit_bytes(task.given) - first
+            largest = np.minimum(largest, np.floor(room / (needed(at, two) - first)) + 1)
+        return np.asarray(np.maximum(largest, 0.0), dtype=np.float64)
+
+    def _is_slow(self, at: Candidates, micro_batch: NDArray[np.float64]) -> NDArray[np.bool_]:
+        limit_s = self.task.workload.tpot_s * (1 + 1e-12)
+        is_slow: NDArray[np.bool_] = self.predict(at, micro_batch).tpot_s > limit_s
+        return is_slow
+
+    def candidates(self, attention_nodes: Iterable[int] | None = None) -> Candidates:
+        """Every number of experts per node that divides E and fits, of m, and of attention nodes."""
+        task, model = self.task, self.task.model
+        is_shared = self.attention.gpu == self.expert.gpu
+        grids = [np.empty((4, 0))]
+        for experts_per_node in divisors(model.num_experts):
+            num_expert_nodes = model.num_experts // experts_per_node
+            expert_gpus = num_expert_nodes * self.expert.tp
+            left = self.attention.count - (expert_gpus if is_shared else 0)
+            weights = experts_per_node * model.expert_bytes
+            if expert_gpus > self.expert.count or weights > self.expert.memory_limit_bytes(task.given):
+                continue
+            most = left // self.attention.tp
+            tried = [n for n in (spread_up_to(most) if attention_nodes is None else attention_nodes) if 1 <= n <= most]
+            nodes, m = (one.ravel() for one in np.meshgrid(tried, task.limits.micro_batches))
+            each = np.ones(len(nodes))
+            grids.append(np.stack([nodes, experts_per_node * each, num_expert_nodes * each, m]))
+        return Candidates(*np.concatenate(grids, axis=1))
+
+    def scores(self, at: Candidates) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The score by the objective, and the largest micro-batch; a score of 0 where nothing is possible."""
+        micro_batch = self.largest_micro_batch(at)
+        tpot_s = self.predict(at, np.maximum(micro_batch, 1)).tpot_s
+        tokens_per_s = micro_batch * at.num_micro_batches * at.num_attention_nodes / tpot_s
+        return tokens_per_s / self.spent(at, self.task.objective), micro_batch
+
+    def spent(self, at: Candidates, objective: Objective) -> NDArray[np.float64]:
+        """What the objective divides tokens per second by, per instance."""
+        attention_gpus = at.num_attention_nodes * self.attention.tp
+        expert_gpus = at.num_expert_nodes * self.expert.tp
+        match objective:
+            case "gpu":
+                return attention_gpus + expert_gpus
+            case "cost":
+                return attention_gpus * self.attention.gpu.price + expert_gpus * self.expert.gpu.price
+            case "watt":
+                return attention_gpus * self.attention.gpu.power_w + expert_gpus * self.expert.gpu.power_w
+            case "cluster":
+                return 1.0 / self.num_instances(at)
+
+    def num_instances(self, at: Candidates) -> NDArray[np.float64]:
+        attention_gpus = at.num_attention_nodes * self.attention.tp
+        expert_gpus = at.num_expert_nodes * self.expert.tp
+        if self.attention.gpu == self.expert.gpu:
+            fitting = self.attention.count / (attention_gpus + expert_gpus)
+        else:
+            fitting = np.minimum(self.attention.count / attention_gpus, self.expert.count / expert_gpus)
+        return np.floor(fitting)
+
+    def plan(self, at: Candidates, micro_batch: float) -> Plan:
+        """The one candidate of `at`, in full."""
+        task, model = self.task, self.task.model
+        given = np.array([micro_batch])
+        predicted = self.predict(at, given)
+        broken = self.violated(at, given + 1)
+        stages = Stages(*(_one(value) for value in (predicted.attention_s, predicted.expert_s, predicted.comm_s)))
+        num_micro_batches, num_attention_nodes = int(at.num_micro_batches[0]), int(at.num_attention_nodes[0])
+        batch_size = int(micro_batch) * num_micro_batches * num_attention_nodes
+        tokens_per_s = batch_size / float(predicted.tpot_s[0])
+
+        def per(objective: Objective) -> float:
+            return tokens_per_s / float(self.spent(at, objective)[0])
+
+        return Plan(
+            kind="disaggregated",
+            attention_gpu=self.attention.gpu.name,
+            expert_gpu=self.expert.gpu.name,
+            tp_attention=self.attention.tp,
+            tp_expert=self.expert.tp,
+            num_attention_nodes=num_attention_nodes,
+            num_expert_nodes=int(at.num_expert_nodes[0]),
+            experts_per_node=int(at.experts_per_node[0]),
+            num_micro_batches=num_micro_batches,
+            num_layers=model.num_sparse_layers,
+            batch_size=batch_size,
+            t_attention_s=stages.attention_s,
+            t_expert_s=stages.expert_s,
+            t_comm_s=stages.comm_s,
+            step_s=isolated_pass_s(stages, num_micro_batches, model.num_sparse_layers),
+            tpot_s=float(predicted.tpot_s[0]),
+            tokens_per_s=tokens_per_s,
+            tokens_per_s_per_gpu=per("gpu"),
+            tokens_per_s_per_cost=per("cost"),
+            tokens_per_s_per_watt=per("watt"),
+            attention_memory_bytes=_one(self.attention_bytes(at, given)),
+            expert_memory_bytes=_one(self.expert_bytes(at, given)),
+            attention_memory_limit_bytes=self.attention.memory_limit_bytes(task.given),
+            expert_memory_limit_bytes=self.expert.memory_limit_bytes(task.given),
+            limited_by=next((limit for limit, is_broken in broken.items() if is_broken[0]), "batch limit"),
+            num_instances=int(self.num_instances(at)[0]),
+        )
+
+    def resized(self, num_attention_nodes: int, num_expert_nodes: int, num_micro_batches: int) -> Plan | None:
+        """The plan with so many nodes, with the largest B; where nodes do not divide E, the fullest one decides."""
+        experts_per_node = -(-self.task.model.num_experts // num_expert_nodes)
+        sizes = (num_attention_nodes, experts_per_node, num_expert_nodes, num_micro_batches)
+        at = Candidates(*(np.array([float(size)]) for size in sizes))
+        micro_batch = float(self.largest_micro_batch(at)[0])
+        return self.plan(at, micro_batch) if micro_batch else None
+
+
+def search(task: Task, *, num_plans: int = 5) -> list[Plan]:
+    """The best plans by the task's objective, best first; at most one per pair of node types and m.
+
+    Raises:
+        ConfigError: no plan keeps the limits; says which limit stands in the way.
+    """
+    found = [one for deployment in deployments(task) for one in _best_of(deployment)]
+    if not found:
+        raise ConfigError(why_none(task))
+    found.sort(key=lambda one: -one.score)
+    return [one.deployment.plan(one.at, one.micro_batch) for one in found[:num_plans]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    score: float
+    deployment: Deployment
+    at: Candidates  # one
+    micro_batch: float
+
+
+def _best_of(deployment: Deployment) -> Iterator[_Found]:
+    """For each m, the best of one pair of node types; attention nodes between the steps tried in a second round."""
+    coarse = deployment.candidates()
+    if not len(coarse):
+        return
+    scores, micro_batch = deployment.scores(coarse)
+    for m in deployment.task.limits.micro_batches:
+        of_m = np.flatnonzero((coarse.num_micro_batches == m) & (scores > 0))
+        if not len(of_m):
+            continue
+        best = of_m[np.argmax(scores[of_m])]
+        at, score, size = coarse.only(np.array([best])), scores[best], micro_batch[best]
+        nodes = int(coarse.num_attention_nodes[best])
+        if nodes > DENSE_UP_TO:
+            near = deployment.candidates(range(int(nodes / 1.11), int(nodes * 1.11) + 2))
+            near = near.only((near.num_micro_batches == m) & (near.experts_per_node == at.experts_per_node[0]))
+            near_scores, near_sizes = deployment.scores(near)
+            if near_scores.max(initial=0.0) > score:
+                chosen = int(np.argmax(near_scores))
+                at, score, size = near.only(np.array([chosen])), near_scores[chosen], near_sizes[chosen]
+        yield _Found(float(score), deployment, at, float(size))
+
+
+def deployments(task: Task) -> Iterator[Deployment]:
+    """Every pair of GPU types and tensor-parallel sizes whose weights fit (the two outer loops of Algorithm 1)."""
+    model, given = task.model, task.given
+    for attention in _sides(task.attention, task.limits):
+        if model.attention_bytes > attention.memory_limit_bytes(given):
+            continue
+        for expert in _sides(task.expert, task.limits):
+            if model.expert_bytes <= expert.memory_limit_bytes(given):
+                costs = Roofline(model, attention.gpu, attention.tp, expert.gpu, expert.tp, given)
+                yield Deployment(task, attention, expert, costs)
+
+
+def deployment_of(task: Task, plan: Plan) -> Deployment:
+    """The deployment whose nodes a disaggregated plan uses."""
+    for deployment in deployments(task):
+        sides = (deployment.attention.gpu.name, deployment.attention.tp, deployment.expert.gpu.name)
+        if (*sides, deployment.expert.tp) == (plan.attention_gpu, plan.tp_attention, plan.expert_gpu, plan.tp_expert):
+            return deployment
+    raise AssertionError(f"no such nodes: {plan}")
+
+
+def _sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
+    for pool in pools:
+        for tp in limits.tp_sizes:
+            if tp <= min(pool.gpu.gpus_per_node, pool.count):
+                yield Side(pool.gpu, tp, pool.count)
+
+
+def why_none(task: Task) -> str:
+    """The sentence for a task that no plan satisfies."""
+    model, given, workload = task.model, task.given, task.workload
+    sides = {"attention": (task.attention, model.attention_bytes), "one expert": (task.expert, model.expert_bytes)}
+    for what, (pools, weights) in sides.items():
+        largest = max((side.memory_limit_bytes(given) for side in _sides(pools, task.limits)), default=0.0)
+        if weights > largest:
+            names = ", ".join(pool.gpu.name for pool in pools)
+            return (
+                f"{model.name}: {what} needs {weights / 1e9:.1f} GB of weights, and the largest group of {names} that "
+                f"may be used has {largest / 1e9:.1f} GB; give GPUs with more memory, or more of them"
+            )
+    tight: dict[str, float] = {}
+    is_there = False
+    for deployment in deployments(task):
+        at = deployment.candidates()
+        if not len(at):
+            continue
+        is_there = True
+        broken = deployment.violated(at, np.ones(len(at)))
+        fits = ~(broken["attention memory"] | broken["expert memory"])
+        if np.any(fits):
+            fastest = float(np.min(deployment.predict(at, np.ones(len(at))).tpot_s[fits]))
+            tight["tpot"] = min(tight.get("tpot", fastest), fastest)
+    if "tpot" in tight:
+        return (
+            f"{model.name}: no plan keeps a TPOT of {workload.tpot_s * 1e3:g} ms; the fastest possible here is "
+            f"{tight['tpot'] * 1e3:.1f} ms, with one sequence per micro-batch; raise --tpot-ms"
+        )
+    gpus = ", ".join(f"{pool.count} {pool.gpu.name}" for pool in dict.fromkeys((*task.attention, *task.expert)))
+    if not is_there:
+        total_gb = model.total_values * model.value_bytes / 1e9
+        return f"{model.name} ({total_gb:.0f} GB of weights) does not fit on {gpus}; give more GPUs or larger ones"
+    return (
+        f"{model.name}: not one sequence of {workload.mean_len:g} tokens fits beside the weights on {gpus}; give more "
+        "GPUs, larger ones, or shorter lengths"
+    )
+
+
+def divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]
+
+
+def spread_up_to(most: int) -> list[int]:
+    """1, 2, 3 ... and from 16 on in steps of 10 %, up to `most`."""
+    numbers = list(range(1, min(most, DENSE_UP_TO) + 1))
+    while numbers and numbers[-1] < most:
+        numbers.append(min(most, max(numbers[-1] + 1, int(numbers[-1] * 1.1))))
+    return numbers
+
+
+def _one(value: Quantity) -> float:
+    return float(np.asarray(value).reshape(-1)[0])
