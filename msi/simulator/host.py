@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from msi.host import ServedShape
 from msi.messages import Assignment
@@ -19,6 +20,18 @@ from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from msi.tracing import Tracer
 
 VOCAB_SIZE = 32_000  # only calibration asks
+COSTS_REMEMBERED = 4096
+
+
+class RememberedCosts:
+    """Stage costs asked once for each size: a pass asks the same of all its layers."""
+
+    def __init__(self, costs: StageCosts) -> None:
+        remember = lru_cache(COSTS_REMEMBERED)
+        self.attention_s = remember(costs.attention_s)
+        self.pass_s = remember(costs.pass_s)
+        self.expert_s = remember(costs.expert_s)
+        self.comm_s = remember(costs.comm_s)
 
 
 @dataclass(frozen=True, slots=True)

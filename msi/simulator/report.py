@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,16 @@ class Report:
     num_messages: int
     num_micro_batches: int
     requests: tuple[RequestResult, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Without the requests that ended well. Times in seconds."""
+        values = asdict(self)
+        del values["requests"]
+        failed = [
+            {"request_id": one.request_id, "end_s": one.end_s, "kind": one.error_kind, "reason": one.error}
+            for one in self.failed
+        ]
+        return {"schema_version": SCHEMA_VERSION} | values | {"failed": failed}
 
     @property
     def failed(self) -> tuple[RequestResult, ...]:

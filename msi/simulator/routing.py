@@ -6,9 +6,11 @@ expert node can tell how many of its experts a batch uses.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -127,6 +129,20 @@ def build_routing(
             f"at least 0, one for each expert, at least {top_k} of them above 0"
         )
     return DrawnRouting(placement, top_k, weights, most_tokens=most_tokens, seed=seed)
+
+
+def read_popularity(text: str) -> str | list[float]:
+    """A name as it is, or the weights in a JSON file. Raises ConfigError: the file holds no list of numbers."""
+    path = Path(text)
+    if path.suffix != ".json":
+        return text
+    try:
+        weights = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read expert popularity from {path}: {error}") from error
+    if not isinstance(weights, list) or not all(isinstance(one, int | float) for one in weights):
+        raise ConfigError(f"{path} holds no list of numbers; give a weight or count for each expert")
+    return [float(weight) for weight in weights]
 
 
 def _weights(popularity: str | Sequence[float], num_experts: int) -> list[float]:

@@ -20,7 +20,7 @@ from msi.scheduler import Request
 from msi.simulator.clock import run_virtual, virtual_loop
 from msi.simulator.control import SimulatedServer
 from msi.simulator.deployment import Deployment, Fault, check_faults
-from msi.simulator.host import VOCAB_SIZE, SimulatedHost, World
+from msi.simulator.host import VOCAB_SIZE, RememberedCosts, SimulatedHost, World
 from msi.simulator.report import Report, RequestResult, build_report
 from msi.simulator.routing import Routing, build_routing
 from msi.simulator.transport import SimulatedNetwork
@@ -95,6 +95,7 @@ class _Simulation:
 
     async def run(self, costs: StageCosts, arrivals: Sequence[Arrival], seed: int, is_collapsing: bool) -> Report:
         deployment, loop = self._deployment, virtual_loop()
+        costs = RememberedCosts(costs)
         latency = (lambda num_bytes: 0.0) if deployment.is_colocated else costs.comm_s
         network = SimulatedNetwork(latency, is_collapsing=is_collapsing)
         server = SimulatedServer(deployment.control_latency_s)

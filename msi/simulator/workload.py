@@ -12,7 +12,7 @@ from pathlib import Path
 from msi.errors import ConfigError
 
 MEDIAN_INPUT_LEN, MEDIAN_OUTPUT_LEN = 571, 159  # of the paper's production trace
-LENGTH_SIGMA = 1.0  # of the logarithm of lengths; the paper states medians alone
+LENGTH_SIGMA = 0.6  # of the logarithm of lengths; the paper states medians alone
 KEYS = ("arrival_s", "input_len", "output_len")
 
 
