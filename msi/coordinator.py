@@ -107,9 +107,8 @@ class Coordinator:
                 tasks.create_task(self._receive(), name="control")
                 tasks.create_task(self._tick(), name="tick")
         finally:
-            for role in ("attention", "expert"):
-                for member in self._cluster.live(role):
-                    self._server.send(member.route, Shutdown("the coordinator ended"))
+            for route in self._cluster.routes:
+                self._server.send(route, Shutdown("the coordinator ended"))
             self._server.close()
 
     # -- messages ----------------------------------------------------------------------------------------------------

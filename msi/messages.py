@@ -2,8 +2,8 @@
 
 worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
                         Calibrated, WorkerFailed, Draining, Goodbye
-coordinator -> worker   Assignment, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate, UseLanes,
-                        HeartbeatAck, Drain, Shutdown
+coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate,
+                        UseLanes, HeartbeatAck, Drain, Shutdown
 client -> coordinator   ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest
 coordinator -> client   Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck
 """
@@ -74,6 +74,11 @@ class Assignment:
     max_num_waiting: int = 1024
     has_prefix_cache: bool = True
     num_kv_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """To a worker for any role: which one is open until others have come. It says hello again until it is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +345,8 @@ class Stats:
 
 
 MESSAGES = (
-    WorkerHello, Assignment, Refused, HelloAgain, WorkerReady, WorkerFailed, Topology, Fence, Linked, Heartbeat,
-    HeartbeatAck, PassDone, RequestsFailed, PeerLost, Calibrate, Calibrated, UseLanes, Drain, Draining, Goodbye,
-    Shutdown, ClientHello, Welcome, InstanceStatus, Submit, Cancel, ClientHeartbeat, Outputs, StatsRequest, Stats,
+    WorkerHello, Assignment, Undecided, Refused, HelloAgain, WorkerReady, WorkerFailed, Topology, Fence, Linked,
+    Heartbeat, HeartbeatAck, PassDone, RequestsFailed, PeerLost, Calibrate, Calibrated, UseLanes, Drain, Draining,
+    Goodbye, Shutdown, ClientHello, Welcome, InstanceStatus, Submit, Cancel, ClientHeartbeat, Outputs, StatsRequest,
+    Stats,
 )  # fmt: skip
