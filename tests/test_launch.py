@@ -29,7 +29,8 @@ pytestmark = pytest.mark.timeout(180)
     ("arguments", "complaint"),
     [
         (["/nowhere"], "/nowhere is not a directory"),
-        (["--plan", "plan.json"], "--plan is not built yet"),
+        (["--check"], "--check is not built yet"),
+        (["--plan", "/nowhere.json"], "/nowhere.json cannot be read"),
         (["--api-key="], "--api-key is empty; give a key"),
         (["--chat-template", "/nowhere"], "--chat-template /nowhere is not a file"),
         (["--role", "expert"], "--role expert needs --coordinator tcp://HOST:PORT"),

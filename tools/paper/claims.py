@@ -64,9 +64,7 @@ def _decode(baseline: str, *, is_tuned: bool = False) -> Callable[[Systems, str]
 
 
 def _per_cost(baseline: str, *, is_tuned: bool = False) -> Callable[[Systems, str], float]:
-    return lambda systems, model: systems.decode_ratio(
-        model, HETEROGENEOUS, baseline, per="cost", is_tuned=is_tuned
-    )
+    return lambda systems, model: systems.decode_ratio(model, HETEROGENEOUS, baseline, per="cost", is_tuned=is_tuned)
 
 
 def _disaggregated(systems: Systems, model: str) -> float:

@@ -202,9 +202,7 @@ def swings(
                 yield one.claim, Swing(knob, at, one.ours)
 
 
-def by_claim(
-    measured: Sequence[Measured], setting: Setting, knobs: Iterable[Knob] = KNOBS
-) -> dict[str, list[Swing]]:
+def by_claim(measured: Sequence[Measured], setting: Setting, knobs: Iterable[Knob] = KNOBS) -> dict[str, list[Swing]]:
     """Of each claim the swings, widest first; those that do not move it are left out."""
     found: dict[str, list[Swing]] = {one.claim.key: [] for one in measured}
     for claim, swing in swings(measured, setting, knobs):
