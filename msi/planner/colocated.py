@@ -68,9 +68,8 @@ class Group:
 
     def broken(self, batch: int) -> Limit | None:
         """The limit that so many sequences break."""
-        layers = self.task.model.num_sparse_layers
-        most = [limit for limit in (self.baseline.max_num_seqs, self.task.limits.max_batch) if limit]
-        if batch > min(most, default=MAX_MICRO_BATCH):
+        layers, most = self.task.model.num_sparse_layers, self.task.limits.max_batch
+        if (self.baseline.max_num_seqs and batch > self.baseline.max_num_seqs) or (most and batch > most):
             return "batch limit"
         if sum(self.memory_bytes(batch)) > self.memory_limit_bytes:
             return "attention memory"
