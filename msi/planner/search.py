@@ -27,8 +27,9 @@ from msi.planner.performance import (
     nodes_per_token,
 )
 from msi.planner.plan import Limit, Plan
-from msi.planner.task import Limits, Objective, Pool, Task
+from msi.planner.task import Limits, Objective, Pool, StageFactors, Task
 
+UNCHANGED = StageFactors()
 DENSE_UP_TO = 16  # every number of attention nodes up to here, then steps of 10 %
 
 
@@ -97,6 +98,9 @@ class Deployment:
         message_rows = micro_batch * nodes_per_token(model, at.experts_per_node) / at.num_expert_nodes
         message_bytes = message_rows * model.hidden_size * model.value_bytes
         comm_s = self.costs.comm_s(message_bytes, at.num_attention_nodes, at.num_expert_nodes)
+        if task.factors != UNCHANGED:
+            attention_s, expert_s = attention_s * task.factors.attention, expert_s * task.factors.expert
+            comm_s = comm_s * task.factors.comm
         forward_s = np.maximum(attention_s, expert_s)
         round_trip_s = attention_s + expert_s + 2 * comm_s
         tpot_s = model.num_sparse_layers * np.maximum(at.num_micro_batches * forward_s, round_trip_s)
@@ -280,6 +284,11 @@ class Deployment:
         micro_batch = float(self.largest_micro_batch(at)[0])
         return self.plan(at, micro_batch) if micro_batch else None
 
+    def with_attention_nodes(self, plan: Plan, num_attention_nodes: int) -> Plan:
+        """A plan with another number of attention nodes and the same micro-batch on each, whatever the limits."""
+        sizes = (num_attention_nodes, plan.experts_per_node, plan.num_expert_nodes, plan.num_micro_batches)
+        return self.plan(Candidates(*(np.array([float(size)]) for size in sizes)), float(plan.micro_batch))
+
 
 def search(task: Task, *, num_plans: int = 5) -> list[Plan]:
     """The best plans by the task's objective, best first; at most one per pair of node types and m.
@@ -328,10 +337,10 @@ def _best_of(deployment: Deployment) -> Iterator[_Found]:
 def deployments(task: Task) -> Iterator[Deployment]:
     """Every pair of GPU types and tensor-parallel sizes whose weights fit (the two outer loops of Algorithm 1)."""
     model, given = task.model, task.given
-    for attention in _sides(task.attention, task.limits):
+    for attention in sides(task.attention, task.limits):
         if model.attention_bytes > attention.memory_limit_bytes(given):
             continue
-        for expert in _sides(task.expert, task.limits):
+        for expert in sides(task.expert, task.limits):
             if model.expert_bytes <= expert.memory_limit_bytes(given):
                 costs = Roofline(model, attention.gpu, attention.tp, expert.gpu, expert.tp, given)
                 yield Deployment(task, attention, expert, costs)
@@ -346,7 +355,7 @@ def deployment_of(task: Task, plan: Plan) -> Deployment:
     raise AssertionError(f"no such nodes: {plan}")
 
 
-def _sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
+def sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
     for pool in pools:
         for tp in limits.tp_sizes:
             if tp <= min(pool.gpu.gpus_per_node, pool.count):
@@ -356,9 +365,9 @@ def _sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
 def why_none(task: Task) -> str:
     """The sentence for a task that no plan satisfies."""
     model, given, workload = task.model, task.given, task.workload
-    sides = {"attention": (task.attention, model.attention_bytes), "one expert": (task.expert, model.expert_bytes)}
-    for what, (pools, weights) in sides.items():
-        largest = max((side.memory_limit_bytes(given) for side in _sides(pools, task.limits)), default=0.0)
+    needed = {"attention": (task.attention, model.attention_bytes), "one expert": (task.expert, model.expert_bytes)}
+    for what, (pools, weights) in needed.items():
+        largest = max((side.memory_limit_bytes(given) for side in sides(pools, task.limits)), default=0.0)
         if weights > largest:
             names = ", ".join(pool.gpu.name for pool in pools)
             return (
