@@ -33,8 +33,8 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._limit_s = limit_s
         self._now = 0.0
-        self._timers: list[tuple[float, int, int, asyncio.Handle]] = []  # a heap: (when, kind, number, handle)
-        self._num_timers = 0
+        self._events: list[_Event] = []  # a heap
+        self._num_events = 0
 
     def time(self) -> float:
         return self._now
@@ -43,8 +43,7 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
         handle = asyncio.TimerHandle(when, callback, args, self, context)
-        self._num_timers += 1
-        heapq.heappush(self._timers, (when, TIMER, self._num_timers, handle))
+        self._push(when, TIMER, _run, (handle,))
         return handle
 
     def call_later(  # type: ignore[override]
@@ -52,10 +51,17 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
     ) -> asyncio.TimerHandle:
         return self.call_at(self._now + delay, callback, *args, context=context)
 
+    def compute_until(self, when: float, callback: Callable[..., object], *args: Any) -> None:
+        """`call_at` for a device: cannot be cancelled, and costs less. The callback must not raise."""
+        self._push(when, TIMER, callback, args)
+
     def land_at(self, when: float, callback: Callable[..., object], *args: Any) -> None:
-        """Like `call_at`, for what arrives over a network."""
-        self._num_timers += 1
-        heapq.heappush(self._timers, (when, LANDING, self._num_timers, asyncio.Handle(callback, args, self, None)))
+        """`call_at` for what arrives over a network. The callback must not raise."""
+        self._push(when, LANDING, callback, args)
+
+    def _push(self, when: float, kind: int, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self._num_events += 1
+        heapq.heappush(self._events, (when, kind, self._num_events, callback, args))
 
     def call_soon_threadsafe(  # type: ignore[override]  # there is one thread, and nothing to wake
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
@@ -73,23 +79,31 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         return done
 
     def _run_once(self) -> None:
-        """What is ready now, and what is due; what these make ready is left for the next time."""
-        ready, timers = self._ready, self._timers
-        if not ready:
-            while timers and timers[0][3].cancelled():
-                heapq.heappop(timers)
-            if not timers:
-                raise SimulationStalled("every coroutine waits and no timer is set")
-            self._now = max(self._now, timers[0][0])
-            if self._now > self._limit_s:
-                raise SimulationStalled(f"{self._limit_s:g} s of virtual time were not enough")
-        now = self._now
-        while timers and timers[0][0] <= now:
-            ready.append(heapq.heappop(timers)[3])
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle.cancelled():
-                handle._run()
+        """All that is ready now, then all that is due now, again and again until the loop is stopped."""
+        ready, events = self._ready, self._events
+        while not self._stopping:
+            for _ in range(len(ready)):
+                handle = ready.popleft()
+                if not handle.cancelled():
+                    handle._run()
+            if not ready and not self._stopping:
+                if not events:
+                    raise SimulationStalled("every coroutine waits and no timer is set")
+                self._now = max(self._now, events[0][0])
+                if self._now > self._limit_s:
+                    raise SimulationStalled(f"{self._limit_s:g} s of virtual time were not enough")
+            now = self._now
+            while events and events[0][0] <= now:
+                _, _, _, callback, args = heapq.heappop(events)
+                callback(*args)
+
+
+_Event = tuple[float, int, int, Callable[..., object], tuple[Any, ...]]  # when, kind, number, what
+
+
+def _run(handle: asyncio.Handle) -> None:
+    if not handle.cancelled():
+        handle._run()
 
 
 def run_virtual(main: Coroutine[Any, Any, T], limit_s: float = math.inf) -> T:

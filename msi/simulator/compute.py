@@ -13,6 +13,7 @@ from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink, Turn
 from msi.net.slots import HEADER_BYTES
 from msi.planner.stage_costs import StageCosts
+from msi.simulator.clock import virtual_loop
 from msi.simulator.routing import Routing
 from msi.tracing import Tracer
 from msi.types import MicroBatch, Sampled
@@ -41,7 +42,7 @@ class SimulatedQueue:
         self._running: _Work | None = None
         self._free_at = 0.0
         self._stalled_s = 0.0  # by which what runs is to end later
-        self._loop = asyncio.get_running_loop()
+        self._loop = virtual_loop()
 
     def enqueue(self, duration_s: float, name: str, lane: int, finished: Callable[..., None], *results: object) -> None:
         """Calls `finished(seconds computed, *results)` when the work is through."""
@@ -67,14 +68,14 @@ class SimulatedQueue:
         self._running = work
         duration_s = work[0] * self.slowness
         self._free_at = max(self._free_at, self._loop.time()) + duration_s
-        self._loop.call_at(self._free_at, self._done, work, duration_s)
+        self._loop.compute_until(self._free_at, self._done, work, duration_s)
 
     def _done(self, work: _Work, duration_s: float) -> None:
         if self._running is not work:
             return  # closed meanwhile
         if self._stalled_s:
             self._free_at, self._stalled_s = self._free_at + self._stalled_s, 0.0
-            self._loop.call_at(self._free_at, self._done, work, duration_s)
+            self._loop.compute_until(self._free_at, self._done, work, duration_s)
             return
         self.busy_s += duration_s
         _, name, lane, finished, results = work

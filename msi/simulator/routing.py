@@ -97,8 +97,11 @@ class DrawnRouting:
 
     def load(self, node: int, draws: Iterable[Draw]) -> tuple[float, int]:
         before = self._pairs_before[node]
-        pairs = sum((before[mark + tokens] - before[mark] for mark, tokens in draws), start=np.zeros((), np.int32))
-        return float(pairs.sum()), int(np.count_nonzero(pairs))
+        pairs = before[0]
+        for mark, tokens in draws:
+            pairs = pairs + (before[mark + tokens] - before[mark])
+        by_expert = pairs.tolist()
+        return float(sum(by_expert)), sum(map(bool, by_expert))
 
 
 def _before(counts: np.ndarray) -> np.ndarray:
