@@ -76,6 +76,7 @@ def parse(argv: list[str]) -> LaunchArguments:
         served_model_name=values.served_model_name,
         trace=values.trace,
         start_timeout_s=values.start_timeout,
+        peer_timeout_s=values.peer_timeout,
         max_num_waiting=values.max_num_waiting,
         enable_prefix_caching=values.enable_prefix_caching,
         num_gpu_blocks_override=values.num_gpu_blocks_override,
@@ -137,6 +138,8 @@ def _add_instance(parser: argparse.ArgumentParser) -> None:
     add("--served-model-name", default="", metavar="S")
     add("--trace", type=Path, metavar="FILE", help="write a Chrome trace at the end")
     add("--start-timeout", type=float, metavar="S", default=defaults["start_timeout_s"], help="give up after that long")
+    add("--peer-timeout", type=float, metavar="S", default=defaults["peer_timeout_s"],
+        help="an expert worker that owes an answer for that long is lost")  # fmt: skip
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
