@@ -158,7 +158,7 @@ def test_a_plan_file_reads_back_as_it_was(plan_path):
         ({"schema_version": 99}, "has schema version 99, this msi reads 1"),
         ({"schema_version": None}, "has schema version None"),
         ({"batch_size": None}, "batch_size is None; it must be a number"),
-        ({"t_expert_s": -1.0}, "t_expert_s is -1.0; it must not be negative"),
+        ({"t_expert_s": -1.0}, "t_expert_s is -1.0; it must be finite and not negative"),
         ({"task": {}}, "its task is not whole ('model')"),
         ({"fingerprint": 3}, "fingerprint is 3; it must be text"),
     ],
