@@ -38,7 +38,7 @@ CATALOGUE = read_catalogue()
 A800, H20, L40S, H200, L20 = (CATALOGUE.gpu(name) for name in ("a800", "h20", "l40s", "h200", "l20"))
 MIXTRAL = CATALOGUE.model("mixtral-8x22b")
 PAPERS = Workload(input_len=571, output_len=159, tpot_s=0.150)
-FEW = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
+FEW = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
 
 SMALL = ModelShape(
     name="small",
