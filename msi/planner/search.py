@@ -69,6 +69,7 @@ class Candidates:
     experts_per_node: NDArray[np.float64]
     num_expert_nodes: NDArray[np.float64]
     num_micro_batches: NDArray[np.float64]
+    nodes_per_token: NDArray[np.float64]  # expert nodes that one token's rows go to
 
     def __len__(self) -> int:
         return len(self.num_micro_batches)
@@ -79,6 +80,7 @@ class Candidates:
             self.experts_per_node[chosen],
             self.num_expert_nodes[chosen],
             self.num_micro_batches[chosen],
+            self.nodes_per_token[chosen],
         )
 
 
@@ -111,7 +113,7 @@ class Deployment:
         attention_s = self.costs.attention_s(micro_batch, micro_batch * mean_len)
         attention_s = attention_s + self.costs.pass_s(micro_batch) / model.num_sparse_layers
         expert_s = self.costs.expert_s(expert_rows, active, at.experts_per_node)
-        message_rows = micro_batch * nodes_per_token(model, at.experts_per_node) / at.num_expert_nodes
+        message_rows = micro_batch * at.nodes_per_token / at.num_expert_nodes
         message_bytes = message_rows * model.hidden_size * model.value_bytes
         comm_s = self.costs.comm_s(message_bytes, at.num_attention_nodes, at.num_expert_nodes)
         if task.factors != UNCHANGED:
@@ -203,7 +205,7 @@ class Deployment:
     def candidates(self, attention_nodes: Iterable[int] | None = None) -> Candidates:
         """Every number of experts per node that divides E and fits, of m, and of attention nodes."""
         task, model = self.task, self.task.model
-        grids = [np.empty((4, 0))]
+        grids = [np.empty((5, 0))]
         for experts_per_node in divisors(model.num_experts):
             num_expert_nodes = model.num_experts // experts_per_node
             expert_gpus = num_expert_nodes * self.expert.tp
@@ -214,7 +216,8 @@ class Deployment:
             tried = [n for n in (spread_up_to(most) if attention_nodes is None else attention_nodes) if 1 <= n <= most]
             nodes, m = (one.ravel() for one in np.meshgrid(tried, task.limits.micro_batches))
             each = np.ones(len(nodes))
-            grids.append(np.stack([nodes, experts_per_node * each, num_expert_nodes * each, m]))
+            reached = nodes_per_token(model, experts_per_node) * each
+            grids.append(np.stack([nodes, experts_per_node * each, num_expert_nodes * each, m, reached]))
         return Candidates(*np.concatenate(grids, axis=1))
 
     def scores(self, at: Candidates) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
