@@ -134,7 +134,7 @@ def nodes_per_token(model: ModelShape, experts_per_node: Quantity) -> Quantity:
     passed_over: Quantity = 1.0
     for drawn in range(model.top_k):
         left = model.num_experts - drawn
-        passed_over = passed_over * np.clip((left - experts_per_node) / left, 0.0, 1.0)
+        passed_over = passed_over * np.maximum((left - experts_per_node) / left, 0.0)
     return model.num_experts / experts_per_node * (1 - passed_over)
 
 
