@@ -3,17 +3,19 @@
 
     tools/simulate.py --attention-workers 8 --expert-workers 8 --micro-batches 3 --requests 500 --rate 20
     tools/simulate.py --requests-file trace.jsonl --fault attention-0:slow:10@5 --fault expert-1:dead@20 --json
+    tools/simulate.py --plan plan.json --rate 200 --requests 2000 --popularity zipf:0.5
     tools/simulate.py --attention-ms 0.9 --expert-ms 0.9 --comm-ms 0.2 --trace simulated.json
 
-Scheduler, lanes, waves, workers and coordinator are the product's own; devices and networks take the times given
-here, one layer of one micro-batch at a time. The model's numbers default to Mixtral-8x22B's. --trace writes a Chrome
-trace as `msi-launch --trace` does. Equal seeds give equal results.
+Scheduler, lanes, waves, workers and coordinator are the product's own; devices and networks take the times given here
+or predicted for a plan, one layer of one micro-batch at a time. The model's numbers default to Mixtral-8x22B's. --trace
+writes a Chrome trace as `msi-launch --trace` does. Equal seeds give equal results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -28,6 +30,7 @@ from rich.table import Table
 from msi.errors import ConfigError
 from msi.planner.stage_costs import ConstantCosts, StageCosts
 from msi.simulator.deployment import Deployment, parse_fault
+from msi.simulator.planned import read_planned
 from msi.simulator.report import Percentiles, Report
 from msi.simulator.routing import read_popularity
 from msi.simulator.simulation import simulate
@@ -36,6 +39,7 @@ from msi.simulator.workload import Arrival, bursts, fixed_lengths, lognormal_len
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, help="from msi-plan -o; deployment and stage times are then the plan's")
     shape = parser.add_argument_group("deployment")
     shape.add_argument("--attention-workers", type=int, default=1)
     shape.add_argument("--expert-workers", type=int, default=1)
@@ -76,6 +80,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:
     """Raises ConfigError."""
+    if args.plan is not None:
+        return read_planned(args.plan)
     if args.micro_batches != "auto" and not args.micro_batches.isdecimal():
         raise ConfigError(f"--micro-batches {args.micro_batches}: give auto or 1 to 4")
     deployment = Deployment(
@@ -94,8 +100,13 @@ def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:
         slot_rows=args.slot_rows,
         max_model_len=args.max_model_len,
     )
-    stages_ms = (args.attention_ms, args.expert_ms, args.comm_ms, args.pass_ms)
-    return deployment, ConstantCosts(*(ms / 1e3 for ms in stages_ms))
+    stages_s = []
+    for name in ("attention", "expert", "comm", "pass"):
+        milliseconds = getattr(args, f"{name}_ms")
+        if not 0 <= milliseconds < math.inf:
+            raise ConfigError(f"--{name}-ms {milliseconds:g}: give milliseconds of at least 0")
+        stages_s.append(milliseconds / 1e3)
+    return deployment, ConstantCosts(*stages_s)
 
 
 def arrivals_of(args: argparse.Namespace) -> list[Arrival]:
