@@ -131,6 +131,8 @@ def _add_instance(parser: argparse.ArgumentParser) -> None:
         default=defaults["start_timeout_s"],
         help="give up after that long",
     )
+    add("--peer-timeout", dest="peer_timeout_s", type=float, metavar="S", default=defaults["peer_timeout_s"],
+        help="an expert worker that owes an answer for that long is lost")  # fmt: skip
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:

@@ -66,6 +66,7 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
         max_num_batched_tokens=options.batched_tokens,
         dtype=options.dtype,
         start_timeout_s=options.start_timeout_s,
+        peer_timeout_s=options.peer_timeout_s,
         max_num_waiting=options.max_num_waiting,
         has_prefix_cache=options.enable_prefix_caching,
         num_kv_blocks=options.num_gpu_blocks_override,

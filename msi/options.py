@@ -40,6 +40,7 @@ class InstanceOptions:
         slot_rows: rows of a slot.
         gpu_memory_utilization: share of free memory for KV cache (on a CPU, of free RAM).
         trace: file for a Chrome trace.
+        peer_timeout_s: an expert worker that owes an answer for that long is lost.
         max_num_waiting: requests that wait at an attention worker; the next is refused (503).
         enable_prefix_caching: requests with a common prefix share its KV blocks.
         num_gpu_blocks_override: KV blocks per attention worker, whatever the memory allows; 0 for what it allows.
@@ -68,6 +69,7 @@ class InstanceOptions:
     served_model_name: str = ""
     trace: Path | None = None
     start_timeout_s: float = 120.0
+    peer_timeout_s: float = 4.0
     max_num_waiting: int = 1024
     enable_prefix_caching: bool = True
     num_gpu_blocks_override: int = 0
@@ -90,6 +92,8 @@ class InstanceOptions:
             raise ConfigError(f"--gpu-memory-utilization {self.gpu_memory_utilization}: give a number in (0, 1]")
         if not self.plan_drift > 0:
             raise ConfigError(f"--plan-drift {self.plan_drift}: give a fraction above 0, such as 0.3")
+        if not self.peer_timeout_s > 0:
+            raise ConfigError(f"--peer-timeout {self.peer_timeout_s}: give a number of seconds > 0")
         if self.max_num_batched_tokens > self.slot_rows:
             raise ConfigError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is more than a slot's {self.slot_rows} rows"

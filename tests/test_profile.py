@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +57,7 @@ PROFILE = Profile(
     comm=(CommPoint("inproc", 100, 1e-4), CommPoint("shm", 1000, 2e-4), CommPoint("shm", 3000, 4e-4)),
     scheduling=(SchedulingPoint(1, 1e-3), SchedulingPoint(11, 2e-3)),
 )
+ROOT = Path(__file__).parent.parent
 ONE_BY_ONE = Deployment(threads=1, num_experts=8, transport="shm")
 
 
@@ -259,3 +263,31 @@ def test_settings_that_were_not_measured_are_refused():
         ProfiledCosts(PROFILE, Deployment(1, 8, "tcp"))
     with pytest.raises(ConfigError, match=r"no attention times of mid for 2 threads alone, but .* --threads 2"):
         ProfiledCosts(PROFILE, Deployment(2, 8, "shm"))
+
+
+# -- measured --------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> str:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=110, check=True
+    ).stdout
+
+
+def test_a_quick_profile_of_this_machine_reads_back_and_predicts(tiny_model, tmp_path):
+    path = tmp_path / "profile.json"
+    run("tools/profile_stages.py", tiny_model, "--quick", "--transport", "inproc,shm", "-o", path)
+    profile = read_profile(path)
+    assert (profile.device, profile.dtype, profile.model) == ("cpu", "float32", tiny_model.name)
+    assert {(one.threads, one.contention) for one in profile.attention} == {(1, "alone"), (1, "overlapped")}
+    assert {(one.num_tokens, one.context_len) for one in profile.attention} == {(1, 16), (1, 64), (4, 16), (4, 64)}
+    assert {(one.num_experts, one.num_active_experts) for one in profile.expert} == {(7, 1), (7, 7)}
+    assert [one.transport for one in profile.comm] == ["shm", "shm", "inproc", "inproc"]
+    assert [one.num_seqs for one in profile.scheduling] == [1, 4]
+    said = run(
+        "tools/compare_simulated.py", tiny_model, "--profile", path, "--predict-only", "--json",
+        "--layout", "2+1/m2/t1", "--layout", "colocated", "--batch", 8,
+    )  # fmt: skip
+    rows = json.loads(said)["rows"]
+    assert [row["layout"] for row in rows] == ["2+1/m2/t1", "colocated/m1/t1"]
+    assert all(row["predicted"]["simulated_tokens_per_s"] > 0 for row in rows)

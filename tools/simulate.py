@@ -3,7 +3,7 @@
 
     tools/simulate.py --attention-workers 8 --expert-workers 8 --micro-batches 3 --requests 500 --rate 20
     tools/simulate.py --requests-file trace.jsonl --fault attention-0:slow:10@5 --fault expert-1:dead@20 --json
-    tools/simulate.py --plan plan.json --rate 200 --requests 2000 --popularity zipf:0.5
+    tools/simulate.py --plan plan.json --requests 2000 --rate 150
     tools/simulate.py --attention-ms 0.9 --expert-ms 0.9 --comm-ms 0.2 --trace simulated.json
 
 Scheduler, lanes, waves, workers and coordinator are the product's own; devices and networks take the times given here
@@ -28,9 +28,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from msi.errors import ConfigError
+from msi.planner.plan_file import read_plan_file
 from msi.planner.stage_costs import ConstantCosts, StageCosts
 from msi.simulator.deployment import Deployment, parse_fault
-from msi.simulator.planned import read_planned
+from msi.simulator.planned import deployment_of_plan
 from msi.simulator.report import Percentiles, Report
 from msi.simulator.routing import read_popularity
 from msi.simulator.simulation import simulate
@@ -39,8 +40,8 @@ from msi.simulator.workload import Arrival, bursts, fixed_lengths, lognormal_len
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, help="from msi-plan -o; deployment and stage times are then the plan's")
     shape = parser.add_argument_group("deployment")
+    shape.add_argument("--plan", type=Path, help="what msi-plan -o wrote: deployment and stage times are the plan's")
     shape.add_argument("--attention-workers", type=int, default=1)
     shape.add_argument("--expert-workers", type=int, default=1)
     shape.add_argument("--micro-batches", default="auto", help="auto (measured, as at a real start) or 1 to 4")
@@ -81,7 +82,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:
     """Raises ConfigError."""
     if args.plan is not None:
-        return read_planned(args.plan)
+        return deployment_of_plan(read_plan_file(args.plan))
     if args.micro_batches != "auto" and not args.micro_batches.isdecimal():
         raise ConfigError(f"--micro-batches {args.micro_batches}: give auto or 1 to 4")
     deployment = Deployment(

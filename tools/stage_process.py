@@ -45,6 +45,7 @@ from msi.net.tcp import TcpTransport
 from msi.net.transport import Transport
 from msi.placement import place_evenly
 from msi.scheduler import Request, Scheduler
+from msi.torch_host import TorchModel
 from msi.types import MicroBatch, Placement, SamplingParams, TokenSampling
 from msi.waves import Rows, WaveBatch
 
@@ -102,6 +103,7 @@ class StageProcess:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_main, args=(theirs, hosting), daemon=True)
         self._process.start()
+        self.pid = self._process.pid or 0
         theirs.close()
 
     def __enter__(self) -> StageProcess:
@@ -227,20 +229,14 @@ class _Host:
 
     async def listen(self, transport: str) -> str:
         """Starts the expert role; where it listens."""
-        assert self._loaded is not None
-        assert self._loaded.experts is not None
-        assert self._device is not None
         role = self._expert_role = ExpertRole(
-            self._assignment(), self._config, self._loaded.experts, self._device, self._dtype, self._open(transport)
+            self._assignment(), self._model(), self._open(transport), clock=time.monotonic
         )
         self._stack.callback(role.close)
         return await role.listen()
 
     async def link(self, transport: str, address: str) -> None:
         """Starts the attention role and connects it."""
-        assert self._loaded is not None
-        assert self._loaded.attention is not None
-        assert self._device is not None
         linked = asyncio.Event()
 
         def report(message: object) -> None:
@@ -249,9 +245,8 @@ class _Host:
 
         num_blocks = 1 + -(-self._hosting.max_context // BLOCK_TOKENS)
         role = self._attention_role = AttentionRole(
-            self._assignment(), self._config, self._loaded.attention, self._device, self._dtype,
-            self._open(transport), num_blocks, report,
-        )  # fmt: skip
+            self._assignment(), self._model(), self._open(transport), num_blocks, report, clock=time.monotonic
+        )
         await self._stack.enter_async_context(_running(role))
         role.use_topology(Topology((ExpertAddress(0, "expert-0", 0, address),), {}))
         async with asyncio.timeout(LINK_TIMEOUT_S):
@@ -280,6 +275,11 @@ class _Host:
     async def message_bytes(self, num_seqs: int) -> int:
         """Of one dispatch of so many rows; what comes back has the size of hidden rows, which differs by few bytes."""
         return HEADER_BYTES + num_seqs * row_bytes(self._config.hidden_size, self._config.top_k, self._dtype)
+
+    def _model(self) -> TorchModel:
+        assert self._loaded is not None
+        assert self._device is not None
+        return TorchModel(self._files, self._loaded, self._assignment(), self._device, memory_utilization=0.9)
 
     def _open(self, name: str) -> Transport:
         transport: Transport
@@ -405,6 +405,9 @@ class _NoExperts:
 
     async def landed(self, turn: _Turn) -> None:
         await turn.done
+
+    def check(self, turn: _Turn) -> None:
+        """Nobody is ever lost."""
 
 
 class _Turn:

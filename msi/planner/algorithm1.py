@@ -44,7 +44,7 @@ from msi.planner.performance import (
     kv_shards,
 )
 from msi.planner.plan import Limit, Plan
-from msi.planner.search import Side, sides
+from msi.planner.search import Side, attention_gpus_beside, instances_that_fit, sides
 from msi.planner.task import Task
 
 Equations = Literal["paper", "corrected"]
@@ -122,14 +122,7 @@ class _Pair:
         expert_gpus = self.task.model.num_experts * self.expert.tp
         if expert_gpus > self.expert.count:
             return 0
-        is_shared = self.attention.gpu == self.expert.gpu
-        return (self.attention.count - (expert_gpus if is_shared else 0)) // self.attention.tp
-
-    def num_instances(self, at: _At) -> int:
-        attention_gpus, expert_gpus = at.n_a * self.attention.tp, self.task.model.num_experts * self.expert.tp
-        if self.attention.gpu == self.expert.gpu:
-            return self.attention.count // (attention_gpus + expert_gpus)
-        return min(self.attention.count // attention_gpus, self.expert.count // expert_gpus)
+        return attention_gpus_beside(self.attention, self.expert, expert_gpus) // self.attention.tp
 
     def best(self, m: int) -> Plan | None:
         """n_a by Eq 1, and the largest B that Eq 7 and Eq 8 leave; None where that is nothing."""
@@ -348,5 +341,5 @@ class _Pair:
             attention_memory_limit_bytes=self.attention_limit_bytes,
             expert_memory_limit_bytes=self.expert_limit_bytes,
             limited_by=self.broken(replace(at, b_a=at.b_a + 1), fits) or "batch limit",
-            num_instances=self.num_instances(at),
+            num_instances=int(instances_that_fit(attention, at.n_a * attention.tp, expert, num_experts * expert.tp)),
         )

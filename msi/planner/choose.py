@@ -48,16 +48,22 @@ def costs_of(task: Task, plan: Plan, micro_batch: int = 0) -> StageCosts:
 
 
 def pareto_front(task: Task, *, num_points: int = 12) -> list[Plan]:
-    """Plans of which none has both a lower TPOT and a higher score, by ascending TPOT, up to the task's limit."""
+    """Plans of which none has both a lower TPOT and a higher score, by ascending TPOT, up to the task's limit.
+
+    Raises:
+        ConfigError: no plan keeps the task's own limits.
+    """
     front: list[Plan] = []
     for step in reversed(range(num_points)):
         tpot_s = task.workload.tpot_s / 1.25**step
         try:
             plan = best_plans(replace(task, workload=replace(task.workload, tpot_s=tpot_s)), num_plans=1)[0]
         except ConfigError:
+            if step == 0 and not front:
+                raise
             continue
         if not front or score_of(plan, task.objective) > score_of(front[-1], task.objective) * (1 + 1e-9):
-            front.append(plan)
+            front = [*(one for one in front if one.tpot_s < plan.tpot_s), plan]
     return front
 
 

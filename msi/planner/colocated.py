@@ -68,8 +68,8 @@ class Group:
 
     def broken(self, batch: int) -> Limit | None:
         """The limit that so many sequences break."""
-        layers = self.task.model.num_sparse_layers
-        if self.baseline.max_num_seqs and batch > self.baseline.max_num_seqs:
+        layers, most = self.task.model.num_sparse_layers, self.task.limits.max_batch
+        if (self.baseline.max_num_seqs and batch > self.baseline.max_num_seqs) or (most and batch > most):
             return "batch limit"
         if sum(self.memory_bytes(batch)) > self.memory_limit_bytes:
             return "attention memory"

@@ -6,6 +6,7 @@ once; the largest micro-batch under the TPOT limit and both memories by binary s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,21 @@ class Side:
 
     def memory_limit_bytes(self, given: Assumptions) -> float:
         return self.tp * self.gpu.memory_bytes * given.memory_utilization
+
+
+def attention_gpus_beside(attention: Side, expert: Side, expert_gpus: int) -> int:
+    """GPUs that attention may use when experts have so many; a type on both sides is one stock."""
+    if attention.gpu != expert.gpu:
+        return attention.count
+    return min(attention.count, max(attention.count, expert.count) - expert_gpus)
+
+
+def instances_that_fit(attention: Side, attention_gpus: Quantity, expert: Side, expert_gpus: Quantity) -> Quantity:
+    """How many instances of so many GPUs on each side the counts allow."""
+    fitting = np.minimum(attention.count // attention_gpus, expert.count // expert_gpus)
+    if attention.gpu == expert.gpu:
+        fitting = np.minimum(fitting, max(attention.count, expert.count) // (attention_gpus + expert_gpus))
+    return fitting
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,16 +203,14 @@ class Deployment:
     def candidates(self, attention_nodes: Iterable[int] | None = None) -> Candidates:
         """Every number of experts per node that divides E and fits, of m, and of attention nodes."""
         task, model = self.task, self.task.model
-        is_shared = self.attention.gpu == self.expert.gpu
         grids = [np.empty((4, 0))]
         for experts_per_node in divisors(model.num_experts):
             num_expert_nodes = model.num_experts // experts_per_node
             expert_gpus = num_expert_nodes * self.expert.tp
-            left = self.attention.count - (expert_gpus if is_shared else 0)
             weights = experts_per_node * model.expert_bytes
             if expert_gpus > self.expert.count or weights > self.expert.memory_limit_bytes(task.given):
                 continue
-            most = left // self.attention.tp
+            most = attention_gpus_beside(self.attention, self.expert, expert_gpus) // self.attention.tp
             tried = [n for n in (spread_up_to(most) if attention_nodes is None else attention_nodes) if 1 <= n <= most]
             nodes, m = (one.ravel() for one in np.meshgrid(tried, task.limits.micro_batches))
             each = np.ones(len(nodes))
@@ -227,11 +241,7 @@ class Deployment:
     def num_instances(self, at: Candidates) -> NDArray[np.float64]:
         attention_gpus = at.num_attention_nodes * self.attention.tp
         expert_gpus = at.num_expert_nodes * self.expert.tp
-        if self.attention.gpu == self.expert.gpu:
-            fitting = self.attention.count / (attention_gpus + expert_gpus)
-        else:
-            fitting = np.minimum(self.attention.count / attention_gpus, self.expert.count / expert_gpus)
-        return np.floor(fitting)
+        return np.asarray(instances_that_fit(self.attention, attention_gpus, self.expert, expert_gpus))
 
     def plan(self, at: Candidates, micro_batch: float) -> Plan:
         """The one candidate of `at`, in full."""
@@ -375,7 +385,7 @@ def why_none(task: Task) -> str:
                 f"may be used has {largest / 1e9:.1f} GB; give GPUs with more memory, or more of them"
             )
     tight: dict[str, float] = {}
-    is_there = False
+    is_there = fits_memory = False
     for deployment in deployments(task):
         at = deployment.candidates()
         if not len(at):
@@ -383,18 +393,26 @@ def why_none(task: Task) -> str:
         is_there = True
         broken = deployment.violated(at, np.ones(len(at)))
         fits = ~(broken["attention memory"] | broken["expert memory"])
+        fits_memory |= bool(np.any(fits))
+        fits &= ~broken["batch limit"]
         if np.any(fits):
             fastest = float(np.min(deployment.predict(at, np.ones(len(at))).tpot_s[fits]))
             tight["tpot"] = min(tight.get("tpot", fastest), fastest)
     if "tpot" in tight:
         return (
             f"{model.name}: no plan keeps a TPOT of {workload.tpot_s * 1e3:g} ms; the fastest possible here is "
-            f"{tight['tpot'] * 1e3:.1f} ms, with one sequence per micro-batch; raise --tpot-ms"
+            f"{math.ceil(tight['tpot'] * 1e4) / 10:.1f} ms, with one sequence per micro-batch; raise --tpot-ms"
         )
     gpus = ", ".join(f"{pool.count} {pool.gpu.name}" for pool in dict.fromkeys((*task.attention, *task.expert)))
     if not is_there:
         total_gb = model.total_values * model.value_bytes / 1e9
         return f"{model.name} ({total_gb:.0f} GB of weights) does not fit on {gpus}; give more GPUs or larger ones"
+    if fits_memory:
+        return (
+            f"{model.name}: at most {task.limits.max_batch} sequences per instance and {task.limits.max_micro_batch} "
+            f"per micro-batch leave none for one of {' or '.join(map(str, task.limits.micro_batches))} micro-batches; "
+            "raise the limit"
+        )
     return (
         f"{model.name}: not one sequence of {workload.mean_len:g} tokens fits beside the weights on {gpus}; give more "
         "GPUs, larger ones, or shorter lengths"

@@ -62,7 +62,8 @@ class Task:
     """What to search: a model for a workload, on these GPUs.
 
     Attributes:
-        attention, expert: types and counts that each side may use; a type in both is shared.
+        attention, expert: types and counts that each side may use; a type in both is shared: as many GPUs as the
+            larger of its two counts.
         profile: of the one machine that is planned for, in place of the roofline.
         factors: corrections from a running instance.
     """

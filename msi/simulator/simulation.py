@@ -15,6 +15,7 @@ from msi.client import CoordinatorClient
 from msi.coordinator import Coordinator
 from msi.errors import EngineError, Unavailable
 from msi.messages import Welcome
+from msi.planner.drift import DriftWatch
 from msi.planner.stage_costs import StageCosts
 from msi.scheduler import Request
 from msi.simulator.clock import run_virtual, virtual_loop
@@ -43,6 +44,7 @@ def simulate(
     faults: Sequence[Fault] = (),
     seed: int = 0,
     trace: Path | None = None,
+    drift: DriftWatch | None = None,
     report_progress: ReportProgress = lambda done, wanted: None,
     is_collapsing: bool = True,
     limit_s: float = DAY_S,
@@ -52,6 +54,7 @@ def simulate(
     Args:
         popularity: see `msi.simulator.routing.build_routing`.
         trace: a file for a Chrome trace, as the real run writes it.
+        drift: for the coordinator, which holds what the simulated workers measure against it.
         is_collapsing: messages that land together are one event; changes the cost of simulating alone.
         limit_s: virtual time that may pass.
 
@@ -65,7 +68,9 @@ def simulate(
     most_tokens = plan.max_num_batched_tokens
     routing = build_routing(popularity, plan.placement, deployment.top_k, most_tokens=most_tokens, seed=seed)
     with tempfile.TemporaryDirectory() as parts:
-        simulation = _Simulation(deployment, routing, faults, None if trace is None else Path(parts), report_progress)
+        simulation = _Simulation(
+            deployment, routing, faults, None if trace is None else Path(parts), drift, report_progress
+        )
         report = run_virtual(simulation.run(costs, arrivals, seed, is_collapsing), limit_s)
         if trace is not None:
             merge(Path(parts), trace)
@@ -79,12 +84,14 @@ class _Simulation:
         routing: Routing,
         faults: Sequence[Fault],
         trace_dir: Path | None,
+        drift: DriftWatch | None,
         report_progress: ReportProgress,
     ) -> None:
         self._deployment = deployment
         self._routing = routing
         self._faults = faults
         self._trace_dir = trace_dir
+        self._drift = drift
         self._report_progress = report_progress
         self._hosts: dict[str, SimulatedHost] = {}
         self._workers: dict[str, Worker] = {}
@@ -106,6 +113,7 @@ class _Simulation:
             welcome,
             num_micro_batches=deployment.num_micro_batches,
             num_layers=deployment.num_layers,
+            drift=self._drift,
             clock=loop.time,
         )
         client = CoordinatorClient(server.address, server.connect("client"), clock=loop.time)

@@ -180,7 +180,7 @@ KNOBS: tuple[Knob, ...] = (
         "power that an L40S draws", "0.7 x", "as its limit", (scaled("l40s", "power_w", 0.7),), HETEROGENEOUS_TOPICS
     ),
     Knob(
-        "prefill of ours in the mixed cluster", "on H20", "on its cheapest FLOPS",
+        "GPU of our prefill in the mixed cluster", "H20", "its cheapest FLOPS",
         (lambda setting: replace(setting, prefill_gpu=""),), ("end to end",),
     ),
     Knob(
@@ -217,13 +217,18 @@ def reason(one: Measured, found: Sequence[Swing]) -> str:
     """Why a claim differs by more than 15 %, as far as this computation can tell; "" where it does not."""
     if one.is_close:
         return ""
+    means = f"{one.claim.means}. " if one.claim.means else ""
+    return means + _what_decides(one, found)
+
+
+def _what_decides(one: Measured, found: Sequence[Swing]) -> str:
     paper = one.claim.paper
     assert paper is not None
     if not found:
-        return "No assumption moves it within its range: what decides is in the model itself."
+        return "No assumption moves ours within its range."
     if reaching := [swing for swing in found if swing.reaches(paper)]:
         return f"Within reach of one assumption alone: {'; '.join(str(swing) for swing in reaching[:3])}."
     nearest = sorted(found, key=lambda swing: swing.distance(paper))[:2]
     if nearest[0].distance(paper) >= abs(one.ours - paper):
-        return f"No assumption moves it towards the paper; the widest is {found[0]}."
+        return f"No assumption moves ours towards it; the widest is {found[0]}."
     return f"Out of reach of any one assumption; those that come nearest: {'; '.join(str(swing) for swing in nearest)}."

@@ -10,7 +10,7 @@ NUM_PASSES, NUM_FIRST = 5, 2  # the first passes fill the pipeline and are left 
 
 
 def simulated_pass_s(stages: Stages, m: int, num_layers: int) -> float:
-    """Mean pass of m lanes on 2 attention and 2 expert workers: with stage times given, their number changes nothing."""
+    """Mean pass of m lanes on 2 attention and 2 expert workers: with stage times given, numbers change nothing."""
     return run_virtual(_mean_pass_s(Shape(2, 2, m, num_layers, stages, wait_for_all=True)))
 
 

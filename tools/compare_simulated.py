@@ -1,0 +1,329 @@
+#!/usr/bin/env python3
+"""What a profile predicts of layouts on this machine, beside what they do: decode tokens per second.
+
+    tools/compare_simulated.py MODEL --profile profile.json
+    tools/compare_simulated.py MODEL --profile profile.json --best
+
+Predicted by the simulator (the product's lanes, links and waves on a virtual clock) and by the closed form of the
+steady pass, both from the profile's stage times; measured by `tools/bench_decode.py`. Nothing is fitted to what is
+measured. `--best`: of colocated and 1 + 1 workers, m = 1 to 4 and several batches, is the predicted best the best?
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from msi import Engine
+from msi.errors import EngineError
+from msi.kernels.routing import row_bytes
+from msi.loading import DTYPES
+from msi.models.config import config_digest
+from msi.models.families import load_config
+from msi.models.shape import shape_of
+from msi.net.slots import HEADER_BYTES
+from msi.pipeline import Stages, steady_pass_s
+from msi.planner.model_shape import ModelShape
+from msi.planner.performance import active_experts, nodes_per_token
+from msi.planner.profile import Deployment, Profile, ProfiledCosts, read_profile
+from msi.simulator.clock import run_virtual
+from msi.simulator.instance import Shape, SimulatedInstance
+from tools import bench_decode
+from tools.quiet import CALM, Others
+
+SIMULATED_PASSES = 40
+SIMULATED_SKIP = 10  # until the pipeline is steady
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Workers of one machine, as on the command line: "colocated/t2", "1+1/m2/t1"."""
+
+    num_attention: int
+    num_expert: int
+    num_micro_batches: int
+    threads: int
+    is_colocated: bool = False
+
+    def __str__(self) -> str:
+        workers = "colocated" if self.is_colocated else f"{self.num_attention}+{self.num_expert}"
+        return f"{workers}/m{self.num_micro_batches}/t{self.threads}"
+
+    @staticmethod
+    def parse(text: str) -> Layout:
+        workers, *settings = text.split("/")
+        given = {setting[:1]: setting[1:] for setting in settings}
+        try:
+            m, threads = int(given.pop("m", "1")), int(given.pop("t", "1"))
+            attention, expert = (1, 1) if workers == "colocated" else (int(part) for part in workers.split("+"))
+        except ValueError:
+            given["?"] = ""
+        if given or min(attention, expert, m, threads) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is no layout; give colocated/t2 or 2+1/m2/t1")
+        return Layout(attention, expert, m, threads, workers == "colocated")
+
+
+SIX = ("colocated/t2", "1+1/m1/t1", "1+1/m2/t1", "1+1/m3/t1", "2+1/m1/t1", "1+2/m2/t1")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Tokens per second, and what they follow from."""
+
+    simulated_tokens_per_s: float
+    closed_form_tokens_per_s: float
+    t_attention_s: float
+    t_expert_s: float
+    t_comm_s: float
+    t_pass_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    layout: str
+    batch: int
+    predicted: Prediction
+    measured_tokens_per_s: list[float]
+    measured_t_attention_s: float
+    measured_t_expert_s: float
+    measured_t_comm_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return median(self.measured_tokens_per_s)
+
+    @property
+    def difference(self) -> float:
+        """Of the simulated from the measured, as a share of the measured."""
+        return self.predicted.simulated_tokens_per_s / self.tokens_per_s - 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--layout", type=Layout.parse, action="append", help=f"by default {' '.join(SIX)}")
+    parser.add_argument("--batch", type=int, default=24, help="sequences; a multiple of lanes times attention workers")
+    parser.add_argument("--input-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=48)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--load-format", default="auto", choices=["auto", "dummy"])
+    parser.add_argument(
+        "--best", action="store_true", help="the best of many layouts and batches, predicted and measured"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32], help="for --best")
+    parser.add_argument("--predict-only", action="store_true", help="measure nothing")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds per layout to wait for a calm machine")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+# -- predicted -------------------------------------------------------------------------------------------------------
+
+
+def predict(profile: Profile, shape: ModelShape, layout: Layout, batch: int, context_len: float) -> Prediction:
+    """Raises ConfigError: the profile has nothing for this layout."""
+    experts_per_node = shape.num_experts / layout.num_expert
+    deployment = Deployment(
+        threads=layout.threads,
+        num_experts=-(-shape.num_experts // layout.num_expert),
+        transport="inproc" if layout.is_colocated else "shm",
+        num_attention=layout.num_attention,
+        num_expert=layout.num_expert,
+        num_micro_batches=layout.num_micro_batches,
+        is_colocated=layout.is_colocated,
+    )
+    per_lane = batch / (layout.num_micro_batches * layout.num_attention)
+    in_wave = per_lane * layout.num_attention
+    rows = in_wave * shape.top_k / layout.num_expert
+    active = float(active_experts(shape, experts_per_node, in_wave))
+    sent = per_lane * float(nodes_per_token(shape, experts_per_node)) / layout.num_expert
+    sent_bytes = HEADER_BYTES + sent * row_bytes(shape.hidden_size, shape.top_k, DTYPES[profile.dtype])
+    costs = ProfiledCosts(profile, deployment).settled(per_lane, per_lane * context_len, rows, active)
+    stages = Stages(
+        float(costs.attention_s(per_lane, per_lane * context_len)),
+        float(costs.expert_s(rows, active)),
+        float(costs.comm_s(sent_bytes)),
+    )
+    pass_s = float(costs.pass_s(per_lane))
+    return Prediction(
+        simulated_tokens_per_s=batch / simulated_pass_s(layout, shape.num_sparse_layers, stages, pass_s),
+        closed_form_tokens_per_s=batch / closed_form_pass_s(layout, shape.num_sparse_layers, stages, pass_s),
+        t_attention_s=stages.attention_s,
+        t_expert_s=stages.expert_s,
+        t_comm_s=stages.comm_s,
+        t_pass_s=pass_s,
+    )
+
+
+def closed_form_pass_s(layout: Layout, num_layers: int, stages: Stages, pass_s: float) -> float:
+    """The steady pass; what comes once per pass is shared out to the layers, and a colocated device computes both."""
+    attention_s = stages.attention_s + pass_s / num_layers
+    if layout.is_colocated:
+        one_device = Stages(attention_s + stages.expert_s, 0.0, stages.comm_s)
+        return steady_pass_s(one_device, layout.num_micro_batches, num_layers)
+    return steady_pass_s(Stages(attention_s, stages.expert_s, stages.comm_s), layout.num_micro_batches, num_layers)
+
+
+def simulated_pass_s(layout: Layout, num_layers: int, stages: Stages, pass_s: float) -> float:
+    """Mean time of a pass of each lane once the pipeline is steady."""
+
+    async def simulate() -> float:
+        shape = Shape(
+            layout.num_attention, layout.num_expert, layout.num_micro_batches, num_layers, stages, pass_s=pass_s
+        )
+        async with SimulatedInstance(shape) as instance:
+            for worker in instance.attention:
+                if layout.is_colocated:
+                    worker.compute.queue = instance.experts[0].compute.queue
+            passes = [await worker.start(SIMULATED_PASSES) for worker in instance.attention]
+            await asyncio.gather(*(one.done.wait() for one in passes))
+            return sum(one.log.mean_pass_s(SIMULATED_SKIP) for one in passes) / len(passes)
+
+    return run_virtual(simulate())
+
+
+# -- measured --------------------------------------------------------------------------------------------------------
+
+
+async def measure(
+    arguments: argparse.Namespace, layout: Layout, batches: list[int]
+) -> dict[int, list[bench_decode.Run]]:
+    """Runs of each batch on one instance."""
+    config, _ = load_config(arguments.model)
+    chance = Random(0)
+    prompts = [
+        tuple(chance.randrange(3, config.vocab_size) for _ in range(arguments.input_len)) for _ in range(max(batches))
+    ]
+    engine = Engine.local(
+        model=arguments.model, colocated=layout.is_colocated, attention_workers=layout.num_attention,
+        expert_workers=layout.num_expert, micro_batches=layout.num_micro_batches, threads_per_worker=layout.threads,
+        load_format=arguments.load_format, max_num_seqs=max(64, *batches),
+    )  # fmt: skip
+    found: dict[int, list[bench_decode.Run]] = {batch: [] for batch in batches}
+    async with engine:
+        others = Others(engine.pids.values, arguments.patience)
+        await bench_decode.drive(engine, prompts, 8)  # warm up
+        for _ in range(arguments.repeat):
+            for batch in batches:
+                found[batch].append(await undisturbed(engine, prompts[:batch], arguments.output_len, others))
+    return found
+
+
+async def undisturbed(
+    engine: Engine, prompts: list[tuple[int, ...]], output_len: int, others: Others
+) -> bench_decode.Run:
+    """A run during which others hardly took anything, or the least disturbed when patience is at an end."""
+    runs: list[tuple[float, bench_decode.Run]] = []
+    while True:
+        await asyncio.to_thread(others.wait_calm)
+        mark = others.mark()
+        run = await bench_decode.run_ours(engine, prompts, output_len)
+        runs.append((others.share_since(mark), run))
+        if runs[-1][0] <= CALM or others.left_s <= 0:
+            return min(runs, key=lambda one: one[0])[1]
+        others.left_s -= others.mark()[0] - mark[0]
+
+
+def compare(arguments: argparse.Namespace, profile: Profile, shape: ModelShape) -> list[Compared]:
+    context_len = arguments.input_len + arguments.output_len / 2
+    compared = []
+    if arguments.best:
+        layouts = [Layout(1, 1, m, 2, True) for m in range(1, 5)] + [Layout(1, 1, m, 1) for m in range(1, 5)]
+        batches = arguments.batches
+    else:
+        layouts, batches = arguments.layout or [Layout.parse(text) for text in SIX], [arguments.batch]
+    for layout in layouts:
+        runs = {} if arguments.predict_only else asyncio.run(measure(arguments, layout, batches))
+        for batch in batches:
+            of_batch = runs.get(batch, [])
+            times = [(run.t_attention_s, run.t_expert_s, run.t_comm_s) for run in of_batch] or [(0.0, 0.0, 0.0)]
+            compared.append(
+                Compared(
+                    str(layout),
+                    batch,
+                    predict(profile, shape, layout, batch, context_len),
+                    [run.decode_tokens_per_s for run in of_batch],
+                    *(median(values) for values in zip(*times, strict=True)),
+                )
+            )
+            print(f"{layout}, batch {batch}: {_rates(compared[-1])}", file=sys.stderr)
+    return compared
+
+
+def _rates(one: Compared) -> str:
+    predicted = f"predicted {one.predicted.simulated_tokens_per_s:.1f} tokens/s"
+    return predicted + (f", measured {one.tokens_per_s:.1f}" if one.measured_tokens_per_s else "")
+
+
+# -- shown -----------------------------------------------------------------------------------------------------------
+
+
+def verdict(compared: list[Compared], is_best: bool) -> dict[str, Any]:
+    """The figures that count."""
+    if is_best:
+        chosen = max(compared, key=lambda one: one.predicted.simulated_tokens_per_s)
+        best = max(compared, key=lambda one: one.tokens_per_s)
+        return {
+            "predicted_best": f"{chosen.layout}, batch {chosen.batch}",
+            "measured_best": f"{best.layout}, batch {best.batch}",
+            "chosen_over_best": chosen.tokens_per_s / best.tokens_per_s,
+        }
+    return {"median_absolute_difference": median(abs(one.difference) for one in compared)}
+
+
+def show(compared: list[Compared]) -> None:
+    table = Table("layout", "batch", "simulated", "closed form", "measured tokens/s", "difference",
+                  "T_a ms, measured", "T_e ms, measured", "T_c ms, measured", "once ms")  # fmt: skip
+    for one in compared:
+        predicted, has_runs = one.predicted, bool(one.measured_tokens_per_s)
+        table.add_row(
+            one.layout, str(one.batch), f"{predicted.simulated_tokens_per_s:.1f}",
+            f"{predicted.closed_form_tokens_per_s:.1f}",
+            " ".join(f"{rate:.1f}" for rate in one.measured_tokens_per_s),
+            f"{one.difference:+.1%}" if has_runs else "",
+            f"{predicted.t_attention_s * 1e3:.2f}, {one.measured_t_attention_s * 1e3:.2f}",
+            f"{predicted.t_expert_s * 1e3:.2f}, {one.measured_t_expert_s * 1e3:.2f}",
+            f"{predicted.t_comm_s * 1e3:.2f}, {one.measured_t_comm_s * 1e3:.2f}",
+            f"{predicted.t_pass_s * 1e3:.1f}",
+        )  # fmt: skip
+    Console(width=160).print(table)
+
+
+def main() -> int:
+    arguments = parse()
+    try:
+        profile = read_profile(arguments.profile)
+        config, values = load_config(arguments.model)
+        shape = shape_of(config, name=arguments.model.name, digest=config_digest(values), dtype=profile.dtype)
+        if shape.config_digest != profile.config_digest:
+            print(f"{arguments.profile} is of another model, {profile.model}; measure this one", file=sys.stderr)
+            return 2
+        compared = compare(arguments, profile, shape)
+    except EngineError as error:
+        print(f"compare_simulated: {error}", file=sys.stderr)
+        return 2
+    figures = {} if arguments.predict_only else verdict(compared, arguments.best)
+    if arguments.json:
+        rows = [asdict(one) for one in compared]
+        print(json.dumps({"schema_version": 1, "host": profile.host, "model": profile.model, "rows": rows, **figures}))
+    else:
+        show(compared)
+        for name, value in figures.items():
+            print(f"{name}: {value if isinstance(value, str) else f'{value:.3f}'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
