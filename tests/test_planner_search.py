@@ -19,6 +19,7 @@ from msi.pipeline import isolated_pass_s, steady_pass_s
 from msi.planner import equations as eq
 from msi.planner.algorithm1 import FITTED_AT, Fits, algorithm1
 from msi.planner.assumptions import BASELINES, DEFAULTS, Baseline
+from msi.planner.choose import pareto_front
 from msi.planner.colocated import Group, best_colocated
 from msi.planner.hardware import read_catalogue
 from msi.planner.model_shape import ModelShape
@@ -32,7 +33,8 @@ from msi.planner.performance import (
     nodes_per_token,
 )
 from msi.planner.plan import Plan, Workload, plan_from_json
-from msi.planner.search import OBJECTIVES, Limits, Pool, Task, deployments, pareto_front, score_of, search, spread_up_to
+from msi.planner.search import deployments, search, spread_up_to
+from msi.planner.task import OBJECTIVES, Limits, Pool, Task, score_of
 
 CATALOGUE = read_catalogue()
 A800, H20, L40S, H200, L20 = (CATALOGUE.gpu(name) for name in ("a800", "h20", "l40s", "h200", "l20"))
@@ -431,8 +433,9 @@ def colocated_plainly(task: Task, baseline: Baseline, gpu, size: int) -> list[tu
         held = model.num_experts * model.expert_bytes + attention_node_bytes(
             model, size, given, micro_batch=batch, num_micro_batches=1, mean_len=mean_len, num_expert_nodes=0
         )
+        held += batch * model.top_k * (2 * model.hidden_size + 3 * model.intermediate_size) * 2
         pair = Roofline(model, gpu, size, gpu, size, given)
-        head_s = pair.pass_s(float(batch)) - given.attention_launch_s
+        head_s = pair.pass_s(float(batch))
         active = active_experts(model, model.num_experts, batch)
         slices = size if baseline.experts == "sharded" else max(1, size // model.num_experts)
         share = slices / size

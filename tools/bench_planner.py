@@ -15,7 +15,8 @@ import time
 
 from msi.planner.hardware import read_catalogue
 from msi.planner.plan import Workload
-from msi.planner.search import OBJECTIVES, Pool, Task, search
+from msi.planner.search import search
+from msi.planner.task import OBJECTIVES, Pool, Task
 
 FLEETS = {
     "4 types, 64 nodes": {"a800": 128, "h20": 128, "l40s": 128, "h800": 128},

@@ -6,15 +6,16 @@
     tools/simulate.py --plan plan.json --requests 2000 --rate 150
     tools/simulate.py --attention-ms 0.9 --expert-ms 0.9 --comm-ms 0.2 --trace simulated.json
 
-Scheduler, lanes, waves, workers and coordinator are the product's own; devices and networks take the times given
-here, one layer of one micro-batch at a time. The model's numbers default to Mixtral-8x22B's. --trace writes a Chrome
-trace as `msi-launch --trace` does. Equal seeds give equal results.
+Scheduler, lanes, waves, workers and coordinator are the product's own; devices and networks take the times given here
+or predicted for a plan, one layer of one micro-batch at a time. The model's numbers default to Mixtral-8x22B's. --trace
+writes a Chrome trace as `msi-launch --trace` does. Equal seeds give equal results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -100,8 +101,13 @@ def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:
         slot_rows=args.slot_rows,
         max_model_len=args.max_model_len,
     )
-    stages_ms = (args.attention_ms, args.expert_ms, args.comm_ms, args.pass_ms)
-    return deployment, ConstantCosts(*(ms / 1e3 for ms in stages_ms))
+    stages_s = []
+    for name in ("attention", "expert", "comm", "pass"):
+        milliseconds = getattr(args, f"{name}_ms")
+        if not 0 <= milliseconds < math.inf:
+            raise ConfigError(f"--{name}-ms {milliseconds:g}: give milliseconds of at least 0")
+        stages_s.append(milliseconds / 1e3)
+    return deployment, ConstantCosts(*stages_s)
 
 
 def arrivals_of(args: argparse.Namespace) -> list[Arrival]:

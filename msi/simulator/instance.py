@@ -34,6 +34,7 @@ class Shape:
 
     Attributes:
         stages: T_a, T_e, T_c in seconds.
+        pass_s: head and sampling, once per pass.
         jitter: each stage's duration is multiplied by a factor drawn from [1 - jitter, 1 + jitter].
         empty: share of dispatches without rows for a node.
         wait_for_all: W without end: nobody is ever evicted.
@@ -44,6 +45,7 @@ class Shape:
     num_lanes: int
     num_layers: int
     stages: Stages
+    pass_s: float = 0.0
     jitter: float = 0.0
     empty: float = 0.0
     seed: int = 0
@@ -230,7 +232,7 @@ class SimulatedInstance:
         return self._jittered(self.shape.stages.attention_s)
 
     def pass_s(self, num_logit_rows: int) -> float:
-        return 0.0
+        return self.shape.pass_s
 
     def expert_s(self, num_expert_rows: float, num_active_experts: int) -> float:
         return self._jittered(self.shape.stages.expert_s)
