@@ -201,6 +201,7 @@ def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch, tmp_p
         reproduce_paper.main()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is an extra")
 def test_every_figure_is_drawn(tmp_path, systems, measured, found):
     from tools.paper.figures import draw
