@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msi.errors import ConfigError
-from msi.options import InstanceOptions
+from msi.options import InstanceOptions, with_plan
 
-LATER = ("--plan", "--check")
+LATER = ("--check",)
+LEFT_OUT = object()  # an option that the command line does not name
 MICRO_BATCHES = ("auto", "1", "2", "3", "4")
 
 
@@ -52,34 +53,17 @@ def parse(argv: list[str]) -> LaunchArguments:
         prog="msi-launch",
         description="Serve a Mixture-of-Experts model with attention and experts on different workers. "
         "Without --role: everything on this machine, with an HTTP server in front.",
+        allow_abbrev=False,
     )
     _add_instance(parser)
     _add_serving(parser)
     _add_role(parser)
-    values = parser.parse_args(argv)
-    options = InstanceOptions(
-        model=values.model,
-        attention_workers=values.attention_workers,
-        expert_workers=values.expert_workers,
-        micro_batches=0 if values.micro_batches == "auto" else int(values.micro_batches),
-        colocated=values.colocated,
-        device=values.device,
-        threads_per_worker=values.threads_per_worker,
-        transport=values.transport,
-        dtype=values.dtype,
-        load_format=values.load_format,
-        max_model_len=values.max_model_len,
-        max_num_seqs=values.max_num_seqs,
-        max_num_batched_tokens=values.max_num_batched_tokens,
-        slot_rows=values.slot_rows,
-        gpu_memory_utilization=values.gpu_memory_utilization,
-        served_model_name=values.served_model_name,
-        trace=values.trace,
-        start_timeout_s=values.start_timeout,
-        max_num_waiting=values.max_num_waiting,
-        enable_prefix_caching=values.enable_prefix_caching,
-        num_gpu_blocks_override=values.num_gpu_blocks_override,
-    )
+    names = InstanceOptions.__dataclass_fields__
+    values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, LEFT_OUT)))
+    given = {name: getattr(values, name) for name in names if getattr(values, name) is not LEFT_OUT}
+    if "micro_batches" in given:
+        given["micro_batches"] = 0 if values.micro_batches == "auto" else int(values.micro_batches)
+    options = InstanceOptions(**with_plan(given))
     if values.role and values.role != "coordinator" and not values.coordinator:
         raise ConfigError(f"--role {values.role} needs --coordinator tcp://HOST:PORT")
     if values.api_key == "":
@@ -136,7 +120,19 @@ def _add_instance(parser: argparse.ArgumentParser) -> None:
         help="share of free memory (on a CPU: of free RAM) for KV cache")  # fmt: skip
     add("--served-model-name", default="", metavar="S")
     add("--trace", type=Path, metavar="FILE", help="write a Chrome trace at the end")
-    add("--start-timeout", type=float, metavar="S", default=defaults["start_timeout_s"], help="give up after that long")
+    add("--plan", type=Path, metavar="FILE", help="run a plan that msi-plan wrote, and watch its predictions")
+    add("--plan-drift", type=float, metavar="F", default=defaults["plan_drift"],
+        help="say so when stage times part from the plan's by more than this fraction")  # fmt: skip
+    add(
+        "--start-timeout",
+        dest="start_timeout_s",
+        type=float,
+        metavar="S",
+        default=defaults["start_timeout_s"],
+        help="give up after that long",
+    )
+    add("--peer-timeout", dest="peer_timeout_s", type=float, metavar="S", default=defaults["peer_timeout_s"],
+        help="an expert worker that owes an answer for that long is lost")  # fmt: skip
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:

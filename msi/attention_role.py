@@ -71,7 +71,7 @@ class AttentionRole:
         self._wanted: dict[int, ExpertAddress] = {}
         self._connected: dict[int, ExpertAddress] = {}
         self._topology_changed = Alarm()
-        self._num_passes = 0
+        self._num_passes = self._batch_tokens = self._batch_contexts = 0
 
     def _new_scheduler(self, num_lanes: int) -> Scheduler:
         assignment = self._assignment
@@ -198,6 +198,8 @@ class AttentionRole:
 
     def finish(self, lane: int, micro_batch: MicroBatch, sampled: Sampled) -> None:
         self._num_passes += 1
+        self._batch_tokens += micro_batch.num_tokens
+        self._batch_contexts += sum(micro_batch.context_lens)
         progress = self._scheduler.update(lane, sampled.token_ids, sampled.logprobs)
         if progress:
             ours = self._assignment
@@ -273,6 +275,8 @@ class AttentionRole:
         link, scheduled = self._link.counters, self._scheduler.counters
         counters: dict[str, float] = {
             "passes": self._num_passes,
+            "batch_tokens": self._batch_tokens,
+            "batch_contexts": self._batch_contexts,
             "blocks": self._num_blocks - 1,
             "posts": link.posts,
             "rows_sent": link.rows,

@@ -41,9 +41,11 @@ from msi.messages import (
     WorkerFailed,
     WorkerHello,
     WorkerReady,
+    WorkerStats,
 )
 from msi.net.control import MessageServer
 from msi.pipeline import Stages, calibration_steps, choose_micro_batches
+from msi.planner.drift import DriftWatch, Observation
 from msi.routing import Router, Updates
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class Coordinator:
         server: where workers and clients are heard; closed when `run` ends.
         num_micro_batches: m, or 0 to choose by measurement.
         num_layers: of the model.
+        drift: holds what workers measure against the plan that runs, if there is one.
         clock: seconds, monotonic.
     """
 
@@ -79,6 +82,7 @@ class Coordinator:
         *,
         num_micro_batches: int,
         num_layers: int,
+        drift: DriftWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server = server
@@ -88,6 +92,7 @@ class Coordinator:
         self._welcome = welcome
         self._num_micro_batches = num_micro_batches
         self._num_layers = num_layers
+        self._drift = drift
         self._cluster = Cluster(plan, clock())
         self._router = Router()
         self._clients: dict[bytes, _Client] = {}
@@ -102,9 +107,8 @@ class Coordinator:
                 tasks.create_task(self._receive(), name="control")
                 tasks.create_task(self._tick(), name="tick")
         finally:
-            for role in ("attention", "expert"):
-                for member in self._cluster.live(role):
-                    self._server.send(member.route, Shutdown("the coordinator ended"))
+            for route in self._cluster.routes:
+                self._server.send(route, Shutdown("the coordinator ended"))
             self._server.close()
 
     # -- messages ----------------------------------------------------------------------------------------------------
@@ -156,7 +160,8 @@ class Coordinator:
             case Calibrated():
                 self._calibrations.put_nowait(message)
             case StatsRequest() if route in self._clients:
-                self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats()))
+                drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
+                self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats(), drift))
             case ClientHeartbeat() | StatsRequest():
                 self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
             case _:
@@ -233,6 +238,16 @@ class Coordinator:
                 else:
                     self._say_status(route, client, now)
             self._advance(now)
+            if self._drift is not None:
+                self._look_for_drift(self._drift)
+
+    def _look_for_drift(self, watch: DriftWatch) -> None:
+        live = [worker for worker in self._cluster.stats() if worker.state == "ready"]
+        found = watch.look(observed(worker) for worker in live)
+        for drift in found:
+            log.warning("drift: %s", drift)
+        if found:
+            self._tasks.create_task(_say_choice(watch), name="choice")
 
     # -- the number of micro-batches ---------------------------------------------------------------------------------
 
@@ -268,3 +283,20 @@ class Coordinator:
                     sum(one.comm_s for one in times) / len(times),
                 )
         return choose_micro_batches(measured, batch_size, self._num_layers)
+
+
+async def _say_choice(watch: DriftWatch) -> None:
+    log.warning("drift: %s", await asyncio.to_thread(watch.choice_now))  # a search may take a second
+
+
+def observed(worker: WorkerStats) -> Observation:
+    """What a worker's last heartbeat says of its stages."""
+    times, counters = worker.status.times, worker.status.counters
+    return Observation(
+        worker.worker_id,
+        worker.role,
+        times.attention_s,
+        times.expert_s,
+        times.comm_s,
+        *(counters.get(name, 0.0) for name in ("passes", "batch_tokens", "batch_contexts")),
+    )

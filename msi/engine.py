@@ -27,7 +27,7 @@ from msi.client import CoordinatorClient
 from msi.errors import EngineError, InvalidRequest, Unavailable
 from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
 from msi.messages import Stats, Welcome
-from msi.options import InstanceOptions
+from msi.options import InstanceOptions, with_plan
 from msi.sampling import seed_of_choice
 from msi.scheduler import Request
 from msi.tokenizer import TextStream, encode, load_tokenizer
@@ -78,8 +78,8 @@ class Engine:
         known = set(InstanceOptions.__dataclass_fields__)
         if unknown := sorted(set(options) - known):
             raise TypeError(f"Engine.local has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
-        path = None if model is None else Path(model)
-        return Engine(options=InstanceOptions(model=path, **options), report=report or (lambda sentence: None))
+        given = with_plan(options if model is None else {**options, "model": Path(model)})
+        return Engine(options=InstanceOptions(**given), report=report or (lambda sentence: None))
 
     @staticmethod
     def connect(address: str) -> Engine:

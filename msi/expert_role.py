@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from msi.expert_server import ExpertServer
-from msi.host import LoadedModel, ModelShape
+from msi.host import LoadedModel, ServedShape
 from msi.messages import Assignment
 from msi.net.combine_link import CombineLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
@@ -16,7 +16,7 @@ from msi.waves import Waves
 MIN_WAIT_S = 0.005  # W on a real host is never less: its scheduler takes a core away for longer than a short turn
 
 
-def link_hello(assignment: Assignment, shape: ModelShape) -> LinkHello:
+def link_hello(assignment: Assignment, shape: ServedShape) -> LinkHello:
     """Who we are to the other side, and what both sides must agree on."""
     return LinkHello(
         protocol_version=PROTOCOL_VERSION,

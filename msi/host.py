@@ -20,7 +20,7 @@ from msi.tracing import Tracer
 
 
 @dataclass(frozen=True, slots=True)
-class ModelShape:
+class ServedShape:
     """What the roles need to know of a model.
 
     Attributes:
@@ -58,7 +58,7 @@ class ExpertPart(ExpertCompute, Protocol):
 class LoadedModel(Protocol):
     """The weights of one assignment on a device."""
 
-    shape: ModelShape
+    shape: ServedShape
 
     @property
     def has_attention(self) -> bool: ...

@@ -19,13 +19,15 @@ from msi.device.choice import check_device
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.membership import InstancePlan
 from msi.messages import MESSAGES, Welcome
-from msi.models.config import ModelConfig, read_json
+from msi.models.config import ModelConfig, config_digest, read_json
 from msi.models.families import load_config
 from msi.net.codec import Codec
 from msi.net.control import ControlClient, ControlServer
 from msi.options import InstanceOptions
 from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
+from msi.planner.drift import DriftWatch
+from msi.planner.plan_file import check_model, read_plan_file
 from msi.torch_host import HostSettings, TorchHost
 from msi.worker import Worker, WorkerSettings
 
@@ -41,8 +43,10 @@ ADDRESS_TIMEOUT_S = 60.0
 
 
 def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
-    """Raises ConfigError: the model directory or the options cannot work."""
-    config, _ = load_config(options.model_dir)
+    """Raises ConfigError: the model directory or the options cannot work, or the plan is for another model."""
+    config, values = load_config(options.model_dir)
+    if options.plan is not None:
+        check_model(read_plan_file(options.plan), options.model_dir.name, config_digest(values), str(options.plan))
     max_model_len = options.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
         raise ConfigError(
@@ -62,6 +66,7 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
         max_num_batched_tokens=options.batched_tokens,
         dtype=options.dtype,
         start_timeout_s=options.start_timeout_s,
+        peer_timeout_s=options.peer_timeout_s,
         max_num_waiting=options.max_num_waiting,
         has_prefix_cache=options.enable_prefix_caching,
         num_kv_blocks=options.num_gpu_blocks_override,
@@ -91,10 +96,20 @@ def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
         bos_token=_token_text(texts.get("bos_token")),
         eos_token=_token_text(texts.get("eos_token")),
     )
-    server = ControlServer(bind, Codec(*MESSAGES))
     return Coordinator(
-        server, plan, welcome, num_micro_batches=options.micro_batches, num_layers=config.num_sparse_layers
+        ControlServer(bind, Codec(*MESSAGES)),
+        plan,
+        welcome,
+        num_micro_batches=options.micro_batches,
+        num_layers=config.num_sparse_layers,
+        drift=_drift_watch(options),
     )
+
+
+def _drift_watch(options: InstanceOptions) -> DriftWatch | None:
+    if options.plan is None:
+        return None
+    return DriftWatch(read_plan_file(options.plan), options.plan_drift)
 
 
 def _token_text(value: object) -> str:

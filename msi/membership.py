@@ -24,6 +24,7 @@ from msi.messages import (
     PeerLost,
     Refused,
     Topology,
+    Undecided,
     UseLanes,
     WorkerHello,
     WorkerReady,
@@ -117,6 +118,15 @@ class Member:
         return self.state != "lost"
 
 
+@dataclass(frozen=True, slots=True)
+class Applicant:
+    """A worker for any role that is told one once it is clear which: others may come that want a certain one."""
+
+    route: bytes
+    hello: WorkerHello
+    last_seen: float
+
+
 class Cluster:
     """The members of one instance."""
 
@@ -127,6 +137,7 @@ class Cluster:
         self._started_at = now
         self._was_ready = False
         self._members: dict[str, Member] = {}
+        self._undecided: dict[str | bytes, Applicant] = {}  # by process, in order of arrival
         self._fingerprint = ""
         self._dtype = "" if plan.dtype == "auto" else plan.dtype
 
@@ -136,6 +147,12 @@ class Cluster:
         """Live members of a role, by index."""
         members = [member for member in self._members.values() if member.role == role and member.is_live]
         return sorted(members, key=lambda member: member.index)
+
+    @property
+    def routes(self) -> list[bytes]:
+        """To everyone who is here: attention workers first, then expert workers, then those without a role yet."""
+        members = [member.route for role in ("attention", "expert") for member in self.live(role)]
+        return [*members, *(applicant.route for applicant in self._undecided.values())]
 
     @property
     def is_linked(self) -> bool:
@@ -167,6 +184,9 @@ class Cluster:
             if missing is not None:
                 lost = self._members.get(f"{role}-{missing}")
                 why = f" ({lost.reason})" if lost is not None and lost.reason else ""
+                if self._undecided:
+                    num_missing = sum(self._num_free().values())
+                    why += f" ({num_missing} missing, {len(self._undecided)} for any role here)"
                 return f"waiting for {role} worker {missing + 1} of {count}{why}, {waited}"
         loading = [m for role in self.plan.wanted for m in self.live(role) if m.state == "loading"]
         if loading:
@@ -187,8 +207,19 @@ class Cluster:
         for known in self._members.values():
             if known.is_live and known.route == route and not known.has_beaten:
                 return [Send(route, self._assignment(known))]  # it asked again before our answer came
-        refusal = self._refusal(route, hello)
-        if refusal:
+        key = hello.process or route
+        if self._has_choice(hello):
+            if refusal := self._refusal(route, hello):
+                return [Send(route, Refused(refusal))]
+            self._undecided[key] = Applicant(route, hello, now)
+            decided = self._decide(now)
+            return decided if key not in self._undecided else [*decided, Send(route, Undecided())]
+        self._undecided.pop(key, None)
+        return [*self._take(route, hello, now), *self._decide(now)]
+
+    def _take(self, route: bytes, hello: WorkerHello, now: float) -> list[Instruction]:
+        """Makes a worker a member, or refuses it."""
+        if refusal := self._refusal(route, hello):
             return [Send(route, Refused(refusal))]
         member = self._place(route, hello, now)
         if isinstance(member, str):
@@ -201,6 +232,14 @@ class Cluster:
         self._fingerprint = self._fingerprint or hello.fingerprint
         self._dtype = self._dtype or hello.dtype
         return [*instructions, Send(route, self._assignment(member))]
+
+    def _decide(self, now: float) -> list[Instruction]:
+        """Gives roles to the undecided as soon as nobody who may still come could want another."""
+        instructions: list[Instruction] = []
+        while self._undecided and not (self._is_open and len(self._undecided) < sum(self._num_free().values())):
+            first = self._undecided.pop(next(iter(self._undecided)))
+            instructions += self._take(first.route, first.hello, now)
+        return instructions
 
     def ready(self, route: bytes, ready: WorkerReady) -> list[Instruction]:
         member = self._known(route, ready.worker_id, ready.incarnation)
@@ -270,6 +309,9 @@ class Cluster:
             patience_s = self.plan.lost_after_s * (LOADING_PATIENCE if member.state == "loading" else 1)
             if member.is_live and silent_s > patience_s:
                 instructions += self._lose(member, f"no sign of life for {silent_s:.1f} s")
+        for key, applicant in list(self._undecided.items()):
+            if now - applicant.last_seen > self.plan.lost_after_s * LOADING_PATIENCE:
+                del self._undecided[key]
         self._was_ready |= bool(self.serving)
         if not self._was_ready and not self.failure and now - self._started_at > self.plan.start_timeout_s:
             self.failure = f"gave up after {self.plan.start_timeout_s:g} s: {self.sentence(now)}"
@@ -308,6 +350,21 @@ class Cluster:
             )
         return ""
 
+    def _num_free(self) -> dict[str, int]:
+        """Places that nobody has, per role."""
+        return {role: count - len(self.live(role)) for role, count in self.plan.wanted.items()}
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether roles are left to choose from. Once the instance has served, a place is filled by whoever comes."""
+        return not self._was_ready and all(self._num_free().values())
+
+    def _has_choice(self, hello: WorkerHello) -> bool:
+        """Whether a worker may get either role: one that had a place before, here or by its id, gets that."""
+        if hello.role != "worker" or not self._is_open or hello.worker_id in self._members:
+            return False
+        return all(_index_in(hello.worker_id, role) is None for role in self.plan.wanted)
+
     def _live_members(self) -> Iterator[Member]:
         return (member for member in self._members.values() if member.is_live)
 
@@ -317,6 +374,7 @@ class Cluster:
         roles = [role for role in ("expert", "attention") if hello.role in (role, "worker")]
         if former is not None:
             roles = [role for role in roles if role == former.role]
+        roles.sort(key=lambda role: _index_in(hello.worker_id, role) is None)
         for role in roles:
             taken = {member.index for member in self.live(role) if member is not former}
             free = [index for index in range(self.plan.wanted[role]) if index not in taken]

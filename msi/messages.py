@@ -2,15 +2,15 @@
 
 worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
                         Calibrated, WorkerFailed, Draining, Goodbye
-coordinator -> worker   Assignment, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate, UseLanes,
-                        HeartbeatAck, Drain, Shutdown
+coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate,
+                        UseLanes, HeartbeatAck, Drain, Shutdown
 client -> coordinator   ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest
 coordinator -> client   Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msi.scheduler import Progress, Request
 from msi.types import Placement, StageTimes, TokenLogprobs
@@ -74,6 +74,11 @@ class Assignment:
     max_num_waiting: int = 1024
     has_prefix_cache: bool = True
     num_kv_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """To a worker for any role: which one is open until others have come. It says hello again until it is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,15 +332,21 @@ class WorkerStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Everything countable in the instance."""
+    """Everything countable in the instance.
+
+    Attributes:
+        drift: where a plan runs, measured over planned by stage ("attention", "expert", "comm"), and "alarms".
+    """
 
     num_lanes: int
     num_requests: int
     workers: tuple[WorkerStats, ...]
+    drift: dict[str, float] = field(default_factory=dict)
 
 
 MESSAGES = (
-    WorkerHello, Assignment, Refused, HelloAgain, WorkerReady, WorkerFailed, Topology, Fence, Linked, Heartbeat,
-    HeartbeatAck, PassDone, RequestsFailed, PeerLost, Calibrate, Calibrated, UseLanes, Drain, Draining, Goodbye,
-    Shutdown, ClientHello, Welcome, InstanceStatus, Submit, Cancel, ClientHeartbeat, Outputs, StatsRequest, Stats,
+    WorkerHello, Assignment, Undecided, Refused, HelloAgain, WorkerReady, WorkerFailed, Topology, Fence, Linked,
+    Heartbeat, HeartbeatAck, PassDone, RequestsFailed, PeerLost, Calibrate, Calibrated, UseLanes, Drain, Draining,
+    Goodbye, Shutdown, ClientHello, Welcome, InstanceStatus, Submit, Cancel, ClientHeartbeat, Outputs, StatsRequest,
+    Stats,
 )  # fmt: skip

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from msi.errors import ConfigError
 from msi.net import shm
 from msi.pipeline import MAX_MICRO_BATCHES
+from msi.planner.plan import Plan
+from msi.planner.plan_file import read_plan_file
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+SLOT_ROWS = 512
 TRANSPORTS = ("auto", "inproc", "shm", "tcp")
 LATER_TRANSPORTS = ("rdma",)
 
@@ -35,9 +40,12 @@ class InstanceOptions:
         slot_rows: rows of a slot.
         gpu_memory_utilization: share of free memory for KV cache (on a CPU, of free RAM).
         trace: file for a Chrome trace.
+        peer_timeout_s: an expert worker that owes an answer for that long is lost.
         max_num_waiting: requests that wait at an attention worker; the next is refused (503).
         enable_prefix_caching: requests with a common prefix share its KV blocks.
         num_gpu_blocks_override: KV blocks per attention worker, whatever the memory allows; 0 for what it allows.
+        plan: file of the plan that is run (see `with_plan`); the coordinator holds what is measured against it.
+        plan_drift: how far T_a, T_e or T_c may part from the plan's, as a fraction, before the coordinator says so.
 
     Raises:
         ConfigError: names the option, what was given and what is allowed.
@@ -56,14 +64,17 @@ class InstanceOptions:
     max_model_len: int = 0
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 0
-    slot_rows: int = 512
+    slot_rows: int = SLOT_ROWS
     gpu_memory_utilization: float = 0.9
     served_model_name: str = ""
     trace: Path | None = None
     start_timeout_s: float = 120.0
+    peer_timeout_s: float = 4.0
     max_num_waiting: int = 1024
     enable_prefix_caching: bool = True
     num_gpu_blocks_override: int = 0
+    plan: Path | None = None
+    plan_drift: float = 0.3
 
     def __post_init__(self) -> None:
         _at_least("attention-workers", self.attention_workers, 1)
@@ -79,6 +90,10 @@ class InstanceOptions:
             raise ConfigError(f"--micro-batches {self.micro_batches}: give auto or 1 to {MAX_MICRO_BATCHES}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"--gpu-memory-utilization {self.gpu_memory_utilization}: give a number in (0, 1]")
+        if not self.plan_drift > 0:
+            raise ConfigError(f"--plan-drift {self.plan_drift}: give a fraction above 0, such as 0.3")
+        if not self.peer_timeout_s > 0:
+            raise ConfigError(f"--peer-timeout {self.peer_timeout_s}: give a number of seconds > 0")
         if self.max_num_batched_tokens > self.slot_rows:
             raise ConfigError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is more than a slot's {self.slot_rows} rows"
@@ -131,6 +146,45 @@ class InstanceOptions:
                     flag = flag.replace("--", "--no-", 1)
                 arguments += [flag] if isinstance(value, bool) else [flag, str(value)]
         return arguments
+
+
+def with_plan(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as given, and for those left out what the plan that they name says; InstanceOptions takes the result.
+
+    Raises:
+        ConfigError: the plan cannot be read or run, or an option contradicts it.
+    """
+    path = given.get("plan")
+    if path is None:
+        return dict(given)
+    planned = planned_options(read_plan_file(Path(path)).plan, path)
+    for name, value in planned.items():
+        if name in given and given[name] != value:
+            shown, flag = ("auto" if given[name] == 0 else given[name]), "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} {shown} contradicts {path}, which has {value}; leave the option out, or write another plan"
+            )
+    return {**planned, **given, "plan": Path(path)}
+
+
+def planned_options(plan: Plan, source: object) -> dict[str, Any]:
+    """What running a plan means. Raises ConfigError: the runtime cannot do it yet."""
+    if (plan.tp_attention, plan.tp_expert) != (1, 1):
+        raise ConfigError(
+            f"{source} has tensor-parallel groups ({plan.tp_attention} GPUs for attention, {plan.tp_expert} for "
+            "experts), and tensor parallelism is not built yet; plan with msi-plan --runnable"
+        )
+    options: dict[str, Any] = {
+        "attention_workers": plan.num_attention_nodes,
+        "expert_workers": plan.num_expert_nodes,
+        "micro_batches": plan.num_micro_batches,
+        "colocated": plan.kind == "colocated",
+        "max_num_seqs": plan.micro_batch * plan.num_micro_batches,
+        "slot_rows": max(plan.micro_batch, SLOT_ROWS),
+    }
+    if plan.threads_per_worker:
+        options["threads_per_worker"] = plan.threads_per_worker
+    return options
 
 
 def _at_least(name: str, value: int, least: int) -> None:

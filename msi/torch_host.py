@@ -13,7 +13,7 @@ from msi.device.choice import open_device
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError
-from msi.host import ModelShape
+from msi.host import ServedShape
 from msi.kernels.routing import row_bytes
 from msi.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
 from msi.messages import Assignment
@@ -67,7 +67,7 @@ class TorchModel:
     ) -> None:
         config, dtype = files.config, DTYPES[assignment.dtype]
         self.part = part
-        self.shape = ModelShape(
+        self.shape = ServedShape(
             num_sparse_layers=config.num_sparse_layers,
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,

@@ -7,6 +7,7 @@ coordinator is new), the life ends and the worker says hello again; weights and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -36,6 +37,7 @@ from msi.messages import (
     Shutdown,
     Submit,
     Topology,
+    Undecided,
     UseLanes,
     WorkerFailed,
     WorkerHello,
@@ -49,6 +51,8 @@ from msi.tracing import Tracer
 from msi.types import StageTimes
 
 log = logging.getLogger(__name__)
+
+HELLO_EVERY_S = 5.0  # until the coordinator has told us our role
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,23 +158,7 @@ class Worker:
             PROTOCOL_VERSION, self.worker_id, settings.role, os.getpid(), socket.gethostname(),
             fingerprint, dtype, self._process,
         )  # fmt: skip
-        patience_s = settings.start_timeout_s if self._loaded is None else settings.reconnect_s
-        try:
-            async with asyncio.timeout(patience_s):
-                while True:
-                    self._control.send(hello)
-                    try:
-                        async with asyncio.timeout(5.0):
-                            while not isinstance(answer := await self._control.receive(), Assignment | Refused):
-                                if isinstance(answer, Shutdown):
-                                    raise _WorkerEnds
-                        break
-                    except TimeoutError:
-                        log.warning("the coordinator at %s does not answer yet", settings.coordinator)
-        except TimeoutError:
-            raise Unavailable(
-                f"no coordinator answered at {settings.coordinator} for {patience_s:g} s; is it running there?"
-            ) from None
+        answer = await self._answer(hello)
         if isinstance(answer, Refused):
             raise ConfigError(answer.reason)
         self.worker_id = answer.worker_id
@@ -179,6 +167,37 @@ class Worker:
             self._tracer = Tracer(answer.worker_id, settings.trace_dir)
             self._host.use_tracer(self._tracer)
         return answer
+
+    async def _answer(self, hello: WorkerHello) -> Assignment | Refused:
+        """Says hello until the coordinator has decided. Raises Unavailable when it is silent for too long."""
+        settings, loop = self._settings, asyncio.get_running_loop()
+        patience_s = settings.start_timeout_s if self._loaded is None else settings.reconnect_s
+        was_told = False
+        try:
+            async with asyncio.timeout(patience_s) as patience:
+                while True:
+                    self._control.send(hello)
+                    is_there = False
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(HELLO_EVERY_S):
+                            while not isinstance(answer := await self._control.receive(), Assignment | Refused):
+                                if isinstance(answer, Shutdown):
+                                    raise _WorkerEnds
+                                if not isinstance(answer, Undecided):
+                                    continue
+                                if self._drain_wanted.is_ringing:
+                                    raise _WorkerEnds
+                                if not was_told:
+                                    log.info("waiting for other workers: the role that they leave is this one's")
+                                was_told = is_there = True
+                                patience.reschedule(loop.time() + patience_s)
+                        return answer
+                    if not is_there:
+                        log.warning("the coordinator at %s does not answer yet", settings.coordinator)
+        except TimeoutError:
+            raise Unavailable(
+                f"no coordinator answered at {settings.coordinator} for {patience_s:g} s; is it running there?"
+            ) from None
 
     # -- one life ----------------------------------------------------------------------------------------------------
 

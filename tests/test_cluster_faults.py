@@ -35,8 +35,11 @@ def reset(sock):
 
 
 @contextlib.asynccontextmanager
-async def inside(options):
-    """An instance over TCP whose processes are tasks of this one."""
+async def inside(checkpoint):
+    """An instance over TCP whose processes are tasks of this one; time alone loses nobody, however slow the machine."""
+    options = InstanceOptions(
+        model=checkpoint, expert_workers=2, micro_batches=2, transport="tcp", threads_per_worker=1, peer_timeout_s=120
+    )
     coordinator = create_coordinator(options, "tcp://127.0.0.1:*")
     workers = {
         worker_id: create_worker(options, coordinator.address, worker_id.partition("-")[0], worker_id)
@@ -63,10 +66,7 @@ async def succeeds(engine):
 
 
 async def test_a_connection_that_is_reset_ends_what_runs_and_the_peer_is_taken_back_in_a_new_life(checkpoint):
-    options = InstanceOptions(
-        model=checkpoint, expert_workers=2, micro_batches=2, transport="tcp", threads_per_worker=1
-    )
-    async with inside(options) as (engine, workers):
+    async with inside(checkpoint) as (engine, workers):
         tasks = await running_requests(engine, 3)
         (transport,) = workers["attention-0"].life.transports
         assert isinstance(transport, TcpTransport)
@@ -88,10 +88,7 @@ async def test_a_connection_that_breaks_and_is_back_while_the_device_is_busy_end
     checkpoint, work
 ):
     """Rows for a life that is over went to the next one, which did not answer; tokens were sampled without answers."""
-    options = InstanceOptions(
-        model=checkpoint, expert_workers=2, micro_batches=2, transport="tcp", threads_per_worker=1
-    )
-    async with inside(options) as (engine, workers):
+    async with inside(checkpoint) as (engine, workers):
         attention = workers["attention-0"].life.attention
         compute, is_held, may_go_on = getattr(attention._half, work), threading.Event(), threading.Event()
 

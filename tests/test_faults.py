@@ -227,6 +227,6 @@ async def test_a_worker_that_dies_again_and_again_ends_the_instance_with_a_sente
 
         await until(is_back)
         os.kill(engine.pids["expert-0"], signal.SIGKILL)
-        error = await asyncio.wait_for(engine.wait_failed(), 30)
+        error = await asyncio.wait_for(engine.wait_failed(), RETURNS_WITHIN_S)
         assert "expert-0" in str(error)
         assert "not started again" in str(error)

@@ -29,13 +29,15 @@ pytestmark = pytest.mark.timeout(180)
     ("arguments", "complaint"),
     [
         (["/nowhere"], "/nowhere is not a directory"),
-        (["--plan", "plan.json"], "--plan is not built yet"),
+        (["--check"], "--check is not built yet"),
+        (["--plan", "/nowhere.json"], "/nowhere.json cannot be read"),
         (["--api-key="], "--api-key is empty; give a key"),
         (["--chat-template", "/nowhere"], "--chat-template /nowhere is not a file"),
         (["--role", "expert"], "--role expert needs --coordinator tcp://HOST:PORT"),
         (["--device", "tpu"], "--device 'tpu' is not one; supported: cpu, cuda, cuda:N"),
         (["--transport", "rdma"], "--transport rdma is not built yet"),
         (["--attention-workers", "0"], "--attention-workers 0"),
+        (["--peer-timeout", "0"], "--peer-timeout 0.0: give a number of seconds > 0"),
     ],
 )
 def test_what_cannot_work_is_a_sentence_and_status_2(capsys, arguments, complaint):
@@ -182,22 +184,22 @@ async def test_a_coordinator_that_cannot_be_reached_is_named(tiny_model):
 
 
 async def test_processes_started_one_by_one_in_any_order(tiny_model, tmp_path):
-    """Workers first, the coordinator last; a second with the same id, garbage on the socket, and a drain."""
+    """A worker for any role first, then the coordinator, then the worker that wants a certain role; a second with the
+    same id, garbage on the socket, and a drain."""
     address = f"tcp://127.0.0.1:{free_port()}"
     port = free_port()
     common = (tiny_model, "--coordinator", address, "--threads-per-worker", 1)
     async with (
-        launched(*common, "--role", "expert", "--worker-id", "expert-0") as expert,
         launched(*common, "--role", "worker") as chosen,
         launched(*common, "--role", "coordinator", "--expert-workers", 1, "--port", port) as coordinator,
     ):
         await coordinator.until_said("HTTP at")
-        engine = Engine.connect(address)
-        async with engine:
-            deadline = time.monotonic() + 90
-            while not engine.status[0]:
-                assert time.monotonic() < deadline, engine.status
-                await asyncio.sleep(0.1)
+        await chosen.until_said("waiting for other workers")
+        async with (
+            launched(*common, "--role", "expert", "--worker-id", "expert-0") as expert,
+            Engine.connect(address) as engine,
+        ):
+            await engine.wait_ready(90)
 
             async def generate():
                 params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
@@ -218,6 +220,22 @@ async def test_processes_started_one_by_one_in_any_order(tiny_model, tmp_path):
             async with launched(*common, "--role", "expert", "--worker-id", "expert-0"):
                 assert await asyncio.wait_for(generate(), 60) == expected, "and its successor is taken"
         assert chosen.process.returncode is None
+
+
+async def test_a_worker_that_waits_for_its_role_ends_when_it_is_told_to(tiny_model):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    common = (tiny_model, "--coordinator", address, "--threads-per-worker", 1)
+    async with (
+        launched(*common, "--role", "worker") as first,
+        launched(*common, "--role", "worker") as second,
+        launched(*common, "--role", "coordinator", "--expert-workers", 2, "--no-gateway") as coordinator,
+    ):
+        for worker in (first, second):
+            await worker.until_said("waiting for other workers")
+        first.process.send_signal(signal.SIGTERM)
+        assert await first.ended() == 0
+        coordinator.process.send_signal(signal.SIGTERM)
+        assert await second.ended() == 0, "the coordinator's end is told to it, too"
 
 
 async def send_garbage(address):
@@ -272,7 +290,7 @@ async def test_it_waits_by_name_and_gives_up_with_a_sentence(tiny_model):
     ) as coordinator:
         await coordinator.until_said("coordinator at")
         async with Engine.connect(address) as engine:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 90
             while "gave up" not in engine.failure:
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.1)

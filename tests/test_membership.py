@@ -17,6 +17,7 @@ from msi.messages import (
     PeerLost,
     Refused,
     Topology,
+    Undecided,
     UseLanes,
     WorkerHello,
     WorkerReady,
@@ -64,8 +65,74 @@ def test_places_are_given_in_order_and_then_refused():
 
 def test_who_asks_again_before_the_answer_came_gets_the_same_answer():
     cluster = Cluster(PLAN, 0.0)
-    for role in ("worker", "expert", "attention"):
+    for role in ("worker", "expert"):
         assert hello(cluster, role.encode(), role=role) == hello(cluster, role.encode(), role=role)
+
+
+def roles_given(instructions):
+    return {one.route: one.message.role for one in instructions if isinstance(one.message, Assignment)}
+
+
+def say(cluster, route, role, now=0.0, **changes):
+    return cluster.hello(route, replace(HELLO, role=role, **changes), now)
+
+
+def test_a_worker_for_any_role_takes_none_from_those_who_want_a_certain_one():
+    cluster = Cluster(replace(PLAN, num_expert=1, placement=place_evenly(8, 1)), 0.0)
+    assert say(cluster, b"any", "worker") == [Send(b"any", Undecided())]
+    assert cluster.sentence(3.0) == "waiting for attention worker 1 of 1 (2 missing, 1 for any role here), 3 s"
+    assert roles_given(say(cluster, b"e0", "expert", worker_id="expert-0")) == {b"e0": "expert", b"any": "attention"}
+    assert cluster.routes == [b"any", b"e0"]
+
+
+def test_who_wants_a_certain_role_and_comes_first_leaves_the_others():
+    cluster = Cluster(PLAN, 0.0)
+    assert roles_given(say(cluster, b"a0", "attention")) == {b"a0": "attention"}
+    for route in (b"1", b"2"):
+        assert roles_given(say(cluster, route, "worker")) == {route: "expert"}, "only one role is left: no waiting"
+
+
+def test_workers_for_any_role_are_shared_out_when_the_last_one_is_there():
+    cluster = Cluster(PLAN, 0.0)
+    for route in (b"1", b"2", b"1"):
+        assert say(cluster, route, "worker") == [Send(route, Undecided())]
+    assert cluster.routes == [b"1", b"2"]
+    assert roles_given(say(cluster, b"3", "worker")) == {b"1": "expert", b"2": "expert", b"3": "attention"}
+    assert "all 3 workers of this instance are there already" in hello(cluster, b"4", role="worker").reason
+
+
+def test_an_undecided_worker_counts_once_and_only_while_it_is_heard_of():
+    cluster = Cluster(PLAN, 0.0)
+    say(cluster, b"1", "worker", process="p")
+    say(cluster, b"2", "worker", process="p")  # its connection broke
+    assert cluster.routes == [b"2"]
+    say(cluster, b"3", "worker", 10.0)
+    cluster.tick(16.0)
+    assert cluster.routes == [b"3"]
+
+
+def test_an_undecided_worker_whose_model_differs_is_refused_in_the_end():
+    cluster = Cluster(PLAN, 0.0)
+    say(cluster, b"1", "worker", fingerprint="other")
+    assert roles_given(say(cluster, b"e0", "expert")) == {b"e0": "expert"}
+    _, refused = say(cluster, b"a0", "attention")
+    assert refused.route == b"1"
+    assert "model differs" in refused.message.reason
+
+
+def test_a_worker_for_any_role_that_had_one_gets_it_at_once():
+    cluster = Cluster(PLAN, 0.0)
+    assert roles_given(say(cluster, b"1", "worker", worker_id="attention-0")) == {b"1": "attention"}
+    cluster.worker_failed("attention-0", "gone")
+    assert roles_given(say(cluster, b"2", "worker", worker_id="attention-0")) == {b"2": "attention"}
+
+
+def test_once_the_instance_has_served_whoever_comes_fills_a_place_at_once():
+    cluster = formed()
+    cluster.tick(0.0)
+    for worker_id in ("expert-1", "attention-0"):
+        cluster.worker_failed(worker_id, "gone")
+    assert roles_given(say(cluster, b"any", "worker")) == {b"any": "expert"}
 
 
 def test_a_default_id_says_its_place():

@@ -67,7 +67,7 @@ async def one_stall(instance):
 
 
 async def one_ten_times_slow(instance):
-    instance.attention[3].slowness = 10
+    instance.attention[3].compute.queue.slowness = 10
     return (await start(instance, 0, 1, 2, 3))[:3]
 
 
@@ -205,7 +205,7 @@ async def weather(shape: Shape, fates) -> None:
 
         async def live(worker, fate):
             await asyncio.sleep(fate["starts_at"])
-            worker.slowness = fate["slowness"]
+            worker.compute.queue.slowness = fate["slowness"]
             passes = await worker.start(fate["num_passes"], gap_s=lambda: fate["gap_s"])
             if fate["stalls_at"] is not None:
                 await asyncio.sleep(fate["stalls_at"])
@@ -222,7 +222,7 @@ async def weather(shape: Shape, fates) -> None:
 
         for worker in instance.attention:
             worker.sent = []
-            worker.compute._route = recording(worker.compute._route, worker.sent)
+            worker.compute._routing = Recording(instance, worker.sent)
         await asyncio.gather(*(live(*pair) for pair in zip(instance.attention, fates, strict=True)))
         live_ones = all(fate["dies_at"] is None for fate in fates)
         for expert in instance.experts:
@@ -233,13 +233,16 @@ async def weather(shape: Shape, fates) -> None:
             assert answered == sum(sum(worker.sent) for worker in instance.attention)
 
 
-def recording(route, sent):
-    def recorded():
-        rows = route()
-        sent.append(sum(map(bool, rows)))
-        return rows
+class Recording:
+    """A routing that notes how many nodes each draw has rows for."""
 
-    return recorded
+    def __init__(self, routing, sent):
+        self.routing, self.sent = routing, sent
+
+    def draw(self, num_tokens, chance):
+        mark, rows = self.routing.draw(num_tokens, chance)
+        self.sent.append(sum(map(bool, rows)))
+        return mark, rows
 
 
 @settings(max_examples=150, deadline=None)

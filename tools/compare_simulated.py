@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -33,16 +32,13 @@ from msi.loading import DTYPES
 from msi.models.config import config_digest
 from msi.models.families import load_config
 from msi.models.shape import shape_of
-from msi.net.dispatch_link import Turn
 from msi.net.slots import HEADER_BYTES
 from msi.pipeline import Stages, steady_pass_s
 from msi.planner.model_shape import ModelShape
 from msi.planner.performance import active_experts, nodes_per_token
 from msi.planner.profile import Deployment, Profile, ProfiledCosts, read_profile
 from msi.simulator.clock import run_virtual
-from msi.simulator.compute import SimulatedAttention
 from msi.simulator.instance import Shape, SimulatedInstance
-from msi.types import MicroBatch, Sampled
 from tools import bench_decode
 from tools.quiet import CALM, Others
 
@@ -187,10 +183,11 @@ def simulated_pass_s(layout: Layout, num_layers: int, stages: Stages, pass_s: fl
     """Mean time of a pass of each lane once the pipeline is steady."""
 
     async def simulate() -> float:
-        shape = Shape(layout.num_attention, layout.num_expert, layout.num_micro_batches, num_layers, stages)
+        shape = Shape(
+            layout.num_attention, layout.num_expert, layout.num_micro_batches, num_layers, stages, pass_s=pass_s
+        )
         async with SimulatedInstance(shape) as instance:
             for worker in instance.attention:
-                worker.compute = _WithSampling(worker.compute, pass_s)
                 if layout.is_colocated:
                     worker.compute.queue = instance.experts[0].compute.queue
             passes = [await worker.start(SIMULATED_PASSES) for worker in instance.attention]
@@ -198,28 +195,6 @@ def simulated_pass_s(layout: Layout, num_layers: int, stages: Stages, pass_s: fl
             return sum(one.log.mean_pass_s(SIMULATED_SKIP) for one in passes) / len(passes)
 
     return run_virtual(simulate())
-
-
-class _WithSampling(SimulatedAttention):
-    """A simulated attention half whose passes end with a head and a sampler."""
-
-    def __init__(self, attention: SimulatedAttention, pass_s: float) -> None:
-        self.num_layers = attention.num_layers
-        self.queue = attention.queue
-        self._attention = attention
-        self._pass_s = pass_s
-
-    def begin(self, lane: int, micro_batch: MicroBatch) -> None:
-        self._attention.begin(lane, micro_batch)
-
-    def attention_route_pack(self, lane: int, layer: int, turn: Turn) -> None:
-        self._attention.queue = self.queue
-        self._attention.attention_route_pack(lane, layer, turn)
-
-    def sample(self, lane: int) -> Awaitable[Sampled]:  # type: ignore[override]
-        done: asyncio.Future[Sampled] = asyncio.get_running_loop().create_future()
-        self.queue.enqueue(self._pass_s, done.set_result, Sampled([]))
-        return done
 
 
 # -- measured --------------------------------------------------------------------------------------------------------

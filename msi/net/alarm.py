@@ -19,6 +19,11 @@ class Alarm:
         elif not self._waiter.done():
             self._waiter.set_result(None)
 
+    @property
+    def is_ringing(self) -> bool:
+        """Whether it was rung while nobody waited."""
+        return self._is_ringing
+
     async def wait(self, delay_s: float = math.inf) -> None:
         """Returns after `delay_s` or when rung. Cancellation leaves nothing behind."""
         assert self._waiter is None, "one waiter at a time"

@@ -8,34 +8,62 @@ from dataclasses import dataclass, replace
 from msi.errors import ConfigError
 from msi.planner.assumptions import BASELINES, Baseline
 from msi.planner.colocated import best_colocated
-from msi.planner.machine import machine_plans
+from msi.planner.machine import machine_of, machine_plans
+from msi.planner.performance import DeploymentCosts
 from msi.planner.plan import Plan
 from msi.planner.search import deployment_of, search
+from msi.planner.stage_costs import StageCosts
 from msi.planner.task import Pool, Task, score_of
 
 
 def best_plans(task: Task, *, num_plans: int = 5) -> list[Plan]:
     """By the task's objective, best first: from a profile where the task has one, else from the roofline.
 
+    Where only colocated deployments keep the limits, those.
+
     Raises:
         ConfigError: no plan keeps the limits; says which limit stands in the way.
     """
     if task.profile is not None:
         return machine_plans(task, num_plans=num_plans)
-    return search(task, num_plans=num_plans)
+    try:
+        return search(task, num_plans=num_plans)
+    except ConfigError:
+        colocated = sorted(_colocated(task).values(), key=lambda plan: -score_of(plan, task.objective))
+        if not colocated:
+            raise
+        return colocated[:num_plans]
+
+
+def costs_of(task: Task, plan: Plan, micro_batch: int = 0) -> StageCosts:
+    """What the stages of a plan take, for the simulator and for comparing with what is measured.
+
+    Args:
+        micro_batch: the usual one, where costs depend on how far both sides overlap; 0 for the plan's.
+    """
+    if task.profile is not None:
+        return machine_of(task, plan).stage_costs(micro_batch or plan.micro_batch)
+    pair = deployment_of(task, plan).costs
+    return DeploymentCosts(pair, plan.num_attention_nodes, plan.num_expert_nodes, plan.experts_per_node)
 
 
 def pareto_front(task: Task, *, num_points: int = 12) -> list[Plan]:
-    """Plans of which none has both a lower TPOT and a higher score, by ascending TPOT, up to the task's limit."""
+    """Plans of which none has both a lower TPOT and a higher score, by ascending TPOT, up to the task's limit.
+
+    Raises:
+        ConfigError: no plan keeps the task's own limits.
+    """
     front: list[Plan] = []
     for step in reversed(range(num_points)):
         tpot_s = task.workload.tpot_s / 1.25**step
         try:
             plan = best_plans(replace(task, workload=replace(task.workload, tpot_s=tpot_s)), num_plans=1)[0]
         except ConfigError:
+            if step == 0 and not front:
+                raise
             continue
         if not front or score_of(plan, task.objective) > score_of(front[-1], task.objective) * (1 + 1e-9):
-            front.append(plan)
+            front = [*(one for one in front if one.tpot_s < plan.tpot_s), plan]
     return front
 
 
@@ -73,14 +101,21 @@ def is_it_worth_it(task: Task, plans: Sequence[Plan]) -> Verdict:
         if one_process is not None:
             colocated["one process"] = one_process
     else:
-        for name, label in (("vllm", "tensor parallel"), ("tensorrt-llm", "tensor + expert parallel")):
-            unlimited: Baseline = replace(BASELINES[name], max_num_seqs=0)
-            plan = best_colocated(task, unlimited)
-            if plan is not None:
-                colocated[label] = plan
+        colocated = _colocated(task)
     scores = [score_of(plan, task.objective) for plan in colocated.values()]
     ours = 0.0 if best is None else score_of(best, task.objective)
     return Verdict(best, colocated, ours / max(scores) if scores else float("inf"))
+
+
+def _colocated(task: Task) -> dict[str, Plan]:
+    """The best of each way to deploy it, by name: tensor parallel as vLLM, with expert parallel as TensorRT-LLM."""
+    found = {}
+    for name, label in (("vllm", "tensor parallel"), ("tensorrt-llm", "tensor + expert parallel")):
+        unlimited: Baseline = replace(BASELINES[name], max_num_seqs=0)
+        plan = best_colocated(task, unlimited)
+        if plan is not None:
+            found[label] = plan
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,8 @@ def gpu_from_table(name: str, table: Mapping[str, Any], source: str) -> Gpu:
             raise ConfigError(f"{where}: unknown key {key!r}; allowed: {', '.join(UNITS)}")
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or value <= 0 or (key == "gpus_per_node" and not isinstance(value, int)):
-            raise ConfigError(f"{where}: {key} is {value!r}; it must be a number above 0")
+            kind = "an integer" if key == "gpus_per_node" else "a number"
+            raise ConfigError(f"{where}: {key} is {value!r}; it must be {kind} above 0")
     if missing := [key for key in UNITS if key not in table]:
         raise ConfigError(f"{where}: {', '.join(missing)} missing")
     return Gpu(name=name, **{field: table[key] * unit for key, (field, unit) in UNITS.items()})

@@ -89,7 +89,9 @@ class Machine:
         attention_s += costs.pass_s(micro_batch) / model.num_sparse_layers
         sent = micro_batch * float(nodes_per_token(model, float(self.experts_per_node))) / self.layout.num_expert
         num_bytes = round(sent * model.hidden_size * model.value_bytes)
-        return Stages(attention_s, costs.expert_s(rows, max(1, round(active))), costs.comm_s(max(1, num_bytes)))
+        expert_s, comm_s = costs.expert_s(rows, max(1, round(active))), costs.comm_s(max(1, num_bytes))
+        by = self.task.factors
+        return Stages(attention_s * by.attention, expert_s * by.expert, comm_s * by.comm)
 
     @property
     def memory_limit_bytes(self) -> float:
@@ -203,6 +205,15 @@ def machines(task: Task) -> Iterator[Machine]:
         except ConfigError:
             continue  # not measured with so many threads
         yield Machine(task, profile, layout, costs)
+
+
+def machine_of(task: Task, plan: Plan) -> Machine:
+    """The layout of a plan."""
+    colocated = plan.kind == "colocated"
+    wanted = Layout(
+        plan.num_attention_nodes, plan.num_expert_nodes, plan.threads_per_worker, plan.num_micro_batches, colocated
+    )
+    return next(machine for machine in machines(task) if machine.layout == wanted)
 
 
 def machine_plans(task: Task, *, num_plans: int = 5) -> list[Plan]:

@@ -11,7 +11,10 @@ from msi.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentAttention:
-    """Multi-head latent attention (DeepSeek): one latent row per token stands for its keys and values."""
+    """Multi-head latent attention (DeepSeek): one latent row per token stands for its keys and values.
+
+    A `q_lora_rank` of 0 is a query projection of one matrix (DeepSeek-V2-Lite).
+    """
 
     q_lora_rank: int
     kv_lora_rank: int
@@ -64,7 +67,8 @@ class ModelShape:
         """Values of one layer's attention projections."""
         h, heads = self.hidden_size, self.num_heads
         if (mla := self.latent) is not None:
-            query = h * mla.q_lora_rank + mla.q_lora_rank * heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+            query_dim = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+            query = mla.q_lora_rank * (h + query_dim) if mla.q_lora_rank else h * query_dim
             down = h * (mla.kv_lora_rank + mla.qk_rope_head_dim)
             up = mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
             return query + down + up + heads * mla.v_head_dim * h
@@ -153,7 +157,7 @@ def model_shape_from_table(name: str, table: Mapping[str, Any], source: str) -> 
     """A model of a catalogue file.
 
     Raises:
-        ConfigError: names the file, the model and the key that is missing, unknown or no positive integer.
+        ConfigError: names the file, the model and the key that is missing, unknown or out of range.
     """
     where = f"{source}: model {name}"
     for key in NEEDED_KEYS:
@@ -161,10 +165,12 @@ def model_shape_from_table(name: str, table: Mapping[str, Any], source: str) -> 
             raise ConfigError(f"{where}: {key} is missing; needed: {', '.join(NEEDED_KEYS)}")
     for key, value in table.items():
         if key not in (*NEEDED_KEYS, *OPTIONAL_KEYS, *LATENT_KEYS):
-            raise ConfigError(f"{where}: unknown key {key!r}; allowed: {', '.join((*NEEDED_KEYS, *OPTIONAL_KEYS))}")
-        if not isinstance(value, int) or isinstance(value, bool) or value < (key in NEEDED_KEYS):
-            raise ConfigError(f"{where}: {key} is {value!r}; it must be an integer above 0")
-    has_latent = "kv_lora_rank" in table
+            allowed = ", ".join((*NEEDED_KEYS, *OPTIONAL_KEYS, *LATENT_KEYS))
+            raise ConfigError(f"{where}: unknown key {key!r}; allowed: {allowed}")
+        least = 0 if key in (*OPTIONAL_KEYS, "q_lora_rank") else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{where}: {key} is {value!r}; it must be an integer of at least {least}")
+    has_latent = any(key in table for key in LATENT_KEYS)
     if has_latent and (missing := [key for key in LATENT_KEYS if key not in table]):
         raise ConfigError(f"{where}: latent attention needs {', '.join(missing)} too")
     shape = ModelShape(
@@ -186,4 +192,6 @@ def model_shape_from_table(name: str, table: Mapping[str, Any], source: str) -> 
     )
     if shape.top_k > shape.num_experts or shape.num_dense_layers >= shape.num_layers:
         raise ConfigError(f"{where}: top_k must not exceed experts, and one layer at least must have experts")
+    if shape.num_dense_layers and not shape.dense_intermediate_size:
+        raise ConfigError(f"{where}: dense_layers is {shape.num_dense_layers}; give dense_intermediate, too")
     return shape

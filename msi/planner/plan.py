@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from msi.errors import ConfigError
 from msi.pipeline import Stages
@@ -31,8 +32,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         for flag, value in (("--input-len", self.input_len), ("--output-len", self.output_len)):
-            if not value > 0:
-                raise ConfigError(f"{flag} {value:g}: give a length of at least 1 token")
+            if not 0 < value < math.inf:
+                raise ConfigError(f"{flag} {value:g}: give a length above 0 tokens")
         if not self.tpot_s > 0:
             raise ConfigError(f"--tpot-ms {self.tpot_s * 1e3:g}: give a time above 0")
 
@@ -129,11 +130,14 @@ class Plan:
         return asdict(self) | derived
 
 
+MAY_BE_ZERO = ("num_instances", "threads_per_worker")  # of the counts
+
+
 def plan_from_json(values: Mapping[str, Any], source: str) -> Plan:
     """The inverse of `Plan.to_json`.
 
     Raises:
-        ConfigError: names the key that is missing or has another type.
+        ConfigError: names the key that is missing, of another type or out of range.
     """
     arguments: dict[str, Any] = {}
     for one in fields(Plan):
@@ -145,7 +149,12 @@ def plan_from_json(values: Mapping[str, Any], source: str) -> Plan:
             raise ConfigError(
                 f"{source}: {one.name} is {value!r}; it must be {'a number' if str not in kinds else 'text'}"
             )
-        if isinstance(value, int | float) and value < 0:
-            raise ConfigError(f"{source}: {one.name} is {value!r}; it must not be negative")
+        if (words := {"Kind": get_args(Kind), "Limit": get_args(Limit)}.get(str(one.type))) and value not in words:
+            raise ConfigError(f"{source}: {one.name} is {value!r}; it must be {' or '.join(words)}")
+        if isinstance(value, int | float):
+            is_positive = one.name == "tpot_s" or (one.type == "int" and one.name not in MAY_BE_ZERO)
+            if not math.isfinite(value) or value < 0 or (is_positive and value == 0):
+                allowed = "above 0" if is_positive else "not negative"
+                raise ConfigError(f"{source}: {one.name} is {value!r}; it must be finite and {allowed}")
         arguments[one.name] = value
     return Plan(**arguments)

@@ -11,7 +11,7 @@ from typing import Any
 from msi.errors import ConfigError
 from msi.planner.assumptions import Assumptions
 from msi.planner.hardware import Gpu
-from msi.planner.model_shape import ModelShape, model_shape_from_json
+from msi.planner.model_shape import model_shape_from_json
 from msi.planner.plan import Plan, Workload, plan_from_json
 from msi.planner.profile import read_profile
 from msi.planner.profile import to_json as profile_to_json
@@ -103,10 +103,14 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
 
 
-def check_model(file: PlanFile, model: ModelShape, source: str) -> None:
-    """Raises ConfigError: the plan is for another model."""
-    if file.fingerprint and model.config_digest and file.fingerprint != model.config_digest:
+def check_model(file: PlanFile, name: str, digest: str, source: str) -> None:
+    """Raises ConfigError: the plan is for another model than the one of this name and config digest."""
+    if file.fingerprint and file.fingerprint != digest:
         raise ConfigError(
-            f"{source} is for {file.task.model.name} (config.json {file.fingerprint[:12]}), and this model is "
-            f"{model.name} ({model.config_digest[:12]}); plan again with msi-plan"
+            f"{source} is for {file.task.model.name} (config.json {file.fingerprint[:12]}), and this model is {name} "
+            f"({digest[:12]}); plan again with msi-plan"
+        )
+    if not file.fingerprint:
+        raise ConfigError(
+            f"{source} is for {file.task.model.name}, known by name only; plan with the model's directory to run it"
         )

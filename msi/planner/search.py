@@ -6,6 +6,7 @@ once; the largest micro-batch under the TPOT limit and both memories by binary s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,10 @@ from msi.planner.performance import (
     nodes_per_token,
 )
 from msi.planner.plan import Limit, Plan
-from msi.planner.task import Limits, Objective, Pool, Task
+from msi.planner.task import Limits, Objective, Pool, StageFactors, Task
 
+UNCHANGED = StageFactors()
+STEP_MATTERS = 0.02  # scores between two steps of attention nodes are at most so much higher
 DENSE_UP_TO = 16  # every number of attention nodes up to here, then steps of 10 %
 
 
@@ -44,6 +47,21 @@ class Side:
         return self.tp * self.gpu.memory_bytes * given.memory_utilization
 
 
+def attention_gpus_beside(attention: Side, expert: Side, expert_gpus: int) -> int:
+    """GPUs that attention may use when experts have so many; a type on both sides is one stock."""
+    if attention.gpu != expert.gpu:
+        return attention.count
+    return min(attention.count, max(attention.count, expert.count) - expert_gpus)
+
+
+def instances_that_fit(attention: Side, attention_gpus: Quantity, expert: Side, expert_gpus: Quantity) -> Quantity:
+    """How many instances of so many GPUs on each side the counts allow."""
+    fitting = np.minimum(attention.count // attention_gpus, expert.count // expert_gpus)
+    if attention.gpu == expert.gpu:
+        fitting = np.minimum(fitting, max(attention.count, expert.count) // (attention_gpus + expert_gpus))
+    return fitting
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """Deployments of one pair of sides: arrays of equal length."""
@@ -52,6 +70,7 @@ class Candidates:
     experts_per_node: NDArray[np.float64]
     num_expert_nodes: NDArray[np.float64]
     num_micro_batches: NDArray[np.float64]
+    nodes_per_token: NDArray[np.float64]  # expert nodes that one token's rows go to
 
     def __len__(self) -> int:
         return len(self.num_micro_batches)
@@ -62,6 +81,7 @@ class Candidates:
             self.experts_per_node[chosen],
             self.num_expert_nodes[chosen],
             self.num_micro_batches[chosen],
+            self.nodes_per_token[chosen],
         )
 
 
@@ -94,9 +114,12 @@ class Deployment:
         attention_s = self.costs.attention_s(micro_batch, micro_batch * mean_len)
         attention_s = attention_s + self.costs.pass_s(micro_batch) / model.num_sparse_layers
         expert_s = self.costs.expert_s(expert_rows, active, at.experts_per_node)
-        message_rows = micro_batch * nodes_per_token(model, at.experts_per_node) / at.num_expert_nodes
+        message_rows = micro_batch * at.nodes_per_token / at.num_expert_nodes
         message_bytes = message_rows * model.hidden_size * model.value_bytes
         comm_s = self.costs.comm_s(message_bytes, at.num_attention_nodes, at.num_expert_nodes)
+        if task.factors != UNCHANGED:
+            attention_s, expert_s = attention_s * task.factors.attention, expert_s * task.factors.expert
+            comm_s = comm_s * task.factors.comm
         forward_s = np.maximum(attention_s, expert_s)
         round_trip_s = attention_s + expert_s + 2 * comm_s
         tpot_s = model.num_sparse_layers * np.maximum(at.num_micro_batches * forward_s, round_trip_s)
@@ -144,22 +167,33 @@ class Deployment:
             "batch limit": too_many,
         }
 
-    def largest_micro_batch(self, at: Candidates) -> NDArray[np.float64]:
-        """Of each candidate; 0 where not even one sequence is within the limits.
+    def largest_micro_batch(self, at: Candidates, worth: float = 0.0) -> NDArray[np.float64]:
+        """Of each candidate; 0 where not even one sequence is within the limits, or the score would not exceed `worth`.
 
         Memory grows by the same bytes with every sequence, so its limit is a division; where the TPOT limit is lower,
-        a binary search (TPOT never falls with the micro-batch).
+        a search that halves the open range, and every second time cuts it where a line from the origin meets the
+        limit: TPOT never falls with the micro-batch, and never rises faster than in proportion to it. For the same
+        reason no candidate scores more than with the micro-batch that only memory limits.
         """
         largest = self._largest_in_memory(at)
-        is_slow = (largest > 0) & self._is_slow(at, np.maximum(largest, 1))
+        tpot_s = self.predict(at, np.maximum(largest, 1)).tpot_s
+        if worth:
+            largest = np.where(self._score(at, largest, tpot_s) > worth, largest, 0)
+        is_slow = (largest > 0) & (tpot_s > self.task.workload.tpot_s * (1 + 1e-12))
         slow, searched = at.only(is_slow), np.flatnonzero(is_slow)
         low, high = np.zeros(len(slow)), largest[searched]
+        limit_s = self.task.workload.tpot_s
+        high_s = self.predict(slow, high).tpot_s
+        is_cut = True
         while np.any(high - low > 1):
-            middle = np.floor((low + high) / 2)
-            too_slow = self._is_slow(slow, np.maximum(middle, 1))
+            tried = np.floor(high * limit_s / high_s if is_cut else (low + high) / 2)
+            tried = np.clip(tried, low + 1, np.maximum(high - 1, low + 1))
+            tried_s = self.predict(slow, tried).tpot_s
             is_open = high - low > 1
-            high = np.where(is_open & too_slow, middle, high)
-            low = np.where(is_open & ~too_slow, middle, low)
+            too_slow = is_open & (tried_s > limit_s * (1 + 1e-12))
+            high, high_s = np.where(too_slow, tried, high), np.where(too_slow, tried_s, high_s)
+            low = np.where(is_open & ~too_slow, tried, low)
+            is_cut = not is_cut
         largest[searched] = low
         return largest
 
@@ -183,28 +217,35 @@ class Deployment:
     def candidates(self, attention_nodes: Iterable[int] | None = None) -> Candidates:
         """Every number of experts per node that divides E and fits, of m, and of attention nodes."""
         task, model = self.task, self.task.model
-        is_shared = self.attention.gpu == self.expert.gpu
-        grids = [np.empty((4, 0))]
+        grids = [np.empty((5, 0))]
         for experts_per_node in divisors(model.num_experts):
             num_expert_nodes = model.num_experts // experts_per_node
             expert_gpus = num_expert_nodes * self.expert.tp
-            left = self.attention.count - (expert_gpus if is_shared else 0)
             weights = experts_per_node * model.expert_bytes
             if expert_gpus > self.expert.count or weights > self.expert.memory_limit_bytes(task.given):
                 continue
-            most = left // self.attention.tp
+            most = attention_gpus_beside(self.attention, self.expert, expert_gpus) // self.attention.tp
             tried = [n for n in (spread_up_to(most) if attention_nodes is None else attention_nodes) if 1 <= n <= most]
             nodes, m = (one.ravel() for one in np.meshgrid(tried, task.limits.micro_batches))
             each = np.ones(len(nodes))
-            grids.append(np.stack([nodes, experts_per_node * each, num_expert_nodes * each, m]))
+            reached = nodes_per_token(model, experts_per_node) * each
+            grids.append(np.stack([nodes, experts_per_node * each, num_expert_nodes * each, m, reached]))
         return Candidates(*np.concatenate(grids, axis=1))
 
-    def scores(self, at: Candidates) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The score by the objective, and the largest micro-batch; a score of 0 where nothing is possible."""
-        micro_batch = self.largest_micro_batch(at)
-        tpot_s = self.predict(at, np.maximum(micro_batch, 1)).tpot_s
+    def scores(self, at: Candidates, worth: float = 0.0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The score by the objective, and the largest micro-batch; a score of 0 where nothing is possible.
+
+        Args:
+            worth: candidates that cannot score more than this are given 0, unsearched: no TPOT limit helps them.
+        """
+        micro_batch = self.largest_micro_batch(at, worth)
+        return self._score(at, micro_batch, self.predict(at, np.maximum(micro_batch, 1)).tpot_s), micro_batch
+
+    def _score(
+        self, at: Candidates, micro_batch: NDArray[np.float64], tpot_s: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         tokens_per_s = micro_batch * at.num_micro_batches * at.num_attention_nodes / tpot_s
-        return tokens_per_s / self.spent(at, self.task.objective), micro_batch
+        return tokens_per_s / self.spent(at, self.task.objective)
 
     def spent(self, at: Candidates, objective: Objective) -> NDArray[np.float64]:
         """What the objective divides tokens per second by, per instance."""
@@ -223,11 +264,7 @@ class Deployment:
     def num_instances(self, at: Candidates) -> NDArray[np.float64]:
         attention_gpus = at.num_attention_nodes * self.attention.tp
         expert_gpus = at.num_expert_nodes * self.expert.tp
-        if self.attention.gpu == self.expert.gpu:
-            fitting = self.attention.count / (attention_gpus + expert_gpus)
-        else:
-            fitting = np.minimum(self.attention.count / attention_gpus, self.expert.count / expert_gpus)
-        return np.floor(fitting)
+        return np.asarray(instances_that_fit(self.attention, attention_gpus, self.expert, expert_gpus))
 
     def plan(self, at: Candidates, micro_batch: float) -> Plan:
         """The one candidate of `at`, in full."""
@@ -275,10 +312,21 @@ class Deployment:
     def resized(self, num_attention_nodes: int, num_expert_nodes: int, num_micro_batches: int) -> Plan | None:
         """The plan with so many nodes, with the largest B; where nodes do not divide E, the fullest one decides."""
         experts_per_node = -(-self.task.model.num_experts // num_expert_nodes)
-        sizes = (num_attention_nodes, experts_per_node, num_expert_nodes, num_micro_batches)
-        at = Candidates(*(np.array([float(size)]) for size in sizes))
+        at = self._one(num_attention_nodes, experts_per_node, num_expert_nodes, num_micro_batches)
         micro_batch = float(self.largest_micro_batch(at)[0])
         return self.plan(at, micro_batch) if micro_batch else None
+
+    def with_attention_nodes(self, plan: Plan, num_attention_nodes: int) -> Plan:
+        """A plan with another number of attention nodes and the same micro-batch on each, whatever the limits."""
+        at = self._one(num_attention_nodes, plan.experts_per_node, plan.num_expert_nodes, plan.num_micro_batches)
+        return self.plan(at, float(plan.micro_batch))
+
+    def _one(
+        self, num_attention_nodes: int, experts_per_node: int, num_expert_nodes: int, num_micro_batches: int
+    ) -> Candidates:
+        reached = float(nodes_per_token(self.task.model, float(experts_per_node)))
+        sizes = (num_attention_nodes, experts_per_node, num_expert_nodes, num_micro_batches, reached)
+        return Candidates(*(np.array([float(size)]) for size in sizes))
 
 
 def search(task: Task, *, num_plans: int = 5) -> list[Plan]:
@@ -287,11 +335,13 @@ def search(task: Task, *, num_plans: int = 5) -> list[Plan]:
     Raises:
         ConfigError: no plan keeps the limits; says which limit stands in the way.
     """
-    found = [one for deployment in deployments(task) for one in _best_of(deployment)]
+    found: list[_Found] = []
+    for deployment in deployments(task):
+        worth = found[-1].score if len(found) == num_plans else 0.0
+        found = sorted([*found, *_best_of(deployment, worth)], key=lambda one: -one.score)[:num_plans]
     if not found:
         raise ConfigError(why_none(task))
-    found.sort(key=lambda one: -one.score)
-    return [one.deployment.plan(one.at, one.micro_batch) for one in found[:num_plans]]
+    return [one.deployment.plan(one.at, one.micro_batch) for one in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,12 +352,15 @@ class _Found:
     micro_batch: float
 
 
-def _best_of(deployment: Deployment) -> Iterator[_Found]:
-    """For each m, the best of one pair of node types; attention nodes between the steps tried in a second round."""
+def _best_of(deployment: Deployment, worth: float) -> Iterator[_Found]:
+    """For each m, the best of one pair of node types, if it may score more than `worth`.
+
+    Attention nodes between the steps are tried in a second round.
+    """
     coarse = deployment.candidates()
     if not len(coarse):
         return
-    scores, micro_batch = deployment.scores(coarse)
+    scores, micro_batch = deployment.scores(coarse, worth * (1 - STEP_MATTERS))
     for m in deployment.task.limits.micro_batches:
         of_m = np.flatnonzero((coarse.num_micro_batches == m) & (scores > 0))
         if not len(of_m):
@@ -328,10 +381,10 @@ def _best_of(deployment: Deployment) -> Iterator[_Found]:
 def deployments(task: Task) -> Iterator[Deployment]:
     """Every pair of GPU types and tensor-parallel sizes whose weights fit (the two outer loops of Algorithm 1)."""
     model, given = task.model, task.given
-    for attention in _sides(task.attention, task.limits):
+    for attention in sides(task.attention, task.limits):
         if model.attention_bytes > attention.memory_limit_bytes(given):
             continue
-        for expert in _sides(task.expert, task.limits):
+        for expert in sides(task.expert, task.limits):
             if model.expert_bytes <= expert.memory_limit_bytes(given):
                 costs = Roofline(model, attention.gpu, attention.tp, expert.gpu, expert.tp, given)
                 yield Deployment(task, attention, expert, costs)
@@ -346,7 +399,7 @@ def deployment_of(task: Task, plan: Plan) -> Deployment:
     raise AssertionError(f"no such nodes: {plan}")
 
 
-def _sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
+def sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
     for pool in pools:
         for tp in limits.tp_sizes:
             if tp <= min(pool.gpu.gpus_per_node, pool.count):
@@ -356,9 +409,9 @@ def _sides(pools: Sequence[Pool], limits: Limits) -> Iterator[Side]:
 def why_none(task: Task) -> str:
     """The sentence for a task that no plan satisfies."""
     model, given, workload = task.model, task.given, task.workload
-    sides = {"attention": (task.attention, model.attention_bytes), "one expert": (task.expert, model.expert_bytes)}
-    for what, (pools, weights) in sides.items():
-        largest = max((side.memory_limit_bytes(given) for side in _sides(pools, task.limits)), default=0.0)
+    needed = {"attention": (task.attention, model.attention_bytes), "one expert": (task.expert, model.expert_bytes)}
+    for what, (pools, weights) in needed.items():
+        largest = max((side.memory_limit_bytes(given) for side in sides(pools, task.limits)), default=0.0)
         if weights > largest:
             names = ", ".join(pool.gpu.name for pool in pools)
             return (
@@ -366,7 +419,7 @@ def why_none(task: Task) -> str:
                 f"may be used has {largest / 1e9:.1f} GB; give GPUs with more memory, or more of them"
             )
     tight: dict[str, float] = {}
-    is_there = False
+    is_there = fits_memory = False
     for deployment in deployments(task):
         at = deployment.candidates()
         if not len(at):
@@ -374,18 +427,26 @@ def why_none(task: Task) -> str:
         is_there = True
         broken = deployment.violated(at, np.ones(len(at)))
         fits = ~(broken["attention memory"] | broken["expert memory"])
+        fits_memory |= bool(np.any(fits))
+        fits &= ~broken["batch limit"]
         if np.any(fits):
             fastest = float(np.min(deployment.predict(at, np.ones(len(at))).tpot_s[fits]))
             tight["tpot"] = min(tight.get("tpot", fastest), fastest)
     if "tpot" in tight:
         return (
             f"{model.name}: no plan keeps a TPOT of {workload.tpot_s * 1e3:g} ms; the fastest possible here is "
-            f"{tight['tpot'] * 1e3:.1f} ms, with one sequence per micro-batch; raise --tpot-ms"
+            f"{math.ceil(tight['tpot'] * 1e4) / 10:.1f} ms, with one sequence per micro-batch; raise --tpot-ms"
         )
     gpus = ", ".join(f"{pool.count} {pool.gpu.name}" for pool in dict.fromkeys((*task.attention, *task.expert)))
     if not is_there:
         total_gb = model.total_values * model.value_bytes / 1e9
         return f"{model.name} ({total_gb:.0f} GB of weights) does not fit on {gpus}; give more GPUs or larger ones"
+    if fits_memory:
+        return (
+            f"{model.name}: at most {task.limits.max_batch} sequences per instance and {task.limits.max_micro_batch} "
+            f"per micro-batch leave none for one of {' or '.join(map(str, task.limits.micro_batches))} micro-batches; "
+            "raise the limit"
+        )
     return (
         f"{model.name}: not one sequence of {workload.mean_len:g} tokens fits beside the weights on {gpus}; give more "
         "GPUs, larger ones, or shorter lengths"

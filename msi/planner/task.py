@@ -48,13 +48,24 @@ class Limits:
     max_batch: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class StageFactors:
+    """What T_a, T_e and T_c were measured to be, over what the model or profile says."""
+
+    attention: float = 1.0
+    expert: float = 1.0
+    comm: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What to search: a model for a workload, on these GPUs.
 
     Attributes:
-        attention, expert: types and counts that each side may use; a type in both is shared.
+        attention, expert: types and counts that each side may use; a type in both is shared: as many GPUs as the
+            larger of its two counts.
         profile: of the one machine that is planned for, in place of the roofline.
+        factors: corrections from a running instance.
     """
 
     model: ModelShape
@@ -65,6 +76,7 @@ class Task:
     given: Assumptions = DEFAULTS
     limits: Limits = Limits()
     profile: Profile | None = None
+    factors: StageFactors = StageFactors()
 
 
 def score_of(plan: Plan, objective: Objective) -> float:

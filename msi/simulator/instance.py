@@ -1,14 +1,14 @@
-"""One simulated instance: attention and expert workers of constant (or drawn) stage times, in virtual time.
+"""Bare lanes: attention and expert workers of constant (or drawn) stage times, without requests or a coordinator.
 
 The lanes, links, waves and expert servers are the product's; only device, transport and clock are simulated. Used to
-prove the pipeline's timing, and what disturbances cost.
+prove the pipeline's timing, and what disturbances cost. `msi.simulator.simulation` has the whole product.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from msi.errors import TransportError
@@ -18,7 +18,8 @@ from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
 from msi.pipeline import Stages
-from msi.simulator.compute import SimulatedAttention, SimulatedExperts
+from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts, SimulatedQueue
+from msi.simulator.routing import Draw
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from msi.types import MicroBatch, Sampled
 from msi.waves import Waves
@@ -33,6 +34,7 @@ class Shape:
 
     Attributes:
         stages: T_a, T_e, T_c in seconds.
+        pass_s: head and sampling, once per pass.
         jitter: each stage's duration is multiplied by a factor drawn from [1 - jitter, 1 + jitter].
         empty: share of dispatches without rows for a node.
         wait_for_all: W without end: nobody is ever evicted.
@@ -43,6 +45,7 @@ class Shape:
     num_lanes: int
     num_layers: int
     stages: Stages
+    pass_s: float = 0.0
     jitter: float = 0.0
     empty: float = 0.0
     seed: int = 0
@@ -102,16 +105,8 @@ class Passes:
 
 
 class SimulatedAttentionWorker:
-    """One attention worker; `slowness` multiplies its stage time from then on."""
-
     def __init__(self, instance: SimulatedInstance, index: int) -> None:
         shape = instance.shape
-        self.slowness = 1.0
-        self.compute = SimulatedAttention(
-            num_layers=shape.num_layers,
-            layer_s=lambda: self.slowness * instance.drawn(shape.stages.attention_s),
-            route=instance.route,
-        )
         self._instance = instance
         self._transport = SimulatedTransport(instance.network, f"attention-{index}")
         self.link = DispatchLink(
@@ -122,6 +117,14 @@ class SimulatedAttentionWorker:
             timeout_s=PEER_TIMEOUT_S,
             clock=asyncio.get_running_loop().time,
         )
+        self.compute = SimulatedAttention(
+            self.link,
+            SimulatedQueue(),
+            num_layers=shape.num_layers,
+            costs=instance,
+            routing=instance,
+            chance=instance.random,
+        )
         self.passes: Passes | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -129,7 +132,7 @@ class SimulatedAttentionWorker:
         """Connects to all expert workers and runs `num_passes` on each lane."""
         loop = asyncio.get_running_loop()
         for node in range(self._instance.shape.num_experts):
-            await self.link.connect(node, f"expert-{node}")
+            self.compute.attach(node, await self.link.connect(node, f"expert-{node}"))
         self.passes = Passes(self._instance.shape.num_lanes, num_passes, gap_s)
         self.passes.log.started_at = loop.time()
         for lane in range(self._instance.shape.num_lanes):
@@ -161,7 +164,6 @@ class SimulatedExpertWorker:
             default_wait_s=1e9 if shape.wait_for_all else 0.020,
             min_wait_s=1e9 if shape.wait_for_all else 0.0,
         )
-        self.compute = SimulatedExperts(batch_s=lambda batch: instance.drawn(shape.stages.expert_s))
         self._transport = SimulatedTransport(instance.network, f"expert-{index}")
         self.link = CombineLink(
             self._transport,
@@ -172,6 +174,7 @@ class SimulatedExpertWorker:
             max_skip=2 * shape.num_layers,
             clock=clock,
         )
+        self.compute = SimulatedExperts(self.link, SimulatedQueue(), node=index, costs=instance, routing=instance)
         self._server = ExpertServer(self.link, self.waves, self.compute, clock=clock)
 
     async def start(self) -> None:
@@ -183,12 +186,15 @@ class SimulatedExpertWorker:
 
 
 class SimulatedInstance:
-    """Workers of one shape on one simulated network; use as an async context manager inside a virtual loop."""
+    """Workers of one shape on one simulated network; use as an async context manager inside a virtual loop.
+
+    It is its own stage costs (`msi.planner.stage_costs.StageCosts`) and routing (`msi.simulator.routing.Routing`).
+    """
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.random = random.Random(shape.seed)
-        self.network = SimulatedNetwork(lambda num_bytes: shape.stages.comm_s)
+        self.network = SimulatedNetwork(self.comm_s)
         self.attention = [SimulatedAttentionWorker(self, index) for index in range(shape.num_attention)]
         self.experts = [SimulatedExpertWorker(self, index) for index in range(shape.num_experts)]
 
@@ -217,20 +223,35 @@ class SimulatedInstance:
             placement_version=0,
             num_lanes=self.shape.num_lanes,
             slot_rows=1,
-            row_bytes=16,
-            answer_row_bytes=16,
+            row_bytes=ROW_BYTES,
+            answer_row_bytes=ROW_BYTES,
             next_seqs=(0,) * self.shape.num_lanes,
         )
 
-    def drawn(self, duration_s: float) -> float:
+    def attention_s(self, num_tokens: int, num_context_tokens: int) -> float:
+        return self._jittered(self.shape.stages.attention_s)
+
+    def pass_s(self, num_logit_rows: int) -> float:
+        return self.shape.pass_s
+
+    def expert_s(self, num_expert_rows: float, num_active_experts: int) -> float:
+        return self._jittered(self.shape.stages.expert_s)
+
+    def comm_s(self, num_bytes: int) -> float:
+        return self.shape.stages.comm_s
+
+    def _jittered(self, duration_s: float) -> float:
         jitter = self.shape.jitter
         return duration_s * self.random.uniform(1 - jitter, 1 + jitter) if jitter else duration_s
 
-    def route(self) -> tuple[int, ...]:
+    def draw(self, num_tokens: int, chance: random.Random) -> tuple[int, tuple[int, ...]]:
         """One row for each expert node; none for some, when the shape has empty dispatches, but never none at all."""
         num_nodes = self.shape.num_experts
-        rows = tuple(int(self.random.random() >= self.shape.empty) for _ in range(num_nodes))
+        rows = tuple(int(chance.random() >= self.shape.empty) for _ in range(num_nodes))
         if any(rows):
-            return rows
-        kept = self.random.randrange(num_nodes)
-        return tuple(int(node == kept) for node in range(num_nodes))
+            return 0, rows
+        kept = chance.randrange(num_nodes)
+        return 0, tuple(int(node == kept) for node in range(num_nodes))
+
+    def load(self, node: int, draws: Iterable[Draw]) -> tuple[float, int]:
+        return 1.0, 1

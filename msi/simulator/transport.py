@@ -1,37 +1,65 @@
-"""A transport whose messages take virtual time: what is posted at t lands at t + latency(num_bytes), in order."""
+"""A transport whose messages take virtual time: what is posted at t lands at t + latency, in order.
+
+As with shared memory the outbox *is* the peer's landing seat, so a post moves nothing: headers lie where they are
+read, rows take no memory worth the name and count with the bytes that they would have.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from collections.abc import Callable
 
 from msi.errors import EngineError, TransportError
 from msi.net.delivery import Delivery
 from msi.net.landing import PlainLanding
 from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
+from msi.simulator.clock import virtual_loop
 
 Latency = Callable[[int], float]
 
 
 class SimulatedNetwork:
-    """Who listens where, and how long messages take. `latency` gets the bytes of a post, in seconds."""
+    """Who listens where, and how long messages take; use it inside a virtual loop.
 
-    def __init__(self, latency: Latency) -> None:
+    Args:
+        latency: of a post of so many bytes, in seconds; asked once for each size.
+        is_collapsing: messages that land at the same instant are one event. Makes no difference but in cost.
+    """
+
+    def __init__(self, latency: Latency, *, is_collapsing: bool = True) -> None:
         self.latency = latency
         self.listeners: dict[str, SimulatedTransport] = {}
         self.num_messages = 0
+        self.loop = virtual_loop()
+        self._is_collapsing = is_collapsing
+        self._flying: dict[float, list[tuple[SimulatedEndpoint, int]]] = {}  # by when they land
+
+    def send(self, at: float, to: SimulatedEndpoint, immediate: int) -> None:
+        self.num_messages += 1
+        if not self._is_collapsing:
+            self.loop.land_at(at, to.land, immediate)
+        elif (together := self._flying.get(at)) is not None:
+            together.append((to, immediate))
+        else:
+            self._flying[at] = [(to, immediate)]
+            self.loop.land_at(at, self._land, at)
+
+    def _land(self, at: float) -> None:
+        for endpoint, immediate in self._flying.pop(at):
+            endpoint.land(immediate)
 
 
 class SimulatedEndpoint:
-    def __init__(self, transport: SimulatedTransport, peer: bytes, landing: PlainLanding, seat: int, size: int):
+    def __init__(
+        self, transport: SimulatedTransport, peer: bytes, seat: int, peers_landing: PlainLanding, its_seat: int
+    ):
         self.peer = peer
         self.seat = seat
-        self.outbox = memoryview(bytearray(size))
+        self.outbox = peers_landing.seat(its_seat)
         self._transport = transport
-        self._landing = landing.seat(seat)
+        self._network = transport.network
+        self._latencies = transport.latencies
         self._other: SimulatedEndpoint | None = None
-        self._in_flight: deque[tuple[float, int, int, bytes]] = deque()
+        self._last_at = 0.0  # when the last post lands
 
     def join(self, other: SimulatedEndpoint) -> None:
         self._other, other._other = other, self
@@ -40,38 +68,48 @@ class SimulatedEndpoint:
         other = self._other
         if other is None:
             raise TransportError(f"simulated peer at seat {self.seat}", "the connection is closed")
-        network, loop = self._transport.network, asyncio.get_running_loop()
-        network.num_messages += 1
-        at = loop.time() + network.latency(num_bytes)
-        if other._in_flight:
-            at = max(at, other._in_flight[-1][0])
-        # only the header is moved: simulated rows have no content
-        other._in_flight.append((at, immediate, offset, bytes(self.outbox[offset : offset + min(num_bytes, 64)])))
-        loop.call_at(at, other._land)
+        network = self._network
+        latency = self._latencies.get(num_bytes)
+        if latency is None:
+            latency = self._transport.latency(num_bytes)
+        at = network.loop.time() + latency
+        if at < self._last_at:
+            at = self._last_at
+        self._last_at = at
+        network.send(at, other, immediate)
 
-    def _land(self) -> None:
-        if not self._in_flight:
-            return  # closed meanwhile
-        _, immediate, offset, header = self._in_flight.popleft()
-        self._landing[offset : offset + len(header)] = header
-        self._transport.completed(self, CompletionKind.IMMEDIATE, immediate)
+    def land(self, immediate: int) -> None:
+        if self._other is not None:  # else closed meanwhile
+            self._transport.completed(self, CompletionKind.IMMEDIATE, immediate)
 
     def close(self) -> None:
         other, self._other = self._other, None
-        self._in_flight.clear()
         if other is not None:
             other._other = None
-            other._in_flight.clear()
             other._transport.completed(other, CompletionKind.CLOSED, 0, "the peer closed")
 
 
 class SimulatedTransport:
-    def __init__(self, network: SimulatedNetwork, address: str) -> None:
+    """One worker's.
+
+    Args:
+        wire_bytes: what a post of so many bytes would be with rows of their true size.
+    """
+
+    def __init__(
+        self, network: SimulatedNetwork, address: str, wire_bytes: Callable[[int], int] = lambda num_bytes: num_bytes
+    ) -> None:
         self.network = network
         self.completed = Delivery()
+        self.latencies: dict[int, float] = {}  # by bytes of a post
+        self._wire_bytes = wire_bytes
         self._address = address
         self._accept: Callable[[bytes], Admission] | None = None
         self._endpoints: list[SimulatedEndpoint] = []
+
+    def latency(self, num_bytes: int) -> float:
+        latency = self.latencies[num_bytes] = self.network.latency(self._wire_bytes(num_bytes))
+        return latency
 
     def register(self, num_seats: int, seat_bytes: int) -> PlainLanding:
         return PlainLanding(num_seats, seat_bytes)
@@ -93,8 +131,8 @@ class SimulatedTransport:
             raise TransportError(address, f"refused: {error}") from error
         assert isinstance(landing, PlainLanding)
         assert isinstance(admission.landing, PlainLanding)
-        ours = SimulatedEndpoint(self, admission.welcome, landing, seat, admission.landing.stride)
-        other = SimulatedEndpoint(listener, hello, admission.landing, admission.seat, landing.stride)
+        ours = SimulatedEndpoint(self, admission.welcome, seat, admission.landing, admission.seat)
+        other = SimulatedEndpoint(listener, hello, admission.seat, landing, seat)
         ours.join(other)
         self._endpoints.append(ours)
         listener._endpoints.append(other)
@@ -105,6 +143,7 @@ class SimulatedTransport:
         self.completed.start(handler)
 
     async def close(self) -> None:
-        self.network.listeners.pop(self._address, None)
+        if self.network.listeners.get(self._address) is self:
+            del self.network.listeners[self._address]
         for endpoint in self._endpoints:
             endpoint.close()

@@ -1,0 +1,207 @@
+"""The command line of msi-plan, and the planning task that it describes."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from msi.errors import ConfigError
+from msi.models.shape import VALUE_BYTES, read_shape
+from msi.options import SLOT_ROWS
+from msi.pipeline import MAX_MICRO_BATCHES
+from msi.planner.assumptions import Assumptions
+from msi.planner.hardware import Catalogue, nearest, read_catalogue
+from msi.planner.model_shape import ModelShape
+from msi.planner.plan import Workload
+from msi.planner.profile import Profile, read_profile
+from msi.planner.task import OBJECTIVES, TP_SIZES, Limits, Pool, Task
+
+DEFAULT_COUNT = 64  # GPUs of a type, where no count is given
+
+
+@dataclass(frozen=True, slots=True)
+class PlanArguments:
+    """What msi-plan was told.
+
+    Attributes:
+        algorithm: "search", or Algorithm 1 of the paper with its equations "paper" or "corrected".
+        output: where plan.json goes; None for nowhere.
+        plot: where the figure goes; None for none.
+    """
+
+    task: Task
+    algorithm: str
+    num_plans: int
+    is_json: bool
+    output: Path | None
+    is_runnable: bool
+    is_explained: bool
+    plot: Path | None
+
+
+def parse(argv: list[str]) -> PlanArguments:
+    """Raises ConfigError; argparse itself ends the process on words that it does not know."""
+    parser = argparse.ArgumentParser(
+        prog="msi-plan",
+        description="Choose how to deploy a Mixture-of-Experts model: tensor parallelism, attention and expert nodes, "
+        "micro-batches and batch, from a performance model or from a profile of this machine. Says, too, whether "
+        "attention and experts are better kept together.",
+        allow_abbrev=False,
+    )
+    _add_what(parser)
+    _add_hardware(parser)
+    _add_output(parser)
+    values = parser.parse_args(argv)
+    task = _task(values)
+    if values.num_plans < 1:
+        raise ConfigError(f"--num-plans {values.num_plans}: give at least 1")
+    if values.algorithm != "search" and task.profile is not None:
+        raise ConfigError(f"--algorithm {values.algorithm} plans for GPUs by the roofline; leave --profile out")
+    return PlanArguments(
+        task=task,
+        algorithm=values.algorithm,
+        num_plans=values.num_plans,
+        is_json=values.json,
+        output=values.output,
+        is_runnable=values.runnable,
+        is_explained=values.explain,
+        plot=values.plot,
+    )
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what to serve").add_argument
+    add(
+        "model", metavar="MODEL", help="a name of the catalogue, such as mixtral-8x22b, or a directory with config.json"
+    )
+    add("--input-len", type=float, default=571.0, metavar="N", help="tokens of the mean prompt")
+    add("--output-len", type=float, default=159.0, metavar="N", help="tokens of the mean answer")
+    add("--tpot-ms", type=float, default=150.0, metavar="MS", help="limit on the time per output token")
+    add("--objective", default="gpu", choices=OBJECTIVES, help="tokens/s per GPU, per price, per watt, or of all GPUs")
+    add("--dtype", default="", choices=("", *VALUE_BYTES), help="of weights and KV cache; bfloat16 for known names")
+
+
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("on what").add_argument
+    some = "NAME[:COUNT][,...]"
+    add("--gpu", metavar=some, help="types that either side may use: h20:16,l40s:24; 64 each where no count is given")
+    add("--attention-gpu", metavar=some, help="types for attention nodes only")
+    add("--expert-gpu", metavar=some, help="types for expert nodes only")
+    add("--profile", type=Path, metavar="FILE", help="of this machine, from tools/profile_stages.py, for the roofline")
+    add(
+        "--catalogue", type=Path, metavar="FILE", help="TOML with more GPUs and models, or other figures for known ones"
+    )
+    add("--assume", action="append", default=[], metavar="NAME=VALUE", help="another value for one of the assumptions")
+    add("--micro-batches", default="auto", choices=("auto", *map(str, range(1, MAX_MICRO_BATCHES + 1))))
+    add("--tp", default="", metavar="N[,N...]", help="tensor-parallel sizes to try; 1,2,4,8")
+    add("--max-batch", type=int, default=0, metavar="N", help="sequences of an instance at most; 0 for any number")
+    add("--runnable", action="store_true", help="only what msi-launch can run today: no tensor parallelism")
+    add("--algorithm", default="search", choices=("search", "paper", "corrected"),
+        help="everything, or the paper's Algorithm 1 with its equations as written or corrected")  # fmt: skip
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--num-plans", type=int, default=5, metavar="N")
+    add("--json", action="store_true", help="the plans, best first, as one JSON object")
+    add("-o", "--output", type=Path, metavar="FILE", help="write the best plan for msi-launch --plan")
+    add("--explain", action="store_true", help="which limit binds, and what one more node of either side would bring")
+    add("--plot", type=Path, metavar="FILE", help="draw the Pareto front and the balance of both sides")
+
+
+def _task(values: argparse.Namespace) -> Task:
+    catalogue = read_catalogue(values.catalogue)
+    profile = None if values.profile is None else read_profile(values.profile)
+    model = _model(values.model, values.dtype, catalogue)
+    if profile is not None:
+        model = _profiled(model, profile, values)
+        pools: tuple[Pool, ...] = (Pool(catalogue.gpu("cpu"), profile.num_cores),)
+        attention, expert = pools, pools
+    else:
+        attention = _pools(values.attention_gpu or values.gpu, "--attention-gpu", catalogue)
+        expert = _pools(values.expert_gpu or values.gpu, "--expert-gpu", catalogue)
+    return Task(
+        model=model,
+        workload=Workload(input_len=values.input_len, output_len=values.output_len, tpot_s=values.tpot_ms / 1e3),
+        attention=attention,
+        expert=expert,
+        objective=values.objective,
+        given=_assumptions(values.assume),
+        limits=_limits(values),
+        profile=profile,
+    )
+
+
+def _model(name: str, dtype: str, catalogue: Catalogue) -> ModelShape:
+    path = Path(name)
+    if path.exists():
+        model = read_shape(path)
+    elif "/" in name:
+        raise ConfigError(f"{name} does not exist; give a directory with a config.json, or a name of the catalogue")
+    else:
+        model = catalogue.model(name)
+    return replace(model, value_bytes=VALUE_BYTES[dtype]) if dtype else model
+
+
+def _profiled(model: ModelShape, profile: Profile, values: argparse.Namespace) -> ModelShape:
+    """The model as it was measured. Raises ConfigError: it was another one, or GPUs are named beside the profile."""
+    if any((values.gpu, values.attention_gpu, values.expert_gpu)):
+        raise ConfigError("--profile says what the hardware is; leave --gpu, --attention-gpu and --expert-gpu out")
+    if not model.config_digest or model.config_digest != profile.config_digest:
+        raise ConfigError(
+            f"{values.profile} was measured with {profile.model} (config.json {profile.config_digest[:12]}), and MODEL "
+            f"is {model.name} ({model.config_digest[:12] or 'known by name only'}); profile that model's directory"
+        )
+    return replace(model, value_bytes=VALUE_BYTES[profile.dtype])
+
+
+def _pools(listed: str | None, flag: str, catalogue: Catalogue) -> tuple[Pool, ...]:
+    if not listed:
+        raise ConfigError(f"no GPUs for one side: give --gpu NAME[:COUNT], or {flag}; {nearest('', catalogue.gpus)}")
+    pools = []
+    for one in listed.split(","):
+        name, _, count = one.strip().partition(":")
+        if count and not count.lstrip("-").isdigit():
+            raise ConfigError(f"{flag} {one}: {count!r} is not a number of GPUs; write {name}:16")
+        pools.append(Pool(catalogue.gpu(name), int(count) if count else DEFAULT_COUNT))
+    names = [pool.gpu.name for pool in pools]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{flag} {listed}: a type is named twice")
+    return tuple(pools)
+
+
+def _assumptions(changes: list[str]) -> Assumptions:
+    known = {one.name for one in fields(Assumptions)}
+    values: dict[str, object] = {}
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in known:
+            raise ConfigError(f"--assume {change}: no assumption is called {name!r}; {nearest(name, known)}")
+        try:
+            value = float(text)
+        except ValueError:
+            raise ConfigError(f"--assume {change}: {text!r} is not a number") from None
+        if not value > 0:
+            raise ConfigError(f"--assume {change}: give a number above 0")
+        values[name] = ((1.0, value),) if name == "compute" else value
+    return Assumptions(**values)  # type: ignore[arg-type]
+
+
+def _limits(values: argparse.Namespace) -> Limits:
+    if values.max_batch < 0:
+        raise ConfigError(f"--max-batch {values.max_batch}: give 0 or more sequences")
+    try:
+        tp_sizes = tuple(int(one) for one in values.tp.split(",")) if values.tp else TP_SIZES
+    except ValueError:
+        raise ConfigError(f"--tp {values.tp}: give numbers, such as 1,2,4") from None
+    if min(tp_sizes) < 1:
+        raise ConfigError(f"--tp {values.tp}: a group has at least 1 GPU")
+    limits = Limits(tp_sizes=tp_sizes, max_batch=values.max_batch)
+    if values.micro_batches != "auto":
+        limits = replace(limits, micro_batches=(int(values.micro_batches),))
+    if values.runnable:
+        if values.tp and tp_sizes != (1,):
+            raise ConfigError(f"--tp {values.tp} with --runnable: tensor parallelism is not built yet; use --tp 1")
+        limits = replace(limits, tp_sizes=(1,), max_micro_batch=SLOT_ROWS)
+    return limits

@@ -1,0 +1,118 @@
+"""The host of a simulated worker: no weights, a queue of durations for a device, a network of latencies."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+from msi.host import ServedShape
+from msi.messages import Assignment
+from msi.net.combine_link import CombineLink
+from msi.net.dispatch_link import DispatchLink
+from msi.net.slots import HEADER_BYTES
+from msi.planner.stage_costs import StageCosts
+from msi.simulator.clock import virtual_loop
+from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts, SimulatedQueue
+from msi.simulator.deployment import Deployment
+from msi.simulator.routing import Routing
+from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
+from msi.tracing import Tracer
+
+VOCAB_SIZE = 32_000  # only calibration asks
+COSTS_REMEMBERED = 4096
+
+
+class RememberedCosts:
+    """Stage costs asked once for each size: a pass asks the same of all its layers."""
+
+    def __init__(self, costs: StageCosts) -> None:
+        remember = lru_cache(COSTS_REMEMBERED)
+        self.attention_s = remember(costs.attention_s)
+        self.pass_s = remember(costs.pass_s)
+        self.expert_s = remember(costs.expert_s)
+        self.comm_s = remember(costs.comm_s)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What all simulated hosts share."""
+
+    deployment: Deployment
+    costs: StageCosts
+    routing: Routing
+    network: SimulatedNetwork
+    seed: int
+
+
+class SimulatedModel:
+    """Implements `msi.host.LoadedModel`."""
+
+    def __init__(self, world: World, assignment: Assignment, queue: SimulatedQueue) -> None:
+        self.shape = ServedShape(world.deployment.num_layers, VOCAB_SIZE, (), ROW_BYTES, ROW_BYTES)
+        self.has_attention = assignment.role == "attention"
+        self.has_experts = assignment.role == "expert" or assignment.is_colocated
+        self._world = world
+        self._assignment = assignment
+        self._queue = queue
+
+    def num_kv_blocks(self) -> int:
+        return 1 + self._assignment.num_kv_blocks
+
+    def attention_half(self, link: DispatchLink, num_blocks: int) -> SimulatedAttention:
+        ours, world = self._assignment, self._world
+        return SimulatedAttention(
+            link,
+            self._queue,
+            num_layers=world.deployment.num_layers,
+            costs=world.costs,
+            routing=world.routing,
+            chance=random.Random(f"{world.seed}/{ours.worker_id}/{ours.incarnation}"),
+        )
+
+    def expert_half(self, link: CombineLink, num_seats: int) -> SimulatedExperts:
+        world = self._world
+        return SimulatedExperts(
+            link, self._queue, node=self._assignment.index, costs=world.costs, routing=world.routing
+        )
+
+
+class SimulatedHost:
+    """Implements `msi.host.Host`; use it inside a virtual loop."""
+
+    def __init__(self, world: World, role: str) -> None:
+        self.clock = virtual_loop().time
+        self.queue = SimulatedQueue()
+        self.loaded = (0, 0)
+        self._world = world
+        self._row_bytes = world.deployment.row_bytes if role == "attention" else world.deployment.answer_row_bytes
+        self._num_transports = 0
+
+    @property
+    def busy_s(self) -> float:
+        return self.queue.busy_s
+
+    def introduce(self) -> tuple[str, str]:
+        return "simulated", "bfloat16"
+
+    def use_tracer(self, tracer: Tracer) -> None:
+        self.queue.tracer = tracer
+
+    async def load(self, assignment: Assignment) -> SimulatedModel:
+        self._id = assignment.worker_id
+        return SimulatedModel(self._world, assignment, self.queue)
+
+    def new_transport(self, is_colocated: bool) -> SimulatedTransport:
+        self._num_transports += 1
+        return SimulatedTransport(self._world.network, f"{self._id}/{self._num_transports}", self._wire_bytes)
+
+    def _wire_bytes(self, num_bytes: int) -> int:
+        """Of a post: its header, and its rows as long as they would be in reality."""
+        num_rows = max(0, num_bytes - HEADER_BYTES) // ROW_BYTES
+        return num_bytes if not num_rows else HEADER_BYTES + num_rows * self._row_bytes
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    async def close(self) -> None:
+        self.queue.close()

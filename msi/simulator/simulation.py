@@ -1,0 +1,218 @@
+"""The whole product under a virtual clock: coordinator, workers and a client, as they are in reality.
+
+Only what they run on is simulated: devices and networks whose work takes the time that `StageCosts` says. Equal inputs
+and seeds give equal results to the bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from msi.client import CoordinatorClient
+from msi.coordinator import Coordinator
+from msi.errors import EngineError, Unavailable
+from msi.messages import Welcome
+from msi.planner.drift import DriftWatch
+from msi.planner.stage_costs import StageCosts
+from msi.scheduler import Request
+from msi.simulator.clock import run_virtual, virtual_loop
+from msi.simulator.control import SimulatedServer
+from msi.simulator.deployment import Deployment, Fault, check_faults
+from msi.simulator.host import VOCAB_SIZE, RememberedCosts, SimulatedHost, World
+from msi.simulator.report import Report, RequestResult, build_report
+from msi.simulator.routing import Routing, build_routing
+from msi.simulator.transport import SimulatedNetwork
+from msi.simulator.workload import Arrival, check_arrivals
+from msi.tracing import merge
+from msi.types import SamplingParams
+from msi.worker import Worker, WorkerSettings
+
+DAY_S = 86_400.0
+
+ReportProgress = Callable[[int, int], None]  # tokens generated, and that all requests want
+
+
+def simulate(
+    deployment: Deployment,
+    costs: StageCosts,
+    arrivals: Sequence[Arrival],
+    *,
+    popularity: str | Sequence[float] = "uniform",
+    faults: Sequence[Fault] = (),
+    seed: int = 0,
+    trace: Path | None = None,
+    drift: DriftWatch | None = None,
+    report_progress: ReportProgress = lambda done, wanted: None,
+    is_collapsing: bool = True,
+    limit_s: float = DAY_S,
+) -> Report:
+    """Serves the requests and says how it went.
+
+    Args:
+        popularity: see `msi.simulator.routing.build_routing`.
+        trace: a file for a Chrome trace, as the real run writes it.
+        drift: for the coordinator, which holds what the simulated workers measure against it.
+        is_collapsing: messages that land together are one event; changes the cost of simulating alone.
+        limit_s: virtual time that may pass.
+
+    Raises:
+        ConfigError: requests, faults or popularity that cannot be.
+        SimulationStalled: `limit_s` was not enough.
+    """
+    check_arrivals(arrivals)
+    check_faults(faults, deployment)
+    plan = deployment.plan
+    most_tokens = plan.max_num_batched_tokens
+    routing = build_routing(popularity, plan.placement, deployment.top_k, most_tokens=most_tokens, seed=seed)
+    with tempfile.TemporaryDirectory() as parts:
+        simulation = _Simulation(
+            deployment, routing, faults, None if trace is None else Path(parts), drift, report_progress
+        )
+        report = run_virtual(simulation.run(costs, arrivals, seed, is_collapsing), limit_s)
+        if trace is not None:
+            merge(Path(parts), trace)
+    return report
+
+
+class _Simulation:
+    def __init__(
+        self,
+        deployment: Deployment,
+        routing: Routing,
+        faults: Sequence[Fault],
+        trace_dir: Path | None,
+        drift: DriftWatch | None,
+        report_progress: ReportProgress,
+    ) -> None:
+        self._deployment = deployment
+        self._routing = routing
+        self._faults = faults
+        self._trace_dir = trace_dir
+        self._drift = drift
+        self._report_progress = report_progress
+        self._hosts: dict[str, SimulatedHost] = {}
+        self._workers: dict[str, Worker] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._kill: dict[str, Callable[[], None]] = {}
+        self._num_tokens = 0
+        self._num_wanted = 0
+
+    async def run(self, costs: StageCosts, arrivals: Sequence[Arrival], seed: int, is_collapsing: bool) -> Report:
+        deployment, loop = self._deployment, virtual_loop()
+        costs = RememberedCosts(costs)
+        latency = (lambda num_bytes: 0.0) if deployment.is_colocated else costs.comm_s
+        network = SimulatedNetwork(latency, is_collapsing=is_collapsing)
+        server = SimulatedServer(deployment.control_latency_s)
+        welcome = Welcome("simulated", VOCAB_SIZE, deployment.max_model_len, b"", "", "", "")
+        coordinator = Coordinator(
+            server,
+            deployment.plan,
+            welcome,
+            num_micro_batches=deployment.num_micro_batches,
+            num_layers=deployment.num_layers,
+            drift=self._drift,
+            clock=loop.time,
+        )
+        client = CoordinatorClient(server.address, server.connect("client"), clock=loop.time)
+        world = World(deployment, costs, self._routing, network, seed)
+        async with asyncio.TaskGroup() as tasks:
+            coordinating = tasks.create_task(coordinator.run(), name="coordinator")
+            for role, worker_id in deployment.workers:
+                self._start(tasks, world, server, role, worker_id)
+            await client.start()
+            await _ready(client)
+            started_at = loop.time()
+            busy_before = {worker_id: host.busy_s for worker_id, host in self._hosts.items()}
+            num_messages = network.num_messages
+            causing = [loop.call_at(started_at + fault.at_s, self._cause, fault) for fault in self._faults]
+            results = await self._serve(client, arrivals, started_at)
+            num_lanes = (await client.stats()).num_lanes
+            num_messages = network.num_messages - num_messages
+            busy_s = {worker_id: host.busy_s - busy_before[worker_id] for worker_id, host in self._hosts.items()}
+            for timer in causing:
+                timer.cancel()
+            for running in (*self._running.values(), coordinating):
+                running.cancel()
+        await client.close()
+        self._check_integrity()
+        return build_report(results, busy_s, num_messages=num_messages, num_micro_batches=num_lanes)
+
+    def _start(
+        self, tasks: asyncio.TaskGroup, world: World, server: SimulatedServer, role: str, worker_id: str
+    ) -> None:
+        host = self._hosts[worker_id] = SimulatedHost(world, role)
+        control = server.connect(worker_id)
+        settings = WorkerSettings(server.address, role, worker_id, trace_dir=self._trace_dir)
+        worker = self._workers[worker_id] = Worker(settings, host, control)
+        running = self._running[worker_id] = tasks.create_task(worker.run(), name=worker_id)
+
+        def kill() -> None:
+            """It says nothing any more; its connections break."""
+            control.close()
+            running.cancel()
+
+        self._kill[worker_id] = kill
+
+    def _cause(self, fault: Fault) -> None:
+        match fault.kind:
+            case "slow":
+                self._hosts[fault.worker].queue.slowness = fault.amount
+            case "stalled":
+                self._hosts[fault.worker].queue.stall(fault.amount)
+            case "dead":
+                self._kill[fault.worker]()
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    async def _serve(
+        self, client: CoordinatorClient, arrivals: Sequence[Arrival], started_at: float
+    ) -> list[RequestResult]:
+        loop = asyncio.get_running_loop()
+        self._num_wanted = sum(arrival.output_len for arrival in arrivals)
+        async with asyncio.TaskGroup() as tasks:
+            requests = []
+            for index, arrival in enumerate(sorted(arrivals, key=lambda one: one.arrival_s)):
+                if (early_s := started_at + arrival.arrival_s - loop.time()) > 0:
+                    await asyncio.sleep(early_s)
+                requests.append(tasks.create_task(self._request(client, index, arrival, started_at)))
+        return [request.result() for request in requests]
+
+    async def _request(
+        self, client: CoordinatorClient, index: int, arrival: Arrival, started_at: float
+    ) -> RequestResult:
+        clock = asyncio.get_running_loop().time
+        prompt = (index % VOCAB_SIZE,) * arrival.input_len
+        params = SamplingParams(max_tokens=arrival.output_len, temperature=0, seed=index, ignore_eos=True)
+        request = Request(f"request-{index}", prompt, params)
+        num_tokens, first_at, kind, error = 0, None, "", ""
+        try:
+            async for update in client.generate([request]):
+                num_tokens += len(update.token_ids)
+                first_at = clock() - started_at if first_at is None else first_at
+                self._num_tokens += len(update.token_ids)
+                self._report_progress(self._num_tokens, self._num_wanted)
+        except EngineError as failure:
+            kind, error = type(failure).__name__, str(failure)
+        self._num_wanted -= arrival.output_len - num_tokens
+        return RequestResult(
+            request.request_id, arrival.arrival_s, first_at, clock() - started_at, arrival.input_len, num_tokens, kind,
+            error,
+        )  # fmt: skip
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _check_integrity(self) -> None:
+        for worker in self._workers.values():
+            if worker.life is not None and worker.life.attention is not None:
+                worker.life.attention.check_integrity()
+
+
+async def _ready(client: CoordinatorClient) -> None:
+    status = client.status
+    while not status.is_ready:
+        status = await client.wait_status(status)
+        if status.failure:
+            raise Unavailable(status.failure)

@@ -1,0 +1,300 @@
+"""The whole product under a virtual clock: its pipeline's timing, its faults, and that it is the same every time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+
+from msi.errors import ConfigError
+from msi.pipeline import Stages, isolated_pass_s, steady_pass_s
+from msi.planner.stage_costs import ConstantCosts
+from msi.simulator.clock import SimulationStalled
+from msi.simulator.deployment import Deployment, Fault, parse_fault
+from msi.simulator.simulation import simulate
+from msi.simulator.workload import Arrival, fixed_lengths, lognormal_lengths, poisson
+
+T_F = 1e-3
+SMALL = Deployment(
+    num_layers=6, num_experts=8, top_k=2, num_attention=3, num_expert=2, num_micro_batches=3, num_kv_blocks=400
+)
+COSTS = ConstantCosts(T_F, T_F, 0.2 * T_F, 0.3 * T_F)
+
+
+def decoding(deployment: Deployment, num_tokens: int) -> list[Arrival]:
+    """One sequence for every lane, all at once; prompts of one token, so that every pass is a decode step."""
+    return [Arrival(0.0, 1, num_tokens)] * deployment.num_attention * deployment.num_micro_batches
+
+
+def steady_tokens_per_s(deployment: Deployment, costs, num_seqs: int = 1, num_tokens: int = 12) -> float:
+    """Decode throughput with `num_seqs` sequences in every micro-batch: sequences over TPOT."""
+    arrivals = decoding(deployment, num_tokens) * num_seqs
+    report = simulate(deployment, costs, arrivals)
+    assert report.num_failed == 0
+    return len(arrivals) / report.tpot_s.p50_s
+
+
+# -- the pipeline ----------------------------------------------------------------------------------------------------
+
+SHAPES = [
+    (4, 2, 3, 16, Stages(T_F, T_F, 0.2 * T_F)),
+    (2, 2, 2, 56, Stages(T_F, T_F, 0.2 * T_F)),
+    (1, 1, 1, 8, Stages(0.5e-3, 1.2e-3, 0.9e-3)),
+    (1, 1, 4, 8, Stages(0.5e-3, 1.2e-3, 0.9e-3)),
+    (3, 5, 2, 8, Stages(1e-3, 0.7e-3, 0.2e-3)),
+    (2, 3, 3, 8, Stages(0.9e-3, 1.1e-3, 0.1e-3)),
+    (1, 4, 4, 5, Stages(2e-3, 0.3e-3, 1.5e-3)),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_passes_through_the_whole_product_equal_the_formulas(shape):
+    num_attention, num_expert, m, num_layers, stages = shape
+    deployment = Deployment(
+        num_layers=num_layers, num_experts=30, top_k=2, num_attention=num_attention, num_expert=num_expert,
+        num_micro_batches=m, control_latency_s=0.0,
+    )  # fmt: skip
+    costs = ConstantCosts(stages.attention_s, stages.expert_s, stages.comm_s)
+    isolated = simulate(deployment, costs, decoding(deployment, num_tokens=1))
+    assert isolated.duration_s == pytest.approx(isolated_pass_s(stages, m, num_layers), rel=1e-3)
+    running = simulate(deployment, costs, decoding(deployment, num_tokens=21))
+    expected_s = steady_pass_s(stages, m, num_layers)
+    assert [one.tpot_s for one in running.requests] == pytest.approx([expected_s] * len(running.requests), rel=1e-3)
+    assert running.num_messages == 21 * 2 * num_attention * num_expert * m * num_layers
+
+
+@pytest.mark.parametrize("comm_share", [0.02, 0.1, 0.28, 0.38])
+def test_more_micro_batches_of_equal_size_help_as_in_the_papers_figure_14(comm_share):
+    costs = ConstantCosts(T_F, T_F, comm_share * T_F, 0.5 * T_F)
+    one, two, three, four = (
+        steady_tokens_per_s(replace(SMALL, num_layers=32, num_attention=2, num_micro_batches=m), costs)
+        for m in (1, 2, 3, 4)
+    )
+    assert 1.8 <= two / one <= 2.0 + 1e-9
+    assert three / two == pytest.approx(1 + comm_share, abs=0.03)
+    assert four / three == pytest.approx(1, abs=0.03)
+
+
+@dataclass(frozen=True)
+class LinearCosts:
+    """The paper's T_a = k1 b + k2 and T_e = k3 b + k4, of the (token, expert) pairs on a node."""
+
+    k1: float
+    k2: float
+    k3: float
+    k4: float
+
+    def attention_s(self, num_tokens, num_context_tokens):
+        return self.k1 * num_tokens + self.k2
+
+    def pass_s(self, num_logit_rows):
+        return 0.0
+
+    def expert_s(self, num_expert_rows, num_active_experts):
+        return self.k3 * num_expert_rows + self.k4
+
+    def comm_s(self, num_bytes):
+        return 0.05e-3
+
+
+def test_attention_data_parallelism_pays_up_to_the_balance_point_as_in_the_papers_figure_15():
+    # DBRX: 16 experts, 4 per token, on 4 nodes; 16 sequences per micro-batch: T_a = T_e = 1 ms at n_a = 8
+    costs = LinearCosts(k1=0.05e-3, k2=0.2e-3, k3=0.8e-3 / (8 * 16), k4=0.2e-3)
+    throughput = {}
+    for num_attention in (1, 2, 4, 8, 12, 16):
+        deployment = Deployment(
+            num_layers=8, num_experts=16, top_k=4, num_attention=num_attention, num_expert=4, num_micro_batches=3
+        )
+        throughput[num_attention] = steady_tokens_per_s(deployment, costs, num_seqs=16, num_tokens=8)
+    for num_attention in (2, 4, 8):
+        assert throughput[num_attention] / throughput[1] == pytest.approx(num_attention, rel=0.02)
+    per_gpu = {n: tokens_per_s / (n + 4) for n, tokens_per_s in throughput.items()}
+    assert per_gpu[1] < per_gpu[2] < per_gpu[4] < per_gpu[8]
+    assert per_gpu[8] > 1.05 * per_gpu[12]
+    assert per_gpu[12] > 1.05 * per_gpu[16]
+    assert throughput[16] / throughput[8] < 1.12  # T_e is the bottleneck: k4 is shared, no more
+
+
+def test_when_m_is_left_open_the_coordinator_measures_and_chooses_it():
+    arrivals = [Arrival(0.0, 4, 3)] * 6
+    half_costs_all = simulate(replace(SMALL, num_micro_batches=0), COSTS, arrivals)
+    assert half_costs_all.num_micro_batches == 1  # halving a batch halves no constant time
+    half_costs_half = simulate(replace(SMALL, num_micro_batches=0), LinearCosts(1e-4, 0.0, 1e-5, 0.0), arrivals)
+    assert half_costs_half.num_micro_batches >= 2
+
+
+def test_a_colocated_instance_pays_both_stages_one_after_the_other():
+    deployment = replace(
+        SMALL, num_attention=1, num_expert=1, num_micro_batches=1, is_colocated=True, control_latency_s=0.0
+    )
+    report = simulate(deployment, ConstantCosts(2e-3, 1e-3, 5e-3), [Arrival(0.0, 1, 5)])
+    assert report.duration_s == pytest.approx(5 * 6 * 3e-3)
+    (worker,) = report.workers
+    assert (worker.worker_id, worker.busy) == ("attention-0", pytest.approx(1))
+
+
+# -- the same every time ---------------------------------------------------------------------------------------------
+
+STORM = (
+    Fault(0.05, "attention-0", "slow", 3.0),
+    Fault(0.08, "expert-1", "stalled", 0.03),
+    Fault(0.11, "attention-1", "dead"),
+)
+
+
+def storm(seed: int = 1, **options):
+    arrivals = poisson(40, 200.0, lognormal_lengths(30, 8, most=200), seed=seed)
+    return simulate(SMALL, COSTS, arrivals, popularity="zipf", faults=STORM, seed=seed, **options)
+
+
+def test_equal_seeds_give_equal_results_to_the_bit():
+    assert storm() == storm()
+    assert 0 < storm().num_failed < 40
+    assert storm(seed=2).requests != storm().requests
+
+
+def test_messages_that_land_together_as_one_event_change_nothing():
+    assert storm() == storm(is_collapsing=False)
+    arrivals = decoding(SMALL, 10)
+    assert simulate(SMALL, COSTS, arrivals) == simulate(SMALL, COSTS, arrivals, is_collapsing=False)
+
+
+def test_results_do_not_depend_on_the_process():
+    script = "from tests.test_simulator import storm; print(repr(storm()))"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True,
+            text=True, timeout=60, check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    ]  # fmt: skip
+    assert said[0] == said[1] == repr(storm()) + "\n"
+
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+def test_every_request_gets_its_tokens_and_its_times():
+    arrivals = poisson(30, 100.0, fixed_lengths(40, 7), seed=3)
+    report = simulate(SMALL, COSTS, arrivals)
+    assert (report.num_requests, report.num_failed, report.num_tokens) == (30, 0, 210)
+    for arrival, result in zip(arrivals, report.requests, strict=True):
+        assert (result.arrival_s, result.num_tokens) == (arrival.arrival_s, 7)
+        assert arrival.arrival_s < result.first_token_s < result.end_s
+    assert report.tokens_per_s == pytest.approx(210 / report.duration_s)
+    assert report.ttft_s.p50_s <= report.ttft_s.p90_s <= report.ttft_s.p99_s
+    assert all(0 < worker.busy < 1 and 0 <= worker.bubble < 1 for worker in report.workers)
+
+
+def test_long_prompts_are_cut_into_chunks_and_scarce_blocks_are_waited_for():
+    deployment = replace(SMALL, num_attention=1, num_kv_blocks=20, max_num_batched_tokens=32)
+    report = simulate(deployment, COSTS, [Arrival(0.0, 150, 20)] * 4)
+    assert (report.num_failed, report.num_tokens) == (0, 80)
+    assert report.ttft_s.p99_s > 5 * 6 * 2 * T_F  # five chunks of six layers
+
+
+def test_a_request_that_the_kv_cache_cannot_hold_fails_as_in_reality():
+    report = simulate(replace(SMALL, num_kv_blocks=10), COSTS, [Arrival(0.0, 500, 5), Arrival(0.0, 20, 5)])
+    (failed,) = report.failed
+    assert (failed.input_len, failed.error_kind) == (500, "InvalidRequest")
+    assert "the whole KV cache holds 160" in failed.error
+    assert report.num_tokens == 5
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_attention_worker_loses_its_own_requests_and_no_others():
+    arrivals = decoding(SMALL, 400)
+    report = simulate(SMALL, COSTS, arrivals, faults=[Fault(0.5, "attention-1", "dead")])
+    assert len(report.failed) == 3
+    for failed in report.failed:
+        assert failed.error_kind == "RequestFailed"
+        assert "attention-1" in failed.error
+        assert 0.5 < failed.end_s < 5.5
+    assert report.num_tokens > 6 * 400
+
+
+def test_a_dead_expert_worker_fails_those_in_flight_and_new_requests_wait_in_vain():
+    arrivals = [*decoding(SMALL, 400), Arrival(2.0, 1, 5)]
+    report = simulate(SMALL, COSTS, arrivals, faults=[Fault(0.5, "expert-1", "dead")])
+    assert report.num_failed == len(arrivals)
+    assert {failed.error_kind for failed in report.failed[:-1]} == {"RequestFailed"}
+    assert "expert-1" in report.failed[0].error
+    late = report.failed[-1]
+    assert late.error_kind == "Unavailable"
+    assert late.end_s == pytest.approx(32, abs=1)
+
+
+def test_a_slow_attention_worker_slows_its_own_requests():
+    arrivals = decoding(SMALL, 60)
+    plain = simulate(SMALL, COSTS, arrivals)
+    report = simulate(SMALL, COSTS, arrivals, faults=[Fault(0.0, "attention-1", "slow", 10.0)])
+    ends = sorted(result.end_s for result in report.requests)
+    assert ends[5] / plain.duration_s < 1.6  # its peers, but for waits of 5 ms
+    assert ends[-1] / plain.duration_s > 5
+
+
+def test_a_stalled_device_delays_by_its_stall():
+    arrivals = decoding(SMALL, 60)
+    plain = simulate(SMALL, COSTS, arrivals)
+    report = simulate(SMALL, COSTS, arrivals, faults=[Fault(0.3, "expert-0", "stalled", 0.5)])
+    assert report.num_failed == 0
+    assert report.duration_s - plain.duration_s == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_simulation_that_would_never_end_says_so():
+    with pytest.raises(SimulationStalled, match=r"0.5 s of virtual time"):
+        simulate(SMALL, COSTS, [Arrival(0.0, 1, 1000)], limit_s=0.5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (
+            "attention-7:dead@1",
+            "fault of 'attention-7', which is not there; the workers are expert-0, expert-1, ",
+        ),
+        ("attention-0:broken@1", "fault 'broken' is not one; give slow, stalled, dead"),
+        ("attention-0:slow@1", r"slow by 0\.0; give the factor, above 0"),
+        ("attention-0:dead@-1", r"comes at -1\.0 s; give a time of at least 0"),
+        ("attention-0:dead", "cannot be read; give WORKER:KIND@SECONDS"),
+        ("attention-0:slow:much@1", "cannot be read"),
+    ],
+)
+def test_faults_that_cannot_be_are_refused_with_a_sentence(fault, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        simulate(SMALL, COSTS, [Arrival(0.0, 1, 1)], faults=[parse_fault(fault)])
+
+
+def test_deployments_that_cannot_be_are_refused_with_a_sentence():
+    for changes, sentence in [
+        ({"num_attention": 0}, "num_attention is 0; give a number of at least 1"),
+        ({"num_expert": 9}, "9 expert workers for 8 experts"),
+        ({"top_k": 9}, "top_k is 9"),
+        ({"num_micro_batches": 5}, "num_micro_batches is 5; give 1 to 4"),
+        ({"max_num_batched_tokens": 600}, "a slot has 512 rows"),
+        ({"is_colocated": True}, "leave the numbers of workers out"),
+    ]:
+        with pytest.raises(ConfigError, match=sentence):
+            replace(SMALL, **changes)
+
+
+# -- the trace -------------------------------------------------------------------------------------------------------
+
+
+def test_the_trace_is_the_real_runs_in_virtual_time(tmp_path):
+    file = tmp_path / "trace.json"
+    report = simulate(SMALL, COSTS, decoding(SMALL, 4), trace=file)
+    events = json.loads(file.read_text())["traceEvents"]
+    tracks = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert sorted(tracks.values()) == sorted(worker.worker_id for worker in report.workers)
+    spans = [event for event in events if event["ph"] == "X"]
+    for name, each in (("attention", 3 * 3 * 4 * 6), ("experts", 2 * 3 * 4 * 6), ("sample", 3 * 3 * 4)):
+        assert sum(span["name"] == name for span in spans) == each
+    assert {round(span["dur"], 3) for span in spans if span["name"] != "sample"} == {1000.0}
+    assert max(span["ts"] + span["dur"] for span in spans) <= (report.duration_s + 1) * 1e6

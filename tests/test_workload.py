@@ -1,0 +1,165 @@
+"""Requests and expert popularity of a simulation: drawn as stated, and refused with a sentence."""
+
+from __future__ import annotations
+
+import random
+from statistics import mean, median
+
+import pytest
+
+from msi.errors import ConfigError
+from msi.placement import place_evenly
+from msi.simulator.routing import build_routing
+from msi.simulator.simulation import simulate
+from msi.simulator.workload import Arrival, bursts, fixed_lengths, lognormal_lengths, poisson, read_trace
+from tests.test_simulator import COSTS, SMALL
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+def test_poisson_arrivals_have_their_rate_and_the_papers_medians():
+    arrivals = poisson(20_000, 50.0, lognormal_lengths(), seed=1)
+    assert arrivals[-1].arrival_s == pytest.approx(400, rel=0.03)
+    assert median(one.input_len for one in arrivals) == pytest.approx(571, rel=0.03)
+    assert median(one.output_len for one in arrivals) == pytest.approx(159, rel=0.03)
+    assert poisson(10, 50.0, lognormal_lengths(), seed=1) == arrivals[:10]
+    assert poisson(10, 50.0, lognormal_lengths(), seed=2) != arrivals[:10]
+
+
+def test_bursts_come_together():
+    arrivals = bursts(5, 2, 1.5, fixed_lengths(3, 4))
+    assert arrivals == [Arrival(at, 3, 4) for at in (0.0, 0.0, 1.5, 1.5, 3.0)]
+
+
+def test_a_trace_is_read_in_order_of_arrival(tmp_path):
+    file = tmp_path / "trace.jsonl"
+    file.write_text(
+        '{"arrival_s": 2, "input_len": 5, "output_len": 6, "more": "is ignored"}\n\n'
+        '{"arrival_s": 0.5, "input_len": 7, "output_len": 8}\n'
+    )
+    assert read_trace(file) == [Arrival(0.5, 7, 8), Arrival(2.0, 5, 6)]
+
+
+GOOD = '{"arrival_s": 0, "input_len": 1, "output_len": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (GOOD + '{"arrival_s": 1, "inp', r"line 2: not valid JSON .* is the file cut off\?"),
+        (GOOD + "[1, 2]", "line 2: give an object with arrival_s, input_len, output_len"),
+        ('{"arrival_s": 1, "input_len": 4}', "line 1: give an object with"),
+        ('{"arrival_s": 1, "input_len": -4, "output_len": 1}', "line 1: input_len is -4; give a whole number of at"),
+        ('{"arrival_s": 1, "input_len": 4, "output_len": 0}', "line 1: output_len is 0"),
+        ('{"arrival_s": 1, "input_len": 4.5, "output_len": 1}', r"line 1: input_len is 4\.5"),
+        ('{"arrival_s": -1, "input_len": 4, "output_len": 1}', r"line 1: arrival_s is -1\.0; give seconds of at least"),
+        ('{"arrival_s": "now", "input_len": 4, "output_len": 1}', "line 1: arrival_s is 'now'"),
+        ('{"arrival_s": NaN, "input_len": 4, "output_len": 1}', "line 1: arrival_s is nan"),
+        ("\n", "has no requests"),
+        (None, "cannot read the trace"),
+    ],
+)
+def test_a_trace_that_cannot_be_used_is_refused_by_line(tmp_path, text, sentence):
+    file = tmp_path / "trace.jsonl"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        read_trace(file)
+
+
+def test_workloads_that_cannot_be_are_refused():
+    for build in (
+        lambda: poisson(0, 1.0, fixed_lengths(1, 1)),
+        lambda: poisson(1, 0.0, fixed_lengths(1, 1)),
+        lambda: poisson(1, float("nan"), fixed_lengths(1, 1)),
+        lambda: bursts(1, 0, 1.0, fixed_lengths(1, 1)),
+        lambda: bursts(1, 1, -1.0, fixed_lengths(1, 1)),
+        lambda: bursts(1, 1, 1.0, fixed_lengths(1, -1)),
+        lambda: simulate(SMALL, COSTS, []),
+    ):
+        with pytest.raises(ConfigError, match="give"):
+            build()
+
+
+# -- expert popularity -----------------------------------------------------------------------------------------------
+
+PLACEMENT = place_evenly(8, 3)  # 3, 3 and 2 experts
+
+
+def routing(popularity, top_k=2, placement=PLACEMENT):
+    return build_routing(popularity, placement, top_k, most_tokens=512, seed=7)
+
+
+def test_as_expected_equal_nodes_get_equal_rows_and_pairs_add_up():
+    expected = routing("uniform")
+    mark, rows = expected.draw(280, random.Random(1))
+    assert rows == (180, 180, 130)  # 1 - C(5,2)/C(8,2) = 18/28 and 1 - C(6,2)/C(8,2) = 13/28
+    loads = [expected.load(node, [(mark, 100), (mark, 180)]) for node in range(3)]
+    assert sum(pairs for pairs, _ in loads) == pytest.approx(560)
+    assert [active for _, active in loads] == [3, 3, 2]
+    assert expected.draw(1, random.Random(1))[1] == (1, 1, 1)
+
+
+@pytest.mark.parametrize("popularity", ["uniform-drawn", "zipf", "zipf:2", (9, 1, 0, 0, 4, 0, 0, 2)])
+def test_what_nodes_are_sent_is_what_was_drawn(popularity):
+    drawn, chance = routing(popularity), random.Random(3)
+    for num_tokens in (1, 7, 512):
+        mark, rows = drawn.draw(num_tokens, chance)
+        loads = [drawn.load(node, [(mark, num_tokens)]) for node in range(3)]
+        assert sum(pairs for pairs, _ in loads) == 2 * num_tokens  # every token has two experts
+        assert num_tokens <= sum(rows) <= 2 * num_tokens
+        for count, (pairs, active) in zip(rows, loads, strict=True):
+            assert count <= min(pairs, num_tokens)  # a token with two experts on a node travels once
+            assert bool(count) == bool(active)
+            assert active <= 3
+    assert drawn.load(0, []) == (0.0, 0)
+
+
+def test_uniform_draws_are_on_average_as_expected():
+    drawn, expected, chance = routing("uniform-drawn"), routing("uniform"), random.Random(4)
+    draws = [drawn.draw(100, chance)[1] for _ in range(400)]
+    means = [mean(rows[node] for rows in draws) for node in range(3)]
+    assert means == pytest.approx(expected.draw(100, chance)[1], rel=0.03)
+
+
+def test_measured_weights_are_those_of_the_first_choice():
+    drawn = routing((6, 0, 0, 3, 0, 0, 1, 0), top_k=1)
+    pairs = [drawn.load(node, [(mark, 512) for mark in range(0, 65_536, 512)])[0] for node in range(3)]
+    assert [share / sum(pairs) for share in pairs] == pytest.approx([0.6, 0.3, 0.1], abs=0.01)
+
+
+def test_popular_experts_slow_the_instance():
+    class BusyExperts:
+        def attention_s(self, num_tokens, num_context_tokens):
+            return 1e-3
+
+        def pass_s(self, num_logit_rows):
+            return 0.0
+
+        def expert_s(self, num_expert_rows, num_active_experts):
+            return 0.1e-3 * num_expert_rows
+
+        def comm_s(self, num_bytes):
+            return num_bytes * 1e-9
+
+    arrivals = [Arrival(0.0, 4, 8)] * 36
+    even, skewed = (simulate(SMALL, BusyExperts(), arrivals, popularity=name) for name in ("uniform", "zipf:2"))
+    assert skewed.duration_s > 1.2 * even.duration_s
+    busy = {worker.worker_id: worker.busy for worker in skewed.workers}
+    assert busy["expert-0"] > 3 * busy["expert-1"]
+
+
+@pytest.mark.parametrize(
+    ("popularity", "sentence"),
+    [
+        ("flat", "expert popularity 'flat' is not one; give uniform, uniform-drawn, zipf, zipf:EXPONENT"),
+        ("zipf:-1", "'zipf:-1' is not one"),
+        ("zipf:steep", "'zipf:steep' is not one"),
+        ((1.0, 2.0), "has 2 weights, 2 of them above 0; give 8 numbers"),
+        ((1.0, 0, 0, 0, 0, 0, 0, 0), "at least 2 of them above 0"),
+        ((1.0, 1, 1, 1, 1, 1, 1, -1), "numbers of at least 0"),
+    ],
+)
+def test_popularity_that_cannot_be_is_refused_with_a_sentence(popularity, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        routing(popularity)
