@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.skipif(boo
 async def instance(net):
     """Two expert workers and an attention worker on hosts of their own, started before their coordinator."""
     address = f"tcp://{net.addresses['front']}:{PORT}"
-    launch = (sys.executable, "-m", "msi_launch", "--coordinator", address, "--threads-per-worker", 1)
+    launch = (sys.executable, "-m", "msi_launch", "--coordinator", address, "--threads-per-worker", 1,
+              "--peer-timeout", 3)  # fmt: skip  # leaves a slow machine time to say so within 5 s
     async with (
         running(*net.on("experts", *launch, "--role", "expert", "--worker-id", "expert-0")) as first,
         running(*net.on("experts", *launch, "--role", "expert", "--worker-id", "expert-1")) as second,

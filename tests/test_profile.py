@@ -22,6 +22,7 @@ from msi.planner.profile import (
     PassPoint,
     Profile,
     ProfiledCosts,
+    RoutingPoint,
     SchedulingPoint,
     read_profile,
     to_json,
@@ -56,6 +57,7 @@ PROFILE = Profile(
     ),
     comm=(CommPoint("inproc", 100, 1e-4), CommPoint("shm", 1000, 2e-4), CommPoint("shm", 3000, 4e-4)),
     scheduling=(SchedulingPoint(1, 1e-3), SchedulingPoint(11, 2e-3)),
+    routing=(RoutingPoint(1, 2.0), RoutingPoint(5, 4.0), RoutingPoint(9, 7.0)),
 )
 ROOT = Path(__file__).parent.parent
 ONE_BY_ONE = Deployment(threads=1, num_experts=8, transport="shm")
@@ -87,7 +89,9 @@ def test_the_file_has_the_documented_keys():
 def test_control_may_be_left_out():
     without = values()
     del without["control"]
-    assert read_profile(without).scheduling == ()
+    assert (read_profile(without).scheduling, read_profile(without).routing) == ((), ())
+    with pytest.raises(ConfigError, match="the profile of mid has no routing; measure it"):
+        read_profile(without).active_experts(8, 4)
 
 
 def changed(path: str, value: object) -> dict:
@@ -128,6 +132,7 @@ def changed(path: str, value: object) -> dict:
         ("expert/0/num_active_experts", 2, r"expert\[0\] has 2 active experts, more than its experts or its rows \(1"),
         ("control", 3, "control is 3; it must be an object"),
         ("control/scheduling/0/seconds", 0, r"scheduling\[0\].seconds is 0"),
+        ("control/routing/1/num_tokens", 1, r"the sizes of routing\[1\] do not ascend"),
     ],
 )
 def test_a_profile_that_is_not_whole_is_refused_by_file_and_key(tmp_path, path, value, sentence):
@@ -199,6 +204,12 @@ def test_the_papers_constants_by_hand():
 
 
 # -- costs -----------------------------------------------------------------------------------------------------------
+
+
+def test_active_experts_are_those_that_the_router_was_seen_to_choose():
+    assert PROFILE.active_experts(8, 3) == 3.0
+    assert PROFILE.active_experts(4, 3) == 1.5  # a node with half of them
+    assert PROFILE.active_experts(8, np.array([1, 9, 99])).tolist() == [2, 7, 8]
 
 
 def test_one_micro_batch_at_a_time_has_the_times_measured_alone():
@@ -284,6 +295,8 @@ def test_a_quick_profile_of_this_machine_reads_back_and_predicts(tiny_model, tmp
     assert {(one.num_experts, one.num_active_experts) for one in profile.expert} == {(7, 1), (7, 7)}
     assert [one.transport for one in profile.comm] == ["shm", "shm", "inproc", "inproc"]
     assert [one.num_seqs for one in profile.scheduling] == [1, 4]
+    assert profile.routing[0] == RoutingPoint(1, 2.0)  # one token's top 2
+    assert 2 < profile.routing[1].active_experts <= 7
     said = run(
         "tools/compare_simulated.py", tiny_model, "--profile", path, "--predict-only", "--json",
         "--layout", "2+1/m2/t1", "--layout", "colocated", "--batch", 8,

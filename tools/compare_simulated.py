@@ -147,7 +147,10 @@ def predict(profile: Profile, shape: ModelShape, layout: Layout, batch: int, con
     per_lane = batch / (layout.num_micro_batches * layout.num_attention)
     in_wave = per_lane * layout.num_attention
     rows = in_wave * shape.top_k / layout.num_expert
-    active = float(active_experts(shape, experts_per_node, in_wave))
+    if profile.routing:
+        active = float(profile.active_experts(experts_per_node, in_wave))
+    else:
+        active = float(active_experts(shape, experts_per_node, in_wave))
     sent = per_lane * float(nodes_per_token(shape, experts_per_node)) / layout.num_expert
     sent_bytes = HEADER_BYTES + sent * row_bytes(shape.hidden_size, shape.top_k, DTYPES[profile.dtype])
     costs = ProfiledCosts(profile, deployment).settled(per_lane, per_lane * context_len, rows, active)
@@ -264,7 +267,7 @@ def compare(arguments: argparse.Namespace, profile: Profile, shape: ModelShape) 
 
 def _rates(one: Compared) -> str:
     predicted = f"predicted {one.predicted.simulated_tokens_per_s:.1f} tokens/s"
-    return predicted + (f", measured {one.tokens_per_s:.1f}" if one.measured_tokens_per_s else "")
+    return predicted + (f", measured {one.measured_tokens_per_s}" if one.measured_tokens_per_s else "")
 
 
 # -- shown -----------------------------------------------------------------------------------------------------------

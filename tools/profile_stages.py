@@ -38,6 +38,7 @@ from msi.planner.profile import (
     ExpertPoint,
     PassPoint,
     Profile,
+    RoutingPoint,
     SchedulingPoint,
     to_json,
 )
@@ -144,11 +145,12 @@ def measure(arguments: argparse.Namespace) -> Profile:
                 for point in bench.comm(transport, sizes.comm, attention, expert, repeat, config.num_sparse_layers)
             ]
             scheduling = [bench.scheduling(num_seqs) for num_seqs in sizes.num_seqs]
-        if "inproc" in transports:
-            with StageProcess(hosting("colocated")) as both:
-                _load(progress, both)
-                both.call("use_threads", threads[0])
+        with StageProcess(hosting("colocated")) as both:
+            _load(progress, both)
+            both.call("use_threads", threads[0])
+            if "inproc" in transports:
                 comm += bench.comm("inproc", sizes.comm, both, both, repeat, config.num_sparse_layers)
+            routing = bench.routing(sizes.num_seqs, both)
     return Profile(
         device=arguments.device,
         host=f"{processor()}, {os.cpu_count()} cores",
@@ -162,6 +164,7 @@ def measure(arguments: argparse.Namespace) -> Profile:
         passes=tuple(bench.pass_points()),
         comm=tuple(comm),
         scheduling=tuple(scheduling),
+        routing=tuple(routing),
     )
 
 
@@ -278,6 +281,14 @@ class Bench:
     def scheduling(self, num_seqs: int) -> SchedulingPoint:
         times = self._attention.call("scheduling", num_seqs, SCHEDULING_CONTEXT, 20)
         return SchedulingPoint(num_seqs, median(times))
+
+    def routing(self, batches: tuple[int, ...], both: StageProcess) -> list[RoutingPoint]:
+        """How many experts the model's router hits; no times."""
+        task = self._progress.add_task("routing", total=1)
+        both.call("link", "inproc", both.call("listen", "inproc"))
+        active = both.call("routing", batches)
+        self._progress.advance(task)
+        return [RoutingPoint(num_tokens, found) for num_tokens, found in zip(batches, active, strict=True)]
 
     # -- what was found ----------------------------------------------------------------------------------------------
 

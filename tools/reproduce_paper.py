@@ -5,7 +5,7 @@
     tools/reproduce_paper.py --figures tools/results/paper --write-readme
     tools/reproduce_paper.py --json                            # with every plan and every sensitivity
 
-Takes a minute or two. Assumptions are those of msi/planner/assumptions.py, the same for every system; they were
+Takes about two minutes. Assumptions are those of msi/planner/assumptions.py, the same for every system; they were
 committed before the first comparison, and none is set per figure. Where a claim differs by more than 15 %, each
 assumption is varied alone over a stated range, and the reason says what that shows. "Up to" is the best over the
 models. End to end is the sum described in tools/paper/systems.py.
@@ -67,7 +67,7 @@ def cells(one: Measured) -> tuple[str, ...]:
     """A row of the table, in the order of HEADINGS."""
     claim = one.claim
     each = ", ".join(f"{TITLES[model]} {value:.2f}" for model, value in one.each.items())
-    difference = "" if one.difference is None else f"{100 * one.difference:+.0f} %"
+    difference = "" if one.difference is None else f"{100 * one.difference:+.1f} %"
     paper = "" if claim.paper is None else f"{claim.paper:.2f}"
     return claim.figure, claim.text, paper, f"{one.ours:.2f}", difference, each if len(one.each) > 1 else ""
 

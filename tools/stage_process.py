@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ from msi.waves import Rows, WaveBatch
 
 SLOT_ROWS = 512
 LINK_TIMEOUT_S = 60.0
+ROUTING_CONTEXT = 64  # random tokens, then
+ROUTING_TOKENS = 24  # those that the model goes on with
 GREEDY = TokenSampling(0.0, 1.0, 0, 0, 0)
 
 
@@ -166,6 +169,7 @@ class _Host:
         self._kv_cache: torch.Tensor | None = None
         self._side: AttentionSide | ExpertSide | None = None
         self._background: asyncio.Task[None] | None = None
+        self._decoding: tuple[int, list[tuple[float, float]]] = (0, [])  # sequences; bytes and batches after each pass
         self._attention_role: AttentionRole | None = None
         self._expert_role: ExpertRole | None = None
         self._stack = contextlib.AsyncExitStack()
@@ -242,8 +246,10 @@ class _Host:
         def report(message: object) -> None:
             if isinstance(message, Linked) and message.is_complete:
                 linked.set()
+            elif isinstance(message, PassDone):
+                self._pass_done(len(message.progress))
 
-        num_blocks = 1 + -(-self._hosting.max_context // BLOCK_TOKENS)
+        num_blocks = 1 + self._hosting.max_seqs * -(-(ROUTING_CONTEXT + ROUTING_TOKENS) // BLOCK_TOKENS)
         role = self._attention_role = AttentionRole(
             self._assignment(), self._model(), self._open(transport), num_blocks, report, clock=time.monotonic
         )
@@ -258,6 +264,34 @@ class _Host:
         started = time.monotonic()
         await self._attention_role.calibrate(1, num_seqs, num_passes)
         return time.monotonic() - started
+
+    async def routing(self, batches: tuple[int, ...]) -> list[float]:
+        """Mean active experts of a layer while so many sequences decode. For a process that hosts both roles; ends
+        with them serving, so nothing else can be measured over this link.
+        """
+        role = self._attention_role
+        assert role is not None
+        assert self._expert_role is not None
+        role.use_lanes(1)
+        chance, found = random.Random(1), []
+        params = SamplingParams(max_tokens=ROUTING_TOKENS, temperature=0, ignore_eos=True, seed=0)
+        for num_seqs in batches:
+            self._decoding = (num_seqs, [])
+            for index in range(num_seqs):
+                prompt = tuple(chance.randrange(self._config.vocab_size) for _ in range(ROUTING_CONTEXT))
+                role.submit(Request(f"{num_seqs}-{index}", prompt, params))
+            await role.wait_idle()
+            (first_bytes, first_batches), *_, (last_bytes, last_batches) = self._decoding[1]
+            expert_bytes = self._config.expert_values * self._dtype.itemsize
+            found.append((last_bytes - first_bytes) / expert_bytes / (last_batches - first_batches))
+        return found
+
+    def _pass_done(self, num_tokens: int) -> None:
+        """Notes what the experts have read so far, whenever all sequences got a token."""
+        num_seqs, seen = self._decoding
+        if self._expert_role is not None and num_tokens == num_seqs:
+            counters = self._expert_role.counters()
+            seen.append((counters["weight_bytes_read"], counters["batches"]))
 
     async def computed_s(self) -> float:
         """Seconds that the roles hosted here have spent on layers, heads and sampling since they started."""

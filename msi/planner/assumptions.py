@@ -54,6 +54,8 @@ class Assumptions:
 
     def compute_at(self, rows: Quantity) -> Quantity:
         """Fraction of peak FLOPS that a GEMM of so many rows reaches, interpolated over the logarithm of rows."""
+        if len(self.compute) == 1:
+            return self.compute[0][1]
         sizes, fractions = zip(*self.compute, strict=True)
         at: Quantity = np.interp(np.log(np.maximum(rows, 1.0)), np.log(sizes), fractions)
         return at

@@ -41,6 +41,7 @@ class Group:
             2 * batch * model.head_values / size / (gpu.flops_per_s * float(given.compute_at(float(batch)))),
             head_bytes / (gpu.memory_bytes_per_s * given.memory),
         )
+        head_s += given.attention_launch_s
         pairs, active = batch * model.top_k, float(active_experts(model, float(model.num_experts), float(batch)))
         slices = size if self.baseline.experts == "sharded" else max(1, size // model.num_experts)
         holders = size // slices  # GPUs, or groups of them, that have different experts
@@ -49,7 +50,7 @@ class Group:
         return Stages(float(attention_s) + head_s / model.num_sparse_layers, float(expert_s), float(reduce_s))
 
     def memory_bytes(self, batch: int) -> tuple[float, float]:
-        """Without and of the experts."""
+        """Without the experts and of them, activations included."""
         model = self.task.model
         rest = attention_node_bytes(
             model,
@@ -60,7 +61,8 @@ class Group:
             mean_len=context_len(model, self.task.workload.mean_len),
             num_expert_nodes=0.0,
         )
-        return float(rest), float(model.num_experts * model.expert_bytes)
+        activations = batch * model.top_k * (2 * model.hidden_size + 3 * model.intermediate_size) * model.value_bytes
+        return float(rest), float(model.num_experts * model.expert_bytes + activations)
 
     @property
     def memory_limit_bytes(self) -> float:
@@ -134,6 +136,7 @@ def _groups(task: Task, baseline: Baseline) -> Iterator[tuple[Group, int]]:
     for pool in pools.values():
         size = 1
         while size <= min(MAX_GROUP, pool.count):
-            if baseline.experts == "sharded" or size <= task.model.num_experts or size % task.model.num_experts == 0:
+            experts = task.model.num_experts
+            if baseline.experts == "sharded" or experts % size == 0 or size % experts == 0:
                 yield Group(task, pool.gpu, size, baseline), pool.count
             size *= 2

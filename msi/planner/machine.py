@@ -21,7 +21,6 @@ from msi.planner.performance import (
 )
 from msi.planner.plan import Limit, Plan
 from msi.planner.profile import Deployment, Profile, ProfiledCosts
-from msi.planner.stage_costs import StageCosts
 from msi.planner.task import Task, score_of
 
 
@@ -69,27 +68,32 @@ class Machine:
     def experts_per_node(self) -> int:
         return -(-self.task.model.num_experts // self.layout.num_expert)
 
-    def stage_costs(self, micro_batch: int) -> StageCosts:
+    def stage_costs(self, micro_batch: float) -> ProfiledCosts:
         """What stages take when every micro-batch has so many sequences."""
         rows, active = self._expert_rows(micro_batch)
         context = micro_batch * float(context_len(self.task.model, self.task.workload.mean_len))
         return self.costs.settled(micro_batch, context, rows, active)
 
-    def _expert_rows(self, micro_batch: int) -> tuple[float, float]:
-        """(token, expert) pairs of one expert node's batch, and its active experts, in the mean."""
+    def _expert_rows(self, micro_batch: float) -> tuple[float, float]:
+        """(token, expert) pairs of one expert node's batch, and its active experts as the router was seen to choose."""
         model, tokens = self.task.model, micro_batch * self.layout.num_attention
-        active = float(active_experts(model, float(self.experts_per_node), float(tokens)))
-        return tokens * model.top_k * self.experts_per_node / model.num_experts, active
+        experts = model.num_experts / self.layout.num_expert
+        if self.profile.routing:
+            active = float(self.profile.active_experts(experts, tokens))
+        else:
+            active = float(active_experts(model, experts, tokens))
+        return tokens * model.top_k * experts / model.num_experts, active
 
-    def stages(self, micro_batch: int) -> Stages:
+    def stages(self, micro_batch: float) -> Stages:
+        """T_a with its share of what comes once per pass, T_e, T_c; micro-batches of so many sequences in the mean."""
         model, costs = self.task.model, self.stage_costs(micro_batch)
         context = micro_batch * float(context_len(model, self.task.workload.mean_len))
         rows, active = self._expert_rows(micro_batch)
-        attention_s = costs.attention_s(micro_batch, round(context))
-        attention_s += costs.pass_s(micro_batch) / model.num_sparse_layers
+        attention_s = float(costs.attention_s(micro_batch, context))
+        attention_s += float(costs.pass_s(micro_batch)) / model.num_sparse_layers
         sent = micro_batch * float(nodes_per_token(model, float(self.experts_per_node))) / self.layout.num_expert
-        num_bytes = round(sent * model.hidden_size * model.value_bytes)
-        expert_s, comm_s = costs.expert_s(rows, max(1, round(active))), costs.comm_s(max(1, num_bytes))
+        expert_s = float(costs.expert_s(rows, active))
+        comm_s = float(costs.comm_s(sent * model.hidden_size * model.value_bytes))
         by = self.task.factors
         return Stages(attention_s * by.attention, expert_s * by.expert, comm_s * by.comm)
 

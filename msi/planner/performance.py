@@ -6,10 +6,12 @@ micro-batch. The paper's equations, as written and corrected, are in `msi.planne
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msi.planner.assumptions import Assumptions, Quantity
 from msi.planner.hardware import Gpu
@@ -117,11 +119,22 @@ def expert_gemm_s(
 
 
 def expert_layer_s(
-    model: ModelShape, gpu: Gpu, tp: int, expert_rows: Quantity, active_experts: Quantity, given: Assumptions
+    model: ModelShape,
+    gpu: Gpu,
+    tp: int,
+    expert_rows: Quantity,
+    active_experts: Quantity,
+    given: Assumptions,
+    *,
+    rows_per_pair: Quantity = 1.0,
 ) -> Quantity:
-    """T_e of an expert node of tp GPUs: the grouped GEMM, rows gathered before it and scattered after."""
+    """T_e of an expert node of tp GPUs: the grouped GEMM, rows gathered before it and scattered after.
+
+    `rows_per_pair`: rows that travel per (token, expert) pair; a token with two experts on a node comes once.
+    """
     gemm = expert_gemm_s(model, gpu, expert_rows, active_experts, given, slices=tp)
-    return gemm + 2 * collective_s(expert_rows * model.hidden_size * model.value_bytes, tp, gpu, given)
+    row_bytes = model.hidden_size * model.value_bytes
+    return gemm + 2 * collective_s(expert_rows * rows_per_pair * row_bytes, tp, gpu, given)
 
 
 def active_experts(model: ModelShape, experts: Quantity, tokens: Quantity) -> Quantity:
@@ -134,8 +147,15 @@ def nodes_per_token(model: ModelShape, experts_per_node: Quantity) -> Quantity:
     passed_over: Quantity = 1.0
     for drawn in range(model.top_k):
         left = model.num_experts - drawn
-        passed_over = passed_over * np.clip((left - experts_per_node) / left, 0.0, 1.0)
+        passed_over = passed_over * np.maximum((left - experts_per_node) / left, 0.0)
     return model.num_experts / experts_per_node * (1 - passed_over)
+
+
+@functools.lru_cache(maxsize=64)
+def _travelling_rows(model: ModelShape) -> NDArray[np.float64]:
+    """Rows that travel per (token, expert) pair, by experts per node; index 0 is unused."""
+    per_node = np.maximum(np.arange(model.num_experts + 1), 1)
+    return np.asarray(nodes_per_token(model, per_node.astype(np.float64)) / model.top_k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +183,11 @@ class Roofline:
         return head_s + self.given.attention_launch_s
 
     def expert_s(self, num_expert_rows: Quantity, num_active_experts: Quantity, experts_per_node: Quantity) -> Quantity:
-        return expert_layer_s(
-            self.model, self.expert_gpu, self.expert_tp, num_expert_rows, num_active_experts, self.given
-        )
+        sizes = (num_expert_rows, num_active_experts)
+        if self.expert_tp == 1:
+            return expert_layer_s(self.model, self.expert_gpu, 1, *sizes, self.given)
+        travelling = _travelling_rows(self.model)[np.asarray(experts_per_node, dtype=int)]
+        return expert_layer_s(self.model, self.expert_gpu, self.expert_tp, *sizes, self.given, rows_per_pair=travelling)
 
     def comm_s(self, message_bytes: Quantity, num_attention_nodes: Quantity, num_expert_nodes: Quantity) -> Quantity:
         """Eq 6 in bytes (defect 1): the slower of a sender's messages to all peers and a receiver's from all."""

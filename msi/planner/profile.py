@@ -11,11 +11,13 @@ knows what workers that share a machine do to each other. Knows no models and no
                  "seconds": 0.012}, ...],
      "pass": [{"threads": 1, "contention": "alone", "num_seqs": 8, "seconds": 0.011}, ...],
      "comm": [{"transport": "shm", "num_bytes": 33000, "seconds": 0.0003}, ...],
-     "control": {"scheduling": [{"num_seqs": 8, "seconds": 0.0005}, ...]}}
+     "control": {"scheduling": [{"num_seqs": 8, "seconds": 0.0005}, ...],
+                 "routing": [{"num_tokens": 8, "active_experts": 6.2}, ...]}}
 
 Contention is "alone", or "overlapped": while a worker of the other side computes all the time. `num_experts` are those
 on the measured node; its times are those of any node with as many *active* experts. Sizes ascend within a list (outer
-first: num_tokens, then context_len; num_active_experts, then num_expert_rows) for each setting. `control` is optional.
+first: num_tokens, then context_len; num_active_experts, then num_expert_rows) for each setting. `control` and what is
+in it are optional.
 """
 
 from __future__ import annotations
@@ -89,8 +91,19 @@ class SchedulingPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingPoint:
+    """Of all experts of a layer, how many at least one of `num_tokens` decoding sequences chose, in the mean.
+
+    Routers are not even: what a model leaves out, nobody reads.
+    """
+
+    num_tokens: int
+    active_experts: float
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
-    """One machine and one model. `passes` is "pass" in the file, `scheduling` is under "control"."""
+    """One machine and one model. `passes` is "pass" in the file; `scheduling` and `routing` are under "control"."""
 
     device: str
     host: str
@@ -104,6 +117,24 @@ class Profile:
     passes: tuple[PassPoint, ...]
     comm: tuple[CommPoint, ...]
     scheduling: tuple[SchedulingPoint, ...] = ()
+    routing: tuple[RoutingPoint, ...] = ()
+
+    @property
+    def num_experts(self) -> int:
+        """Of a layer of the model."""
+        return max(point.num_experts for point in self.expert)
+
+    def active_experts(self, num_experts: Size, num_tokens: Size) -> Size:
+        """Of so many experts on a node, how many at least one of so many tokens chooses, as the router was seen to.
+
+        Raises:
+            ConfigError: the profile has no routing.
+        """
+        if not self.routing:
+            raise ConfigError(f"the profile of {self.model} has no routing; measure it with tools/profile_stages.py")
+        total = self.num_experts
+        active = Curve({point.num_tokens: point.active_experts for point in self.routing}).at(num_tokens)
+        return like(np.minimum(active, total) * num_experts / total)
 
     def fits(self, *, threads: int, context_len: int, contention: str = "alone") -> Fits:
         """k1 to k4 of the paper, by least squares over the measured sizes.
@@ -164,14 +195,14 @@ def to_json(profile: Profile) -> dict[str, Any]:
     values = asdict(profile)
     lists = {name: [asdict(point) for point in values_of] for name, values_of in _lists(profile).items()}
     described = {name: values[name] for name in _DESCRIPTION}
-    control = {"scheduling": [asdict(point) for point in profile.scheduling]}
+    control = {name: [asdict(point) for point in getattr(profile, name)] for name in ("scheduling", "routing")}
     return {"schema_version": SCHEMA_VERSION, "kind": KIND, **described, **lists, "control": control}
 
 
 _DESCRIPTION = {
     "device": str, "host": str, "num_cores": int, "date": str, "model": str, "config_digest": str, "dtype": str,
 }  # fmt: skip
-P = TypeVar("P", AttentionPoint, ExpertPoint, PassPoint, CommPoint, SchedulingPoint)
+P = TypeVar("P", AttentionPoint, ExpertPoint, PassPoint, CommPoint, SchedulingPoint, RoutingPoint)
 
 
 def _lists(profile: Profile) -> dict[str, Sequence[Any]]:
@@ -200,14 +231,14 @@ class _Reader:
         control = values.get("control", {})
         if not isinstance(control, Mapping):
             raise ConfigError(f"{self._where}: control is {control!r}; it must be an object")
-        scheduling = self._points(control, "scheduling", SchedulingPoint) if control.get("scheduling") else ()
         return Profile(
             **described,
             attention=self._points(values, "attention", AttentionPoint),
             expert=self._points(values, "expert", ExpertPoint),
             passes=self._points(values, "pass", PassPoint),
             comm=self._points(values, "comm", CommPoint),
-            scheduling=scheduling,
+            scheduling=self._points(control, "scheduling", SchedulingPoint) if control.get("scheduling") else (),
+            routing=self._points(control, "routing", RoutingPoint) if control.get("routing") else (),
         )
 
     def _value(self, values: Mapping[str, Any], name: str, type_: type, prefix: str = "") -> Any:
@@ -243,7 +274,7 @@ class _Reader:
             }
             self._check_names(found, at)
             setting = tuple(found[key] for key in found if key in _SETTINGS)
-            size = tuple(found[key] for key in found if key not in _SETTINGS and key != "seconds")
+            size = tuple(value for key, value in found.items() if key not in _SETTINGS and isinstance(value, int))
             if size <= last.get(setting, ()):
                 raise ConfigError(f"{self._where}: the sizes of {at} do not ascend: {size} after {last[setting]}")
             last[setting] = size

@@ -31,6 +31,7 @@ from msi.planner.plan import Limit, Plan
 from msi.planner.task import Limits, Objective, Pool, StageFactors, Task
 
 UNCHANGED = StageFactors()
+STEP_MATTERS = 0.02  # scores between two steps of attention nodes are at most so much higher
 DENSE_UP_TO = 16  # every number of attention nodes up to here, then steps of 10 %
 
 
@@ -69,6 +70,7 @@ class Candidates:
     experts_per_node: NDArray[np.float64]
     num_expert_nodes: NDArray[np.float64]
     num_micro_batches: NDArray[np.float64]
+    nodes_per_token: NDArray[np.float64]  # expert nodes that one token's rows go to
 
     def __len__(self) -> int:
         return len(self.num_micro_batches)
@@ -79,6 +81,7 @@ class Candidates:
             self.experts_per_node[chosen],
             self.num_expert_nodes[chosen],
             self.num_micro_batches[chosen],
+            self.nodes_per_token[chosen],
         )
 
 
@@ -111,7 +114,7 @@ class Deployment:
         attention_s = self.costs.attention_s(micro_batch, micro_batch * mean_len)
         attention_s = attention_s + self.costs.pass_s(micro_batch) / model.num_sparse_layers
         expert_s = self.costs.expert_s(expert_rows, active, at.experts_per_node)
-        message_rows = micro_batch * nodes_per_token(model, at.experts_per_node) / at.num_expert_nodes
+        message_rows = micro_batch * at.nodes_per_token / at.num_expert_nodes
         message_bytes = message_rows * model.hidden_size * model.value_bytes
         comm_s = self.costs.comm_s(message_bytes, at.num_attention_nodes, at.num_expert_nodes)
         if task.factors != UNCHANGED:
@@ -164,22 +167,33 @@ class Deployment:
             "batch limit": too_many,
         }
 
-    def largest_micro_batch(self, at: Candidates) -> NDArray[np.float64]:
-        """Of each candidate; 0 where not even one sequence is within the limits.
+    def largest_micro_batch(self, at: Candidates, worth: float = 0.0) -> NDArray[np.float64]:
+        """Of each candidate; 0 where not even one sequence is within the limits, or the score would not exceed `worth`.
 
         Memory grows by the same bytes with every sequence, so its limit is a division; where the TPOT limit is lower,
-        a binary search (TPOT never falls with the micro-batch).
+        a search that halves the open range, and every second time cuts it where a line from the origin meets the
+        limit: TPOT never falls with the micro-batch, and never rises faster than in proportion to it. For the same
+        reason no candidate scores more than with the micro-batch that only memory limits.
         """
         largest = self._largest_in_memory(at)
-        is_slow = (largest > 0) & self._is_slow(at, np.maximum(largest, 1))
+        tpot_s = self.predict(at, np.maximum(largest, 1)).tpot_s
+        if worth:
+            largest = np.where(self._score(at, largest, tpot_s) > worth, largest, 0)
+        is_slow = (largest > 0) & (tpot_s > self.task.workload.tpot_s * (1 + 1e-12))
         slow, searched = at.only(is_slow), np.flatnonzero(is_slow)
         low, high = np.zeros(len(slow)), largest[searched]
+        limit_s = self.task.workload.tpot_s
+        high_s = self.predict(slow, high).tpot_s
+        is_cut = True
         while np.any(high - low > 1):
-            middle = np.floor((low + high) / 2)
-            too_slow = self._is_slow(slow, np.maximum(middle, 1))
+            tried = np.floor(high * limit_s / high_s if is_cut else (low + high) / 2)
+            tried = np.clip(tried, low + 1, np.maximum(high - 1, low + 1))
+            tried_s = self.predict(slow, tried).tpot_s
             is_open = high - low > 1
-            high = np.where(is_open & too_slow, middle, high)
-            low = np.where(is_open & ~too_slow, middle, low)
+            too_slow = is_open & (tried_s > limit_s * (1 + 1e-12))
+            high, high_s = np.where(too_slow, tried, high), np.where(too_slow, tried_s, high_s)
+            low = np.where(is_open & ~too_slow, tried, low)
+            is_cut = not is_cut
         largest[searched] = low
         return largest
 
@@ -203,7 +217,7 @@ class Deployment:
     def candidates(self, attention_nodes: Iterable[int] | None = None) -> Candidates:
         """Every number of experts per node that divides E and fits, of m, and of attention nodes."""
         task, model = self.task, self.task.model
-        grids = [np.empty((4, 0))]
+        grids = [np.empty((5, 0))]
         for experts_per_node in divisors(model.num_experts):
             num_expert_nodes = model.num_experts // experts_per_node
             expert_gpus = num_expert_nodes * self.expert.tp
@@ -214,15 +228,24 @@ class Deployment:
             tried = [n for n in (spread_up_to(most) if attention_nodes is None else attention_nodes) if 1 <= n <= most]
             nodes, m = (one.ravel() for one in np.meshgrid(tried, task.limits.micro_batches))
             each = np.ones(len(nodes))
-            grids.append(np.stack([nodes, experts_per_node * each, num_expert_nodes * each, m]))
+            reached = nodes_per_token(model, experts_per_node) * each
+            grids.append(np.stack([nodes, experts_per_node * each, num_expert_nodes * each, m, reached]))
         return Candidates(*np.concatenate(grids, axis=1))
 
-    def scores(self, at: Candidates) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The score by the objective, and the largest micro-batch; a score of 0 where nothing is possible."""
-        micro_batch = self.largest_micro_batch(at)
-        tpot_s = self.predict(at, np.maximum(micro_batch, 1)).tpot_s
+    def scores(self, at: Candidates, worth: float = 0.0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The score by the objective, and the largest micro-batch; a score of 0 where nothing is possible.
+
+        Args:
+            worth: candidates that cannot score more than this are given 0, unsearched: no TPOT limit helps them.
+        """
+        micro_batch = self.largest_micro_batch(at, worth)
+        return self._score(at, micro_batch, self.predict(at, np.maximum(micro_batch, 1)).tpot_s), micro_batch
+
+    def _score(
+        self, at: Candidates, micro_batch: NDArray[np.float64], tpot_s: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         tokens_per_s = micro_batch * at.num_micro_batches * at.num_attention_nodes / tpot_s
-        return tokens_per_s / self.spent(at, self.task.objective), micro_batch
+        return tokens_per_s / self.spent(at, self.task.objective)
 
     def spent(self, at: Candidates, objective: Objective) -> NDArray[np.float64]:
         """What the objective divides tokens per second by, per instance."""
@@ -289,15 +312,21 @@ class Deployment:
     def resized(self, num_attention_nodes: int, num_expert_nodes: int, num_micro_batches: int) -> Plan | None:
         """The plan with so many nodes, with the largest B; where nodes do not divide E, the fullest one decides."""
         experts_per_node = -(-self.task.model.num_experts // num_expert_nodes)
-        sizes = (num_attention_nodes, experts_per_node, num_expert_nodes, num_micro_batches)
-        at = Candidates(*(np.array([float(size)]) for size in sizes))
+        at = self._one(num_attention_nodes, experts_per_node, num_expert_nodes, num_micro_batches)
         micro_batch = float(self.largest_micro_batch(at)[0])
         return self.plan(at, micro_batch) if micro_batch else None
 
     def with_attention_nodes(self, plan: Plan, num_attention_nodes: int) -> Plan:
         """A plan with another number of attention nodes and the same micro-batch on each, whatever the limits."""
-        sizes = (num_attention_nodes, plan.experts_per_node, plan.num_expert_nodes, plan.num_micro_batches)
-        return self.plan(Candidates(*(np.array([float(size)]) for size in sizes)), float(plan.micro_batch))
+        at = self._one(num_attention_nodes, plan.experts_per_node, plan.num_expert_nodes, plan.num_micro_batches)
+        return self.plan(at, float(plan.micro_batch))
+
+    def _one(
+        self, num_attention_nodes: int, experts_per_node: int, num_expert_nodes: int, num_micro_batches: int
+    ) -> Candidates:
+        reached = float(nodes_per_token(self.task.model, float(experts_per_node)))
+        sizes = (num_attention_nodes, experts_per_node, num_expert_nodes, num_micro_batches, reached)
+        return Candidates(*(np.array([float(size)]) for size in sizes))
 
 
 def search(task: Task, *, num_plans: int = 5) -> list[Plan]:
@@ -306,11 +335,13 @@ def search(task: Task, *, num_plans: int = 5) -> list[Plan]:
     Raises:
         ConfigError: no plan keeps the limits; says which limit stands in the way.
     """
-    found = [one for deployment in deployments(task) for one in _best_of(deployment)]
+    found: list[_Found] = []
+    for deployment in deployments(task):
+        worth = found[-1].score if len(found) == num_plans else 0.0
+        found = sorted([*found, *_best_of(deployment, worth)], key=lambda one: -one.score)[:num_plans]
     if not found:
         raise ConfigError(why_none(task))
-    found.sort(key=lambda one: -one.score)
-    return [one.deployment.plan(one.at, one.micro_batch) for one in found[:num_plans]]
+    return [one.deployment.plan(one.at, one.micro_batch) for one in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,12 +352,15 @@ class _Found:
     micro_batch: float
 
 
-def _best_of(deployment: Deployment) -> Iterator[_Found]:
-    """For each m, the best of one pair of node types; attention nodes between the steps tried in a second round."""
+def _best_of(deployment: Deployment, worth: float) -> Iterator[_Found]:
+    """For each m, the best of one pair of node types, if it may score more than `worth`.
+
+    Attention nodes between the steps are tried in a second round.
+    """
     coarse = deployment.candidates()
     if not len(coarse):
         return
-    scores, micro_batch = deployment.scores(coarse)
+    scores, micro_batch = deployment.scores(coarse, worth * (1 - STEP_MATTERS))
     for m in deployment.task.limits.micro_batches:
         of_m = np.flatnonzero((coarse.num_micro_batches == m) & (scores > 0))
         if not len(of_m):

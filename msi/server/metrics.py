@@ -9,13 +9,14 @@ msi_busy_ratio, msi_bubble_ratio            compute time over wall time; 1 - bus
 msi_running, msi_waiting                    sequences of each attention worker
 msi_kv_cache_used_ratio, msi_kv_cache_blocks
 msi_wave_size_total{size}                   batches of each expert worker by the seats in them
+msi_plan_drift_ratio{stage}, msi_plan_drift_alarms_total      where a plan runs: stage times measured over planned
 msi_worker_..._total                        everything else a worker counts, such as evictions
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -117,6 +118,17 @@ def _instance_metrics(stats: Stats) -> Iterator[Metric]:
     rss = [(one, one.status.counters.get("rss_bytes", 0.0)) for one in stats.workers]
     yield _gauge("resident_memory_bytes", "Memory of the process.", rss)
     yield from _counters(stats.workers)
+    if stats.drift:
+        yield from _drift(stats.drift)
+
+
+def _drift(drift: Mapping[str, float]) -> Iterator[Metric]:
+    ratios = GaugeMetricFamily("msi_plan_drift_ratio", "Stage time measured over the plan's.", labels=["stage"])
+    for stage, ratio in drift.items():
+        if stage != "alarms":
+            ratios.add_metric([stage], ratio)
+    yield ratios
+    yield CounterMetricFamily("msi_plan_drift_alarms", "Stages that parted from the plan.", drift["alarms"])
 
 
 def _gauge(name: str, meaning: str, values: list[tuple[WorkerStats, float]]) -> Metric:

@@ -29,7 +29,7 @@ class Knob:
     name: str
     low: str
     high: str
-    changes: tuple[Change, ...]  # to the low end, to the high end; one where the default is an end
+    changes: tuple[Change, ...]  # to the low end, to the high end; the first alone where the default is the high end
     topics: tuple[Topic, ...] = ALL
 
 
@@ -40,6 +40,11 @@ class Swing:
     knob: Knob
     at: tuple[float, ...]
     default: float
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        low, high = (*self.at, self.default)[:2]
+        return low, high
 
     @property
     def lowest(self) -> float:
@@ -54,17 +59,19 @@ class Swing:
         return self.highest - self.lowest
 
     def reaches(self, value: float) -> bool:
-        return self.lowest <= value <= self.highest
+        """Within 2 %."""
+        return self.lowest * 0.98 <= value <= self.highest * 1.02
 
     def distance(self, value: float) -> float:
         return 0.0 if self.reaches(value) else min(abs(self.lowest - value), abs(self.highest - value))
 
     def to_json(self) -> dict[str, Any]:
         knob = self.knob
-        return {"assumption": knob.name, "from": knob.low, "to": knob.high, "range": [self.lowest, self.highest]}
+        return {"assumption": knob.name, "from": knob.low, "to": knob.high, "ours": list(self.ends)}
 
     def __str__(self) -> str:
-        return f"{self.knob.name} ({self.knob.low} to {self.knob.high}: {self.lowest:.2f} to {self.highest:.2f})"
+        low, high = self.ends
+        return f"{self.knob.name} ({self.knob.low} to {self.knob.high}: {low:.2f} to {high:.2f})"
 
 
 def given(**values: Any) -> Change:
@@ -180,7 +187,7 @@ KNOBS: tuple[Knob, ...] = (
         "power that an L40S draws", "0.7 x", "as its limit", (scaled("l40s", "power_w", 0.7),), HETEROGENEOUS_TOPICS
     ),
     Knob(
-        "GPU of our prefill in the mixed cluster", "H20", "its cheapest FLOPS",
+        "GPU of our prefill in the mixed cluster", "its cheapest FLOPS", "H20",
         (lambda setting: replace(setting, prefill_gpu=""),), ("end to end",),
     ),
     Knob(

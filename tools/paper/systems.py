@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from msi.pipeline import Stages, steady_pass_s
 from msi.planner.assumptions import BASELINES, DEFAULTS, Assumptions, Baseline
@@ -63,11 +64,10 @@ class Setting:
 
 
 class Systems:
-    """Plans of one setting, each searched once."""
+    """What each system reaches in one setting."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self._plans: dict[tuple[object, ...], Plan] = {}
 
     def task(self, model: str, cluster: Cluster, given: Assumptions, limits: Limits) -> Task:
         setting = self.setting
@@ -84,30 +84,22 @@ class Systems:
 
     def ours(self, model: str, cluster: Cluster, *, m: int = 0, is_nccl: bool = False) -> Plan:
         """The best plan; with `m` micro-batches if given; with T_c as NCCL would make it."""
-        key = (model, cluster, m, is_nccl)
-        if key not in self._plans:
-            given = self.setting.given
-            if is_nccl:
-                given = replace(given, tail=given.tail * given.nccl_over_m2n)  # `tail` multiplies the whole of T_c
-            limits = Limits(micro_batches=(m,)) if m else Limits()
-            self._plans[key] = search(self.task(model, cluster, given, limits), num_plans=1)[0]
-        return self._plans[key]
+        given = self.setting.given
+        if is_nccl:
+            given = replace(given, tail=given.tail * given.nccl_over_m2n)  # `tail` multiplies the whole of T_c
+        return _best(self.task(model, cluster, given, Limits(micro_batches=(m,)) if m else Limits()))
 
     def baseline(self, name: str, model: str, cluster: Cluster, *, is_tuned: bool = False) -> Plan:
         """The best colocated group; tuned: without the limit on sequences that it is shipped with."""
-        key = (name, model, cluster, is_tuned)
-        if key not in self._plans:
-            setting, scale = self.setting, self.setting.baseline_kernels
-            curve = tuple((rows, fraction * scale) for rows, fraction in setting.given.compute)
-            given = replace(setting.given, compute=curve, memory=setting.given.memory * scale)
-            own = replace(cluster, gpus=(cluster.baseline_gpu,))
-            baseline = setting.baselines[name]
-            plan = best_colocated(
-                self.task(model, own, given, Limits()), replace(baseline, max_num_seqs=0) if is_tuned else baseline
-            )
-            assert plan is not None, f"{name} does not fit on {cluster.count} {cluster.baseline_gpu}"
-            self._plans[key] = plan
-        return self._plans[key]
+        setting, scale = self.setting, self.setting.baseline_kernels
+        curve = tuple((rows, fraction * scale) for rows, fraction in setting.given.compute)
+        given = replace(setting.given, compute=curve, memory=setting.given.memory * scale)
+        own = replace(cluster, gpus=(cluster.baseline_gpu,))
+        shipped = setting.baselines[name]
+        baseline = replace(shipped, max_num_seqs=0) if is_tuned else shipped
+        plan = _best_colocated(self.task(model, own, given, Limits()), baseline)
+        assert plan is not None, f"{name} does not fit on {cluster.count} {cluster.baseline_gpu}"
+        return plan
 
     def decode_ratio(
         self, model: str, cluster: Cluster, baseline: str, *, per: Objective = "gpu", is_tuned: bool = False
@@ -173,6 +165,14 @@ class Systems:
         tpot_s = steady_pass_s(stages, plan.num_micro_batches, plan.num_layers)
         num_gpus = degree * plan.tp_attention + plan.num_expert_gpus
         return Replicated(stages, tpot_s, tokens * plan.num_micro_batches / tpot_s, num_gpus)
+
+
+@cache
+def _best(task: Task) -> Plan:
+    return search(task, num_plans=1)[0]
+
+
+_best_colocated = cache(best_colocated)
 
 
 @dataclass(frozen=True, slots=True)
