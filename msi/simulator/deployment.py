@@ -94,11 +94,6 @@ class Deployment:
             ("attention", f"attention-{index}") for index in range(self.num_attention)
         ]
 
-    @property
-    def num_gpus(self) -> int:
-        """Devices, one per worker."""
-        return len(self.workers)
-
 
 @dataclass(frozen=True, slots=True)
 class Fault:
