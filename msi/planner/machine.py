@@ -7,7 +7,7 @@ one process. Stage times are the profile's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msi.errors import ConfigError
 from msi.pipeline import Stages, isolated_pass_s, steady_pass_s
@@ -103,12 +103,13 @@ class Machine:
         return self.profile.num_cores * self.gpu.memory_bytes * self.task.given.memory_utilization
 
     def memory_bytes(self, micro_batch: int) -> tuple[float, float]:
-        """Of one attention and one expert worker; the reserve is the whole machine's."""
-        layout, model = self.layout, self.task.model
+        """Of one attention and one expert worker; what the runtime takes for itself is counted once per machine."""
+        layout, model, given = self.layout, self.task.model, self.task.given
+        given = replace(given, reserved_bytes=given.reserved_bytes / layout.num_attention)
         attention = attention_node_bytes(
             model,
-            0 if layout.is_colocated else 1,
-            self.task.given,
+            1,
+            given,
             micro_batch=float(micro_batch),
             num_micro_batches=float(layout.num_micro_batches),
             mean_len=context_len(model, self.task.workload.mean_len),
@@ -116,8 +117,8 @@ class Machine:
         )
         expert = expert_node_bytes(
             model,
-            0,
-            self.task.given,
+            1,
+            replace(given, reserved_bytes=0.0),
             micro_batch=float(micro_batch),
             num_micro_batches=float(layout.num_micro_batches),
             num_attention_nodes=float(layout.num_attention),
