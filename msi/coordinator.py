@@ -291,12 +291,12 @@ async def _say_choice(watch: DriftWatch) -> None:
 
 def observed(worker: WorkerStats) -> Observation:
     """What a worker's last heartbeat says of its stages."""
-    times, counters = worker.status.times, worker.status.counters
+    counters = worker.status.counters
+    computing = ("attention_s", "shared_experts_s") if worker.role == "attention" else ("expert_batches_s",)
     return Observation(
-        worker.worker_id,
-        worker.role,
-        times.attention_s,
-        times.expert_s,
-        times.comm_s,
-        *(counters.get(name, 0.0) for name in ("passes", "batch_tokens", "batch_contexts")),
+        worker_id=worker.worker_id,
+        role=worker.role,
+        compute_s=sum(counters.get(name, 0.0) for name in computing),
+        comm_s=worker.status.times.comm_s,
+        **{name: counters.get(name, 0.0) for name in ("batches", "passes", "batch_tokens", "batch_contexts")},
     )

@@ -24,16 +24,36 @@ def file() -> PlanFile:
     return PlanFile(best_plans(task, num_plans=1)[0], task, "")
 
 
-def seen(file: PlanFile, passes: float, *, expert: float = 1.0, attention: float = 1.0) -> list[Observation]:
-    """Heartbeats of workers that run the plan's micro-batches, their stages so much slower than planned."""
+def seen(
+    file: PlanFile, passes: float, *, expert: float = 1.0, attention: float = 1.0, share: float = 1.0
+) -> list[Observation]:
+    """First heartbeats after so many passes of the plan's micro-batches (or a share of them), stages so much slower."""
     plan, model = file.plan, file.task.model
-    size, context = plan.micro_batch, plan.micro_batch * round(file.task.workload.mean_len)
+    size = round(plan.micro_batch * share)
+    context = size * round(file.task.workload.mean_len)
     costs = costs_of(file.task, plan)
     rows = size * plan.num_attention_nodes * model.top_k * plan.experts_per_node / model.num_experts
     t_a, t_e = costs.attention_s(size, context), costs.expert_s(rows, plan.experts_per_node)
+    turns = passes * plan.num_layers
     return [
-        Observation("expert-0", "expert", 0.0, t_e * expert, 0.0),
-        Observation("attention-0", "attention", t_a * attention, t_e, 0.0, passes, passes * size, passes * context),
+        Observation("expert-0", "expert", t_e * expert * turns, batches=turns),
+        Observation(
+            "attention-0",
+            "attention",
+            t_a * attention * turns,
+            passes=passes,
+            batch_tokens=passes * size,
+            batch_contexts=passes * context,
+        ),
+    ]
+
+
+def later(before: list[Observation], more: list[Observation]) -> list[Observation]:
+    """Heartbeats after what happened before, and more."""
+    totals = ("compute_s", "batches", "passes", "batch_tokens", "batch_contexts")
+    return [
+        replace(old, **{name: getattr(old, name) + getattr(new, name) for name in totals})
+        for old, new in zip(before, more, strict=True)
     ]
 
 
@@ -47,21 +67,21 @@ def test_what_goes_as_planned_is_no_drift_and_too_few_passes_say_nothing(file):
 
 def test_a_slow_stage_is_said_once_and_again_when_it_comes_back(file):
     watch = DriftWatch(file, 0.3)
-    (drift,) = watch.look(seen(file, 100, expert=2.0))
+    now = seen(file, 100, expert=2.0)
+    (drift,) = watch.look(now)
     assert (drift.worker_id, drift.stage) == ("expert-0", "expert")
     assert drift.ratio == pytest.approx(2.0, rel=0.05)
     assert "expert-0: T_e is" in str(drift)
-    assert watch.look(seen(file, 200, expert=2.0)) == []
-    assert watch.look(seen(file, 300)) == []
-    assert len(watch.look(seen(file, 400, expert=2.0))) == 1
+    for slowness, said in ((2.0, 0), (1.0, 0), (2.0, 1)):
+        now = later(now, seen(file, 100, expert=slowness))
+        assert len(watch.look(now)) == said
     assert watch.num_alarms == 2
 
 
 def test_faster_than_planned_is_drift_too_and_smaller_batches_are_none(file):
     watch = DriftWatch(file, 0.3)
     assert [drift.stage for drift in watch.look(seen(file, 100, attention=0.5))] == ["attention"]
-    quiet = PlanFile(replace(file.plan, batch_size=file.plan.batch_size // 4), file.task, "")
-    assert DriftWatch(file, 0.3).look(seen(quiet, 100)) == []
+    assert DriftWatch(file, 0.3).look(seen(file, 100, share=0.25)) == []
 
 
 def test_a_worker_that_came_back_counts_from_zero(file):
@@ -71,11 +91,21 @@ def test_a_worker_that_came_back_counts_from_zero(file):
     assert len(watch.look(seen(file, 200, expert=5.0))) == 1
 
 
+def test_a_slow_network_is_drift_as_far_as_it_lengthens_a_turn(file):
+    planned = file.plan.t_comm_s
+    for factor, said in ((1.6, []), (1 + file.plan.stages.round_trip_s / planned, ["comm"])):
+        expert, attention = seen(file, 100)
+        watch = DriftWatch(file, 0.3)
+        assert [drift.stage for drift in watch.look([expert, replace(attention, comm_s=planned * factor)])] == said
+        assert watch.ratios["comm"] == pytest.approx(factor, rel=0.01)
+
+
 def test_the_plan_to_choose_now_follows_the_measured_times(file):
     watch = DriftWatch(file, 0.3)
-    watch.look(seen(file, 100))
+    now = seen(file, 100)
+    watch.look(now)
     assert watch.choice_now() == "the plan that runs would be chosen again"
-    watch.look(seen(file, 200, expert=20.0))
+    watch.look(later(now, seen(file, 100, expert=20.0)))
     assert watch.choice_now().startswith("the plan to choose now: ")
 
 

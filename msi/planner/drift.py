@@ -23,18 +23,21 @@ SYMBOLS = {"attention": "T_a", "expert": "T_e", "comm": "T_c"}
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one worker's heartbeat says; counters are running totals.
+    """What one worker's heartbeat says; all but `comm_s` are running totals.
 
     Attributes:
-        role: "attention" workers measure T_a and T_c, and T_e of their turns; "expert" workers T_e.
+        role: "attention" workers measure T_a and T_c, "expert" workers T_e.
+        compute_s: spent on layers: an attention worker's turns, an expert worker's batches.
+        batches: of an expert worker.
+        comm_s: T_c of an attention worker, the median of its last turns.
         passes, batch_tokens, batch_contexts: of an attention worker: micro-batches run, their rows and context lengths.
     """
 
     worker_id: str
     role: str
-    attention_s: float
-    expert_s: float
-    comm_s: float
+    compute_s: float
+    batches: float = 0.0
+    comm_s: float = 0.0
     passes: float = 0.0
     batch_tokens: float = 0.0
     batch_contexts: float = 0.0
@@ -72,7 +75,6 @@ class DriftWatch:
         self._file = file
         self._fraction = fraction
         self._seen: dict[str, Observation] = {}
-        self._batch: dict[str, tuple[float, float]] = {}  # mean rows and context of a micro-batch, by attention worker
         self._ratios: dict[tuple[str, str], float] = {}
         self._said: set[tuple[str, str]] = set()
         self.num_alarms = 0
@@ -87,61 +89,56 @@ class DriftWatch:
         return worst
 
     def look(self, workers: Iterable[Observation]) -> list[Drift]:
-        """What has newly parted from the plan; each worker's stage once, until it is back within the fraction."""
+        """What has newly parted from the plan; each worker's stage once, until it is back within the fraction.
+
+        Compares means since the last look, when every attention worker that ran anything has run enough.
+        """
         workers = list(workers)
-        fresh = [one for one in workers if one.role == "attention" and self._measure_batch(one)]
-        if not fresh:
+        since = [_since(worker, self._seen.get(worker.worker_id)) for worker in workers]
+        running = [one for one in since if one.role == "attention" and one.passes > 0]
+        if not running or min(one.passes for one in running) < MIN_PASSES:
             return []
-        micro_batch = sum(batch for batch, _ in self._batch.values()) / len(self._batch)
-        found = []
-        for worker in workers:
-            if worker.role == "attention" and worker not in fresh:
-                continue
-            for stage, planned_s, measured_s in self._compared(worker, micro_batch):
-                drift = Drift(worker.worker_id, stage, planned_s, measured_s)
-                key = (worker.worker_id, stage)
-                self._ratios[key] = drift.ratio
-                if max(drift.ratio, 1 / drift.ratio) <= 1 + self._fraction:
-                    self._said.discard(key)
-                elif key not in self._said:
-                    self._said.add(key)
-                    self.num_alarms += 1
-                    found.append(drift)
-        return found
+        self._seen = {worker.worker_id: worker for worker in workers}
+        rows = sum(one.batch_tokens / one.passes for one in running) / len(running)
+        return [drift for one in since for drift in self._of(one, rows) if self._is_news(drift)]
 
-    def _measure_batch(self, worker: Observation) -> bool:
-        """Whether enough passes went by for a mean micro-batch of this attention worker."""
-        nothing = replace(worker, passes=0.0, batch_tokens=0.0, batch_contexts=0.0)
-        before = self._seen.setdefault(worker.worker_id, nothing)
-        passes = worker.passes - before.passes
-        if passes < 0:  # a new life
-            del self._seen[worker.worker_id]
-            return False
-        if passes < MIN_PASSES:
-            return False
-        rows = (worker.batch_tokens - before.batch_tokens) / passes
-        self._batch[worker.worker_id] = rows, (worker.batch_contexts - before.batch_contexts) / passes
-        self._seen[worker.worker_id] = worker
-        return rows > 0
+    def _is_news(self, drift: Drift) -> bool:
+        key = (drift.worker_id, drift.stage)
+        self._ratios[key] = drift.ratio
+        parted = max(drift.ratio, 1 / drift.ratio) > 1 + self._fraction
+        if drift.stage == "comm":  # it matters as far as it lengthens a round trip
+            parted &= 2 * abs(drift.measured_s - drift.planned_s) > self._fraction * self._file.plan.stages.round_trip_s
+        if not parted:
+            self._said.discard(key)
+        elif key not in self._said:
+            self._said.add(key)
+            self.num_alarms += 1
+            return True
+        return False
 
-    def _compared(self, worker: Observation, micro_batch: float) -> list[tuple[str, float, float]]:
-        """(stage, planned, measured) of what this worker measures, at its batch."""
+    def _of(self, one: Observation, rows: float) -> list[Drift]:
+        """What this worker measured since the last look, at the batches that it ran.
+
+        `rows`: of a micro-batch on an attention worker, in the mean of all.
+        """
         plan, model = self._file.plan, self._file.task.model
-        rows, contexts = self._batch.get(worker.worker_id, (micro_batch, 0.0))
-        size = max(1, round(rows))
-        costs = costs_of(self._file.task, plan, size)
-        if worker.role == "attention":
-            sent = rows * float(nodes_per_token(model, float(plan.experts_per_node))) / plan.num_expert_nodes
-            num_bytes = max(1, round(sent * model.hidden_size * model.value_bytes))
-            stages = [("attention", costs.attention_s(size, max(size, round(contexts))), worker.attention_s)]
-            if plan.kind == "disaggregated":
-                stages.append(("comm", costs.comm_s(num_bytes), worker.comm_s))
-        else:
-            tokens = micro_batch * plan.num_attention_nodes
+        drifts = []
+        if one.role == "attention" and one.passes > 0:
+            size, contexts = one.batch_tokens / one.passes, one.batch_contexts / one.passes
+            costs = costs_of(self._file.task, plan, max(1, round(size)))
+            planned_s = costs.attention_s(max(1, round(size)), max(1, round(contexts)))
+            drifts.append(Drift(one.worker_id, "attention", planned_s, one.compute_s / one.passes / plan.num_layers))
+            if plan.kind == "disaggregated" and one.comm_s > 0:
+                sent = size * float(nodes_per_token(model, float(plan.experts_per_node))) / plan.num_expert_nodes
+                num_bytes = max(1, round(sent * model.hidden_size * model.value_bytes))
+                drifts.append(Drift(one.worker_id, "comm", costs.comm_s(num_bytes), one.comm_s))
+        elif one.role == "expert" and one.batches > 0:
+            tokens = rows * plan.num_attention_nodes
             pairs = tokens * model.top_k * plan.experts_per_node / model.num_experts
-            active = float(active_experts(model, float(plan.experts_per_node), tokens))
-            stages = [("expert", costs.expert_s(pairs, max(1, round(active))), worker.expert_s)]
-        return [(stage, planned, measured) for stage, planned, measured in stages if measured > 0 and planned > 0]
+            active = max(1, round(float(active_experts(model, float(plan.experts_per_node), tokens))))
+            planned_s = costs_of(self._file.task, plan, max(1, round(rows))).expert_s(pairs, active)
+            drifts.append(Drift(one.worker_id, "expert", planned_s, one.compute_s / one.batches))
+        return [drift for drift in drifts if drift.measured_s > 0 and drift.planned_s > 0]
 
     def choice_now(self) -> str:
         """The plan that would be chosen with the stage times as they are measured: a sentence."""
@@ -156,6 +153,20 @@ class DriftWatch:
         if _deployment(plan) == _deployment(file.plan):
             return "the plan that runs would be chosen again"
         return f"the plan to choose now: {describe(plan, task)}"
+
+
+def _since(now: Observation, before: Observation | None) -> Observation:
+    """What happened since an earlier look; all of it where that was another life."""
+    if before is None or now.compute_s < before.compute_s or now.passes < before.passes or now.batches < before.batches:
+        return now
+    return replace(
+        now,
+        compute_s=now.compute_s - before.compute_s,
+        batches=now.batches - before.batches,
+        passes=now.passes - before.passes,
+        batch_tokens=now.batch_tokens - before.batch_tokens,
+        batch_contexts=now.batch_contexts - before.batch_contexts,
+    )
 
 
 def _deployment(plan: Plan) -> tuple[object, ...]:
