@@ -16,17 +16,16 @@ from msi.planner.interpolation import Curve, Surface, fit_line
 from msi.planner.profile import (
     AttentionPoint,
     CommPoint,
-    Deployment,
     ExpertPoint,
     Fits,
     PassPoint,
     Profile,
-    ProfiledCosts,
     RoutingPoint,
     SchedulingPoint,
     read_profile,
     to_json,
 )
+from msi.planner.profiled_costs import Deployment, ProfiledCosts
 from msi.planner.stage_costs import StageCosts
 
 # alone T_a = 1 + b (1 + s/100) ms, T_e = active (2 + rows per expert) ms; overlapped twice and 1.5 times as much

@@ -36,7 +36,8 @@ from msi.net.slots import HEADER_BYTES
 from msi.pipeline import Stages, steady_pass_s
 from msi.planner.model_shape import ModelShape
 from msi.planner.performance import active_experts, nodes_per_token
-from msi.planner.profile import Deployment, Profile, ProfiledCosts, read_profile
+from msi.planner.profile import Profile, read_profile
+from msi.planner.profiled_costs import Deployment, ProfiledCosts
 from msi.simulator.clock import run_virtual
 from msi.simulator.instance import Shape, SimulatedInstance
 from tools import bench_decode

@@ -4,9 +4,10 @@
     tools/profile_stages.py MODEL -o profile.json
 
 T_a over sequences and context lengths, T_e over active experts and rows, and what comes once per pass, all with the
-runtime's own code in processes of their own (`tools/stage_process.py`): a side alone, and while a process of the other
-side computes too. T_c is what is left of passes over a real link once the computing is taken away, halved: wake-ups,
-posts and event loops included. Sizes are gone through several times, and medians written: these are noisy machines.
+runtime's own code (`tools/stage_sides.py`) in processes of their own (`tools/stage_process.py`): a side alone, and
+while a process of the other side computes too. T_c is what is left of passes over a real link once the computing is
+taken away, halved: wake-ups, posts and event loops included. Sizes are gone through several times, while nothing else
+takes the cores if that can be had, and medians written: these are noisy machines.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from msi.planner.profile import (
     to_json,
 )
 from tools.quiet import CALM, Others
-from tools.stage_process import SLOT_ROWS, AttentionSize, ExpertSize, Hosting, StageProcess, Timed
+from tools.stage_process import Hosting, StageProcess
+from tools.stage_sides import SLOT_ROWS, AttentionSize, ExpertSize, Timed
 
 PASSES = 2  # of one size at a time, before the next size has its turn
 MOST_TRIES = 4  # to measure a size while others rest
@@ -257,24 +259,34 @@ class Bench:
         repeat: int,
         num_layers: int,
     ) -> list[CommPoint]:
-        """T_c by message size: what passes over a link take beside computing, per layer and direction."""
+        """T_c by message size: what passes over a link take beside computing, per layer and direction.
+
+        Never less than the link's own figure, from a post to its completion: on a busy machine a side may be set aside
+        with its work still counted while the other one goes on.
+        """
         task = self._progress.add_task(f"link over {transport}", total=repeat * len(batches))
         processes = [attention] if attention is expert else [attention, expert]
         attention.call("link", transport, expert.call("listen", transport))
         attention.call("linked_passes", batches[-1], PASSES)
         left: dict[int, list[float]] = defaultdict(list)
+        seen: dict[int, list[float]] = defaultdict(list)
         for _ in range(repeat):
             for num_seqs in batches:
                 for _ in range(COMM_REPEAT):
                     before_s = sum(process.call("computed_s") for process in processes)
-                    wall_s = attention.call("linked_passes", num_seqs, PASSES)
+                    wall_s, comm_s = attention.call("linked_passes", num_seqs, PASSES)
+                    seen[num_seqs].append(comm_s)
                     computed_s = sum(process.call("computed_s") for process in processes) - before_s
                     left[num_seqs].append((wall_s - computed_s) / (2 * num_layers * PASSES))
                 self._progress.advance(task)
         for process in processes:
             process.call("unlink")
         return [
-            CommPoint(transport, attention.call("message_bytes", num_seqs), max(1e-6, median(left[num_seqs])))
+            CommPoint(
+                transport,
+                attention.call("message_bytes", num_seqs),
+                max(median(left[num_seqs]), median(seen[num_seqs])),
+            )
             for num_seqs in batches
         ]
 

@@ -1,8 +1,7 @@
 """A process that hosts one side of a model and times it on request: what `tools/profile_stages.py` sends out.
 
-It loads, holds and computes with the runtime's own code: `ModelFiles`, the device and its queue, `AttentionHalf` under
-`run_pass`, `ExpertHalf` on wave batches, and for what lies between the sides the two roles over a real link. Here is
-only what makes up their input and adds up their meters. Knows nothing of profiles.
+Weights are loaded with `ModelFiles`; a side alone is `tools/stage_sides.py`; for what lies between the sides the two
+roles run over a real link, as in a worker. Knows nothing of profiles.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import uvloop
@@ -29,32 +28,25 @@ from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError, EngineError
 from msi.expert_role import ExpertRole
 from msi.kernels.paged_attention import BLOCK_TOKENS
-from msi.kernels.routing import PackedRows, row_bytes
-from msi.lanes import run_pass
+from msi.kernels.routing import row_bytes
 from msi.loading import DTYPES, LoadedPart, ModelFiles
 from msi.messages import MESSAGES, Assignment, ExpertAddress, Linked, PassDone, Topology
-from msi.meter import StageMeter
-from msi.models.attention_half import AttentionHalf, kv_cache_shape, slot_rows_view
-from msi.models.config import ModelConfig
-from msi.models.expert_half import ExpertHalf
+from msi.models.attention_half import kv_cache_shape
 from msi.net.codec import Codec
-from msi.net.dispatch_link import DispatchLink
 from msi.net.inproc import InprocTransport
 from msi.net.shm import ShmTransport
-from msi.net.slots import HEADER_BYTES, SlotLayout
+from msi.net.slots import HEADER_BYTES
 from msi.net.tcp import TcpTransport
 from msi.net.transport import Transport
 from msi.placement import place_evenly
 from msi.scheduler import Request, Scheduler
 from msi.torch_host import TorchModel
-from msi.types import MicroBatch, Placement, SamplingParams, TokenSampling
-from msi.waves import Rows, WaveBatch
+from msi.types import SamplingParams
+from tools.stage_sides import SLOT_ROWS, AttentionSide, ExpertSide, Timed
 
-SLOT_ROWS = 512
 LINK_TIMEOUT_S = 60.0
 ROUTING_CONTEXT = 64  # random tokens, then
 ROUTING_TOKENS = 24  # those that the model goes on with
-GREEDY = TokenSampling(0.0, 1.0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +65,6 @@ class Hosting:
     load_format: str
     max_seqs: int
     max_context: int
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSize:
-    num_tokens: int
-    context_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSize:
-    num_active_experts: int
-    num_expert_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """One pass: the mean time of a layer, and what comes once (embedding, head and sampling; 0 for experts)."""
-
-    layer_s: float
-    once_s: float = 0.0
 
 
 class StageProcess:
@@ -258,12 +230,12 @@ class _Host:
         async with asyncio.timeout(LINK_TIMEOUT_S):
             await linked.wait()
 
-    async def linked_passes(self, num_seqs: int, num_passes: int) -> float:
-        """Seconds that passes of one micro-batch over the link take."""
+    async def linked_passes(self, num_seqs: int, num_passes: int) -> tuple[float, float]:
+        """Seconds that passes of one micro-batch over the link take, and T_c as the link itself sees it."""
         assert self._attention_role is not None
         started = time.monotonic()
-        await self._attention_role.calibrate(1, num_seqs, num_passes)
-        return time.monotonic() - started
+        times = await self._attention_role.calibrate(1, num_seqs, num_passes)
+        return time.monotonic() - started, times.comm_s
 
     async def routing(self, batches: tuple[int, ...]) -> list[float]:
         """Mean active experts of a layer while so many sequences decode. For a process that hosts both roles; ends
@@ -353,188 +325,6 @@ async def _running(role: AttentionRole) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def _drained(device: CpuDevice | CudaDevice) -> None:
-    """Until all work is through and metered: results are there a moment earlier."""
-    await device.submit(lambda: None, StageMeter(), "drained", 0)
-
-
-# -- attention -------------------------------------------------------------------------------------------------------
-
-
-class AttentionSide:
-    """The attention half of a model without experts to talk to: every turn is answered at once, with zeros.
-
-    Args:
-        num_blocks: KV blocks of each sequence.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        loaded: LoadedPart,
-        kv_cache: torch.Tensor,
-        num_blocks: int,
-        device: CpuDevice | CudaDevice,
-        placement: Placement,
-    ) -> None:
-        assert loaded.attention is not None
-        dtype = kv_cache.dtype
-        layout = SlotLayout(1, SLOT_ROWS, row_bytes(config.hidden_size, config.top_k, dtype))
-        answers = SlotLayout(1, SLOT_ROWS, config.hidden_size * dtype.itemsize)
-        self._config = config
-        self._num_blocks = num_blocks
-        self._device = device
-        self._link = _NoExperts()
-        self._half = AttentionHalf(
-            config,
-            loaded.attention,
-            kv_cache,
-            placement,
-            device,
-            dispatch_layout=layout,
-            answer_layout=answers,
-            landing=memoryview(bytearray(answers.region_bytes)),
-            landing_stride=answers.region_bytes,
-        )
-        self._half.attach(0, memoryview(bytearray(layout.region_bytes)))
-
-    async def one_pass(self, size: AttentionSize) -> Timed:
-        half, num_layers = self._half, self._half.num_layers
-        shared_s, once_s = half.shared_meter.total_s, half.pass_meter.total_s
-        half.meter.clear_recent()
-        await run_pass(0, self._micro_batch(size), half, cast(DispatchLink, self._link), lambda lane: True)
-        await _drained(self._device)
-        first, *others = half.meter.recent  # the first layer's work looks up embeddings and lays out the pass as well
-        layer_s = sum(others) / len(others) if others else first
-        return Timed(
-            layer_s=layer_s + (half.shared_meter.total_s - shared_s) / num_layers,
-            once_s=half.pass_meter.total_s - once_s + max(0.0, first - layer_s),
-        )
-
-    def _micro_batch(self, size: AttentionSize) -> MicroBatch:
-        """Decoding sequences, each with KV blocks of its own."""
-        count, used = size.num_tokens, -(-size.context_len // BLOCK_TOKENS)
-        firsts = [1 + self._num_blocks * sequence for sequence in range(count)]
-        return MicroBatch(
-            token_ids=tuple(7919 * sequence % self._config.vocab_size for sequence in range(1, count + 1)),
-            positions=(size.context_len - 1,) * count,
-            query_lens=(1,) * count,
-            context_lens=(size.context_len,) * count,
-            block_tables=tuple(tuple(range(first, first + used)) for first in firsts),
-            logit_rows=tuple(range(count)),
-            sampling=(GREEDY,) * count,
-        )
-
-
-class _NoExperts:
-    """What `run_pass` needs of a link, with nobody at the other end."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-
-    def open(self, lane: int, more: bool) -> _Turn:
-        return _Turn(self._loop)
-
-    async def landed(self, turn: _Turn) -> None:
-        await turn.done
-
-    def check(self, turn: _Turn) -> None:
-        """Nobody is ever lost."""
-
-
-class _Turn:
-    """A turn that is over once it is posted."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.done: asyncio.Future[None] = loop.create_future()
-
-    def post(self, num_rows: object) -> None:
-        self._loop.call_soon_threadsafe(_resolve, self.done, None)
-
-    def fail(self, error: Exception) -> None:
-        self._loop.call_soon_threadsafe(_resolve, self.done, error)
-
-
-def _resolve(done: asyncio.Future[None], error: Exception | None) -> None:
-    if done.done():
-        return
-    if error is None:
-        done.set_result(None)
-    else:
-        done.set_exception(error)
-
-
-# -- experts ---------------------------------------------------------------------------------------------------------
-
-
-class ExpertSide:
-    """The expert half of a model with all experts on one node, and rows made up to hit as many as are asked for."""
-
-    def __init__(
-        self, config: ModelConfig, loaded: LoadedPart, device: CpuDevice | CudaDevice, dtype: torch.dtype
-    ) -> None:
-        assert loaded.experts is not None
-        layout = SlotLayout(1, SLOT_ROWS, row_bytes(config.hidden_size, config.top_k, dtype))
-        answers = SlotLayout(1, SLOT_ROWS, config.hidden_size * dtype.itemsize)
-        landing = memoryview(bytearray(layout.region_bytes))
-        rows = PackedRows.view(
-            slot_rows_view(landing, 1, layout.region_bytes, layout), config.hidden_size, config.top_k, dtype
-        )
-        self._rows = PackedRows(rows.hidden[0, 0], rows.topk_weights[0, 0], rows.topk_ids[0, 0])
-        self._rows.hidden.normal_(generator=torch.Generator().manual_seed(0))
-        self._rows.topk_weights.fill_(1 / config.top_k)
-        self._config = config
-        self._device = device
-        self._num_layers = config.num_sparse_layers
-        self._half = ExpertHalf(
-            config,
-            loaded.experts,
-            device,
-            dtype,
-            dispatch_layout=layout,
-            answer_layout=answers,
-            landing=landing,
-            landing_stride=layout.region_bytes,
-            num_seats=1,
-        )
-        self._half.attach(0, memoryview(bytearray(answers.region_bytes)))
-
-    async def one_pass(self, size: ExpertSize) -> Timed:
-        loop = asyncio.get_running_loop()
-        num_rows = self._route(size)
-        before_s = self._half.meter.total_s
-        for layer in range(self._num_layers):
-            done: asyncio.Future[None] = loop.create_future()
-            self._half.run(WaveBatch(0, layer, (Rows(0, layer, num_rows),)), _finishing(loop, done))
-            await done
-        await _drained(self._device)
-        return Timed((self._half.meter.total_s - before_s) / self._num_layers)
-
-    def _route(self, size: ExpertSize) -> int:
-        """Deals the pairs out to tokens, each active expert in turn; how many tokens that makes."""
-        active, k = size.num_active_experts, self._config.top_k
-        each = min(active, k)  # a token meets an expert once
-        num_rows = -(-size.num_expert_rows // each)
-        if num_rows > SLOT_ROWS:
-            raise ConfigError(f"{size.num_expert_rows} rows of {active} experts do not fit a slot of {SLOT_ROWS} rows")
-        ids = torch.full((num_rows, k), -1, dtype=torch.int32)
-        pairs = torch.arange(num_rows * each)
-        dealt = torch.where(pairs < size.num_expert_rows, pairs % active, -1)
-        ids[:, :each] = dealt.view(num_rows, each).to(torch.int32)
-        self._rows.topk_ids[:num_rows] = ids
-        return num_rows
-
-
-def _finishing(
-    loop: asyncio.AbstractEventLoop, done: asyncio.Future[None]
-) -> Callable[[WaveBatch, float, Exception | None], None]:
-    def finished(batch: WaveBatch, compute_s: float, error: Exception | None) -> None:
-        loop.call_soon_threadsafe(_resolve, done, error)
-
-    return finished
 
 
 # -- scheduling ------------------------------------------------------------------------------------------------------

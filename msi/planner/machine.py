@@ -20,7 +20,8 @@ from msi.planner.performance import (
     nodes_per_token,
 )
 from msi.planner.plan import Limit, Plan
-from msi.planner.profile import Deployment, Profile, ProfiledCosts
+from msi.planner.profile import Profile
+from msi.planner.profiled_costs import Deployment, ProfiledCosts
 from msi.planner.task import Task, score_of
 
 
