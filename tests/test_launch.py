@@ -112,6 +112,7 @@ async def test_a_prompt_is_answered_once(tiny_model):
         assert "Traceback" not in child.said
 
 
+@pytest.mark.slow
 async def test_everything_on_this_machine_with_a_trace(tiny_model, tmp_path):
     port, trace = free_port(), tmp_path / "trace.json"
     arguments = (tiny_model, "--port", port, "--attention-workers", 2, "--trace", trace, "--threads-per-worker", 1)
@@ -131,6 +132,7 @@ async def test_everything_on_this_machine_with_a_trace(tiny_model, tmp_path):
     assert all(span["dur"] >= 0 and "cname" in span for span in spans)
 
 
+@pytest.mark.slow
 async def test_a_key_and_a_chat_template_reach_the_gateway(tiny_model, tmp_path):
     port, template = free_port(), tmp_path / "template.jinja"
     arguments = (
@@ -163,6 +165,7 @@ async def test_a_key_and_a_chat_template_reach_the_gateway(tiny_model, tmp_path)
         assert "Traceback" not in child.said
 
 
+@pytest.mark.slow
 async def test_a_port_in_use_is_said_and_ends_it(tiny_model):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -222,6 +225,7 @@ async def test_processes_started_one_by_one_in_any_order(tiny_model, tmp_path):
         assert chosen.process.returncode is None
 
 
+@pytest.mark.slow
 async def test_a_worker_that_waits_for_its_role_ends_when_it_is_told_to(tiny_model):
     address = f"tcp://127.0.0.1:{free_port()}"
     common = (tiny_model, "--coordinator", address, "--threads-per-worker", 1)
@@ -268,6 +272,7 @@ async def send_garbage(address):
         await writer.wait_closed()
 
 
+@pytest.mark.slow
 async def test_weights_that_cannot_be_loaded_are_named(tiny_model, tmp_path):
     import shutil
 

@@ -284,6 +284,7 @@ def run(*arguments: object) -> str:
     ).stdout
 
 
+@pytest.mark.slow
 def test_a_quick_profile_of_this_machine_reads_back_and_predicts(tiny_model, tmp_path):
     path = tmp_path / "profile.json"
     run("tools/profile_stages.py", tiny_model, "--quick", "--transport", "inproc,shm", "-o", path)

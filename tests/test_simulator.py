@@ -163,6 +163,7 @@ def test_messages_that_land_together_as_one_event_change_nothing():
     assert simulate(SMALL, COSTS, arrivals) == simulate(SMALL, COSTS, arrivals, is_collapsing=False)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_process():
     script = "from tests.test_simulator import storm; print(repr(storm()))"
     said = [

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,17 +28,16 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from msi import Engine
 from msi.errors import EngineError
-from msi.kernels.routing import row_bytes
-from msi.loading import DTYPES
 from msi.models.config import config_digest
 from msi.models.families import load_config
 from msi.models.shape import shape_of
-from msi.net.slots import HEADER_BYTES
 from msi.pipeline import Stages, steady_pass_s
+from msi.planner.hardware import read_catalogue
+from msi.planner.machine import Layout, machine_for
 from msi.planner.model_shape import ModelShape
-from msi.planner.performance import active_experts, nodes_per_token
+from msi.planner.plan import Workload
 from msi.planner.profile import Profile, read_profile
-from msi.planner.profiled_costs import Deployment, ProfiledCosts
+from msi.planner.task import Pool, Task
 from msi.simulator.clock import run_virtual
 from msi.simulator.instance import Shape, SimulatedInstance
 from tools import bench_decode
@@ -47,32 +47,18 @@ SIMULATED_PASSES = 40
 SIMULATED_SKIP = 10  # until the pipeline is steady
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+def parse_layout(text: str) -> Layout:
     """Workers of one machine, as on the command line: "colocated/t2", "1+1/m2/t1"."""
-
-    num_attention: int
-    num_expert: int
-    num_micro_batches: int
-    threads: int
-    is_colocated: bool = False
-
-    def __str__(self) -> str:
-        workers = "colocated" if self.is_colocated else f"{self.num_attention}+{self.num_expert}"
-        return f"{workers}/m{self.num_micro_batches}/t{self.threads}"
-
-    @staticmethod
-    def parse(text: str) -> Layout:
-        workers, *settings = text.split("/")
-        given = {setting[:1]: setting[1:] for setting in settings}
-        try:
-            m, threads = int(given.pop("m", "1")), int(given.pop("t", "1"))
-            attention, expert = (1, 1) if workers == "colocated" else (int(part) for part in workers.split("+"))
-        except ValueError:
-            given["?"] = ""
-        if given or min(attention, expert, m, threads) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is no layout; give colocated/t2 or 2+1/m2/t1")
-        return Layout(attention, expert, m, threads, workers == "colocated")
+    workers, *settings = text.split("/")
+    given = {setting[:1]: setting[1:] for setting in settings}
+    try:
+        m, threads = int(given.pop("m", "1")), int(given.pop("t", "1"))
+        attention, expert = (1, 1) if workers == "colocated" else (int(part) for part in workers.split("+"))
+    except ValueError:
+        given["?"] = ""
+    if given or min(attention, expert, m, threads) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no layout; give colocated/t2 or 2+1/m2/t1")
+    return Layout(attention, expert, threads, m, workers == "colocated")
 
 
 SIX = ("colocated/t2", "1+1/m1/t1", "1+1/m2/t1", "1+1/m3/t1", "2+1/m1/t1", "1+2/m2/t1")
@@ -114,7 +100,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--profile", type=Path, required=True)
-    parser.add_argument("--layout", type=Layout.parse, action="append", help=f"by default {' '.join(SIX)}")
+    parser.add_argument("--layout", type=parse_layout, action="append", help=f"by default {' '.join(SIX)}")
     parser.add_argument("--batch", type=int, default=24, help="sequences; a multiple of lanes times attention workers")
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=48)
@@ -133,37 +119,14 @@ def parse() -> argparse.Namespace:
 # -- predicted -------------------------------------------------------------------------------------------------------
 
 
-def predict(profile: Profile, shape: ModelShape, layout: Layout, batch: int, context_len: float) -> Prediction:
+def predict(task: Task, layout: Layout, batch: int) -> Prediction:
     """Raises ConfigError: the profile has nothing for this layout."""
-    experts_per_node = shape.num_experts / layout.num_expert
-    deployment = Deployment(
-        threads=layout.threads,
-        num_experts=-(-shape.num_experts // layout.num_expert),
-        transport="inproc" if layout.is_colocated else "shm",
-        num_attention=layout.num_attention,
-        num_expert=layout.num_expert,
-        num_micro_batches=layout.num_micro_batches,
-        is_colocated=layout.is_colocated,
-    )
+    machine = machine_for(task, layout)
     per_lane = batch / (layout.num_micro_batches * layout.num_attention)
-    in_wave = per_lane * layout.num_attention
-    rows = in_wave * shape.top_k / layout.num_expert
-    if profile.routing:
-        active = float(profile.active_experts(experts_per_node, in_wave))
-    else:
-        active = float(active_experts(shape, experts_per_node, in_wave))
-    sent = per_lane * float(nodes_per_token(shape, experts_per_node)) / layout.num_expert
-    sent_bytes = HEADER_BYTES + sent * row_bytes(shape.hidden_size, shape.top_k, DTYPES[profile.dtype])
-    costs = ProfiledCosts(profile, deployment).settled(per_lane, per_lane * context_len, rows, active)
-    stages = Stages(
-        float(costs.attention_s(per_lane, per_lane * context_len)),
-        float(costs.expert_s(rows, active)),
-        float(costs.comm_s(sent_bytes)),
-    )
-    pass_s = float(costs.pass_s(per_lane))
+    stages, pass_s, num_layers = machine.layer_stages(per_lane), machine.pass_s(per_lane), task.model.num_sparse_layers
     return Prediction(
-        simulated_tokens_per_s=batch / simulated_pass_s(layout, shape.num_sparse_layers, stages, pass_s),
-        closed_form_tokens_per_s=batch / closed_form_pass_s(layout, shape.num_sparse_layers, stages, pass_s),
+        simulated_tokens_per_s=batch / simulated_pass_s(layout, num_layers, stages, pass_s),
+        closed_form_tokens_per_s=batch / closed_form_pass_s(layout, num_layers, stages, pass_s),
         t_attention_s=stages.attention_s,
         t_expert_s=stages.expert_s,
         t_comm_s=stages.comm_s,
@@ -241,13 +204,15 @@ async def undisturbed(
 
 
 def compare(arguments: argparse.Namespace, profile: Profile, shape: ModelShape) -> list[Compared]:
-    context_len = arguments.input_len + arguments.output_len / 2
+    workload = Workload(input_len=arguments.input_len, output_len=arguments.output_len, tpot_s=math.inf)
+    cores = (Pool(read_catalogue().gpu("cpu"), profile.num_cores),)
+    task = Task(model=shape, workload=workload, attention=cores, expert=cores, profile=profile)
     compared = []
     if arguments.best:
-        layouts = [Layout(1, 1, m, 2, True) for m in range(1, 5)] + [Layout(1, 1, m, 1) for m in range(1, 5)]
+        layouts = [Layout(1, 1, 2, m, True) for m in range(1, 5)] + [Layout(1, 1, 1, m) for m in range(1, 5)]
         batches = arguments.batches
     else:
-        layouts, batches = arguments.layout or [Layout.parse(text) for text in SIX], [arguments.batch]
+        layouts, batches = arguments.layout or [parse_layout(text) for text in SIX], [arguments.batch]
     for layout in layouts:
         runs = {} if arguments.predict_only else asyncio.run(measure(arguments, layout, batches))
         for batch in batches:
@@ -257,7 +222,7 @@ def compare(arguments: argparse.Namespace, profile: Profile, shape: ModelShape) 
                 Compared(
                     str(layout),
                     batch,
-                    predict(profile, shape, layout, batch, context_len),
+                    predict(task, layout, batch),
                     [run.decode_tokens_per_s for run in of_batch],
                     *(median(values) for values in zip(*times, strict=True)),
                 )

@@ -33,7 +33,11 @@ class Layout:
     num_expert: int
     threads: int
     num_micro_batches: int
-    is_colocated: bool
+    is_colocated: bool = False
+
+    def __str__(self) -> str:
+        workers = "colocated" if self.is_colocated else f"{self.num_attention}+{self.num_expert}"
+        return f"{workers}/m{self.num_micro_batches}/t{self.threads}"
 
 
 def layouts(profile: Profile, micro_batches: tuple[int, ...], num_experts: int) -> Iterator[Layout]:
@@ -85,18 +89,28 @@ class Machine:
             active = float(active_experts(model, experts, tokens))
         return tokens * model.top_k * experts / model.num_experts, active
 
-    def stages(self, micro_batch: float) -> Stages:
-        """T_a with its share of what comes once per pass, T_e, T_c; micro-batches of so many sequences in the mean."""
+    def layer_stages(self, micro_batch: float) -> Stages:
+        """T_a, T_e, T_c of one layer; micro-batches of so many sequences in the mean."""
         model, costs = self.task.model, self.stage_costs(micro_batch)
         context = micro_batch * float(context_len(model, self.task.workload.mean_len))
         rows, active = self._expert_rows(micro_batch)
-        attention_s = float(costs.attention_s(micro_batch, context))
-        attention_s += float(costs.pass_s(micro_batch)) / model.num_sparse_layers
         sent = micro_batch * float(nodes_per_token(model, float(self.experts_per_node))) / self.layout.num_expert
-        expert_s = float(costs.expert_s(rows, active))
-        comm_s = float(costs.comm_s(sent * model.hidden_size * model.value_bytes))
         by = self.task.factors
-        return Stages(attention_s * by.attention, expert_s * by.expert, comm_s * by.comm)
+        return Stages(
+            float(costs.attention_s(micro_batch, context)) * by.attention,
+            float(costs.expert_s(rows, active)) * by.expert,
+            float(costs.comm_s(sent * model.hidden_size * model.value_bytes)) * by.comm,
+        )
+
+    def pass_s(self, micro_batch: float) -> float:
+        """What comes once per pass."""
+        return float(self.stage_costs(micro_batch).pass_s(micro_batch)) * self.task.factors.attention
+
+    def stages(self, micro_batch: float) -> Stages:
+        """The same, T_a with its share of what comes once per pass."""
+        layer = self.layer_stages(micro_batch)
+        attention_s = layer.attention_s + self.pass_s(micro_batch) / self.task.model.num_sparse_layers
+        return Stages(attention_s, layer.expert_s, layer.comm_s)
 
     @property
     def memory_limit_bytes(self) -> float:
@@ -188,38 +202,38 @@ class Machine:
         )
 
 
-def machines(task: Task) -> Iterator[Machine]:
-    """The layouts that the task's profile has times for."""
-    profile, model = task.profile, task.model
+def machine_for(task: Task, layout: Layout) -> Machine:
+    """Raises ConfigError: the task's profile has no times for this layout."""
+    profile, num_experts = task.profile, task.model.num_experts
     assert profile is not None
     transports = {point.transport for point in profile.comm}
-    for layout in layouts(profile, task.limits.micro_batches, model.num_experts):
-        transport = next((one for one in ("shm", "tcp", "inproc") if one in transports), "shm")
-        if layout.is_colocated and "inproc" in transports:
-            transport = "inproc"
-        deployment = Deployment(
-            threads=layout.threads,
-            num_experts=-(-model.num_experts // layout.num_expert),
-            transport=transport,
-            num_attention=layout.num_attention,
-            num_expert=layout.num_expert,
-            num_micro_batches=layout.num_micro_batches,
-            is_colocated=layout.is_colocated,
-        )
+    preferred = ("inproc", "shm", "tcp") if layout.is_colocated else ("shm", "tcp", "inproc")
+    deployment = Deployment(
+        threads=layout.threads,
+        num_experts=-(-num_experts // layout.num_expert),
+        transport=next((one for one in preferred if one in transports), "shm"),
+        num_attention=layout.num_attention,
+        num_expert=layout.num_expert,
+        num_micro_batches=layout.num_micro_batches,
+        is_colocated=layout.is_colocated,
+    )
+    return Machine(task, profile, layout, ProfiledCosts(profile, deployment))
+
+
+def machines(task: Task) -> Iterator[Machine]:
+    """The layouts that the task's profile has times for."""
+    assert task.profile is not None
+    for layout in layouts(task.profile, task.limits.micro_batches, task.model.num_experts):
         try:
-            costs = ProfiledCosts(profile, deployment)
+            yield machine_for(task, layout)
         except ConfigError:
             continue  # not measured with so many threads
-        yield Machine(task, profile, layout, costs)
 
 
 def machine_of(task: Task, plan: Plan) -> Machine:
-    """The layout of a plan."""
-    colocated = plan.kind == "colocated"
-    wanted = Layout(
-        plan.num_attention_nodes, plan.num_expert_nodes, plan.threads_per_worker, plan.num_micro_batches, colocated
-    )
-    return next(machine for machine in machines(task) if machine.layout == wanted)
+    """The layout of a plan. Raises ConfigError: the task's profile has no times for it."""
+    workers = (plan.num_attention_nodes, plan.num_expert_nodes, plan.threads_per_worker)
+    return machine_for(task, Layout(*workers, plan.num_micro_batches, plan.kind == "colocated"))
 
 
 def machine_plans(task: Task, *, num_plans: int = 5) -> list[Plan]:
