@@ -21,6 +21,7 @@ from msi.planner.algorithm1 import FITTED_AT, Fits, algorithm1
 from msi.planner.assumptions import BASELINES, DEFAULTS, Baseline
 from msi.planner.choose import pareto_front
 from msi.planner.colocated import Group, best_colocated
+from msi.planner.deployment import spread_up_to
 from msi.planner.hardware import read_catalogue
 from msi.planner.model_shape import ModelShape
 from msi.planner.performance import (
@@ -33,7 +34,7 @@ from msi.planner.performance import (
     nodes_per_token,
 )
 from msi.planner.plan import Plan, Workload, plan_from_json
-from msi.planner.search import deployments, search, spread_up_to
+from msi.planner.search import deployments, search
 from msi.planner.task import OBJECTIVES, Limits, Pool, Task, score_of
 
 CATALOGUE = read_catalogue()

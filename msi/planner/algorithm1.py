@@ -33,6 +33,7 @@ import numpy as np
 from msi.errors import ConfigError
 from msi.pipeline import Stages
 from msi.planner import equations as eq
+from msi.planner.deployment import Side, attention_gpus_beside, instances_that_fit, sides
 from msi.planner.model_shape import ModelShape
 from msi.planner.performance import (
     Roofline,
@@ -44,7 +45,6 @@ from msi.planner.performance import (
     kv_shards,
 )
 from msi.planner.plan import Limit, Plan
-from msi.planner.search import Side, attention_gpus_beside, instances_that_fit, sides
 from msi.planner.task import Task
 
 Equations = Literal["paper", "corrected"]
