@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from msi.errors import ConfigError, EngineError
-from msi.planner.choose import Marginal, Verdict, best_plans, is_it_worth_it, one_more
+from msi.planner.choose import Marginal, Verdict, balances, best_plans, is_it_worth_it, one_more
 from msi.planner.plan import Plan
 from msi.planner.plan_file import SCHEMA_VERSION, PlanFile, task_to_json
 from msi.planner.task import Task, score_of
@@ -107,6 +107,14 @@ def show(arguments: PlanArguments, plans: Sequence[Plan], verdict: Verdict) -> N
     if arguments.is_explained:
         for line in explanation(plans[0], one_more(task, plans[0])):
             console.print(line, highlight=False, soft_wrap=True)
+        if (balanced := balances(task, plans[0])) is not None:
+            nearest, within = balanced
+            console.print(
+                f"With micro-batches of {plans[0].micro_batch}, T_a is nearest T_e at {nearest} attention nodes; the "
+                f"most with T_e <= T_a are {within}.",
+                highlight=False,
+                soft_wrap=True,
+            )
     if arguments.output is not None:
         runs = plans[0].tp_attention == plans[0].tp_expert == 1
         how = "" if runs else " (msi-launch cannot run it yet: it needs tensor parallelism; see --runnable)"

@@ -11,8 +11,9 @@ import pytest
 from msi.errors import ConfigError
 from msi.options import InstanceOptions, with_plan
 from msi.pipeline import Stages, isolated_pass_s, steady_pass_s
-from msi.planner.choose import best_plans, is_it_worth_it, one_more, pareto_front
+from msi.planner.choose import balances, best_plans, is_it_worth_it, one_more, pareto_front
 from msi.planner.plan_file import PlanFile, read_plan_file
+from msi.planner.search import deployment_of
 from msi_launch import plan as msi_plan
 from msi_launch.arguments import parse as parse_launch
 from msi_launch.main import run as run_launch
@@ -70,6 +71,7 @@ def test_the_table_the_verdict_and_the_explanation_are_shown(capsys, tmp_path):
     assert "Is disaggregation worth it here? Yes" in said
     assert "The batch is limited by" in said
     assert "One more attention node" in said
+    assert "T_a is nearest T_e at" in said
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
@@ -227,6 +229,16 @@ def test_one_more_node_of_the_slower_side_brings_more_and_the_front_rises():
     front = pareto_front(task, num_points=6)
     assert [one.tpot_s for one in front] == sorted(one.tpot_s for one in front)
     assert [one.tokens_per_s_per_cost for one in front] == sorted(one.tokens_per_s_per_cost for one in front)
+
+
+def test_both_balances_are_reported():
+    task = parse(["dbrx", "--gpu", "a800"]).task
+    plan = best_plans(task, num_plans=1)[0]
+    nearest, within = balances(task, plan)
+    deployment = deployment_of(task, plan)
+    assert deployment.with_attention_nodes(plan, within).stages.expert_s <= plan.t_attention_s
+    assert deployment.with_attention_nodes(plan, within + 1).stages.expert_s > plan.t_attention_s
+    assert nearest in (within, within + 1)
 
 
 def test_the_verdict_compares_with_the_best_way_to_keep_both_together():

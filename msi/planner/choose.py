@@ -148,5 +148,20 @@ def one_more(task: Task, plan: Plan) -> list[Marginal]:
     return found
 
 
+def balances(task: Task, plan: Plan) -> tuple[int, int] | None:
+    """Attention nodes with T_a nearest T_e, and the most with T_e <= T_a (defect 8: both reported).
+
+    Of the plan's micro-batch and expert nodes; 0 for the second where even one attention node leaves T_e the longer.
+    None for plans that are not two groups of GPUs.
+    """
+    if task.profile is not None or plan.kind == "colocated":
+        return None
+    deployment = deployment_of(task, plan)
+    found = [deployment.with_attention_nodes(plan, number) for number in range(1, 4 * plan.num_attention_nodes + 1)]
+    nearest = min(found, key=lambda one: abs(one.t_attention_s - one.t_expert_s))
+    within = (one.num_attention_nodes for one in found if one.t_expert_s <= one.t_attention_s)
+    return nearest.num_attention_nodes, max(within, default=0)
+
+
 def _one_more(pools: tuple[Pool, ...], gpu: str, tp: int) -> tuple[Pool, ...]:
     return tuple(replace(pool, count=pool.count + tp) if pool.gpu.name == gpu else pool for pool in pools)
