@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from msi.errors import EngineError, TransportError
+from msi.errors import EngineError, Failure, RequestFailed, TransportError
 from msi.expert_role import link_hello
 from msi.host import LoadedModel
 from msi.kernels.paged_attention import BLOCK_TOKENS
@@ -146,7 +146,7 @@ class AttentionRole:
         try:
             self._scheduler.add(request)
         except EngineError as error:
-            self._fail([request.request_id], type(error).__name__, str(error))
+            self._fail([request.request_id], error)
         self._wake()
 
     def cancel(self, request_id: str) -> None:
@@ -165,9 +165,9 @@ class AttentionRole:
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
 
-    def _fail(self, request_ids: list[str], kind: str, reason: str) -> None:
+    def _fail(self, request_ids: list[str], error: EngineError) -> None:
         ours = self._assignment
-        self._report(RequestsFailed(ours.worker_id, ours.incarnation, tuple(request_ids), kind, reason))
+        self._report(RequestsFailed(ours.worker_id, ours.incarnation, tuple(request_ids), Failure.of(error)))
 
     def _wake(self) -> None:
         for lane in range(self._scheduler.num_lanes):
@@ -210,7 +210,7 @@ class AttentionRole:
         self._scheduler.give_up(lane)
         failed = self._scheduler.fail_running()
         if failed:
-            self._fail(failed, "RequestFailed", f"expert worker {error.peer} was lost: {error.reason}")
+            self._fail(failed, RequestFailed(f"expert worker {error.peer} was lost: {error.reason}"))
         self._wake()
 
     # -- measuring ---------------------------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from msi import errors
-from msi.errors import ConfigError, EngineError, Unavailable
+from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
 from msi.messages import (
     MESSAGES,
     PROTOCOL_VERSION,
@@ -99,7 +98,7 @@ class CoordinatorClient:
 
     def _end_all(self, error: EngineError) -> None:
         for request_id, queue in self._queues.items():
-            queue.put_nowait(RequestUpdate(request_id, (), "", type(error).__name__, str(error)))
+            queue.put_nowait(RequestUpdate(request_id, failure=Failure.of(error)))
 
     async def wait_status(self, last: InstanceStatus) -> InstanceStatus:
         """The instance's status as soon as it is another than `last`."""
@@ -124,7 +123,7 @@ class CoordinatorClient:
             EngineError: a request was refused or lost; of the class that the coordinator named. The others end too.
         """
         if self._failure is not None:
-            raise type(self._failure)(str(self._failure))
+            raise Failure.of(self._failure).error()
         queue: asyncio.Queue[RequestUpdate] = asyncio.Queue()
         try:
             for request in requests:
@@ -134,11 +133,10 @@ class CoordinatorClient:
                 update = await queue.get()
                 if update.request_id not in self._queues:  # cancelled since
                     continue
-                if update.finish_reason or update.error_kind:
+                if update.is_last:
                     del self._queues[update.request_id]
-                if update.error_kind:
-                    kind = getattr(errors, update.error_kind, EngineError)
-                    raise kind(update.error)
+                if update.failure is not None:
+                    raise update.failure.error()
                 yield update
         finally:
             for request in requests:
@@ -163,7 +161,7 @@ class CoordinatorClient:
                 case Stats() if self._stats is not None and not self._stats.done():
                     self._stats.set_result(message)
                 case Refused():  # a coordinator that was started anew
-                    self._end_all(errors.RequestFailed("the coordinator was restarted; requests in flight are lost"))
+                    self._end_all(RequestFailed("the coordinator was restarted; requests in flight are lost"))
                     self._control.send(ClientHello(PROTOCOL_VERSION))
                 case _:
                     pass  # Welcome to a repeated hello, HeartbeatAck
@@ -180,6 +178,6 @@ class CoordinatorClient:
             silent_s = self._clock() - self._last_heard
             if silent_s > LOST_AFTER_S:
                 reason = f"the coordinator at {self.address} has given no sign of life for {silent_s:.0f} s"
-                self._end_all(errors.RequestFailed(reason))
+                self._end_all(RequestFailed(reason))
                 with contextlib.suppress(RuntimeError):
                     await self._set_status(InstanceStatus(False, reason, ""))

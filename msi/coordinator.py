@@ -147,7 +147,7 @@ class Coordinator:
             case PeerLost():
                 self._carry_out(cluster.peer_lost(route, message))
             case RequestsFailed():
-                self._tell(self._router.fail(message.request_ids, message.kind, message.reason))
+                self._tell(self._router.fail(message.request_ids, message.failure))
             case WorkerFailed():
                 log.error("%s: %s", message.worker_id, message.reason)
                 self._carry_out(cluster.worker_failed(message.worker_id, message.reason))

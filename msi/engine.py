@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from msi import tracing
 from msi.client import CoordinatorClient
-from msi.errors import EngineError, InvalidRequest, Unavailable
+from msi.errors import EngineError, Failure, InvalidRequest, Unavailable
 from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
 from msi.messages import Stats, Welcome
 from msi.options import InstanceOptions, with_plan
@@ -291,7 +291,7 @@ class Engine:
 
     def _require_client(self) -> CoordinatorClient:
         if self._failure is not None:
-            raise type(self._failure)(str(self._failure))
+            raise Failure.of(self._failure).error()
         if self._client is None:
             raise Unavailable("the engine is closed; use it inside `async with`")
         return self._client

@@ -9,12 +9,27 @@
     ├── ProtocolError          bytes that are not ours, or of another protocol version
     └── TransportError         a peer failed: `.peer` names it
 
-Messages are sentences: what was given, what is allowed, what to do.
+Messages are sentences: what was given, what is allowed, what to do. Between processes an error travels as a `Failure`,
+and comes out as what it was.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 
 class EngineError(Exception):
-    """Root of the tree."""
+    """Root of the tree.
+
+    Attributes:
+        param: the field of the request that is to blame, "" where none is.
+        code: a word for programs that react to this very error, such as "context_length_exceeded"; "" for none.
+    """
+
+    def __init__(self, message: str = "", *, param: str = "", code: str = "") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class ConfigError(EngineError):
@@ -52,3 +67,44 @@ class TransportError(EngineError):
         super().__init__(f"{peer}: {reason}")
         self.peer = peer
         self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as a value.
+
+    Attributes:
+        kind: one of `KINDS`.
+        peer: of a TransportError.
+    """
+
+    kind: str
+    message: str
+    param: str = ""
+    code: str = ""
+    peer: str = ""
+
+    @staticmethod
+    def of(error: EngineError) -> Failure:
+        kind = next(kind for kind, known in KINDS.items() if isinstance(error, known))
+        if isinstance(error, TransportError):
+            return Failure(kind, error.reason, error.param, error.code, error.peer)
+        return Failure(kind, str(error), error.param, error.code)
+
+    def error(self) -> EngineError:
+        """What it was; an EngineError where a newer version of msi said a kind that this one does not know."""
+        if self.kind == "transport":
+            return TransportError(self.peer, self.message)
+        return KINDS.get(self.kind, EngineError)(self.message, param=self.param, code=self.code)
+
+
+KINDS: dict[str, type[EngineError]] = {  # a class before its bases
+    "checkpoint": CheckpointError,
+    "config": ConfigError,
+    "invalid_request": InvalidRequest,
+    "unavailable": Unavailable,
+    "request_failed": RequestFailed,
+    "protocol": ProtocolError,
+    "transport": TransportError,
+    "engine": EngineError,
+}

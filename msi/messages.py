@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from msi.errors import Failure
 from msi.scheduler import Progress, Request
 from msi.types import Placement, StageTimes, TokenLogprobs
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +187,12 @@ class PassDone:
 
 @dataclass(frozen=True, slots=True)
 class RequestsFailed:
-    """Requests that end without (further) tokens. `kind` names the error class: see `msi.errors`."""
+    """Requests that end without (further) tokens."""
 
     worker_id: str
     incarnation: int
     request_ids: tuple[str, ...]
-    kind: str
-    reason: str
+    failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,14 +299,17 @@ class ClientHeartbeat:
 
 @dataclass(frozen=True, slots=True)
 class RequestUpdate:
-    """New tokens of a request, or its end: `finish_reason` or (`error_kind`, `error`) is then not ""."""
+    """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`."""
 
     request_id: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    error_kind: str
-    error: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
+    failure: Failure | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return bool(self.finish_reason) or self.failure is not None
 
 
 @dataclass(frozen=True, slots=True)

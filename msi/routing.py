@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from msi.errors import Failure, InvalidRequest, RequestFailed, Unavailable
 from msi.messages import RequestUpdate
 from msi.scheduler import CONTEXT_UNIT, Progress, Request
 
@@ -65,7 +66,8 @@ class Router:
     def add(self, request: Request, client: bytes, now: float) -> RequestUpdate | None:
         """Takes a request; an update where its id is in use."""
         if request.request_id in self._requests:
-            return _failure(request.request_id, "InvalidRequest", f"request id {request.request_id} is in use")
+            error = InvalidRequest(f"request id {request.request_id} is in use")
+            return RequestUpdate(request.request_id, failure=Failure.of(error))
         routed = Routed(request, client, now)
         self._requests[request.request_id] = self._waiting[request.request_id] = routed
         return None
@@ -101,24 +103,24 @@ class Router:
                 self._forget(routed)
                 weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
                 self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
-            update = RequestUpdate(one.request_id, one.token_ids, one.finish_reason or "", "", "", one.logprobs)
+            update = RequestUpdate(one.request_id, one.token_ids, one.finish_reason or "", one.logprobs)
             updates.setdefault(routed.client, []).append(update)
         return updates
 
-    def fail(self, request_ids: Iterable[str], kind: str, reason: str) -> Updates:
+    def fail(self, request_ids: Iterable[str], failure: Failure) -> Updates:
         """These requests end with an error."""
         updates: Updates = {}
         for request_id in request_ids:
             routed = self._requests.get(request_id)
             if routed is not None:
                 self._forget(routed)
-                updates.setdefault(routed.client, []).append(_failure(request_id, kind, reason))
+                updates.setdefault(routed.client, []).append(RequestUpdate(request_id, failure=failure))
         return updates
 
     def worker_lost(self, worker_id: str, reason: str) -> Updates:
         """The requests of a worker are lost with it."""
         lost = [request_id for request_id, routed in self._requests.items() if routed.worker_id == worker_id]
-        updates = self.fail(lost, "RequestFailed", f"attention worker {worker_id} was lost: {reason}")
+        updates = self.fail(lost, Failure.of(RequestFailed(f"attention worker {worker_id} was lost: {reason}")))
         self._loads.pop(worker_id, None)
         return updates
 
@@ -127,7 +129,8 @@ class Router:
         late = [
             request_id for request_id, routed in self._waiting.items() if now - routed.arrived_at > WAIT_FOR_WORKERS_S
         ]
-        return self.fail(late, "Unavailable", f"no worker could take it for {WAIT_FOR_WORKERS_S:g} s: {reason}")
+        error = Unavailable(f"no worker could take it for {WAIT_FOR_WORKERS_S:g} s: {reason}")
+        return self.fail(late, Failure.of(error))
 
     def cancel(self, client: bytes, request_id: str) -> str:
         """Forgets a request of this client; the worker that has it, or ""."""
@@ -169,7 +172,3 @@ class Router:
         if (load := self._loads.get(routed.worker_id)) is not None:
             load.predicted -= routed.predicted
             load.num_tokens -= routed.num_tokens
-
-
-def _failure(request_id: str, kind: str, reason: str) -> RequestUpdate:
-    return RequestUpdate(request_id, (), "", kind, reason)

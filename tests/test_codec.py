@@ -55,8 +55,8 @@ EXAMPLES = [
     PassDone("a", 0, (Progress("r", (1, 2)), Progress("s", (3,), "stop"))),
     Submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=3, seed=2**64 - 1, stop=("a", "b")))),
     Submit(Request("r", (1,), SamplingParams(seed=1, logit_bias={5: -100, 7: 0.5}, stop_token_ids=(3,), logprobs=2))),
-    Outputs((RequestUpdate("r", (1,), "", "", ""),)),
-    Outputs((RequestUpdate("r", (1,), "", "", "", (TokenLogprobs(1, -0.5, (1, 2), (-0.5, -1.0)),)),)),
+    Outputs((RequestUpdate("r", (1,)),)),
+    Outputs((RequestUpdate("r", (1,), "", (TokenLogprobs(1, -0.5, (1, 2), (-0.5, -1.0)),)),)),
 ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from msi.membership import NO_STATUS, Cluster, InstancePlan, Lost, Send
 from msi.messages import (
+    PROTOCOL_VERSION,
     Assignment,
     Drain,
     Fence,
@@ -25,7 +26,7 @@ from msi.messages import (
 from msi.placement import place_evenly
 
 PLAN = InstancePlan("token", 1, 2, False, place_evenly(8, 2), 4, 512, 1024, 64, 512)
-HELLO = WorkerHello(1, "", "expert", 100, "here", "print", "float32")
+HELLO = WorkerHello(PROTOCOL_VERSION, "", "expert", 100, "here", "print", "float32")
 
 
 def hello(cluster, route, now=0.0, **changes):

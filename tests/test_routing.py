@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from statistics import quantiles
 
+from msi.errors import Failure
 from msi.messages import RequestUpdate
 from msi.routing import WAIT_FOR_WORKERS_S, Router
 from msi.scheduler import Progress, Request
@@ -16,7 +17,7 @@ def request(name, num_prompt=10, max_tokens=10):
 
 
 def error(name, kind, reason):
-    return RequestUpdate(name, (), "", kind, reason)
+    return RequestUpdate(name, failure=Failure(kind, reason))
 
 
 def test_requests_go_to_the_worker_with_the_least_predicted_load_and_room():
@@ -96,7 +97,7 @@ def test_without_workers_requests_wait_and_then_end_with_what_is_waited_for():
     assert router.expire(WAIT_FOR_WORKERS_S - 1, "waiting for expert worker 1 of 2") == {}
     updates = router.expire(WAIT_FOR_WORKERS_S + 1, "waiting for expert worker 1 of 2")
     reason = "no worker could take it for 30 s: waiting for expert worker 1 of 2"
-    assert updates == {b"c": [error("r", "Unavailable", reason)]}
+    assert updates == {b"c": [error("r", "unavailable", reason)]}
     assert len(router) == 0
 
 
@@ -107,8 +108,8 @@ def test_progress_reaches_the_client_that_asked_and_nobody_else():
     router.route({"a": 100})
     updates = router.progress("a", [Progress("r", (5,)), Progress("s", (6,), "stop"), Progress("gone", (7,))])
     assert updates == {
-        b"c1": [RequestUpdate("r", (5,), "", "", "")],
-        b"c2": [RequestUpdate("s", (6,), "stop", "", "")],
+        b"c1": [RequestUpdate("r", (5,))],
+        b"c2": [RequestUpdate("s", (6,), "stop")],
     }
     assert router.progress("b", [Progress("r", (5,))]) == {}, "from a worker that does not have it"
     assert len(router) == 1
@@ -120,7 +121,7 @@ def test_a_lost_worker_fails_its_requests_by_name():
     router.route({"a": 100})
     router.add(request("waits"), b"c", 0.0)
     assert router.worker_lost("a", "it died") == {
-        b"c": [error("r", "RequestFailed", "attention worker a was lost: it died")]
+        b"c": [error("r", "request_failed", "attention worker a was lost: it died")]
     }
     assert len(router) == 1
 
@@ -147,13 +148,13 @@ def test_a_lost_client_takes_its_requests_along():
 def test_an_id_in_use_is_refused():
     router = Router()
     assert router.add(request("r"), b"c", 0.0) is None
-    assert router.add(request("r"), b"d", 0.0) == error("r", "InvalidRequest", "request id r is in use")
+    assert router.add(request("r"), b"d", 0.0) == error("r", "invalid_request", "request id r is in use")
 
 
 def test_what_ends_frees_its_share():
     router = Router()
     router.add(request("large", 90), b"c", 0.0)
     router.route({"a": 100, "b": 90})
-    router.fail(["large"], "RequestFailed", "x")
+    router.fail(["large"], Failure("request_failed", "x"))
     router.add(request("next"), b"c", 0.0)
     assert router.route({"a": 100, "b": 90})[0][0] == "a"
