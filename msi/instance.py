@@ -29,6 +29,7 @@ from msi.placement import place_evenly
 from msi.planner.drift import DriftWatch
 from msi.planner.plan_file import check_model, read_plan_file
 from msi.torch_host import HostSettings, TorchHost
+from msi.watchdog import LoopWatch
 from msi.worker import Worker, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
     return plan, config
 
 
-def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
+def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | None = None) -> Coordinator:
     """Raises ConfigError: the model directory or the options cannot work, or the port is in use."""
     plan, config = build_plan(options)
     model_dir = options.model_dir
@@ -103,6 +104,7 @@ def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
         num_micro_batches=options.micro_batches,
         num_layers=config.num_sparse_layers,
         drift=_drift_watch(options),
+        watch=watch,
     )
 
 
@@ -124,6 +126,7 @@ def create_worker(
     worker_id: str = "",
     trace_dir: Path | None = None,
     advertise_host: str = "",
+    watch: LoopWatch | None = None,
 ) -> Worker:
     """Raises ConfigError: the model directory or the settings cannot work."""
     host = HostSettings(
@@ -144,7 +147,7 @@ def create_worker(
         trace_dir=trace_dir,
         start_timeout_s=options.start_timeout_s,
     )
-    return Worker(settings, TorchHost(host), ControlClient(coordinator, Codec(*MESSAGES)))
+    return Worker(settings, TorchHost(host), ControlClient(coordinator, Codec(*MESSAGES)), watch)
 
 
 def worker_ids(options: InstanceOptions) -> list[tuple[str, str]]:
