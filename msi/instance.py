@@ -19,8 +19,9 @@ from msi.device.choice import check_device
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.membership import InstancePlan
 from msi.messages import MESSAGES, Welcome
-from msi.models.config import ModelConfig, config_digest, read_json
+from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
+from msi.models.files import read_bytes, read_json, read_text
 from msi.net.codec import Codec
 from msi.net.control import ControlClient, ControlServer
 from msi.options import InstanceOptions
@@ -84,14 +85,14 @@ def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
     tokenizer_config_path = model_dir / "tokenizer_config.json"
     texts = read_json(tokenizer_config_path) if tokenizer_config_path.exists() else {}
     template_path = model_dir / "chat_template.jinja"
-    template = template_path.read_text() if template_path.exists() else texts.get("chat_template")
+    template = read_text(template_path) if template_path.exists() else texts.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((one["template"] for one in template if one.get("name") == "default"), None)
     welcome = Welcome(
         model_name=options.model_name,
         vocab_size=config.vocab_size,
         max_model_len=plan.max_model_len,
-        tokenizer=tokenizer_path.read_bytes() if tokenizer_path.exists() else b"",
+        tokenizer=read_bytes(tokenizer_path) if tokenizer_path.exists() else b"",
         chat_template=template if isinstance(template, str) else "",
         bos_token=_token_text(texts.get("bos_token")),
         eos_token=_token_text(texts.get("eos_token")),
