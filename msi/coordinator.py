@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.membership import Cluster, InstancePlan, Instruction, Lost, Send
 from msi.messages import (
     FROM_WORKER,

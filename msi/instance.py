@@ -12,10 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msi.coordinator import Coordinator
-from msi.device.choice import check_device
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.membership import InstancePlan
 from msi.messages import COORDINATOR_END, WORKER_END, Welcome
@@ -28,8 +27,9 @@ from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
 from msi.planner.drift import DriftWatch
 from msi.planner.plan_file import check_model, read_plan_file
-from msi.torch_host import HostSettings, TorchHost
-from msi.worker import Worker, WorkerSettings
+
+if TYPE_CHECKING:
+    from msi.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +126,9 @@ def create_worker(
     advertise_host: str = "",
 ) -> Worker:
     """Raises ConfigError: the model directory or the settings cannot work."""
+    from msi.torch_host import HostSettings, TorchHost  # torch takes a second, and only workers need it
+    from msi.worker import Worker, WorkerSettings
+
     host = HostSettings(
         coordinator=coordinator,
         model_dir=options.model_dir,
@@ -145,6 +148,14 @@ def create_worker(
         start_timeout_s=options.start_timeout_s,
     )
     return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END))
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError where this machine has no such device."""
+    if name != "cpu":
+        from msi.device import choice
+
+        choice.check_device(name)
 
 
 def worker_ids(options: InstanceOptions) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError, EngineError
 from msi.expert_role import ExpertRole
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.kernels.routing import row_bytes
 from msi.loading import DTYPES, LoadedPart, ModelFiles
 from msi.messages import FROM_WORKER, Assignment, ExpertAddress, Linked, PassDone, Topology
