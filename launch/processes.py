@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -18,9 +19,11 @@ from msi.engine import Engine
 from msi.errors import ConfigError, EngineError
 from msi.instance import create_coordinator, create_worker
 from msi.server.gateway import Gateway
-from msi.worker import Worker
 
 from .arguments import LaunchArguments
+
+if TYPE_CHECKING:
+    from msi.worker import Worker  # with torch, which only workers need
 
 log = logging.getLogger(__name__)
 

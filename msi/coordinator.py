@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.membership import Cluster, InstancePlan, Instruction, Lost, Send
 from msi.messages import (
+    FROM_WORKER,
     PROTOCOL_VERSION,
     Calibrate,
     Calibrated,
@@ -120,7 +121,11 @@ class Coordinator:
 
     def _handle(self, route: bytes, message: Any, now: float) -> None:
         cluster = self._cluster
+        is_client = route in self._clients
         match message:
+            case _ if is_client and isinstance(message, FROM_WORKER):
+                self._server.send(route, Refused("this connection is a client's, and can be no worker's"))
+                return
             case PassDone() if not cluster.knows(route, message.worker_id, message.incarnation):
                 pass  # earlier ones may have been lost with its connection: its requests will be, too
             case PassDone():
@@ -136,7 +141,7 @@ class Coordinator:
             case ClientHeartbeat() if route in self._clients:
                 self._clients[route].last_seen = now
                 self._server.send(route, HeartbeatAck())
-            case ClientHello():
+            case ClientHello() if not cluster.has_route(route):
                 self._greet(route, message, now)
             case WorkerHello():
                 self._carry_out(cluster.hello(route, message, now))
@@ -164,8 +169,8 @@ class Coordinator:
                 self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats(), drift))
             case ClientHeartbeat() | StatsRequest():
                 self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
-            case _:
-                log.warning("dropped %s: not for a coordinator", type(message).__name__)
+            case ClientHello():
+                self._server.send(route, Refused("this connection is a worker's, and can be no client's"))
         self._advance(now)
 
     def _greet(self, route: bytes, hello: ClientHello, now: float) -> None:

@@ -72,7 +72,9 @@ class TransportError(EngineError):
         self.reason = reason
 
 
-def context_exceeded(max_model_len: int, num_prompt: int, max_tokens: int, *, is_at_least: bool = False) -> InvalidRequest:
+def context_exceeded(
+    max_model_len: int, num_prompt: int, max_tokens: int, *, is_at_least: bool = False
+) -> InvalidRequest:
     """The refusal of a prompt that leaves no room for an answer, in vLLM's words: clients look for them.
 
     Args:
@@ -99,7 +101,9 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."
 
 
-_SHORT = reprlib.Repr(maxlevel=3, maxstring=60, maxlong=40, maxother=60)
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from typing import Annotated
 
 from msi.errors import InvalidRequest, shown
 
@@ -123,6 +124,9 @@ class SamplingDefaults:
         if not self.is_limit or self.max_tokens is None or params.max_tokens <= self.max_tokens:
             return params
         return replace(params, max_tokens=self.max_tokens)
+
+
+NO_DEFAULTS = SamplingDefaults()
 
 
 def _is_int(value: object) -> bool:
@@ -282,7 +286,7 @@ class Placement:
     """
 
     node_of: tuple[int, ...]
-    num_nodes: int
+    num_nodes: Annotated[int, range(1, 2**16)]
     version: int = 0
 
     def __post_init__(self) -> None:

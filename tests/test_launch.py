@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from msi import Engine, SamplingParams
-from msi.messages import MESSAGES, Submit, WorkerHello
+from msi.messages import FROM_CLIENT, FROM_WORKER, Submit, WorkerHello
 from msi.net.codec import Codec
 from msi.scheduler import Request
 from msi_launch.main import run
@@ -246,7 +246,7 @@ async def send_garbage(address):
     context = zmq.asyncio.Context()
     socket_ = context.socket(zmq.DEALER)
     socket_.connect(address)
-    codec = Codec(*MESSAGES)
+    codec = Codec(FROM_WORKER + FROM_CLIENT)
     from msi.types import SamplingParams as Params
 
     for payload in (

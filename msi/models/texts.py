@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from msi.errors import ConfigError, InvalidRequest, shown
 from msi.models.files import parse_json, read_bytes, read_json, read_text
-from msi.types import SamplingDefaults
+from msi.types import NO_DEFAULTS, SamplingDefaults
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ModelTexts:
     tokenizer: bytes = b""
     chat_templates: dict[str, str] = field(default_factory=dict)
     special_tokens: dict[str, str] = field(default_factory=dict)
-    sampling_defaults: SamplingDefaults = SamplingDefaults()
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS
 
 
 def read_texts(model_dir: Path, config: Mapping[str, Any], generation_config: str = "auto") -> ModelTexts:
@@ -104,14 +104,15 @@ def _named(template: object, path: Path) -> dict[str, str]:
         return {}
     if isinstance(template, str):
         return {"default": template}
-    pairs = [(None, None)]
+    pairs: list[tuple[Any, Any]] = [(None, None)]
     if isinstance(template, dict):
         pairs = list(template.items())
     elif isinstance(template, list) and all(isinstance(one, dict) for one in template):
         pairs = [(one.get("name"), one.get("template")) for one in template]
     if not all(isinstance(name, str) and isinstance(source, str) for name, source in pairs):
         raise ConfigError(
-            f"{path}: chat_template is {shown(template)}; it must be a text, or a list of objects with name and template"
+            f"{path}: chat_template is {shown(template)}; it must be a text, or a list of objects with name and "
+            "template"
         )
     return {str(name): str(source) for name, source in pairs}
 
@@ -173,7 +174,8 @@ def read_sampling_defaults(model_dir: Path, generation_config: str) -> SamplingD
     path = (model_dir if is_own else Path(generation_config)) / "generation_config.json"
     if not is_own and not path.exists():
         raise ConfigError(
-            f"--generation-config {generation_config}: {path} does not exist; give a folder that holds it, or auto, or vllm"
+            f"--generation-config {generation_config}: {path} does not exist; give a folder that holds it, or auto, or "
+            "vllm"
         )
     values = _if_there(path, read_json) or {}
     found: dict[str, Any] = {}
@@ -194,5 +196,5 @@ def read_sampling_defaults(model_dir: Path, generation_config: str) -> SamplingD
     return defaults
 
 
-def _if_there[T](path: Path, read: Any) -> Any:
+def _if_there(path: Path, read: Callable[[Path], Any]) -> Any:
     return read(path) if path.exists() else None

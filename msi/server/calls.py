@@ -115,9 +115,7 @@ class Calls:
             f"cmpl-{request_id or uuid.uuid4().hex}", self._engine.model_name, int(time.time()), self._engine.decode,
             asked.params.n, echoes,
         )  # fmt: skip
-        prompts = [
-            self._engine.encode(prompt, add_special_tokens=asked.add_special_tokens) for prompt in asked.prompts
-        ]
+        prompts = [self._engine.encode(prompt, add_special_tokens=asked.add_special_tokens) for prompt in asked.prompts]
         outputs = [self._metrics.observed(self._engine.generate(prompt, asked.params)) for prompt in prompts]
         return Call(merged(outputs, asked.params.n), answer, asked.streaming)
 
@@ -157,7 +155,6 @@ class Calls:
             raise ModelNotFound(
                 f"model {shown(model)} is not served here; this is {self._engine.model_name!r}",
                 param="model",
-                code="model_not_found",
             )
 
     def _log_ignored(self, names: Sequence[str]) -> None:

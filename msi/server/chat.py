@@ -21,7 +21,7 @@ from msi.server.fields import (
     streaming,
     typed,
 )
-from msi.types import MAX_LOGPROBS, Output, SamplingDefaults, SamplingParams, TokenLogprobs
+from msi.types import MAX_LOGPROBS, NO_DEFAULTS, Output, SamplingDefaults, SamplingParams, TokenLogprobs
 
 FIELDS = SHARED_FIELDS | {
     "messages", "max_completion_tokens", "logprobs", "top_logprobs", "add_generation_prompt", "continue_final_message",
@@ -59,7 +59,7 @@ class ChatRequest:
     ignored: tuple[str, ...] = ()
 
 
-def parse_chat(values: Values, *, max_tokens: int, defaults: SamplingDefaults = SamplingDefaults()) -> ChatRequest:
+def parse_chat(values: Values, *, max_tokens: int, defaults: SamplingDefaults = NO_DEFAULTS) -> ChatRequest:
     """Raises InvalidRequest: a field of the wrong type, or one that is not supported, by name.
 
     Args:
@@ -112,7 +112,8 @@ def _message(message: object, where: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE_CHARS:
         raise InvalidRequest(
-            f"{where}.role is {shown(role)}; it must be a string such as system, user, assistant or tool",
+            f"{where}.role is {shown(role)}; it must be one of system, developer, user, assistant and tool, or another "
+            "name that the template knows",
             param=f"{where}.role",
         )
     # what is null is absent, as in transformers: templates would write "None"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
@@ -23,7 +23,7 @@ from msi.errors import ConfigError, InvalidRequest
 OWN_VALUES = ("messages", "add_generation_prompt", "tools", "documents")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates and clients have for it
 END_OF_TEXT = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where the last message ends; the space shows whether it is trimmed
-MAX_COMPLAINT_CHARS = 300
+MAX_COMPLAINT_CHARS = 200
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -141,9 +141,12 @@ class ChatTemplate:
         """Up to the end of the last message's content."""
         last = messages[-1]
         content = last.get("content")
+        marked: object
         if isinstance(content, list) and content:
-            part = content[-1]
-            text, marked = part["text"], [*content[:-1], {**part, "text": part["text"] + END_OF_TEXT}]
+            text, marked = (
+                content[-1]["text"],
+                [*content[:-1], {**content[-1], "text": content[-1]["text"] + END_OF_TEXT}],
+            )
         elif isinstance(content, str):
             text, marked = content, content + END_OF_TEXT
         else:
@@ -180,7 +183,7 @@ def _reads(tree: jinja2.nodes.Template) -> tuple[bool, bool]:
     """Whether a template goes through the parts of a content, and whether it asks if something is a string."""
     lists = _closure(tree, {"messages"})
     loops = list(tree.find_all(jinja2.nodes.For))
-    items = {_name(loop.target) for loop in loops if _name(loop.iter) in lists}
+    items = {_name(loop.target) for loop in loops if _name(loop.iter) in lists} - {""}
     takes_parts = any(isinstance(node := _bare(loop.iter), jinja2.nodes.Getattr | jinja2.nodes.Getitem)
                       and _key(node) == "content" and _name(node.node) in items for loop in loops)  # fmt: skip
     return takes_parts, any(test.name == "string" for test in tree.find_all(jinja2.nodes.Test))
@@ -223,9 +226,13 @@ class _GenerationTag(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012  # jinja2's interface
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+    def _inside(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 def _to_json(
@@ -248,5 +255,5 @@ def _strftime_now(form: str) -> str:
 
 
 def _short(error: Exception | None) -> str:
-    text = str(error) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= MAX_COMPLAINT_CHARS else text[: MAX_COMPLAINT_CHARS - 3] + "..."

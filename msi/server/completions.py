@@ -8,7 +8,7 @@ from typing import Any
 
 from msi.errors import InvalidRequest
 from msi.server.answers import Usage, logprob_values
-from msi.server.field_table import NOT_IN_COMPLETIONS, NotDone
+from msi.server.field_table import NOT_IN_COMPLETIONS
 from msi.server.fields import (
     SHARED_FIELDS,
     Streaming,
@@ -20,7 +20,7 @@ from msi.server.fields import (
     streaming,
     typed,
 )
-from msi.types import Output, SamplingDefaults, SamplingParams
+from msi.types import NO_DEFAULTS, Output, SamplingDefaults, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 MAX_TOTAL_CHOICES = 1024  # of all prompts of a request
@@ -48,7 +48,7 @@ class CompletionRequest:
     ignored: tuple[str, ...] = ()
 
 
-def parse_completion(values: Values, defaults: SamplingDefaults = SamplingDefaults()) -> CompletionRequest:
+def parse_completion(values: Values, defaults: SamplingDefaults = NO_DEFAULTS) -> CompletionRequest:
     """Raises InvalidRequest: a field of the wrong type, or one that is not supported, by name.
 
     Args:

@@ -40,8 +40,8 @@ def parse_object(body: bytes | str) -> dict[str, Any]:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise InvalidRequest(f"the body is {kind_of(values)}; it must be a JSON object")
-    brackets = ("[", "{") if isinstance(body, str) else (b"[", b"{")
-    if sum(body.count(one) for one in brackets) > MAX_DEPTH and _is_deeper(values, MAX_DEPTH):  # type: ignore[arg-type]
+    text = body if isinstance(body, bytes) else body.encode()
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _is_deeper(values, MAX_DEPTH):
         raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
     return values
 
@@ -70,7 +70,7 @@ def check_fields(values: Values, taken: Collection[str], not_here: Mapping[str, 
     Raises:
         InvalidRequest: a field that would change the answer, and is not done.
     """
-    unknown = []
+    unknown: list[str] = []
     for name, value in values.items():
         if name in taken or name in IGNORED:
             continue
@@ -114,7 +114,8 @@ def streaming(values: Values) -> Streaming:
     stream = typed(values, "stream", bool, False)
     options = typed(values, "stream_options", dict, {})
     include, continuous = (
-        typed(options, name, bool, False, within="stream_options") for name in ("include_usage", "continuous_usage_stats")
+        typed(options, name, bool, False, within="stream_options")
+        for name in ("include_usage", "continuous_usage_stats")
     )
     if (include or continuous) and not stream:
         raise InvalidRequest('stream_options is only allowed with "stream": true', param="stream_options")

@@ -91,20 +91,26 @@ class Gateway:
     # -- endpoints ---------------------------------------------------------------------------------------------------
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer(request, self._calls.completion(parse_object(await request.read()), request["id"]))
+        request_id = _id_of(request)
+        return await self._answer(
+            request, self._calls.completion(parse_object(await request.read()), request_id), request_id
+        )
 
     async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer(request, self._calls.chat(parse_object(await request.read()), request["id"]))
+        request_id = _id_of(request)
+        return await self._answer(request, self._calls.chat(parse_object(await request.read()), request_id), request_id)
 
-    async def _answer(self, request: web.Request, call: Call) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, call: Call, request_id: str) -> web.StreamResponse:
+        headers = {ID_HEADER: request_id}
         async with contextlib.aclosing(call.outputs):
             if call.streaming.stream:
-                return await self._stream(request, call)
-            return _json(call.answer.whole([output async for output in call.outputs]))
+                return await self._stream(request, call, headers)
+            return _json(call.answer.whole([output async for output in call.outputs]), headers=headers)
 
-    async def _stream(self, request: web.Request, call: Call) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, call: Call, headers: dict[str, str]) -> web.StreamResponse:
         """A failure before the first event is an HTTP error."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers}
+        response = web.StreamResponse(headers=headers)
         try:
             async with contextlib.aclosing(_events(call)) as events:
                 async for event in events:
@@ -173,12 +179,16 @@ def _event(values: dict[str, Any]) -> bytes:
 
 async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
     """Every answer carries the request's id."""
-    response.headers[ID_HEADER] = request["id"]
+    response.headers.setdefault(ID_HEADER, _id_of(request))
+
+
+def _id_of(request: web.Request) -> str:
+    """The client's own, or a new one."""
+    return request_id_of(request.headers.get(ID_HEADER))
 
 
 @web.middleware
 async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    request["id"] = request_id_of(request.headers.get(ID_HEADER))
     headers = {}
     try:
         return await handler(request)

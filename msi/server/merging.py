@@ -9,9 +9,7 @@ from dataclasses import replace
 from msi.types import Output
 
 
-def merged(
-    outputs: Sequence[AsyncGenerator[Output, None]], num_choices: int
-) -> AsyncGenerator[Output, None]:
+def merged(outputs: Sequence[AsyncGenerator[Output, None]], num_choices: int) -> AsyncGenerator[Output, None]:
     """Outputs as they come, choices numbered prompt by prompt. Closing it closes all; so does the failure of one.
 
     Args:
