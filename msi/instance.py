@@ -29,6 +29,7 @@ from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
 from msi.planner.drift import DriftWatch
 from msi.planner.plan_file import check_model, read_plan_file
+from msi.watchdog import LoopWatch
 
 if TYPE_CHECKING:
     from msi.worker import Worker
@@ -76,7 +77,7 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
     return plan, config
 
 
-def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
+def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | None = None) -> Coordinator:
     """Raises ConfigError: the model directory or the options cannot work, or the port is in use."""
     plan, config = build_plan(options)
     model_dir = options.model_dir
@@ -97,6 +98,7 @@ def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
         num_micro_batches=options.micro_batches,
         num_layers=config.num_sparse_layers,
         drift=_drift_watch(options),
+        watch=watch,
     )
 
 
@@ -113,6 +115,7 @@ def create_worker(
     worker_id: str = "",
     trace_dir: Path | None = None,
     advertise_host: str = "",
+    watch: LoopWatch | None = None,
 ) -> Worker:
     """Raises ConfigError: the model directory or the settings cannot work."""
     from msi.torch_host import HostSettings, TorchHost  # torch takes a second, and only workers need it
@@ -136,7 +139,7 @@ def create_worker(
         trace_dir=trace_dir,
         start_timeout_s=options.start_timeout_s,
     )
-    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END))
+    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END), watch)
 
 
 def check_device(name: str) -> None:
