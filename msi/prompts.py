@@ -7,13 +7,15 @@ fit, whatever its tokens are.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from msi.errors import InvalidRequest, context_exceeded, shown
-from msi.tokenizer import encode
+from msi.tokenizer import encode, load_tokenizer
+from msi.types import SamplingParams
 
 COMPOSED = 3  # NFC makes at most so many bytes into one
 KEEPS = {"ByteLevel", "Metaspace", "Prepend", "Digits"}  # steps that drop nothing of a text
@@ -24,14 +26,29 @@ class Prompts:
 
     Args:
         tokenizer: None for a model that has none.
-        content: of tokenizer.json.
+        bytes_per_token: the most that a token stands for, 0 where nobody knows; see `most_bytes_per_token`.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, content: bytes, *, vocab_size: int, max_model_len: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, *, vocab_size: int, max_model_len: int, bytes_per_token: int = 0
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
-        self._bytes_per_token = most_bytes_per_token(json.loads(content)) if tokenizer is not None else 0
+        self._bytes_per_token = bytes_per_token
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._tokenizer
+
+    @staticmethod
+    def of(content: bytes, vocab_size: int, max_model_len: int) -> Prompts:
+        """From the bytes of a tokenizer.json, b"" for none. Raises ConfigError."""
+        if not content:
+            return Prompts(None, vocab_size=vocab_size, max_model_len=max_model_len)
+        tokenizer = load_tokenizer(content)
+        longest = most_bytes_per_token(json.loads(content))
+        return Prompts(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, bytes_per_token=longest)
 
     def encode(
         self, prompt: str | Sequence[int], *, add_special_tokens: bool = True, max_tokens: int = 1
@@ -58,11 +75,16 @@ class Prompts:
 
     def check_tokens(self, where: str, token_ids: Collection[int]) -> None:
         """Raises InvalidRequest: the model lacks one of them."""
-        if token_ids and not (set(map(type, token_ids)) == {int} and 0 <= min(token_ids) and self._has(max(token_ids))):
+        if token_ids and not (set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and self._has(max(token_ids))):
             bad = next(one for one in token_ids if type(one) is not int or one < 0 or not self._has(one))
-            raise InvalidRequest(
-                f"token id {shown(bad)} in {where}; ids are integers from 0 to {self._vocab_size - 1}"
-            )
+            raise InvalidRequest(f"token id {shown(bad)} in {where}; ids are integers from 0 to {self._vocab_size - 1}")
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises InvalidRequest: they name tokens that the model lacks, or need a tokenizer that it lacks."""
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks", param="stop")
+        self.check_tokens("logit_bias", params.logit_bias)
+        self.check_tokens("stop_token_ids", params.stop_token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; "" for a model without tokenizer."""
@@ -101,17 +123,18 @@ def most_bytes_per_token(values: dict[str, Any]) -> int:
                 return 0
         elif step.get("type") not in KEEPS:
             return 0
-    model = values.get("model", {})
+    model, added = values.get("model", {}), values.get("added_tokens") or []
     vocab = model.get("vocab", {})
-    if model.get("type") not in ("BPE", "Unigram") or (model.get("unk_token") and not model.get("byte_fallback")):
-        return 0
-    if model.get("type") == "Unigram" and not model.get("byte_fallback"):
-        return 0
-    added = values.get("added_tokens") or []
+    texts = set(vocab if isinstance(vocab, dict) else (one[0] for one in vocab))
     if any(one.get("lstrip") or one.get("rstrip") for one in added):
         return 0
-    texts: Iterable[str] = vocab if isinstance(vocab, dict) else (one[0] for one in vocab)
-    longest = max((len(text.encode()) for text in texts), default=0)
+    is_byte_level = any(
+        step.get("type") == "ByteLevel" for name in ("normalizer", "pre_tokenizer") for step in _steps(values.get(name))
+    )
+    has_all_bytes = is_byte_level and texts.issuperset(ByteLevel.alphabet())
+    if not has_all_bytes and not model.get("byte_fallback"):  # characters that it lacks may vanish, or become one token
+        return 0
+    longest = max(map(len, texts)) if is_byte_level else max(len(text.encode()) for text in texts)
     return factor * max([longest, *(len(one["content"].encode()) for one in added)])
 
 

@@ -147,9 +147,11 @@ async def test_an_id_in_use_and_too_many_requests_are_refused(served, monkeypatc
         while len(refused) < 2:
             message = await socket.receive_json(timeout=60)
             if message["type"] == "error":
-                refused.append((message["id"], message["error"]["message"]))
-        assert refused[0] == ("a", "id 'a' is in use on this connection")
-        assert "2 requests run on this connection already" in refused[1][1]
+                refused.append(message)
+        assert (refused[0]["id"], refused[0]["refused_id"]) == (None, "a"), "the one that runs has not ended"
+        assert refused[0]["error"]["code"] == "id_in_use"
+        assert refused[1]["id"] == "c"
+        assert "2 requests run on this connection already" in refused[1]["error"]["message"]
     await idle(engine)
 
 

@@ -49,8 +49,8 @@ class Door(web.Server):
             max_headers=MAX_HEADERS,
             auto_decompress=False,
         )
-        self.num_cut = 0  # for being late, or for not reading
-        self.num_refused = 0  # for want of a place
+        self._num_cut = 0  # for being late, or for not reading
+        self._num_refused = 0  # for want of a place
         self._answer = handler
         self._max_connections = max_connections
         self._open: set[Connection] = set()
@@ -60,9 +60,13 @@ class Door(web.Server):
     def __call__(self) -> Connection:
         return Connection(self)
 
-    @property
-    def num_open(self) -> int:
-        return len(self._open)
+    def counters(self) -> dict[str, float]:
+        """Everything countable, by name."""
+        return {
+            "connections": len(self._open),
+            "connections_cut": self._num_cut,
+            "connections_refused": self._num_refused,
+        }
 
     def open(self) -> None:
         """From now on late ones are cut."""
@@ -92,7 +96,7 @@ class Door(web.Server):
         now = asyncio.get_running_loop().time()
         for connection in list(self._open):
             if connection.is_late(now):
-                self.num_cut += 1
+                self._num_cut += 1
                 connection.cut()
         self.open()
 
@@ -101,7 +105,7 @@ class Door(web.Server):
     def entered(self, connection: Connection) -> bool:
         """Whether there is a place for it."""
         if len(self._open) >= self._max_connections:
-            self.num_refused += 1
+            self._num_refused += 1
             longest = next(iter(self._waiting), None)
             if longest is None:
                 return False

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from msi.errors import InvalidRequest, Unavailable
 from msi.net.framing import read_frame, write_frame
+from msi.server.preparer import GOES_ON
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Preparers:
 
     def __init__(self, setup: bytes, num_preparers: int = NUM_PREPARERS, within_s: float = WITHIN_S) -> None:
         assert num_preparers >= 2, "one is kept from large requests"
-        self.num_killed = 0
+        self.num_given_up = 0
         self._setup = setup
         self._num_preparers = num_preparers
         self._within_s = within_s
@@ -82,6 +83,12 @@ class Preparers:
             self._idle.append(await _Preparer.start(self._setup))
 
     async def close(self) -> None:
+        """What waits or runs ends with Unavailable."""
+        for jobs in self._waiting.values():
+            for job in jobs:
+                if not job.result.done():
+                    job.result.set_exception(Unavailable("the server ends"))
+        self._waiting.clear()
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
@@ -93,7 +100,20 @@ class Preparers:
             self._num_large += job.is_large
             task = asyncio.get_running_loop().create_task(self._run(job))
             self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._start_what_can_run()
+
+    def _take(self) -> _Preparer | None:
+        """One that waits for work."""
+        while self._idle:
+            preparer = self._idle.pop()
+            if preparer.is_alive:
+                return preparer
+            preparer.close()
+        return None
 
     def _next(self) -> _Job | None:
         """The first job that may run now, of the client whose turn it is."""
@@ -114,27 +134,26 @@ class Preparers:
     async def _run(self, job: _Job) -> None:
         preparer: _Preparer | None = None
         try:
-            preparer = self._idle.pop() if self._idle else await _Preparer.start(self._setup)
+            preparer = self._take() or await _Preparer.start(self._setup)
             answer = await preparer.prepare(job.task, self._within_s)
             if not job.result.done():
-                job.result.set_result(answer)
-            self._idle.append(preparer)
-            preparer = None
+                job.result.set_result(answer[1:])
+            if answer[:1] == GOES_ON:
+                self._idle.append(preparer)
+                preparer = None
         except TimeoutError:
             self._fail(job, f"this request was not understood within {self._within_s:g} s; send a smaller one")
         except (OSError, EOFError):
             self._fail(job, "this request took more memory to understand than there is; send a smaller one")
         finally:
             if preparer is not None:
-                self.num_killed += 1
                 await preparer.kill()
             self._num_large -= job.is_large
             if not job.result.done():
                 job.result.set_exception(Unavailable("the server ends"))
-            self._running.discard(asyncio.current_task())  # type: ignore[arg-type]
-            self._start_what_can_run()
 
     def _fail(self, job: _Job, sentence: str) -> None:
+        self.num_given_up += 1
         log.warning("a request of %d bytes: %s", len(job.task), sentence)
         if not job.result.done():
             job.result.set_exception(InvalidRequest(sentence))
@@ -149,7 +168,6 @@ class _Preparer:
         self._process = process
         self._reader = reader
         self._writer = writer
-        self._num_tasks = 0
 
     @staticmethod
     async def start(setup: bytes) -> _Preparer:
@@ -177,6 +195,14 @@ class _Preparer:
         async with asyncio.timeout(within_s):
             await write_frame(self._writer, task)
             return await read_frame(self._reader)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.returncode is None
+
+    def close(self) -> None:
+        """It ends by itself once nothing more can come."""
+        self._writer.close()
 
     async def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
