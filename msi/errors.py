@@ -15,7 +15,10 @@ and comes out as what it was.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
+
+MAX_SHOWN_CHARS = 100
 
 
 class EngineError(Exception):
@@ -67,6 +70,19 @@ class TransportError(EngineError):
         super().__init__(f"{peer}: {reason}")
         self.peer = peer
         self.reason = reason
+
+
+def shown(value: object) -> str:
+    """A value as an error quotes it: on one line, of at most MAX_SHOWN_CHARS characters."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"a {type(value).__name__} too large to write"
+    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 60, 40, 60
 
 
 @dataclass(frozen=True, slots=True)
