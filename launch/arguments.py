@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import os
-import stat
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 from msi.errors import ConfigError
 from msi.options import DTYPES, LOAD_FORMATS, InstanceOptions, with_plan
 
-from .command_line import CommandLine, integer, number, one_of, quoted, text
+from .command_line import CommandLine, file_to_ask, file_to_read, file_to_write, integer, number, one_of, text
 from .vllm_flags import add_foreign
 
 LEFT_OUT = object()  # an option that the command line does not name
@@ -132,32 +130,6 @@ def host(word: str) -> str:
     return bare
 
 
-def file_to_read(word: str) -> Path:
-    """An existing regular file."""
-    path = Path(word)
-    if not word or not path.is_file():
-        raise argparse.ArgumentTypeError(f"{quoted(word)} is not a file")
-    if not os.access(path, os.R_OK):
-        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be read: permission denied")
-    return path
-
-
-def file_to_write(word: str) -> Path:
-    """A file that can be made, or written anew."""
-    path = Path(word)
-    try:
-        mode = path.stat().st_mode if path.exists() else None
-    except OSError as error:  # such as a name that is too long
-        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be written: {error.strerror}") from None
-    if not word or (mode is not None and not stat.S_ISREG(mode)):
-        raise argparse.ArgumentTypeError(f"{quoted(word)} is not a file; give a file's name")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be written: there is no directory {path.parent}")
-    if not os.access(path.parent if mode is None else path, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be written: permission denied")
-    return path
-
-
 def model_directory(word: str) -> Path:
     if not word:
         raise argparse.ArgumentTypeError("is empty; give a Hugging Face model directory, or leave it out for the demo")
@@ -178,7 +150,7 @@ def _add_instance(parser: CommandLine) -> None:
     add("--micro-batches", type=one_of(*MICRO_BATCHES), metavar="M", default="auto",
         help="in flight per attention worker: 1 to 4, or auto, which measures")  # fmt: skip
     add("--colocated", action="store_true", help="both roles in one process: the baseline, best for small models")
-    add("--plan", type=file_to_read, metavar="FILE", help="run a plan of msi-plan -o, and watch its predictions")
+    add("--plan", type=file_to_ask, metavar="FILE", help="run a plan of msi-plan -o, and watch its predictions")
     add("--plan-drift", type=number(0, 1e6), metavar="F", default=0.3,
         help="say so when stage times part from the plan's by more than this fraction; 0.3")  # fmt: skip
     add("--device", metavar="D", default="cpu", help="cpu, cuda or cuda:N")

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from msi import __version__
@@ -50,7 +53,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with argparse's complaint as a sentence."""
-        named = re.match(r"argument (?:\S+/)?(?P<name>[^:/]+): (?P<rest>.*)", message, flags=re.DOTALL)
+        named = re.match(r"argument (?P<name>[^:/]+)(?:/[^:]+)?: (?P<rest>.*)", message, flags=re.DOTALL)
         if named is not None:
             message = f"{named['name']} {named['rest']}"
             if named["rest"].startswith("expected "):
@@ -98,7 +101,7 @@ def is_text(word: str) -> bool:
 
 def quoted(word: str) -> str:
     """A word as it was typed, if that is short and plain; else in quotes, and cut."""
-    return word if re.fullmatch(r"[A-Za-z0-9_./:+@-]{1,60}", word) else shown(word)
+    return word if re.fullmatch(r"[A-Za-z0-9_./:+@,={}-]{1,120}", word) else shown(word)
 
 
 def _is_number(word: str) -> bool:
@@ -117,22 +120,24 @@ def integer(least: int | None = None, most: int | None = None, *, of: str = "an 
     return _bounded(int, r"[+-]?[0-9]{1,4000}", of, least, most)
 
 
-def number(least: float, most: float, *, of: str = "a number") -> Callable[[str], float]:
+def number(least: float | None, most: float, *, of: str = "a number") -> Callable[[str], float]:
     """A finite number."""
     return _bounded(float, r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", of, least, most)
 
 
 def _bounded(kind: Callable[[str], T], form: str, of: str, least: Any, most: Any) -> Callable[[str], T]:
-    if most is not None:
-        allowed = f"{of} from {least} to {most}"
-    else:
-        allowed = of if least is None else f"{of}, {least} or more"
+    shown_most = f"{most:g}" if kind is float and most is not None else most
+    allowed = of if most is None else f"{of}, at most {shown_most}"
+    if least is not None:
+        allowed = f"{of} from {least} to {shown_most}"
 
     def read(word: str) -> T:
-        value: Any = kind(word) if re.fullmatch(form, word) else None
-        if value is None or (least is not None and value < least) or (most is not None and value > most):
+        if not re.fullmatch(form, word):
             raise argparse.ArgumentTypeError(f"{quoted(word)}: give {allowed}")
-        return value
+        value: Any = kind(word)
+        if (least is not None and value < least) or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{quoted(word)}: give {allowed}")
+        return kind(word)
 
     return read
 
@@ -153,7 +158,46 @@ def text(form: str, of: str) -> Callable[[str], str]:
 
     def read(word: str) -> str:
         if len(word) > MAX_TEXT_CHARS or not re.fullmatch(form, word, flags=re.DOTALL):
-            raise argparse.ArgumentTypeError(f"{shown(word)}: give {of}")
+            raise argparse.ArgumentTypeError(f"{shown(word)}: give {of}" if word else f"is empty; give {of}")
         return word
 
     return read
+
+
+def file_to_read(word: str) -> Path:
+    """A regular file that is there: nothing that opening or reading would wait for."""
+    mode = _mode_of(word)
+    if mode is None or not stat.S_ISREG(mode):
+        raise argparse.ArgumentTypeError(f"{quoted(word)} is not a file")
+    if not os.access(word, os.R_OK):
+        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be read: permission denied")
+    return Path(word)
+
+
+def file_to_write(word: str) -> Path:
+    """A file that can be made, or written anew."""
+    mode = _mode_of(word)
+    path = Path(word)
+    if not word or (mode is not None and not stat.S_ISREG(mode)):
+        raise argparse.ArgumentTypeError(f"{quoted(word)} is not a file; give a file's name")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be written: there is no directory {path.parent}")
+    if not os.access(path.parent if mode is None else path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be written: permission denied")
+    return path
+
+
+def file_to_ask(word: str) -> Path:
+    """As `file_to_read`; but what is not there is said by who reads it."""
+    return Path(word) if _mode_of(word) is None and word else file_to_read(word)
+
+
+def _mode_of(word: str) -> int | None:
+    """What kind of file; None where there is none."""
+    try:
+        return os.stat(word).st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # such as a name that is too long, or no right to look
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be read: {reason}") from None

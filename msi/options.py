@@ -99,8 +99,8 @@ class InstanceOptions:
     def __post_init__(self) -> None:
         for name, least, most in INTEGERS:
             _between(name, getattr(self, name), least, most)
-        for name, most in FRACTIONS:
-            _above_zero(name, getattr(self, name), most)
+        for name, limit in FRACTIONS:
+            _above_zero(name, getattr(self, name), limit)
         if not 0 <= self.micro_batches <= MAX_MICRO_BATCHES:
             raise ConfigError(f"--micro-batches {self.micro_batches}: give auto or 1 to {MAX_MICRO_BATCHES}")
         _check_name(self.served_model_name, self.model)
@@ -214,7 +214,8 @@ def _between(name: str, value: object, least: int, most: int) -> None:
 
 def _above_zero(name: str, value: object, most: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
-        raise ConfigError(f"{_flag(name)} {shown(value)}: give a number above 0, at most {most:g}")
+        what = "a number of seconds" if name.endswith("_s") else "a number"
+        raise ConfigError(f"{_flag(name)} {shown(value)}: give {what} > 0, at most {most:g}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
