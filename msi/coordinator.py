@@ -166,7 +166,8 @@ class Coordinator:
                 self._calibrations.put_nowait(message)
             case StatsRequest() if route in self._clients:
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
-                self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats(), drift))
+                dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
+                self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats(), drift, dropped))
             case ClientHeartbeat() | StatsRequest():
                 self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
             case ClientHello():

@@ -347,12 +347,14 @@ class Stats:
 
     Attributes:
         drift: where a plan runs, measured over planned by stage ("attention", "expert", "comm"), and "alarms".
+        dropped: what the coordinator did not take from its sockets, by kind.
     """
 
     num_lanes: int
     num_requests: int
     workers: tuple[WorkerStats, ...]
     drift: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, float] = field(default_factory=dict)
 
 
 FROM_WORKER = (
