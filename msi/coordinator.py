@@ -48,6 +48,7 @@ from msi.net.control import MessageServer
 from msi.pipeline import Stages, calibration_steps, choose_micro_batches
 from msi.planner.drift import DriftWatch, Observation
 from msi.routing import Router, Updates
+from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Coordinator:
         num_micro_batches: m, or 0 to choose by measurement.
         num_layers: of the model.
         drift: holds what workers measure against the plan that runs, if there is one.
+        watch: of the loop that this runs on; what it measures is told with the stats.
         clock: seconds, monotonic.
     """
 
@@ -84,6 +86,7 @@ class Coordinator:
         num_micro_batches: int,
         num_layers: int,
         drift: DriftWatch | None = None,
+        watch: LoopWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server = server
@@ -94,6 +97,7 @@ class Coordinator:
         self._num_micro_batches = num_micro_batches
         self._num_layers = num_layers
         self._drift = drift
+        self._watch = watch
         self._cluster = Cluster(plan, clock())
         self._router = Router()
         self._clients: dict[bytes, _Client] = {}
@@ -167,7 +171,11 @@ class Coordinator:
             case StatsRequest() if route in self._clients:
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
                 dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
-                self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats(), drift, dropped))
+                counters = {} if self._watch is None else self._watch.counters()
+                stats = Stats(
+                    cluster.num_lanes, len(self._router), cluster.stats(), drift, counters=counters, dropped=dropped
+                )
+                self._server.send(route, stats)
             case ClientHeartbeat() | StatsRequest():
                 self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
             case ClientHello():

@@ -18,8 +18,10 @@ from msi.coordinator import Coordinator
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.membership import InstancePlan
 from msi.messages import COORDINATOR_END, WORKER_END, Welcome
-from msi.models.config import ModelConfig, config_digest, read_json
+from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
+from msi.models.files import read_json
+from msi.models.texts import read_texts
 from msi.net.control import ControlClient, ControlServer, is_address
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
@@ -27,6 +29,7 @@ from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
 from msi.planner.drift import DriftWatch
 from msi.planner.plan_file import check_model, read_plan_file
+from msi.watchdog import LoopWatch
 
 if TYPE_CHECKING:
     from msi.worker import Worker
@@ -74,27 +77,19 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
     return plan, config
 
 
-def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
+def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | None = None) -> Coordinator:
     """Raises ConfigError: the model directory or the options cannot work, or the port is in use."""
     plan, config = build_plan(options)
     model_dir = options.model_dir
-    tokenizer_path = model_dir / "tokenizer.json"
-    if not tokenizer_path.exists():
-        log.warning("%s does not exist: prompts must be given as token ids", tokenizer_path)
-    tokenizer_config_path = model_dir / "tokenizer_config.json"
-    texts = read_json(tokenizer_config_path) if tokenizer_config_path.exists() else {}
-    template_path = model_dir / "chat_template.jinja"
-    template = template_path.read_text() if template_path.exists() else texts.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    texts = read_texts(model_dir, read_json(model_dir / "config.json"), options.generation_config)
     welcome = Welcome(
         model_name=options.model_name,
         vocab_size=config.vocab_size,
         max_model_len=plan.max_model_len,
-        tokenizer=tokenizer_path.read_bytes() if tokenizer_path.exists() else b"",
-        chat_template=template if isinstance(template, str) else "",
-        bos_token=_token_text(texts.get("bos_token")),
-        eos_token=_token_text(texts.get("eos_token")),
+        tokenizer=texts.tokenizer,
+        chat_templates=texts.chat_templates,
+        special_tokens=texts.special_tokens,
+        sampling_defaults=texts.sampling_defaults,
     )
     return Coordinator(
         ControlServer(bind, COORDINATOR_END),
@@ -103,6 +98,7 @@ def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
         num_micro_batches=options.micro_batches,
         num_layers=config.num_sparse_layers,
         drift=_drift_watch(options),
+        watch=watch,
     )
 
 
@@ -112,11 +108,6 @@ def _drift_watch(options: InstanceOptions) -> DriftWatch | None:
     return DriftWatch(read_plan_file(options.plan), options.plan_drift)
 
 
-def _token_text(value: object) -> str:
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else ""
-
-
 def create_worker(
     options: InstanceOptions,
     coordinator: str,
@@ -124,6 +115,7 @@ def create_worker(
     worker_id: str = "",
     trace_dir: Path | None = None,
     advertise_host: str = "",
+    watch: LoopWatch | None = None,
 ) -> Worker:
     """Raises ConfigError: the model directory or the settings cannot work."""
     from msi.torch_host import HostSettings, TorchHost  # torch takes a second, and only workers need it
@@ -147,7 +139,7 @@ def create_worker(
         trace_dir=trace_dir,
         start_timeout_s=options.start_timeout_s,
     )
-    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END))
+    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END), watch)
 
 
 def check_device(name: str) -> None:

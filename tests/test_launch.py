@@ -122,6 +122,9 @@ async def test_everything_on_this_machine_with_a_trace(tiny_model, tmp_path):
         body = {"prompt": "It is a truth", "max_tokens": 8, "temperature": 0}
         async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as response:
             assert response.status == 200
+        async with session.get(f"http://127.0.0.1:{port}/metrics") as response:
+            watched = set(re.findall(r'msi_loop_stalls_total{process="(.*)"}', await response.text()))
+        assert watched >= {"coordinator", "attention-0", "attention-1", "expert-0"}
         child.process.send_signal(signal.SIGINT)
         assert await child.ended() == 0
     events = __import__("json").loads(trace.read_text())["traceEvents"]
