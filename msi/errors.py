@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_LINE_CHARS = 200
+
 
 class EngineError(Exception):
     """Root of the tree.
@@ -67,6 +69,18 @@ class TransportError(EngineError):
         super().__init__(f"{peer}: {reason}")
         self.peer = peer
         self.reason = reason
+
+
+def one_line(error: BaseException) -> str:
+    """The class of an exception that is a bug of ours or of a library, and the beginning of its message."""
+    try:
+        words = str(error).split()
+    except Exception:
+        words = []
+    message = " ".join(words)
+    if len(message) > MAX_LINE_CHARS:
+        message = message[:MAX_LINE_CHARS] + "..."
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 @dataclass(frozen=True, slots=True)
