@@ -14,7 +14,7 @@ from typing import Any
 from msi.errors import EngineError, Failure, RequestFailed, TransportError
 from msi.expert_role import link_hello
 from msi.host import LoadedModel
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.lanes import run_lane, run_pass
 from msi.messages import Assignment, ExpertAddress, Linked, PassDone, PeerLost, RequestsFailed, Topology
 from msi.net.alarm import Alarm

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated
 
-from msi.errors import InvalidRequest
+from msi.errors import InvalidRequest, shown
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 4096
 MAX_LISTED_TOKENS = 1024
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
-MAX_QUOTED_CHARS = 200
 MAX_INTEGER = 2**63 - 1  # what crosses between processes
 MIN_TEMPERATURE = 1e-5  # vLLM's: below it, dividing by it would choose the best token anyway
 MAX_TEMPERATURE = 100
@@ -104,6 +103,41 @@ class SamplingParams:
         _require("stop_token_ids", ids, ok, f"up to {MAX_LISTED_TOKENS} token ids")
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """A model's own parameters, for requests that leave them out; None where the model says nothing.
+
+    Attributes:
+        is_limit: no request gets more than `max_tokens`.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+    is_limit: bool = False
+
+    def values(self) -> dict[str, float | int]:
+        """What the model says, by the parameter's name."""
+        names = (one.name for one in fields(self) if one.name != "is_limit")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def params(self) -> SamplingParams:
+        """For a request that says nothing. Raises InvalidRequest: a value that is not allowed."""
+        return SamplingParams(**self.values())  # type: ignore[arg-type]
+
+    def limited(self, params: SamplingParams) -> SamplingParams:
+        """With no more tokens than the limit."""
+        if not self.is_limit or self.max_tokens is None or params.max_tokens <= self.max_tokens:
+            return params
+        return replace(params, max_tokens=self.max_tokens, min_tokens=min(params.min_tokens, self.max_tokens))
+
+
+NO_DEFAULTS = SamplingDefaults()
+
+
 def _is_int(value: object, least: int, most: int = MAX_INTEGER) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
@@ -125,15 +159,7 @@ def _is_stop(text: object) -> bool:
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:
     if not ok:
-        raise InvalidRequest(f"{name} is {_quoted(value)}; it must be {allowed}", param=name)
-
-
-def _quoted(value: object) -> str:
-    """A line at most, whatever it is."""
-    try:
-        return reprlib.repr(value)[:MAX_QUOTED_CHARS]
-    except Exception:  # an integer of too many digits, or an object that cannot even say what it is
-        return f"a value of type {type(value).__name__} that cannot be shown"
+        raise InvalidRequest(f"{name} is {shown(value)}; it must be {allowed}", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +279,7 @@ class Output:
         token_ids: new tokens.
         finish_reason: "stop" (end of sequence, a stop token or string), "length", or None while it goes on.
         index: which of the request's `n` choices this belongs to.
+        num_cached_tokens: tokens of the prompt that the prefix cache had when this choice was admitted.
         logprobs: one for each of `token_ids` if they were asked for, else ().
     """
 
@@ -263,6 +290,7 @@ class Output:
     num_prompt_tokens: int = 0
     index: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +304,7 @@ class Placement:
     """
 
     node_of: tuple[int, ...]
-    num_nodes: int
+    num_nodes: Annotated[int, range(1, 2**16)]
     version: int = 0
 
     def __post_init__(self) -> None:

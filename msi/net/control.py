@@ -50,15 +50,20 @@ class MessageClient(Protocol):
     def close(self) -> None: ...
 
 
-def _configure(socket: zmq.asyncio.Socket) -> None:
+def _configure(socket: zmq.asyncio.Socket, max_bytes: int) -> None:
     socket.setsockopt(zmq.LINGER, 500)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
-    socket.setsockopt(zmq.MAXMSGSIZE, 64 * 1024 * 1024)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     # a host that vanished says no goodbye: after that long its connection is dropped, and made anew once it is back
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
     socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+
+
+def is_address(text: str) -> bool:
+    """Whether this is where a coordinator may be reached."""
+    return text.startswith(("tcp://", "ipc://"))
 
 
 class ControlServer:
@@ -73,7 +78,7 @@ class ControlServer:
         self._codec = codec
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        _configure(self._socket)
+        _configure(self._socket, codec.max_bytes)
         try:
             self._socket.bind(bind)
         except zmq.ZMQError as error:
@@ -117,7 +122,7 @@ class ControlClient:
         self._codec = codec
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        _configure(self._socket)
+        _configure(self._socket, codec.max_bytes)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         try:
