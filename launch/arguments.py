@@ -160,6 +160,9 @@ def _add_instance(parser: CommandLine) -> None:
         help="auto (shared memory within a host, TCP across), shm, tcp, or inproc: all workers in one process"
     )  # fmt: skip
     add("--dtype", metavar="D", type=one_of(*DTYPES), default="auto", help="auto, float32, bfloat16 or float16")
+    add("--generation-config", metavar="G", default="auto",
+        help="sampling parameters for requests that leave them out: auto (the model's own generation_config.json), "
+        "vllm (none), or that of a folder")  # fmt: skip
     add("--load-format", metavar="L", type=one_of(*LOAD_FORMATS), default="auto",
         help="auto, or dummy: random weights from config.json alone")  # fmt: skip
 
