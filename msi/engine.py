@@ -259,11 +259,13 @@ class Engine:
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
         choices = [replace(params, seed=seed_of_choice(seed, index), n=1) for index in range(params.n)]
         texts = [TextStream(prompts.tokenizer, params.stop, params.min_tokens) for _ in choices]
+        num_cached = [0] * params.n
         updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
         try:
             async for update in updates:
                 index = names.index(update.request_id)
                 text, reason = texts[index], update.finish_reason or None
+                num_cached[index] += update.num_cached_tokens
                 # a token that ends the text is not part of it
                 new_text = text.push(update.token_ids[:-1] if reason == "stop" else update.token_ids)
                 if text.is_stopped:
@@ -271,7 +273,10 @@ class Engine:
                     client.cancel(update.request_id)
                 elif reason is not None:
                     new_text += text.flush()
-                yield Output(request_id, new_text, update.token_ids, reason, len(token_ids), index, update.logprobs)
+                yield Output(
+                    request_id, new_text, update.token_ids, reason, len(token_ids), index, update.logprobs,
+                    num_cached[index],
+                )  # fmt: skip
         finally:
             await updates.aclose()
 

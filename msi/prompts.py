@@ -77,7 +77,10 @@ class Prompts:
         """Raises InvalidRequest: the model lacks one of them."""
         if token_ids and not (set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and self._has(max(token_ids))):
             bad = next(one for one in token_ids if type(one) is not int or one < 0 or not self._has(one))
-            raise InvalidRequest(f"token id {shown(bad)} in {where}; ids are integers from 0 to {self._vocab_size - 1}")
+            raise InvalidRequest(
+                f"token id {shown(bad)} in {where}; ids are integers from 0 to {self._vocab_size - 1}",
+                param=where.removeprefix("the "),
+            )
 
     def check_params(self, params: SamplingParams) -> None:
         """Raises InvalidRequest: they name tokens that the model lacks, or need a tokenizer that it lacks."""

@@ -13,6 +13,7 @@ msi_plan_drift_ratio{stage}, msi_plan_drift_alarms_total      where a plan runs:
 msi_connections, msi_connections_cut_total, msi_connections_refused_total
                                             of HTTP: open, cut for being late or not reading, without a place
 msi_preparations_given_up_total             large requests that took too long or too much memory to understand
+msi_dropped_total{kind}                     messages and connections that the coordinator did not take
 msi_loop_stall_seconds, msi_loop_stalls_total, msi_loop_stall_max_seconds
                                             of each process: lateness of its event loop, stalls of a tenth of a second
                                             and more, and the longest since its start
@@ -130,6 +131,10 @@ def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Me
     rss = [(one, one.status.counters.get("rss_bytes", 0.0)) for one in stats.workers]
     yield _gauge("resident_memory_bytes", "Memory of the process.", rss)
     yield from _counters(stats.workers)
+    dropped = CounterMetricFamily("msi_dropped", "What the coordinator did not take from its sockets.", labels=["kind"])
+    for kind, count in stats.dropped.items():
+        dropped.add_metric([kind], count)
+    yield dropped
     watched = {one.worker_id: one.status.counters for one in stats.workers}
     yield from _stalls({**watched, "coordinator": stats.counters, "gateway": gateway})
     yield from _door(gateway)

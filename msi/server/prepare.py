@@ -198,8 +198,8 @@ NOT_IN_MESSAGES = ("stream", "stream_options", "echo")
 class InvalidMessage(InvalidRequest):
     """A message with an id that asks for nothing."""
 
-    def __init__(self, message: str, client_id: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, client_id: str, *, param: str) -> None:
+        super().__init__(message, param=param)
         self.client_id = client_id
 
 
@@ -210,8 +210,9 @@ def message_of(values: Values) -> tuple[str, str, Values]:
         what = kind_of(client_id) if not isinstance(client_id, str) else f"{len(client_id)} characters long"
         raise InvalidRequest(f"id is {what}; it must be a string of 1 to {MAX_ID_CHARS} characters", param="id")
     if kind not in (GENERATE, CANCEL):
-        raise InvalidMessage(f'type is {shown(kind)}; it must be "generate" or "cancel"', client_id)
+        raise InvalidMessage(f'type is {shown(kind)}; it must be "generate" or "cancel"', client_id, param="type")
     for name in NOT_IN_MESSAGES:
-        if name in values:
-            raise InvalidMessage(f"{name} is not a field of WebSocket requests, which always stream", client_id)
+        if values.get(name):
+            sentence = f"{name} is not a field of WebSocket requests, which always stream"
+            raise InvalidMessage(sentence, client_id, param=name)
     return client_id, kind, {name: value for name, value in values.items() if name not in ("type", "id")}

@@ -15,9 +15,14 @@ From the server, for each request one or more of the first and exactly one of th
     {"type": "cancelled", "id": "a"}
     {"type": "error", "id": "a", "error": {"message": .., "type": .., "param": null, "code": 400}}
 
-A message that cannot be understood is answered with an error, whose id is null where the message has none. So it is,
-with the message's id as "refused_id", where a request runs under that id: that one goes on. Closing the connection
-cancels what runs on it. Outputs of one request come in order; requests do not wait for one another.
+A message that cannot be understood is answered with an error, whose id is null where the message has none. An error
+about a message under the id of a request that goes on, such as a second "generate", is not that request's end. It has a
+mark of its own, the id in another place:
+
+    {"type": "error", "id": null, "refers_to": "a", "error": {"message": .., "code": "id_in_use", ..}}
+
+Closing the connection cancels what runs on it. Outputs of one request come in order; requests do not wait for one
+another.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from typing import Any
 import orjson
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from msi.errors import InvalidRequest, Unavailable, shown
+from msi.errors import InvalidRequest, Unavailable
 from msi.server.calls import Call, Calls, error_of
 from msi.server.chat import logprobs_content
 from msi.server.prepare import MESSAGE, NotUnderstood, Prepared
@@ -118,7 +123,7 @@ class _Connection:
         """Of a message; a request that runs under the same id is not touched, so the error is not told as its end."""
         message: dict[str, Any] = {"type": "error", "id": request_id, "error": error_of(error)}
         if request_id in self._running:
-            message |= {"id": None, "refused_id": request_id}
+            message |= {"id": None, "refers_to": request_id}
         await self.send(message)
 
     async def _cancel(self, request_id: str) -> None:
@@ -132,7 +137,7 @@ class _Connection:
         if self._all_running.is_ending:
             raise Unavailable("the server is shutting down")
         if request_id in self._running:
-            raise InvalidRequest(f"id {shown(request_id)} is in use on this connection", param="id", code="id_in_use")
+            raise InvalidRequest(f"id {request_id!r} is in use on this connection", param="id", code="id_in_use")
         if len(self._running) >= MAX_REQUESTS:
             raise InvalidRequest(
                 f"{MAX_REQUESTS} requests run on this connection already; wait for one, or open another"
