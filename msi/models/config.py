@@ -12,8 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msi.errors import ConfigError
-from msi.models.files import shown
+from msi.errors import ConfigError, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}

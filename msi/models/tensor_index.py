@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from msi.errors import CheckpointError, ConfigError
-from msi.models.files import open_regular, parse_json, read_json, shown
+from msi.errors import CheckpointError, ConfigError, shown
+from msi.models.files import open_regular, parse_json, read_json
 
 Shape = tuple[int, ...]
 
