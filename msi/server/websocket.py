@@ -34,7 +34,7 @@ from typing import Any
 import orjson
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from msi.errors import InvalidRequest, Unavailable
+from msi.errors import InvalidRequest, Unavailable, shown
 from msi.server.calls import Call, Calls, error_of
 from msi.server.chat import logprobs_content
 from msi.server.prepare import MESSAGE, NotUnderstood, Prepared
@@ -100,7 +100,8 @@ class _Connection:
         """One message from the client; the next is not read before this one is understood."""
         asked = await self._calls.understand(MESSAGE, text, client=self)
         if isinstance(asked, NotUnderstood):
-            await self._refuse(asked.client_id, asked.failure.error())
+            is_second = asked.client_id in self._running and asked.failure.param != "type"
+            await self._refuse(asked.client_id, in_use(asked.client_id) if is_second else asked.failure.error())
         elif asked.request is None:
             await self._cancel(asked.client_id)
         else:
@@ -137,7 +138,7 @@ class _Connection:
         if self._all_running.is_ending:
             raise Unavailable("the server is shutting down")
         if request_id in self._running:
-            raise InvalidRequest(f"id {request_id!r} is in use on this connection", param="id", code="id_in_use")
+            raise in_use(request_id)
         if len(self._running) >= MAX_REQUESTS:
             raise InvalidRequest(
                 f"{MAX_REQUESTS} requests run on this connection already; wait for one, or open another"
@@ -168,3 +169,7 @@ class _Connection:
             "token_ids": output.token_ids, "finish_reason": output.finish_reason,
             "logprobs": logprobs_content(output, self._calls.decode),
         }  # fmt: skip
+
+
+def in_use(request_id: str | None) -> InvalidRequest:
+    return InvalidRequest(f"id {shown(request_id)} is in use on this connection", param="id", code="id_in_use")
