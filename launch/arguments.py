@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from msi.errors import ConfigError
+from msi.net.secret import NO_SECRET, Trust, find_secret
 from msi.options import InstanceOptions, with_plan
 
 LATER = ("--check",)
@@ -23,6 +25,7 @@ class LaunchArguments:
         parent: process with which this one ends; 0 for none.
         api_key: what HTTP clients must give; "" asks for none.
         chat_template: file with a template to use in place of the model's.
+        trust: by what peers on a network are known; see --secret-file.
         announce: descriptor to write the coordinator's address to; -1 for none.
     """
 
@@ -42,6 +45,7 @@ class LaunchArguments:
     parent: int
     announce: int
     trace_dir: Path | None
+    trust: Trust = NO_SECRET
 
 
 def parse(argv: list[str]) -> LaunchArguments:
@@ -87,7 +91,17 @@ def parse(argv: list[str]) -> LaunchArguments:
         parent=values.parent,
         announce=values.announce,
         trace_dir=values.trace_dir,
+        trust=_trust(values),
     )
+
+
+def _trust(values: argparse.Namespace) -> Trust:
+    """Raises ConfigError: the secret cannot be one, or nobody would ask for it."""
+    is_cluster = bool(values.role) or "TORCHELASTIC_RUN_ID" in os.environ
+    if not is_cluster and (values.secret_file is not None or values.insecure_network):
+        flag = "--insecure-network" if values.secret_file is None else "--secret-file"
+        raise ConfigError(f"{flag} is for --role and torchrun: without them no socket but HTTP's is open to others")
+    return Trust(find_secret(values.secret_file) if is_cluster else None, values.insecure_network)
 
 
 def _add_instance(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +169,9 @@ def _add_role(parser: argparse.ArgumentParser) -> None:
     add("--coordinator", default="", metavar="ADDRESS", help="tcp://HOST:PORT; for the coordinator: where to listen")
     add("--worker-id", default="", metavar="ID", help="role-index by default")
     add("--advertise-host", default="", metavar="H", help="this host's address for workers on others; found by default")
+    add("--secret-file", type=Path, metavar="FILE",
+        help="a secret that all processes of the instance share and prove; or MSI_SECRET")  # fmt: skip
+    add("--insecure-network", action="store_true", help="listen on a network without a secret, for whoever reaches it")
     hidden = argparse.SUPPRESS  # what a launcher tells its children
     add("--no-gateway", action="store_true", help=hidden)
     add("--parent", type=int, default=0, help=hidden)
