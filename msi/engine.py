@@ -29,9 +29,8 @@ from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_tra
 from msi.messages import Stats, Welcome
 from msi.options import InstanceOptions, with_plan
 from msi.sampling import seed_of_choice
-from msi.scheduler import Request
 from msi.tokenizer import TextStream, encode, load_tokenizer
-from msi.types import Output, SamplingDefaults, SamplingParams
+from msi.types import Output, Request, SamplingDefaults, SamplingParams
 
 log = logging.getLogger(__name__)
 
