@@ -144,6 +144,7 @@ class Admission:
         else:
             counters.prompt_tokens += len(sequence.tokens)
             counters.prefix_hit_tokens += sequence.num_computed
+            sequence.num_cached = sequence.num_computed
         sequence.num_admitted += 1
         sequence.lane = min(self._lanes, key=lambda lane: sum(other.predicted for other in lane.sequences))
         sequence.lane.sequences.append(sequence)

@@ -313,13 +313,18 @@ class ClientHeartbeat:
 
 @dataclass(frozen=True, slots=True)
 class RequestUpdate:
-    """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`."""
+    """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`.
+
+    Attributes:
+        num_cached_tokens: with the first tokens, how many of the prompt the prefix cache had; else 0.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     finish_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     failure: Failure | None = None
+    num_cached_tokens: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -353,6 +358,7 @@ class Stats:
 
     Attributes:
         drift: where a plan runs, measured over planned by stage ("attention", "expert", "comm"), and "alarms".
+        dropped: what the coordinator did not take from its sockets, by kind.
         counters: the coordinator's own.
     """
 
@@ -360,6 +366,7 @@ class Stats:
     num_requests: int
     workers: tuple[WorkerStats, ...]
     drift: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, float] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 from msi.admission import Admission
 from msi.block_pool import BlockPool
-from msi.errors import InvalidRequest, Unavailable, shown
+from msi.errors import InvalidRequest, Unavailable, context_exceeded, shown
 from msi.sampling import is_stop_token
 from msi.sequence import Lane, Sequence, micro_batch, share_budget
 from msi.types import MicroBatch, Progress, Request, TokenLogprobs
@@ -120,10 +120,7 @@ class Scheduler:
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty; give at least one token")
         if num_prompt >= self._max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens; with a context of {self._max_model_len} at most "
-                f"{self._max_model_len - 1} are allowed, so that one can follow"
-            )
+            raise context_exceeded(self._max_model_len, num_prompt, request.params.max_tokens)
         if num_prompt >= self._cache_len:
             raise InvalidRequest(
                 f"the prompt has {num_prompt} tokens; the whole KV cache holds {self._cache_len}. Shorten it, or give "
@@ -215,7 +212,7 @@ class Scheduler:
                 sequence.tokens.append(token)
                 reason = self._finish_reason(sequence, token)
                 chosen = (logprobs[row],) if row in logprobs else ()
-                progress.append(Progress(sequence.request.request_id, (token,), reason, chosen))
+                progress.append(Progress(sequence.request.request_id, (token,), reason, chosen, sequence.take_cached()))
                 if reason is not None:
                     del self._sequences[sequence.request.request_id]
                     self._admission.release(sequence)

@@ -37,6 +37,7 @@ class Sequence:
         hashes: of its full blocks, as far as they were needed.
         num_kept: full blocks that can be found by their hashes.
         num_admitted: how often it was; more than once after preemptions.
+        num_cached: tokens of the prompt that were known at its first admission.
         served_at: the pass of its lane that last computed something for it.
         is_cancelled: nobody waits for it any more; it goes when its pass is through.
         has_failed: its values are not to be trusted; what it computed is not to be found by others.
@@ -53,6 +54,7 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)
     num_kept: int = 0
     num_admitted: int = 0
+    num_cached: int = 0
     served_at: int = 0
     is_cancelled: bool = False
     has_failed: bool = False
@@ -67,6 +69,11 @@ class Sequence:
     def num_left(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
+
+    def take_cached(self) -> int:
+        """`num_cached`, the first time it is asked for; 0 afterwards."""
+        count, self.num_cached = self.num_cached, 0
+        return count
 
     @property
     def predicted(self) -> float:

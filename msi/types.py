@@ -286,12 +286,14 @@ class Progress:
     Attributes:
         finish_reason: "stop", "length" or None while it goes on.
         logprobs: one for each token if they were asked for, else ().
+        num_cached_tokens: with the first token, how many of the prompt were known when it was admitted; else 0.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
