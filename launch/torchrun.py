@@ -131,7 +131,7 @@ async def _start_coordinator(
 
     The store is open to whoever reaches it, so no secret can be published there.
     """
-    flags = ["--host", arguments.host, "--port", str(arguments.port), "--log-level", arguments.log_level]
+    flags = ["--log-level", arguments.log_level, *arguments.serving_flags]
     if arguments.trust.is_insecure_allowed:
         flags.append("--insecure-network")
     try:

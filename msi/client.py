@@ -25,7 +25,7 @@ from msi.messages import (
 )
 from msi.net.control import ControlClient, MessageClient
 from msi.net.secret import Secret
-from msi.scheduler import Request
+from msi.types import Request
 
 HEARTBEAT_S = 1.0
 LOST_AFTER_S = 4.0
