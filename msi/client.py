@@ -24,7 +24,7 @@ from msi.messages import (
     Welcome,
 )
 from msi.net.control import ControlClient, MessageClient
-from msi.scheduler import Request
+from msi.types import Request
 
 HEARTBEAT_S = 1.0
 LOST_AFTER_S = 4.0
