@@ -31,6 +31,7 @@ from msi.server.prepare import (
     tokens_of,
 )
 from msi.server.preparers import Preparers
+from msi.server.request_log import RequestLog
 from msi.types import Output
 
 log = logging.getLogger(__name__)
@@ -101,9 +102,12 @@ class Calls:
         ConfigError: the chat template is not valid.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, template: str = "") -> None:
+    def __init__(
+        self, engine: Engine, metrics: Metrics, template: str = "", requests: RequestLog | None = None
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
+        self._requests = requests or RequestLog(is_told=False)
         setup = Setup(engine.welcome, template)
         self._preparation = Preparation(setup)
         self._preparers = Preparers(SETUP.encode(setup))
@@ -163,7 +167,8 @@ class Calls:
         else:
             answer = CompletionAnswer(f"cmpl-{request_id}", *common, [echo.decode() for echo in asked.echoes])
         outputs = [self._metrics.observed(engine.generate(tokens_of(one), asked.params)) for one in asked.prompts]
-        return Call(merged(outputs, num_choices), answer, asked.streaming)
+        followed = self._requests.followed(merged(outputs, num_choices), answer.request_id, num_choices)
+        return Call(followed, answer, asked.streaming)
 
     def _log_ignored(self, names: Sequence[str]) -> None:
         """Once per name; of a client that invents names, the first ones."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import logging
+import os
 import resource
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -30,6 +32,7 @@ from msi.server.origins import Origins
 from msi.server.prepare import CHAT, COMPLETION, NotUnderstood
 from msi.server.refusals import Refused
 from msi.server.request_body import MAX_BODY_BYTES, Bodies, discard
+from msi.server.request_log import LoadLog, RequestLog
 from msi.server.running import Running
 from msi.server.websocket import Sockets
 from msi.watchdog import LoopWatch
@@ -38,7 +41,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1  # what a client waits that nothing could take now
 ID_HEADER = "X-Request-Id"
-OPEN_PATHS = ("/health", "/ready", "/version")  # probes have no key
+PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
 BACKLOG = 1024  # connections that wait to be accepted
 KEPT_DESCRIPTORS = 128  # for what is no client's connection
 ENDS_WITHIN_S = 2.0  # clients, once their requests have ended
@@ -49,8 +52,10 @@ class Gateway:
     """Serves an engine over HTTP. `start`, then `close`.
 
     Args:
-        api_key: what clients give as `Authorization: Bearer`, on every path but probes; "" asks for none.
+        api_key: what clients give as `Authorization: Bearer`, on every path but `PROBES`; "" asks for none.
         chat_template: in Jinja, in place of the model's; "" for the model's.
+        log_requests: a line for each request that ended.
+        log_load: a line on throughput and load every ten seconds.
         allowed_origins: web pages that may ask, such as "https://chat.example.com"; ("*",) for all.
         watch: of the loop that this runs on; what it measures is told in /metrics.
 
@@ -66,6 +71,8 @@ class Gateway:
         port: int,
         api_key: str = "",
         chat_template: str = "",
+        log_requests: bool = False,
+        log_load: bool = False,
         allowed_origins: tuple[str, ...] = (),
         watch: LoopWatch | None = None,
     ) -> None:
@@ -76,7 +83,10 @@ class Gateway:
         self._origins = Origins(allowed_origins, host, bool(api_key))
         self._watch = watch
         self._metrics = Metrics()
-        self._calls = Calls(engine, self._metrics, chat_template)
+        requests = RequestLog(is_told=log_requests)
+        self._calls = Calls(engine, self._metrics, chat_template, requests)
+        self._load_log = LoadLog(engine, requests) if log_load else None
+        self._telling: asyncio.Task[None] | None = None
         self._bodies = Bodies()
         self._running = Running()
         self._sockets = Sockets(self._calls, self._running, MAX_BODY_BYTES)
@@ -110,8 +120,10 @@ class Gateway:
             else:
                 self._server = await loop.create_server(self._door, sock=listening, backlog=BACKLOG)
         except OSError as error:
-            raise ConfigError(cannot_listen(self._host, self._port, error)) from error
-        return url_of(self._server.sockets[0])
+            raise ConfigError(why_not(self._host, self._port, error)) from error
+        if self._load_log is not None:
+            self._telling = asyncio.create_task(self._load_log.run())
+        return url_of(self._host, self._server.sockets[0].getsockname()[1])
 
     async def prepare(self) -> None:
         """Starts what large requests need, so that the first does not wait for it."""
@@ -121,6 +133,8 @@ class Gateway:
         """Takes no more requests. What runs has `grace_s` seconds, then ends with an error that says so."""
         running = self._running
         running.is_ending = True
+        if self._telling is not None:
+            self._telling.cancel()
         if self._server is not None:
             self._server.close()
         if grace_s > 0 and len(running):
@@ -166,9 +180,9 @@ class Gateway:
         """Raises Refused, before anything of the body is read."""
         if sentence := self._origins.refusal(request.headers):
             raise Refused(403, sentence, is_unread=True)
-        if self._running.is_ending and request.path not in OPEN_PATHS:
+        if self._running.is_ending and request.path not in PROBES:
             raise Refused(503, "the server is shutting down", is_unread=True)
-        if self._api_key and request.path not in OPEN_PATHS and request.method != "OPTIONS":
+        if self._api_key and request.path not in PROBES and request.method != "OPTIONS":
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             # surrogates: a header may hold any bytes
             is_right = hmac.compare_digest(given.strip().encode(errors="surrogateescape"), self._api_key)
@@ -336,11 +350,19 @@ def max_connections() -> int:
     )
 
 
-def cannot_listen(host: str, port: int, error: OSError) -> str:
-    return f"cannot serve HTTP on {host}:{port}: {error.strerror}; choose another --port"
-
-
-def url_of(listening: socket.socket) -> str:
-    """Where a listening socket is reached."""
-    host, port = listening.getsockname()[:2]
+def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def why_not(host: str, port: int, error: OSError) -> str:
+    """A sentence on a socket that cannot listen."""
+    where = f"cannot serve HTTP on {url_of(host, port).removeprefix('http://')}"
+    if isinstance(error, socket.gaierror):
+        return f"{where}: {error.strerror}; give an address of this machine as --host"
+    number = error.errno or 0
+    if number == errno.EADDRINUSE:
+        return f"{where}: the port is in use; choose another --port"
+    if number == errno.EADDRNOTAVAIL:
+        return f"{where}: this machine has no such address; give one of its own as --host"
+    reason = os.strerror(number) if number else str(error)
+    return f"{where}: {reason}; choose another --port or --host"
