@@ -32,6 +32,7 @@ LOST_AFTER_S = 4.0
 HELLO_TIMEOUT_S = 120.0
 STATS_TIMEOUT_S = 10.0
 HELLO_AGAIN_S = 2.0
+LONG_PROMPT = 4096  # tokens
 
 
 class CoordinatorClient:
@@ -135,6 +136,8 @@ class CoordinatorClient:
             for request in requests:
                 self._queues[request.request_id] = queue
                 self._control.send(Submit(request))
+                if len(request.token_ids) > LONG_PROMPT:
+                    await asyncio.sleep(0)  # others have their turn between the copies for each choice
             while any(request.request_id in self._queues for request in requests):
                 update = await queue.get()
                 if update.request_id not in self._queues:  # cancelled since
