@@ -11,6 +11,7 @@ from msi.options import InstanceOptions, with_plan
 
 LATER = ("--check",)
 LEFT_OUT = object()  # an option that the command line does not name
+MAX_SHUTDOWN_TIMEOUT_S = 86_400.0
 MICRO_BATCHES = ("auto", "1", "2", "3", "4")
 
 
@@ -23,7 +24,8 @@ class LaunchArguments:
         parent: process with which this one ends; 0 for none.
         api_key: what HTTP clients must give; "" asks for none.
         chat_template: file with a template to use in place of the model's.
-        announce: descriptor to write the coordinator's address to; -1 for none.
+        shutdown_timeout_s: what runs when the server is asked to end may go on for so long.
+        announce: descriptor through which a launcher is told how things are (see `msi.children`); -1 for none.
     """
 
     options: InstanceOptions
@@ -40,6 +42,7 @@ class LaunchArguments:
     chat_template: Path | None
     log_level: str
     parent: int
+    shutdown_timeout_s: float
     announce: int
     trace_dir: Path | None
 
@@ -66,6 +69,10 @@ def parse(argv: list[str]) -> LaunchArguments:
     options = InstanceOptions(**with_plan(given))
     if values.role and values.role != "coordinator" and not values.coordinator:
         raise ConfigError(f"--role {values.role} needs --coordinator tcp://HOST:PORT")
+    if not 0 <= values.shutdown_timeout <= MAX_SHUTDOWN_TIMEOUT_S:
+        raise ConfigError(
+            f"--shutdown-timeout {values.shutdown_timeout:g}: give seconds from 0 to {MAX_SHUTDOWN_TIMEOUT_S:g}"
+        )
     if values.api_key == "":
         raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none")
     if values.chat_template is not None and not values.chat_template.is_file():
@@ -85,6 +92,7 @@ def parse(argv: list[str]) -> LaunchArguments:
         chat_template=values.chat_template,
         log_level=values.log_level,
         parent=values.parent,
+        shutdown_timeout_s=values.shutdown_timeout,
         announce=values.announce,
         trace_dir=values.trace_dir,
     )
@@ -143,6 +151,8 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     add("--chat-template", type=Path, metavar="F", help="Jinja file to use in place of the model's chat template")
     add("--prompt", metavar="TEXT", help="answer once, to standard output, and exit")
     add("--max-tokens", type=int, default=128, metavar="N", help="of the answer to --prompt")
+    add("--shutdown-timeout", type=float, default=30.0, metavar="S",
+        help="when asked to end: requests that run may go on for so long (a second signal ends at once)")  # fmt: skip
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 

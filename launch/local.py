@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 import signal
 import sys
@@ -13,10 +14,13 @@ from rich.console import Console
 from rich.status import Status
 
 from msi.engine import Engine
+from msi.errors import EngineError
 from msi.messages import Stats
 from msi.types import SamplingParams
 
 from .arguments import LaunchArguments
+
+log = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 1.0
 
@@ -55,7 +59,8 @@ class StatusLine:
 async def serve(arguments: LaunchArguments) -> None:
     """Serves until SIGINT or SIGTERM, or answers one prompt. Raises EngineError when the instance cannot go on."""
     level = ("--log-level", "warning" if arguments.prompt is not None else arguments.log_level)
-    gateway = ["--host", arguments.host, "--port", str(arguments.port)]
+    gateway = ["--host", arguments.host, "--port", str(arguments.port),
+               "--shutdown-timeout", str(arguments.shutdown_timeout_s)]  # fmt: skip
     if arguments.api_key:
         gateway.append(f"--api-key={arguments.api_key}")
     if arguments.chat_template is not None:
@@ -64,23 +69,40 @@ async def serve(arguments: LaunchArguments) -> None:
         "coordinator_flags": (*level, *(("--no-gateway",) if arguments.prompt is not None else gateway)),
         "worker_flags": level,
     }
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
     line = StatusLine()
     engine = Engine(options=arguments.options, report=line.update, process_flags=flags)
-    stopping = asyncio.ensure_future(stop.wait())
-    running = asyncio.ensure_future(_run(engine, arguments, line))
-    await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
+    stops = Stops(line)
+    running = asyncio.ensure_future(_run(engine, arguments, line, stops))
+    at_once = asyncio.ensure_future(stops.at_once.wait())
+    await asyncio.wait({at_once, running}, return_when=asyncio.FIRST_COMPLETED)
+    at_once.cancel()
     if not running.done():
         running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
 
 
-async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine) -> None:
+class Stops:
+    """SIGINT and SIGTERM: the first asks the server to end, as soon as it serves; any other end comes at once."""
+
+    def __init__(self, line: StatusLine) -> None:
+        self.asked = asyncio.Event()
+        self.at_once = asyncio.Event()
+        self.can_drain = False
+        self._line = line
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled, signal.Signals(number).name)
+
+    def _signalled(self, name: str) -> None:
+        if self.can_drain and not self.asked.is_set():
+            self.asked.set()
+            return
+        if not self.at_once.is_set():
+            self._line.say(f"{name}: ending at once")
+        self.at_once.set()
+
+
+async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine, stops: Stops) -> None:
     with line.shown():
         async with engine:
             pids = ", ".join(f"{name} {pid}" for name, pid in engine.pids.items())
@@ -89,16 +111,22 @@ async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine) -> 
                 await _answer(engine, arguments)
                 return
             line.say(f"ready: {engine.model_name} at http://{arguments.host}:{arguments.port}/v1")
+            stops.can_drain = True
             showing = asyncio.ensure_future(_show(engine, line))
             failed = asyncio.ensure_future(engine.wait_failed())
+            asked = asyncio.ensure_future(stops.asked.wait())
             try:
-                await asyncio.wait({showing, failed}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({failed, asked}, return_when=asyncio.FIRST_COMPLETED)
                 if failed.done():
                     raise failed.result()
-                showing.result()
+                line.say(
+                    f"ending: no new requests; those that run have {arguments.shutdown_timeout_s:g} s "
+                    f"(Ctrl-C or SIGTERM again ends at once)"
+                )
+                await engine.drain()
             finally:
-                showing.cancel()
-                failed.cancel()
+                for task in (showing, failed, asked):
+                    task.cancel()
 
 
 async def _answer(engine: Engine, arguments: LaunchArguments) -> None:
@@ -112,10 +140,15 @@ async def _answer(engine: Engine, arguments: LaunchArguments) -> None:
 
 
 async def _show(engine: Engine, line: StatusLine) -> None:
-    """What the instance does, once a second."""
+    """What the instance does, once a second. A display: whatever it cannot show, it says so and goes on."""
     while True:
         is_ready, sentence = engine.status
-        line.update(_summary(await engine.stats()) if is_ready else sentence)
+        try:
+            line.update(_summary(await engine.stats()) if is_ready else sentence)
+        except EngineError as error:
+            line.update(f"{error}; the figures are missing until it does")
+        except Exception:
+            log.exception("the status line could not be shown")
         await asyncio.sleep(STATUS_EVERY_S)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import uvloop
 
+from msi.children import tell_launcher
 from msi.errors import EngineError
 
 from . import local, processes
@@ -25,8 +26,10 @@ def main() -> None:
 
 def run(argv: list[str]) -> int:
     """Runs msi-launch; the exit status."""
+    announce = -1
     try:
         arguments = parse(argv)
+        announce = arguments.announce
         if arguments.parent:
             processes.end_with_parent(arguments.parent)
         name = arguments.worker_id or arguments.role or "msi-launch"
@@ -36,6 +39,7 @@ def run(argv: list[str]) -> int:
         uvloop.run(_chosen(arguments))
     except EngineError as error:
         print(f"msi-launch: {error}", file=sys.stderr)
+        tell_launcher(announce, failure=str(error))
         return EXIT_SENTENCE
     except KeyboardInterrupt:
         return 130

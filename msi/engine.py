@@ -25,9 +25,11 @@ from tokenizers import Tokenizer
 from msi import tracing
 from msi.client import CoordinatorClient
 from msi.errors import EngineError, Failure, InvalidRequest, Unavailable
-from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
+from msi.inproc_instance import InprocInstance
+from msi.instance import LocalInstance, new_trace_dir
 from msi.messages import Stats, Welcome
 from msi.options import InstanceOptions, with_plan
+from msi.process_instance import ProcessInstance
 from msi.sampling import seed_of_choice
 from msi.scheduler import Request
 from msi.tokenizer import TextStream, encode, load_tokenizer
@@ -153,6 +155,14 @@ class Engine:
         await self._failed.wait()
         assert self._failure is not None
         return self._failure
+
+    async def drain(self) -> None:
+        """Takes no new requests, for good; returns once those that run have ended, or `ProcessInstance` gives them up.
+
+        What is not a local instance of processes of its own is left alone.
+        """
+        if isinstance(self._instance, ProcessInstance):
+            await self._instance.drain()
 
     async def close(self) -> None:
         """Ends what was started. Requests in flight end with Unavailable. Idempotent."""

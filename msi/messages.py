@@ -1,11 +1,14 @@
 """The control plane's messages: a few per pass or rarer, all typed, all through `net.codec`.
 
 worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
-                        Calibrated, WorkerFailed, Draining, Goodbye
+                        Calibrated, CalibrationCutShort, WorkerFailed, Draining, Goodbye; Pulse, by a socket of its own
 coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate,
                         UseLanes, HeartbeatAck, Drain, Shutdown
-client -> coordinator   ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest
+client -> coordinator   ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest; ClientPulse, by a socket of its own
 coordinator -> client   Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck
+
+Any message may be lost with a connection that breaks. Heartbeats say what their sender believes, and their answers how
+far the other side has come, so that what is missing is said again, and what cannot be made good ends with a sentence.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from msi.errors import Failure
 from msi.scheduler import Progress, Request
 from msi.types import Placement, StageTimes, TokenLogprobs
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,13 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Undecided:
-    """To a worker for any role: which one is open until others have come. It says hello again until it is told."""
+    """To a worker that has no place yet, and why. It says hello again until it is told.
+
+    Which role is left for a worker that takes any is open until others have come; a place that another holds, until
+    that one has been heard of.
+    """
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,7 @@ class WorkerFailed:
     """A worker cannot do its work and ends; `reason` is a sentence for the user."""
 
     worker_id: str
+    incarnation: int
     reason: str
 
 
@@ -165,23 +175,67 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerBelief:
+    """How a worker thinks that things are; the coordinator says again what it turns out not to know.
+
+    Attributes:
+        acked: number of the last HeartbeatAck that came: whatever was sent before that one has come, too.
+        ready: weights are loaded; repeats the WorkerReady that may have been lost.
+        is_linked: as in Linked.
+        num_lanes: that run; 0 before UseLanes.
+        request_ids: all that it holds.
+    """
+
+    acked: int = -1
+    ready: WorkerReady | None = None
+    is_linked: bool = False
+    num_lanes: int = 0
+    request_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     worker_id: str
     incarnation: int
     status: WorkerStatus
+    belief: WorkerBelief = WorkerBelief()
 
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatAck:
-    pass
+    """Answers a heartbeat.
+
+    Attributes:
+        number: counts up, for each worker.
+        num_outputs: Outputs that were sent to this client so far.
+    """
+
+    number: int = 0
+    num_outputs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """The worker's process lives, however busy its loop is. Comes from a thread and over a connection of its own.
+
+    Attributes:
+        process: the worker's secret, from its hello: nobody else can count for it.
+        loop_lag_s: for how long the worker's loop has been standing still.
+    """
+
+    worker_id: str
+    incarnation: int
+    process: str
+    loop_lag_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class PassDone:
-    """New tokens of one lane's pass."""
+    """New tokens of one lane's pass. `number` counts those of a life: none may be missing."""
 
     worker_id: str
     incarnation: int
+    number: int
     progress: tuple[Progress, ...]
 
 
@@ -208,8 +262,13 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class Calibrate:
-    """Run synthetic micro-batches of this many sequences on this many lanes, and report stage times."""
+    """Run synthetic micro-batches of this many sequences on this many lanes, and report stage times.
 
+    Attributes:
+        order: names it in the answer. What is asked again has a number of its own.
+    """
+
+    order: int
     num_lanes: int
     num_seqs: int
     num_passes: int
@@ -219,9 +278,18 @@ class Calibrate:
 class Calibrated:
     worker_id: str
     incarnation: int
-    num_lanes: int
-    num_seqs: int
+    order: int
     times: StageTimes
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationCutShort:
+    """There are no times to report: an expert worker was lost on the way. `reason` says so."""
+
+    worker_id: str
+    incarnation: int
+    order: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +325,10 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
+    """`client`: random, one per client: tells one whose connection broke from another."""
+
     protocol_version: int
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +369,13 @@ class ClientHeartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientPulse:
+    """The client's process lives, however busy its loop is; `client` as in its hello."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
 class RequestUpdate:
     """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`."""
 
@@ -314,6 +392,9 @@ class RequestUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
+    """`number` counts those to a client: none may be missing."""
+
+    number: int
     updates: tuple[RequestUpdate, ...]
 
 
@@ -349,7 +430,7 @@ class Stats:
 
 MESSAGES = (
     WorkerHello, Assignment, Undecided, Refused, HelloAgain, WorkerReady, WorkerFailed, Topology, Fence, Linked,
-    Heartbeat, HeartbeatAck, PassDone, RequestsFailed, PeerLost, Calibrate, Calibrated, UseLanes, Drain, Draining,
-    Goodbye, Shutdown, ClientHello, Welcome, InstanceStatus, Submit, Cancel, ClientHeartbeat, Outputs, StatsRequest,
-    Stats,
+    Heartbeat, HeartbeatAck, Pulse, PassDone, RequestsFailed, PeerLost, Calibrate, Calibrated, CalibrationCutShort,
+    UseLanes, Drain, Draining, Goodbye, Shutdown, ClientHello, Welcome, InstanceStatus, Submit, Cancel, ClientHeartbeat,
+    ClientPulse, Outputs, StatsRequest, Stats,
 )  # fmt: skip
