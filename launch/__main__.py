@@ -1,7 +1,9 @@
 import signal
 import sys
 
-if "--parent" in sys.argv:  # Ctrl-C reaches a whole terminal: a child leaves it to its launcher, which says what it does
+if (
+    "--parent" in sys.argv
+):  # Ctrl-C reaches a whole terminal: a child leaves it to its launcher, which says what it does
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 from .main import main

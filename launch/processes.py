@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -22,9 +22,12 @@ from msi.engine import Engine
 from msi.errors import ConfigError, EngineError
 from msi.instance import create_coordinator, create_worker
 from msi.server.gateway import Gateway
-from msi.worker import Worker
+from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
+
+if TYPE_CHECKING:
+    from msi.worker import Worker  # with torch, which only workers need
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +44,12 @@ def end_with_parent(parent: int) -> None:
 
 async def run_worker(arguments: LaunchArguments) -> None:
     """Until it is shut down. SIGTERM drains it, a second one ends it at once; SIGINT does, too, but for a child."""
+    watch = LoopWatch(arguments.worker_id or arguments.role)
     worker = create_worker(
         arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir,
-        arguments.advertise_host,
+        arguments.advertise_host, watch,
     )  # fmt: skip
+    watch.start()
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(worker.run())
     beside = [
@@ -60,6 +65,7 @@ async def run_worker(arguments: LaunchArguments) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await task
     finally:
+        watch.stop()
         for one in beside:
             one.cancel()
 
@@ -104,8 +110,10 @@ async def show_loading(worker: Worker) -> None:
 
 async def run_coordinator(arguments: LaunchArguments) -> None:
     """Until SIGTERM or SIGINT, and until the requests that run then have ended; a second signal ends it at once."""
+    watch = LoopWatch("coordinator")
     try:
-        coordinator = create_coordinator(arguments.options, arguments.coordinator or "tcp://127.0.0.1:*")
+        coordinator = create_coordinator(arguments.options, arguments.coordinator or "tcp://127.0.0.1:*", watch)
+        watch.start()
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(coordinator.run())
             ending = CoordinatorEnding(coordinator, arguments.shutdown_timeout_s)
@@ -122,6 +130,8 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
                 following.cancel()
     except* EngineError as group:
         raise group.exceptions[0] from None
+    finally:
+        watch.stop()
 
 
 class CoordinatorEnding:

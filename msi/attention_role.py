@@ -14,7 +14,7 @@ from typing import Any
 from msi.errors import EngineError, Failure, RequestFailed, TransportError
 from msi.expert_role import link_hello
 from msi.host import LoadedModel
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.lanes import run_lane, run_pass
 from msi.messages import Assignment, ExpertAddress, Linked, PassDone, PeerLost, RequestsFailed, Topology
 from msi.net.alarm import Alarm
@@ -71,6 +71,7 @@ class AttentionRole:
         self._wanted: dict[int, ExpertAddress] = {}
         self._connected: dict[int, ExpertAddress] = {}
         self._topology_changed = Alarm()
+        self._num_reports = 0
         self._num_passes = self._batch_tokens = self._batch_contexts = 0
 
     def _new_scheduler(self, num_lanes: int) -> Scheduler:
@@ -179,8 +180,9 @@ class AttentionRole:
     # -- lanes -------------------------------------------------------------------------------------------------------
 
     def use_lanes(self, num_lanes: int) -> None:
-        """Serves with this many micro-batches in flight. Once per life, before the first request."""
-        assert not self._lanes, "lanes run already"
+        """Serves with this many micro-batches in flight, from now to the end of this life; a second time is the same."""
+        if self._lanes:
+            return
         assert self._tasks is not None
         self._scheduler = self._new_scheduler(num_lanes)
         for lane in range(num_lanes):
@@ -203,7 +205,8 @@ class AttentionRole:
         progress = self._scheduler.update(lane, sampled.token_ids, sampled.logprobs)
         if progress:
             ours = self._assignment
-            self._report(PassDone(ours.worker_id, ours.incarnation, tuple(progress)))
+            self._report(PassDone(ours.worker_id, ours.incarnation, self._num_reports, tuple(progress)))
+            self._num_reports += 1
         self._wake()
 
     def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
@@ -258,6 +261,21 @@ class AttentionRole:
             expert_s=self._link.compute_meter.median_s,
             comm_s=self._link.comm_meter.median_s,
         )
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether every expert worker is connected."""
+        return len(self._connected) == self._assignment.placement.num_nodes
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes that run; 0 before they do."""
+        return len(self._lanes)
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Of all requests that are here."""
+        return self._scheduler.request_ids
 
     @property
     def num_running(self) -> int:

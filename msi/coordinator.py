@@ -15,11 +15,12 @@ from typing import Any
 
 from msi.calibration import Calibration
 from msi.errors import Failure, InvalidRequest, Unavailable
-from msi.kernels.paged_attention import BLOCK_TOKENS
-from msi.lateness import sleep_late
+from msi.kernels import BLOCK_TOKENS
+from msi.lateness import read_first, sleep_late
 from msi.members import InstancePlan, Instruction, Lost, Send
 from msi.membership import Cluster
 from msi.messages import (
+    FROM_WORKER,
     PROTOCOL_VERSION,
     Calibrated,
     CalibrationCutShort,
@@ -53,6 +54,7 @@ from msi.messages import (
 from msi.net.control import MessageServer
 from msi.planner.drift import DriftWatch, Observation
 from msi.routing import Router, Updates
+from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class Coordinator:
         num_micro_batches: m, or 0 to choose by measurement.
         num_layers: of the model.
         drift: holds what workers measure against the plan that runs, if there is one.
+        watch: of the loop that this runs on; what it measures is told with the stats.
         clock: seconds, monotonic.
     """
 
@@ -95,6 +98,7 @@ class Coordinator:
         num_micro_batches: int,
         num_layers: int,
         drift: DriftWatch | None = None,
+        watch: LoopWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server = server
@@ -105,6 +109,7 @@ class Coordinator:
         self._num_micro_batches = num_micro_batches
         self._num_layers = num_layers
         self._drift = drift
+        self._watch = watch
         self._cluster = Cluster(plan, clock())
         self._router = Router(
             max_model_len=plan.max_model_len,
@@ -140,7 +145,11 @@ class Coordinator:
 
     def _handle(self, route: bytes, message: Any, now: float) -> None:
         cluster = self._cluster
+        is_client = route in self._clients
         match message:
+            case _ if is_client and isinstance(message, FROM_WORKER):
+                self._server.send(route, Refused("this connection is a client's, and can be no worker's"))
+                return
             case PassDone():
                 self._passed(route, message)
             case Heartbeat():
@@ -171,11 +180,11 @@ class Coordinator:
                 self._calibration.cut_short(message, now)
             case RequestsFailed() | WorkerFailed() | Calibrated() | CalibrationCutShort():
                 log.debug("dropped %s: not from the member that it names", type(message).__name__)
-            case ClientHello():
+            case ClientHello() if not cluster.has_route(route):
                 self._greet(route, message, now)
             case ClientPulse():
                 self._pulse(message, now)
-            case Submit() | Cancel() | ClientHeartbeat() | StatsRequest() if route not in self._clients:
+            case Submit() | Cancel() | ClientHeartbeat() | StatsRequest() if not is_client:
                 self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
             case Submit():
                 self._submit(route, message, now)
@@ -187,7 +196,10 @@ class Coordinator:
                 self._server.send(route, HeartbeatAck(num_outputs=client.num_outputs))
             case StatsRequest():
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
-                self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats(), drift))
+                counters = {} if self._watch is None else self._watch.counters()
+                self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats(), drift, counters))
+            case ClientHello():
+                self._server.send(route, Refused("this connection is a worker's, and can be no client's"))
             case _:
                 log.warning("dropped %s: not for a coordinator", type(message).__name__)
         self._advance(now)
@@ -348,15 +360,16 @@ class Coordinator:
     async def _tick(self) -> None:
         while True:
             late_s = await sleep_late(TICK_S, self._clock)
+            has_read_all = await read_first(self._server, self._clock)
+            if not has_read_all:
+                late_s += TICK_S  # whoever seems silent may have spoken
             now = self._clock()
             for client in self._clients.values():
                 client.last_seen += late_s
-            if self._server.has_unread:
-                late_s += TICK_S  # whoever is silent may have spoken: not judged before it is read
             self._carry_out(self._cluster.tick(now, late_s))
             self._tell(self._router.expire(now, self._cluster.sentence(now)))
             for route, client in list(self._clients.items()):
-                if now - client.last_seen > CLIENT_LOST_AFTER_S and not self._server.has_unread:
+                if now - client.last_seen > CLIENT_LOST_AFTER_S:
                     self._forget_client(route)
                 else:
                     self._say_status(route, client, now)

@@ -6,13 +6,16 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msi.device.choice import check_device
 from msi.errors import EngineError
 from msi.instance import create_coordinator, create_worker, worker_ids
+from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
-from msi.worker import Worker
+
+if TYPE_CHECKING:
+    from msi.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +30,13 @@ class InprocInstance:
         self._report_failure = report_failure
         self._trace_dir = trace_dir
         self._tasks: list[asyncio.Task[None]] = []
+        self._sockets: SocketDir | None = None
         self.workers: list[Worker] = []
 
     async def start(self) -> str:
         check_device(self._options.device)
-        coordinator = create_coordinator(self._options, "tcp://127.0.0.1:*")
+        self._sockets = SocketDir()
+        coordinator = create_coordinator(self._options, self._sockets.address("coordinator"))
         self._start(coordinator.run(), "coordinator")
         for role, worker_id in worker_ids(self._options):
             worker = create_worker(self._options, coordinator.address, role, worker_id, self._trace_dir)
@@ -55,6 +60,8 @@ class InprocInstance:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        if self._sockets is not None:
+            self._sockets.close()
         for worker in self.workers:
             if worker.life is not None and worker.life.attention is not None:
                 worker.life.attention.check_integrity()  # embedded workers are what tests use: none ends unchecked

@@ -9,23 +9,26 @@ import logging
 import secrets
 import tempfile
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from msi.coordinator import Coordinator
 from msi.errors import ConfigError
 from msi.membership import InstancePlan
-from msi.messages import MESSAGES, Welcome
-from msi.models.config import ModelConfig, config_digest, read_json
+from msi.messages import COORDINATOR_END, WORKER_END, Welcome
+from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
-from msi.net.codec import Codec
-from msi.net.control import ControlClient, ControlServer
+from msi.models.files import read_bytes, read_json, read_text
+from msi.net.control import ControlClient, ControlServer, is_address
+from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
 from msi.planner.drift import DriftWatch
 from msi.planner.plan_file import check_model, read_plan_file
-from msi.torch_host import HostSettings, TorchHost
-from msi.worker import Worker, WorkerSettings
+from msi.watchdog import LoopWatch
+
+if TYPE_CHECKING:
+    from msi.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
     return plan, config
 
 
-def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
+def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | None = None) -> Coordinator:
     """Raises ConfigError: the model directory or the options cannot work, or the port is in use."""
     plan, config = build_plan(options)
     model_dir = options.model_dir
@@ -72,25 +75,26 @@ def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
     tokenizer_config_path = model_dir / "tokenizer_config.json"
     texts = read_json(tokenizer_config_path) if tokenizer_config_path.exists() else {}
     template_path = model_dir / "chat_template.jinja"
-    template = template_path.read_text() if template_path.exists() else texts.get("chat_template")
+    template = read_text(template_path) if template_path.exists() else texts.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((one["template"] for one in template if one.get("name") == "default"), None)
     welcome = Welcome(
         model_name=options.model_name,
         vocab_size=config.vocab_size,
         max_model_len=plan.max_model_len,
-        tokenizer=tokenizer_path.read_bytes() if tokenizer_path.exists() else b"",
+        tokenizer=read_bytes(tokenizer_path) if tokenizer_path.exists() else b"",
         chat_template=template if isinstance(template, str) else "",
         bos_token=_token_text(texts.get("bos_token")),
         eos_token=_token_text(texts.get("eos_token")),
     )
     return Coordinator(
-        ControlServer(bind, Codec(*MESSAGES)),
+        ControlServer(bind, COORDINATOR_END),
         plan,
         welcome,
         num_micro_batches=options.micro_batches,
         num_layers=config.num_sparse_layers,
         drift=_drift_watch(options),
+        watch=watch,
     )
 
 
@@ -112,8 +116,12 @@ def create_worker(
     worker_id: str = "",
     trace_dir: Path | None = None,
     advertise_host: str = "",
+    watch: LoopWatch | None = None,
 ) -> Worker:
     """Raises ConfigError: the model directory or the settings cannot work."""
+    from msi.torch_host import HostSettings, TorchHost  # torch takes a second, and only workers need it
+    from msi.worker import Worker, WorkerSettings
+
     host = HostSettings(
         coordinator=coordinator,
         model_dir=options.model_dir,
@@ -132,7 +140,15 @@ def create_worker(
         trace_dir=trace_dir,
         start_timeout_s=options.start_timeout_s,
     )
-    return Worker(settings, TorchHost(host), ControlClient(coordinator, Codec(*MESSAGES)))
+    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END), watch)
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError where this machine has no such device."""
+    if name != "cpu":
+        from msi.device import choice
+
+        choice.check_device(name)
 
 
 def worker_ids(options: InstanceOptions) -> list[tuple[str, str]]:
@@ -144,7 +160,7 @@ def worker_ids(options: InstanceOptions) -> list[tuple[str, str]]:
 
 
 class LocalInstance(Protocol):
-    """A coordinator and its workers, started and stopped together."""
+    """A coordinator and its workers, started and stopped together; their sockets are for this user alone."""
 
     async def start(self) -> str:
         """Starts everything and returns the coordinator's address; raises EngineError if it cannot."""

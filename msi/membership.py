@@ -66,6 +66,10 @@ class Cluster:
         members = [member.route for role in ("attention", "expert") for member in self.live(role)]
         return [*members, *self._formation.routes]
 
+    def has_route(self, route: bytes) -> bool:
+        """Whether a worker is, or was last, behind it."""
+        return route in self._formation.routes or any(member.route == route for member in self._members.values())
+
     @property
     def is_linked(self) -> bool:
         """Whether every wanted worker is there and connected."""

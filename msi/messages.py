@@ -1,4 +1,4 @@
-"""The control plane's messages: a few per pass or rarer, all typed, all through `net.codec`.
+"""The control plane's messages: a few per pass or rarer, all typed, all through `net.codec`; who may say which.
 
 worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
                         Calibrated, CalibrationCutShort, WorkerFailed, Draining, Goodbye; Pulse, by a socket of its own
@@ -13,13 +13,21 @@ far the other side has come, so that what is missing is said again, and what can
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from msi.errors import Failure
+from msi.net.codec import Codec
 from msi.scheduler import Progress, Request
 from msi.types import Placement, StageTimes, TokenLogprobs
 
 PROTOCOL_VERSION = 3
+
+Count = Annotated[int, range(2**40)]
+Lanes = Annotated[int, range(1, 65)]
+Seats = Annotated[int, range(2**16)]
+Seconds = Annotated[float, (0.0, math.inf)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +68,24 @@ class Assignment:
     instance: str
     worker_id: str
     role: str
-    index: int
-    incarnation: int
+    index: Seats
+    incarnation: Count
     placement: Placement
-    num_lanes: int
-    slot_rows: int
-    num_seats: int
+    num_lanes: Lanes
+    slot_rows: Annotated[int, range(1, 2**24)]
+    num_seats: Seats
     dtype: str
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    max_model_len: Count
+    max_num_seqs: Count
+    max_num_batched_tokens: Count
     is_colocated: bool
-    memory_share: float
-    peer_timeout_s: float
-    heartbeat_s: float
-    lost_after_s: float
-    max_num_waiting: int = 1024
+    memory_share: Annotated[float, (0.0, 1.0)]
+    peer_timeout_s: Seconds
+    heartbeat_s: Seconds
+    lost_after_s: Seconds
+    max_num_waiting: Count = 1024
     has_prefix_cache: bool = True
-    num_kv_blocks: int = 0
+    num_kv_blocks: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +120,7 @@ class WorkerReady:
     worker_id: str
     incarnation: int
     address: str
-    num_blocks: int
+    num_blocks: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +128,13 @@ class WorkerFailed:
     """A worker cannot do its work and ends; `reason` is a sentence for the user."""
 
     worker_id: str
-    incarnation: int
+    incarnation: Count
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertAddress:
-    node: int
+    node: Seats
     worker_id: str
     incarnation: int
     address: str
@@ -165,11 +173,11 @@ class WorkerStatus:
         counters: everything countable, by name.
     """
 
-    loaded_bytes: int
-    total_bytes: int
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int
+    loaded_bytes: Annotated[int, range(2**60)]
+    total_bytes: Annotated[int, range(2**60)]
+    num_running: Count
+    num_waiting: Count
+    num_free_blocks: Count
     times: StageTimes
     counters: dict[str, float]
 
@@ -189,7 +197,7 @@ class WorkerBelief:
     acked: int = -1
     ready: WorkerReady | None = None
     is_linked: bool = False
-    num_lanes: int = 0
+    num_lanes: Count = 0
     request_ids: tuple[str, ...] = ()
 
 
@@ -210,8 +218,8 @@ class HeartbeatAck:
         num_outputs: Outputs that were sent to this client so far.
     """
 
-    number: int = 0
-    num_outputs: int = 0
+    number: Count = 0
+    num_outputs: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +232,9 @@ class Pulse:
     """
 
     worker_id: str
-    incarnation: int
+    incarnation: Count
     process: str
-    loop_lag_s: float
+    loop_lag_s: Seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +242,8 @@ class PassDone:
     """New tokens of one lane's pass. `number` counts those of a life: none may be missing."""
 
     worker_id: str
-    incarnation: int
-    number: int
+    incarnation: Count
+    number: Count
     progress: tuple[Progress, ...]
 
 
@@ -268,17 +276,17 @@ class Calibrate:
         order: names it in the answer. What is asked again has a number of its own.
     """
 
-    order: int
-    num_lanes: int
-    num_seqs: int
-    num_passes: int
+    order: Count
+    num_lanes: Lanes
+    num_seqs: Count
+    num_passes: Annotated[int, range(1, 2**16)]
 
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
     worker_id: str
-    incarnation: int
-    order: int
+    incarnation: Count
+    order: Count
     times: StageTimes
 
 
@@ -287,8 +295,8 @@ class CalibrationCutShort:
     """There are no times to report: an expert worker was lost on the way. `reason` says so."""
 
     worker_id: str
-    incarnation: int
-    order: int
+    incarnation: Count
+    order: Count
     reason: str
 
 
@@ -296,7 +304,7 @@ class CalibrationCutShort:
 class UseLanes:
     """Serve with this many micro-batches in flight."""
 
-    num_lanes: int
+    num_lanes: Lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +402,7 @@ class RequestUpdate:
 class Outputs:
     """`number` counts those to a client: none may be missing."""
 
-    number: int
+    number: Count
     updates: tuple[RequestUpdate, ...]
 
 
@@ -420,17 +428,28 @@ class Stats:
 
     Attributes:
         drift: where a plan runs, measured over planned by stage ("attention", "expert", "comm"), and "alarms".
+        counters: the coordinator's own.
     """
 
     num_lanes: int
     num_requests: int
     workers: tuple[WorkerStats, ...]
     drift: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=dict)
 
 
-MESSAGES = (
-    WorkerHello, Assignment, Undecided, Refused, HelloAgain, WorkerReady, WorkerFailed, Topology, Fence, Linked,
-    Heartbeat, HeartbeatAck, Pulse, PassDone, RequestsFailed, PeerLost, Calibrate, Calibrated, CalibrationCutShort,
-    UseLanes, Drain, Draining, Goodbye, Shutdown, ClientHello, Welcome, InstanceStatus, Submit, Cancel, ClientHeartbeat,
-    ClientPulse, Outputs, StatsRequest, Stats,
+FROM_WORKER = (
+    WorkerHello, WorkerReady, Linked, Heartbeat, Pulse, PassDone, PeerLost, RequestsFailed, Calibrated,
+    CalibrationCutShort, WorkerFailed, Draining, Goodbye,
 )  # fmt: skip
+TO_WORKER = (
+    Assignment, Undecided, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate, UseLanes, HeartbeatAck,
+    Drain, Shutdown,
+)  # fmt: skip
+FROM_CLIENT = (ClientHello, Submit, Cancel, ClientHeartbeat, ClientPulse, StatsRequest)
+TO_CLIENT = (Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck)
+
+# Each end reads only what the other may say.
+COORDINATOR_END = Codec(FROM_WORKER + FROM_CLIENT, TO_WORKER + TO_CLIENT, max_bytes=16 * 1024 * 1024)
+WORKER_END = Codec(TO_WORKER, FROM_WORKER, max_bytes=16 * 1024 * 1024)
+CLIENT_END = Codec(TO_CLIENT, FROM_CLIENT)

@@ -14,6 +14,7 @@ from msi.children import Child
 from msi.device.choice import check_device
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.instance import build_plan, worker_ids
+from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 from msi.restarts import Restarts
 
@@ -89,6 +90,7 @@ class ProcessInstance:
         self._worker_flags = worker_flags + (() if trace_dir is None else ("--trace-dir", str(trace_dir)))
         self._children: dict[str, Child] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._sockets: SocketDir | None = None
         self._is_stopping = False
 
     @property
@@ -97,7 +99,8 @@ class ProcessInstance:
         return {name: child.pid for name, child in self._children.items()}
 
     async def start(self) -> str:
-        bind = "tcp://127.0.0.1:*"
+        self._sockets = SocketDir()
+        bind = self._sockets.address("coordinator")
         coordinator, address = await start_coordinator(self._options, bind, self._coordinator_flags)
         self._children["coordinator"] = coordinator
         self._watch(self._watch_coordinator(coordinator))
@@ -174,3 +177,5 @@ class ProcessInstance:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        if self._sockets is not None:
+            self._sockets.close()

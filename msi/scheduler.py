@@ -164,6 +164,11 @@ class Scheduler:
         return sum(len(lane.sequences) for lane in self._lanes)
 
     @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Of all requests that are here, whether they run or wait."""
+        return tuple(self._sequences)
+
+    @property
     def is_idle(self) -> bool:
         return not self._sequences
 

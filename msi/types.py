@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from msi.errors import InvalidRequest
 
@@ -249,7 +250,7 @@ class Placement:
     """
 
     node_of: tuple[int, ...]
-    num_nodes: int
+    num_nodes: Annotated[int, range(1, 2**16)]
     version: int = 0
 
     def __post_init__(self) -> None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from msi.device.device import Device
+from msi.kernels import BLOCK_TOKENS
 from msi.kernels.norm import layer_norm, rms_norm
-from msi.kernels.paged_attention import BLOCK_TOKENS, SequenceGroup, group_sequences, paged_attention, write_kv
+from msi.kernels.paged_attention import SequenceGroup, group_sequences, paged_attention, write_kv
 from msi.kernels.rope import apply_rope, llama3_frequencies, rope_frequencies, rope_table, yarn_frequencies
 from msi.kernels.routing import PackedRows, PlacementTables, pack_rows, rows_for_node, topk_softmax
 from msi.meter import StageMeter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from msi.simulator.clock import virtual_loop
@@ -34,6 +35,10 @@ class SimulatedServer:
     async def receive(self) -> tuple[bytes, Any]:
         return await self.arrived.get()
 
+    @property
+    def has_unread(self) -> bool:
+        return not self.arrived.empty()
+
     def close(self) -> None:
         self._clients.clear()
 
@@ -60,6 +65,13 @@ class SimulatedClient:
 
     async def receive(self) -> Any:
         return await self.arrived.get()
+
+    @property
+    def has_unread(self) -> bool:
+        return not self.arrived.empty()
+
+    def keep_alive(self, message: Callable[[float], Any], every_s: float) -> None:
+        """No loop is ever busy here."""
 
     def close(self) -> None:
         self._is_open = False
