@@ -180,7 +180,7 @@ class AttentionRole:
     # -- lanes -------------------------------------------------------------------------------------------------------
 
     def use_lanes(self, num_lanes: int) -> None:
-        """Serves with this many micro-batches in flight, from now to the end of this life; a second time is the same."""
+        """Serves with this many micro-batches in flight, until this life ends; a second time is the same."""
         if self._lanes:
             return
         assert self._tasks is not None

@@ -201,7 +201,8 @@ class CoordinatorClient:
     async def _beat(self) -> None:
         while True:
             self._control.send(ClientHello(PROTOCOL_VERSION, self._token) if self._must_greet else ClientHeartbeat())
-            self._last_heard += await sleep_late(HEARTBEAT_S, self._clock)
+            late_s = await sleep_late(HEARTBEAT_S, self._clock)
+            self._last_heard += late_s
             if not await read_first(self._control, self._clock):
                 continue
             silent_s = self._clock() - self._last_heard

@@ -8,9 +8,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msi.device.choice import check_device
 from msi.errors import EngineError
-from msi.instance import create_coordinator, create_worker, worker_ids
+from msi.instance import check_device, create_coordinator, create_worker, worker_ids
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 

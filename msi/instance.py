@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from msi.coordinator import Coordinator
 from msi.errors import ConfigError
-from msi.membership import InstancePlan
+from msi.members import InstancePlan
 from msi.messages import COORDINATOR_END, WORKER_END, Welcome
 from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
 from msi.models.files import read_bytes, read_json, read_text
-from msi.net.control import ControlClient, ControlServer, is_address
-from msi.net.socket_dir import SocketDir
+from msi.net.control import ControlClient, ControlServer
 from msi.options import InstanceOptions
 from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -11,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from msi.children import Child
-from msi.device.choice import check_device
 from msi.errors import ConfigError, EngineError, Unavailable
-from msi.instance import build_plan, worker_ids
+from msi.instance import build_plan, check_device, worker_ids
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 from msi.restarts import Restarts
@@ -91,7 +91,7 @@ class ProcessInstance:
         self._children: dict[str, Child] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._sockets: SocketDir | None = None
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
 
     @property
     def pids(self) -> dict[str, int]:
@@ -131,8 +131,8 @@ class ProcessInstance:
         while await child.hear() is not None:
             pass
         await child.process.wait()
-        if not self._is_stopping:
-            self._is_stopping = True  # workers end with it
+        if not self._stopping.is_set():
+            self._stopping.set()  # workers end with it
             self._report_failure(Unavailable(f"the coordinator (pid {child.pid}) is gone: {child.end}"))
 
     async def _keep_alive(self, address: str, role: str, worker_id: str) -> None:
@@ -148,7 +148,7 @@ class ProcessInstance:
             self._children["coordinator"].tell(
                 exited=worker_id, pid=child.pid, how=child.end, has_crashed=child.has_crashed
             )
-            if self._is_stopping:
+            if self._stopping.is_set():
                 return
             delay_s = restarts.ended(time.monotonic(), has_said_why=bool(child.failure))
             how = f"{worker_id} (pid {child.pid}) is gone: {child.end}"
@@ -157,21 +157,26 @@ class ProcessInstance:
                 self._report_failure(Unavailable(child.failure or end))
                 return
             log.warning("%s; it is started again%s", how, f" in {delay_s:g} s" if delay_s else "")
-            await asyncio.sleep(delay_s)
-            if self._is_stopping:
+            if await self._stops_within(delay_s):
                 return
             await self._start_worker(address, role, worker_id)
 
+    async def _stops_within(self, delay_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self._stopping.wait()
+        return self._stopping.is_set()
+
     async def drain(self) -> None:
         """Until the coordinator has ended as it was told: when its requests have, or after its --shutdown-timeout."""
-        self._is_stopping = True
+        self._stopping.set()
         coordinator = self._children.get("coordinator")
         if coordinator is not None:
             coordinator.signal(signal.SIGTERM)
             await coordinator.process.wait()
 
     async def stop(self) -> None:
-        self._is_stopping = True
+        self._stopping.set()
         await stop_children(*self._children.values())
         for task in self._tasks:
             task.cancel()

@@ -17,13 +17,19 @@ LAYERS = [
         "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.sampling", "msi.block_pool", "msi.kernels",
         "msi.net", "msi.planner",
     },
-    {"msi.messages", "msi.membership", "msi.routing", "msi.options"},  # decisions about an instance, and its messages
+    {  # decisions about an instance, and its messages
+        "msi.messages", "msi.members", "msi.formation", "msi.membership", "msi.calibration", "msi.suspects",
+        "msi.routing", "msi.restarts", "msi.options",
+    },
     {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer"},
     {
         "msi.lanes", "msi.expert_server", "msi.host", "msi.loading", "msi.torch_host", "msi.attention_role",
         "msi.expert_role", "msi.worker",
     },
-    {"msi.coordinator", "msi.client", "msi.instance", "msi.engine"},
+    {
+        "msi.coordinator", "msi.client", "msi.instance", "msi.inproc_instance", "msi.children", "msi.process_instance",
+        "msi.engine",
+    },
     {"msi"},  # what everybody imports from
     {"msi.server", "msi.simulator"},
     {"launch", "tools"},

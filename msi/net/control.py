@@ -129,7 +129,7 @@ class ControlServer:
 
     @property
     def has_unread(self) -> bool:
-        return bool(self._socket.get(zmq.EVENTS) & zmq.POLLIN)
+        return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def close(self) -> None:
         self._socket.close()
@@ -174,12 +174,12 @@ class ControlClient:
 
     @property
     def has_unread(self) -> bool:
-        return bool(self._socket.get(zmq.EVENTS) & zmq.POLLIN)
+        return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def keep_alive(self, message: Callable[[float], Any], every_s: float) -> None:
         if self._pulse is not None:
             self._pulse.stop()
-        socket = zmq.Context.shadow(self._context).socket(zmq.DEALER)
+        socket: zmq.Socket[Any] = zmq.Context.shadow(self._context).socket(zmq.DEALER)
         _configure(socket, self._codec.max_bytes)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IMMEDIATE, 1)  # none is kept for later: an old sign of life is none
