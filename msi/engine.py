@@ -33,7 +33,7 @@ from msi.process_instance import ProcessInstance
 from msi.sampling import seed_of_choice
 from msi.scheduler import Request
 from msi.tokenizer import TextStream, encode, load_tokenizer
-from msi.types import Output, SamplingParams
+from msi.types import Output, SamplingDefaults, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -202,15 +202,19 @@ class Engine:
         return self._require_welcome().max_model_len
 
     @property
-    def chat_template(self) -> str:
-        """The model's, in Jinja; "" where it has none."""
-        return self._require_welcome().chat_template
+    def chat_templates(self) -> dict[str, str]:
+        """The model's, in Jinja, by name: "default", and where there are more, such as "tool_use"."""
+        return self._require_welcome().chat_templates
 
     @property
     def special_tokens(self) -> dict[str, str]:
         """Texts of the tokens that chat templates name."""
-        welcome = self._require_welcome()
-        return {"bos_token": welcome.bos_token, "eos_token": welcome.eos_token}
+        return self._require_welcome().special_tokens
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """What the model says of parameters that a request leaves out."""
+        return self._require_welcome().sampling_defaults
 
     @property
     def status(self) -> tuple[bool, str]:
@@ -265,13 +269,14 @@ class Engine:
 
         Args:
             prompt: text, or token ids.
+            params: None for what the model's generation_config.json says.
 
         Raises:
             InvalidRequest: the prompt or the parameters cannot be served.
             Unavailable: nothing can take it now.
             RequestFailed: it was lost on the way; names the worker.
         """
-        params = params or SamplingParams()
+        params = params or self.sampling_defaults.params()
         client = self._require_client()
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks")

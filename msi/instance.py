@@ -17,7 +17,8 @@ from msi.members import InstancePlan
 from msi.messages import COORDINATOR_END, WORKER_END, Welcome
 from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
-from msi.models.files import read_bytes, read_json, read_text
+from msi.models.files import read_json
+from msi.models.texts import read_texts
 from msi.net.control import ControlClient, ControlServer
 from msi.options import InstanceOptions
 from msi.pipeline import MAX_MICRO_BATCHES
@@ -68,23 +69,15 @@ def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | N
     """Raises ConfigError: the model directory or the options cannot work, or the port is in use."""
     plan, config = build_plan(options)
     model_dir = options.model_dir
-    tokenizer_path = model_dir / "tokenizer.json"
-    if not tokenizer_path.exists():
-        log.warning("%s does not exist: prompts must be given as token ids", tokenizer_path)
-    tokenizer_config_path = model_dir / "tokenizer_config.json"
-    texts = read_json(tokenizer_config_path) if tokenizer_config_path.exists() else {}
-    template_path = model_dir / "chat_template.jinja"
-    template = read_text(template_path) if template_path.exists() else texts.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    texts = read_texts(model_dir, read_json(model_dir / "config.json"), options.generation_config)
     welcome = Welcome(
         model_name=options.model_name,
         vocab_size=config.vocab_size,
         max_model_len=plan.max_model_len,
-        tokenizer=read_bytes(tokenizer_path) if tokenizer_path.exists() else b"",
-        chat_template=template if isinstance(template, str) else "",
-        bos_token=_token_text(texts.get("bos_token")),
-        eos_token=_token_text(texts.get("eos_token")),
+        tokenizer=texts.tokenizer,
+        chat_templates=texts.chat_templates,
+        special_tokens=texts.special_tokens,
+        sampling_defaults=texts.sampling_defaults,
     )
     return Coordinator(
         ControlServer(bind, COORDINATOR_END),
@@ -101,11 +94,6 @@ def _drift_watch(options: InstanceOptions) -> DriftWatch | None:
     if options.plan is None:
         return None
     return DriftWatch(read_plan_file(options.plan), options.plan_drift)
-
-
-def _token_text(value: object) -> str:
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else ""
 
 
 def create_worker(

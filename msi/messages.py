@@ -20,7 +20,7 @@ from typing import Annotated
 from msi.errors import Failure
 from msi.net.codec import Codec
 from msi.scheduler import Progress, Request
-from msi.types import Placement, StageTimes, TokenLogprobs
+from msi.types import NO_DEFAULTS, Placement, SamplingDefaults, StageTimes, TokenLogprobs
 
 PROTOCOL_VERSION = 3
 
@@ -341,15 +341,22 @@ class ClientHello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What a client needs to know about the model. `tokenizer` is tokenizer.json, b"" when there is none."""
+    """What a client needs to know about the model.
+
+    Attributes:
+        tokenizer: tokenizer.json, b"" when there is none.
+        chat_templates: in Jinja, by name; "default" if there are any.
+        special_tokens: texts that templates name, such as bos_token.
+        sampling_defaults: for requests that leave parameters out.
+    """
 
     model_name: str
     vocab_size: int
     max_model_len: int
-    tokenizer: bytes
-    chat_template: str
-    bos_token: str
-    eos_token: str
+    tokenizer: bytes = b""
+    chat_templates: dict[str, str] = field(default_factory=dict, hash=False)
+    special_tokens: dict[str, str] = field(default_factory=dict, hash=False)
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated
 
-from msi.errors import InvalidRequest
+from msi.errors import InvalidRequest, shown
 
 MAX_STOP_STRINGS = 16
 MAX_LISTED_TOKENS = 1024
@@ -95,6 +94,41 @@ class SamplingParams:
         _require("stop_token_ids", ids, ok, f"up to {MAX_LISTED_TOKENS} token ids")
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """A model's own parameters, for requests that leave them out; None where the model says nothing.
+
+    Attributes:
+        is_limit: no request gets more than `max_tokens`.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+    is_limit: bool = False
+
+    def values(self) -> dict[str, float | int]:
+        """What the model says, by the parameter's name."""
+        names = (one.name for one in fields(self) if one.name != "is_limit")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def params(self) -> SamplingParams:
+        """For a request that says nothing. Raises InvalidRequest: a value that is not allowed."""
+        return SamplingParams(**self.values())  # type: ignore[arg-type]
+
+    def limited(self, params: SamplingParams) -> SamplingParams:
+        """With no more tokens than the limit."""
+        if not self.is_limit or self.max_tokens is None or params.max_tokens <= self.max_tokens:
+            return params
+        return replace(params, max_tokens=self.max_tokens)
+
+
+NO_DEFAULTS = SamplingDefaults()
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -109,7 +143,7 @@ def _is_number(value: object) -> bool:
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:
     if not ok:
-        raise InvalidRequest(f"{name} is {reprlib.repr(value)}; it must be {allowed}")
+        raise InvalidRequest(f"{name} is {shown(value)}; it must be {allowed}", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +261,7 @@ class Output:
         token_ids: new tokens.
         finish_reason: "stop" (end of sequence, a stop token or string), "length", or None while it goes on.
         index: which of the request's `n` choices this belongs to.
+        num_cached_tokens: tokens of the prompt that the prefix cache had when this choice was admitted.
         logprobs: one for each of `token_ids` if they were asked for, else ().
     """
 
@@ -237,6 +272,7 @@ class Output:
     num_prompt_tokens: int = 0
     index: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

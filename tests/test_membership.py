@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from msi.members import NO_STATUS, InstancePlan, Lost, Send
 from msi.membership import STUCK_AFTER_S, Cluster
 from msi.messages import (
@@ -16,7 +20,9 @@ from msi.messages import (
     HeartbeatAck,
     HelloAgain,
     Linked,
+    PassDone,
     PeerLost,
+    Pulse,
     Refused,
     Topology,
     Undecided,
@@ -339,3 +345,140 @@ def test_colocated_has_one_worker_and_no_expert_workers():
     assert isinstance(given, Assignment)
     (send,) = cluster.ready(b"a0", WorkerReady("attention-0", 0, "inproc://0", 100))
     assert [expert.address for expert in send.message.experts] == ["inproc://0"]
+
+
+# -- whose lateness it is --------------------------------------------------------------------------------------------
+
+
+def live(cluster):
+    return {worker.worker_id for worker in cluster.stats() if worker.state != "lost"}
+
+
+@pytest.mark.parametrize("stopped_s", [2.5, 4.5, 6.0, 600.0])
+def test_a_coordinator_that_stood_still_takes_its_own_absence_for_nobodys(stopped_s):
+    cluster = formed()
+    for now in (0.25, 0.5):
+        cluster.tick(now)
+    woken_at = 0.75 + stopped_s
+    assert cluster.tick(woken_at, late_s=stopped_s) == []
+    assert live(cluster) == {"attention-0", "expert-0", "expert-1"}
+    beat(cluster, b"a0", "attention-0", woken_at)
+    out = [one for step in range(1, 16) for one in cluster.tick(woken_at + step * 0.25)]
+    assert live(cluster) == {"attention-0"}, "who is silent from then on is lost as ever"
+    assert {one.message.reason for one in out if isinstance(one.message, HelloAgain)} == {
+        "the coordinator gave it up: no sign of life for 3.2 s"
+    }
+
+
+def test_workers_that_are_awaited_get_the_lateness_too():
+    cluster = Cluster(replace(PLAN, start_timeout_s=5.0), 0.0)
+    say(cluster, b"any", "worker")
+    cluster.tick(304.0, late_s=300.0)
+    assert cluster.failure == ""
+    assert cluster.routes == [b"any"]
+    cluster.tick(306.0)
+    assert "gave up after 5 s" in cluster.failure
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 20.0), st.booleans()), max_size=60), st.integers(0, 2))
+def test_nobody_who_speaks_every_second_of_our_own_time_is_ever_lost(ticks, silent):
+    """Whatever the delays: they pass for the coordinator, not for the others, and who is silent is lost in the end."""
+    cluster, now = formed(), 0.0
+    members = [(b"a0", "attention-0"), (b"e0", "expert-0"), (b"e1", "expert-1")]
+    for index, (late_s, _) in enumerate([*ticks, *[(0.0, True)] * 20]):
+        now += 0.25 + late_s
+        cluster.tick(now, late_s)
+        if index % 4 == 3:
+            for at, (route, worker_id) in enumerate(members):
+                if at != silent:
+                    beat(cluster, route, worker_id, now)
+    assert live(cluster) == {worker_id for at, (_, worker_id) in enumerate(members) if at != silent}
+
+
+# -- signs of life from a busy process -------------------------------------------------------------------------------
+
+
+def with_process():
+    cluster = Cluster(PLAN, 0.0)
+    hello(cluster, b"e0", worker_id="expert-0", process="secret")
+    return cluster
+
+
+def test_a_pulse_keeps_a_worker_whose_loop_is_busy():
+    cluster = with_process()
+    for second in range(1, 60):
+        cluster.pulse(Pulse("expert-0", 0, "secret", min(29.0, second)), second)
+        cluster.tick(second)
+    assert live(cluster) == {"expert-0"}
+
+
+@pytest.mark.parametrize(
+    "pulse",
+    [
+        Pulse("expert-0", 0, "guess", 0.0),
+        Pulse("expert-0", 0, "", 0.0),
+        Pulse("expert-0", 1, "secret", 0.0),
+        Pulse("expert-1", 0, "secret", 0.0),
+        Pulse("expert-0", 0, "guess", 1e9),
+    ],
+    ids=repr,
+)
+def test_a_pulse_that_does_not_prove_whose_it_is_counts_for_nobody(pulse):
+    cluster = with_process()
+    for second in range(1, 16):
+        assert cluster.pulse(pulse, second) == []
+    cluster.tick(15.5)
+    assert live(cluster) == set()
+
+
+def test_without_a_secret_no_pulse_counts():
+    cluster = Cluster(PLAN, 0.0)
+    hello(cluster, b"e0", worker_id="expert-0")
+    cluster.pulse(Pulse("expert-0", 0, "", 0.0), 15.0)
+    cluster.tick(15.5)
+    assert live(cluster) == set()
+
+
+def test_a_loop_that_stands_for_long_is_given_up_though_its_process_lives():
+    cluster = with_process()
+    (out, *_) = cluster.pulse(Pulse("expert-0", 0, "secret", STUCK_AFTER_S + 1), 31.0)
+    assert "its loop has been standing still for 31 s" in out.message.reason
+    assert live(cluster) == set()
+
+
+# -- what was lost on its way ----------------------------------------------------------------------------------------
+
+
+def test_what_a_worker_turns_out_not_to_know_is_said_again():
+    cluster = formed()
+
+    def answers(**belief):
+        ready = WorkerReady("attention-0", 0, "", 100)
+        heartbeat = Heartbeat("attention-0", 0, NO_STATUS, WorkerBelief(0, ready, **belief))
+        return [one.message for one in cluster.heartbeat(b"a0", heartbeat, 1.0)][:-1]
+
+    assert answers(is_linked=True, num_lanes=3) == []
+    assert answers(is_linked=True, num_lanes=0) == [UseLanes(3)]
+    (topology,) = answers(is_linked=False, num_lanes=3)
+    assert [expert.worker_id for expert in topology.experts] == ["expert-0", "expert-1"]
+    assert not cluster.serving, "it is not connected, whatever became of the message that said so"
+    assert answers(is_linked=True, num_lanes=3) == []
+    assert list(cluster.serving) == ["attention-0"]
+
+
+def test_a_ready_worker_whose_word_was_lost_is_ready_by_its_heartbeat():
+    cluster = Cluster(PLAN, 0.0)
+    hello(cluster, b"e0", worker_id="expert-0")
+    ready = WorkerReady("expert-0", 0, "shm://e0", 0)
+    cluster.heartbeat(b"e0", Heartbeat("expert-0", 0, NO_STATUS, WorkerBelief(ready=ready)), 1.0)
+    assert [worker.state for worker in cluster.stats()] == ["ready"]
+
+
+def test_tokens_that_miss_others_before_them_end_the_life_that_lost_them():
+    cluster = formed()
+    assert cluster.passed(b"a0", PassDone("attention-0", 0, 0, ())) == []
+    assert cluster.passed(b"x", PassDone("attention-0", 0, 1, ())) is None
+    assert cluster.passed(b"a0", PassDone("attention-0", 1, 1, ())) is None
+    assert cluster.passed(b"a0", PassDone("attention-0", 0, 1, ())) == []
+    _, lost, *_ = cluster.passed(b"a0", PassDone("attention-0", 0, 3, ()))
+    assert lost == Lost("attention-0", "tokens of its were lost on the way")

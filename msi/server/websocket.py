@@ -31,7 +31,7 @@ from aiohttp import WSMsgType, web
 from msi.errors import EngineError, InvalidRequest
 from msi.server.calls import Call, Calls, error_of
 from msi.server.chat import logprobs_content
-from msi.server.fields import Usage, Values, kind_of, parse_object
+from msi.server.fields import Values, kind_of, parse_object
 from msi.types import Output
 
 MAX_REQUESTS = 1024  # at a time, on one connection
@@ -116,7 +116,7 @@ class _Connection:
         self._running[request_id] = asyncio.get_running_loop().create_task(self._run(request_id, call))
 
     async def _run(self, request_id: str, call: Call) -> None:
-        usage = Usage()
+        usage = call.answer.usage
         try:
             async with contextlib.aclosing(call.outputs):
                 async for output in call.outputs:
