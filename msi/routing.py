@@ -93,7 +93,7 @@ class Router:
         if request.request_id in self._requests:
             error = InvalidRequest(f"request id {request.request_id} is in use")
         elif (num_waiting := self.num_waiting) >= self._max_waiting:
-            error = Unavailable(f"{num_waiting} requests wait already, as many as may; try again later")
+            error = Unavailable(f"{num_waiting} requests wait here already; try again later")
         elif self._suspects.is_guilty(request, now):
             error = RequestFailed(
                 f"attention workers crashed {CRASHES_ALLOWED} times while they ran this very request; "
