@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -202,12 +202,21 @@ class AttentionRole:
         self._num_passes += 1
         self._batch_tokens += micro_batch.num_tokens
         self._batch_contexts += sum(micro_batch.context_lens)
+        if sampled.failures:
+            self._fail_alone(lane, sampled.failures)
         progress = self._scheduler.update(lane, sampled.token_ids, sampled.logprobs)
         if progress:
             ours = self._assignment
             self._report(PassDone(ours.worker_id, ours.incarnation, self._num_reports, tuple(progress)))
             self._num_reports += 1
         self._wake()
+
+    def _fail_alone(self, lane: int, failures: Mapping[int, str]) -> None:
+        """These sequences of a micro-batch, and no others."""
+        for index, reason in failures.items():
+            if request_ids := self._scheduler.fail(lane, (index,)):
+                log.warning("%s: %s", request_ids[0], reason)
+                self._fail(request_ids, RequestFailed(f"{self._assignment.worker_id}: {reason}"))
 
     def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
         self._scheduler.give_up(lane)

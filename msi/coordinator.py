@@ -196,8 +196,12 @@ class Coordinator:
                 self._server.send(route, HeartbeatAck(num_outputs=client.num_outputs))
             case StatsRequest():
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
+                dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
                 counters = {} if self._watch is None else self._watch.counters()
-                self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats(), drift, counters))
+                stats = Stats(
+                    cluster.num_lanes, len(self._router), cluster.stats(), drift, counters=counters, dropped=dropped
+                )
+                self._server.send(route, stats)
             case ClientHello():
                 self._server.send(route, Refused("this connection is a worker's, and can be no client's"))
             case _:

@@ -19,6 +19,7 @@ import reprlib
 from dataclasses import dataclass
 
 MAX_SHOWN_CHARS = 100
+MAX_LINE_CHARS = 200
 
 
 class EngineError(Exception):
@@ -96,9 +97,21 @@ def shown(value: object) -> str:
     """A value as an error quotes it: on one line, of at most MAX_SHOWN_CHARS characters."""
     try:
         text = _SHORT.repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
-        return f"a {type(value).__name__} too large to write"
+    except Exception:  # Python writes no integer of more than 4300 digits, and an object may refuse
+        return f"a {type(value).__name__} that cannot be written"
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """The class of an exception that is a bug of ours or of a library, and the beginning of its message."""
+    try:
+        words = str(error).split()
+    except Exception:
+        words = []
+    message = " ".join(words)
+    if len(message) > MAX_LINE_CHARS:
+        message = message[:MAX_LINE_CHARS] + "..."
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 _SHORT = reprlib.Repr()

@@ -435,6 +435,7 @@ class Stats:
 
     Attributes:
         drift: where a plan runs, measured over planned by stage ("attention", "expert", "comm"), and "alarms".
+        dropped: what the coordinator did not take from its sockets, by kind.
         counters: the coordinator's own.
     """
 
@@ -442,6 +443,7 @@ class Stats:
     num_requests: int
     workers: tuple[WorkerStats, ...]
     drift: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, float] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ on, so nobody starves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from msi.block_pool import BlockPool, hash_block
@@ -73,6 +73,7 @@ class _Sequence:
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
     num_kept: int = 0  # full blocks that can be found by their hashes
     is_cancelled: bool = False
+    has_failed: bool = False  # what it computed is not to be found by others
     was_left_out: bool = False  # of the last micro-batch, for want of room
     has_extras: bool = field(init=False)
 
@@ -282,7 +283,8 @@ class Scheduler:
         progress = []
         for sequence, count in in_flight:
             sequence.num_computed += count
-            self._keep_full_blocks(sequence)
+            if not sequence.has_failed:
+                self._keep_full_blocks(sequence)
             row, token = next(sampled) if sequence.num_computed == len(sequence.tokens) else (-1, None)
             if sequence.is_cancelled:
                 self._release(lane, sequence)
@@ -297,6 +299,22 @@ class Scheduler:
         assert next(sampled, None) is None, f"more tokens than logit rows: {token_ids}"
         self._admit()
         return progress
+
+    def fail(self, lane_index: int, indices: Iterable[int]) -> list[str]:
+        """Sequences of the pass in flight, by index in its micro-batch, end without a token; before its `update`.
+
+        Returns their ids; those that were cancelled before are not among them. No block of theirs is found by its
+        contents from now on, not even those that others found sound.
+        """
+        failed = []
+        for index in indices:
+            sequence, _ = self._lanes[lane_index].in_flight[index]
+            sequence.has_failed = True
+            self._pool.forget(sequence.blocks)
+            if not sequence.is_cancelled:
+                self._forget(sequence.request.request_id)
+                failed.append(sequence.request.request_id)
+        return failed
 
     def give_up(self, lane_index: int) -> None:
         """The pass of a lane was lost: what it computed counts as not computed."""
