@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from msi import tracing
 from msi.client import CoordinatorClient
-from msi.errors import EngineError, Failure, InvalidRequest, Unavailable
+from msi.errors import EngineError, Failure, InvalidRequest, Unavailable, context_exceeded, shown
 from msi.inproc_instance import InprocInstance
 from msi.instance import LocalInstance, new_trace_dir
 from msi.messages import Stats, Welcome
@@ -245,16 +245,20 @@ class Engine:
                 raise InvalidRequest(f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are allowed")
             if self._tokenizer is None:
                 raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids")
-            return encode(self._tokenizer, prompt, add_special_tokens)
-        token_ids = tuple(prompt)
-        self._check_tokens("the prompt", token_ids)
+            token_ids = encode(self._tokenizer, prompt, add_special_tokens)
+        else:
+            token_ids = tuple(prompt)
+        self._check_tokens("the prompt", token_ids)  # a tokenizer, too, may know tokens that the model does not have
         return token_ids
 
     def _check_tokens(self, where: str, token_ids: Iterable[int]) -> None:
         vocab_size = self._require_welcome().vocab_size
         for token_id in token_ids:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-                raise InvalidRequest(f"token id {token_id!r} in {where}; ids are integers from 0 to {vocab_size - 1}")
+                raise InvalidRequest(
+                    f"token id {shown(token_id)} in {where}; ids are integers from 0 to {vocab_size - 1}",
+                    param=where.removeprefix("the "),
+                )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; "" for a model without tokenizer."""
@@ -281,6 +285,8 @@ class Engine:
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks")
         token_ids = self.encode(prompt)
+        if len(token_ids) >= self.max_model_len:
+            raise context_exceeded(self.max_model_len, len(token_ids), params.max_tokens)
         self._check_tokens("logit_bias", params.logit_bias)
         self._check_tokens("stop_token_ids", params.stop_token_ids)
         request_id = request_id or f"req-{uuid.uuid4().hex}"
@@ -288,11 +294,13 @@ class Engine:
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
         choices = [replace(params, seed=seed_of_choice(seed, index), n=1) for index in range(params.n)]
         texts = [TextStream(self._tokenizer, params.stop, params.min_tokens) for _ in choices]
+        num_cached = [0] * params.n
         updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
         try:
             async for update in updates:
                 index = names.index(update.request_id)
                 text, reason = texts[index], update.finish_reason or None
+                num_cached[index] += update.num_cached_tokens
                 # a token that ends the text is not part of it
                 new_text = text.push(update.token_ids[:-1] if reason == "stop" else update.token_ids)
                 if text.is_stopped:
@@ -300,7 +308,10 @@ class Engine:
                     client.cancel(update.request_id)
                 elif reason is not None:
                     new_text += text.flush()
-                yield Output(request_id, new_text, update.token_ids, reason, len(token_ids), index, update.logprobs)
+                yield Output(
+                    request_id, new_text, update.token_ids, reason, len(token_ids), index, update.logprobs,
+                    num_cached[index],
+                )  # fmt: skip
         finally:
             await updates.aclose()
 

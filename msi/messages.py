@@ -392,13 +392,18 @@ class ClientPulse:
 
 @dataclass(frozen=True, slots=True)
 class RequestUpdate:
-    """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`."""
+    """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`.
+
+    Attributes:
+        num_cached_tokens: with the first tokens, how many of the prompt the prefix cache had; else 0.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     finish_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     failure: Failure | None = None
+    num_cached_tokens: int = 0
 
     @property
     def is_last(self) -> bool:

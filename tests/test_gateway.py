@@ -114,7 +114,7 @@ BAD = [
     ({"json": {"prompt": [1, 2.5]}}, "prompt is an array"),
     ({"json": {"prompt": ""}}, "the prompt is empty"),
     ({"json": {"prompt": [9999]}}, "token id 9999"),
-    ({"json": {"prompt": [1] * 600}}, "at most 511 are allowed"),
+    ({"json": {"prompt": [1] * 600}}, "maximum context length is 512 tokens"),
     ({"json": {"prompt": "a", "max_tokens": 0}}, "max_tokens is 0"),
     ({"json": {"prompt": "a", "max_tokens": "many"}}, "max_tokens is 'many'"),
     ({"json": {"prompt": "a", "temperature": -1}}, "temperature is -1"),
@@ -158,7 +158,7 @@ async def test_another_model_is_not_found(served):
 
 async def test_a_bad_request_that_wanted_a_stream_is_an_http_error_too(served):
     status, body = await post(served, {"prompt": [1] * 600, "stream": True})
-    assert (status, "at most 511" in body["error"]["message"]) == (400, True)
+    assert (status, "maximum context length" in body["error"]["message"]) == (400, True)
 
 
 async def test_an_oversized_body_is_refused(served):

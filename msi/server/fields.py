@@ -85,6 +85,8 @@ def check_fields(values: Values, taken: Collection[str], not_here: Mapping[str, 
 
 def is_neutral(value: object, not_done: NotDone) -> bool:
     """Whether a value asks for nothing."""
+    if value is False and any(neutral is True for neutral in not_done.neutral):
+        return False
     return any(
         value == neutral and isinstance(value, bool) is isinstance(neutral, bool)
         for neutral in (*ALWAYS_NEUTRAL, *not_done.neutral)
