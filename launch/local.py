@@ -5,68 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import signal
 import sys
-from collections.abc import Iterator
-
-from rich.console import Console
-from rich.status import Status
 
 from msi.engine import Engine
 from msi.errors import EngineError
-from msi.messages import Stats
 from msi.types import SamplingParams
 
 from .arguments import LaunchArguments
+from .display import StatusLine, summary
 
 log = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 1.0
-
-
-class StatusLine:
-    """One line at the bottom of a terminal; elsewhere, a line for each new state."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._live: Status | None = None
-        self._last = ""
-
-    @contextlib.contextmanager
-    def shown(self) -> Iterator[StatusLine]:
-        if not self._console.is_terminal:
-            yield self
-            return
-        with self._console.status("starting") as self._live:
-            yield self
-        self._live = None
-
-    def update(self, sentence: str) -> None:
-        if self._live is not None:
-            self._live.update(sentence)
-            return
-        state = re.sub(r"\d+", "", sentence)
-        if state != self._last:
-            self._last = state
-            self.say(sentence)
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+DRAIN_GRACE_S = 10.0  # beyond the time that the coordinator was told, for one that stands still
 
 
 async def serve(arguments: LaunchArguments) -> None:
     """Serves until SIGINT or SIGTERM, or answers one prompt. Raises EngineError when the instance cannot go on."""
     level = ("--log-level", "warning" if arguments.prompt is not None else arguments.log_level)
-    gateway = ["--host", arguments.host, "--port", str(arguments.port),
-               "--shutdown-timeout", str(arguments.shutdown_timeout_s)]  # fmt: skip
-    if arguments.api_key:
-        gateway.append(f"--api-key={arguments.api_key}")
-    if arguments.chat_template is not None:
-        gateway.append(f"--chat-template={arguments.chat_template.absolute()}")
     flags = {
-        "coordinator_flags": (*level, *(("--no-gateway",) if arguments.prompt is not None else gateway)),
+        "coordinator_flags": (
+            *level,
+            *(("--no-gateway",) if arguments.prompt is not None else arguments.serving_flags),
+        ),
         "worker_flags": level,
     }
     line = StatusLine()
@@ -119,14 +81,17 @@ async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine, sto
                 await asyncio.wait({failed, asked}, return_when=asyncio.FIRST_COMPLETED)
                 if failed.done():
                     raise failed.result()
-                line.say(
-                    f"ending: no new requests; those that run have {arguments.shutdown_timeout_s:g} s "
-                    f"(Ctrl-C or SIGTERM again ends at once)"
-                )
-                await engine.drain()
+                await _drain(engine, arguments.shutdown_timeout_s, line)
             finally:
                 for task in (showing, failed, asked):
                     task.cancel()
+
+
+async def _drain(engine: Engine, timeout_s: float, line: StatusLine) -> None:
+    line.say(f"ending: no new requests; those that run have {timeout_s:g} s (a second signal or Ctrl-C ends at once)")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s + DRAIN_GRACE_S):
+            await engine.drain()
 
 
 async def _answer(engine: Engine, arguments: LaunchArguments) -> None:
@@ -140,23 +105,13 @@ async def _answer(engine: Engine, arguments: LaunchArguments) -> None:
 
 
 async def _show(engine: Engine, line: StatusLine) -> None:
-    """What the instance does, once a second. A display: whatever it cannot show, it says so and goes on."""
+    """What the instance does, once a second. A display: what it cannot show, it says, and goes on."""
     while True:
         is_ready, sentence = engine.status
         try:
-            line.update(_summary(await engine.stats()) if is_ready else sentence)
+            line.update(summary(await engine.stats()) if is_ready else sentence, is_usual=is_ready)
         except EngineError as error:
-            line.update(f"{error}; the figures are missing until it does")
+            line.update(f"{error}; there are no figures until it does")
         except Exception:
-            log.exception("the status line could not be shown")
+            log.exception("the status line cannot be shown")
         await asyncio.sleep(STATUS_EVERY_S)
-
-
-def _summary(stats: Stats) -> str:
-    workers = []
-    for worker in stats.workers:
-        times = worker.status.times
-        stage = times.attention_s if worker.role == "attention" else times.expert_s
-        name = "T_a" if worker.role == "attention" else "T_e"
-        workers.append(f"{worker.worker_id} {100 * times.busy:.0f} % busy, {name} {stage * 1e3:.2f} ms")
-    return f"{stats.num_requests} requests, m = {stats.num_lanes} | " + " | ".join(workers)

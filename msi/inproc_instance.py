@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msi.errors import EngineError
-from msi.instance import check_device, create_coordinator, create_worker, worker_ids
+from msi.instance import check_device, check_files, create_coordinator, create_worker, worker_ids
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 
@@ -33,6 +33,7 @@ class InprocInstance:
         self.workers: list[Worker] = []
 
     async def start(self) -> str:
+        check_files(self._options)
         check_device(self._options.device)
         self._sockets = SocketDir()
         coordinator = create_coordinator(self._options, self._sockets.address("coordinator"))

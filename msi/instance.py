@@ -18,6 +18,7 @@ from msi.messages import COORDINATOR_END, WORKER_END, Welcome
 from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
 from msi.models.files import read_json
+from msi.models.required import check_weights
 from msi.models.texts import read_texts
 from msi.net.control import ControlClient, ControlServer
 from msi.options import InstanceOptions
@@ -65,9 +66,18 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
     return plan, config
 
 
+def check_files(options: InstanceOptions) -> None:
+    """Looks at all that a local instance will read. Raises ConfigError: some of it cannot work."""
+    _, config = build_plan(options)
+    if options.load_format != "dummy":
+        check_weights(options.model_dir, config)
+
+
 def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | None = None) -> Coordinator:
     """Raises ConfigError: the model directory or the options cannot work, or the port is in use."""
     plan, config = build_plan(options)
+    for remark in config.remarks:
+        log.warning("%s", remark)
     model_dir = options.model_dir
     texts = read_texts(model_dir, read_json(model_dir / "config.json"), options.generation_config)
     welcome = Welcome(

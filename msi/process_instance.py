@@ -13,7 +13,7 @@ from typing import Any
 
 from msi.children import Child
 from msi.errors import ConfigError, EngineError, Unavailable
-from msi.instance import build_plan, check_device, worker_ids
+from msi.instance import check_device, check_files, worker_ids
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 from msi.restarts import Restarts
@@ -82,7 +82,7 @@ class ProcessInstance:
         worker_flags: tuple[str, ...] = ("--log-level", "warning"),
         trace_dir: Path | None = None,
     ) -> None:
-        build_plan(options)  # what cannot work is said before anything starts
+        check_files(options)  # what cannot work is said before anything starts
         check_device(options.device)
         self._options = options
         self._report_failure = report_failure
