@@ -25,6 +25,7 @@ from msi.server.gateway import Gateway
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
+from .logs import has_live_terminal
 
 if TYPE_CHECKING:
     from msi.worker import Worker  # with torch, which only workers need
@@ -185,6 +186,8 @@ async def _serve(
             port=arguments.port,
             api_key=arguments.api_key,
             chat_template=_template(arguments.chat_template),
+            log_requests=arguments.enable_log_requests,
+            log_load=not arguments.disable_log_stats and not has_live_terminal(),
         )
         url = await gateway.start()
         log.info("HTTP at %s", url)

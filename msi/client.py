@@ -28,7 +28,7 @@ from msi.messages import (
     Welcome,
 )
 from msi.net.control import ControlClient, MessageClient
-from msi.scheduler import Request
+from msi.types import Request
 
 HEARTBEAT_S = 1.0
 LOST_AFTER_S = 8.0  # a coordinator that is silent; on this host, whose end somebody sees, it may stand for longer

@@ -16,7 +16,6 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,9 @@ from msi.instance import LocalInstance, new_trace_dir
 from msi.messages import Stats, Welcome
 from msi.options import InstanceOptions, with_plan
 from msi.process_instance import ProcessInstance
-from msi.sampling import seed_of_choice
-from msi.scheduler import Request
+from msi.sampling import choices_of
 from msi.tokenizer import TextStream, encode, load_tokenizer
-from msi.types import Output, SamplingDefaults, SamplingParams
+from msi.types import Output, Request, SamplingDefaults, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +290,7 @@ class Engine:
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         seed = secrets.randbits(63) if params.seed is None else params.seed
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
-        choices = [replace(params, seed=seed_of_choice(seed, index), n=1) for index in range(params.n)]
+        choices = choices_of(params, seed, self.max_model_len - len(token_ids))
         texts = [TextStream(self._tokenizer, params.stop, params.min_tokens) for _ in choices]
         num_cached = [0] * params.n
         updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from msi.scheduler import Request
+from msi.types import Request
 
 CRASHES_ALLOWED = 2
 SUSPECTED_FOR_S = 600.0

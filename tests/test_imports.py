@@ -16,8 +16,8 @@ LAYERS = [
         "msi.errors", "msi.types", "msi.meter", "msi.tracing", "msi.lateness", "msi.watchdog", "msi.complaints",
     },
     {
-        "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.sampling", "msi.block_pool", "msi.kernels",
-        "msi.net", "msi.planner",
+        "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.admission", "msi.sequence", "msi.sampling",
+        "msi.block_pool", "msi.kernels", "msi.net", "msi.planner",
     },
     {  # decisions about an instance, and its messages
         "msi.messages", "msi.members", "msi.formation", "msi.membership", "msi.calibration", "msi.suspects",

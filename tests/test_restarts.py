@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from msi.restarts import HEALTHY_AFTER_S, TRIES, Restarts, restart_delay_s
 from msi.routing import Router
-from msi.scheduler import Progress, Request
 from msi.suspects import SUSPECTED_FOR_S
-from msi.types import SamplingParams
+from msi.types import Progress, Request, SamplingParams
 
 
 def test_delays_grow_to_half_a_minute():

@@ -19,6 +19,7 @@ from msi.server.completions import CompletionAnswer, parse_completion
 from msi.server.fields import Streaming, Values, typed
 from msi.server.merging import merged
 from msi.server.metrics import Metrics
+from msi.server.request_log import RequestLog
 from msi.types import Output
 
 log = logging.getLogger(__name__)
@@ -79,14 +80,18 @@ class Calls:
 
     Args:
         template: a chat template in place of the model's.
+        requests: told of every request.
 
     Raises:
         ConfigError: the chat template is not valid.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, template: str = "") -> None:
+    def __init__(
+        self, engine: Engine, metrics: Metrics, template: str = "", requests: RequestLog | None = None
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
+        self._requests = requests or RequestLog(is_told=False)
         sources = {"default": template} if template else engine.chat_templates
         self._templates = ChatTemplates(sources, engine.special_tokens)
         self._names_logged: set[str] = set()
@@ -117,7 +122,8 @@ class Calls:
         )  # fmt: skip
         prompts = [self._engine.encode(prompt, add_special_tokens=asked.add_special_tokens) for prompt in asked.prompts]
         outputs = [self._metrics.observed(self._engine.generate(prompt, asked.params)) for prompt in prompts]
-        return Call(merged(outputs, asked.params.n), answer, asked.streaming)
+        followed = self._requests.followed(merged(outputs, asked.params.n), answer.request_id, asked.params.n)
+        return Call(followed, answer, asked.streaming)
 
     def chat(self, values: Values, request_id: str = "") -> Call:
         """Nothing runs before the first output is asked for.
@@ -147,7 +153,9 @@ class Calls:
             f"chatcmpl-{request_id or uuid.uuid4().hex}", self._engine.model_name, int(time.time()),
             self._engine.decode, asked.params.n,
         )  # fmt: skip
-        return Call(self._metrics.observed(self._engine.generate(prompt, asked.params)), answer, asked.streaming)
+        outputs = self._metrics.observed(self._engine.generate(prompt, asked.params))
+        followed = self._requests.followed(outputs, answer.request_id, asked.params.n)
+        return Call(followed, answer, asked.streaming)
 
     def _check_model(self, values: Values) -> None:
         model = typed(values, "model", str, "")

@@ -6,9 +6,13 @@ POST /v1/completions and /v1/chat/completions (server-sent events with "stream":
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import hmac
 import logging
+import os
+import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -22,10 +26,12 @@ from msi.server.answers import error_object
 from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
 from msi.server.fields import parse_object
 from msi.server.metrics import CONTENT_TYPE_LATEST, Metrics
+from msi.server.request_log import LoadLog, RequestLog
 from msi.server.websocket import serve_websocket
 
 log = logging.getLogger(__name__)
 
+PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
 MAX_BODY_BYTES = 16 * 1024 * 1024
 RETRY_AFTER_S = 1  # what a client waits that nothing could take now
 ID_HEADER = "X-Request-Id"
@@ -36,20 +42,35 @@ class Gateway:
     """Serves an engine over HTTP. `start`, then `close`.
 
     Args:
-        api_key: what clients give as `Authorization: Bearer`, on every path but /health; "" asks for none.
+        api_key: what clients give as `Authorization: Bearer`, on every path but `PROBES`; "" asks for none.
         chat_template: in Jinja, in place of the model's; "" for the model's.
+        log_requests: a line for each request that ended.
+        log_load: a line on throughput and load every ten seconds.
 
     Raises:
         ConfigError: the chat template is not valid.
     """
 
-    def __init__(self, engine: Engine, *, host: str, port: int, api_key: str = "", chat_template: str = "") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        host: str,
+        port: int,
+        api_key: str = "",
+        chat_template: str = "",
+        log_requests: bool = False,
+        log_load: bool = False,
+    ) -> None:
         self._engine = engine
         self._host = host
         self._port = port
         self._api_key = api_key.encode()
         self._metrics = Metrics()
-        self._calls = Calls(engine, self._metrics, chat_template)
+        requests = RequestLog(is_told=log_requests)
+        self._calls = Calls(engine, self._metrics, chat_template, requests)
+        self._load_log = LoadLog(engine, requests) if log_load else None
+        self._telling: asyncio.Task[None] | None = None
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors_as_json, self._authorised])
         app.on_response_prepare.append(_name_request)
         app.router.add_post("/v1/completions", self._completions)
@@ -69,18 +90,19 @@ class Gateway:
         try:
             await site.start()
         except OSError as error:
-            raise ConfigError(
-                f"cannot serve HTTP on {self._host}:{self._port}: {error.strerror}; choose another --port"
-            ) from error
-        port = self._runner.addresses[0][1]
-        return f"http://{self._host}:{port}"
+            raise ConfigError(why_not(self._host, self._port, error)) from error
+        if self._load_log is not None:
+            self._telling = asyncio.create_task(self._load_log.run())
+        return url_of(self._host, self._runner.addresses[0][1])
 
     async def close(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
         await self._runner.cleanup()
 
     @web.middleware
     async def _authorised(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._api_key and request.path != "/health":
+        if self._api_key and request.path not in PROBES:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             # surrogates: a header may hold any bytes
             is_right = hmac.compare_digest(given.strip().encode(errors="surrogateescape"), self._api_key)
@@ -145,6 +167,25 @@ class Gateway:
 
     async def _version(self, request: web.Request) -> web.Response:
         return _json({"version": msi.__version__})
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def why_not(host: str, port: int, error: OSError) -> str:
+    """A sentence on a socket that cannot listen."""
+    if isinstance(error, socket.gaierror):
+        return f"cannot serve HTTP on {host}: {error.strerror}; give an address of this machine as --host"
+    number = error.errno or 0
+    reason = os.strerror(number) if number else str(error)
+    if number == errno.EADDRNOTAVAIL:
+        return f"cannot serve HTTP on {host}: this machine has no such address; give one of its own as --host"
+    if number == errno.EACCES:
+        return f"cannot serve HTTP on port {port}: {reason}; choose a --port from 1024"
+    if number == errno.EADDRINUSE:
+        return f"cannot serve HTTP on {host}: port {port} is in use; choose another --port"
+    return f"cannot serve HTTP on {host}, port {port}: {reason}; choose another --host or --port"
 
 
 def _json(values: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
