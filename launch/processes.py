@@ -48,7 +48,7 @@ async def run_worker(arguments: LaunchArguments) -> None:
     watch = LoopWatch(arguments.worker_id or arguments.role)
     worker = create_worker(
         arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir,
-        arguments.advertise_host, watch,
+        arguments.advertise_host, watch, arguments.trust,
     )  # fmt: skip
     watch.start()
     loop = asyncio.get_running_loop()
@@ -113,7 +113,8 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
     """Until SIGTERM or SIGINT, and until the requests that run then have ended; a second signal ends it at once."""
     watch = LoopWatch("coordinator")
     try:
-        coordinator = create_coordinator(arguments.options, arguments.coordinator or "tcp://127.0.0.1:*", watch)
+        where = arguments.coordinator or "tcp://127.0.0.1:*"
+        coordinator = create_coordinator(arguments.options, where, watch, arguments.trust)
         watch.start()
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(coordinator.run())
@@ -179,7 +180,7 @@ async def _first(running: asyncio.Task[None], *others: Awaitable[object]) -> boo
 async def _serve(
     arguments: LaunchArguments, coordinator: Coordinator, ending: CoordinatorEnding, running: asyncio.Task[None]
 ) -> None:
-    async with Engine.connect(coordinator.address) as engine:
+    async with Engine(address=coordinator.address, secret=arguments.trust.secret) as engine:
         gateway = Gateway(
             engine,
             host=arguments.host,

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from msi.net.secret import VARIABLE, Secret
+
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 MAX_LINE_BYTES = 1 << 20
 
@@ -39,14 +41,17 @@ class Child:
         self._writer = writer
 
     @staticmethod
-    async def start(arguments: Iterable[str]) -> Child:
-        """Runs msi_launch with these arguments."""
+    async def start(arguments: Iterable[str], secret: Secret | None = None) -> Child:
+        """Runs msi_launch with these arguments; the secret is what peers on a network have to hold."""
+        environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+        if secret is not None:  # never on a command line, which every user of the machine can read
+            environment[VARIABLE] = secret.text
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "msi_launch", *arguments,
                 "--parent", str(os.getpid()), "--announce", str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),), env=environment,
             )  # fmt: skip
         except BaseException:
             ours.close()

@@ -21,6 +21,7 @@ from msi.models.files import read_json
 from msi.models.required import check_weights
 from msi.models.texts import read_texts
 from msi.net.control import ControlClient, ControlServer
+from msi.net.secret import NO_SECRET, Trust
 from msi.options import InstanceOptions
 from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
@@ -73,8 +74,14 @@ def check_files(options: InstanceOptions) -> None:
         check_weights(options.model_dir, config)
 
 
-def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | None = None) -> Coordinator:
-    """Raises ConfigError: the model directory or the options cannot work, or the port is in use."""
+def create_coordinator(
+    options: InstanceOptions, bind: str, watch: LoopWatch | None = None, trust: Trust = NO_SECRET
+) -> Coordinator:
+    """Raises ConfigError: the model directory or the options cannot work, or the port is in use, or open to others."""
+    if bind.startswith("tcp://"):
+        trust.check_listening(bind.removeprefix("tcp://").rpartition(":")[0], "the coordinator")
+        if trust.secret is None:
+            log.warning("no secret: whoever connects to %s is taken for one of this instance, and can read it", bind)
     plan, config = build_plan(options)
     for remark in config.remarks:
         log.warning("%s", remark)
@@ -90,7 +97,7 @@ def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | N
         sampling_defaults=texts.sampling_defaults,
     )
     return Coordinator(
-        ControlServer(bind, COORDINATOR_END),
+        ControlServer(bind, COORDINATOR_END, trust.secret),
         plan,
         welcome,
         num_micro_batches=options.micro_batches,
@@ -114,6 +121,7 @@ def create_worker(
     trace_dir: Path | None = None,
     advertise_host: str = "",
     watch: LoopWatch | None = None,
+    trust: Trust = NO_SECRET,
 ) -> Worker:
     """Raises ConfigError: the model directory or the settings cannot work."""
     from msi.torch_host import HostSettings, TorchHost  # torch takes a second, and only workers need it
@@ -129,6 +137,7 @@ def create_worker(
         advertise_host=advertise_host,
         num_threads=options.num_threads,
         memory_utilization=options.gpu_memory_utilization,
+        trust=trust,
     )
     settings = WorkerSettings(
         coordinator=coordinator,
@@ -137,7 +146,7 @@ def create_worker(
         trace_dir=trace_dir,
         start_timeout_s=options.start_timeout_s,
     )
-    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END), watch)
+    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END, trust.secret), watch)
 
 
 def check_device(name: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from msi.children import Child
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.instance import check_device, check_files, worker_ids
+from msi.net.secret import Secret
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 from msi.restarts import Restarts
@@ -25,14 +26,19 @@ ADDRESS_TIMEOUT_S = 60.0
 EMBEDDED = ("--no-gateway", "--log-level", "warning", "--shutdown-timeout", "0")
 
 
-async def start_coordinator(options: InstanceOptions, bind: str, flags: tuple[str, ...]) -> tuple[Child, str]:
+async def start_coordinator(
+    options: InstanceOptions, bind: str, flags: tuple[str, ...], secret: Secret | None = None
+) -> tuple[Child, str]:
     """A coordinator as a child; its address.
+
+    Args:
+        secret: what workers and clients have to hold, where it listens on a network.
 
     Raises:
         ConfigError: it cannot work; in its own words.
         Unavailable: it does not start in time.
     """
-    child = await Child.start((*options.flags(), "--role", "coordinator", "--coordinator", bind, *flags))
+    child = await Child.start((*options.flags(), "--role", "coordinator", "--coordinator", bind, *flags), secret)
     try:
         async with asyncio.timeout(ADDRESS_TIMEOUT_S):
             while (message := await child.hear()) is not None:

@@ -175,17 +175,16 @@ def url_of(host: str, port: int) -> str:
 
 def why_not(host: str, port: int, error: OSError) -> str:
     """A sentence on a socket that cannot listen."""
+    where = f"cannot serve HTTP on {url_of(host, port).removeprefix('http://')}"
     if isinstance(error, socket.gaierror):
-        return f"cannot serve HTTP on {host}: {error.strerror}; give an address of this machine as --host"
+        return f"{where}: {error.strerror}; give an address of this machine as --host"
     number = error.errno or 0
-    reason = os.strerror(number) if number else str(error)
-    if number == errno.EADDRNOTAVAIL:
-        return f"cannot serve HTTP on {host}: this machine has no such address; give one of its own as --host"
-    if number == errno.EACCES:
-        return f"cannot serve HTTP on port {port}: {reason}; choose a --port from 1024"
     if number == errno.EADDRINUSE:
-        return f"cannot serve HTTP on {host}: port {port} is in use; choose another --port"
-    return f"cannot serve HTTP on {host}, port {port}: {reason}; choose another --host or --port"
+        return f"{where}: the port is in use; choose another --port"
+    if number == errno.EADDRNOTAVAIL:
+        return f"{where}: this machine has no such address; give one of its own as --host"
+    reason = os.strerror(number) if number else str(error)
+    return f"{where}: {reason}; choose another --port or --host"
 
 
 def _json(values: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
