@@ -23,7 +23,7 @@ LAYERS = [
         "msi.messages", "msi.members", "msi.formation", "msi.membership", "msi.calibration", "msi.suspects",
         "msi.routing", "msi.restarts", "msi.options",
     },
-    {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer"},
+    {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer", "msi.prompts"},
     {
         "msi.lanes", "msi.expert_server", "msi.host", "msi.loading", "msi.torch_host", "msi.attention_role",
         "msi.expert_role", "msi.worker",
@@ -39,7 +39,7 @@ LAYERS = [
 OWNERS = {
     "zmq": {"msi/net/control.py", "msi/net/pulse.py"},
     "msgpack": {"msi/net/codec.py"},
-    "aiohttp": {"msi/server/gateway.py", "msi/server/websocket.py"},
+    "aiohttp": {"msi/server/gateway.py", "msi/server/websocket.py", "msi/server/door.py", "msi/server/request_body.py"},
     "prometheus_client": {"msi/server/metrics.py"},
     "jinja2": {"msi/server/chat_template.py"},
     "triton": {"msi/kernels/"},
