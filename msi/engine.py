@@ -22,10 +22,12 @@ from typing import Any
 from msi import tracing
 from msi.client import CoordinatorClient
 from msi.errors import EngineError, Failure, Unavailable
-from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
+from msi.inproc_instance import InprocInstance
+from msi.instance import LocalInstance, new_trace_dir
 from msi.messages import Stats, Welcome
 from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
+from msi.process_instance import ProcessInstance
 from msi.prompts import Prompts
 from msi.sampling import choices_of
 from msi.tokenizer import TextStream
@@ -160,6 +162,14 @@ class Engine:
         await self._failed.wait()
         assert self._failure is not None
         return self._failure
+
+    async def drain(self) -> None:
+        """Takes no new requests, for good; returns once those that run have ended, or `ProcessInstance` gives them up.
+
+        What is not a local instance of processes of its own is left alone.
+        """
+        if isinstance(self._instance, ProcessInstance):
+            await self._instance.drain()
 
     async def close(self) -> None:
         """Ends what was started. Requests in flight end with Unavailable. Idempotent."""
