@@ -148,7 +148,7 @@ class CoordinatorClient:
             for request in requests:
                 self._queues[request.request_id] = queue
                 self._control.send(Submit(request))
-                if len(request.token_ids) > LONG_PROMPT:
+                if len(request.prompt_token_ids) > LONG_PROMPT:
                     await asyncio.sleep(0)  # others have their turn between the copies for each choice
             while any(request.request_id in self._queues for request in requests):
                 update = await queue.get()
