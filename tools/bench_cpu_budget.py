@@ -27,13 +27,14 @@ from typing import Any
 
 from msi import Engine, SamplingParams
 from msi.options import InstanceOptions
+from msi_launch.command_line import ScriptLine
 from msi_launch.main import run
 
 WARM_UP_S = 1.0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", nargs="?", type=Path, help="the demo model without it")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument("--attention-workers", type=int, default=2)

@@ -23,6 +23,7 @@ from typing import Any
 from msi import Engine, SamplingParams
 from msi.messages import Stats, WorkerStats
 from msi.models.families import load_config
+from msi_launch.command_line import ScriptLine
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Run:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--input-len", type=int, default=128)

@@ -20,10 +20,11 @@ from statistics import median
 
 from msi import Engine, SamplingParams
 from msi.models.families import load_config
+from msi_launch.command_line import ScriptLine
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--input-len", type=int, default=2000)
     parser.add_argument("--cached", type=int, default=1900)

@@ -40,6 +40,7 @@ from msi.planner.profile import Profile, read_profile
 from msi.planner.task import Pool, Task
 from msi.simulator.clock import run_virtual
 from msi.simulator.instance import Shape, SimulatedInstance
+from msi_launch.command_line import ScriptLine
 from tools import bench_decode
 from tools.quiet import CALM, Others
 
@@ -97,7 +98,7 @@ class Compared:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--layout", type=parse_layout, action="append", help=f"by default {' '.join(SIX)}")

@@ -36,10 +36,11 @@ from msi.simulator.report import Percentiles, Report
 from msi.simulator.routing import read_popularity
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, bursts, fixed_lengths, lognormal_lengths, poisson, read_trace
+from msi_launch.command_line import ScriptLine
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     shape = parser.add_argument_group("deployment")
     shape.add_argument("--plan", type=Path, help="what msi-plan -o wrote: deployment and stage times are the plan's")
     shape.add_argument("--attention-workers", type=int, default=1)
