@@ -45,7 +45,7 @@ async def run_worker(arguments: LaunchArguments) -> None:
     watch = LoopWatch(arguments.worker_id or arguments.role)
     worker = create_worker(
         arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir,
-        arguments.advertise_host, watch,
+        arguments.advertise_host, watch, arguments.trust,
     )  # fmt: skip
     watch.start()
     task = asyncio.ensure_future(worker.run())
@@ -81,7 +81,8 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
     """Until SIGTERM or SIGINT."""
     watch = LoopWatch("coordinator")
     try:
-        coordinator = create_coordinator(arguments.options, arguments.coordinator or "tcp://127.0.0.1:*", watch)
+        where = arguments.coordinator or "tcp://127.0.0.1:*"
+        coordinator = create_coordinator(arguments.options, where, watch, arguments.trust)
         watch.start()
         async with asyncio.TaskGroup() as tasks:
             loop = asyncio.get_running_loop()
@@ -92,7 +93,7 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
             if not arguments.has_gateway:
                 _announce(arguments.announce, coordinator.address)
                 return
-            async with Engine.connect(coordinator.address) as engine:
+            async with Engine(address=coordinator.address, secret=arguments.trust.secret) as engine:
                 gateway = Gateway(
                     engine,
                     host=arguments.host,

@@ -26,6 +26,7 @@ from msi.client import CoordinatorClient
 from msi.errors import EngineError, Failure, InvalidRequest, Unavailable, context_exceeded, shown
 from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
 from msi.messages import Stats, Welcome
+from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
 from msi.sampling import choices_of
 from msi.tokenizer import TextStream, encode, load_tokenizer
@@ -43,11 +44,13 @@ class Engine:
         self,
         *,
         address: str = "",
+        secret: Secret | None = None,
         options: InstanceOptions | None = None,
         report: Callable[[str], None] = lambda sentence: None,
         process_flags: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         self._address = address
+        self._secret = secret
         self._options = options
         self._report = report
         self._process_flags = process_flags or {}
@@ -80,9 +83,16 @@ class Engine:
         return Engine(options=InstanceOptions(**given), report=report or (lambda sentence: None))
 
     @staticmethod
-    def connect(address: str) -> Engine:
-        """An instance that runs elsewhere, by its coordinator's address tcp://HOST:PORT."""
-        return Engine(address=address)
+    def connect(address: str, *, secret: str | None = None) -> Engine:
+        """An instance that runs elsewhere, by its coordinator's address: tcp://HOST:PORT, or ipc://PATH.
+
+        Args:
+            secret: the instance's; by default that of the environment variable MSI_SECRET, if there is one.
+
+        Raises:
+            ConfigError: the secret cannot be one. Entering the context raises it where it is not the instance's.
+        """
+        return Engine(address=address, secret=find_secret(None) if secret is None else Secret(secret, "secret"))
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -107,7 +117,7 @@ class Engine:
             else:
                 self._instance = ProcessInstance(options, self._fail, trace_dir=self._trace_dir, **self._process_flags)
             self._address = await self._instance.start()
-        self._client = CoordinatorClient(self._address)
+        self._client = CoordinatorClient(self._address, secret=self._secret)
         self._welcome = await self._client.start()
         if self._welcome.tokenizer:
             self._tokenizer = load_tokenizer(self._welcome.tokenizer)
