@@ -42,7 +42,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=8.0)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 # -- in a worker -----------------------------------------------------------------------------------------------------

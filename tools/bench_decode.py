@@ -64,7 +64,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compare", choices=["transformers"])
     parser.add_argument("--compare-dtype", default="bfloat16", help="transformers' dtype")
     parser.add_argument("--compare-threads", type=int, default=2)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 async def drive(engine: Engine, prompts: list[tuple[int, ...]], output_len: int) -> list[list[float]]:

@@ -33,7 +33,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=2100)
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--concurrency", type=int, default=48)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 async def pass_times(engine: Engine, num_passes: int) -> list[float]:

@@ -48,7 +48,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-workers", type=int, default=1)
     parser.add_argument("--micro-batches", type=int, default=0)
     parser.add_argument("--max-num-seqs", type=int, default=32)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 def jobs(count: int, vocab_size: int, context: int) -> list[Job]:

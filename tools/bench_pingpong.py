@@ -44,7 +44,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads-per-worker", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2])
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 def config(arguments: argparse.Namespace) -> dict[str, Any]:

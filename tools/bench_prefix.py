@@ -33,7 +33,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-workers", type=int, default=1)
     parser.add_argument("--colocated", action="store_true")
     parser.add_argument("--threads-per-worker", type=int, default=0)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 async def ttft_s(engine: Engine, prompt: list[int]) -> float:

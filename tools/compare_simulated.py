@@ -114,7 +114,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--predict-only", action="store_true", help="measure nothing")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds per layout to wait for a calm machine")
     parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 # -- predicted -------------------------------------------------------------------------------------------------------

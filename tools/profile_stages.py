@@ -81,7 +81,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3, help="how often all sizes are gone through")
     parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait in all for a calm machine")
     parser.add_argument("--quick", action="store_true", help="few sizes, once: to see that it works")
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 def _numbers(text: str) -> tuple[int, ...]:

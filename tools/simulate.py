@@ -77,7 +77,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--trace", type=Path, help="write a Chrome trace for Perfetto to this file")
-    return parser.parse_args(arguments)
+    values: argparse.Namespace = parser.parse_args(arguments)
+    return values
 
 
 def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:

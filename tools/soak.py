@@ -39,7 +39,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-workers", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--transport", default="auto")
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 class Load:
