@@ -20,8 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from msi import tracing
 from msi.client import CoordinatorClient
 from msi.errors import EngineError, Failure, InvalidRequest, Unavailable
@@ -30,8 +28,10 @@ from msi.messages import Stats, Welcome
 from msi.options import InstanceOptions, with_plan
 from msi.sampling import seed_of_choice
 from msi.scheduler import Request
-from msi.tokenizer import TextStream, encode, load_tokenizer
-from msi.types import Output, SamplingParams
+from msi.text_stream import text_streams
+from msi.tokenizer import encode, load_tokenizer
+from msi.types import Output, SamplingParams, TokenText
+from msi.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Engine:
         self._failure: EngineError | None = None
         self._failed = asyncio.Event()
         self._trace_dir: Path | None = None
-        self._tokenizer: Tokenizer | None = None
+        self._vocabulary: Vocabulary | None = None
         self._welcome: Welcome | None = None
 
     @staticmethod
@@ -112,7 +112,7 @@ class Engine:
         self._client = CoordinatorClient(self._address)
         self._welcome = await self._client.start()
         if self._welcome.tokenizer:
-            self._tokenizer = load_tokenizer(self._welcome.tokenizer)
+            self._vocabulary = Vocabulary(load_tokenizer(self._welcome.tokenizer))
         if options is not None:
             await self.wait_ready(options.start_timeout_s)
 
@@ -229,9 +229,9 @@ class Engine:
         if isinstance(prompt, str):
             if len(prompt) > MAX_PROMPT_CHARS:
                 raise InvalidRequest(f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are allowed")
-            if self._tokenizer is None:
+            if self._vocabulary is None:
                 raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids")
-            return encode(self._tokenizer, prompt, add_special_tokens)
+            return encode(self._vocabulary.tokenizer, prompt, add_special_tokens)
         token_ids = tuple(prompt)
         self._check_tokens("the prompt", token_ids)
         return token_ids
@@ -244,7 +244,11 @@ class Engine:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; "" for a model without tokenizer."""
-        return "" if self._tokenizer is None else str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        return "" if self._vocabulary is None else self._vocabulary.decode(token_ids, skip_special_tokens=False)
+
+    def token_text(self, token_id: int) -> TokenText:
+        """What a token would add to a text; a special token by its name."""
+        return TokenText("", b"") if self._vocabulary is None else self._vocabulary.text_of(token_id)
 
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str = ""
@@ -263,7 +267,7 @@ class Engine:
         """
         params = params or SamplingParams()
         client = self._require_client()
-        if params.stop and self._tokenizer is None:
+        if params.stop and self._vocabulary is None:
             raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks")
         token_ids = self.encode(prompt)
         self._check_tokens("logit_bias", params.logit_bias)
@@ -272,20 +276,21 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
         choices = [replace(params, seed=seed_of_choice(seed, index), n=1) for index in range(params.n)]
-        texts = [TextStream(self._tokenizer, params.stop, params.min_tokens) for _ in choices]
+        texts = text_streams(self._vocabulary, token_ids, params)
         updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
         try:
             async for update in updates:
                 index = names.index(update.request_id)
                 text, reason = texts[index], update.finish_reason or None
-                # a token that ends the text is not part of it
-                new_text = text.push(update.token_ids[:-1] if reason == "stop" else update.token_ids)
+                new = text.push(
+                    update.token_ids, update.logprobs, is_last=reason is not None, is_ended_by_token=reason == "stop"
+                )
                 if text.is_stopped:
                     reason = "stop"
                     client.cancel(update.request_id)
-                elif reason is not None:
-                    new_text += text.flush()
-                yield Output(request_id, new_text, update.token_ids, reason, len(token_ids), index, update.logprobs)
+                yield Output(
+                    request_id, new.text, update.token_ids, reason, len(token_ids), index, new.logprobs, new.token_texts
+                )
         finally:
             await updates.aclose()
 

@@ -175,6 +175,19 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenText:
+    """What a token is in a text.
+
+    Attributes:
+        text: what it adds to the text; "" while the bytes of a character are incomplete.
+        data: the bytes it adds, which need not be whole characters.
+    """
+
+    text: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """The chosen tokens of a micro-batch.
 
@@ -226,7 +239,9 @@ class Output:
         token_ids: new tokens.
         finish_reason: "stop" (end of sequence, a stop token or string), "length", or None while it goes on.
         index: which of the request's `n` choices this belongs to.
-        logprobs: one for each of `token_ids` if they were asked for, else ().
+        logprobs: one for each of `token_ids` if they were asked for, else (). Those of tokens whose text is held back,
+            because it may become a stop string or bytes may be missing, come with their text.
+        token_texts: what each of `logprobs` adds to the text; joined over a choice they are its text.
     """
 
     request_id: str
@@ -236,6 +251,7 @@ class Output:
     num_prompt_tokens: int = 0
     index: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    token_texts: tuple[TokenText, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

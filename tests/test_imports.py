@@ -16,7 +16,10 @@ LAYERS = [
         "msi.net", "msi.planner",
     },
     {"msi.messages", "msi.membership", "msi.routing", "msi.options"},  # decisions about an instance, and its messages
-    {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer"},
+    {
+        "msi.device", "msi.models", "msi.sampler", "msi.tokenizer", "msi.vocabulary", "msi.detokenizer",
+        "msi.text_stream",
+    },
     {
         "msi.lanes", "msi.expert_server", "msi.host", "msi.loading", "msi.torch_host", "msi.attention_role",
         "msi.expert_role", "msi.worker",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from msi.server.chat_template import ChatTemplate
 from msi.server.completions import CompletionAnswer, parse_completion
 from msi.server.fields import Values, error_object, typed
 from msi.server.metrics import Metrics
-from msi.types import Output
+from msi.types import Output, TokenText
 
 
 class ModelNotFound(InvalidRequest):
@@ -52,6 +52,7 @@ class Call:
     answer: Answer
     stream: bool
     include_usage: bool
+    has_logprobs: bool
 
 
 class Calls:
@@ -70,9 +71,9 @@ class Calls:
         source = template or engine.chat_template
         self._template = ChatTemplate(source, engine.special_tokens) if source else None
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included."""
-        return self._engine.decode(token_ids)
+    def token_text(self, token_id: int) -> TokenText:
+        """What a token would add to a text."""
+        return self._engine.token_text(token_id)
 
     def completion(self, values: Values) -> Call:
         """Raises InvalidRequest. Nothing runs before the first output is asked for."""
@@ -81,12 +82,15 @@ class Calls:
         echo = ""
         if asked.echo:
             echo = asked.prompt if isinstance(asked.prompt, str) else self._engine.decode(asked.prompt)
+        has_logprobs = asked.params.logprobs is not None
         answer = CompletionAnswer(
-            f"cmpl-{uuid.uuid4().hex}", self._engine.model_name, int(time.time()), self._engine.decode,
-            asked.params.n, echo,
+            f"cmpl-{uuid.uuid4().hex}", self._engine.model_name, int(time.time()), self._engine.token_text,
+            asked.params.n, echo, has_logprobs,
         )  # fmt: skip
         outputs = self._engine.generate(asked.prompt, asked.params, request_id=answer.request_id)
-        return Call(self._metrics.observed(outputs), answer, asked.stream, asked.include_usage)
+        return Call(
+            self._metrics.observed(outputs, asked.params.n), answer, asked.stream, asked.include_usage, has_logprobs
+        )
 
     def chat(self, values: Values) -> Call:
         """Raises InvalidRequest. Nothing runs before the first output is asked for."""
@@ -98,12 +102,15 @@ class Calls:
             asked.messages, add_generation_prompt=asked.add_generation_prompt, values=asked.template_values
         )
         prompt = self._engine.encode(text, add_special_tokens=False)  # the template writes them
+        has_logprobs = asked.params.logprobs is not None
         answer = ChatAnswer(
-            f"chatcmpl-{uuid.uuid4().hex}", self._engine.model_name, int(time.time()), self._engine.decode,
-            asked.params.n,
+            f"chatcmpl-{uuid.uuid4().hex}", self._engine.model_name, int(time.time()), self._engine.token_text,
+            asked.params.n, has_logprobs,
         )  # fmt: skip
         outputs = self._engine.generate(prompt, asked.params, request_id=answer.request_id)
-        return Call(self._metrics.observed(outputs), answer, asked.stream, asked.include_usage)
+        return Call(
+            self._metrics.observed(outputs, asked.params.n), answer, asked.stream, asked.include_usage, has_logprobs
+        )
 
     def _check_model(self, values: Values) -> None:
         model = typed(values, "model", str, "")
