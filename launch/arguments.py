@@ -115,6 +115,9 @@ def _add_instance(parser: argparse.ArgumentParser) -> None:
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
         help="share the KV blocks of common prefixes")  # fmt: skip
     add("--num-gpu-blocks-override", type=int, metavar="N", default=0, help="KV blocks, whatever the memory allows")
+    add("--generation-config", default=defaults["generation_config"], metavar="auto|vllm|DIR",
+        help="sampling parameters for requests that leave them out: the model's own generation_config.json, none, or "
+        "that of a folder")  # fmt: skip
     add("--slot-rows", type=int, metavar="N", default=defaults["slot_rows"], help="rows of a landing slot")
     add("--gpu-memory-utilization", type=float, metavar="F", default=defaults["gpu_memory_utilization"],
         help="share of free memory (on a CPU: of free RAM) for KV cache")  # fmt: skip

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -18,9 +19,12 @@ from msi.engine import Engine
 from msi.errors import ConfigError, EngineError
 from msi.instance import create_coordinator, create_worker
 from msi.server.gateway import Gateway
-from msi.worker import Worker
+from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
+
+if TYPE_CHECKING:
+    from msi.worker import Worker  # with torch, which only workers need
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +41,12 @@ def end_with_parent(parent: int) -> None:
 
 async def run_worker(arguments: LaunchArguments) -> None:
     """Until it is shut down. SIGTERM drains it; a launcher's own child ends at once."""
+    watch = LoopWatch(arguments.worker_id or arguments.role)
     worker = create_worker(
         arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir,
-        arguments.advertise_host,
+        arguments.advertise_host, watch,
     )  # fmt: skip
+    watch.start()
     task = asyncio.ensure_future(worker.run())
     showing = None if arguments.parent else asyncio.ensure_future(show_loading(worker))
     loop = asyncio.get_running_loop()
@@ -50,6 +56,7 @@ async def run_worker(arguments: LaunchArguments) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await task
     finally:
+        watch.stop()
         if showing is not None:
             showing.cancel()
 
@@ -71,8 +78,10 @@ async def show_loading(worker: Worker) -> None:
 
 async def run_coordinator(arguments: LaunchArguments) -> None:
     """Until SIGTERM or SIGINT."""
+    watch = LoopWatch("coordinator")
     try:
-        coordinator = create_coordinator(arguments.options, arguments.coordinator or "tcp://127.0.0.1:*")
+        coordinator = create_coordinator(arguments.options, arguments.coordinator or "tcp://127.0.0.1:*", watch)
+        watch.start()
         async with asyncio.TaskGroup() as tasks:
             loop = asyncio.get_running_loop()
             running = tasks.create_task(coordinator.run())
@@ -101,6 +110,8 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
         error = group.exceptions[0]
         _announce(arguments.announce, str(error))
         raise error from None
+    finally:
+        watch.stop()
 
 
 def _template(path: Path | None) -> str:

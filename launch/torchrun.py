@@ -17,6 +17,7 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from msi.errors import ConfigError, Unavailable
 from msi.instance import create_worker, start_coordinator
+from msi.net.control import is_address
 from msi.net.tcp import address_towards
 from msi.options import InstanceOptions
 
@@ -138,7 +139,7 @@ async def _look_up(store: TCPStore, world: World, timeout_s: float) -> str:
         raise Unavailable(
             f"rank 0 at {world.master_host} published no coordinator within {timeout_s:g} s: {_first_line(error)}"
         ) from error
-    if not said.startswith("tcp://"):
+    if not is_address(said):
         raise ConfigError(said)
     return said
 

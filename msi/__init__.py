@@ -3,7 +3,10 @@
 from msi import Engine, SamplingParams
 """
 
-from msi.engine import Engine
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from msi.errors import (
     CheckpointError,
     ConfigError,
@@ -15,6 +18,9 @@ from msi.errors import (
     Unavailable,
 )
 from msi.types import Output, SamplingParams
+
+if TYPE_CHECKING:
+    from msi.engine import Engine
 
 __version__ = "0.1.0"
 
@@ -32,3 +38,12 @@ __all__ = [
     "Unavailable",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The engine is imported when it is first asked for: msi-plan and the command lines do without."""
+    if name == "Engine":
+        from msi.engine import Engine
+
+        return Engine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

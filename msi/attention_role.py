@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from msi.errors import EngineError, Failure, RequestFailed, TransportError
 from msi.expert_role import link_hello
 from msi.host import LoadedModel
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.lanes import run_lane, run_pass
 from msi.messages import Assignment, ExpertAddress, Linked, PassDone, PeerLost, RequestsFailed, Topology
 from msi.net.alarm import Alarm
@@ -200,11 +200,20 @@ class AttentionRole:
         self._num_passes += 1
         self._batch_tokens += micro_batch.num_tokens
         self._batch_contexts += sum(micro_batch.context_lens)
+        if sampled.failures:
+            self._fail_alone(lane, sampled.failures)
         progress = self._scheduler.update(lane, sampled.token_ids, sampled.logprobs)
         if progress:
             ours = self._assignment
             self._report(PassDone(ours.worker_id, ours.incarnation, tuple(progress)))
         self._wake()
+
+    def _fail_alone(self, lane: int, failures: Mapping[int, str]) -> None:
+        """These sequences of a micro-batch, and no others."""
+        for index, reason in failures.items():
+            if request_ids := self._scheduler.fail(lane, (index,)):
+                log.warning("%s: %s", request_ids[0], reason)
+                self._fail(request_ids, RequestFailed(f"{self._assignment.worker_id}: {reason}"))
 
     def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
         self._scheduler.give_up(lane)

@@ -104,12 +104,12 @@ class BlockPool:
             else:
                 self._free.append(block)
 
-    def forget_contents(self) -> None:
-        """No block's contents are known any more."""
-        self._free.extend(self._kept)
-        self._kept.clear()
-        self._hash_of.clear()
-        self._block_of.clear()
+    def forget(self, blocks: Iterable[int]) -> None:
+        """The contents of these blocks, which are in use, are found by nobody any more."""
+        for block in blocks:
+            assert self._users[block], block
+            if (name := self._hash_of.pop(block, None)) is not None:
+                del self._block_of[name]
 
     def check_integrity(self, in_use: Iterable[int]) -> None:
         """Re-adds free, kept and used blocks.

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
 from msi.messages import (
-    MESSAGES,
+    CLIENT_END,
     PROTOCOL_VERSION,
     Cancel,
     ClientHeartbeat,
@@ -23,7 +23,6 @@ from msi.messages import (
     Submit,
     Welcome,
 )
-from msi.net.codec import Codec
 from msi.net.control import ControlClient, MessageClient
 from msi.scheduler import Request
 
@@ -47,7 +46,7 @@ class CoordinatorClient:
     ) -> None:
         self.address = address
         self.status = InstanceStatus(False, "connecting", "")
-        self._control = control or ControlClient(address, Codec(*MESSAGES))
+        self._control = control or ControlClient(address, CLIENT_END)
         self._clock = clock
         self._queues: dict[str, asyncio.Queue[RequestUpdate]] = {}
         self._status_changed = asyncio.Condition()

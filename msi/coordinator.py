@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.membership import Cluster, InstancePlan, Instruction, Lost, Send
 from msi.messages import (
+    FROM_WORKER,
     PROTOCOL_VERSION,
     Calibrate,
     Calibrated,
@@ -47,6 +48,7 @@ from msi.net.control import MessageServer
 from msi.pipeline import Stages, calibration_steps, choose_micro_batches
 from msi.planner.drift import DriftWatch, Observation
 from msi.routing import Router, Updates
+from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Coordinator:
         num_micro_batches: m, or 0 to choose by measurement.
         num_layers: of the model.
         drift: holds what workers measure against the plan that runs, if there is one.
+        watch: of the loop that this runs on; what it measures is told with the stats.
         clock: seconds, monotonic.
     """
 
@@ -83,6 +86,7 @@ class Coordinator:
         num_micro_batches: int,
         num_layers: int,
         drift: DriftWatch | None = None,
+        watch: LoopWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server = server
@@ -93,6 +97,7 @@ class Coordinator:
         self._num_micro_batches = num_micro_batches
         self._num_layers = num_layers
         self._drift = drift
+        self._watch = watch
         self._cluster = Cluster(plan, clock())
         self._router = Router()
         self._clients: dict[bytes, _Client] = {}
@@ -120,7 +125,11 @@ class Coordinator:
 
     def _handle(self, route: bytes, message: Any, now: float) -> None:
         cluster = self._cluster
+        is_client = route in self._clients
         match message:
+            case _ if is_client and isinstance(message, FROM_WORKER):
+                self._server.send(route, Refused("this connection is a client's, and can be no worker's"))
+                return
             case PassDone() if not cluster.knows(route, message.worker_id, message.incarnation):
                 pass  # earlier ones may have been lost with its connection: its requests will be, too
             case PassDone():
@@ -136,7 +145,7 @@ class Coordinator:
             case ClientHeartbeat() if route in self._clients:
                 self._clients[route].last_seen = now
                 self._server.send(route, HeartbeatAck())
-            case ClientHello():
+            case ClientHello() if not cluster.has_route(route):
                 self._greet(route, message, now)
             case WorkerHello():
                 self._carry_out(cluster.hello(route, message, now))
@@ -161,11 +170,16 @@ class Coordinator:
                 self._calibrations.put_nowait(message)
             case StatsRequest() if route in self._clients:
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
-                self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats(), drift))
+                dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
+                counters = {} if self._watch is None else self._watch.counters()
+                stats = Stats(
+                    cluster.num_lanes, len(self._router), cluster.stats(), drift, counters=counters, dropped=dropped
+                )
+                self._server.send(route, stats)
             case ClientHeartbeat() | StatsRequest():
                 self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
-            case _:
-                log.warning("dropped %s: not for a coordinator", type(message).__name__)
+            case ClientHello():
+                self._server.send(route, Refused("this connection is a worker's, and can be no client's"))
         self._advance(now)
 
     def _greet(self, route: bytes, hello: ClientHello, now: float) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from msi import tracing
 from msi.client import CoordinatorClient
-from msi.errors import EngineError, Failure, InvalidRequest, Unavailable
+from msi.errors import EngineError, Failure, InvalidRequest, Unavailable, context_exceeded, shown
 from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
 from msi.messages import Stats, Welcome
 from msi.options import InstanceOptions, with_plan
@@ -30,7 +30,7 @@ from msi.sampling import seed_of_choice
 from msi.scheduler import Request
 from msi.text_stream import text_streams
 from msi.tokenizer import encode, load_tokenizer
-from msi.types import Output, SamplingParams, TokenText
+from msi.types import Output, SamplingDefaults, SamplingParams, TokenText
 from msi.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ class Engine:
         self._client = CoordinatorClient(self._address)
         self._welcome = await self._client.start()
         if self._welcome.tokenizer:
-            self._vocabulary = Vocabulary(load_tokenizer(self._welcome.tokenizer))
+            special_tokens = self._welcome.special_tokens.values()
+            self._vocabulary = Vocabulary(load_tokenizer(self._welcome.tokenizer, special_tokens))
         if options is not None:
             await self.wait_ready(options.start_timeout_s)
 
@@ -192,15 +193,19 @@ class Engine:
         return self._require_welcome().max_model_len
 
     @property
-    def chat_template(self) -> str:
-        """The model's, in Jinja; "" where it has none."""
-        return self._require_welcome().chat_template
+    def chat_templates(self) -> dict[str, str]:
+        """The model's, in Jinja, by name: "default", and where there are more, such as "tool_use"."""
+        return self._require_welcome().chat_templates
 
     @property
     def special_tokens(self) -> dict[str, str]:
         """Texts of the tokens that chat templates name."""
-        welcome = self._require_welcome()
-        return {"bos_token": welcome.bos_token, "eos_token": welcome.eos_token}
+        return self._require_welcome().special_tokens
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """What the model says of parameters that a request leaves out."""
+        return self._require_welcome().sampling_defaults
 
     @property
     def status(self) -> tuple[bool, str]:
@@ -231,16 +236,20 @@ class Engine:
                 raise InvalidRequest(f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are allowed")
             if self._vocabulary is None:
                 raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids")
-            return encode(self._vocabulary.tokenizer, prompt, add_special_tokens)
-        token_ids = tuple(prompt)
-        self._check_tokens("the prompt", token_ids)
+            token_ids = encode(self._vocabulary.tokenizer, prompt, add_special_tokens)
+        else:
+            token_ids = tuple(prompt)
+        self._check_tokens("the prompt", token_ids)  # a tokenizer, too, may know tokens that the model does not have
         return token_ids
 
     def _check_tokens(self, where: str, token_ids: Iterable[int]) -> None:
         vocab_size = self._require_welcome().vocab_size
         for token_id in token_ids:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-                raise InvalidRequest(f"token id {token_id!r} in {where}; ids are integers from 0 to {vocab_size - 1}")
+                raise InvalidRequest(
+                    f"token id {shown(token_id)} in {where}; ids are integers from 0 to {vocab_size - 1}",
+                    param=where.removeprefix("the "),
+                )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; "" for a model without tokenizer."""
@@ -259,17 +268,20 @@ class Engine:
 
         Args:
             prompt: text, or token ids.
+            params: None for what the model's generation_config.json says.
 
         Raises:
             InvalidRequest: the prompt or the parameters cannot be served.
             Unavailable: nothing can take it now.
             RequestFailed: it was lost on the way; names the worker.
         """
-        params = params or SamplingParams()
+        params = params or self.sampling_defaults.params()
         client = self._require_client()
         if params.stop and self._vocabulary is None:
             raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks")
         token_ids = self.encode(prompt)
+        if len(token_ids) >= self.max_model_len:
+            raise context_exceeded(self.max_model_len, len(token_ids), params.max_tokens)
         self._check_tokens("logit_bias", params.logit_bias)
         self._check_tokens("stop_token_ids", params.stop_token_ids)
         request_id = request_id or f"req-{uuid.uuid4().hex}"
@@ -277,11 +289,13 @@ class Engine:
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
         choices = [replace(params, seed=seed_of_choice(seed, index), n=1) for index in range(params.n)]
         texts = text_streams(self._vocabulary, token_ids, params)
+        num_cached = [0] * params.n
         updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
         try:
             async for update in updates:
                 index = names.index(update.request_id)
                 text, reason = texts[index], update.finish_reason or None
+                num_cached[index] += update.num_cached_tokens
                 new = text.push(
                     update.token_ids, update.logprobs, is_last=reason is not None, is_ended_by_token=reason == "stop"
                 )
@@ -289,8 +303,9 @@ class Engine:
                     reason = "stop"
                     client.cancel(update.request_id)
                 yield Output(
-                    request_id, new.text, update.token_ids, reason, len(token_ids), index, new.logprobs, new.token_texts
-                )
+                    request_id, new.text, update.token_ids, reason, len(token_ids), index, new.logprobs,
+                    num_cached[index], new.token_texts,
+                )  # fmt: skip
         finally:
             await updates.aclose()
 

@@ -12,24 +12,27 @@ import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msi.coordinator import Coordinator
-from msi.device.choice import check_device
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.membership import InstancePlan
-from msi.messages import MESSAGES, Welcome
-from msi.models.config import ModelConfig, config_digest, read_json
+from msi.messages import COORDINATOR_END, WORKER_END, Welcome
+from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
-from msi.net.codec import Codec
-from msi.net.control import ControlClient, ControlServer
+from msi.models.files import read_json
+from msi.models.texts import read_texts
+from msi.net.control import ControlClient, ControlServer, is_address
+from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
 from msi.planner.drift import DriftWatch
 from msi.planner.plan_file import check_model, read_plan_file
-from msi.torch_host import HostSettings, TorchHost
-from msi.worker import Worker, WorkerSettings
+from msi.watchdog import LoopWatch
+
+if TYPE_CHECKING:
+    from msi.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -74,35 +77,28 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
     return plan, config
 
 
-def create_coordinator(options: InstanceOptions, bind: str) -> Coordinator:
+def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | None = None) -> Coordinator:
     """Raises ConfigError: the model directory or the options cannot work, or the port is in use."""
     plan, config = build_plan(options)
     model_dir = options.model_dir
-    tokenizer_path = model_dir / "tokenizer.json"
-    if not tokenizer_path.exists():
-        log.warning("%s does not exist: prompts must be given as token ids", tokenizer_path)
-    tokenizer_config_path = model_dir / "tokenizer_config.json"
-    texts = read_json(tokenizer_config_path) if tokenizer_config_path.exists() else {}
-    template_path = model_dir / "chat_template.jinja"
-    template = template_path.read_text() if template_path.exists() else texts.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    texts = read_texts(model_dir, read_json(model_dir / "config.json"), options.generation_config)
     welcome = Welcome(
         model_name=options.model_name,
         vocab_size=config.vocab_size,
         max_model_len=plan.max_model_len,
-        tokenizer=tokenizer_path.read_bytes() if tokenizer_path.exists() else b"",
-        chat_template=template if isinstance(template, str) else "",
-        bos_token=_token_text(texts.get("bos_token")),
-        eos_token=_token_text(texts.get("eos_token")),
+        tokenizer=texts.tokenizer,
+        chat_templates=texts.chat_templates,
+        special_tokens=texts.special_tokens,
+        sampling_defaults=texts.sampling_defaults,
     )
     return Coordinator(
-        ControlServer(bind, Codec(*MESSAGES)),
+        ControlServer(bind, COORDINATOR_END),
         plan,
         welcome,
         num_micro_batches=options.micro_batches,
         num_layers=config.num_sparse_layers,
         drift=_drift_watch(options),
+        watch=watch,
     )
 
 
@@ -112,11 +108,6 @@ def _drift_watch(options: InstanceOptions) -> DriftWatch | None:
     return DriftWatch(read_plan_file(options.plan), options.plan_drift)
 
 
-def _token_text(value: object) -> str:
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else ""
-
-
 def create_worker(
     options: InstanceOptions,
     coordinator: str,
@@ -124,8 +115,12 @@ def create_worker(
     worker_id: str = "",
     trace_dir: Path | None = None,
     advertise_host: str = "",
+    watch: LoopWatch | None = None,
 ) -> Worker:
     """Raises ConfigError: the model directory or the settings cannot work."""
+    from msi.torch_host import HostSettings, TorchHost  # torch takes a second, and only workers need it
+    from msi.worker import Worker, WorkerSettings
+
     host = HostSettings(
         coordinator=coordinator,
         model_dir=options.model_dir,
@@ -144,7 +139,15 @@ def create_worker(
         trace_dir=trace_dir,
         start_timeout_s=options.start_timeout_s,
     )
-    return Worker(settings, TorchHost(host), ControlClient(coordinator, Codec(*MESSAGES)))
+    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END), watch)
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError where this machine has no such device."""
+    if name != "cpu":
+        from msi.device import choice
+
+        choice.check_device(name)
 
 
 def worker_ids(options: InstanceOptions) -> list[tuple[str, str]]:
@@ -156,7 +159,7 @@ def worker_ids(options: InstanceOptions) -> list[tuple[str, str]]:
 
 
 class LocalInstance(Protocol):
-    """A coordinator and its workers, started and stopped together."""
+    """A coordinator and its workers, started and stopped together; their sockets are for this user alone."""
 
     async def start(self) -> str:
         """Starts everything and returns the coordinator's address; raises EngineError if it cannot."""
@@ -178,11 +181,13 @@ class InprocInstance:
         self._report_failure = report_failure
         self._trace_dir = trace_dir
         self._tasks: list[asyncio.Task[None]] = []
+        self._sockets: SocketDir | None = None
         self.workers: list[Worker] = []
 
     async def start(self) -> str:
         check_device(self._options.device)
-        coordinator = create_coordinator(self._options, "tcp://127.0.0.1:*")
+        self._sockets = SocketDir()
+        coordinator = create_coordinator(self._options, self._sockets.address("coordinator"))
         self._start(coordinator.run(), "coordinator")
         for role, worker_id in worker_ids(self._options):
             worker = create_worker(self._options, coordinator.address, role, worker_id, self._trace_dir)
@@ -206,6 +211,8 @@ class InprocInstance:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        if self._sockets is not None:
+            self._sockets.close()
         for worker in self.workers:
             if worker.life is not None and worker.life.attention is not None:
                 worker.life.attention.check_integrity()  # embedded workers are what tests use: none ends unchecked
@@ -231,7 +238,7 @@ async def start_coordinator(
         os.close(writer)
         writer = -1
         address = await asyncio.wait_for(asyncio.to_thread(_read_line, reader), ADDRESS_TIMEOUT_S)
-        if address.startswith("tcp://"):
+        if is_address(address):
             started, process = process, None
             return started, address
         await process.wait()
@@ -284,6 +291,7 @@ class ProcessInstance:
         self._worker_flags = worker_flags + (() if trace_dir is None else ("--trace-dir", str(trace_dir)))
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._sockets: SocketDir | None = None
         self._is_stopping = False
 
     @property
@@ -302,7 +310,9 @@ class ProcessInstance:
         self._tasks.append(asyncio.get_running_loop().create_task(running))
 
     async def _start_coordinator(self) -> str:
-        process, address = await start_coordinator(self._options, "tcp://127.0.0.1:*", self._coordinator_flags)
+        self._sockets = SocketDir()
+        where = self._sockets.address("coordinator")
+        process, address = await start_coordinator(self._options, where, self._coordinator_flags)
         self._processes["coordinator"] = process
         self._watch(self._watch_coordinator())
         return address
@@ -362,6 +372,8 @@ class ProcessInstance:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        if self._sockets is not None:
+            self._sockets.close()
 
 
 SENTENCE_GRACE_S = 2.0

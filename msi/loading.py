@@ -13,7 +13,7 @@ import torch
 
 from msi.device.device import Device
 from msi.errors import ConfigError
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.messages import Assignment
 from msi.models.attention_weights import AttentionWeights, load_attention_weights
 from msi.models.checkpoint import Checkpoint, DummyCheckpoint

@@ -154,6 +154,12 @@ class Cluster:
         members = [member.route for role in ("attention", "expert") for member in self.live(role)]
         return [*members, *(applicant.route for applicant in self._undecided.values())]
 
+    def has_route(self, route: bytes) -> bool:
+        """Whether a worker is, or was last, behind it."""
+        return any(member.route == route for member in self._members.values()) or any(
+            applicant.route == route for applicant in self._undecided.values()
+        )
+
     @property
     def is_linked(self) -> bool:
         """Whether every wanted worker is there and connected."""

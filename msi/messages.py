@@ -1,4 +1,4 @@
-"""The control plane's messages: a few per pass or rarer, all typed, all through `net.codec`.
+"""The control plane's messages: a few per pass or rarer, all typed, all through `net.codec`; who may say which.
 
 worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
                         Calibrated, WorkerFailed, Draining, Goodbye
@@ -10,13 +10,21 @@ coordinator -> client   Welcome, Refused, InstanceStatus, Outputs, Stats, Heartb
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from msi.errors import Failure
+from msi.net.codec import Codec
 from msi.scheduler import Progress, Request
-from msi.types import Placement, StageTimes, TokenLogprobs
+from msi.types import NO_DEFAULTS, Placement, SamplingDefaults, StageTimes, TokenLogprobs
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+
+Count = Annotated[int, range(2**40)]
+Lanes = Annotated[int, range(1, 65)]
+Seats = Annotated[int, range(2**16)]
+Seconds = Annotated[float, (0.0, math.inf)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +65,24 @@ class Assignment:
     instance: str
     worker_id: str
     role: str
-    index: int
-    incarnation: int
+    index: Seats
+    incarnation: Count
     placement: Placement
-    num_lanes: int
-    slot_rows: int
-    num_seats: int
+    num_lanes: Lanes
+    slot_rows: Annotated[int, range(1, 2**24)]
+    num_seats: Seats
     dtype: str
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    max_model_len: Count
+    max_num_seqs: Count
+    max_num_batched_tokens: Count
     is_colocated: bool
-    memory_share: float
-    peer_timeout_s: float
-    heartbeat_s: float
-    lost_after_s: float
-    max_num_waiting: int = 1024
+    memory_share: Annotated[float, (0.0, 1.0)]
+    peer_timeout_s: Seconds
+    heartbeat_s: Seconds
+    lost_after_s: Seconds
+    max_num_waiting: Count = 1024
     has_prefix_cache: bool = True
-    num_kv_blocks: int = 0
+    num_kv_blocks: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +111,7 @@ class WorkerReady:
     worker_id: str
     incarnation: int
     address: str
-    num_blocks: int
+    num_blocks: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +124,7 @@ class WorkerFailed:
 
 @dataclass(frozen=True, slots=True)
 class ExpertAddress:
-    node: int
+    node: Seats
     worker_id: str
     incarnation: int
     address: str
@@ -155,11 +163,11 @@ class WorkerStatus:
         counters: everything countable, by name.
     """
 
-    loaded_bytes: int
-    total_bytes: int
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int
+    loaded_bytes: Annotated[int, range(2**60)]
+    total_bytes: Annotated[int, range(2**60)]
+    num_running: Count
+    num_waiting: Count
+    num_free_blocks: Count
     times: StageTimes
     counters: dict[str, float]
 
@@ -210,9 +218,9 @@ class PeerLost:
 class Calibrate:
     """Run synthetic micro-batches of this many sequences on this many lanes, and report stage times."""
 
-    num_lanes: int
-    num_seqs: int
-    num_passes: int
+    num_lanes: Lanes
+    num_seqs: Count
+    num_passes: Annotated[int, range(1, 2**16)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +236,7 @@ class Calibrated:
 class UseLanes:
     """Serve with this many micro-batches in flight."""
 
-    num_lanes: int
+    num_lanes: Lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,15 +270,22 @@ class ClientHello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What a client needs to know about the model. `tokenizer` is tokenizer.json, b"" when there is none."""
+    """What a client needs to know about the model.
+
+    Attributes:
+        tokenizer: tokenizer.json, b"" when there is none.
+        chat_templates: in Jinja, by name; "default" if there are any.
+        special_tokens: texts that templates name, such as bos_token.
+        sampling_defaults: for requests that leave parameters out.
+    """
 
     model_name: str
     vocab_size: int
     max_model_len: int
-    tokenizer: bytes
-    chat_template: str
-    bos_token: str
-    eos_token: str
+    tokenizer: bytes = b""
+    chat_templates: dict[str, str] = field(default_factory=dict, hash=False)
+    special_tokens: dict[str, str] = field(default_factory=dict, hash=False)
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,13 +314,18 @@ class ClientHeartbeat:
 
 @dataclass(frozen=True, slots=True)
 class RequestUpdate:
-    """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`."""
+    """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`.
+
+    Attributes:
+        num_cached_tokens: with the first tokens, how many of the prompt the prefix cache had; else 0.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     finish_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     failure: Failure | None = None
+    num_cached_tokens: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -339,17 +359,30 @@ class Stats:
 
     Attributes:
         drift: where a plan runs, measured over planned by stage ("attention", "expert", "comm"), and "alarms".
+        dropped: what the coordinator did not take from its sockets, by kind.
+        counters: the coordinator's own.
     """
 
     num_lanes: int
     num_requests: int
     workers: tuple[WorkerStats, ...]
     drift: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=dict)
 
 
-MESSAGES = (
-    WorkerHello, Assignment, Undecided, Refused, HelloAgain, WorkerReady, WorkerFailed, Topology, Fence, Linked,
-    Heartbeat, HeartbeatAck, PassDone, RequestsFailed, PeerLost, Calibrate, Calibrated, UseLanes, Drain, Draining,
-    Goodbye, Shutdown, ClientHello, Welcome, InstanceStatus, Submit, Cancel, ClientHeartbeat, Outputs, StatsRequest,
-    Stats,
+FROM_WORKER = (
+    WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed, Calibrated, WorkerFailed, Draining,
+    Goodbye,
 )  # fmt: skip
+TO_WORKER = (
+    Assignment, Undecided, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate, UseLanes, HeartbeatAck,
+    Drain, Shutdown,
+)  # fmt: skip
+FROM_CLIENT = (ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest)
+TO_CLIENT = (Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck)
+
+# Each end reads only what the other may say.
+COORDINATOR_END = Codec(FROM_WORKER + FROM_CLIENT, TO_WORKER + TO_CLIENT, max_bytes=16 * 1024 * 1024)
+WORKER_END = Codec(TO_WORKER, FROM_WORKER, max_bytes=16 * 1024 * 1024)
+CLIENT_END = Codec(TO_CLIENT, FROM_CLIENT)

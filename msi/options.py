@@ -44,6 +44,8 @@ class InstanceOptions:
         max_num_waiting: requests that wait at an attention worker; the next is refused (503).
         enable_prefix_caching: requests with a common prefix share its KV blocks.
         num_gpu_blocks_override: KV blocks per attention worker, whatever the memory allows; 0 for what it allows.
+        generation_config: where the model's own sampling parameters come from: "auto" for its generation_config.json,
+            "vllm" for nowhere, or a folder that holds such a file.
         plan: file of the plan that is run (see `with_plan`); the coordinator holds what is measured against it.
         plan_drift: how far T_a, T_e or T_c may part from the plan's, as a fraction, before the coordinator says so.
 
@@ -73,6 +75,7 @@ class InstanceOptions:
     max_num_waiting: int = 1024
     enable_prefix_caching: bool = True
     num_gpu_blocks_override: int = 0
+    generation_config: str = "auto"
     plan: Path | None = None
     plan_drift: float = 0.3
 

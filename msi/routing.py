@@ -103,7 +103,9 @@ class Router:
                 self._forget(routed)
                 weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
                 self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
-            update = RequestUpdate(one.request_id, one.token_ids, one.finish_reason or "", one.logprobs)
+            update = RequestUpdate(
+                one.request_id, one.token_ids, one.finish_reason or "", one.logprobs, None, one.num_cached_tokens
+            )
             updates.setdefault(routed.client, []).append(update)
         return updates
 

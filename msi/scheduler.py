@@ -14,11 +14,11 @@ on, so nobody starves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from msi.block_pool import BlockPool, hash_block
-from msi.errors import InvalidRequest, Unavailable
+from msi.errors import InvalidRequest, Unavailable, context_exceeded
 from msi.sampling import has_extras, is_stop_token, sampling_extras
 from msi.types import MicroBatch, SamplingParams, TokenLogprobs, TokenSampling
 
@@ -45,12 +45,14 @@ class Progress:
     Attributes:
         finish_reason: "stop", "length" or None while it goes on.
         logprobs: one for each token if they were asked for, else ().
+        num_cached_tokens: with the first token, how many of the prompt were known when it was admitted; else 0.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -72,7 +74,9 @@ class _Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
     num_kept: int = 0  # full blocks that can be found by their hashes
+    num_cached: int | None = None  # tokens of the prompt that were known at its first admission
     is_cancelled: bool = False
+    has_failed: bool = False  # what it computed is not to be found by others
     was_left_out: bool = False  # of the last micro-batch, for want of room
     has_extras: bool = field(init=False)
 
@@ -83,6 +87,11 @@ class _Sequence:
     def num_left(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
+
+    def take_cached(self) -> int:
+        """`num_cached`, the first time it is asked for; 0 afterwards."""
+        count, self.num_cached = self.num_cached or 0, 0
+        return count
 
     @property
     def predicted(self) -> float:
@@ -185,10 +194,7 @@ class Scheduler:
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty; give at least one token")
         if num_prompt >= self._max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens; with a context of {self._max_model_len} at most "
-                f"{self._max_model_len - 1} are allowed, so that one can follow"
-            )
+            raise context_exceeded(self._max_model_len, num_prompt, request.params.max_tokens)
         cache_len = self._pool.capacity * self._block_tokens
         if num_prompt >= cache_len:
             raise InvalidRequest(
@@ -277,7 +283,8 @@ class Scheduler:
         progress = []
         for sequence, count in in_flight:
             sequence.num_computed += count
-            self._keep_full_blocks(sequence)
+            if not sequence.has_failed:
+                self._keep_full_blocks(sequence)
             row, token = next(sampled) if sequence.num_computed == len(sequence.tokens) else (-1, None)
             if sequence.is_cancelled:
                 self._release(lane, sequence)
@@ -285,13 +292,29 @@ class Scheduler:
                 sequence.tokens.append(token)
                 reason = self._finish_reason(sequence, token)
                 chosen = (logprobs[row],) if row in logprobs else ()
-                progress.append(Progress(sequence.request.request_id, (token,), reason, chosen))
+                progress.append(Progress(sequence.request.request_id, (token,), reason, chosen, sequence.take_cached()))
                 if reason is not None:
                     del self._sequences[sequence.request.request_id]
                     self._release(lane, sequence)
         assert next(sampled, None) is None, f"more tokens than logit rows: {token_ids}"
         self._admit()
         return progress
+
+    def fail(self, lane_index: int, indices: Iterable[int]) -> list[str]:
+        """Sequences of the pass in flight, by index in its micro-batch, end without a token; before its `update`.
+
+        Returns their ids; those that were cancelled before are not among them. No block of theirs is found by its
+        contents from now on, not even those that others found sound.
+        """
+        failed = []
+        for index in indices:
+            sequence, _ = self._lanes[lane_index].in_flight[index]
+            sequence.has_failed = True
+            self._pool.forget(sequence.blocks)
+            if not sequence.is_cancelled:
+                self._forget(sequence.request.request_id)
+                failed.append(sequence.request.request_id)
+        return failed
 
     def give_up(self, lane_index: int) -> None:
         """The pass of a lane was lost: what it computed counts as not computed."""
@@ -329,6 +352,8 @@ class Scheduler:
             sequence.blocks = known + self._pool.allocate(num_new)
             sequence.num_kept = len(known)
             sequence.num_computed = len(known) * self._block_tokens
+            if sequence.num_cached is None:
+                sequence.num_cached = sequence.num_computed
             self.counters.prompt_tokens += len(sequence.tokens)
             self.counters.prefix_hit_tokens += sequence.num_computed
             lane = min(self._lanes, key=lambda lane: sum(other.predicted for other in lane.sequences))

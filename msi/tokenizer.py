@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer
+from collections.abc import Collection
+
+from tokenizers import AddedToken, Tokenizer
 
 from msi.errors import ConfigError, InvalidRequest
 
 
-def load_tokenizer(content: bytes) -> Tokenizer:
-    """From the bytes of a tokenizer.json. Truncation and padding that are stored in it are not obeyed: a prompt is
-    what was asked. Raises ConfigError.
+def load_tokenizer(content: bytes, special_tokens: Collection[str] = ()) -> Tokenizer:
+    """From the bytes of a tokenizer.json. Truncation and padding that are stored in it are not obeyed.
+
+    Args:
+        special_tokens: tokens that are special because the model names them (as bos_token, say), whatever the file
+            says; those that it does not have are nothing.
+
+    Raises:
+        ConfigError: it cannot be read.
     """
     try:
         tokenizer = Tokenizer.from_buffer(content)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        _make_special(tokenizer, special_tokens)
     except BaseException as error:
         if not is_library_error(error):
             raise
         raise ConfigError(f"tokenizer.json cannot be read: {error}") from error
     return tokenizer
+
+
+def _make_special(tokenizer: Tokenizer, texts: Collection[str]) -> None:
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for text in texts:
+        if text and tokenizer.token_to_id(text) is not None and not (text in added and added[text].special):
+            token = added.get(text) or AddedToken(text, normalized=False)
+            token.special = True
+            tokenizer.add_special_tokens([token])
 
 
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:

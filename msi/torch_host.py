@@ -29,6 +29,8 @@ from msi.net.tcp import TcpTransport, address_towards, split_address
 from msi.net.transport import Transport
 from msi.tracing import Tracer
 
+LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True, slots=True)
 class HostSettings:
@@ -176,7 +178,9 @@ class TorchHost:
 
     def _advertised_host(self) -> str:
         settings = self._settings
-        return settings.advertise_host or address_towards(*split_address(settings.coordinator))
+        if settings.advertise_host or not settings.coordinator.startswith("ipc://"):
+            return settings.advertise_host or address_towards(*split_address(settings.coordinator))
+        return LOOPBACK  # all of the instance is on this machine
 
     def counters(self) -> dict[str, float]:
         return {"loop_cpu_s": time.thread_time(), "rss_bytes": resident_memory_bytes()}

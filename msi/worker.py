@@ -49,6 +49,7 @@ from msi.net.control import MessageClient
 from msi.net.transport import Transport
 from msi.tracing import Tracer
 from msi.types import StageTimes
+from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +99,12 @@ class Worker:
     Args:
         host: what it runs on; closed when `run` ends.
         control: the way to the coordinator; closed then, too.
+        watch: of the loop that this runs on; what it measures goes with the heartbeats.
     """
 
-    def __init__(self, settings: WorkerSettings, host: Host, control: MessageClient) -> None:
+    def __init__(
+        self, settings: WorkerSettings, host: Host, control: MessageClient, watch: LoopWatch | None = None
+    ) -> None:
         self.worker_id = settings.worker_id
         self.life: Life | None = None
         self._process = secrets.token_hex(8)
@@ -108,6 +112,7 @@ class Worker:
         self._host = host
         self._control = control
         self._clock = host.clock
+        self._watch = watch
         self._loaded: LoadedModel | None = None
         self._tracer: Tracer | None = None
         self._last_heard = self._clock()
@@ -322,6 +327,8 @@ class Worker:
                 times = experts.times()
         busy = self._busy_share()
         counters |= self._host.counters()
+        if self._watch is not None:
+            counters |= self._watch.counters()
         counters["at_s"] = self._clock()
         counters["busy_s"] = self._host.busy_s
         counters["control_messages_sent"] = self._control.num_sent

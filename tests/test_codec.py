@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import tracemalloc
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msi.errors import ProtocolError
 from msi.messages import (
-    MESSAGES,
+    CLIENT_END,
+    COORDINATOR_END,
+    FROM_CLIENT,
+    FROM_WORKER,
+    TO_CLIENT,
+    TO_WORKER,
+    WORKER_END,
     Assignment,
     ExpertAddress,
     Heartbeat,
@@ -27,7 +35,7 @@ from msi.net.codec import Codec
 from msi.scheduler import Progress, Request
 from msi.types import Placement, SamplingParams, StageTimes, TokenLogprobs
 
-CODEC = Codec(*MESSAGES)
+CODEC = Codec({*FROM_CLIENT, *FROM_WORKER, *TO_CLIENT, *TO_WORKER})
 EXAMPLES = [
     WorkerHello(1, "expert-0", "expert", 12, "host", "abc", "float32"),
     Assignment(
@@ -81,7 +89,7 @@ def submit(**changes):
         (msgpack.packb(["Shutdown"]), "Shutdown has 1 fields"),
         (msgpack.packb(["Shutdown", 3]), "expected str, got int"),
         (msgpack.packb(["ClientHello", True]), "expected int, got bool"),
-        (msgpack.packb(["Outputs", [["r", 3, "", [], None]]]), "expected an array"),
+        (msgpack.packb(["Outputs", [["r", 3, "", [], None, 0]]]), "expected an array"),
         (submit(max_tokens=0), "max_tokens is 0"),
         (submit(temperature=float("nan")), "temperature is nan"),
         (submit(logit_bias={"5": 1.0}), "expected a map with int keys"),
@@ -104,3 +112,170 @@ def test_well_formed_msgpack_that_is_no_message_is_refused_too(value):
     for name in ("Heartbeat", "Submit", "PassDone"):
         with pytest.raises(ProtocolError):
             CODEC.decode(msgpack.packb([name, value]))
+
+
+# -- each end reads only what the other may say -----------------------------------------------------------------------
+
+ENDS = {"coordinator": COORDINATOR_END, "worker": WORKER_END, "client": CLIENT_END}
+SAID_TO = {
+    "coordinator": {*FROM_CLIENT, *FROM_WORKER},
+    "worker": {*TO_WORKER},
+    "client": {*TO_CLIENT},
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_an_end_reads_only_what_is_said_to_it(end, message):
+    payload = CODEC.encode(message)
+    if type(message) in SAID_TO[end]:
+        assert ENDS[end].decode(payload) == message
+    else:
+        with pytest.raises(ProtocolError, match="unknown message"):
+            ENDS[end].decode(payload)
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_an_end_says_only_what_is_its_to_say(message):
+    if type(message) not in {*TO_CLIENT, *TO_WORKER}:
+        with pytest.raises(AssertionError):
+            COORDINATOR_END.encode(message)
+
+
+# -- nothing large is made on the word of a few bytes -----------------------------------------------------------------
+
+
+def assignment(**changes):
+    (example,) = [one for one in EXAMPLES if isinstance(one, Assignment)]
+    values = [getattr(example, field.name) for field in dataclasses.fields(Assignment)]
+    names = [field.name for field in dataclasses.fields(Assignment)]
+    placement = [[0, 0, 1], 2, 4]
+    values[names.index("placement")] = placement
+    for name, value in changes.items():
+        if name in ("node_of", "num_nodes", "version"):
+            placement[("node_of", "num_nodes", "version").index(name)] = value
+        else:
+            values[names.index(name)] = value
+    return msgpack.packb(["Assignment", *values])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_nodes": 2**40}, {"num_nodes": 2**64 - 1}, {"num_nodes": -1}, {"num_nodes": 0}, {"num_nodes": 3},
+        {"node_of": []}, {"node_of": [0, 5]}, {"node_of": [[]]}, {"node_of": b"\0" * 7}, {"node_of": b"\1" * 4000},
+        {"num_lanes": 0}, {"num_lanes": 10**9}, {"num_seats": 2**63}, {"num_seats": -1}, {"slot_rows": 0},
+        {"slot_rows": 2**62}, {"max_num_seqs": -5}, {"max_model_len": 2**60}, {"incarnation": -1}, {"index": 1 << 40},
+        {"memory_share": float("nan")}, {"memory_share": 7.0}, {"heartbeat_s": float("nan")}, {"lost_after_s": -1},
+        {"peer_timeout_s": float("-inf")}, {"num_kv_blocks": 2**63}, {"is_colocated": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_absurd_sizes_in_an_assignment_are_refused(changes):
+    assert WORKER_END.decode(assignment()) is not None
+    with pytest.raises(ProtocolError):
+        WORKER_END.decode(assignment(**changes))
+    with pytest.raises(ProtocolError):
+        COORDINATOR_END.decode(assignment(**changes))
+
+
+def peak_bytes(run):
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdd\x00\xff\xff\xff" * 1000,
+        b"\xdd\x00\x10\x00\x00" * 200_000,
+        b"\xdc\xff\xff" * 300_000,
+        b"\xdc\x3f\xff" * 300_000,
+        b"\x91" * 3_000_000,
+        b"\x81" * 3_000_000,
+        b"\xdf\xff\xff\xff\xff" * 200_000,
+        b"\x92\xa6Submit" + b"\x91" * 1_000_000,
+        b"\xc6\xff\xff\xff\xff" + b"x" * 100,
+        b"\xdb\xff\xff\xff\xff" + b"x" * 100,
+        b"\xc9\xff\xff\xff\xff\x05" + b"x" * 100,
+        msgpack.packb(["Shutdown", msgpack.ExtType(5, b"x" * 10)]),
+        msgpack.packb(["Shutdown", msgpack.Timestamp(1)]),
+        msgpack.packb(["Cancel", "x" * (5 << 20)]),
+        msgpack.packb(["ClientHello", dict.fromkeys(range(20000))]),
+    ],
+    ids=range(16),
+)
+def test_what_claims_to_be_large_or_deep_costs_little_and_is_refused(payload):
+    def decode():
+        for end in ENDS.values():
+            with pytest.raises(ProtocolError):
+                end.decode(payload)
+
+    assert peak_bytes(decode) < 200 << 20
+
+
+def test_a_message_longer_than_an_end_reads_is_refused_unread():
+    with pytest.raises(ProtocolError, match="at most 16777216 are allowed"):
+        COORDINATOR_END.decode(bytes(17 << 20))
+
+
+def test_prompts_of_every_length_and_value_survive():
+    for prompt in ((), (1,), tuple(range(31)), tuple(range(32)), tuple(range(100_000)), (2**40,) * 50, (-1,) * 40):
+        message = Submit(Request("r", prompt, SamplingParams(seed=1)))
+        assert COORDINATOR_END.decode(CLIENT_END.encode(message)) == message
+    assert len(CLIENT_END.encode(Submit(Request("r", (5,) * 100_000, SamplingParams(seed=1))))) < 410_000
+
+
+def hostile():
+    leaves = (
+        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=5)
+        | st.binary(max_size=9)
+    )  # fmt: skip
+    return st.recursive(
+        leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.integers(-3, 3), inner, max_size=3),
+        max_leaves=5,
+    )  # fmt: skip
+
+
+@st.composite
+def mutated(draw):
+    """A valid message in which a value somewhere is another."""
+    message = msgpack.unpackb(CODEC.encode(draw(st.sampled_from(EXAMPLES))), strict_map_key=False)
+    at = message
+    while True:
+        inner = [index for index, value in enumerate(at) if isinstance(value, list) and value]
+        if not inner or draw(st.booleans()):
+            break
+        at = at[draw(st.sampled_from(inner))]
+    match draw(st.sampled_from(["other", "more", "less"])):
+        case "other":
+            at[draw(st.integers(0, len(at) - 1))] = draw(hostile())
+        case "more":
+            at.append(draw(hostile()))
+        case "less":
+            at.pop()
+    return msgpack.packb(message)
+
+
+@settings(max_examples=400, deadline=None)
+@given(mutated())
+def test_a_message_with_another_value_somewhere_is_a_message_or_a_protocol_error(payload):
+    for end in ENDS.values():
+        with contextlib.suppress(ProtocolError):
+            end.decode(payload)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_valid_message_with_flipped_bytes_is_a_message_or_a_protocol_error(data):
+    payload = bytearray(CODEC.encode(data.draw(st.sampled_from(EXAMPLES))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+    for end in ENDS.values():
+        with contextlib.suppress(ProtocolError):
+            end.decode(bytes(payload[: data.draw(st.integers(0, len(payload)))]))

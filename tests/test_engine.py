@@ -106,7 +106,7 @@ async def test_leaving_early_cancels(engine):
         ([1, -1], "token id -1"),
         ([1, "a"], "token id 'a'"),
         ([True], "token id True"),
-        ([1] * 512, "at most 511 are allowed"),
+        ([1] * 512, "maximum context length is 512 tokens"),
         ("a\ud800b", "not valid"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # lower layers first; a module may import its own layer and those below
 LAYERS = [
-    {"msi.errors", "msi.types", "msi.meter", "msi.tracing"},
+    {"msi.errors", "msi.types", "msi.meter", "msi.tracing", "msi.watchdog", "msi.complaints"},
     {
         "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.sampling", "msi.block_pool", "msi.kernels",
         "msi.net", "msi.planner",
@@ -130,3 +132,10 @@ def test_the_package_list_is_complete():
     for folder in {path.parent for path in python_files("msi")}:
         package = ".".join(folder.relative_to(ROOT).parts)
         assert f'"{package}"' in listed, f"{package} is missing in pyproject.toml"
+
+
+@pytest.mark.parametrize("module", ["msi", "msi_launch.main", "msi_launch.plan", "msi_launch.local", "msi.coordinator"])
+def test_torch_is_not_loaded_above_the_workers(module):
+    """It takes a second and 200 MB: command lines answer at once, and coordinators stay small."""
+    code = f"import sys, {module}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msi.kernels import BLOCK_TOKENS
 from msi.kernels.experts import gated_mlp, moe_experts, sigmoid_gated, silu_and_mul
 from msi.kernels.norm import layer_norm, norm_heads, norm_projections, rms_norm
-from msi.kernels.paged_attention import BLOCK_TOKENS, group_sequences, paged_attention, write_kv
+from msi.kernels.paged_attention import group_sequences, paged_attention, write_kv
 from msi.kernels.rope import apply_rope, rope_frequencies, rope_table
 from msi.kernels.routing import PackedRows, PlacementTables, pack_rows, row_bytes, rows_for_node, topk_softmax
 from msi.placement import place_evenly

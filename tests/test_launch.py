@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from msi import Engine, SamplingParams
-from msi.messages import MESSAGES, Submit, WorkerHello
+from msi.messages import FROM_CLIENT, FROM_WORKER, Submit, WorkerHello
 from msi.net.codec import Codec
 from msi.scheduler import Request
 from msi_launch.main import run
@@ -122,6 +122,9 @@ async def test_everything_on_this_machine_with_a_trace(tiny_model, tmp_path):
         body = {"prompt": "It is a truth", "max_tokens": 8, "temperature": 0}
         async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as response:
             assert response.status == 200
+        async with session.get(f"http://127.0.0.1:{port}/metrics") as response:
+            watched = set(re.findall(r'msi_loop_stalls_total{process="(.*)"}', await response.text()))
+        assert watched >= {"coordinator", "attention-0", "attention-1", "expert-0"}
         child.process.send_signal(signal.SIGINT)
         assert await child.ended() == 0
     events = __import__("json").loads(trace.read_text())["traceEvents"]
@@ -246,7 +249,7 @@ async def send_garbage(address):
     context = zmq.asyncio.Context()
     socket_ = context.socket(zmq.DEALER)
     socket_.connect(address)
-    codec = Codec(*MESSAGES)
+    codec = Codec(FROM_WORKER + FROM_CLIENT)
     from msi.types import SamplingParams as Params
 
     for payload in (

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from msi import Engine, SamplingParams
 from msi.errors import CheckpointError, ConfigError
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.loading import ModelFiles
 from msi.messages import Assignment
 from msi.models.attention_half import AttentionHalf, kv_cache_shape

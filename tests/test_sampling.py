@@ -170,7 +170,7 @@ def test_choices_have_seeds_of_their_own():
         ({"min_p": 1.5}, r"min_p is 1\.5; it must be a number from 0 to 1"),
         ({"presence_penalty": -3}, "presence_penalty is -3; it must be a number from -2 to 2"),
         ({"frequency_penalty": "high"}, "frequency_penalty is 'high'"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a number above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a number from 0.01 to 100"),
         ({"logit_bias": {5: 101}}, "logit_bias is .5: 101.; it must be a map of up to 1024 token ids"),
         ({"logit_bias": {"a": 1}}, "logit_bias is"),
         ({"logit_bias": [5]}, "logit_bias is"),

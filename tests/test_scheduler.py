@@ -115,7 +115,7 @@ def test_more_sequences_than_a_slot_has_rows_take_turns():
 
 @pytest.mark.parametrize(
     ("num_prompt", "message"),
-    [(0, "empty"), (64, "at most 63 are allowed"), (500, "at most 63 are allowed")],
+    [(0, "empty"), (64, "maximum context length is 64 tokens"), (500, "maximum context length is 64 tokens")],
 )
 def test_prompts_that_can_never_run_are_refused_with_a_sentence(num_prompt, message):
     scheduler = make_scheduler()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from msi.detokenizer import end_of_prompt
 from msi.errors import ConfigError, InvalidRequest
@@ -112,12 +113,28 @@ def test_prompts_are_tokenised_as_in_transformers_whatever_truncation_and_paddin
     tokenizer.enable_padding(length=30, pad_id=0, pad_token=tokenizer.id_to_token(0))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    ours = load_tokenizer((tmp_path / "tokenizer.json").read_bytes())
+    ours = load_tokenizer((tmp_path / "tokenizer.json").read_bytes(), [tokenizer.id_to_token(0)])  # it pads, so it is
     for text in [*TEXTS, CORPUS[0] * 20, ""]:
         for special in (True, False):
             expected = reference(text, add_special_tokens=special)["input_ids"]
             assert list(encode(ours, text, special)) == expected
             assert ours.decode(expected) == reference.decode(expected, skip_special_tokens=True)
+
+
+@every_kind
+def test_tokens_that_the_model_names_are_special_whatever_tokenizer_json_says(kind, tmp_path):
+    tokenizer = Tokenizer.from_str(tokenizer_of(kind).to_str())
+    plain = [tokenizer.id_to_token(token) for token in encode(tokenizer, CORPUS[0], False)[2:4]]
+    names = [*plain, "<tool call>", "<é>", "no such token"]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": names[0], "eos_token": names[1], "image_token": names[2], "pad_token": names[3]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer((tmp_path / "tokenizer.json").read_bytes(), names)
+    for text in [*TEXTS, names[0] + "x" + names[1], f"a{names[2]} b {names[3]} c{names[0]}"]:
+        expected = reference(text)["input_ids"]
+        assert list(encode(ours, text)) == expected
+        assert Vocabulary(ours).decode(expected) == reference.decode(expected, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"version": "1.0"}', b"\xff", b'{"model": {"type": "BPE"}}'])

@@ -27,10 +27,10 @@ from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError, EngineError
 from msi.expert_role import ExpertRole
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.kernels.routing import row_bytes
 from msi.loading import DTYPES, LoadedPart, ModelFiles
-from msi.messages import MESSAGES, Assignment, ExpertAddress, Linked, PassDone, Topology
+from msi.messages import FROM_WORKER, Assignment, ExpertAddress, Linked, PassDone, Topology
 from msi.models.attention_half import kv_cache_shape
 from msi.net.codec import Codec
 from msi.net.inproc import InprocTransport
@@ -341,7 +341,7 @@ def _schedule(assignment: Assignment, num_seqs: int, context_len: int, num_passe
         max_model_len=assignment.max_model_len,
         eos_token_ids=(),
     )
-    codec = Codec(*MESSAGES)
+    codec = Codec(FROM_WORKER)
     params = SamplingParams(max_tokens=num_passes + 2, temperature=0, ignore_eos=True, seed=0)
     for index in range(num_seqs):
         prompt = tuple((index * context_len + position) % 1000 for position in range(context_len))

@@ -16,7 +16,7 @@ import torch
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.kernels.routing import PackedRows, row_bytes
 from msi.lanes import run_pass
 from msi.loading import LoadedPart

@@ -2,3 +2,5 @@
 
 These run on the CPU and are the truth that faster kernels for other devices are tested against.
 """
+
+BLOCK_TOKENS = 16  # of a block of the KV cache; here, without torch, for those who only count blocks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BLOCK_TOKENS = 16
+from msi.kernels import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

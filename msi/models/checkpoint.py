@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msi.errors import CheckpointError
-from msi.models.config import read_json
+from msi.models.files import read_json
 
 Shape = tuple[int, ...]
 Rows = tuple[int, int]  # from, to

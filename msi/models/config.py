@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from msi.errors import ConfigError
@@ -294,21 +293,6 @@ def check_config(config: ModelConfig, source: str) -> None:
         raise ConfigError(f"{source}: each token is to choose {config.top_k} of {config.num_experts} experts")
     if not config.sparse_layers:
         raise ConfigError(f"{source}: none of the {config.num_layers} layers has experts; dense models are not served")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ConfigError."""
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}; it must be a JSON object")
-    return values
 
 
 def config_digest(values: dict[str, Any]) -> str:

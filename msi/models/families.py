@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from msi.errors import ConfigError
-from msi.models.config import ConfigReader, ModelConfig, check_config, read_json
+from msi.models.config import ConfigReader, ModelConfig, check_config
 from msi.models.dbrx import DBRX
 from msi.models.family import Family
+from msi.models.files import read_json
 from msi.models.mixtral import MIXTRAL
 from msi.models.olmoe import OLMOE
 from msi.models.qwen_moe import QWEN2_MOE, QWEN3_MOE

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from msi.errors import ConfigError
-from msi.models.config import ConfigReader, ModelConfig, config_digest, read_json
+from msi.models.config import ConfigReader, ModelConfig, config_digest
 from msi.models.families import FAMILIES, load_config
+from msi.models.files import read_json
 from msi.planner.model_shape import LatentAttention, ModelShape
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

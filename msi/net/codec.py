@@ -1,16 +1,22 @@
 """Typed messages to bytes and back: frozen dataclasses as msgpack arrays, checked field by field.
 
 A message is `[tag, field, field, ...]`, the tag its class name. Fields may be int, float, bool, str, bytes, None,
-tuples of one type, dicts with str keys, and other dataclasses. Whatever is not exactly that is a ProtocolError: bytes
-from a socket are never trusted, and nothing is ever unpickled.
+tuples of one type, dicts with str or int keys, and other dataclasses; `Annotated[int, range(...)]` and
+`Annotated[float, (least, most)]` bound a number. Long tuples of small integers travel as bytes, four for each.
+
+Whatever is not exactly that is a ProtocolError, whatever it would have become: bytes from a socket are never trusted,
+nothing is ever unpickled, and nothing large is made on the word of a few bytes. Each end reads only what the other
+may say.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgpack
@@ -18,26 +24,53 @@ import msgpack
 from msi.errors import ProtocolError
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_ITEMS = 16 * 1024  # of an array: msgpack makes room for as many as its head claims, at up to 1024 levels
+MAX_ENTRIES = 16 * 1024  # of a map
+MAX_TEXT_BYTES = 4 * 1024 * 1024  # of a string
+PACKED_FROM = 32  # integers of a tuple
 Check = Callable[[Any], Any]
 
 
 class Codec:
-    """Encodes and decodes a closed set of message types."""
+    """One end of a conversation.
 
-    def __init__(self, *message_types: type) -> None:
-        self._decoders = {message_type.__name__: _decoder(message_type) for message_type in message_types}
+    Args:
+        reads: the closed set of message types that `decode` knows.
+        writes: those that `encode` knows; by default the same.
+        max_bytes: of a message that is read.
+    """
+
+    def __init__(
+        self, reads: Iterable[type], writes: Iterable[type] | None = None, *, max_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
+        self.max_bytes = max_bytes
+        self._decoders = {message_type.__name__: _decoder(message_type) for message_type in reads}
+        self._writes = set(self._decoders) if writes is None else {message_type.__name__ for message_type in writes}
 
     def encode(self, message: Any) -> bytes:
+        """Raises ProtocolError: it is larger than any message may be."""
         name = type(message).__name__
-        assert name in self._decoders, f"{name} is not a message of this codec"
-        return typing.cast(bytes, msgpack.packb([name, *_plain(message)]))
+        assert name in self._writes, f"{name} is not what this end says"
+        payload = typing.cast(bytes, msgpack.packb([name, *_plain(message)]))
+        if len(payload) > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"{name} of {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} can be sent")
+        return payload
 
     def decode(self, payload: bytes | memoryview) -> Any:
-        """Raises ProtocolError, which says what was wrong."""
-        if len(payload) > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"a message of {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
+        """Raises ProtocolError, which says what was wrong, and nothing else."""
+        if len(payload) > self.max_bytes:
+            raise ProtocolError(f"a message of {len(payload)} bytes; at most {self.max_bytes} are allowed")
         try:
-            fields = msgpack.unpackb(payload, use_list=False, strict_map_key=False)
+            fields = msgpack.unpackb(
+                payload,
+                use_list=False,
+                strict_map_key=False,
+                max_array_len=min(MAX_ITEMS, len(payload)),
+                max_map_len=min(MAX_ENTRIES, len(payload)),
+                max_str_len=MAX_TEXT_BYTES,
+                max_bin_len=len(payload),
+                max_ext_len=0,
+            )
         except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
             raise ProtocolError(f"{len(payload)} bytes that are not msgpack: {type(error).__name__}") from error
         if not isinstance(fields, tuple) or not fields or not isinstance(fields[0], str):
@@ -45,7 +78,12 @@ class Codec:
         decoder = self._decoders.get(fields[0])
         if decoder is None:
             raise ProtocolError(f"unknown message {fields[0][:40]!r}")
-        return decoder(fields[1:])
+        try:
+            return decoder(fields[1:])
+        except ProtocolError:
+            raise
+        except Exception as error:  # what a type's own checks come to when it is given nonsense
+            raise ProtocolError(f"{fields[0]}: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def _plain(message: Any) -> list[Any]:
@@ -56,6 +94,8 @@ def _plain_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return _plain(value)
     if isinstance(value, tuple):
+        if len(value) >= PACKED_FROM and type(value[0]) is int:
+            return _packed(value)
         if value and (dataclasses.is_dataclass(value[0]) or isinstance(value[0], tuple)):
             return [_plain_value(item) for item in value]
         return value
@@ -64,8 +104,29 @@ def _plain_value(value: Any) -> Any:
     return value
 
 
+def _packed(values: tuple[int, ...]) -> bytes | tuple[int, ...]:
+    try:
+        packed = array("i", values)
+    except (OverflowError, TypeError):
+        return values
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _unpacked(value: bytes) -> tuple[int, ...]:
+    packed = array("i")
+    try:
+        packed.frombytes(value)
+    except ValueError as error:
+        raise ProtocolError(f"{len(value)} bytes are no array of integers") from error
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return tuple(packed)
+
+
 def _decoder(message_type: type) -> Check:
-    hints = typing.get_type_hints(message_type)
+    hints = typing.get_type_hints(message_type, include_extras=True)
     fields = [(field.name, _check(hints[field.name])) for field in dataclasses.fields(message_type)]
     name = message_type.__name__
 
@@ -77,13 +138,15 @@ def _decoder(message_type: type) -> Check:
         except ProtocolError as error:
             raise ProtocolError(f"{name}: {error}") from error
         except ValueError as error:  # the type's own validation
-            raise ProtocolError(f"{name}: {error}") from error
+            raise ProtocolError(f"{name}: {str(error)[:200]}") from error
 
     return decode
 
 
 def _check(hint: Any) -> Check:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _check_bounds(_check(args[0]), args[1])
     if dataclasses.is_dataclass(hint):
         return _decoder(typing.cast(type, hint))
     if origin is tuple:
@@ -112,8 +175,21 @@ def _check_scalar(expected: type) -> Check:
     return check
 
 
+def _check_bounds(check: Check, bounds: range | tuple[float, float]) -> Check:
+    def check_all(value: Any) -> Any:
+        value = check(value)
+        is_inside = value in bounds if isinstance(bounds, range) else bounds[0] <= value <= bounds[1]
+        if not is_inside:  # not a number is nowhere inside
+            raise ProtocolError(f"{value} is not from {bounds[0]} to {bounds[-1]}")
+        return value
+
+    return check_all
+
+
 def _check_tuple(check: Check, plain: type | None) -> Check:
     def check_all(value: Any) -> Any:
+        if plain is int and type(value) is bytes:
+            return _unpacked(value)
         if not isinstance(value, tuple):
             raise ProtocolError(f"expected an array, got {type(value).__name__}")
         if plain is not None and all(type(item) is plain for item in value):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from msi.errors import ProtocolError
 from msi.net.codec import Codec
 from msi.net.slots import SlotLayout
+from msi.net.transport import MAX_HELLO_BYTES
 
 PROTOCOL_VERSION = 1
 
@@ -47,7 +48,7 @@ class LinkWelcome:
     seat: int
 
 
-LINK_CODEC = Codec(LinkHello, LinkWelcome)
+LINK_CODEC = Codec((LinkHello, LinkWelcome), max_bytes=MAX_HELLO_BYTES)
 
 
 def decode_hello(payload: bytes, ours: LinkHello) -> LinkHello:
@@ -69,8 +70,8 @@ def decode_hello(payload: bytes, ours: LinkHello) -> LinkHello:
             raise ProtocolError(
                 f"{hello.worker_id[:64]} has {name} {getattr(hello, name)}, ours is {getattr(ours, name)}"
             )
-    if len(hello.next_seqs) != hello.num_lanes or min(hello.next_seqs) < 0:
-        raise ProtocolError(f"next_seqs {hello.next_seqs} do not fit {hello.num_lanes} lanes")
+    if len(hello.next_seqs) != hello.num_lanes or not all(0 <= seq < 1 << 62 for seq in hello.next_seqs):
+        raise ProtocolError(f"next_seqs {hello.next_seqs[:8]} do not fit {hello.num_lanes} lanes")
     return hello
 
 

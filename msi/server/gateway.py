@@ -17,15 +17,18 @@ from aiohttp import web
 
 import msi
 from msi.engine import Engine
-from msi.errors import ConfigError, EngineError
-from msi.server.calls import Call, Calls, error_of
-from msi.server.fields import error_object, parse_object
+from msi.errors import MAX_SHOWN_CHARS, ConfigError, EngineError
+from msi.server.answers import error_object
+from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
+from msi.server.fields import parse_object
 from msi.server.metrics import CONTENT_TYPE_LATEST, Metrics
 from msi.server.websocket import serve_websocket
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
+RETRY_AFTER_S = 1  # what a client waits that nothing could take now
+ID_HEADER = "X-Request-Id"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -48,6 +51,7 @@ class Gateway:
         self._metrics = Metrics()
         self._calls = Calls(engine, self._metrics, chat_template)
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors_as_json, self._authorised])
+        app.on_response_prepare.append(_name_request)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat_completions)
         app.router.add_get("/v1/stream", self._websocket)
@@ -87,20 +91,26 @@ class Gateway:
     # -- endpoints ---------------------------------------------------------------------------------------------------
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer(request, self._calls.completion(parse_object(await request.read())))
+        request_id = _id_of(request)
+        return await self._answer(
+            request, self._calls.completion(parse_object(await request.read()), request_id), request_id
+        )
 
     async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer(request, self._calls.chat(parse_object(await request.read())))
+        request_id = _id_of(request)
+        return await self._answer(request, self._calls.chat(parse_object(await request.read()), request_id), request_id)
 
-    async def _answer(self, request: web.Request, call: Call) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, call: Call, request_id: str) -> web.StreamResponse:
+        headers = {ID_HEADER: request_id}
         async with contextlib.aclosing(call.outputs):
-            if call.stream:
-                return await self._stream(request, call)
-            return _json(call.answer.whole([output async for output in call.outputs]))
+            if call.streaming.stream:
+                return await self._stream(request, call, headers)
+            return _json(call.answer.whole([output async for output in call.outputs]), headers=headers)
 
-    async def _stream(self, request: web.Request, call: Call) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, call: Call, headers: dict[str, str]) -> web.StreamResponse:
         """A failure before the first event is an HTTP error."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers}
+        response = web.StreamResponse(headers=headers)
         try:
             async with contextlib.aclosing(_events(call)) as events:
                 async for event in events:
@@ -150,10 +160,11 @@ async def _events(call: Call) -> AsyncGenerator[bytes, None]:
             if not has_begun:
                 chunks = call.answer.opening() + chunks
                 has_begun = True
-            if call.include_usage:
-                chunks = [{**chunk, "usage": None} for chunk in chunks]
+            if call.streaming.include_usage:
+                usage = call.answer.usage.values() if call.streaming.continuous_usage else None
+                chunks = [{**chunk, "usage": usage} for chunk in chunks]
             yield b"".join(_event(chunk) for chunk in chunks)
-        if call.include_usage:
+        if call.streaming.include_usage:
             yield _event(call.answer.usage_chunk())
     except EngineError as error:
         if not has_begun:
@@ -166,21 +177,33 @@ def _event(values: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(values) + b"\n\n"
 
 
+async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
+    """Every answer carries the request's id."""
+    response.headers.setdefault(ID_HEADER, _id_of(request))
+
+
+def _id_of(request: web.Request) -> str:
+    """The client's own, or a new one."""
+    return request_id_of(request.headers.get(ID_HEADER))
+
+
 @web.middleware
 async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     headers = {}
     try:
         return await handler(request)
     except EngineError as engine_error:
-        body = error_of(engine_error)
+        status, body = status_of(engine_error), error_of(engine_error)
     except web.HTTPException as error:
-        sentence = error.reason
+        status, sentence = error.status, error.reason
         if isinstance(error, web.HTTPUnauthorized):
             sentence = "this server needs an API key: send it as `Authorization: Bearer KEY`"
             headers["WWW-Authenticate"] = "Bearer"
         elif isinstance(error, web.HTTPRequestEntityTooLarge):
             sentence = f"the body is larger than {MAX_BODY_BYTES} bytes"
         elif isinstance(error, web.HTTPNotFound):
-            sentence = f"there is no {request.path}"
-        body = error_object(sentence, error.status)
-    return _json({"error": body}, body["code"], headers)
+            sentence = f"there is no {request.path[:MAX_SHOWN_CHARS]}"
+        body = error_object(sentence, status)
+    if status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    return _json({"error": body}, status, headers)

@@ -10,6 +10,10 @@ msi_running, msi_waiting                    sequences of each attention worker
 msi_kv_cache_used_ratio, msi_kv_cache_blocks
 msi_wave_size_total{size}                   batches of each expert worker by the seats in them
 msi_plan_drift_ratio{stage}, msi_plan_drift_alarms_total      where a plan runs: stage times measured over planned
+msi_dropped_total{kind}                     messages and connections that the coordinator did not take
+msi_loop_stall_seconds, msi_loop_stalls_total, msi_loop_stall_max_seconds
+                                            of each process: lateness of its event loop, stalls of a tenth of a second
+                                            and more, and the longest since its start
 msi_worker_..._total                        everything else a worker counts, such as evictions
 """
 
@@ -19,12 +23,13 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from msi.messages import Stats, WorkerStats
 from msi.types import Output
+from msi.watchdog import BUCKETS_S, COUNTER_PREFIX
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
 
@@ -125,6 +130,11 @@ def _instance_metrics(stats: Stats) -> Iterator[Metric]:
     rss = [(one, one.status.counters.get("rss_bytes", 0.0)) for one in stats.workers]
     yield _gauge("resident_memory_bytes", "Memory of the process.", rss)
     yield from _counters(stats.workers)
+    dropped = CounterMetricFamily("msi_dropped", "What the coordinator did not take from its sockets.", labels=["kind"])
+    for kind, count in stats.dropped.items():
+        dropped.add_metric([kind], count)
+    yield dropped
+    yield from _stalls({one.worker_id: one.status.counters for one in stats.workers} | {"coordinator": stats.counters})
     if stats.drift:
         yield from _drift(stats.drift)
 
@@ -153,7 +163,7 @@ def _counters(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
         for name, value in worker.status.counters.items():
             if name.startswith(WAVE_SIZE):
                 waves.add_metric([worker.worker_id, name.removeprefix(WAVE_SIZE)], value)
-            elif name not in TOLD_APART:
+            elif name not in TOLD_APART and not name.startswith(COUNTER_PREFIX):
                 if name not in others:
                     others[name] = CounterMetricFamily(
                         f"msi_worker_{name}", f"The worker's count {name}.", labels=["worker", "role"]
@@ -161,3 +171,20 @@ def _counters(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
                 others[name].add_metric([worker.worker_id, worker.role], value)
     yield waves
     yield from others.values()
+
+
+def _stalls(counters: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
+    """What `msi.watchdog` measured, by process."""
+    labels = ["process"]
+    late = HistogramMetricFamily("msi_loop_stall_seconds", "How late the event loop was.", labels=labels)
+    long = CounterMetricFamily("msi_loop_stalls", "Stalls of a tenth of a second and more.", labels=labels)
+    worst = GaugeMetricFamily("msi_loop_stall_max_seconds", "The longest stall.", labels=labels)
+    for process, values in counters.items():
+        if "loop_stalls" not in values:  # not watched, or it has not said yet
+            continue
+        buckets = [(str(bound), values[f"loop_stall_le_{bound}"]) for bound in BUCKETS_S]
+        buckets.append(("+Inf", values["loop_stall_le_inf"]))
+        late.add_metric([process], buckets, values["loop_stall_sum_s"])
+        long.add_metric([process], values["loop_stalls"])
+        worst.add_metric([process], values["loop_stall_max_s"])
+    yield from (late, long, worst)

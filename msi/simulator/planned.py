@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from msi.errors import ConfigError
-from msi.kernels.paged_attention import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS
 from msi.planner.choose import costs_of
 from msi.planner.plan_file import PlanFile
 from msi.planner.stage_costs import StageCosts

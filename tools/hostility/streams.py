@@ -1,0 +1,123 @@
+"""The live streams that no attack may touch: each asks for the same greedy text again and again, and is timed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from tools.hostility.wire import CLOSE, TEXT, Target, connected, frame, read_frame, request_bytes, upgrade
+
+PROMPTS = ("It was a fine morning", "She had never", "Mr. Elliot was", "The weather in Bath")
+AGAIN_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Time between two pieces of text of one answer."""
+
+    ended_at: float
+    seconds: float
+
+
+@dataclass(slots=True)
+class LiveStream:
+    """One client that behaves.
+
+    Attributes:
+        text: what it must be told every time, once it is known.
+        errors: (when, what): answers that ended with an error, or not as they should.
+        wrong: texts that were not `text`.
+    """
+
+    name: str
+    target: Target
+    prompt: str
+    max_tokens: int
+    is_websocket: bool = False
+    text: str | None = None
+    num_answers: int = 0
+    gaps: list[Gap] = field(default_factory=list)
+    errors: list[tuple[float, str]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    async def run(self) -> None:
+        """For ever; cancel it."""
+        while True:
+            begun_at = time.monotonic()
+            try:
+                text = await (self._over_websocket() if self.is_websocket else self._over_http())
+            except (OSError, TimeoutError, ValueError, KeyError, asyncio.IncompleteReadError) as error:
+                self.errors.append((begun_at, f"{type(error).__name__}: {error}"[:300]))
+                await asyncio.sleep(AGAIN_S)
+                continue
+            self.num_answers += 1
+            if self.text is None:
+                self.text = text
+            elif text != self.text:
+                self.wrong.append(text)
+
+    def _asked(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "max_tokens": self.max_tokens, "temperature": 0, "ignore_eos": True}
+
+    def _heard(self, last_at: float | None) -> float:
+        now = time.monotonic()
+        if last_at is not None:
+            self.gaps.append(Gap(now, now - last_at))
+        return now
+
+    async def _over_http(self) -> str:
+        body = json.dumps(self._asked() | {"stream": True}).encode()
+        pieces: list[str] = []
+        last_at, is_over = None, False
+        async with connected(self.target) as connection:
+            await connection.send(request_bytes(self.target, "POST", "/v1/completions", body))
+            head = (await connection.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            if " 200 " not in head.split("\r\n")[0]:
+                raise ValueError(head.split("\r\n")[0] + (await connection.reader.read(300)).decode(errors="replace"))
+            while not is_over:
+                async with asyncio.timeout(60.0):
+                    line = (await connection.reader.readuntil(b"\n")).strip()
+                if line == b"data: [DONE]":
+                    is_over = True
+                elif line.startswith(b"data: "):
+                    values = json.loads(line[6:])
+                    if "error" in values:
+                        raise ValueError(values["error"]["message"])
+                    last_at = self._heard(last_at)
+                    pieces.append(values["choices"][0]["text"])
+        return "".join(pieces)
+
+    async def _over_websocket(self) -> str:
+        pieces: list[str] = []
+        last_at = None
+        async with connected(self.target) as connection:
+            answer = await upgrade(self.target, connection)
+            if answer.status != 101:
+                raise ValueError(f"{answer.status}: {answer.body[:300]!r}")
+            message = {"type": "generate", "id": "a", **self._asked()}
+            await connection.send(frame(TEXT, json.dumps(message).encode()))
+            while True:
+                kind, payload = await read_frame(connection)
+                if kind in (0, CLOSE):
+                    raise ValueError(f"the connection was closed: {payload!r}")
+                if kind != TEXT:
+                    continue
+                values = json.loads(payload)
+                if values["type"] == "error":
+                    raise ValueError(values["error"]["message"])
+                if values["type"] == "done":
+                    return "".join(pieces)
+                last_at = self._heard(last_at)
+                pieces.append(values["text"])
+
+
+def live_streams(target: Target, max_tokens: int) -> list[LiveStream]:
+    """One for each prompt, the last over WebSocket."""
+    last = len(PROMPTS) - 1
+    return [
+        LiveStream(f"stream-{index}", target, prompt, max_tokens, is_websocket=index == last)
+        for index, prompt in enumerate(PROMPTS)
+    ]
