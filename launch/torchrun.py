@@ -121,7 +121,7 @@ async def _start_coordinator(
 ) -> tuple[asyncio.subprocess.Process, str]:
     """Rank 0's: started and published; or, where it cannot start, why not is published, and raised."""
     host = arguments.advertise_host or address_towards(world.master_host, world.master_port)
-    flags = ("--host", arguments.host, "--port", str(arguments.port), "--log-level", arguments.log_level)
+    flags = ("--log-level", arguments.log_level, *arguments.serving_flags)
     try:
         coordinator, address = await start_coordinator(arguments.options, f"tcp://{host}:*", flags)
     except (ConfigError, Unavailable) as error:

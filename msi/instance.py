@@ -21,6 +21,7 @@ from msi.messages import COORDINATOR_END, WORKER_END, Welcome
 from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
 from msi.models.files import read_json
+from msi.models.required import check_weights
 from msi.models.texts import read_texts
 from msi.net.control import ControlClient, ControlServer, is_address
 from msi.net.socket_dir import SocketDir
@@ -77,9 +78,18 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
     return plan, config
 
 
+def check_files(options: InstanceOptions) -> None:
+    """Looks at all that a local instance will read. Raises ConfigError: some of it cannot work."""
+    _, config = build_plan(options)
+    if options.load_format != "dummy":
+        check_weights(options.model_dir, config)
+
+
 def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | None = None) -> Coordinator:
     """Raises ConfigError: the model directory or the options cannot work, or the port is in use."""
     plan, config = build_plan(options)
+    for remark in config.remarks:
+        log.warning("%s", remark)
     model_dir = options.model_dir
     texts = read_texts(model_dir, read_json(model_dir / "config.json"), options.generation_config)
     welcome = Welcome(
@@ -185,6 +195,7 @@ class InprocInstance:
         self.workers: list[Worker] = []
 
     async def start(self) -> str:
+        check_files(self._options)
         check_device(self._options.device)
         self._sockets = SocketDir()
         coordinator = create_coordinator(self._options, self._sockets.address("coordinator"))
@@ -283,7 +294,7 @@ class ProcessInstance:
         worker_flags: tuple[str, ...] = ("--log-level", "warning"),
         trace_dir: Path | None = None,
     ) -> None:
-        build_plan(options)  # what cannot work is said before anything starts
+        check_files(options)  # what cannot work is said before anything starts
         check_device(options.device)
         self._options = options
         self._report_failure = report_failure

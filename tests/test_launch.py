@@ -47,13 +47,6 @@ def test_what_cannot_work_is_a_sentence_and_status_2(capsys, arguments, complain
     assert "Traceback" not in said
 
 
-def test_unknown_words_are_refused_by_name(capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(["--experts", "3"])
-    assert stop.value.code == 2
-    assert "--experts" in capsys.readouterr().err
-
-
 class Process:
     """A child whose output is collected, and which never outlives its test."""
 
