@@ -68,12 +68,14 @@ class Detokenizer:
         byte = self._byte_of.get(token_id)
         if byte is not None:
             return self._step_byte(token_id, byte)
-        if (self._run or self._is_run_invalid) and not self._vocabulary.is_visible(token_id):
-            return self._without_text()
         window = self._window
         window.append(token_id)
         whole = self._decode(window)
         text = whole[self._num_shown :]
+        is_within = self._run or self._is_run_invalid or (text and text[-1] == REPLACEMENT)
+        if is_within and not self._vocabulary.is_visible(token_id):  # it does not part what is around it
+            window.pop()
+            return self._without_text()
         if text and text[-1] == REPLACEMENT and self._is_cut():
             text = text[:-1]
             self._num_shown += len(text)
@@ -184,11 +186,21 @@ class Detokenizer:
         if text == own or (num_others and text.startswith(own)):
             texts += [text[len(own) :]] * num_others
         elif texts or num_others:  # the tokenizer did something else to them
-            text = text.removeprefix(self._prompt_rest)
             texts = [""] * (len(texts) + num_others - 1) + [text]
-        texts = texts[self._num_prompt_open :]
+        if self._num_prompt_open:
+            texts = self._beyond_prompt(texts)
+        self._open = []
+        return texts
+
+    def _beyond_prompt(self, texts: list[str]) -> list[str]:
+        """Less those of the prompt's tokens, and what decode(prompt) shows already where that is another text."""
+        whole, texts = "".join(texts), texts[self._num_prompt_open :]
+        if texts and whole.startswith(self._prompt_rest):
+            rest = whole[len(self._prompt_rest) :]
+            if "".join(texts) != rest:
+                texts = [""] * (len(texts) - 1) + [rest]
         self._num_prompt_open = max(0, self._num_prompt_open - len(self._open))
-        self._open, self._prompt_rest = [], ""
+        self._prompt_rest = ""
         return texts
 
 

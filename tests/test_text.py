@@ -84,7 +84,7 @@ def stream_of(kind, prompt, stop=(), min_tokens=0):
 
 
 @every_kind
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(data=st.data())
 def test_streamed_text_is_what_decoding_the_answer_behind_its_prompt_adds(kind, data):
     prompt, answer = data.draw(ids_of(kind)), data.draw(ids_of(kind))
