@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from msi.errors import ConfigError
+from msi.net.secret import Trust, find_secret
 from msi.options import DTYPES, LOAD_FORMATS, InstanceOptions, with_plan
 
 from .command_line import CommandLine, file_to_ask, file_to_read, file_to_write, integer, number, one_of, text
@@ -40,7 +42,9 @@ class LaunchArguments:
         chat_template: file with a template to use in place of the model's.
         enable_log_requests: a line for every request that ended.
         disable_log_stats: no lines on throughput and load.
-        announce: descriptor to write the coordinator's address to; -1 for none.
+        trust: by what peers on a network are known; see --secret-file.
+        shutdown_timeout_s: what runs when the server is asked to end may go on for so long.
+        announce: descriptor through which a launcher is told how things are (see `msi.children`); -1 for none.
         ignored: flags of vLLM's that were given and change nothing here.
         serving_flags: for the process that serves HTTP, what was said of it.
     """
@@ -61,10 +65,12 @@ class LaunchArguments:
     disable_log_stats: bool
     log_level: str
     parent: int
+    shutdown_timeout_s: float
     announce: int
     trace_dir: Path | None
     ignored: tuple[str, ...]
     serving_flags: tuple[str, ...]
+    trust: Trust
 
 
 def parse(argv: list[str]) -> LaunchArguments:
@@ -85,7 +91,11 @@ def parse(argv: list[str]) -> LaunchArguments:
         given["micro_batches"] = 0 if values.micro_batches == "auto" else int(values.micro_batches)
     options = InstanceOptions(**with_plan(given))
     _check(values)
-    own: dict[str, Any] = {"options": options, "serving_flags": _flags_of(serving, values)}
+    own: dict[str, Any] = {
+        "options": options,
+        "serving_flags": _flags_of(serving, values),
+        "trust": _trust(values),
+    }
     for one in fields(LaunchArguments):
         if one.name not in own:
             value = getattr(values, one.name)
@@ -101,6 +111,15 @@ def _check(values: argparse.Namespace) -> None:
         raise ConfigError(f"--role {values.role} needs --coordinator tcp://HOST:PORT")
     if values.prompt is not None and values.role:
         raise ConfigError(f"--prompt and --role {values.role}: a prompt is answered by an instance of its own")
+
+
+def _trust(values: argparse.Namespace) -> Trust:
+    """Raises ConfigError: the secret cannot be one, or nobody would ask for it."""
+    is_cluster = bool(values.role) or "TORCHELASTIC_RUN_ID" in os.environ
+    if not is_cluster and (values.secret_file is not None or values.insecure_network):
+        flag = "--insecure-network" if values.secret_file is None else "--secret-file"
+        raise ConfigError(f"{flag} is for --role and torchrun: without them no socket but HTTP's is open to others")
+    return Trust(find_secret(values.secret_file) if is_cluster else None, values.insecure_network)
 
 
 def _flags_of(group: Any, values: argparse.Namespace) -> tuple[str, ...]:
@@ -201,6 +220,8 @@ def _add_serving(group: Any) -> None:
     add("--chat-template", type=file_to_read, metavar="FILE", help="Jinja file in place of the model's chat template")
     add("--enable-log-requests", action=argparse.BooleanOptionalAction, default=True,
         help="a line in the log for every request that ended; on")  # fmt: skip
+    add("--shutdown-timeout", dest="shutdown_timeout_s", type=number(0, 86_400), metavar="S", default=30.0,
+        help="requests that run when it is asked to end have so long; 30; asked again, it ends at once")  # fmt: skip
     add("--disable-log-stats", action="store_true", help="no lines in the log on throughput, queues and KV cache")
 
 
@@ -219,6 +240,9 @@ def _add_role(parser: CommandLine) -> None:
         metavar="ID", help="role-index by default")  # fmt: skip
     add("--advertise-host", type=host, metavar="H",
         help="this host's address for workers on others; found by default")  # fmt: skip
+    add("--secret-file", type=Path, metavar="FILE",
+        help="a secret that all processes of the instance share and prove; or MSI_SECRET")  # fmt: skip
+    add("--insecure-network", action="store_true", help="listen on a network without a secret, for whoever reaches it")
     hidden = argparse.SUPPRESS  # what a launcher tells its children
     add("--no-gateway", dest="has_gateway", action="store_false", help=hidden)
     add("--parent", type=integer(0, MAX_CHILD_NUMBER), default=0, help=hidden)

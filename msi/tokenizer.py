@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -47,7 +47,9 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> 
         InvalidRequest: the text holds lone surrogates, which no encoding can express, or the tokenizer fails on it.
     """
     try:
-        return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # a batch of one, as that lets other threads run meanwhile
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
     except (UnicodeEncodeError, TypeError) as error:
         raise InvalidRequest(
             "the prompt is not valid Unicode text; it has half of a surrogate pair", param="prompt"
@@ -56,6 +58,16 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> 
         if not is_library_error(error):
             raise
         raise InvalidRequest(f"the tokenizer fails on the prompt: {error}", param="prompt") from error
+
+
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text of a prompt, special tokens included. Raises InvalidRequest: the tokenizer fails on it."""
+    try:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=False))
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        raise InvalidRequest(f"the tokenizer cannot decode the prompt: {error}", param="prompt") from error
 
 
 def is_library_error(error: BaseException) -> bool:

@@ -33,10 +33,11 @@ async def get(session, url, **headers):
         return response.status, await response.text()
 
 
-async def test_without_the_key_nothing_but_health_answers(tiny_model):
+async def test_without_the_key_nothing_but_probes_answers(tiny_model):
     async with gateway(tiny_model, api_key=KEY) as (_, url), aiohttp.ClientSession() as session:
-        assert (await get(session, f"{url}/health"))[0] == 200
-        for path in ("/v1/models", "/ready", "/metrics", "/version", "/v1/stream", "/nothing"):
+        for probe in ("/health", "/ready", "/version"):
+            assert (await get(session, f"{url}{probe}"))[0] == 200
+        for path in ("/v1/models", "/metrics", "/v1/stream", "/nothing", "/ready/", "/Health", "/version/x", "//ready"):
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer"}):
                 status, body = await get(session, url + path, **headers)
                 assert (status, json.loads(body)["error"]["code"]) == (401, 401)
@@ -117,7 +118,7 @@ async def test_a_client_that_leaves_counts_as_cancelled_whatever_some_of_its_cho
         async with contextlib.aclosing(observed):
             for _ in range(len(reasons) + 1 if leaves_after is None else leaves_after):
                 await anext(observed, None)
-    text = metrics.exposition(Stats(0, 1, ())).decode()
+    text = metrics.exposition(Stats(0, 1, ()), {}).decode()
     counted = {
         sample.labels["outcome"]: sample.value
         for family in text_string_to_metric_families(text)

@@ -19,7 +19,6 @@ import zmq.asyncio
 from msi import Engine, SamplingParams
 from msi.messages import FROM_CLIENT, FROM_WORKER, Submit, WorkerHello
 from msi.net.codec import Codec
-from msi.scheduler import Request
 from msi_launch.main import run
 
 pytestmark = pytest.mark.timeout(180)
@@ -243,6 +242,7 @@ async def send_garbage(address):
     socket_ = context.socket(zmq.DEALER)
     socket_.connect(address)
     codec = Codec(FROM_WORKER + FROM_CLIENT)
+    from msi.types import Request
     from msi.types import SamplingParams as Params
 
     for payload in (

@@ -39,9 +39,9 @@ from msi.net.slots import HEADER_BYTES
 from msi.net.tcp import TcpTransport
 from msi.net.transport import Transport
 from msi.placement import place_evenly
-from msi.scheduler import Request, Scheduler
+from msi.scheduler import Scheduler
 from msi.torch_host import TorchModel
-from msi.types import SamplingParams
+from msi.types import Request, SamplingParams
 from tools.stage_sides import SLOT_ROWS, AttentionSide, ExpertSide, Timed
 
 LINK_TIMEOUT_S = 60.0
@@ -352,7 +352,7 @@ def _schedule(assignment: Assignment, num_seqs: int, context_len: int, num_passe
         is_decoding = len(micro_batch.logit_rows) == micro_batch.num_tokens == num_seqs
         started = time.perf_counter()
         progress = scheduler.update(0, [1] * len(micro_batch.logit_rows))
-        codec.encode(PassDone(assignment.worker_id, 0, tuple(progress)))
+        codec.encode(PassDone(assignment.worker_id, 0, 0, tuple(progress)))
         micro_batch = scheduler.plan(0)
         if is_decoding:
             times.append(time.perf_counter() - started)
