@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 
 from msi.engine import Engine
 from msi.types import SamplingParams
 
-from .arguments import LaunchArguments
+from .arguments import API_KEY_VARIABLE, LaunchArguments
 from .display import StatusLine, summary
 
 STATUS_EVERY_S = 1.0
@@ -26,6 +27,8 @@ async def serve(arguments: LaunchArguments) -> None:
         ),
         "worker_flags": level,
     }
+    if arguments.api_key:
+        os.environ[API_KEY_VARIABLE] = arguments.api_key  # for the child that serves HTTP
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
