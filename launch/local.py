@@ -75,7 +75,8 @@ async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine, sto
             if arguments.prompt is not None:
                 await _answer(engine, arguments)
                 return
-            line.say(f"ready: {engine.model_name} at http://{arguments.host}:{arguments.port}/v1")
+            where = f"at {engine.url}/v1" if engine.url else "in this process, which serves no HTTP"
+            line.say(f"ready: {engine.model_name} {where}")
             stops.can_drain = True
             showing = asyncio.ensure_future(_show(engine, line))
             failed = asyncio.ensure_future(engine.wait_failed())

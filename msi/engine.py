@@ -200,6 +200,11 @@ class Engine:
         return self._instance.pids if isinstance(self._instance, ProcessInstance) else {}
 
     @property
+    def url(self) -> str:
+        """Where a local instance serves HTTP; "" where it does not."""
+        return self._instance.url if isinstance(self._instance, ProcessInstance) else ""
+
+    @property
     def welcome(self) -> Welcome:
         """What the coordinator told of the model."""
         return self._require_welcome()
