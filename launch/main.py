@@ -49,7 +49,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:
-    from . import local, processes
+    from . import gateway_process, local, processes
 
     if "TORCHELASTIC_RUN_ID" in os.environ and not arguments.parent:
         from . import torchrun  # imports torch.distributed, which nobody else needs
@@ -57,6 +57,8 @@ def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:
         return torchrun.run_world(arguments, torchrun.World.of(os.environ))
     if arguments.role == "coordinator":
         return processes.run_coordinator(arguments)
+    if arguments.role == "gateway":
+        return gateway_process.run_gateway(arguments)
     if arguments.role:
         return processes.run_worker(arguments)
     return local.serve(arguments)
