@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 
@@ -12,7 +13,7 @@ from msi.engine import Engine
 from msi.errors import EngineError
 from msi.types import SamplingParams
 
-from .arguments import LaunchArguments
+from .arguments import API_KEY_VARIABLE, LaunchArguments
 from .display import StatusLine, summary
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ async def serve(arguments: LaunchArguments) -> None:
         ),
         "worker_flags": level,
     }
+    if arguments.api_key:
+        os.environ[API_KEY_VARIABLE] = arguments.api_key  # for the child that serves HTTP
     line = StatusLine()
     engine = Engine(options=arguments.options, report=line.update, process_flags=flags)
     stops = Stops(line)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from msi.errors import InvalidRequest, context_exceeded, shown
-from msi.tokenizer import encode, load_tokenizer
+from msi.tokenizer import decode, encode, load_tokenizer
 from msi.types import SamplingParams
 
 COMPOSED = 3  # NFC makes at most so many bytes into one
@@ -42,11 +42,11 @@ class Prompts:
         return self._tokenizer
 
     @staticmethod
-    def of(content: bytes, vocab_size: int, max_model_len: int) -> Prompts:
-        """From the bytes of a tokenizer.json, b"" for none. Raises ConfigError."""
+    def of(content: bytes, vocab_size: int, max_model_len: int, special_tokens: Collection[str] = ()) -> Prompts:
+        """From the bytes of a tokenizer.json, b"" for none, and what the model names its tokens. Raises ConfigError."""
         if not content:
             return Prompts(None, vocab_size=vocab_size, max_model_len=max_model_len)
-        tokenizer = load_tokenizer(content)
+        tokenizer = load_tokenizer(content, special_tokens)
         longest = most_bytes_per_token(json.loads(content))
         return Prompts(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, bytes_per_token=longest)
 
@@ -90,8 +90,8 @@ class Prompts:
         self.check_tokens("stop_token_ids", params.stop_token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included; "" for a model without tokenizer."""
-        return "" if self._tokenizer is None else str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        """The text of tokens, special ones included; "" for a model without tokenizer. Raises InvalidRequest."""
+        return "" if self._tokenizer is None else decode(self._tokenizer, token_ids)
 
     def _has(self, token_id: int) -> bool:
         return token_id < self._vocab_size
