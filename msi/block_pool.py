@@ -79,6 +79,10 @@ class BlockPool:
         """How many of these blocks count as free now and will not once they are shared."""
         return sum(1 for block in blocks if not self._users[block])
 
+    def released_by(self, blocks: Iterable[int]) -> set[int]:
+        """Those that would be used by nobody if each of these, once for each of its appearances, was freed."""
+        return {block for block, count in Counter(blocks).items() if self._users[block] == count}
+
     def share(self, blocks: Iterable[int]) -> None:
         """One more sequence uses these blocks, which `find` has just found."""
         for block in blocks:

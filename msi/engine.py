@@ -15,27 +15,25 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from msi import tracing
 from msi.client import CoordinatorClient
-from msi.errors import EngineError, Failure, InvalidRequest, Unavailable, context_exceeded, shown
+from msi.errors import EngineError, Failure, Unavailable
 from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
 from msi.messages import Stats, Welcome
+from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
-from msi.sampling import seed_of_choice
-from msi.scheduler import Request
-from msi.tokenizer import TextStream, encode, load_tokenizer
-from msi.types import Output, SamplingDefaults, SamplingParams
+from msi.prompts import Prompts
+from msi.sampling import choices_of
+from msi.tokenizer import TextStream
+from msi.types import Output, Request, SamplingDefaults, SamplingParams
 
 log = logging.getLogger(__name__)
 
-MAX_PROMPT_CHARS = 8_000_000
+MAX_CHARS_HERE = 4096  # longer texts are tokenised in a thread
 
 
 class Engine:
@@ -45,11 +43,13 @@ class Engine:
         self,
         *,
         address: str = "",
+        secret: Secret | None = None,
         options: InstanceOptions | None = None,
         report: Callable[[str], None] = lambda sentence: None,
         process_flags: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         self._address = address
+        self._secret = secret
         self._options = options
         self._report = report
         self._process_flags = process_flags or {}
@@ -58,7 +58,7 @@ class Engine:
         self._failure: EngineError | None = None
         self._failed = asyncio.Event()
         self._trace_dir: Path | None = None
-        self._tokenizer: Tokenizer | None = None
+        self._prompts: Prompts | None = None
         self._welcome: Welcome | None = None
 
     @staticmethod
@@ -82,9 +82,16 @@ class Engine:
         return Engine(options=InstanceOptions(**given), report=report or (lambda sentence: None))
 
     @staticmethod
-    def connect(address: str) -> Engine:
-        """An instance that runs elsewhere, by its coordinator's address tcp://HOST:PORT."""
-        return Engine(address=address)
+    def connect(address: str, *, secret: str | None = None) -> Engine:
+        """An instance that runs elsewhere, by its coordinator's address: tcp://HOST:PORT, or ipc://PATH.
+
+        Args:
+            secret: the instance's; by default that of the environment variable MSI_SECRET, if there is one.
+
+        Raises:
+            ConfigError: the secret cannot be one. Entering the context raises it where it is not the instance's.
+        """
+        return Engine(address=address, secret=find_secret(None) if secret is None else Secret(secret, "secret"))
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -109,10 +116,10 @@ class Engine:
             else:
                 self._instance = ProcessInstance(options, self._fail, trace_dir=self._trace_dir, **self._process_flags)
             self._address = await self._instance.start()
-        self._client = CoordinatorClient(self._address)
+        self._client = CoordinatorClient(self._address, secret=self._secret)
         self._welcome = await self._client.start()
-        if self._welcome.tokenizer:
-            self._tokenizer = load_tokenizer(self._welcome.tokenizer)
+        welcome = self._welcome
+        self._prompts = Prompts.of(welcome.tokenizer, welcome.vocab_size, welcome.max_model_len)
         if options is not None:
             await self.wait_ready(options.start_timeout_s)
 
@@ -183,6 +190,11 @@ class Engine:
         return self._instance.pids if isinstance(self._instance, ProcessInstance) else {}
 
     @property
+    def welcome(self) -> Welcome:
+        """What the coordinator told of the model."""
+        return self._require_welcome()
+
+    @property
     def model_name(self) -> str:
         return self._require_welcome().model_name
 
@@ -190,16 +202,6 @@ class Engine:
     def max_model_len(self) -> int:
         """The longest sequence, prompt included."""
         return self._require_welcome().max_model_len
-
-    @property
-    def chat_templates(self) -> dict[str, str]:
-        """The model's, in Jinja, by name: "default", and where there are more, such as "tool_use"."""
-        return self._require_welcome().chat_templates
-
-    @property
-    def special_tokens(self) -> dict[str, str]:
-        """Texts of the tokens that chat templates name."""
-        return self._require_welcome().special_tokens
 
     @property
     def sampling_defaults(self) -> SamplingDefaults:
@@ -230,29 +232,11 @@ class Engine:
 
     def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """A prompt's tokens; with those that the tokenizer puts around a text. Raises InvalidRequest."""
-        if isinstance(prompt, str):
-            if len(prompt) > MAX_PROMPT_CHARS:
-                raise InvalidRequest(f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are allowed")
-            if self._tokenizer is None:
-                raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids")
-            token_ids = encode(self._tokenizer, prompt, add_special_tokens)
-        else:
-            token_ids = tuple(prompt)
-        self._check_tokens("the prompt", token_ids)  # a tokenizer, too, may know tokens that the model does not have
-        return token_ids
-
-    def _check_tokens(self, where: str, token_ids: Iterable[int]) -> None:
-        vocab_size = self._require_welcome().vocab_size
-        for token_id in token_ids:
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-                raise InvalidRequest(
-                    f"token id {shown(token_id)} in {where}; ids are integers from 0 to {vocab_size - 1}",
-                    param=where.removeprefix("the "),
-                )
+        return self._require_prompts().encode(prompt, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; "" for a model without tokenizer."""
-        return "" if self._tokenizer is None else str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        return self._require_prompts().decode(token_ids)
 
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str = ""
@@ -272,18 +256,17 @@ class Engine:
         """
         params = params or self.sampling_defaults.params()
         client = self._require_client()
-        if params.stop and self._tokenizer is None:
-            raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks")
-        token_ids = self.encode(prompt)
-        if len(token_ids) >= self.max_model_len:
-            raise context_exceeded(self.max_model_len, len(token_ids), params.max_tokens)
-        self._check_tokens("logit_bias", params.logit_bias)
-        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        prompts = self._require_prompts()
+        prompts.check_params(params)
+        if isinstance(prompt, str) and len(prompt) > MAX_CHARS_HERE:
+            token_ids = await asyncio.to_thread(prompts.encode, prompt, max_tokens=params.max_tokens)
+        else:
+            token_ids = prompts.encode(prompt, max_tokens=params.max_tokens)
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         seed = secrets.randbits(63) if params.seed is None else params.seed
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
-        choices = [replace(params, seed=seed_of_choice(seed, index), n=1) for index in range(params.n)]
-        texts = [TextStream(self._tokenizer, params.stop, params.min_tokens) for _ in choices]
+        choices = choices_of(params, seed, self.max_model_len - len(token_ids))
+        texts = [TextStream(prompts.tokenizer, params.stop, params.min_tokens) for _ in choices]
         num_cached = [0] * params.n
         updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
         try:
@@ -311,6 +294,11 @@ class Engine:
         if self._client is None:
             raise Unavailable("the engine is closed; use it inside `async with`")
         return self._client
+
+    def _require_prompts(self) -> Prompts:
+        if self._prompts is None:
+            raise Unavailable("the engine has not started; use it inside `async with`")
+        return self._prompts
 
     def _require_welcome(self) -> Welcome:
         if self._welcome is None:

@@ -4,6 +4,7 @@
     ├── ConfigError            a flag, a model directory or a set-up that cannot work
     │   └── CheckpointError    a tensor that is missing, truncated or misshapen
     ├── InvalidRequest         what a client asked for cannot be done (HTTP 400)
+    │   └── ModelNotFound      it names a model that is not served here (HTTP 404)
     ├── Unavailable            the instance cannot serve now, try again later (HTTP 503)
     ├── RequestFailed          a request was accepted and then lost; the message names the worker (HTTP 502)
     ├── ProtocolError          bytes that are not ours, or of another protocol version
@@ -46,6 +47,10 @@ class CheckpointError(ConfigError):
 
 class InvalidRequest(EngineError, ValueError):
     """What a client asked for cannot be done."""
+
+
+class ModelNotFound(InvalidRequest):
+    """The request names a model that is not served here."""
 
 
 class Unavailable(EngineError):
@@ -151,6 +156,7 @@ class Failure:
 KINDS: dict[str, type[EngineError]] = {  # a class before its bases
     "checkpoint": CheckpointError,
     "config": ConfigError,
+    "model_not_found": ModelNotFound,
     "invalid_request": InvalidRequest,
     "unavailable": Unavailable,
     "request_failed": RequestFailed,

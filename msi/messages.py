@@ -16,8 +16,7 @@ from typing import Annotated
 
 from msi.errors import Failure
 from msi.net.codec import Codec
-from msi.scheduler import Progress, Request
-from msi.types import NO_DEFAULTS, Placement, SamplingDefaults, StageTimes, TokenLogprobs
+from msi.types import NO_DEFAULTS, Placement, Progress, Request, SamplingDefaults, StageTimes, TokenLogprobs
 
 PROTOCOL_VERSION = 3
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from msi.errors import Failure, InvalidRequest, RequestFailed, Unavailable
 from msi.messages import RequestUpdate
-from msi.scheduler import CONTEXT_UNIT, Progress, Request
+from msi.sequence import CONTEXT_UNIT
+from msi.types import Progress, Request
 
 WAIT_FOR_WORKERS_S = 30.0
 OUTPUTS_REMEMBERED = 64  # the mean length of answers is that of about the last so many
@@ -43,7 +44,7 @@ class Load:
     """What a worker has been given and has not finished.
 
     Attributes:
-        predicted: of a decode step, in units of one sequence without context (`msi.scheduler.CONTEXT_UNIT`).
+        predicted: of a decode step, in units of one sequence without context (`msi.sequence.CONTEXT_UNIT`).
         num_tokens: of KV cache that may come to be needed.
     """
 

@@ -271,6 +271,32 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """What a client asked for. `params.seed` is set: whoever accepted the request has drawn one."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What is new of a request after a pass.
+
+    Attributes:
+        finish_reason: "stop", "length" or None while it goes on.
+        logprobs: one for each token if they were asked for, else ().
+        num_cached_tokens: with the first token, how many of the prompt were known when it was admitted; else 0.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """What is new of a request since its last output.
 

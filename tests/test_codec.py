@@ -32,8 +32,7 @@ from msi.messages import (
     WorkerStatus,
 )
 from msi.net.codec import Codec
-from msi.scheduler import Progress, Request
-from msi.types import Placement, SamplingParams, StageTimes, TokenLogprobs
+from msi.types import Placement, Progress, Request, SamplingParams, StageTimes, TokenLogprobs
 
 CODEC = Codec({*FROM_CLIENT, *FROM_WORKER, *TO_CLIENT, *TO_WORKER})
 EXAMPLES = [

@@ -64,9 +64,9 @@ async def test_a_damaged_embedding_ends_the_requests_that_have_its_token_and_no_
         if layout == "disaggregated":
             (scheduler,) = schedulers(engine)
             scheduler.check_integrity()
-            before = scheduler.counters.prefix_hit_tokens
+            before = scheduler.counters["prefix_hit_tokens"]
             await failure_of(engine, (DAMAGED, *expected[-1].prompt))
-            assert scheduler.counters.prefix_hit_tokens == before, "its blocks are in the cache"
+            assert scheduler.counters["prefix_hit_tokens"] == before, "its blocks are in the cache"
 
 
 async def test_a_damaged_expert_ends_the_requests_that_are_sent_to_it(tmp_path):

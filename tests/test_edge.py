@@ -29,10 +29,11 @@ async def get(session, url, **headers):
         return response.status, await response.text()
 
 
-async def test_without_the_key_nothing_but_health_answers(tiny_model):
+async def test_without_the_key_nothing_but_probes_answers(tiny_model):
     async with gateway(tiny_model, api_key=KEY) as (_, url), aiohttp.ClientSession() as session:
-        assert (await get(session, f"{url}/health"))[0] == 200
-        for path in ("/v1/models", "/ready", "/metrics", "/version", "/v1/stream", "/nothing"):
+        for probe in ("/health", "/ready", "/version"):
+            assert (await get(session, f"{url}{probe}"))[0] == 200
+        for path in ("/v1/models", "/metrics", "/v1/stream", "/nothing", "/ready/", "/Health", "/version/x", "//ready"):
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer"}):
                 status, body = await get(session, url + path, **headers)
                 assert (status, json.loads(body)["error"]["code"]) == (401, 401)

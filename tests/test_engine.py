@@ -143,7 +143,7 @@ def test_parameters_that_make_no_sense_are_named(params, complaint):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"attention_workers": 0}, "--attention-workers 0: give an integer >= 1"),
+        ({"attention_workers": 0}, "--attention-workers 0: give an integer from 1 to 1024"),
         ({"expert_workers": "two"}, "--expert-workers 'two'"),
         ({"micro_batches": 5}, "--micro-batches 5: give auto or 1 to 4"),
         ({"gpu_memory_utilization": 0.0}, r"--gpu-memory-utilization 0\.0"),

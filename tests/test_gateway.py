@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 
 import aiohttp
 import pytest
@@ -14,6 +15,7 @@ from msi.server.gateway import MAX_BODY_BYTES, Gateway
 from tests.conftest import TEXT
 from tests.test_engine import collect, idle
 
+JSON = {"Content-Type": "application/json"}
 GREEDY = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
 
 
@@ -33,7 +35,7 @@ async def served(tiny_model):
 
 async def post(served, body, **options):
     _, url, session = served
-    options = {"json": body, **options} if body is not None else options
+    options = {"json": body, **options} if body is not None else {"headers": JSON, **options}
     async with session.post(f"{url}/v1/completions", **options) as response:
         return response.status, await response.json()
 
@@ -158,7 +160,7 @@ async def test_another_model_is_not_found(served):
 
 async def test_a_bad_request_that_wanted_a_stream_is_an_http_error_too(served):
     status, body = await post(served, {"prompt": [1] * 600, "stream": True})
-    assert (status, "maximum context length" in body["error"]["message"]) == (400, True)
+    assert (status, body["error"]["code"], body["error"]["param"]) == (400, "context_length_exceeded", "prompt")
 
 
 async def test_an_oversized_body_is_refused(served):
@@ -185,6 +187,37 @@ async def test_a_port_in_use_is_said(served):
     engine, url, _ = served
     port = int(url.rpartition(":")[2])
     other = Gateway(engine, host="127.0.0.1", port=port)
-    with pytest.raises(ConfigError, match=f"cannot serve HTTP on 127.0.0.1:{port}"):
+    with pytest.raises(ConfigError, match=f"cannot serve HTTP on 127.0.0.1:{port}: the port is in use; choose"):
         await other.start()
     await other.close()
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::7", "no-such-host.invalid"])
+async def test_a_host_that_is_not_this_machines_is_said(served, host):
+    other = Gateway(served[0], host=host, port=0)
+    with pytest.raises(ConfigError, match=r"cannot serve HTTP on \S+: .*; (give .* as --host|choose another)"):
+        await other.start()
+    await other.close()
+
+
+async def test_the_url_is_the_one_that_is_bound(served):
+    hosts = {"127.0.0.1": "http://127.0.0.1:", "localhost": "http://localhost:"}
+    if has_ipv6():
+        hosts["::1"] = "http://[::1]:"
+    for host, start in hosts.items():
+        other = Gateway(served[0], host=host, port=0)
+        url = await other.start()
+        assert url.startswith(start)
+        assert int(url.rpartition(":")[2]) > 0
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/health") as response:
+            assert response.status == 200
+        await other.close()
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True

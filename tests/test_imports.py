@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"msi.errors", "msi.types", "msi.meter", "msi.tracing", "msi.watchdog", "msi.complaints"},
     {
-        "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.sampling", "msi.block_pool", "msi.kernels",
-        "msi.net", "msi.planner",
+        "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.admission", "msi.sequence", "msi.sampling",
+        "msi.block_pool", "msi.kernels", "msi.net", "msi.planner",
     },
     {"msi.messages", "msi.membership", "msi.routing", "msi.options"},  # decisions about an instance, and its messages
-    {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer"},
+    {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer", "msi.prompts"},
     {
         "msi.lanes", "msi.expert_server", "msi.host", "msi.loading", "msi.torch_host", "msi.attention_role",
         "msi.expert_role", "msi.worker",
@@ -31,7 +31,7 @@ LAYERS = [
 OWNERS = {
     "zmq": {"msi/net/control.py"},
     "msgpack": {"msi/net/codec.py"},
-    "aiohttp": {"msi/server/gateway.py", "msi/server/websocket.py"},
+    "aiohttp": {"msi/server/gateway.py", "msi/server/websocket.py", "msi/server/door.py", "msi/server/request_body.py"},
     "prometheus_client": {"msi/server/metrics.py"},
     "jinja2": {"msi/server/chat_template.py"},
     "triton": {"msi/kernels/"},

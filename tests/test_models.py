@@ -79,7 +79,8 @@ def test_generation_config_names_the_end_of_sequence_tokens(checkpoint):
             {"architectures": ["LlamaForCausalLM"]},
             "'LlamaForCausalLM' is not supported; supported: MixtralForCausalLM, Q",
         ),
-        ({"architectures": ...}, "names no architecture"),
+        ({"architectures": ..., "model_type": ...}, "names no architecture"),
+        ({"model_type": "qwen2_moe"}, "model_type is .qwen2_moe., but MixtralForCausalLM is .mixtral."),
         ({"hidden_size": "large"}, "hidden_size is 'large'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_key_value_heads": 3}, "not a multiple"),
@@ -327,7 +328,11 @@ def logits_of(path, prompt, dtype):
                 experts.gate_up[layer], experts.down[layer],
             )  # fmt: skip
             half._answers[0, 0, :rows] = combined
-        return half._logits(half._combined(0))[0]
+            if config.shared_intermediate_size is not None:
+                half._shared_experts(0, layer)
+        state = half._combined(0)
+        half._dense_layers(state, config.num_sparse_layers)
+        return half._logits(state)[0]
 
 
 def test_bf16_logits_are_as_close_to_float32_as_transformers_bf16(tmp_path):

@@ -27,6 +27,8 @@ def open_regular(path: Path) -> int:
             raise ConfigError(f"{path} is {_kind(path.stat().st_mode)}; it must be a regular file")
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link to {os.readlink(path)}, which does not exist") from None
         raise ConfigError(f"{path} does not exist") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from msi.errors import TransportError
 from msi.net.complaints import Complaints
-from msi.net.secret import Secret
 from msi.net.shm import ShmLanding, ShmTransport
 from msi.net.tcp import TcpTransport
 from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Endpoint, Handler, Landing
@@ -36,13 +35,13 @@ class AutoTransport:
 
     Args:
         host: this host's address as peers on others reach it.
-        secret: what peers on other hosts have to hold.
+        key: what peers on other hosts have to prove that they hold.
         complain: told who is cut off.
     """
 
-    def __init__(self, host: str, *, secret: Secret | None = None, complain: Complaints | None = None) -> None:
+    def __init__(self, host: str, *, key: bytes | None = None, complain: Complaints | None = None) -> None:
         self._shm = ShmTransport(complain=complain)
-        self._tcp = TcpTransport(host, secret=secret, complain=complain)
+        self._tcp = TcpTransport(host, key=key, complain=complain)
         self._identity = host_identity()
 
     def register(self, num_seats: int, seat_bytes: int) -> ShmLanding:

@@ -14,8 +14,10 @@ import contextlib
 import logging
 import os
 import resource
+import socket
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any, Protocol
 
 import zmq
@@ -26,6 +28,7 @@ from msi.errors import ConfigError, ProtocolError
 from msi.net.codec import Codec
 from msi.net.complaints import Complaints
 from msi.net.secret import VARIABLE, Secret
+from msi.net.socket_dir import check_private
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +37,9 @@ SILENT_MS = 5000
 CONNECT_TIMEOUT_MS = 2000
 HANDSHAKE_MS = 5000  # whoever connects has so long to say and prove who it is
 MAX_BEHIND = 16 * 1024  # messages that a peer has not read
-MAX_UNREAD = 64  # messages of one peer that the coordinator has not read; further ones wait at their sender
+MAX_UNREAD = 4096  # messages of one peer that were not read; then its connection stands, and breaks if that lasts
 MAX_GIVEN_UP = 4096  # routes to remember
 MAX_CONNECTIONS = 4096
-ACCEPT_AGAIN_S = 1.0  # after there were too many connections
 SHARED_FROM = 64 * 1024  # bytes of a message that is kept as long as it is the same one
 TAKEN_PER_TURN = 64  # messages in a row before others on the event loop get their turn
 REFUSED_TIMES = 3  # in a row: it is not the network
@@ -45,6 +47,11 @@ REFUSED_WITHIN_S = 2.0  # of connecting; who takes longer is slow, or stopped
 CONNECT_AGAIN_S = 0.25
 ZAP_ADDRESS, ZAP_DOMAIN = "inproc://zeromq.zap.01", "msi"
 Event = zmq.Event
+HANDSHAKE_FAILED = (
+    Event.HANDSHAKE_FAILED_PROTOCOL | Event.HANDSHAKE_FAILED_NO_DETAIL | Event.HANDSHAKE_FAILED_AUTH
+)  # fmt: skip
+AT_THE_DOOR = Event.ACCEPTED | Event.ACCEPT_FAILED | Event.DISCONNECTED | HANDSHAKE_FAILED
+ON_THE_WAY = Event.CONNECTED | Event.HANDSHAKE_SUCCEEDED | HANDSHAKE_FAILED
 
 
 class MessageServer(Protocol):
@@ -150,17 +157,17 @@ class _Socket:
 
 
 def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int, max_bytes: int) -> zmq.Socket[bytes]:
-    socket = context.socket(kind)
-    socket.setsockopt(zmq.LINGER, 500)
-    socket.setsockopt(zmq.SNDHWM, MAX_BEHIND)
-    socket.setsockopt(zmq.RCVHWM, MAX_UNREAD)
-    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    opened = context.socket(kind)
+    opened.setsockopt(zmq.LINGER, 500)
+    opened.setsockopt(zmq.SNDHWM, MAX_BEHIND)
+    opened.setsockopt(zmq.RCVHWM, MAX_UNREAD)
+    opened.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    opened.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     # a host that vanished says no goodbye: after that long its connection is dropped, and made anew once it is back
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
-    socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
-    return socket
+    opened.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    opened.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
+    opened.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+    return opened
 
 
 def _curve_pair(secret: Secret, end: str) -> tuple[bytes, bytes]:
@@ -265,12 +272,12 @@ class _Door:
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        socket: zmq.Socket[bytes],
+        router: zmq.Socket[bytes],
         secret: Secret | None,
         complain: Complaints,
     ) -> None:
         self._context = context
-        self._socket = socket
+        self._socket = router
         self._secret = secret
         self._complain = complain
         self._asked: _Socket | None = None  # hears of those who proved that they know the server's key
@@ -280,12 +287,12 @@ class _Door:
         self._num_connections = 0
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._max_connections = MAX_CONNECTIONS if descriptors < 0 else min(MAX_CONNECTIONS, descriptors // 4)
-        self._is_open = False
         self._address = ""
 
     def open(self, bind: str) -> str:
         """Listens; the address. Raises ConfigError and zmq.ZMQError."""
         if bind.startswith("ipc://"):
+            check_private(Path(bind.removeprefix("ipc://")))
             for user in {os.geteuid(), 0}:
                 self._socket.setsockopt(zmq.IPC_FILTER_UID, user)
         elif self._secret is not None:
@@ -298,10 +305,9 @@ class _Door:
             self._socket.curve_publickey, self._socket.curve_secretkey = public, private
             self._socket.curve_server = True
             self._socket.setsockopt_string(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-        self._events = _Socket(self._socket.get_monitor_socket())
+        self._events = _Socket(self._socket.get_monitor_socket(AT_THE_DOOR))
         self._socket.bind(bind)
         self._address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._is_open = True
         if bind.startswith("ipc://"):
             os.chmod(self._address.removeprefix("ipc://"), 0o600)
         return self._address
@@ -330,12 +336,15 @@ class _Door:
             match event["event"]:
                 case Event.ACCEPTED:
                     self._num_connections += 1
-                    if self._num_connections >= self._max_connections:
-                        self._pause("too_many", f"{self._num_connections} connections at a time are the most")
+                    if self._num_connections > self._max_connections:
+                        self._complain(
+                            "too_many", f"{self._max_connections} connections to {self._address} are the most"
+                        )
+                        self._refuse(event["value"])
                 case Event.DISCONNECTED:
                     self._num_connections -= 1
                 case Event.ACCEPT_FAILED if event["value"]:
-                    self._pause("no_descriptors", f"no connection can be accepted: {os.strerror(event['value'])}")
+                    self._complain("no_descriptors", f"no connection can be taken: {os.strerror(event['value'])}")
                 case Event.ACCEPT_FAILED:
                     self._complain("other_user", f"another user tried to connect to {self._address}")
                 case Event.HANDSHAKE_FAILED_PROTOCOL | Event.HANDSHAKE_FAILED_NO_DETAIL | Event.HANDSHAKE_FAILED_AUTH:
@@ -344,23 +353,12 @@ class _Door:
                         why = "offers a secret, and the coordinator has none, or does not speak its protocol"
                     self._complain("handshake", f"refused a connection to {self._address}: whoever made it {why}")
 
-    def _pause(self, kind: str, why: str) -> None:
-        """Connections that are there stay; new ones wait."""
-        self._complain(kind, f"{self._address}: {why}; new ones wait")
-        if self._is_open:
-            self._is_open = False
-            with contextlib.suppress(zmq.ZMQError):
-                self._socket.unbind(self._address)
-            self._tasks.append(asyncio.get_running_loop().create_task(self._reopen(), name="open again"))
-
-    async def _reopen(self) -> None:
-        while not self._is_open:
-            await asyncio.sleep(ACCEPT_AGAIN_S)
-            if self._num_connections < self._max_connections:
-                with contextlib.suppress(zmq.ZMQError):
-                    self._socket.bind(self._address)
-                    self._is_open = True
-        self._tasks = [task for task in self._tasks if not task.done() and task is not asyncio.current_task()]
+    def _refuse(self, fd: int) -> None:
+        """Hangs up a connection that was just accepted. If it is gone already its number may be that of another."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+            here = connection.getsockname()
+            if self._address.endswith(f":{here[1]}" if isinstance(here, tuple) else here or "nowhere"):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for task in self._tasks:
@@ -402,10 +400,12 @@ class ControlClient:
         try:
             if not is_address(address):
                 raise zmq.ZMQError(zmq.EINVAL)
+            if address.startswith("ipc://"):
+                check_private(Path(address.removeprefix("ipc://")))
             if secret is not None and address.startswith("tcp://"):
                 raw.curve_serverkey = _curve_pair(secret, "server")[0]
                 raw.curve_publickey, raw.curve_secretkey = _curve_pair(secret, "client")
-            self._events = _Socket(raw.get_monitor_socket())
+            self._events = _Socket(raw.get_monitor_socket(ON_THE_WAY))
             raw.connect(address)
         except zmq.ZMQError as error:
             self.close()
@@ -419,7 +419,7 @@ class ControlClient:
         try:
             self._socket.send([self._codec.encode(message)])
         except zmq.Again:
-            self._complain("unsent", f"{MAX_BEHIND} messages wait for the coordinator at {self._address}; one is lost")
+            self._complain("unsent", f"the coordinator at {self._address} takes no more messages; one is lost")
 
     async def receive(self) -> Any:
         """The next message. Cancellation loses nothing.

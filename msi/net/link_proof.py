@@ -1,12 +1,11 @@
-"""Two ends of a data connection prove to each other that they hold the instance's secret, without telling it.
+"""Two ends of a data connection prove to each other that they are of one instance, without telling how they know.
 
-    accepting end -> dialling end     challenge: whether there is a secret, and a nonce
+    accepting end -> dialling end     challenge: a nonce
     dialling end -> accepting end     hello:     a nonce, a proof over both nonces and all that it says, its hello
     accepting end -> dialling end     welcome:   a proof over all of that and all that it says, its welcome
 
 Hello and welcome name the instance, both workers and their lives, so proofs are bound to those. Each proof is of its
-end alone, and of one connection: it can neither be sent back nor used again. Without a secret the same is said, and
-proves nothing. Knows no sockets.
+end alone, and of one connection: it can neither be sent back nor used again. Knows no sockets.
 """
 
 from __future__ import annotations
@@ -15,32 +14,27 @@ import hmac
 import os
 
 from msi.errors import ProtocolError
-from msi.net.secret import VARIABLE, Secret
 
 NONCE_BYTES = 32
 PROOF_BYTES = 32
-CHALLENGE_BYTES = 1 + NONCE_BYTES
+CHALLENGE_BYTES = NONCE_BYTES
 PROVED_BYTES = NONCE_BYTES + PROOF_BYTES  # in front of a hello
-DIFFERS = f"the secret differs: give all processes of an instance the same --secret-file (or {VARIABLE})"
+DIFFERS = "it does not prove that it is of this instance: the secret differs, or it belongs to another"
 
 
 class Proofs:
-    """Of one process."""
+    """Of one process. `key`: what both have to hold; None proves nothing."""
 
-    def __init__(self, secret: Secret | None) -> None:
-        self._key = None if secret is None else secret.key("data plane")
+    def __init__(self, key: bytes | None) -> None:
+        self._key = key
 
     def challenge(self) -> bytes:
-        return bytes([self._key is not None]) + os.urandom(NONCE_BYTES)
+        return os.urandom(NONCE_BYTES)
 
     def hello(self, challenge: bytes, hello: bytes, seat_bytes: int) -> bytes:
-        """What the dialling end answers to a challenge. Raises ProtocolError: the other has a secret, or none."""
+        """What the dialling end answers to a challenge. Raises ProtocolError: it is none."""
         if len(challenge) != CHALLENGE_BYTES:
             raise ProtocolError(f"a challenge of {len(challenge)} bytes")
-        if challenge[0] and self._key is None:
-            raise ProtocolError("it asks for a secret, and this process was given none: give it the --secret-file")
-        if not challenge[0] and self._key is not None:
-            raise ProtocolError(f"it has no secret, and this process has one: give it the same (or {VARIABLE})")
         nonce = os.urandom(NONCE_BYTES)
         return nonce + self._proof(b"dial", challenge, nonce, seat_bytes, hello) + hello
 

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from msi.errors import ConfigError
@@ -66,22 +67,14 @@ def find_secret(path: Path | None, environment: Mapping[str, str] = os.environ) 
 
 def _read(path: Path) -> str:
     try:
-        # a FIFO is not waited for
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # nobody is waited for, such as at a FIFO
     except OSError as error:
         raise ConfigError(f"--secret-file {path} cannot be read: {error.strerror}; {ADVICE}") from error
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"--secret-file {path} is not a regular file")
-        if status.st_uid not in (0, os.geteuid()):
-            raise ConfigError(f"--secret-file {path} belongs to user {status.st_uid}, who can read and change it")
-        if others := stat.S_IMODE(status.st_mode) & 0o077:
-            raise ConfigError(
-                f"--secret-file {path} is open to others than its owner (mode {stat.S_IMODE(status.st_mode):o}, "
-                f"{others:o} too many); close it with: chmod 600 {path}"
-            )
-        raw = file.read(MAX_BYTES + 1)
+    try:
+        _check_file(path, os.fstat(fd))
+        raw = os.read(fd, MAX_BYTES + 1)
+    finally:
+        os.close(fd)
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"--secret-file {path} is longer than {MAX_BYTES} bytes; {ADVICE}")
     try:
@@ -90,18 +83,55 @@ def _read(path: Path) -> str:
         raise ConfigError(f"--secret-file {path} is not text; {ADVICE}") from error
 
 
-def check_listening(host: str, secret: Secret | None, *, is_insecure_allowed: bool, what: str) -> None:
-    """Whether `what` may listen at `host`.
-
-    Raises:
-        ConfigError: others than this machine reach it, and it has no secret to know its own by.
-    """
-    if secret is None and not is_insecure_allowed and not is_loopback(host):
+def _check_file(path: Path, status: os.stat_result) -> None:
+    mode = stat.S_IMODE(status.st_mode)
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"--secret-file {path} is not a regular file")
+    if status.st_uid not in (0, os.geteuid()):
+        raise ConfigError(f"--secret-file {path} belongs to user {status.st_uid}, who can read and change it")
+    if mode & 0o077:
         raise ConfigError(
-            f"{what} would listen on {host} without a secret, and whoever reaches that could read prompts and take "
-            f"its place: give every process of the instance the same --secret-file FILE (or {VARIABLE}); "
-            f"or --insecure-network where everybody on that network may do so"
+            f"--secret-file {path} is open to others than its owner (mode {mode:o}); close it with: chmod 600 {path}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """By what a process knows its own kind on a network.
+
+    Attributes:
+        secret: what others have to hold; None takes whoever comes.
+        is_insecure_allowed: without a secret, too, it may listen where other machines reach it.
+    """
+
+    secret: Secret | None = None
+    is_insecure_allowed: bool = False
+
+    def check_listening(self, host: str, what: str) -> None:
+        """Whether `what` may listen at `host`.
+
+        Raises:
+            ConfigError: others than this machine reach it, and it has no secret to know its own by.
+        """
+        if self.secret is None and not self.is_insecure_allowed and not is_loopback(host):
+            raise ConfigError(
+                f"{what} would listen on {host} without a secret, and whoever reaches that could read prompts and "
+                f"take its place: give every process of the instance the same --secret-file FILE (or {VARIABLE}), "
+                f"or --insecure-network where everybody on that network may do so"
+            )
+
+    def link_key(self, instance: str) -> bytes:
+        """For proofs between the workers of an instance, by its token: who was let in knows that."""
+        root = b"" if self.secret is None else self.secret.key("data plane")
+        return hmac.digest(root, instance.encode(), "sha256")
+
+
+NO_SECRET = Trust()
+
+
+def public_name(instance: str) -> str:
+    """What an instance may be called where others hear it: its token is only for who was let in."""
+    return hashlib.sha256(b"msi instance " + instance.encode()).hexdigest()[:32]
 
 
 def is_loopback(host: str) -> bool:

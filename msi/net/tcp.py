@@ -3,7 +3,7 @@
     magic 4 | version 2 | kind 2 | bytes that follow 4 | bytes of my seat 8 | challenge, hello, welcome or refusal
 
 The accepting end challenges, the other says hello, and is welcomed or refused, within a time limit and a length limit;
-both prove that they hold the instance's secret (`msi.net.link_proof`) before anything is made for them. Then frames
+both prove that they are of one instance (`msi.net.link_proof`) before anything is made for them. Then frames
 (see `msi.net.tcp_endpoint`), which are neither encrypted nor signed. Whoever sends anything else is cut off, which is
 counted and logged; nothing that strangers send reaches a seat.
 """
@@ -27,7 +27,6 @@ from msi.net.complaints import Complaints
 from msi.net.delivery import Delivery
 from msi.net.landing import PlainLanding
 from msi.net.link_proof import PROOF_BYTES, PROVED_BYTES, Proofs
-from msi.net.secret import Secret
 from msi.net.tcp_endpoint import TcpEndpoint
 from msi.net.transport import (
     CONNECT_TIMEOUT_S,
@@ -56,15 +55,15 @@ class TcpTransport:
 
     Args:
         host: this host's address as peers reach it; also where to listen, where it is one of this host's own.
-        secret: what peers have to hold; None takes whoever comes.
+        key: what peers have to prove that they hold (`Trust.link_key`); None takes whoever comes.
         complain: told who is cut off.
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", *, secret: Secret | None = None, complain: Complaints | None = None
+        self, host: str = "127.0.0.1", *, key: bytes | None = None, complain: Complaints | None = None
     ) -> None:
         self._host = host
-        self._proofs = Proofs(secret)
+        self._proofs = Proofs(key)
         self._complain = complain or Complaints(log)
         self._loop = asyncio.get_running_loop()
         self._deliver = Delivery()
@@ -113,6 +112,7 @@ class TcpTransport:
         self, address: str, hello: bytes, landing: Landing, seat: int, *, timeout_s: float = CONNECT_TIMEOUT_S
     ) -> Endpoint:
         assert len(hello) <= MAX_HELLO_BYTES, len(hello)
+        address = next((one for one in address.split() if one.startswith("tcp://")), address)  # of several ways
         host, port = split_address(address)
         sock: socket.socket | None = None
         try:
