@@ -33,6 +33,7 @@ async def post(served, path, body, **headers):
     """(status, JSON, headers)"""
     _, url, session = served
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **headers}
     async with session.post(f"{url}/v1/{path}", data=data, headers=headers) as response:
         return response.status, await response.json(), response.headers
 
