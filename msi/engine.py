@@ -22,14 +22,17 @@ from typing import Any
 from msi import tracing
 from msi.client import CoordinatorClient
 from msi.errors import EngineError, Failure, Unavailable
-from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
+from msi.inproc_instance import InprocInstance
+from msi.instance import LocalInstance, new_trace_dir
 from msi.messages import Stats, Welcome
 from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
+from msi.process_instance import ProcessInstance
 from msi.prompts import Prompts
 from msi.sampling import choices_of
-from msi.tokenizer import TextStream
-from msi.types import Output, Request, SamplingDefaults, SamplingParams
+from msi.text_stream import text_streams
+from msi.types import Output, Request, SamplingDefaults, SamplingParams, TokenText
+from msi.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class Engine:
         self._failed = asyncio.Event()
         self._trace_dir: Path | None = None
         self._prompts: Prompts | None = None
+        self._vocabulary: Vocabulary | None = None
         self._welcome: Welcome | None = None
 
     @staticmethod
@@ -119,7 +123,11 @@ class Engine:
         self._client = CoordinatorClient(self._address, secret=self._secret)
         self._welcome = await self._client.start()
         welcome = self._welcome
-        self._prompts = Prompts.of(welcome.tokenizer, welcome.vocab_size, welcome.max_model_len)
+        self._prompts = Prompts.of(
+            welcome.tokenizer, welcome.vocab_size, welcome.max_model_len, welcome.special_tokens.values()
+        )
+        if (tokenizer := self._prompts.tokenizer) is not None:
+            self._vocabulary = Vocabulary(tokenizer)
         if options is not None:
             await self.wait_ready(options.start_timeout_s)
 
@@ -161,6 +169,14 @@ class Engine:
         assert self._failure is not None
         return self._failure
 
+    async def drain(self) -> None:
+        """Takes no new requests, for good; returns once those that run have ended, or `ProcessInstance` gives them up.
+
+        What is not a local instance of processes of its own is left alone.
+        """
+        if isinstance(self._instance, ProcessInstance):
+            await self._instance.drain()
+
     async def close(self) -> None:
         """Ends what was started. Requests in flight end with Unavailable. Idempotent."""
         if self._client is not None:
@@ -188,6 +204,11 @@ class Engine:
     def pids(self) -> dict[str, int]:
         """Child processes by name; empty for an instance that runs elsewhere or in this process."""
         return self._instance.pids if isinstance(self._instance, ProcessInstance) else {}
+
+    @property
+    def url(self) -> str:
+        """Where a local instance serves HTTP; "" where it does not."""
+        return self._instance.url if isinstance(self._instance, ProcessInstance) else ""
 
     @property
     def welcome(self) -> Welcome:
@@ -238,6 +259,10 @@ class Engine:
         """The text of tokens, special ones included; "" for a model without tokenizer."""
         return self._require_prompts().decode(token_ids)
 
+    def token_text(self, token_id: int) -> TokenText:
+        """What a token would add to a text; a special token by its name."""
+        return TokenText("", b"") if self._vocabulary is None else self._vocabulary.text_of(token_id)
+
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str = ""
     ) -> AsyncGenerator[Output, None]:
@@ -266,7 +291,7 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
         choices = choices_of(params, seed, self.max_model_len - len(token_ids))
-        texts = [TextStream(prompts.tokenizer, params.stop, params.min_tokens) for _ in choices]
+        texts = text_streams(self._vocabulary, token_ids, params)
         num_cached = [0] * params.n
         updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
         try:
@@ -274,16 +299,15 @@ class Engine:
                 index = names.index(update.request_id)
                 text, reason = texts[index], update.finish_reason or None
                 num_cached[index] += update.num_cached_tokens
-                # a token that ends the text is not part of it
-                new_text = text.push(update.token_ids[:-1] if reason == "stop" else update.token_ids)
+                new = text.push(
+                    update.token_ids, update.logprobs, is_last=reason is not None, is_ended_by_token=reason == "stop"
+                )
                 if text.is_stopped:
                     reason = "stop"
                     client.cancel(update.request_id)
-                elif reason is not None:
-                    new_text += text.flush()
                 yield Output(
-                    request_id, new_text, update.token_ids, reason, len(token_ids), index, update.logprobs,
-                    num_cached[index],
+                    request_id, new.text, update.token_ids, reason, len(token_ids), index, new.logprobs,
+                    num_cached[index], new.token_texts,
                 )  # fmt: skip
         finally:
             await updates.aclose()

@@ -9,6 +9,7 @@
     ├── RequestFailed          a request was accepted and then lost; the message names the worker (HTTP 502)
     ├── ProtocolError          bytes that are not ours, or of another protocol version
     └── TransportError         a peer failed: `.peer` names it
+        └── BatchRefused       it is there, and could not compute this one thing
 
 Messages are sentences: what was given, what is allowed, what to do. Between processes an error travels as a `Failure`,
 and comes out as what it was.
@@ -76,6 +77,10 @@ class TransportError(EngineError):
         super().__init__(f"{peer}: {reason}")
         self.peer = peer
         self.reason = reason
+
+
+class BatchRefused(TransportError):
+    """A peer that is there could not compute one batch; nothing else is lost."""
 
 
 def context_exceeded(

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from msi.errors import ProtocolError, TransportError
+from msi.errors import BatchRefused, ProtocolError, TransportError
 from msi.meter import StageMeter
 from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_welcome
 from msi.net.slots import HEADER, HEADER_BYTES, INCARNATION_MASK, MAGIC, SEQ_MASK, Kind, pack_immediate
@@ -27,6 +28,7 @@ from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Trans
 log = logging.getLogger(__name__)
 
 WATCH_SHARE = 16  # of the time-out: how often turns are checked against it
+ABSENCE_SHARE = 4  # of the time-out: who checks so late has been away, and everybody's time starts anew
 
 
 class Turn:
@@ -118,12 +120,15 @@ class DispatchLink:
         self._gone: dict[int, tuple[str, str]] = {}  # worker id and reason of the one lost last, by node
         self._turns: list[Turn | None] = [None] * hello.num_lanes
         self._next_seqs = list(hello.next_seqs)
+        self._posted_seqs = [seq - 1 for seq in hello.next_seqs]  # the last that any node may have seen
         self._complete = asyncio.Event()
         self._report_loss = report_loss
         self._timeout_s = timeout_s
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._is_watching = False
+        self._watch_due = 0.0
+        self._back_at = -math.inf
         self._posting = threading.Lock()  # held while a turn is posted, and while nodes come and go
         self._incarnation = hello.incarnation
         self._offsets = [self.layout.offset(lane) for lane in range(hello.num_lanes)]
@@ -199,10 +204,13 @@ class DispatchLink:
         Raises:
             TransportError: a node was lost; `peer` names it. Cancelling, too, leaves the lane's slots in use until
                 `skip_to`.
+            BatchRefused: a node is there, but has no answer to this turn.
+            TimeoutError: the turn was not posted in time.
+            Exception: what `Turn.fail` was given.
         """
         if not self._is_watching:
             self._is_watching = True
-            self._loop.call_later(self._timeout_s / WATCH_SHARE, self._watch)
+            self._watch_later()
         try:
             await turn.done
         finally:
@@ -215,6 +223,7 @@ class DispatchLink:
         with self._posting:
             if turn.is_over:
                 return  # its pass was given up while the rows were computed
+            self._posted_seqs[lane] = seq
             turn.num_rows, turn.posted_at = num_rows, self._clock()
             turn.waiting = sum(1 << node for node, count in enumerate(num_rows) if count)
             empty = pack_immediate(Kind.EMPTY, more, lane, 0, seq, incarnation)
@@ -258,8 +267,14 @@ class DispatchLink:
                 raise self._lost(node)
 
     def skip_to(self, lane: int, multiple: int) -> None:
-        """After a turn that failed: the lane goes on at the next multiple of `multiple`."""
-        self._next_seqs[lane] = -(-self._next_seqs[lane] // multiple) * multiple
+        """After a turn that failed: the lane goes on at the next multiple of `multiple` that nobody has been told of.
+
+        So passes that fail one after the other without a post do not run away from what the nodes have seen.
+        """
+        with self._posting:
+            if (turn := self._turns[lane]) is not None:
+                turn.is_over = True
+            self._next_seqs[lane] = -(-(self._posted_seqs[lane] + 1) // multiple) * multiple
 
     def next_seq(self, lane: int) -> int:
         return self._next_seqs[lane]
@@ -306,7 +321,7 @@ class DispatchLink:
             start = at + HEADER_BYTES
             length = min(num_rows, self.answer_layout.slot_bytes - HEADER_BYTES)
             reason = bytes(self.landing.memory[start : start + length]).decode(errors="replace")
-            _fail(turn, TransportError(peer.welcome.worker_id, reason))
+            _fail(turn, BatchRefused(peer.welcome.worker_id, reason))
         elif kind != Kind.COMBINE or num_rows != turn.num_rows[node]:
             dropped["rows"] += 1
         else:
@@ -317,15 +332,23 @@ class DispatchLink:
                 self.compute_meter.add(compute_ns * 1e-9)
                 _succeed(turn)
 
+    def _watch_later(self) -> None:
+        delay_s = self._timeout_s / WATCH_SHARE
+        self._watch_due = self._clock() + delay_s
+        self._loop.call_later(delay_s, self._watch)
+
     def _watch(self) -> None:
         """Ends turns that took too long; comes again while any is in flight. A timer per turn would cost more."""
         in_flight = [turn for turn in self._turns if turn is not None and not turn.is_over]
         self._is_watching = bool(in_flight)
+        late_s = self._clock() - self._watch_due
+        if late_s >= self._timeout_s / ABSENCE_SHARE:  # we were away ourselves: answers may lie here unread
+            self._back_at = self._clock()
         if in_flight:
-            self._loop.call_later(self._timeout_s / WATCH_SHARE, self._watch)
+            self._watch_later()
         for turn in in_flight:
             # our own computing is not held against those who answer
-            if self._clock() - max(turn.opened_at, turn.posted_at) >= self._timeout_s:
+            if self._clock() - max(turn.opened_at, turn.posted_at, self._back_at) >= self._timeout_s:
                 self._expire(turn)
 
     def _expire(self, turn: Turn) -> None:
@@ -333,7 +356,7 @@ class DispatchLink:
             if turn.waiting >> node & 1:
                 self.drop(node, f"no answer for {self._timeout_s:g} s")
         if not turn.done.done():
-            _fail(turn, TransportError("this worker", f"computed nothing to post for {self._timeout_s:g} s"))
+            _fail(turn, TimeoutError(f"nothing was computed for {self._timeout_s:g} s"))
 
 
 def _succeed(turn: Turn) -> None:

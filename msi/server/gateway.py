@@ -15,7 +15,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -91,7 +91,7 @@ class Gateway:
         self._running = Running()
         self._sockets = Sockets(self._calls, self._running, MAX_BODY_BYTES)
         self._door = Door(self._handle, max_connections())
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._endpoints: dict[str, dict[str, Handler]] = {
             "/v1/completions": {"POST": self._completions},
             "/v1/chat/completions": {"POST": self._chat_completions},
@@ -103,27 +103,22 @@ class Gateway:
             "/version": {"GET": self._version},
         }
 
-    async def start(self, listening: socket.socket | None = None) -> str:
+    async def start(self, listening: Sequence[socket.socket] | None = None) -> str:
         """Listens; returns the URL.
 
         Args:
-            listening: a socket that is bound already, in place of one at `host` and `port`.
+            listening: sockets of `listen`; by default at `host` and `port`.
 
         Raises:
             ConfigError: the port is in use.
         """
+        sockets = list(listening or listen(self._host, self._port))
         self._door.open()
         loop = asyncio.get_running_loop()
-        try:
-            if listening is None:
-                self._server = await loop.create_server(self._door, self._host, self._port, backlog=BACKLOG)
-            else:
-                self._server = await loop.create_server(self._door, sock=listening, backlog=BACKLOG)
-        except OSError as error:
-            raise ConfigError(why_not(self._host, self._port, error)) from error
+        self._servers = [await loop.create_server(self._door, sock=one, backlog=BACKLOG) for one in sockets]
         if self._load_log is not None:
             self._telling = asyncio.create_task(self._load_log.run())
-        return url_of(self._host, self._server.sockets[0].getsockname()[1])
+        return url_of(self._host, sockets[0].getsockname()[1])
 
     async def prepare(self) -> None:
         """Starts what large requests need, so that the first does not wait for it."""
@@ -135,16 +130,20 @@ class Gateway:
         running.is_ending = True
         if self._telling is not None:
             self._telling.cancel()
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         if grace_s > 0 and len(running):
             log.info("HTTP takes no more requests; %d that run have %g s to end", len(running), grace_s)
             await running.wait_idle(grace_s)
-        running.end()
+        self.end_requests()
         await running.wait_idle(ENDS_WITHIN_S)
         await self._sockets.close()
         await self._door.shutdown(ENDS_WITHIN_S)
         await self._calls.close()
+
+    def end_requests(self) -> None:
+        """Each ends with an error that says so."""
+        self._running.end()
 
     # -- every request -----------------------------------------------------------------------------------------------
 
@@ -348,6 +347,32 @@ def max_connections() -> int:
     return (
         MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else max(8, min(MAX_CONNECTIONS, limit - KEPT_DESCRIPTORS))
     )
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen at every address of a host, all at one port.
+
+    Raises:
+        ConfigError: names the host and the port, and says what to do.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            one = socket.socket(family, kind, protocol)
+            sockets.append(one)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.bind((address[0], sockets[0].getsockname()[1] if len(sockets) > 1 else port, *address[2:]))
+            one.listen(BACKLOG)
+            one.setblocking(False)
+    except OSError as error:
+        for one in sockets:
+            one.close()
+        raise ConfigError(why_not(host, port, error)) from error
+    return sockets
 
 
 def url_of(host: str, port: int) -> str:

@@ -92,7 +92,9 @@ class Preparation:
         self._welcome = welcome
         sources = {"default": setup.template} if setup.template else welcome.chat_templates
         self._templates = ChatTemplates(sources, welcome.special_tokens)
-        self._prompts = Prompts.of(welcome.tokenizer, welcome.vocab_size, welcome.max_model_len)
+        self._prompts = Prompts.of(
+            welcome.tokenizer, welcome.vocab_size, welcome.max_model_len, welcome.special_tokens.values()
+        )
 
     def understand(self, endpoint: str, body: bytes | str) -> Understood | NotUnderstood:
         """Never raises."""

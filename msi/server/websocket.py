@@ -159,7 +159,7 @@ class _Connection:
                 async with contextlib.aclosing(call.outputs):
                     async for output in call.outputs:
                         usage.add(output)
-                        await self.send(self._output(request_id, output))
+                        await self.send(self._output(request_id, output, call.has_logprobs))
             last: dict[str, Any] = {"type": "done", "id": request_id, "usage": usage.values()}
         except ConnectionResetError:
             return  # nobody is left to tell
@@ -169,11 +169,11 @@ class _Connection:
         with contextlib.suppress(ConnectionResetError):
             await self.send(last)
 
-    def _output(self, request_id: str, output: Output) -> dict[str, Any]:
+    def _output(self, request_id: str, output: Output, has_logprobs: bool) -> dict[str, Any]:
         return {
             "type": "output", "id": request_id, "index": output.index, "text": output.text,
             "token_ids": output.token_ids, "finish_reason": output.finish_reason,
-            "logprobs": logprobs_content(output, self._calls.decode),
+            "logprobs": logprobs_content(output, self._calls.token_text) if has_logprobs else None,
         }  # fmt: skip
 
 
