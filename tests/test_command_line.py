@@ -198,6 +198,7 @@ def test_what_was_said_of_serving_reaches_the_process_that_serves(tmp_path):
     for name in ("host", "port", "chat_template", "disable_log_stats", "enable_log_requests"):
         assert getattr(again, name) == getattr(first, name)
     assert not again.enable_log_requests
+    assert parse(["--disable-log-requests"]).serving_flags == ("--no-enable-log-requests",)
     assert parse([]).serving_flags == ()
 
 
