@@ -13,6 +13,7 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from msi.children import Child, tell_launcher
@@ -109,6 +110,11 @@ class GatewayProcess:
         self._child: Child | None = None
         self._is_ending = False
 
+    @property
+    def pid(self) -> int:
+        assert self._child is not None, "it was not started"
+        return self._child.pid
+
     async def start(self) -> None:
         """Raises ConfigError, in the gateway's own words, or Unavailable."""
         fds = tuple(one.fileno() for one in self._sockets)
@@ -125,8 +131,8 @@ class GatewayProcess:
             raise Unavailable(f"the gateway did not start within {READY_WITHIN_S:g} s") from None
         raise ConfigError(child.failure or f"the gateway {child.end} while it started; what it said is above")
 
-    async def keep_alive(self) -> None:
-        """Starts it again when it ends, for ever."""
+    async def keep_alive(self, tell: Callable[..., None]) -> None:
+        """Starts it again when it ends, for ever; `tell`s its `gateway_pid` then."""
         restarts = Restarts()
         while True:
             assert self._child is not None
@@ -140,6 +146,8 @@ class GatewayProcess:
             await asyncio.sleep(delay_s)
             with contextlib.suppress(ConfigError, Unavailable, OSError):
                 await self.start()
+                tell(gateway_pid=self.pid)
+                log.info("the gateway serves again (pid %d)", self.pid)
 
     def drain(self) -> None:
         """It takes nothing new from now on, and ends when what runs has; the second time, at once."""
