@@ -160,6 +160,21 @@ async def test_a_key_and_a_chat_template_reach_the_gateway(tiny_model, tmp_path)
         assert "Traceback" not in child.said
 
 
+async def test_a_coordinator_of_a_cluster_asks_clients_for_its_key(tiny_model):
+    arguments = ("--role", "coordinator", "--coordinator", f"tcp://127.0.0.1:{free_port()}", "--port", 0)
+    async with (
+        launched(tiny_model, *arguments, "--api-key", "secret-key") as child,
+        aiohttp.ClientSession() as session,
+    ):
+        url = (await child.until_said(r"HTTP at (http://\S+)"))[1]
+        assert ":0" not in url
+        for path, status in (("/health", 200), ("/version", 200), ("/v1/models", 401), ("/metrics", 401)):
+            async with session.get(url + path) as response:
+                assert response.status == status
+        async with session.get(f"{url}/v1/models", headers={"Authorization": "Bearer secret-key"}) as response:
+            assert response.status == 200
+
+
 @pytest.mark.slow
 async def test_a_port_in_use_is_said_and_ends_it(tiny_model):
     with socket.socket() as taken:
