@@ -311,3 +311,12 @@ async def test_it_waits_by_name_and_gives_up_with_a_sentence(tiny_model):
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.1)
             assert "waiting for attention worker 1 of 1" in engine.failure
+
+
+@pytest.mark.slow
+async def test_more_kv_blocks_than_there_is_memory_for_are_said_and_not_tried_again(tiny_model):
+    async with launched(tiny_model, "--num-gpu-blocks-override", 2**31 - 1, "--port", 0) as child:
+        assert await child.ended() == 2
+        assert "give a smaller --num-gpu-blocks-override or" in child.said
+        assert "Traceback" not in child.said
+        assert "started again" not in child.said
