@@ -379,7 +379,9 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class ClientHeartbeat:
-    pass
+    """`num_submits`: Submits that it has sent since its hello."""
+
+    num_submits: Count
 
 
 @dataclass(frozen=True, slots=True)
