@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from msi.block_pool import BlockPool, hash_block
 from msi.sequence import Lane, Sequence
 
-OVERTAKING = 64  # waiting requests that are looked at for one that fits
+OVERTAKING = 32  # waiting requests that are looked at for one that fits
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class Admission:
         num_running = self.num_running - len(gone)
         if num_running >= self._max_num_seqs:
             return False
-        released = self._pool.released_by(block for one in gone for block in one.blocks)
+        released = self._pool.released_by(block for one in gone for block in one.blocks) if gone else set()
         # one for each that runs, so that the next token of an older one does not throw this one out again
         num_free = self._pool.num_free + len(released) - num_running
         num_blocks = self._blocks_for(len(sequence.tokens))

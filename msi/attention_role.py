@@ -119,6 +119,11 @@ class AttentionRole:
                     log.warning("%s: %s", expert.worker_id, error.reason)
                     failed = True
                     continue
+                except Exception as error:
+                    self._complaints.say(error, f"{expert.worker_id} could not be connected")
+                    self._link.drop(node, one_line(error))
+                    failed = True
+                    continue
                 if self._wanted.get(node) != expert:  # changed while connecting
                     self._link.drop(node, "replaced")
                     failed = True

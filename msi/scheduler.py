@@ -155,6 +155,7 @@ class Scheduler:
         failed = [request_id for request_id, sequence in self._sequences.items() if sequence.lane is not None]
         for request_id in failed:
             self._forget(request_id)
+        self._admission.admit()
         return failed
 
     # -- passes ------------------------------------------------------------------------------------------------------
@@ -167,7 +168,6 @@ class Scheduler:
         """The next micro-batch of a lane that has none in flight; None when it has nothing to do."""
         lane = self._lanes[lane_index]
         assert not lane.in_flight, f"lane {lane_index} is in flight"
-        self._admission.admit()
         suspect = next((one for one in lane.sequences if one.is_suspect), None)
         candidates = lane.sequences if suspect is None else [suspect]
         chosen: list[tuple[Sequence, int]] = []
@@ -249,6 +249,7 @@ class Scheduler:
         for sequence, _ in in_flight:
             if sequence.is_cancelled:
                 self._admission.release(sequence)
+        self._admission.admit()
 
     def suspect(self, lane_index: int) -> list[str]:
         """An exception came out of the pass of a lane: its sequences are tried again, each in a pass of its own.
@@ -260,7 +261,6 @@ class Scheduler:
         for sequence, _ in in_flight:
             sequence.is_suspect = True
         self.give_up(lane_index)
-        self._admission.admit()
         return failed
 
     def fail_lane(self, lane_index: int) -> list[str]:
@@ -274,6 +274,7 @@ class Scheduler:
         for request_id in failed:
             self._sequences.pop(request_id, None)
         self._num_failed += len(failed)
+        self._admission.admit()
         return failed
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -309,3 +310,9 @@ class Scheduler:
                 raise InvalidRequest(
                     f"token id {shown(wrong)} in {name}; ids are integers from 0 to {self._vocab_size - 1}", param=name
                 )
+        params = request.params
+        if params.min_tokens and len(self._eos_token_ids.union(params.stop_token_ids)) >= self._vocab_size:
+            raise InvalidRequest(
+                f"min_tokens is {params.min_tokens}, and stop_token_ids leave no token that may come before",
+                param="stop_token_ids",
+            )
