@@ -207,11 +207,14 @@ class AttentionRole:
 
     async def next(self, lane: int) -> MicroBatch:
         while True:
+            seen = self._scheduler.num_admissions
             try:
                 micro_batch = self._scheduler.plan(lane)
             except Exception as error:
                 self._end_lane(lane, error)
                 continue
+            if self._scheduler.num_admissions > seen:
+                self._wake()  # onto other lanes
             if micro_batch is not None:
                 return micro_batch
             await self._idle[lane].wait()

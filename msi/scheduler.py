@@ -104,6 +104,11 @@ class Scheduler:
         return tuple(self._sequences)
 
     @property
+    def num_admissions(self) -> int:
+        """Since the start: where it rose, lanes that had no work may have some."""
+        return self._admission.num_admissions
+
+    @property
     def is_idle(self) -> bool:
         return not self._sequences
 
@@ -168,6 +173,18 @@ class Scheduler:
         """The next micro-batch of a lane that has none in flight; None when it has nothing to do."""
         lane = self._lanes[lane_index]
         assert not lane.in_flight, f"lane {lane_index} is in flight"
+        while not (chosen := self._choose(lane)):
+            # what was preempted for nothing may have left room for others
+            if not self._admission.admit():
+                return None
+        lane.num_passes += 1
+        for sequence, _ in chosen:
+            sequence.served_at = lane.num_passes
+        lane.in_flight = chosen
+        return micro_batch(chosen, self._eos_token_ids)
+
+    def _choose(self, lane: Lane) -> list[tuple[Sequence, int]]:
+        """Who is in the lane's next micro-batch, with how many tokens; all have the blocks for them."""
         suspect = next((one for one in lane.sequences if one.is_suspect), None)
         candidates = lane.sequences if suspect is None else [suspect]
         chosen: list[tuple[Sequence, int]] = []
@@ -175,13 +192,7 @@ class Scheduler:
             # one without blocks was preempted for another of them
             if sequence.blocks and self._admission.make_room(sequence, count, chosen):
                 chosen.append((sequence, count))
-        if not chosen:
-            return None
-        lane.num_passes += 1
-        for sequence, _ in chosen:
-            sequence.served_at = lane.num_passes
-        lane.in_flight = chosen
-        return micro_batch(chosen, self._eos_token_ids)
+        return chosen
 
     def may_continue(self, lane_index: int) -> bool:
         """Whether the lane may have a micro-batch right after the one in flight."""
