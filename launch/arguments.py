@@ -301,3 +301,6 @@ def _add_diagnosis(parser: CommandLine) -> None:
     add("--log-level", type=one_of(*LOG_LEVELS), default="info", metavar="L", help="debug, info, warning or error")
     add("--trace", type=file_to_write, metavar="FILE", help="write a Chrome trace at the end")
     add("--check", action="store_true", help=argparse.SUPPRESS)
+    add(
+        "--disable-log-requests", dest="enable_log_requests", action="store_false", help=argparse.SUPPRESS
+    )  # vLLM's own

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sys
 
@@ -13,7 +12,7 @@ from msi.engine import Engine
 from msi.errors import EngineError
 from msi.types import SamplingParams
 
-from .arguments import API_KEY_VARIABLE, LaunchArguments
+from .arguments import LaunchArguments
 from .display import StatusLine, summary
 
 log = logging.getLogger(__name__)
@@ -33,8 +32,6 @@ async def serve(arguments: LaunchArguments) -> None:
         ),
         "worker_flags": level,
     }
-    if arguments.api_key:
-        os.environ[API_KEY_VARIABLE] = arguments.api_key  # for the child that serves HTTP
     line = StatusLine()
     engine = Engine(options=arguments.options, report=line.update, process_flags=flags)
     stops = Stops(line)

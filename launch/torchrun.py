@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from msi.net.tcp import address_towards
 from msi.options import InstanceOptions
 from msi.process_instance import start_coordinator, stop_children
 
-from .arguments import API_KEY_VARIABLE, LaunchArguments
+from .arguments import LaunchArguments
 
 SAID_GRACE_S = 2.0  # rank 0 stays so long after saying that it cannot start: another's end has torchrun kill it
 
@@ -131,8 +130,6 @@ async def _start_coordinator(
     flags = ["--log-level", arguments.log_level, *arguments.serving_flags]
     if arguments.trust.is_insecure_allowed:
         flags.append("--insecure-network")
-    if arguments.api_key:
-        os.environ[API_KEY_VARIABLE] = arguments.api_key  # for the child that serves HTTP
     try:
         if sockets is not None:
             where = sockets.address("coordinator")

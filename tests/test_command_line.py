@@ -191,14 +191,25 @@ def test_hosts_are_addresses_and_names_with_or_without_brackets(host, listened):
 def test_what_was_said_of_serving_reaches_the_process_that_serves(tmp_path):
     template = tmp_path / "a b.jinja"
     template.write_text("x")
-    given = ["--host", "::1", "--port=0", "--api-key=-k", "--chat-template", str(template), "--disable-log-stats",
+    given = ["--host", "::1", "--port=0", "--chat-template", str(template), "--disable-log-stats",
              "--no-enable-log-requests"]  # fmt: skip
     first = parse(given)
     again = parse(["--role", "coordinator", *first.serving_flags])
-    for name in ("host", "port", "api_key", "chat_template", "disable_log_stats", "enable_log_requests"):
+    for name in ("host", "port", "chat_template", "disable_log_stats", "enable_log_requests"):
         assert getattr(again, name) == getattr(first, name)
     assert not again.enable_log_requests
+    assert parse(["--disable-log-requests"]).serving_flags == ("--no-enable-log-requests",)
     assert parse([]).serving_flags == ()
+
+
+@pytest.mark.parametrize("role", [[], ["--role", "coordinator"], ["--role", "gateway", "--coordinator", "tcp://h:1"]])
+def test_a_key_reaches_whichever_process_serves_and_no_command_line(role, monkeypatch):
+    monkeypatch.setenv("MSI_API_KEY", "")  # and back to what it was, whatever `run` does to it
+    monkeypatch.setattr("uvloop.run", lambda started: started.close())
+    arguments = parse([*role, "--api-key=-k"])
+    assert not any("-k" in word for word in arguments.serving_flags)
+    assert main.run([*role, "--api-key=-k"]) == 0
+    assert parse(["--role", "gateway", "--coordinator", "tcp://h:1"]).api_key == "-k", "as its child sees it"
 
 
 def test_options_survive_the_way_to_a_child(tmp_path):

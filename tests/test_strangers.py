@@ -8,20 +8,24 @@ import errno
 import multiprocessing
 import os
 import socket
+import stat
 import struct
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msi.errors import ProtocolError, TransportError
+from msi import Engine, SamplingParams
+from msi.errors import ConfigError, ProtocolError, TransportError
 from msi.net import acceptor, shm, tcp
 from msi.net.link_proof import CHALLENGE_BYTES, PROOF_BYTES, PROVED_BYTES, Proofs
 from msi.net.secret import Secret, Trust
 from msi.net.shm import ShmTransport
 from msi.net.tcp import ACCEPTED, CHALLENGE, GREETING, GREETING_MAGIC, HELLO, TcpTransport, split_address
 from msi.net.transport import Admission, CompletionKind
+from tests.test_launch import free_port, launched
 from tests.waiting import until
 
 SEAT_BYTES = 4096
@@ -359,3 +363,89 @@ async def test_frames_of_garbage_at_the_shared_memory_socket_change_nothing():
                 await asyncio.to_thread(sock.recv, 100)
         assert not one.admitted
         await link(one, ShmTransport())
+
+
+# -- whole instances --------------------------------------------------------------------------------------------------
+
+
+def listening_ports(pids):
+    """TCP ports at which any of these processes listens."""
+    inodes = set()
+    for pid in pids:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                inodes.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
+
+
+@pytest.mark.parametrize(
+    "transport", ["inproc", pytest.param("shm", marks=pytest.mark.slow), pytest.param("tcp", marks=pytest.mark.slow)]
+)
+async def test_a_local_instance_listens_on_no_port_and_leaves_no_socket(tiny_model, transport):
+    before = listening_ports([os.getpid()])
+    async with Engine.local(model=tiny_model, transport=transport, threads_per_worker=1) as engine:
+        assert engine.address.startswith("ipc://")
+        ports = listening_ports([os.getpid(), *engine.pids.values()]) - before
+        assert len(ports) == (1 if transport == "tcp" else 0), "but the expert worker's, where TCP was asked for"
+        path = Path(engine.address.removeprefix("ipc://"))
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        for port in ports:  # the instance's token is needed there, which only its own processes are told
+            stranger = TcpTransport(key=OTHER)
+            with pytest.raises(TransportError, match="does not prove"):
+                await stranger.connect(f"tcp://127.0.0.1:{port}", b"anna", stranger.register(1, SEAT_BYTES), 0)
+            await stranger.close()
+        async with Engine.connect(engine.address) as other:
+            params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+            assert sum([len(output.token_ids) async for output in other.generate([1, 2, 3], params)]) == 4
+    assert not path.parent.exists()
+
+
+@pytest.mark.slow
+async def test_a_cluster_serves_who_holds_its_secret_and_nobody_else(tiny_model, tmp_path):
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("the secret of this cluster\n")
+    address = f"tcp://127.0.0.1:{free_port()}"
+    common = (tiny_model, "--coordinator", address, "--threads-per-worker", 1)
+    ours = (*common, "--secret-file", secret, "--transport", "tcp")
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    async with (
+        launched(*ours, "--role", "coordinator", "--no-gateway") as coordinator,
+        launched(*ours, "--role", "expert"),
+        launched(*ours, "--role", "attention") as attention,
+        Engine.connect(address, secret="the secret of this cluster") as engine,
+    ):
+        await engine.wait_ready(90)
+        async with launched(*common, "--role", "expert", "--worker-id", "expert-0") as stranger:
+            assert await stranger.ended() == 2
+            assert "asks for a secret, and this process was given none" in stranger.said
+        (tmp_path / "other").touch(mode=0o600)
+        (tmp_path / "other").write_text("the secret of another cluster\n")
+        async with launched(*common, "--role", "attention", "--secret-file", tmp_path / "other") as stranger:
+            assert await stranger.ended() == 2
+            assert "the secret differs" in stranger.said
+        for wrong, complaint in ((None, "asks for a secret"), ("the secret of another", "the secret differs")):
+            with pytest.raises(ConfigError, match=complaint):
+                async with Engine.connect(address, secret=wrong):
+                    pass
+        assert "refused a connection" in coordinator.said
+        assert (await engine.stats()).dropped["handshake"] >= 4
+        assert sum([len(output.token_ids) async for output in engine.generate([1, 2, 3], params)]) == 4
+        assert {one.incarnation for one in (await engine.stats()).workers} == {0}, "nobody's place was taken"
+        assert attention.process.returncode is None
+
+
+@pytest.mark.parametrize(("role", "at"), [("coordinator", "0.0.0.0:0"), ("attention", "192.0.2.1:5555")])
+async def test_nobody_listens_on_a_network_without_a_secret_unless_told_to(tiny_model, role, at):
+    async with launched(tiny_model, "--role", role, "--coordinator", f"tcp://{at}", "--start-timeout", 2) as child:
+        assert await child.ended() == 2
+        if "cannot tell by which address" not in child.said:  # a machine without any network
+            assert "would listen on" in child.said
+            assert "--secret-file FILE (or MSI_SECRET), or --insecure-network" in child.said
+        assert "Traceback" not in child.said

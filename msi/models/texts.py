@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # what transformers' tokenizer classes say where the files of a model are silent
-CLASS_TOKENS = {
+CLASS_TOKENS: dict[str, Mapping[str, str | None]] = {
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
     "GPTNeoXTokenizer": {
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"), "pad_token": "<|padding|>",
     },
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "GPT2Tokenizer": {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"), "pad_token": None},
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
 }  # fmt: skip
 CLASS_OF_MODEL = {
@@ -126,9 +126,9 @@ def _special_tokens(
     values = dict(tokenizer_config)
     if "added_tokens_decoder" not in values:  # newer files say all of it in one place
         values |= _if_there(model_dir / "special_tokens_map.json", read_json) or {}
-    if "pad_token" not in values and (pad_token := _padding_token(tokenizer)):
-        values["pad_token"] = pad_token
     values = {**_class_tokens(config, tokenizer_config, tokenizer), **values}
+    if "pad_token" not in values:
+        values["pad_token"] = _padding_token(tokenizer)
     named = {name: value for name, value in values.items() if name in STANDARD_TOKENS or name.endswith("_token")}
     for group in ("extra_special_tokens", "model_specific_special_tokens"):
         more = values.get(group)
@@ -139,7 +139,7 @@ def _special_tokens(
 
 def _class_tokens(
     config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], tokenizer: bytes
-) -> Mapping[str, str]:
+) -> Mapping[str, str | None]:
     """What the class says that transformers would choose."""
     models_class = CLASS_OF_MODEL.get(str(config.get("model_type")), "")
     if not models_class:
@@ -151,12 +151,12 @@ def _class_tokens(
     return CLASS_TOKENS.get(name, {})
 
 
-def _padding_token(tokenizer: bytes) -> str:
-    """Of tokenizer.json's section on padding, which stands at the beginning; "" where there is none."""
+def _padding_token(tokenizer: bytes) -> object:
+    """Of tokenizer.json's section on padding, which stands at the beginning; None where there is none."""
     if not re.search(rb'"padding"\s*:\s*\{', tokenizer[:4096]):
-        return ""
-    token = parse_json(tokenizer, "tokenizer.json")["padding"].get("pad_token")
-    return token if isinstance(token, str) else ""
+        return None
+    padding = parse_json(tokenizer, "tokenizer.json").get("padding")
+    return padding.get("pad_token") if isinstance(padding, dict) else None
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ class Gateway:
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise Refused(426, f"{request.path} speaks WebSocket", headers={"Upgrade": "websocket"})
         try:
-            return await self._sockets.serve(request)
+            return await self._sockets.serve(request, headers)
         except web.HTTPException as error:  # a handshake that is none
             raise Refused(400, f"this is no WebSocket handshake: {error.text}") from error
 
