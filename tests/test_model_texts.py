@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from msi import ConfigError, SamplingParams
-from msi.models.texts import read_sampling_defaults, read_texts
+from msi.models.texts import read_sampling_defaults, read_texts, tokenizers_end
 from msi.types import NO_DEFAULTS, SamplingDefaults
 
 ADDED = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -91,6 +91,22 @@ def test_templates_name_the_special_tokens_that_transformers_knows(tmp_path, tok
     folder = directory(tmp_path / "model", tokenizers[kind], model_type, **json.loads(json.dumps(FILES[files])))
     expected = AutoTokenizer.from_pretrained(folder).special_tokens_map
     assert texts_of(folder).special_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("says", "end"),
+    [
+        ({}, None),
+        ({"eos_token": "</s>"}, None),
+        ({"eos_token": "<end>", "added_tokens_decoder": {"2": {"content": "</s>"}, "7": {"content": "<end>"}}}, 7),
+        ({"eos_token": {"content": "<end>"}, "added_tokens_decoder": {"7": {"content": "<end>"}}}, 7),
+        ({"eos_token": "<end>", "added_tokens_decoder": {"9" * 5000: {"content": "<end>"}, "x": 1}}, None),
+        ({"eos_token": 5, "added_tokens_decoder": [1]}, None),
+    ],
+)
+def test_the_tokenizers_end_of_sequence_ends_answers_too(tmp_path, says, end):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(says))
+    assert tokenizers_end(tmp_path) == end
 
 
 # -- chat templates --------------------------------------------------------------------------------------------------

@@ -160,8 +160,12 @@ async def test_who_cannot_be_served_now_is_told_when_to_try_again(served, monkey
 
 async def test_a_prompt_that_leaves_no_room_is_refused_in_vllms_words(served):
     long = {"role": "user", "content": "a b c d " * 300}
-    for path, body in (("completions", {"prompt": [1] * 600, **GREEDY}), ("chat/completions", {"messages": [long]})):
+    for path, field, body in (
+        ("completions", "prompt", {"prompt": [1] * 600, **GREEDY}),
+        ("chat/completions", "messages", {"messages": [long]}),
+    ):
         status, answer, _ = await post(served, path, body)
+        assert answer["error"]["param"] == field
         error = answer["error"]
         assert (status, error["code"], error["type"]) == (400, "context_length_exceeded", "invalid_request_error")
         assert error["message"].startswith("This model's maximum context length is 512 tokens. However, you requested ")

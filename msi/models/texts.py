@@ -6,6 +6,7 @@ As transformers reads these files (version 5), and vLLM generation_config.json. 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -133,8 +134,26 @@ def _special_tokens(
     for group in ("extra_special_tokens", "model_specific_special_tokens"):
         more = values.get(group)
         named |= more if isinstance(more, dict) else {}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    return {name: text for name, value in named.items() if (text := _text_of(value)) is not None}
+
+
+def tokenizers_end(model_dir: Path) -> int | None:
+    """The id of the tokenizer's eos_token, which ends answers too, as in vLLM; None where the files do not tell it.
+
+    Raises:
+        ConfigError: tokenizer_config.json cannot be read.
+    """
+    values = _if_there(model_dir / "tokenizer_config.json", read_json) or {}
+    end, added = _text_of(values.get("eos_token")), values.get("added_tokens_decoder")
+    if end is None or not isinstance(added, dict):
+        return None
+    ids = (number for number, token in added.items() if _text_of(token) == end and re.fullmatch("[0-9]{1,9}", number))
+    return next(map(int, ids), None)
+
+
+def _text_of(token: object) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _class_tokens(
@@ -197,4 +216,4 @@ def read_sampling_defaults(model_dir: Path, generation_config: str) -> SamplingD
 
 
 def _if_there(path: Path, read: Callable[[Path], Any]) -> Any:
-    return read(path) if path.exists() else None
+    return read(path) if os.path.lexists(path) else None
