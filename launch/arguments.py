@@ -10,12 +10,13 @@ import argparse
 import ipaddress
 import json
 import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from msi.errors import ConfigError
-from msi.net.secret import Trust, find_secret
+from msi.net.secret import Trust, find_secret, read_private
 from msi.options import DTYPES, LOAD_FORMATS, InstanceOptions, with_plan
 from msi.server.origins import Origins
 
@@ -29,6 +30,7 @@ MICRO_BATCHES = ("auto", "1", "2", "3", "4")
 ROLES = ("coordinator", "gateway", "attention", "expert", "worker")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_CHILD_NUMBER = 2**22  # of processes and descriptors
+API_KEY_VARIABLE = "MSI_API_KEY"
 SECRET = r"[!-~]+"  # what can stand in an Authorization header
 
 
@@ -101,6 +103,7 @@ def parse(argv: list[str]) -> LaunchArguments:
         "options": options,
         "serving_flags": _flags_of(serving, values),
         "trust": _trust(values),
+        "api_key": _api_key(values),
     }
     for one in fields(LaunchArguments):
         if one.name not in own:
@@ -128,12 +131,27 @@ def _trust(values: argparse.Namespace) -> Trust:
     return Trust(find_secret(values.secret_file) if is_cluster else None, values.insecure_network)
 
 
+def _api_key(values: argparse.Namespace) -> str:
+    """From the flag, a file, or the environment: a command line is no place for it, as every user can read those."""
+    if values.api_key is not None:
+        return str(values.api_key)
+    key, source = os.environ.get(API_KEY_VARIABLE), API_KEY_VARIABLE
+    if values.api_key_file is not None:
+        key, source = (
+            read_private(values.api_key_file, "--api-key-file").strip(),
+            f"--api-key-file {values.api_key_file}",
+        )
+    if key is not None and not re.fullmatch(SECRET, key):
+        raise ConfigError(f"the key in {source} is not one of visible ASCII characters; give one, or none at all")
+    return key or ""
+
+
 def _flags_of(group: Any, values: argparse.Namespace) -> tuple[str, ...]:
     """A group's options as words of a command line, where they are not the default."""
     words = []
     for action in group._group_actions:
         value = getattr(values, action.dest)
-        if value == action.default:
+        if value == action.default or action.dest in ("api_key", "api_key_file"):  # told by the environment
             continue
         if isinstance(value, bool):
             words.append(next(flag for flag in action.option_strings if flag.startswith("--no-") is not value))
@@ -241,6 +259,7 @@ def _add_serving(group: Any) -> None:
     add("--api-key", type=text(SECRET, "a key of visible ASCII characters, or leave the flag out to ask for none"),
         metavar="K",
         help="clients must send it as Authorization: Bearer K, on all paths but those that probes ask")  # fmt: skip
+    add("--api-key-file", type=Path, metavar="FILE", help="the key, in a file of mode 600; or MSI_API_KEY")
     add("--chat-template", type=file_to_read, metavar="FILE", help="Jinja file in place of the model's chat template")
     add("--enable-log-requests", action=argparse.BooleanOptionalAction, default=True,
         help="a line in the log for every request that ended; on")  # fmt: skip
@@ -282,3 +301,6 @@ def _add_diagnosis(parser: CommandLine) -> None:
     add("--log-level", type=one_of(*LOG_LEVELS), default="info", metavar="L", help="debug, info, warning or error")
     add("--trace", type=file_to_write, metavar="FILE", help="write a Chrome trace at the end")
     add("--check", action="store_true", help=argparse.SUPPRESS)
+    add(
+        "--disable-log-requests", dest="enable_log_requests", action="store_false", help=argparse.SUPPRESS
+    )  # vLLM's own

@@ -206,8 +206,10 @@ def file_to_write(word: str) -> Path:
 
 
 def file_to_ask(word: str) -> Path:
-    """As `file_to_read`; but what is not there is said by who reads it."""
-    return Path(word) if _mode_of(word) is None and word else file_to_read(word)
+    """As `file_to_read`, in the words of those who read such files."""
+    if word and _mode_of(word) is None:
+        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be read: there is no such file")
+    return file_to_read(word)
 
 
 def _mode_of(word: str) -> int | None:

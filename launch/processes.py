@@ -115,7 +115,7 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
         watch.start()
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(coordinator.run())
-            ending = CoordinatorEnding(coordinator, arguments.shutdown_timeout_s)
+            ending = CoordinatorEnding(coordinator, arguments.shutdown_timeout_s, is_child=arguments.parent > 0)
             following = tasks.create_task(follow_launcher(arguments.announce, ending.told))
             log.info("coordinator at %s", coordinator.address)
             try:
@@ -134,20 +134,29 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
 
 
 class CoordinatorEnding:
-    """What ends a coordinator: signals, or the launcher, which also tells of workers that ended."""
+    """What ends a coordinator: signals, or its launcher, which also tells of workers that ended.
 
-    def __init__(self, coordinator: Coordinator, timeout_s: float) -> None:
+    A signal to a whole group of processes reaches a launcher's child, too: it is then no second one.
+    """
+
+    def __init__(self, coordinator: Coordinator, timeout_s: float, *, is_child: bool) -> None:
         self._coordinator = coordinator
         self._timeout_s = timeout_s
         self._is_asked = asyncio.Event()
         self._is_urgent = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        if is_child:
+            loop.add_signal_handler(signal.SIGTERM, self._is_asked.set)
+            return
         asked = Ending(drain=self._is_asked.set, end=self._is_urgent.set)
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, asked.asked)
+            loop.add_signal_handler(number, asked.asked)
 
     def told(self, message: dict[str, Any]) -> None:
         """By the launcher."""
-        if message.get("end"):
+        if message.get("drain"):
+            self._is_asked.set()
+        elif message.get("end"):
             self._is_asked.set()
             self._is_urgent.set()
         elif worker_id := message.get("exited"):

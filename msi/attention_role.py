@@ -195,7 +195,10 @@ class AttentionRole:
         if self._lanes:
             return
         assert self._tasks is not None
+        came_early = self._scheduler.requests  # whoever told how many lanes was heard late
         self._scheduler = self._new_scheduler(num_lanes)
+        for request in came_early:
+            self.submit(request)
         for lane in range(num_lanes):
             task = self._tasks.create_task(run_lane(lane, self, self._half, self._link), name=f"lane {lane}")
             self._lanes.append(task)

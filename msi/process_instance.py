@@ -183,7 +183,7 @@ class ProcessInstance:
         self._stopping.set()
         coordinator = self._children.get("coordinator")
         if coordinator is not None:
-            coordinator.signal(signal.SIGTERM)
+            coordinator.tell(drain=True)
             await coordinator.process.wait()
 
     async def stop(self) -> None:

@@ -78,7 +78,7 @@ class Prompts:
         if token_ids and not (set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and self._has(max(token_ids))):
             bad = next(one for one in token_ids if type(one) is not int or one < 0 or not self._has(one))
             raise InvalidRequest(
-                f"token id {shown(bad)} in {where}; ids are integers from 0 to {self._vocab_size - 1}",
+                f"token id {self._named(bad)} in {where}; ids are integers from 0 to {self._vocab_size - 1}",
                 param=where.removeprefix("the "),
             )
 
@@ -92,6 +92,13 @@ class Prompts:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; "" for a model without tokenizer. Raises InvalidRequest."""
         return "" if self._tokenizer is None else decode(self._tokenizer, token_ids)
+
+    def _named(self, token_id: object) -> str:
+        """With its text where the tokenizer knows more tokens than the model has."""
+        text = None
+        if self._tokenizer is not None and type(token_id) is int and 0 <= token_id < 2**32:
+            text = self._tokenizer.id_to_token(token_id)
+        return shown(token_id) if text is None else f"{token_id} ({shown(text)})"
 
     def _has(self, token_id: int) -> bool:
         return token_id < self._vocab_size

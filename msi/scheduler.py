@@ -99,6 +99,11 @@ class Scheduler:
         return self._admission.num_running
 
     @property
+    def requests(self) -> list[Request]:
+        """All that are here, in order of arrival."""
+        return [sequence.request for sequence in self._sequences.values()]
+
+    @property
     def request_ids(self) -> tuple[str, ...]:
         """Of all requests that are here, whether they run or wait."""
         return tuple(self._sequences)

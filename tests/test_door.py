@@ -420,3 +420,36 @@ async def test_at_the_end_what_runs_is_given_time_and_then_told(tiny_model):
         with pytest.raises(aiohttp.ClientConnectorError):
             await session.get(f"{url}/health")
         await idle(engine)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_large_answer_is_what_its_stream_says(served, path):
+    body = {"max_tokens": 100, "n": 8, "seed": 3, "ignore_eos": True}
+    if "chat" in path:
+        body |= {"messages": [{"role": "user", "content": "It is"}], "logprobs": True, "top_logprobs": 20}
+    else:
+        body |= {"prompt": "It is", "logprobs": 20, "echo": False}
+    async with aiohttp.ClientSession(headers=AUTHORISED) as session:
+        async with session.post(served[1] + path, json=body) as response:
+            raw_body = await response.read()
+            assert int(response.headers["Content-Length"]) == len(raw_body) > 256 * 1024
+            whole = json.loads(raw_body)
+        async with session.post(served[1] + path, json={**body, "stream": True}) as response:
+            events = [json.loads(line[6:]) for line in (await response.read()).split(b"\n\n")[:-2]]
+    texts, logprobs = {}, {}
+    for choice in (choice for event in events for choice in event["choices"]):
+        text = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+        texts[choice["index"]] = texts.get(choice["index"], "") + text
+        for name, items in (choice["logprobs"] or {}).items():
+            logprobs.setdefault(choice["index"], {}).setdefault(name, []).extend(items)
+    assert [choice["index"] for choice in whole["choices"]] == list(range(8))
+    for choice in whole["choices"]:
+        index = choice["index"]
+        assert (choice["text"] if "text" in choice else choice["message"]["content"]) == texts[index]
+        assert choice["logprobs"].keys() == logprobs[index].keys()
+        for name, items in choice["logprobs"].items():
+            assert len(items) == len(logprobs[index][name]) == 100
+        tokens = choice["logprobs"].get("tokens") or [one["token"] for one in choice["logprobs"]["content"]]
+        assert "".join(tokens) == texts[index]
+        assert choice["finish_reason"] == "length"
+    assert whole["usage"]["completion_tokens"] == 800

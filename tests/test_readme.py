@@ -52,6 +52,9 @@ def test_every_flag_and_script_exists():
     options = README.split("## Options")[1].split("\n## ")[0]
     for flag in set(re.findall(r"`(--[a-z][a-z-]+)", options)):
         assert re.search(rf"{flag}\b", said), f"README names {flag}, msi-launch does not know it"
+    for flag in set(re.findall(r"^  (?:-\w, )?(--[a-z][a-z-]+)", said, flags=re.MULTILINE)) - {"--help"}:
+        named = flag in options or flag.replace("--", "--no-", 1) in options
+        assert named, f"README's options leave out {flag}"
     for script in set(re.findall(r"\btools/[a-z_]+(?:\.py)?", README)):
         assert (ROOT / script).exists(), f"README names {script}, which is not there"
 

@@ -23,8 +23,10 @@ import msgpack
 
 from msi.errors import ProtocolError
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-MAX_ITEMS = 16 * 1024  # of an array: msgpack makes room for as many as its head claims, at up to 1024 levels
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+ITEMS = 16 * 1024  # of an array, however many there are; more where that cannot come to ITEMS_IN_ALL
+ITEMS_IN_ALL = 16 * 1024 * 1024  # that arrays may claim: msgpack makes room at their heads, at up to 1024 levels
+LONG_HEADS = (b"\xdc", b"\xdd")  # of arrays of more than 15 items
 MAX_ENTRIES = 16 * 1024  # of a map
 MAX_TEXT_BYTES = 4 * 1024 * 1024  # of a string
 PACKED_FROM = 32  # integers of a tuple
@@ -38,22 +40,29 @@ class Codec:
         reads: the closed set of message types that `decode` knows.
         writes: those that `encode` knows; by default the same.
         max_bytes: of a message that is read.
+        max_written_bytes: of a message that is written: what the other end reads at most.
     """
 
     def __init__(
-        self, reads: Iterable[type], writes: Iterable[type] | None = None, *, max_bytes: int = MAX_MESSAGE_BYTES
+        self,
+        reads: Iterable[type],
+        writes: Iterable[type] | None = None,
+        *,
+        max_bytes: int = MAX_MESSAGE_BYTES,
+        max_written_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self.max_bytes = max_bytes
+        self._max_written_bytes = max_written_bytes
         self._decoders = {message_type.__name__: _decoder(message_type) for message_type in reads}
         self._writes = set(self._decoders) if writes is None else {message_type.__name__ for message_type in writes}
 
     def encode(self, message: Any) -> bytes:
-        """Raises ProtocolError: it is larger than any message may be."""
+        """Raises ProtocolError: it is larger than the other end takes."""
         name = type(message).__name__
         assert name in self._writes, f"{name} is not what this end says"
         payload = typing.cast(bytes, msgpack.packb([name, *_plain(message)]))
-        if len(payload) > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"{name} of {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} can be sent")
+        if len(payload) > self._max_written_bytes:
+            raise ProtocolError(f"{name} of {len(payload)} bytes; at most {self._max_written_bytes} can be sent")
         return payload
 
     def decode(self, payload: bytes | memoryview) -> Any:
@@ -65,7 +74,7 @@ class Codec:
                 payload,
                 use_list=False,
                 strict_map_key=False,
-                max_array_len=min(MAX_ITEMS, len(payload)),
+                max_array_len=_most_items(payload),
                 max_map_len=min(MAX_ENTRIES, len(payload)),
                 max_str_len=MAX_TEXT_BYTES,
                 max_bin_len=len(payload),
@@ -84,6 +93,13 @@ class Codec:
             raise
         except Exception as error:  # what a type's own checks come to when it is given nonsense
             raise ProtocolError(f"{fields[0]}: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _most_items(payload: bytes | memoryview) -> int:
+    """Of one array: such that all that the heads in there can claim is bounded."""
+    payload = bytes(payload)
+    num_heads = sum(payload.count(head) for head in LONG_HEADS)
+    return min(len(payload), max(ITEMS, ITEMS_IN_ALL // (num_heads + 1)))
 
 
 def _plain(message: Any) -> list[Any]:

@@ -71,6 +71,7 @@ class Answer(Protocol):
 
     request_id: str
     usage: Usage
+    num_choices: int
 
     def opening(self) -> list[dict[str, Any]]: ...
 
@@ -78,7 +79,9 @@ class Answer(Protocol):
 
     def usage_chunk(self) -> dict[str, Any]: ...
 
-    def whole(self, outputs: list[Output]) -> dict[str, Any]: ...
+    def frame(self) -> dict[str, Any]: ...
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,14 +230,14 @@ class ChatAnswer:
         self.usage = Usage(num_choices)
         self._token_text = token_text
         self._has_logprobs = has_logprobs
-        self._num_choices = num_choices
+        self.num_choices = num_choices
         self._common = {"id": request_id, "created": created, "model": model}
         self._head = self._common | {"object": "chat.completion.chunk"}
 
     def opening(self) -> list[dict[str, Any]]:
         """Chunks that come before the first output's."""
         delta = {"role": "assistant", "content": ""}
-        return [self._head | {"choices": [_choice(index, "delta", delta)]} for index in range(self._num_choices)]
+        return [self._head | {"choices": [_choice(index, "delta", delta)]} for index in range(self.num_choices)]
 
     def chunk(self, output: Output) -> dict[str, Any]:
         """One server-sent event."""
@@ -251,21 +251,13 @@ class ChatAnswer:
         """The event that tells usage, after all others."""
         return self._head | {"choices": [], "usage": self.usage.values()}
 
-    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
-        choices = [
-            _choice(index, "message", {"role": "assistant", "content": ""}) for index in range(self._num_choices)
-        ]
-        for output in outputs:
-            (part,) = self.chunk(output)["choices"]
-            choice = choices[output.index]
-            choice["message"]["content"] += output.text
-            choice["finish_reason"] = output.finish_reason
-            if choice["logprobs"] is None:
-                choice["logprobs"] = part["logprobs"]
-            elif part["logprobs"] is not None:
-                choice["logprobs"]["content"] += part["logprobs"]["content"]
-        return self._common | {"object": "chat.completion", "choices": choices, "usage": self.usage.values()}
+    def frame(self) -> dict[str, Any]:
+        """The answer to a request that does not stream, less the choices."""
+        return self._common | {"object": "chat.completion", "usage": self.usage.values()}
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """One choice of that answer, less log-probabilities."""
+        return {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
 
 
 def logprobs_content(output: Output, token_text: Callable[[int], TokenText]) -> dict[str, Any]:

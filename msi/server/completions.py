@@ -122,6 +122,7 @@ class CompletionAnswer:
         self._token_text = token_text
         self._has_logprobs = has_logprobs
         self._echoes = [echo for echo in echoes for _ in range(num_choices)]
+        self.num_choices = len(self._echoes)
         self._offsets = [len(echo) for echo in self._echoes]  # characters before the next token, for logprobs
         self._head = {"id": request_id, "object": "text_completion", "created": created, "model": model}
 
@@ -139,20 +140,13 @@ class CompletionAnswer:
         """The event that tells usage, after all others."""
         return self._head | {"choices": [], "usage": self.usage.values()}
 
-    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
-        choices = [_choice(index, echo) for index, echo in enumerate(self._echoes)]
-        for output in outputs:
-            (part,) = self.chunk(output)["choices"]
-            choice = choices[output.index]
-            choice["text"] += part["text"]
-            choice["finish_reason"] = part["finish_reason"]
-            if (earlier := choice["logprobs"]) is None:
-                choice["logprobs"] = part["logprobs"]
-            elif part["logprobs"] is not None:
-                for name, values in part["logprobs"].items():
-                    earlier[name] += values
-        return self._head | {"choices": choices, "usage": self.usage.values()}
+    def frame(self) -> dict[str, Any]:
+        """The answer to a request that does not stream, less the choices."""
+        return self._head | {"usage": self.usage.values()}
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """One choice of that answer, less log-probabilities."""
+        return {"index": index, "text": self._echoes[index] + text, "finish_reason": finish_reason}
 
     def _logprobs(self, output: Output) -> dict[str, Any] | None:
         if not self._has_logprobs:

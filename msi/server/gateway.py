@@ -35,6 +35,7 @@ from msi.server.request_body import MAX_BODY_BYTES, Bodies, discard
 from msi.server.request_log import LoadLog, RequestLog
 from msi.server.running import Running
 from msi.server.websocket import Sockets
+from msi.server.whole import Whole
 from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1  # what a client waits that nothing could take now
 ID_HEADER = "X-Request-Id"
 PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
+MAX_PIECE_BYTES = 256 * 1024  # of an answer: written at a time
 BACKLOG = 1024  # connections that wait to be accepted
 KEPT_DESCRIPTORS = 128  # for what is no client's connection
 ENDS_WITHIN_S = 2.0  # clients, once their requests have ended
@@ -238,9 +240,29 @@ class Gateway:
             assert asked.request is not None
             call = self._calls.call(asked.request, headers[ID_HEADER])
             if not call.streaming.stream:
-                async with contextlib.aclosing(call.outputs):
-                    return json_response(call.answer.whole([output async for output in call.outputs]))
+                return await self._whole(request, call, headers)
         return await self._stream(request, call, headers)
+
+    async def _whole(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
+        whole = Whole(call.answer)
+        async with contextlib.aclosing(call.outputs):
+            async for output in call.outputs:
+                whole.add(output)
+        parts = []
+        for part in whole.parts():
+            parts.append(part)
+            await asyncio.sleep(0)
+        num_bytes = sum(map(len, parts))
+        if num_bytes <= MAX_PIECE_BYTES:
+            return web.Response(body=b"".join(parts), content_type="application/json")
+        response = web.StreamResponse(headers={"Content-Type": "application/json", **headers})
+        response.content_length = num_bytes
+        await response.prepare(request)
+        for part in parts:
+            for start in range(0, len(part), MAX_PIECE_BYTES):
+                await response.write(part[start : start + MAX_PIECE_BYTES])
+        await response.write_eof()
+        return response
 
     async def _stream(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
         """A failure before the first event is an HTTP error, and one after it an event."""
@@ -267,7 +289,7 @@ class Gateway:
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise Refused(426, f"{request.path} speaks WebSocket", headers={"Upgrade": "websocket"})
         try:
-            return await self._sockets.serve(request)
+            return await self._sockets.serve(request, headers)
         except web.HTTPException as error:  # a handshake that is none
             raise Refused(400, f"this is no WebSocket handshake: {error.text}") from error
 

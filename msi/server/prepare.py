@@ -153,7 +153,10 @@ class Preparation:
             documents=asked.documents,
         )
         # the template writes special tokens itself
-        prompt = self._encode(text, asked.params, add_special_tokens=asked.add_special_tokens)
+        try:
+            prompt = self._encode(text, asked.params, add_special_tokens=asked.add_special_tokens)
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error), param="messages", code=error.code) from error
         return self._prepared(CHAT, [prompt], asked.params, asked.streaming, (b"",), asked.ignored)
 
     def _encode(

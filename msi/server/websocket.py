@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -55,11 +56,16 @@ class Sockets:
         self._max_message_bytes = max_message_bytes
         self._open: set[web.WebSocketResponse] = set()
 
-    async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        """One connection, until either side closes it. Cancellation cancels its requests."""
+    async def serve(self, request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+        """One connection, until either side closes it. Cancellation cancels its requests.
+
+        Args:
+            headers: of the handshake's answer.
+        """
         socket = web.WebSocketResponse(
             heartbeat=HEARTBEAT_S, max_msg_size=self._max_message_bytes, compress=False, timeout=CLOSES_WITHIN_S
         )
+        socket.headers.update(headers)
         await socket.prepare(request)
         connection = _Connection(socket, self._calls, self._running)
         self._open.add(socket)
