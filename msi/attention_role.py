@@ -119,6 +119,11 @@ class AttentionRole:
                     log.warning("%s: %s", expert.worker_id, error.reason)
                     failed = True
                     continue
+                except Exception as error:
+                    self._complaints.say(error, f"{expert.worker_id} could not be connected")
+                    self._link.drop(node, one_line(error))
+                    failed = True
+                    continue
                 if self._wanted.get(node) != expert:  # changed while connecting
                     self._link.drop(node, "replaced")
                     failed = True
@@ -205,11 +210,14 @@ class AttentionRole:
 
     async def next(self, lane: int) -> MicroBatch:
         while True:
+            seen = self._scheduler.num_admissions
             try:
                 micro_batch = self._scheduler.plan(lane)
             except Exception as error:
                 self._end_lane(lane, error)
                 continue
+            if self._scheduler.num_admissions > seen:
+                self._wake()  # onto other lanes
             if micro_batch is not None:
                 return micro_batch
             await self._idle[lane].wait()
