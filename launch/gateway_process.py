@@ -140,7 +140,7 @@ class GatewayProcess:
         except TimeoutError:
             child.signal(signal.SIGKILL)
             raise Unavailable(f"the gateway did not start within {READY_WITHIN_S:g} s") from None
-        raise ConfigError(child.failure or f"the gateway {child.end} while it started; what it said is above")
+        raise ConfigError(child.failure or f"the gateway did not start: {child.end}; what it said is above")
 
     async def keep_alive(self, tell: Callable[..., None]) -> None:
         """Starts it again when it ends, for ever; `tell`s its `gateway_pid` then."""
@@ -153,7 +153,9 @@ class GatewayProcess:
             if self._is_ending:
                 return
             delay_s = restarts.ended(time.monotonic(), has_said_why=False) or 0.0
-            log.error("the gateway (pid %d) %s; starting it again in %g s", self._child.pid, self._child.end, delay_s)
+            log.error(
+                "the gateway (pid %d) is gone: %s; starting it again in %g s", self._child.pid, self._child.end, delay_s
+            )
             await asyncio.sleep(delay_s)
             with contextlib.suppress(ConfigError, Unavailable, OSError):
                 await self.start()

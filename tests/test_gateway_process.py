@@ -91,6 +91,8 @@ async def test_streams_that_run_at_the_end_get_their_time_and_an_error_with_done
         assert (await response.json())["error"]["message"]
         assert await child.ended() == 0
         assert "Traceback" not in child.said
+        assert child.said.count("msi-launch: ending") == 1, "the display does not say it again"
+        assert "asked to end" not in child.said, "nor does the coordinator"
 
 
 async def test_a_gateway_alone_serves_an_instance_that_runs_elsewhere(tiny_model):
