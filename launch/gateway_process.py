@@ -13,6 +13,7 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,11 @@ class GatewayProcess:
         self._child: Child | None = None
         self._ending = asyncio.Event()
 
+    @property
+    def pid(self) -> int:
+        assert self._child is not None, "it was not started"
+        return self._child.pid
+
     async def start(self) -> None:
         """Raises ConfigError, in the gateway's own words, or Unavailable."""
         fds = tuple(one.fileno() for one in self._sockets)
@@ -138,8 +144,8 @@ class GatewayProcess:
             raise Unavailable(f"the gateway did not start within {READY_WITHIN_S:g} s") from None
         raise ConfigError(child.failure or f"the gateway {child.end} while it started; what it said is above")
 
-    async def keep_alive(self) -> None:
-        """Starts it again when it ends, for ever."""
+    async def keep_alive(self, tell: Callable[..., None]) -> None:
+        """Starts it again when it ends, for ever; `tell`s its `gateway_pid` then."""
         restarts = Restarts()
         while True:
             assert self._child is not None
@@ -155,6 +161,8 @@ class GatewayProcess:
                 return
             with contextlib.suppress(ConfigError, Unavailable, OSError):
                 await self.start()
+                tell(gateway_pid=self.pid)
+                log.info("the gateway serves again (pid %d)", self.pid)
             if self._ending.is_set():  # asked while it started: it has not heard
                 self._child.tell(drain=True)
                 self._child.signal(signal.SIGTERM)
