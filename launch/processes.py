@@ -23,6 +23,7 @@ from msi.instance import create_coordinator, create_worker
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
+from .command import requests_to_end
 from .gateway_process import GatewayProcess
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ async def run_worker(arguments: LaunchArguments) -> None:
         beside.append(asyncio.ensure_future(show_loading(worker)))
         loop.add_signal_handler(signal.SIGINT, task.cancel)
     ending = Ending(drain=worker.drain, end=task.cancel)
-    loop.add_signal_handler(signal.SIGTERM, ending.asked)
+    for number in requests_to_end():
+        loop.add_signal_handler(number, ending.asked)
     try:
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -151,7 +153,7 @@ class CoordinatorEnding:
             loop.add_signal_handler(signal.SIGTERM, self._is_asked.set)
             return
         asked = Ending(drain=self._is_asked.set, end=self._is_urgent.set)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *requests_to_end()):
             loop.add_signal_handler(number, asked.asked)
 
     def told(self, message: dict[str, Any]) -> None:
