@@ -1,17 +1,33 @@
-"""The command line of msi-launch."""
+"""The command line of msi-launch.
+
+An option is one line in one of the `_add_...` functions below, and a field of the same name in `LaunchArguments` (or in
+`InstanceOptions`). What is added in `_add_serving` reaches the process that serves HTTP by itself.
+"""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import ipaddress
+import os
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from msi.errors import ConfigError
-from msi.options import InstanceOptions, with_plan
+from msi.net.secret import Trust, find_secret
+from msi.options import DTYPES, LOAD_FORMATS, InstanceOptions, with_plan
 
-LATER = ("--check",)
+from .command_line import CommandLine, file_to_ask, file_to_read, file_to_write, integer, number, one_of, text
+from .vllm_flags import add_foreign
+
 LEFT_OUT = object()  # an option that the command line does not name
+DESCRIPTION = """Serve a Mixture-of-Experts model with attention and experts on different workers. Without --role:
+everything on this machine, with an HTTP server in front. Names are vLLM's where vLLM has the option."""
 MICRO_BATCHES = ("auto", "1", "2", "3", "4")
+ROLES = ("coordinator", "attention", "expert", "worker")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+MAX_CHILD_NUMBER = 2**22  # of processes and descriptors
+SECRET = r"[!-~]+"  # what can stand in an Authorization header
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +37,15 @@ class LaunchArguments:
     Attributes:
         role: "" for everything on this machine, else the one process to run.
         parent: process with which this one ends; 0 for none.
+        host: where HTTP is served: an address or a name, IPv6 without brackets.
         api_key: what HTTP clients must give; "" asks for none.
         chat_template: file with a template to use in place of the model's.
+        enable_log_requests: a line for every request that ended.
+        disable_log_stats: no lines on throughput and load.
+        trust: by what peers on a network are known; see --secret-file.
         announce: descriptor to write the coordinator's address to; -1 for none.
+        ignored: flags of vLLM's that were given and change nothing here.
+        serving_flags: for the process that serves HTTP, what was said of it.
     """
 
     options: InstanceOptions
@@ -38,122 +60,194 @@ class LaunchArguments:
     has_gateway: bool
     api_key: str
     chat_template: Path | None
+    enable_log_requests: bool
+    disable_log_stats: bool
     log_level: str
     parent: int
     announce: int
     trace_dir: Path | None
+    ignored: tuple[str, ...]
+    serving_flags: tuple[str, ...]
+    trust: Trust
 
 
 def parse(argv: list[str]) -> LaunchArguments:
-    """Raises ConfigError; argparse itself ends the process on words that it does not know."""
-    for flag in LATER:
-        if any(word == flag or word.startswith(flag + "=") for word in argv):
-            raise ConfigError(f"{flag} is not built yet")
-    parser = argparse.ArgumentParser(
-        prog="msi-launch",
-        description="Serve a Mixture-of-Experts model with attention and experts on different workers. "
-        "Without --role: everything on this machine, with an HTTP server in front.",
-        allow_abbrev=False,
-    )
+    """Raises ConfigError. --help and --version print, and end the process."""
+    parser = CommandLine("msi-launch", DESCRIPTION, usage="msi-launch [MODEL] [options]")
     _add_instance(parser)
-    _add_serving(parser)
+    _add_limits(parser)
+    serving = parser.add_argument_group("serving over HTTP")
+    _add_serving(serving)
+    _add_once(parser)
     _add_role(parser)
+    _add_diagnosis(parser)
+    add_foreign(parser)
     names = InstanceOptions.__dataclass_fields__
     values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, LEFT_OUT)))
     given = {name: getattr(values, name) for name in names if getattr(values, name) is not LEFT_OUT}
     if "micro_batches" in given:
         given["micro_batches"] = 0 if values.micro_batches == "auto" else int(values.micro_batches)
     options = InstanceOptions(**with_plan(given))
+    _check(values)
+    own: dict[str, Any] = {
+        "options": options,
+        "serving_flags": _flags_of(serving, values),
+        "trust": _trust(values),
+    }
+    for one in fields(LaunchArguments):
+        if one.name not in own:
+            value = getattr(values, one.name)
+            own[one.name] = "" if value is None and one.type == "str" else value
+    return LaunchArguments(**own)
+
+
+def _check(values: argparse.Namespace) -> None:
+    """Raises ConfigError: what no value alone says."""
+    if values.check:
+        raise ConfigError("--check is not built yet; what cannot work is said at start")
     if values.role and values.role != "coordinator" and not values.coordinator:
         raise ConfigError(f"--role {values.role} needs --coordinator tcp://HOST:PORT")
-    if values.api_key == "":
-        raise ConfigError("--api-key is empty; give a key, or leave the flag out to ask for none")
-    if values.chat_template is not None and not values.chat_template.is_file():
-        raise ConfigError(f"--chat-template {values.chat_template} is not a file")
-    return LaunchArguments(
-        options=options,
-        role=values.role,
-        coordinator=values.coordinator,
-        worker_id=values.worker_id,
-        advertise_host=values.advertise_host,
-        host=values.host,
-        port=values.port,
-        prompt=values.prompt,
-        max_tokens=values.max_tokens,
-        has_gateway=not values.no_gateway,
-        api_key=values.api_key or "",
-        chat_template=values.chat_template,
-        log_level=values.log_level,
-        parent=values.parent,
-        announce=values.announce,
-        trace_dir=values.trace_dir,
-    )
+    if values.prompt is not None and values.role:
+        raise ConfigError(f"--prompt and --role {values.role}: a prompt is answered by an instance of its own")
 
 
-def _add_instance(parser: argparse.ArgumentParser) -> None:
-    defaults = {name: field.default for name, field in InstanceOptions.__dataclass_fields__.items()}
-    add = parser.add_argument_group("instance").add_argument
-    add("model", nargs="?", type=Path, metavar="MODEL", help="Hugging Face model directory; the demo model without it")
-    add("--attention-workers", type=int, metavar="N", default=defaults["attention_workers"])
-    add("--expert-workers", type=int, metavar="N", default=defaults["expert_workers"])
-    add("--micro-batches", choices=MICRO_BATCHES, default="auto", help="in flight per attention worker; auto measures")
+def _trust(values: argparse.Namespace) -> Trust:
+    """Raises ConfigError: the secret cannot be one, or nobody would ask for it."""
+    is_cluster = bool(values.role) or "TORCHELASTIC_RUN_ID" in os.environ
+    if not is_cluster and (values.secret_file is not None or values.insecure_network):
+        flag = "--insecure-network" if values.secret_file is None else "--secret-file"
+        raise ConfigError(f"{flag} is for --role and torchrun: without them no socket but HTTP's is open to others")
+    return Trust(find_secret(values.secret_file) if is_cluster else None, values.insecure_network)
+
+
+def _flags_of(group: Any, values: argparse.Namespace) -> tuple[str, ...]:
+    """A group's options as words of a command line, where they are not the default."""
+    words = []
+    for action in group._group_actions:
+        value = getattr(values, action.dest)
+        if value == action.default:
+            continue
+        if isinstance(value, bool):
+            words.append(next(flag for flag in action.option_strings if flag.startswith("--no-") is not value))
+        else:
+            words.append(f"{action.option_strings[0]}={value}")
+    return tuple(words)
+
+
+# -- what values may be ----------------------------------------------------------------------------------------------
+
+
+def host(word: str) -> str:
+    """An address or a name to listen at; IPv6 with or without brackets."""
+    bare = word[1:-1] if word.startswith("[") and word.endswith("]") else word
+    try:
+        ipaddress.ip_address(bare)
+    except ValueError:
+        text(r"[A-Za-z0-9_.-]{1,253}", "a host's name or address alone; the port is --port")(word)
+    return bare
+
+
+def model_directory(word: str) -> Path:
+    if not word:
+        raise argparse.ArgumentTypeError("is empty; give a Hugging Face model directory, or leave it out for the demo")
+    return Path(word)
+
+
+# -- the options -----------------------------------------------------------------------------------------------------
+
+
+def _add_instance(parser: CommandLine) -> None:
+    add = parser.add_argument_group("model and workers").add_argument
+    add("model", nargs="?", type=model_directory, metavar="MODEL", default=LEFT_OUT,
+        help="Hugging Face model directory; the demo model without it")  # fmt: skip
+    add("--served-model-name", type=text(r"[^\x00-\x1f\x7f]{1,256}", "a name of 1 to 256 printable characters"),
+        metavar="S", help="what clients call the model; MODEL by default")  # fmt: skip
+    add("--attention-workers", type=integer(), metavar="N", default=1, help="attention processes; 1")
+    add("--expert-workers", type=integer(), metavar="N", default=1, help="expert processes; 1")
+    add("--micro-batches", type=one_of(*MICRO_BATCHES), metavar="M", default="auto",
+        help="in flight per attention worker: 1 to 4, or auto, which measures")  # fmt: skip
     add("--colocated", action="store_true", help="both roles in one process: the baseline, best for small models")
-    add("--device", default=defaults["device"], help="cpu, cuda or cuda:N")
-    add("--threads-per-worker", type=int, metavar="N", default=0, help="0 shares the cores among a role's workers")
-    add(
-        "--transport",
-        default=defaults["transport"],
-        help="auto (shared memory within a host, TCP across), shm, tcp, or inproc: all workers in one process",
-    )
-    add("--dtype", default=defaults["dtype"], help="auto, float32, bfloat16 or float16")
-    add("--load-format", default=defaults["load_format"], help="auto, or dummy: random weights from config.json alone")
-    add("--max-model-len", type=int, metavar="N", default=0, help="longest sequence; 0 for the model's own")
-    add("--max-num-seqs", type=int, metavar="N", default=defaults["max_num_seqs"], help="running, per attention worker")
-    add("--max-num-batched-tokens", type=int, metavar="N", default=0, help="per micro-batch; 0 for a slot's rows")
-    add("--max-num-waiting", type=int, metavar="N", default=defaults["max_num_waiting"],
-        help="requests that wait at an attention worker; more are refused")  # fmt: skip
+    add("--plan", type=file_to_ask, metavar="FILE", help="run a plan of msi-plan -o, and watch its predictions")
+    add("--plan-drift", type=number(0, 1e6), metavar="F", default=0.3,
+        help="say so when stage times part from the plan's by more than this fraction; 0.3")  # fmt: skip
+    add("--device", metavar="D", default="cpu", help="cpu, cuda or cuda:N")
+    add("--threads-per-worker", type=integer(), metavar="N", default=0,
+        help="by default the cores are shared among a role's workers")  # fmt: skip
+    add("--transport", metavar="T", default="auto",
+        help="auto (shared memory within a host, TCP across), shm, tcp, or inproc: all workers in one process"
+    )  # fmt: skip
+    add("--dtype", metavar="D", type=one_of(*DTYPES), default="auto", help="auto, float32, bfloat16 or float16")
+    add("--generation-config", metavar="G", default="auto",
+        help="sampling parameters for requests that leave them out: auto (the model's own generation_config.json), "
+        "vllm (none), or that of a folder")  # fmt: skip
+    add("--load-format", metavar="L", type=one_of(*LOAD_FORMATS), default="auto",
+        help="auto, or dummy: random weights from config.json alone")  # fmt: skip
+
+
+def _add_limits(parser: CommandLine) -> None:
+    defaults = {name: field.default for name, field in InstanceOptions.__dataclass_fields__.items()}
+    add = parser.add_argument_group("limits").add_argument
+    add("--max-model-len", type=integer(), metavar="N", default=0,
+        help="longest sequence, prompt included; the model's own by default")  # fmt: skip
+    add("--max-num-seqs", type=integer(), metavar="N", default=defaults["max_num_seqs"],
+        help="sequences that run at a time, per attention worker; 64")  # fmt: skip
+    add("--max-num-batched-tokens", type=integer(), metavar="N", default=0,
+        help="tokens per micro-batch; by default the rows of a slot")  # fmt: skip
+    add("--max-num-waiting", type=integer(), metavar="N", default=defaults["max_num_waiting"],
+        help="requests that wait; the next is refused; 1024")  # fmt: skip
+    add("--slot-rows", type=integer(), metavar="N", default=defaults["slot_rows"], help="rows of a landing slot; 512")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
-        help="share the KV blocks of common prefixes")  # fmt: skip
-    add("--num-gpu-blocks-override", type=int, metavar="N", default=0, help="KV blocks, whatever the memory allows")
-    add("--slot-rows", type=int, metavar="N", default=defaults["slot_rows"], help="rows of a landing slot")
-    add("--gpu-memory-utilization", type=float, metavar="F", default=defaults["gpu_memory_utilization"],
-        help="share of free memory (on a CPU: of free RAM) for KV cache")  # fmt: skip
-    add("--served-model-name", default="", metavar="S")
-    add("--trace", type=Path, metavar="FILE", help="write a Chrome trace at the end")
-    add("--plan", type=Path, metavar="FILE", help="run a plan that msi-plan wrote, and watch its predictions")
-    add("--plan-drift", type=float, metavar="F", default=defaults["plan_drift"],
-        help="say so when stage times part from the plan's by more than this fraction")  # fmt: skip
-    add(
-        "--start-timeout",
-        dest="start_timeout_s",
-        type=float,
-        metavar="S",
-        default=defaults["start_timeout_s"],
-        help="give up after that long",
-    )
-    add("--peer-timeout", dest="peer_timeout_s", type=float, metavar="S", default=defaults["peer_timeout_s"],
-        help="an expert worker that owes an answer for that long is lost")  # fmt: skip
+        help="share the KV blocks of common prefixes; on")  # fmt: skip
+    add("--num-gpu-blocks-override", type=integer(), metavar="N", default=0,
+        help="KV blocks, whatever the memory allows")  # fmt: skip
+    add("--gpu-memory-utilization", type=number(0, 1), metavar="F", default=defaults["gpu_memory_utilization"],
+        help="share of free memory (on a CPU: of free RAM) for KV cache; 0.9")  # fmt: skip
+    add("--start-timeout", dest="start_timeout_s", type=number(0, 1e6), metavar="S",
+        default=defaults["start_timeout_s"], help="seconds that workers may take to come; 120")  # fmt: skip
+    add("--peer-timeout", dest="peer_timeout_s", type=number(0, 1e6), metavar="S", default=defaults["peer_timeout_s"],
+        help="seconds after which an expert worker that owes an answer is lost; 4")  # fmt: skip
 
 
-def _add_serving(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("serving").add_argument
-    add("--host", default="127.0.0.1", metavar="H")
-    add("--port", type=int, default=8000, metavar="P")
-    add("--api-key", metavar="K", help="clients must send it as Authorization: Bearer K, on all paths but /health")
-    add("--chat-template", type=Path, metavar="F", help="Jinja file to use in place of the model's chat template")
+def _add_serving(group: Any) -> None:
+    add = group.add_argument
+    add("--host", type=host, default="127.0.0.1", metavar="H", help="where to listen; 127.0.0.1, 0.0.0.0 for all")
+    add("--port", type=integer(0, 65535, of="a port"), default=8000, metavar="P", help="8000; 0 takes a free one")
+    add("--api-key", type=text(SECRET, "a key of visible ASCII characters, or leave the flag out to ask for none"),
+        metavar="K",
+        help="clients must send it as Authorization: Bearer K, on all paths but those that probes ask")  # fmt: skip
+    add("--chat-template", type=file_to_read, metavar="FILE", help="Jinja file in place of the model's chat template")
+    add("--enable-log-requests", action=argparse.BooleanOptionalAction, default=True,
+        help="a line in the log for every request that ended; on")  # fmt: skip
+    add("--disable-log-stats", action="store_true", help="no lines in the log on throughput, queues and KV cache")
+
+
+def _add_once(parser: CommandLine) -> None:
+    add = parser.add_argument_group("one answer").add_argument
     add("--prompt", metavar="TEXT", help="answer once, to standard output, and exit")
-    add("--max-tokens", type=int, default=128, metavar="N", help="of the answer to --prompt")
-    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    add("--max-tokens", type=integer(1, 2**31 - 1), default=128, metavar="N", help="of that answer; 128")
 
 
-def _add_role(parser: argparse.ArgumentParser) -> None:
+def _add_role(parser: CommandLine) -> None:
     add = parser.add_argument_group("one process of a cluster").add_argument
-    add("--role", default="", choices=("coordinator", "attention", "expert", "worker"))
+    add("--role", type=one_of(*ROLES), metavar="R",
+        help="coordinator, attention, expert, or worker: the coordinator chooses")  # fmt: skip
     add("--coordinator", default="", metavar="ADDRESS", help="tcp://HOST:PORT; for the coordinator: where to listen")
-    add("--worker-id", default="", metavar="ID", help="role-index by default")
-    add("--advertise-host", default="", metavar="H", help="this host's address for workers on others; found by default")
+    add("--worker-id", type=text(r"[A-Za-z0-9_.-]{1,64}", "up to 64 letters, digits, and any of _ . -"),
+        metavar="ID", help="role-index by default")  # fmt: skip
+    add("--advertise-host", type=host, metavar="H",
+        help="this host's address for workers on others; found by default")  # fmt: skip
+    add("--secret-file", type=Path, metavar="FILE",
+        help="a secret that all processes of the instance share and prove; or MSI_SECRET")  # fmt: skip
+    add("--insecure-network", action="store_true", help="listen on a network without a secret, for whoever reaches it")
     hidden = argparse.SUPPRESS  # what a launcher tells its children
-    add("--no-gateway", action="store_true", help=hidden)
-    add("--parent", type=int, default=0, help=hidden)
-    add("--announce", type=int, default=-1, help=hidden)
+    add("--no-gateway", dest="has_gateway", action="store_false", help=hidden)
+    add("--parent", type=integer(0, MAX_CHILD_NUMBER), default=0, help=hidden)
+    add("--announce", type=integer(-1, MAX_CHILD_NUMBER), default=-1, help=hidden)
     add("--trace-dir", type=Path, help=hidden)
+
+
+def _add_diagnosis(parser: CommandLine) -> None:
+    add = parser.add_argument_group("looking into it").add_argument
+    add("--log-level", type=one_of(*LOG_LEVELS), default="info", metavar="L", help="debug, info, warning or error")
+    add("--trace", type=file_to_write, metavar="FILE", help="write a Chrome trace at the end")
+    add("--check", action="store_true", help=argparse.SUPPRESS)

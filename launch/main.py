@@ -1,4 +1,4 @@
-"""msi-launch's entry point: parses, picks the event loop, and turns errors into sentences."""
+"""msi-launch's entry point: parses, sets up the log, and picks the event loop."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ import sys
 from collections.abc import Coroutine
 from typing import Any
 
-import uvloop
-
-from msi.errors import EngineError
-
-from . import local, processes
 from .arguments import LaunchArguments, parse
+from .command import open_missing_streams, run_command
+from .logs import set_up_log
 
-EXIT_SENTENCE = 2  # it said why it cannot work
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Runs msi-launch with the arguments of this process; does not return."""
+    open_missing_streams()
     sys.exit(run(sys.argv[1:]))
 
 
 def run(argv: list[str]) -> int:
     """Runs msi-launch; the exit status."""
-    try:
-        arguments = parse(argv)
-        if arguments.parent:
-            processes.end_with_parent(arguments.parent)
-        name = arguments.worker_id or arguments.role or "msi-launch"
-        logging.basicConfig(
-            level=arguments.log_level.upper(), format=f"%(asctime)s {name}: %(message)s", datefmt="%H:%M:%S"
-        )
-        uvloop.run(_chosen(arguments))
-    except EngineError as error:
-        print(f"msi-launch: {error}", file=sys.stderr)
-        return EXIT_SENTENCE
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command("msi-launch", lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> None:
+    arguments = parse(argv)
+    import uvloop  # whoever asks for help waits for nothing from here on
+
+    from . import processes
+
+    if arguments.parent:
+        processes.end_with_parent(arguments.parent)
+    set_up_log(arguments.worker_id or arguments.role or "msi-launch", arguments.log_level)
+    for given in arguments.ignored:
+        log.info("%s changes nothing here", given)
+    uvloop.run(_chosen(arguments))
 
 
 def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:
+    from . import local, processes
+
     if "TORCHELASTIC_RUN_ID" in os.environ and not arguments.parent:
         from . import torchrun  # imports torch.distributed, which nobody else needs
 

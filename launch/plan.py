@@ -10,15 +10,15 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from msi.errors import ConfigError, EngineError
+from msi.errors import ConfigError
 from msi.planner.choose import Marginal, Verdict, balances, best_plans, is_it_worth_it, one_more
 from msi.planner.plan import Plan
 from msi.planner.plan_file import SCHEMA_VERSION, PlanFile, task_to_json
 from msi.planner.task import Task, score_of
 
+from .command import open_missing_streams, run_command
 from .plan_arguments import PlanArguments, parse
 
-EXIT_SENTENCE = 2
 PLAIN_WIDTH = 140  # columns, where the output is no terminal
 UNITS = {"gpu": "tokens/s per GPU", "cost": "tokens/s per price of an L20", "watt": "tokens/s per watt",
          "cluster": "tokens/s of all GPUs"}  # fmt: skip
@@ -26,32 +26,30 @@ UNITS = {"gpu": "tokens/s per GPU", "cost": "tokens/s per price of an L20", "wat
 
 def main() -> None:
     """Runs msi-plan with the arguments of this process; does not return."""
+    open_missing_streams()
     sys.exit(run(sys.argv[1:]))
 
 
 def run(argv: list[str]) -> int:
     """Runs msi-plan; the exit status."""
-    try:
-        arguments = parse(argv)
-        plans = _plans(arguments)
-        verdict = is_it_worth_it(arguments.task, plans)
-        if arguments.is_json:
-            sys.stdout.write(orjson.dumps(as_json(arguments.task, plans, verdict), option=orjson.OPT_INDENT_2).decode())
-            sys.stdout.write("\n")
-        else:
-            show(arguments, plans, verdict)
-        if arguments.output is not None:
-            _write(arguments, plans[0])
-        if arguments.plot is not None:
-            from .plan_plot import plot_plan  # imports matplotlib, which nobody else needs
+    return run_command("msi-plan", lambda: _run(argv))
 
-            plot_plan(arguments.task, plans[0], verdict, arguments.plot)
-    except EngineError as error:
-        print(f"msi-plan: {error}", file=sys.stderr)
-        return EXIT_SENTENCE
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+def _run(argv: list[str]) -> None:
+    arguments = parse(argv)
+    plans = _plans(arguments)
+    verdict = is_it_worth_it(arguments.task, plans)
+    if arguments.is_json:
+        sys.stdout.write(orjson.dumps(as_json(arguments.task, plans, verdict), option=orjson.OPT_INDENT_2).decode())
+        sys.stdout.write("\n")
+    else:
+        show(arguments, plans, verdict)
+    if arguments.output is not None:
+        _write(arguments, plans[0])
+    if arguments.plot is not None:
+        from .plan_plot import plot_plan  # imports matplotlib, which nobody else needs
+
+        plot_plan(arguments.task, plans[0], verdict, arguments.plot)
 
 
 def _plans(arguments: PlanArguments) -> list[Plan]:

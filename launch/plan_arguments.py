@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from msi.errors import ConfigError
+from msi.errors import ConfigError, shown
 from msi.models.shape import VALUE_BYTES, read_shape
 from msi.options import SLOT_ROWS
 from msi.pipeline import MAX_MICRO_BATCHES
@@ -17,7 +19,16 @@ from msi.planner.plan import Workload
 from msi.planner.profile import Profile, read_profile
 from msi.planner.task import OBJECTIVES, TP_SIZES, Limits, Pool, Task
 
+from .command_line import CommandLine, file_to_ask, file_to_write, integer, number, one_of, quoted
+
 DEFAULT_COUNT = 64  # GPUs of a type, where no count is given
+FIGURES = (".png", ".svg", ".pdf")
+MAX_GPUS = 1_000_000
+MAX_LENGTH = 1e8
+MAX_TPOT_MS = 1e7
+MAX_PLANS = 1000
+MAX_TP = 1024
+MAX_ASSUMED = 1e18
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +52,13 @@ class PlanArguments:
 
 
 def parse(argv: list[str]) -> PlanArguments:
-    """Raises ConfigError; argparse itself ends the process on words that it does not know."""
-    parser = argparse.ArgumentParser(
-        prog="msi-plan",
-        description="Choose how to deploy a Mixture-of-Experts model: tensor parallelism, attention and expert nodes, "
+    """Raises ConfigError. --help and --version print, and end the process."""
+    parser = CommandLine(
+        "msi-plan",
+        "Choose how to deploy a Mixture-of-Experts model: tensor parallelism, attention and expert nodes, "
         "micro-batches and batch, from a performance model or from a profile of this machine. Says, too, whether "
         "attention and experts are better kept together.",
-        allow_abbrev=False,
+        usage="msi-plan MODEL [options]",
     )
     _add_what(parser)
     _add_hardware(parser)
@@ -70,50 +81,78 @@ def parse(argv: list[str]) -> PlanArguments:
     )
 
 
-def _add_what(parser: argparse.ArgumentParser) -> None:
+def _add_what(parser: CommandLine) -> None:
     add = parser.add_argument_group("what to serve").add_argument
     add(
         "model", metavar="MODEL", help="a name of the catalogue, such as mixtral-8x22b, or a directory with config.json"
     )
-    add("--input-len", type=float, default=571.0, metavar="N", help="tokens of the mean prompt")
-    add("--output-len", type=float, default=159.0, metavar="N", help="tokens of the mean answer")
-    add("--tpot-ms", type=float, default=150.0, metavar="MS", help="limit on the time per output token")
-    add("--objective", default="gpu", choices=OBJECTIVES, help="tokens/s per GPU, per price, per watt, or of all GPUs")
-    add("--dtype", default="", choices=("", *VALUE_BYTES), help="of weights and KV cache; bfloat16 for known names")
+    add("--input-len", type=number(None, MAX_LENGTH), default=571.0, metavar="N", help="tokens of the mean prompt; 571")
+    add(
+        "--output-len", type=number(None, MAX_LENGTH), default=159.0, metavar="N", help="tokens of the mean answer; 159"
+    )
+    add(
+        "--tpot-ms",
+        type=number(None, MAX_TPOT_MS),
+        default=150.0,
+        metavar="MS",
+        help="limit on the time per output token; 150",
+    )
+    add("--objective", default="gpu", type=one_of(*OBJECTIVES), metavar="O",
+        help="gpu, cost, watt or cluster: tokens/s per GPU, per price, per watt, or of all GPUs")  # fmt: skip
+    add("--dtype", type=one_of(*VALUE_BYTES), metavar="D",
+        help=f"of weights and KV cache: {', '.join(VALUE_BYTES)}; bfloat16 for known names")  # fmt: skip
 
 
-def _add_hardware(parser: argparse.ArgumentParser) -> None:
+def _add_hardware(parser: CommandLine) -> None:
     add = parser.add_argument_group("on what").add_argument
     some = "NAME[:COUNT][,...]"
     add("--gpu", metavar=some, help="types that either side may use: h20:16,l40s:24; 64 each where no count is given")
     add("--attention-gpu", metavar=some, help="types for attention nodes only")
     add("--expert-gpu", metavar=some, help="types for expert nodes only")
-    add("--profile", type=Path, metavar="FILE", help="of this machine, from tools/profile_stages.py, for the roofline")
     add(
-        "--catalogue", type=Path, metavar="FILE", help="TOML with more GPUs and models, or other figures for known ones"
+        "--profile",
+        type=file_to_ask,
+        metavar="FILE",
+        help="of this machine, from tools/profile_stages.py, for the roofline",
+    )
+    add(
+        "--catalogue",
+        type=file_to_ask,
+        metavar="FILE",
+        help="TOML with more GPUs and models, or other figures for known ones",
     )
     add("--assume", action="append", default=[], metavar="NAME=VALUE", help="another value for one of the assumptions")
-    add("--micro-batches", default="auto", choices=("auto", *map(str, range(1, MAX_MICRO_BATCHES + 1))))
+    add("--micro-batches", default="auto", type=one_of("auto", *map(str, range(1, MAX_MICRO_BATCHES + 1))), metavar="M",
+        help=f"1 to {MAX_MICRO_BATCHES}; auto tries all")  # fmt: skip
     add("--tp", default="", metavar="N[,N...]", help="tensor-parallel sizes to try; 1,2,4,8")
-    add("--max-batch", type=int, default=0, metavar="N", help="sequences of an instance at most; 0 for any number")
+    add("--max-batch", type=integer(None, MAX_GPUS), default=0, metavar="N",
+        help="sequences of an instance at most; 0 for any number")  # fmt: skip
     add("--runnable", action="store_true", help="only what msi-launch can run today: no tensor parallelism")
-    add("--algorithm", default="search", choices=("search", "paper", "corrected"),
-        help="everything, or the paper's Algorithm 1 with its equations as written or corrected")  # fmt: skip
+    add("--algorithm", default="search", type=one_of("search", "paper", "corrected"), metavar="A",
+        help="search (everything), or the paper's Algorithm 1 with its equations: paper (as written) or corrected"
+    )  # fmt: skip
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(parser: CommandLine) -> None:
     add = parser.add_argument_group("output").add_argument
-    add("--num-plans", type=int, default=5, metavar="N")
+    add("--num-plans", type=integer(None, MAX_PLANS), default=5, metavar="N", help="how many are shown; 5")
     add("--json", action="store_true", help="the plans, best first, as one JSON object")
-    add("-o", "--output", type=Path, metavar="FILE", help="write the best plan for msi-launch --plan")
+    add("-o", "--output", type=file_to_write, metavar="FILE", help="write the best plan for msi-launch --plan")
     add("--explain", action="store_true", help="which limit binds, and what one more node of either side would bring")
-    add("--plot", type=Path, metavar="FILE", help="draw the Pareto front and the balance of both sides")
+    add("--plot", type=figure, metavar="FILE", help="draw the Pareto front and the balance of both sides")
+
+
+def figure(word: str) -> Path:
+    """A file to draw into."""
+    if Path(word).suffix not in FIGURES:
+        raise argparse.ArgumentTypeError(f"{quoted(word)}: give a file's name that ends in {', '.join(FIGURES)}")
+    return file_to_write(word)
 
 
 def _task(values: argparse.Namespace) -> Task:
     catalogue = read_catalogue(values.catalogue)
     profile = None if values.profile is None else read_profile(values.profile)
-    model = _model(values.model, values.dtype, catalogue)
+    model = _model(values.model, values.dtype or "", catalogue)
     if profile is not None:
         model = _profiled(model, profile, values)
         pools: tuple[Pool, ...] = (Pool(catalogue.gpu("cpu"), profile.num_cores),)
@@ -135,10 +174,14 @@ def _task(values: argparse.Namespace) -> Task:
 
 def _model(name: str, dtype: str, catalogue: Catalogue) -> ModelShape:
     path = Path(name)
-    if path.exists():
+    if not name:
+        raise ConfigError("MODEL is empty; give a directory with a config.json, or a name of the catalogue")
+    if os.path.exists(path):
         model = read_shape(path)
     elif "/" in name:
-        raise ConfigError(f"{name} does not exist; give a directory with a config.json, or a name of the catalogue")
+        raise ConfigError(
+            f"{quoted(name)} does not exist; give a directory with a config.json, or a name of the catalogue"
+        )
     else:
         model = catalogue.model(name)
     return replace(model, value_bytes=VALUE_BYTES[dtype]) if dtype else model
@@ -162,12 +205,14 @@ def _pools(listed: str | None, flag: str, catalogue: Catalogue) -> tuple[Pool, .
     pools = []
     for one in listed.split(","):
         name, _, count = one.strip().partition(":")
-        if count and not count.lstrip("-").isdigit():
-            raise ConfigError(f"{flag} {one}: {count!r} is not a number of GPUs; write {name}:16")
+        if count and not re.fullmatch(r"-?[0-9]{1,18}", count):
+            raise ConfigError(f"{flag} {quoted(one)}: {shown(count)} is not a number of GPUs; write {quoted(name)}:16")
+        if count and int(count) > MAX_GPUS:
+            raise ConfigError(f"{flag} {quoted(one)}: give at most {MAX_GPUS} GPUs of a type")
         pools.append(Pool(catalogue.gpu(name), int(count) if count else DEFAULT_COUNT))
     names = [pool.gpu.name for pool in pools]
     if len(set(names)) < len(names):
-        raise ConfigError(f"{flag} {listed}: a type is named twice")
+        raise ConfigError(f"{flag} {quoted(listed)}: a type is named twice")
     return tuple(pools)
 
 
@@ -177,13 +222,15 @@ def _assumptions(changes: list[str]) -> Assumptions:
     for change in changes:
         name, _, text = change.partition("=")
         if name not in known:
-            raise ConfigError(f"--assume {change}: no assumption is called {name!r}; {nearest(name, known)}")
+            raise ConfigError(
+                f"--assume {quoted(change)}: no assumption is called {shown(name)}; {nearest(name, known)}"
+            )
         try:
             value = float(text)
         except ValueError:
-            raise ConfigError(f"--assume {change}: {text!r} is not a number") from None
-        if not value > 0:
-            raise ConfigError(f"--assume {change}: give a number above 0")
+            raise ConfigError(f"--assume {quoted(change)}: {shown(text)} is not a number") from None
+        if not 0 < value <= MAX_ASSUMED:
+            raise ConfigError(f"--assume {quoted(change)}: give a number above 0")
         values[name] = ((1.0, value),) if name == "compute" else value
     return Assumptions(**values)  # type: ignore[arg-type]
 
@@ -192,11 +239,11 @@ def _limits(values: argparse.Namespace) -> Limits:
     if values.max_batch < 0:
         raise ConfigError(f"--max-batch {values.max_batch}: give 0 or more sequences")
     try:
-        tp_sizes = tuple(int(one) for one in values.tp.split(",")) if values.tp else TP_SIZES
+        tp_sizes = tuple(dict.fromkeys(int(one) for one in values.tp.split(","))) if values.tp else TP_SIZES
     except ValueError:
-        raise ConfigError(f"--tp {values.tp}: give numbers, such as 1,2,4") from None
-    if min(tp_sizes) < 1:
-        raise ConfigError(f"--tp {values.tp}: a group has at least 1 GPU")
+        raise ConfigError(f"--tp {quoted(values.tp)}: give numbers, such as 1,2,4") from None
+    if not all(1 <= size <= MAX_TP for size in tp_sizes):
+        raise ConfigError(f"--tp {quoted(values.tp)}: a group has 1 to {MAX_TP} GPUs")
     limits = Limits(tp_sizes=tp_sizes, max_batch=values.max_batch)
     if values.micro_batches != "auto":
         limits = replace(limits, micro_batches=(int(values.micro_batches),))

@@ -22,6 +22,7 @@ from msi.server.gateway import Gateway
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
+from .logs import has_live_terminal
 
 if TYPE_CHECKING:
     from msi.worker import Worker  # with torch, which only workers need
@@ -44,7 +45,7 @@ async def run_worker(arguments: LaunchArguments) -> None:
     watch = LoopWatch(arguments.worker_id or arguments.role)
     worker = create_worker(
         arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir,
-        arguments.advertise_host, watch,
+        arguments.advertise_host, watch, arguments.trust,
     )  # fmt: skip
     watch.start()
     task = asyncio.ensure_future(worker.run())
@@ -80,7 +81,8 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
     """Until SIGTERM or SIGINT."""
     watch = LoopWatch("coordinator")
     try:
-        coordinator = create_coordinator(arguments.options, arguments.coordinator or "tcp://127.0.0.1:*", watch)
+        where = arguments.coordinator or "tcp://127.0.0.1:*"
+        coordinator = create_coordinator(arguments.options, where, watch, arguments.trust)
         watch.start()
         async with asyncio.TaskGroup() as tasks:
             loop = asyncio.get_running_loop()
@@ -91,13 +93,15 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
             if not arguments.has_gateway:
                 _announce(arguments.announce, coordinator.address)
                 return
-            async with Engine.connect(coordinator.address) as engine:
+            async with Engine(address=coordinator.address, secret=arguments.trust.secret) as engine:
                 gateway = Gateway(
                     engine,
                     host=arguments.host,
                     port=arguments.port,
                     api_key=arguments.api_key,
                     chat_template=_template(arguments.chat_template),
+                    log_requests=arguments.enable_log_requests,
+                    log_load=not arguments.disable_log_stats and not has_live_terminal(),
                 )
                 url = await gateway.start()
                 log.info("HTTP at %s", url)

@@ -1,7 +1,8 @@
 """Under torchrun the world is the workers: each of its processes is one, and rank 0's also starts the coordinator.
 
-The coordinator listens on a free port of its own (MASTER_PORT is taken by torchrun itself), which rank 0 publishes
-through the store that torchrun keeps at MASTER_ADDR:MASTER_PORT. The coordinator chooses roles unless --role says.
+The coordinator listens on a free port of its own (MASTER_PORT is taken by torchrun itself), or where all processes are
+on one host on a socket for this user alone; rank 0 publishes where, through the store that torchrun keeps at
+MASTER_ADDR:MASTER_PORT. The coordinator chooses roles unless --role says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from msi.errors import ConfigError, Unavailable
 from msi.instance import create_worker, start_coordinator
 from msi.net.control import is_address
+from msi.net.socket_dir import SocketDir
 from msi.net.tcp import address_towards
 from msi.options import InstanceOptions
 
@@ -37,6 +39,7 @@ class World:
     master_port: int
     is_store_there: bool  # torchrun's agent keeps it; else rank 0 has to
     key: str  # under which this start of the world publishes its coordinator
+    is_one_host: bool  # all of its processes are here
 
     @staticmethod
     def of(environment: Mapping[str, str]) -> World:
@@ -49,6 +52,7 @@ class World:
                 master_port=int(environment["MASTER_PORT"]),
                 is_store_there=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
                 key=f"msi/coordinator/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+                is_one_host=environment["WORLD_SIZE"] == environment.get("LOCAL_WORLD_SIZE"),
             )
         except (KeyError, ValueError) as error:
             raise ConfigError(f"torchrun's environment is incomplete: {error}") from error
@@ -78,15 +82,17 @@ async def run_world(arguments: LaunchArguments, world: World) -> None:
         raise ConfigError("--prompt, --coordinator and --role coordinator have no place under torchrun")
     arguments = replace(arguments, options=share_out(arguments.options, world.size))
     coordinator: asyncio.subprocess.Process | None = None
+    sockets: SocketDir | None = None
     try:
         store = await _open_store(world, arguments.options.start_timeout_s)
         if world.rank == 0:
-            coordinator, address = await _start_coordinator(arguments, world, store)
+            sockets = SocketDir() if world.is_one_host else None
+            coordinator, address = await _start_coordinator(arguments, world, store, sockets)
         else:
             address = await _look_up(store, world, arguments.options.start_timeout_s)
         worker = create_worker(
             arguments.options, address, arguments.role or "worker", arguments.worker_id,
-            advertise_host=arguments.advertise_host,
+            advertise_host=arguments.advertise_host, trust=arguments.trust,
         )  # fmt: skip
         task = asyncio.ensure_future(worker.run())
         loop = asyncio.get_running_loop()
@@ -102,6 +108,8 @@ async def run_world(arguments: LaunchArguments, world: World) -> None:
             except TimeoutError:
                 coordinator.kill()
                 await coordinator.wait()
+        if sockets is not None:
+            sockets.close()
 
 
 async def _open_store(world: World, timeout_s: float) -> TCPStore:
@@ -117,13 +125,22 @@ async def _open_store(world: World, timeout_s: float) -> TCPStore:
 
 
 async def _start_coordinator(
-    arguments: LaunchArguments, world: World, store: TCPStore
+    arguments: LaunchArguments, world: World, store: TCPStore, sockets: SocketDir | None
 ) -> tuple[asyncio.subprocess.Process, str]:
-    """Rank 0's: started and published; or, where it cannot start, why not is published, and raised."""
-    host = arguments.advertise_host or address_towards(world.master_host, world.master_port)
-    flags = ("--host", arguments.host, "--port", str(arguments.port), "--log-level", arguments.log_level)
+    """Rank 0's: started and published; or, where it cannot start, why not is published, and raised.
+
+    The store is open to whoever reaches it, so no secret can be published there.
+    """
+    flags = ["--log-level", arguments.log_level, *arguments.serving_flags]
+    if arguments.trust.is_insecure_allowed:
+        flags.append("--insecure-network")
     try:
-        coordinator, address = await start_coordinator(arguments.options, f"tcp://{host}:*", flags)
+        if sockets is not None:
+            where = sockets.address("coordinator")
+        else:
+            host = arguments.advertise_host or address_towards(world.master_host, world.master_port)
+            where = f"tcp://{host}:*"
+        coordinator, address = await start_coordinator(arguments.options, where, tuple(flags), arguments.trust.secret)
     except (ConfigError, Unavailable) as error:
         await asyncio.to_thread(store.set, world.key, str(error))
         await asyncio.sleep(SAID_GRACE_S)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,8 @@ from msi.messages import Assignment, ExpertAddress, Linked, PassDone, PeerLost, 
 from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
 from msi.net.transport import Transport
-from msi.scheduler import Request, Scheduler
-from msi.types import MicroBatch, Sampled, StageTimes, TokenSampling
+from msi.scheduler import Scheduler
+from msi.types import MicroBatch, Request, Sampled, StageTimes, TokenSampling
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class AttentionRole:
             max_num_seqs=assignment.max_num_seqs,
             max_num_batched_tokens=assignment.max_num_batched_tokens,
             max_model_len=assignment.max_model_len,
+            vocab_size=self._shape.vocab_size,
             eos_token_ids=self._shape.eos_token_ids,
             max_num_waiting=assignment.max_num_waiting,
             has_prefix_cache=assignment.has_prefix_cache,
@@ -200,11 +201,20 @@ class AttentionRole:
         self._num_passes += 1
         self._batch_tokens += micro_batch.num_tokens
         self._batch_contexts += sum(micro_batch.context_lens)
+        if sampled.failures:
+            self._fail_alone(lane, sampled.failures)
         progress = self._scheduler.update(lane, sampled.token_ids, sampled.logprobs)
         if progress:
             ours = self._assignment
             self._report(PassDone(ours.worker_id, ours.incarnation, tuple(progress)))
         self._wake()
+
+    def _fail_alone(self, lane: int, failures: Mapping[int, str]) -> None:
+        """These sequences of a micro-batch, and no others."""
+        for index, reason in failures.items():
+            if request_ids := self._scheduler.fail(lane, (index,)):
+                log.warning("%s: %s", request_ids[0], reason)
+                self._fail(request_ids, RequestFailed(f"{self._assignment.worker_id}: {reason}"))
 
     def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
         self._scheduler.give_up(lane)
@@ -272,7 +282,7 @@ class AttentionRole:
         return self._scheduler.num_free_blocks
 
     def counters(self) -> dict[str, float]:
-        link, scheduled = self._link.counters, self._scheduler.counters
+        link = self._link.counters
         counters: dict[str, float] = {
             "passes": self._num_passes,
             "batch_tokens": self._batch_tokens,
@@ -287,10 +297,7 @@ class AttentionRole:
             "weight_bytes_read": self._half.weight_bytes_read,
             "kv_blocks": self._scheduler.num_blocks,
             "kv_blocks_lost": 0 if self.num_running else self._scheduler.num_blocks - self.num_free_blocks,
-            "kv_blocks_evicted": self._scheduler.num_evicted,
-            "prompt_tokens": scheduled.prompt_tokens,
-            "prefix_hit_tokens": scheduled.prefix_hit_tokens,
-            "preemptions": scheduled.preemptions,
+            **self._scheduler.counters,
         }
         counters |= {f"dropped_{reason.replace(' ', '_')}": count for reason, count in link.dropped.items()}
         return counters

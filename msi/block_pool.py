@@ -79,6 +79,10 @@ class BlockPool:
         """How many of these blocks count as free now and will not once they are shared."""
         return sum(1 for block in blocks if not self._users[block])
 
+    def released_by(self, blocks: Iterable[int]) -> set[int]:
+        """Those that would be used by nobody if each of these, once for each of its appearances, was freed."""
+        return {block for block, count in Counter(blocks).items() if self._users[block] == count}
+
     def share(self, blocks: Iterable[int]) -> None:
         """One more sequence uses these blocks, which `find` has just found."""
         for block in blocks:
@@ -104,12 +108,12 @@ class BlockPool:
             else:
                 self._free.append(block)
 
-    def forget_contents(self) -> None:
-        """No block's contents are known any more."""
-        self._free.extend(self._kept)
-        self._kept.clear()
-        self._hash_of.clear()
-        self._block_of.clear()
+    def forget(self, blocks: Iterable[int]) -> None:
+        """The contents of these blocks, which are in use, are found by nobody any more."""
+        for block in blocks:
+            assert self._users[block], block
+            if (name := self._hash_of.pop(block, None)) is not None:
+                del self._block_of[name]
 
     def check_integrity(self, in_use: Iterable[int]) -> None:
         """Re-adds free, kept and used blocks.

@@ -24,7 +24,8 @@ from msi.messages import (
     Welcome,
 )
 from msi.net.control import ControlClient, MessageClient
-from msi.scheduler import Request
+from msi.net.secret import Secret
+from msi.types import Request
 
 HEARTBEAT_S = 1.0
 LOST_AFTER_S = 4.0
@@ -38,15 +39,21 @@ class CoordinatorClient:
 
     Args:
         control: the way there; by default a socket.
+        secret: the instance's, where it listens on a network and has one.
         clock: seconds, monotonic.
     """
 
     def __init__(
-        self, address: str, control: MessageClient | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        address: str,
+        control: MessageClient | None = None,
+        *,
+        secret: Secret | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.address = address
         self.status = InstanceStatus(False, "connecting", "")
-        self._control = control or ControlClient(address, CLIENT_END)
+        self._control = control or ControlClient(address, CLIENT_END, secret)
         self._clock = clock
         self._queues: dict[str, asyncio.Queue[RequestUpdate]] = {}
         self._status_changed = asyncio.Condition()
@@ -148,7 +155,12 @@ class CoordinatorClient:
 
     async def _receive(self) -> None:
         while True:
-            message = await self._control.receive()
+            try:
+                message = await self._control.receive()
+            except EngineError as error:  # another coordinator, which does not take us
+                self.fail(error)
+                await self._set_status(InstanceStatus(False, str(error), str(error)))
+                return
             self._last_heard = self._clock()
             match message:
                 case Outputs():

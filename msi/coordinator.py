@@ -170,8 +170,12 @@ class Coordinator:
                 self._calibrations.put_nowait(message)
             case StatsRequest() if route in self._clients:
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
+                dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
                 counters = {} if self._watch is None else self._watch.counters()
-                self._server.send(route, Stats(cluster.num_lanes, len(self._router), cluster.stats(), drift, counters))
+                stats = Stats(
+                    cluster.num_lanes, len(self._router), cluster.stats(), drift, counters=counters, dropped=dropped
+                )
+                self._server.send(route, stats)
             case ClientHeartbeat() | StatsRequest():
                 self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
             case ClientHello():

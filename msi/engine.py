@@ -16,7 +16,6 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ from tokenizers import Tokenizer
 
 from msi import tracing
 from msi.client import CoordinatorClient
-from msi.errors import EngineError, Failure, InvalidRequest, Unavailable
+from msi.errors import EngineError, Failure, InvalidRequest, Unavailable, context_exceeded, shown
 from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
 from msi.messages import Stats, Welcome
+from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
-from msi.sampling import seed_of_choice
-from msi.scheduler import Request
+from msi.sampling import choices_of
 from msi.tokenizer import TextStream, encode, load_tokenizer
-from msi.types import Output, SamplingParams
+from msi.types import Output, Request, SamplingDefaults, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +44,13 @@ class Engine:
         self,
         *,
         address: str = "",
+        secret: Secret | None = None,
         options: InstanceOptions | None = None,
         report: Callable[[str], None] = lambda sentence: None,
         process_flags: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         self._address = address
+        self._secret = secret
         self._options = options
         self._report = report
         self._process_flags = process_flags or {}
@@ -82,9 +83,16 @@ class Engine:
         return Engine(options=InstanceOptions(**given), report=report or (lambda sentence: None))
 
     @staticmethod
-    def connect(address: str) -> Engine:
-        """An instance that runs elsewhere, by its coordinator's address tcp://HOST:PORT."""
-        return Engine(address=address)
+    def connect(address: str, *, secret: str | None = None) -> Engine:
+        """An instance that runs elsewhere, by its coordinator's address: tcp://HOST:PORT, or ipc://PATH.
+
+        Args:
+            secret: the instance's; by default that of the environment variable MSI_SECRET, if there is one.
+
+        Raises:
+            ConfigError: the secret cannot be one. Entering the context raises it where it is not the instance's.
+        """
+        return Engine(address=address, secret=find_secret(None) if secret is None else Secret(secret, "secret"))
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -109,7 +117,7 @@ class Engine:
             else:
                 self._instance = ProcessInstance(options, self._fail, trace_dir=self._trace_dir, **self._process_flags)
             self._address = await self._instance.start()
-        self._client = CoordinatorClient(self._address)
+        self._client = CoordinatorClient(self._address, secret=self._secret)
         self._welcome = await self._client.start()
         if self._welcome.tokenizer:
             self._tokenizer = load_tokenizer(self._welcome.tokenizer)
@@ -192,15 +200,19 @@ class Engine:
         return self._require_welcome().max_model_len
 
     @property
-    def chat_template(self) -> str:
-        """The model's, in Jinja; "" where it has none."""
-        return self._require_welcome().chat_template
+    def chat_templates(self) -> dict[str, str]:
+        """The model's, in Jinja, by name: "default", and where there are more, such as "tool_use"."""
+        return self._require_welcome().chat_templates
 
     @property
     def special_tokens(self) -> dict[str, str]:
         """Texts of the tokens that chat templates name."""
-        welcome = self._require_welcome()
-        return {"bos_token": welcome.bos_token, "eos_token": welcome.eos_token}
+        return self._require_welcome().special_tokens
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """What the model says of parameters that a request leaves out."""
+        return self._require_welcome().sampling_defaults
 
     @property
     def status(self) -> tuple[bool, str]:
@@ -231,16 +243,20 @@ class Engine:
                 raise InvalidRequest(f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are allowed")
             if self._tokenizer is None:
                 raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids")
-            return encode(self._tokenizer, prompt, add_special_tokens)
-        token_ids = tuple(prompt)
-        self._check_tokens("the prompt", token_ids)
+            token_ids = encode(self._tokenizer, prompt, add_special_tokens)
+        else:
+            token_ids = tuple(prompt)
+        self._check_tokens("the prompt", token_ids)  # a tokenizer, too, may know tokens that the model does not have
         return token_ids
 
     def _check_tokens(self, where: str, token_ids: Iterable[int]) -> None:
         vocab_size = self._require_welcome().vocab_size
         for token_id in token_ids:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-                raise InvalidRequest(f"token id {token_id!r} in {where}; ids are integers from 0 to {vocab_size - 1}")
+                raise InvalidRequest(
+                    f"token id {shown(token_id)} in {where}; ids are integers from 0 to {vocab_size - 1}",
+                    param=where.removeprefix("the "),
+                )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; "" for a model without tokenizer."""
@@ -255,29 +271,34 @@ class Engine:
 
         Args:
             prompt: text, or token ids.
+            params: None for what the model's generation_config.json says.
 
         Raises:
             InvalidRequest: the prompt or the parameters cannot be served.
             Unavailable: nothing can take it now.
             RequestFailed: it was lost on the way; names the worker.
         """
-        params = params or SamplingParams()
+        params = params or self.sampling_defaults.params()
         client = self._require_client()
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks")
         token_ids = self.encode(prompt)
+        if len(token_ids) >= self.max_model_len:
+            raise context_exceeded(self.max_model_len, len(token_ids), params.max_tokens)
         self._check_tokens("logit_bias", params.logit_bias)
         self._check_tokens("stop_token_ids", params.stop_token_ids)
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         seed = secrets.randbits(63) if params.seed is None else params.seed
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
-        choices = [replace(params, seed=seed_of_choice(seed, index), n=1) for index in range(params.n)]
+        choices = choices_of(params, seed, self.max_model_len - len(token_ids))
         texts = [TextStream(self._tokenizer, params.stop, params.min_tokens) for _ in choices]
+        num_cached = [0] * params.n
         updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
         try:
             async for update in updates:
                 index = names.index(update.request_id)
                 text, reason = texts[index], update.finish_reason or None
+                num_cached[index] += update.num_cached_tokens
                 # a token that ends the text is not part of it
                 new_text = text.push(update.token_ids[:-1] if reason == "stop" else update.token_ids)
                 if text.is_stopped:
@@ -285,7 +306,10 @@ class Engine:
                     client.cancel(update.request_id)
                 elif reason is not None:
                     new_text += text.flush()
-                yield Output(request_id, new_text, update.token_ids, reason, len(token_ids), index, update.logprobs)
+                yield Output(
+                    request_id, new_text, update.token_ids, reason, len(token_ids), index, update.logprobs,
+                    num_cached[index],
+                )  # fmt: skip
         finally:
             await updates.aclose()
 

@@ -15,7 +15,11 @@ and comes out as what it was.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
+
+MAX_SHOWN_CHARS = 100
+MAX_LINE_CHARS = 200
 
 
 class EngineError(Exception):
@@ -67,6 +71,52 @@ class TransportError(EngineError):
         super().__init__(f"{peer}: {reason}")
         self.peer = peer
         self.reason = reason
+
+
+def context_exceeded(
+    max_model_len: int, num_prompt: int, max_tokens: int, *, is_at_least: bool = False
+) -> InvalidRequest:
+    """The refusal of a prompt that leaves no room for an answer, in vLLM's words: clients look for them.
+
+    Args:
+        num_prompt: tokens of the prompt; with `is_at_least`, a lower bound of them.
+        max_tokens: what was asked for.
+    """
+    about = "at least " if is_at_least else ""
+    return InvalidRequest(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested {max_tokens} output "
+        f"tokens and your prompt contains {about}{num_prompt} input tokens, for a total of {about}"
+        f"{num_prompt + max_tokens} tokens. Please reduce the length of the input prompt or the number of requested "
+        "output tokens.",
+        param="prompt",
+        code="context_length_exceeded",
+    )
+
+
+def shown(value: object) -> str:
+    """A value as an error quotes it: on one line, of at most MAX_SHOWN_CHARS characters."""
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # Python writes no integer of more than 4300 digits, and an object may refuse
+        return f"a {type(value).__name__} that cannot be written"
+    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """The class of an exception that is a bug of ours or of a library, and the beginning of its message."""
+    try:
+        words = str(error).split()
+    except Exception:
+        words = []
+    message = " ".join(words)
+    if len(message) > MAX_LINE_CHARS:
+        message = message[:MAX_LINE_CHARS] + "..."
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from msi.host import LoadedModel, ServedShape
 from msi.messages import Assignment
 from msi.net.combine_link import CombineLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
+from msi.net.secret import public_name
 from msi.net.transport import Transport
 from msi.types import StageTimes
 from msi.waves import Waves
@@ -20,7 +21,7 @@ def link_hello(assignment: Assignment, shape: ServedShape) -> LinkHello:
     """Who we are to the other side, and what both sides must agree on."""
     return LinkHello(
         protocol_version=PROTOCOL_VERSION,
-        instance=assignment.instance,
+        instance=public_name(assignment.instance),
         worker_id=assignment.worker_id,
         incarnation=assignment.incarnation,
         node=assignment.index,

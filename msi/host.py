@@ -103,7 +103,7 @@ class Host(Protocol):
             ConfigError: the memory that is free cannot hold them.
         """
 
-    def new_transport(self, is_colocated: bool) -> Transport: ...
+    def new_transport(self, assignment: Assignment) -> Transport: ...
 
     def counters(self) -> dict[str, float]:
         """What else is countable here, by name."""

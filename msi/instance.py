@@ -20,8 +20,11 @@ from msi.membership import InstancePlan
 from msi.messages import COORDINATOR_END, WORKER_END, Welcome
 from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
-from msi.models.files import read_bytes, read_json, read_text
+from msi.models.files import read_json
+from msi.models.required import check_weights
+from msi.models.texts import read_texts
 from msi.net.control import ControlClient, ControlServer, is_address
+from msi.net.secret import NO_SECRET, VARIABLE, Secret, Trust
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 from msi.pipeline import MAX_MICRO_BATCHES
@@ -76,30 +79,37 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
     return plan, config
 
 
-def create_coordinator(options: InstanceOptions, bind: str, watch: LoopWatch | None = None) -> Coordinator:
-    """Raises ConfigError: the model directory or the options cannot work, or the port is in use."""
+def check_files(options: InstanceOptions) -> None:
+    """Looks at all that a local instance will read. Raises ConfigError: some of it cannot work."""
+    _, config = build_plan(options)
+    if options.load_format != "dummy":
+        check_weights(options.model_dir, config)
+
+
+def create_coordinator(
+    options: InstanceOptions, bind: str, watch: LoopWatch | None = None, trust: Trust = NO_SECRET
+) -> Coordinator:
+    """Raises ConfigError: the model directory or the options cannot work, or the port is in use, or open to others."""
+    if bind.startswith("tcp://"):
+        trust.check_listening(bind.removeprefix("tcp://").rpartition(":")[0], "the coordinator")
+        if trust.secret is None:
+            log.warning("no secret: whoever connects to %s is taken for one of this instance, and can read it", bind)
     plan, config = build_plan(options)
+    for remark in config.remarks:
+        log.warning("%s", remark)
     model_dir = options.model_dir
-    tokenizer_path = model_dir / "tokenizer.json"
-    if not tokenizer_path.exists():
-        log.warning("%s does not exist: prompts must be given as token ids", tokenizer_path)
-    tokenizer_config_path = model_dir / "tokenizer_config.json"
-    texts = read_json(tokenizer_config_path) if tokenizer_config_path.exists() else {}
-    template_path = model_dir / "chat_template.jinja"
-    template = read_text(template_path) if template_path.exists() else texts.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    texts = read_texts(model_dir, read_json(model_dir / "config.json"), options.generation_config)
     welcome = Welcome(
         model_name=options.model_name,
         vocab_size=config.vocab_size,
         max_model_len=plan.max_model_len,
-        tokenizer=read_bytes(tokenizer_path) if tokenizer_path.exists() else b"",
-        chat_template=template if isinstance(template, str) else "",
-        bos_token=_token_text(texts.get("bos_token")),
-        eos_token=_token_text(texts.get("eos_token")),
+        tokenizer=texts.tokenizer,
+        chat_templates=texts.chat_templates,
+        special_tokens=texts.special_tokens,
+        sampling_defaults=texts.sampling_defaults,
     )
     return Coordinator(
-        ControlServer(bind, COORDINATOR_END),
+        ControlServer(bind, COORDINATOR_END, trust.secret),
         plan,
         welcome,
         num_micro_batches=options.micro_batches,
@@ -115,11 +125,6 @@ def _drift_watch(options: InstanceOptions) -> DriftWatch | None:
     return DriftWatch(read_plan_file(options.plan), options.plan_drift)
 
 
-def _token_text(value: object) -> str:
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else ""
-
-
 def create_worker(
     options: InstanceOptions,
     coordinator: str,
@@ -128,6 +133,7 @@ def create_worker(
     trace_dir: Path | None = None,
     advertise_host: str = "",
     watch: LoopWatch | None = None,
+    trust: Trust = NO_SECRET,
 ) -> Worker:
     """Raises ConfigError: the model directory or the settings cannot work."""
     from msi.torch_host import HostSettings, TorchHost  # torch takes a second, and only workers need it
@@ -143,6 +149,7 @@ def create_worker(
         advertise_host=advertise_host,
         num_threads=options.num_threads,
         memory_utilization=options.gpu_memory_utilization,
+        trust=trust,
     )
     settings = WorkerSettings(
         coordinator=coordinator,
@@ -151,7 +158,7 @@ def create_worker(
         trace_dir=trace_dir,
         start_timeout_s=options.start_timeout_s,
     )
-    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END), watch)
+    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END, trust.secret), watch)
 
 
 def check_device(name: str) -> None:
@@ -197,6 +204,7 @@ class InprocInstance:
         self.workers: list[Worker] = []
 
     async def start(self) -> str:
+        check_files(self._options)
         check_device(self._options.device)
         self._sockets = SocketDir()
         coordinator = create_coordinator(self._options, self._sockets.address("coordinator"))
@@ -234,9 +242,12 @@ class InprocInstance:
 
 
 async def start_coordinator(
-    options: InstanceOptions, bind: str, flags: tuple[str, ...]
+    options: InstanceOptions, bind: str, flags: tuple[str, ...], secret: Secret | None = None
 ) -> tuple[asyncio.subprocess.Process, str]:
     """A coordinator as a child, which ends with this process however it ends; its address.
+
+    Args:
+        secret: what workers and clients have to hold, where it listens on a network.
 
     Raises:
         ConfigError: it cannot work; in its own words.
@@ -246,7 +257,7 @@ async def start_coordinator(
     process: asyncio.subprocess.Process | None = None
     try:
         arguments = ("--role", "coordinator", "--coordinator", bind, "--announce", str(writer), *flags)
-        process = await _spawn(options, arguments, pass_fds=(writer,))
+        process = await _spawn(options, arguments, pass_fds=(writer,), secret=secret)
         os.close(writer)
         writer = -1
         address = await asyncio.wait_for(asyncio.to_thread(_read_line, reader), ADDRESS_TIMEOUT_S)
@@ -268,12 +279,16 @@ async def start_coordinator(
 
 
 async def _spawn(
-    options: InstanceOptions, arguments: tuple[str, ...], pass_fds: tuple[int, ...] = ()
+    options: InstanceOptions, arguments: tuple[str, ...], pass_fds: tuple[int, ...] = (), secret: Secret | None = None
 ) -> asyncio.subprocess.Process:
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    if secret is not None:  # never on a command line, which every user of the machine can read
+        environment[VARIABLE] = secret.text
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "msi_launch", *options.flags(), *arguments, "--parent", str(os.getpid()),
         stdin=asyncio.subprocess.DEVNULL,
         pass_fds=pass_fds,
+        env=environment,
     )  # fmt: skip
 
 
@@ -295,7 +310,7 @@ class ProcessInstance:
         worker_flags: tuple[str, ...] = ("--log-level", "warning"),
         trace_dir: Path | None = None,
     ) -> None:
-        build_plan(options)  # what cannot work is said before anything starts
+        check_files(options)  # what cannot work is said before anything starts
         check_device(options.device)
         self._options = options
         self._report_failure = report_failure

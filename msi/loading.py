@@ -20,6 +20,7 @@ from msi.models.checkpoint import Checkpoint, DummyCheckpoint
 from msi.models.config import ModelConfig, config_digest
 from msi.models.expert_half import ExpertWeights, load_expert_weights
 from msi.models.families import load_config
+from msi.models.required import check_tensors
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,9 @@ class ModelFiles:
         """Raises CheckpointError."""
         if self.load_format == "dummy":
             return DummyCheckpoint(report)
-        return Checkpoint(self.model_dir, report)
+        source = Checkpoint(self.model_dir, report)
+        check_tensors(self.config, source.index)
+        return source
 
     def fingerprint(self) -> str:
         """sha256 of the canonical config.json and of the names, shapes and dtypes of all tensors."""

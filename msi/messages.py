@@ -16,8 +16,7 @@ from typing import Annotated
 
 from msi.errors import Failure
 from msi.net.codec import Codec
-from msi.scheduler import Progress, Request
-from msi.types import Placement, StageTimes, TokenLogprobs
+from msi.types import NO_DEFAULTS, Placement, Progress, Request, SamplingDefaults, StageTimes, TokenLogprobs
 
 PROTOCOL_VERSION = 3
 
@@ -270,15 +269,22 @@ class ClientHello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What a client needs to know about the model. `tokenizer` is tokenizer.json, b"" when there is none."""
+    """What a client needs to know about the model.
+
+    Attributes:
+        tokenizer: tokenizer.json, b"" when there is none.
+        chat_templates: in Jinja, by name; "default" if there are any.
+        special_tokens: texts that templates name, such as bos_token.
+        sampling_defaults: for requests that leave parameters out.
+    """
 
     model_name: str
     vocab_size: int
     max_model_len: int
-    tokenizer: bytes
-    chat_template: str
-    bos_token: str
-    eos_token: str
+    tokenizer: bytes = b""
+    chat_templates: dict[str, str] = field(default_factory=dict, hash=False)
+    special_tokens: dict[str, str] = field(default_factory=dict, hash=False)
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,13 +313,18 @@ class ClientHeartbeat:
 
 @dataclass(frozen=True, slots=True)
 class RequestUpdate:
-    """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`."""
+    """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`.
+
+    Attributes:
+        num_cached_tokens: with the first tokens, how many of the prompt the prefix cache had; else 0.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     finish_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     failure: Failure | None = None
+    num_cached_tokens: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -347,6 +358,7 @@ class Stats:
 
     Attributes:
         drift: where a plan runs, measured over planned by stage ("attention", "expert", "comm"), and "alarms".
+        dropped: what the coordinator did not take from its sockets, by kind.
         counters: the coordinator's own.
     """
 
@@ -354,6 +366,7 @@ class Stats:
     num_requests: int
     workers: tuple[WorkerStats, ...]
     drift: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, float] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from msi.errors import ConfigError
+from msi.errors import ConfigError, shown
 from msi.net import shm
 from msi.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan import Plan
@@ -21,6 +21,26 @@ LOAD_FORMATS = ("auto", "dummy")
 SLOT_ROWS = 512
 TRANSPORTS = ("auto", "inproc", "shm", "tcp")
 LATER_TRANSPORTS = ("rdma",)
+MAX_NAME_CHARS = 256
+MAX_TIME_S = 1e6
+MAX_COUNT = 2**31 - 1
+INTEGERS = (
+    ("attention_workers", 1, 1024),
+    ("expert_workers", 1, 1024),
+    ("threads_per_worker", 0, 1024),
+    ("max_model_len", 0, MAX_COUNT),
+    ("max_num_seqs", 1, 1 << 16),
+    ("max_num_batched_tokens", 0, MAX_COUNT),
+    ("slot_rows", 1, 1 << 16),
+    ("max_num_waiting", 1, MAX_COUNT),
+    ("num_gpu_blocks_override", 0, MAX_COUNT),
+)
+FRACTIONS = (
+    ("gpu_memory_utilization", 1.0),
+    ("plan_drift", 1e6),
+    ("start_timeout_s", MAX_TIME_S),
+    ("peer_timeout_s", MAX_TIME_S),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +64,8 @@ class InstanceOptions:
         max_num_waiting: requests that wait at an attention worker; the next is refused (503).
         enable_prefix_caching: requests with a common prefix share its KV blocks.
         num_gpu_blocks_override: KV blocks per attention worker, whatever the memory allows; 0 for what it allows.
+        generation_config: where the model's own sampling parameters come from: "auto" for its generation_config.json,
+            "vllm" for nowhere, or a folder that holds such a file.
         plan: file of the plan that is run (see `with_plan`); the coordinator holds what is measured against it.
         plan_drift: how far T_a, T_e or T_c may part from the plan's, as a fraction, before the coordinator says so.
 
@@ -73,35 +95,26 @@ class InstanceOptions:
     max_num_waiting: int = 1024
     enable_prefix_caching: bool = True
     num_gpu_blocks_override: int = 0
+    generation_config: str = "auto"
     plan: Path | None = None
     plan_drift: float = 0.3
 
     def __post_init__(self) -> None:
-        _at_least("attention-workers", self.attention_workers, 1)
-        _at_least("expert-workers", self.expert_workers, 1)
-        _at_least("threads-per-worker", self.threads_per_worker, 0)
-        _at_least("max-model-len", self.max_model_len, 0)
-        _at_least("max-num-seqs", self.max_num_seqs, 1)
-        _at_least("max-num-batched-tokens", self.max_num_batched_tokens, 0)
-        _at_least("slot-rows", self.slot_rows, 1)
-        _at_least("max-num-waiting", self.max_num_waiting, 1)
-        _at_least("num-gpu-blocks-override", self.num_gpu_blocks_override, 0)
+        for name, least, most in INTEGERS:
+            _between(name, getattr(self, name), least, most)
+        for name, limit in FRACTIONS:
+            _above_zero(name, getattr(self, name), limit)
         if not 0 <= self.micro_batches <= MAX_MICRO_BATCHES:
             raise ConfigError(f"--micro-batches {self.micro_batches}: give auto or 1 to {MAX_MICRO_BATCHES}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"--gpu-memory-utilization {self.gpu_memory_utilization}: give a number in (0, 1]")
-        if not self.plan_drift > 0:
-            raise ConfigError(f"--plan-drift {self.plan_drift}: give a fraction above 0, such as 0.3")
-        if not self.peer_timeout_s > 0:
-            raise ConfigError(f"--peer-timeout {self.peer_timeout_s}: give a number of seconds > 0")
+        _check_name(self.served_model_name, self.model)
         if self.max_num_batched_tokens > self.slot_rows:
             raise ConfigError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is more than a slot's {self.slot_rows} rows"
             )
         if self.colocated and (self.attention_workers, self.expert_workers) != (1, 1):
             raise ConfigError("--colocated is one process with both roles; leave the numbers of workers out")
-        if self.device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", self.device):
-            raise ConfigError(f"--device {self.device!r} is not one; supported: cpu, cuda, cuda:N")
+        if self.device != "cpu" and not re.fullmatch(r"cuda(:\d{1,3})?", self.device):
+            raise ConfigError(f"--device {shown(self.device)} is not one; supported: cpu, cuda, cuda:N")
         if self.transport in LATER_TRANSPORTS:
             raise ConfigError(f"--transport {self.transport} is not built yet; supported: {', '.join(TRANSPORTS)}")
         _one_of("transport", self.transport, TRANSPORTS)
@@ -137,14 +150,15 @@ class InstanceOptions:
 
     def flags(self) -> list[str]:
         """This as command-line arguments of msi-launch, for child processes."""
-        arguments = [] if self.model is None else [str(self.model)]
+        arguments = [] if self.model is None else [_as_value(self.model)]
         for one in fields(self):
             value = getattr(self, one.name)
             if one.name != "model" and value != one.default:
-                flag = "--" + one.name.replace("_", "-").removesuffix("-s")
-                if value is False:
-                    flag = flag.replace("--", "--no-", 1)
-                arguments += [flag] if isinstance(value, bool) else [flag, str(value)]
+                flag = _flag(one.name)
+                if isinstance(value, bool):
+                    arguments.append(flag if value else flag.replace("--", "--no-", 1))
+                else:
+                    arguments.append(f"{flag}={value}")
         return arguments
 
 
@@ -187,11 +201,34 @@ def planned_options(plan: Plan, source: object) -> dict[str, Any]:
     return options
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"--{name} {value!r}: give an integer >= {least}")
+def _as_value(path: Path) -> str:
+    """A path as a word of a command line that is no flag."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.removesuffix("_s").replace("_", "-")
+
+
+def _between(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ConfigError(f"{_flag(name)} {shown(value)}: give an integer from {least} to {most}")
+
+
+def _above_zero(name: str, value: object, most: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
+        what = "a number of seconds" if name.endswith("_s") else "a number"
+        raise ConfigError(f"{_flag(name)} {shown(value)}: give {what} > 0, at most {most:g}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"--{name} {value!r} is not one; supported: {', '.join(allowed)}")
+        raise ConfigError(f"--{name} {shown(value)} is not one; supported: {', '.join(allowed)}")
+
+
+def _check_name(served: str, model: Path | None) -> None:
+    """What clients call the model crosses JSON and logs."""
+    if len(served) > MAX_NAME_CHARS or any(not char.isprintable() for char in served):
+        raise ConfigError(f"--served-model-name {shown(served)}: give up to {MAX_NAME_CHARS} printable characters")
+    if not served and model is not None and not str(model).isprintable():
+        raise ConfigError(f"the directory {shown(str(model))} is no name for clients; give --served-model-name")

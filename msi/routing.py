@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from msi.errors import Failure, InvalidRequest, RequestFailed, Unavailable
 from msi.messages import RequestUpdate
-from msi.scheduler import CONTEXT_UNIT, Progress, Request
+from msi.sequence import CONTEXT_UNIT
+from msi.types import Progress, Request
 
 WAIT_FOR_WORKERS_S = 30.0
 OUTPUTS_REMEMBERED = 64  # the mean length of answers is that of about the last so many
@@ -43,7 +44,7 @@ class Load:
     """What a worker has been given and has not finished.
 
     Attributes:
-        predicted: of a decode step, in units of one sequence without context (`msi.scheduler.CONTEXT_UNIT`).
+        predicted: of a decode step, in units of one sequence without context (`msi.sequence.CONTEXT_UNIT`).
         num_tokens: of KV cache that may come to be needed.
     """
 
@@ -103,7 +104,9 @@ class Router:
                 self._forget(routed)
                 weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
                 self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
-            update = RequestUpdate(one.request_id, one.token_ids, one.finish_reason or "", one.logprobs)
+            update = RequestUpdate(
+                one.request_id, one.token_ids, one.finish_reason or "", one.logprobs, None, one.num_cached_tokens
+            )
             updates.setdefault(routed.client, []).append(update)
         return updates
 

@@ -5,10 +5,14 @@ hashing the two, so the same request gives the same tokens whatever else runs be
 
 Order of operations, as in vLLM: log-probabilities of the model's own distribution; bias, bans and penalties; then
 greedy, or temperature, min-p, top-k, top-p over what is left, and one draw.
+
+Rows know nothing of each other: one from which no token can be chosen is named in the result, and the others have the
+tokens that they have without it.
 """
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from itertools import chain
@@ -16,12 +20,23 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from msi.errors import one_line
 from msi.sampling import uniform_of
-from msi.types import LogitChanges, Sampled, TokenLogprobs, TokenSampling
+from msi.types import (
+    MAX_LOGPROBS,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    LogitChanges,
+    Sampled,
+    TokenLogprobs,
+    TokenSampling,
+)
+
+MIN_LOGPROB = -9999.0  # vLLM's; JSON has no infinity
 
 
 def sample(logits: Tensor, sampling: Sequence[TokenSampling]) -> Sampled:
-    """One token per row of logits float32 [n, vocab_size], which are changed in place."""
+    """One token per row of logits float32 [n, vocab_size], which are changed in place; `failures` by row."""
     if not len(sampling):
         return Sampled([])
     wanted: dict[int, int] = {}
@@ -32,11 +47,42 @@ def sample(logits: Tensor, sampling: Sequence[TokenSampling]) -> Sampled:
             raw = torch.log_softmax(logits[list(wanted)], dim=-1)
         if changes := [(row, extra.changes) for row, extra in extras if extra.changes is not None]:
             _change(logits, changes)
-    tokens = logits.argmax(dim=-1)
-    if rows := [row for row, one in enumerate(sampling) if one.temperature > 0]:
+    tokens = logits.argmax(dim=-1)  # a NaN counts as the most
+    best = logits.gather(1, tokens[:, None]).flatten()
+    failures = {}
+    if not (finite := best.isfinite()).all():
+        failures = {row: _why_not(best[row].item()) for row in (~finite).nonzero().flatten().tolist()}
+        logits[~finite] = 0.0  # no value of theirs gets into what follows
+    if rows := [row for row, one in enumerate(sampling) if one.temperature >= MIN_TEMPERATURE]:
         tokens[rows] = _draw(logits[rows], [sampling[row] for row in rows])
     token_ids: list[int] = tokens.tolist()
-    return Sampled(token_ids, _logprobs(raw, wanted, token_ids) if wanted else {})
+    return Sampled(token_ids, _logprobs(raw, wanted, token_ids) if wanted else {}, failures)
+
+
+def sample_each(logits: Tensor, sampling: Sequence[TokenSampling]) -> Sampled:
+    """As `sample`, one row after the other: an exception is the failure of its row. For when `sample` raised."""
+    token_ids = []
+    logprobs = {}
+    failures = {}
+    for row, one in enumerate(sampling):
+        try:
+            alone = sample(logits[row : row + 1], [one])
+        except Exception as error:
+            token_ids.append(0)
+            failures[row] = f"choosing its next token failed: {one_line(error)}"
+            continue
+        token_ids += alone.token_ids
+        if alone.logprobs:
+            logprobs[row] = alone.logprobs[0]
+        if alone.failures:
+            failures[row] = alone.failures[0]
+    return Sampled(token_ids, logprobs, failures)
+
+
+def _why_not(best: float) -> str:
+    if best == -math.inf:
+        return "no token can follow: every one is banned or impossible"
+    return "the model gave logits that are not finite (NaN or infinity), so no token can be chosen"
 
 
 def _change(logits: Tensor, changes: Sequence[tuple[int, LogitChanges]]) -> None:
@@ -74,22 +120,24 @@ def _rows_and_tokens(tokens: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[tup
 
 
 def _draw(logits: Tensor, sampling: Sequence[TokenSampling]) -> Tensor:
-    temperature = torch.tensor([one.temperature for one in sampling])
-    top_p = torch.tensor([one.top_p for one in sampling])
+    """Of rows whose best logit is finite. The best token of a row is never left out, so one can always be drawn."""
+    temperature = torch.tensor([one.temperature for one in sampling]).clamp_(max=MAX_TEMPERATURE)
+    top_p = torch.tensor([one.top_p for one in sampling], dtype=torch.float64)
     vocab_size = logits.shape[-1]
-    top_k = torch.tensor([one.top_k if one.top_k > 0 else vocab_size for one in sampling])
+    top_k = torch.tensor([min(one.top_k, vocab_size) if one.top_k > 0 else vocab_size for one in sampling])
     uniform = torch.tensor([uniform_of(one.seed, one.position) for one in sampling], dtype=torch.float64)
 
     values, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = torch.softmax((values - values[:, :1]) / temperature[:, None], dim=-1, dtype=torch.float64)
+    rest = probabilities[:, 1:]
     if any(one.extras is not None and one.extras.min_p > 0 for one in sampling):
         min_p = torch.tensor([0.0 if one.extras is None else one.extras.min_p for one in sampling], dtype=torch.float64)
-        probabilities.masked_fill_(probabilities < min_p[:, None] * probabilities[:, :1], 0.0)
-    ranks = torch.arange(vocab_size)
-    probabilities.masked_fill_(ranks >= top_k[:, None], 0.0)
+        rest.masked_fill_(rest < min_p[:, None] * probabilities[:, :1], 0.0)
+    ranks = torch.arange(1, vocab_size)
+    rest.masked_fill_(ranks >= top_k[:, None], 0.0)
     before = probabilities.cumsum(dim=-1) - probabilities
     total = probabilities.sum(dim=-1, keepdim=True)
-    probabilities.masked_fill_(before >= top_p[:, None] * total, 0.0)
+    rest.masked_fill_(before[:, 1:] >= top_p[:, None] * total, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     picked = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     num_left = (probabilities > 0).sum(dim=-1, keepdim=True)
@@ -98,9 +146,10 @@ def _draw(logits: Tensor, sampling: Sequence[TokenSampling]) -> Tensor:
 
 def _logprobs(raw: Tensor, wanted: dict[int, int], token_ids: Sequence[int]) -> dict[int, TokenLogprobs]:
     """By row, from log-probabilities [len(wanted), vocab_size]; `wanted`: row to how many of the best."""
-    chosen = raw.gather(1, torch.tensor([[token_ids[row]] for row in wanted])).flatten().tolist()
-    count = min(max(wanted.values()), raw.shape[-1])
-    values, tokens = (best.tolist() for best in raw.topk(count, dim=-1))
+    chosen = raw.gather(1, torch.tensor([[token_ids[row]] for row in wanted])).clamp(min=MIN_LOGPROB).flatten().tolist()
+    count = min(MAX_LOGPROBS, raw.shape[-1])  # always as many: which of equal ones come first depends on it
+    best, best_tokens = raw.topk(count, dim=-1)
+    values, tokens = best.clamp(min=MIN_LOGPROB).tolist(), best_tokens.tolist()
     return {
         row: TokenLogprobs(token_ids[row], chosen[index], tuple(tokens[index][:top]), tuple(values[index][:top]))
         for index, (row, top) in enumerate(wanted.items())

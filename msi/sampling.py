@@ -6,6 +6,7 @@ Decides; knows no logits. The sampler does what `sampling_extras` says.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from msi.types import LogitChanges, SamplingExtras, SamplingParams
 
@@ -51,6 +52,16 @@ def sampling_extras(
 def is_stop_token(params: SamplingParams, token: int, eos_token_ids: Collection[int]) -> bool:
     """Whether this new token ends the text."""
     return token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
+
+
+def choices_of(params: SamplingParams, seed: int, room: int) -> list[SamplingParams]:
+    """A request's `n` choices: each with a seed of its own, and with no more tokens than there is room for."""
+    max_tokens = min(params.max_tokens, room)
+    min_tokens = min(params.min_tokens, max_tokens)
+    return [
+        replace(params, seed=seed_of_choice(seed, index), n=1, max_tokens=max_tokens, min_tokens=min_tokens)
+        for index in range(params.n)
+    ]
 
 
 def seed_of_choice(seed: int, index: int) -> int:

@@ -3,96 +3,24 @@
 Decides; does not act: takes requests and sampled tokens, returns micro-batches and progress. Knows no clock, tensors
 or sockets.
 
-Admission is in order of arrival, as soon as there are blocks for a request's tokens and one more for every sequence
-that runs, onto the lane with the least predicted time; a sequence keeps its lane to its end or preemption. Blocks
-whose contents are known already (a common prefix) are shared and need not be computed. Each micro-batch takes a token
-from every sequence that decodes and fills the token budget with prompt chunks. When blocks run out, the sequence that
-arrived last gives its own up and waits, in front of all others, to be computed again: whoever came first always gets
-on, so nobody starves.
+A request waits until `msi.admission` lets it onto a lane, which it keeps to its end or preemption. Each micro-batch
+takes from the lane's sequences what `share_budget` says. Sequences fail alone: those whose values went wrong by what
+the sampler says, and where an exception came out of a pass each is tried again by itself.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 
-from msi.block_pool import BlockPool, hash_block
-from msi.errors import InvalidRequest, Unavailable
-from msi.sampling import has_extras, is_stop_token, sampling_extras
-from msi.types import MicroBatch, SamplingParams, TokenLogprobs, TokenSampling
+from msi.admission import Admission
+from msi.block_pool import BlockPool
+from msi.errors import InvalidRequest, Unavailable, context_exceeded, shown
+from msi.sampling import is_stop_token
+from msi.sequence import Lane, Sequence, micro_batch, share_budget
+from msi.types import MicroBatch, Progress, Request, TokenLogprobs
 
-# The predicted time of a lane, in units of one decoded token: attention over this much context costs as much again,
-# and of a prompt that is still to be computed a token costs this share.
-CONTEXT_UNIT = 1024
-PROMPT_SHARE = 1 / 16
 NO_LOGPROBS: Mapping[int, TokenLogprobs] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a client asked for. `params.seed` is set: whoever accepted the request has drawn one."""
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What is new of a request after a pass.
-
-    Attributes:
-        finish_reason: "stop", "length" or None while it goes on.
-        logprobs: one for each token if they were asked for, else ().
-    """
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None = None
-    logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Counts since start. `prompt_tokens` counts the tokens of admitted sequences, again after a preemption."""
-
-    prompt_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    request: Request
-    arrival: int
-    max_len: int  # tokens, prompt included, at which it ends
-    tokens: list[int]
-    num_computed: int = 0  # tokens whose keys and values are in the cache
-    blocks: list[int] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
-    num_kept: int = 0  # full blocks that can be found by their hashes
-    is_cancelled: bool = False
-    was_left_out: bool = False  # of the last micro-batch, for want of room
-    has_extras: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.has_extras = has_extras(self.request.params)
-
-    @property
-    def num_left(self) -> int:
-        """Tokens still to be computed before the next one can be sampled."""
-        return len(self.tokens) - self.num_computed
-
-    @property
-    def predicted(self) -> float:
-        return 1 + len(self.tokens) / CONTEXT_UNIT + (self.num_left - 1) * PROMPT_SHARE
-
-
-@dataclass(slots=True, eq=False)
-class _Lane:
-    sequences: list[_Sequence] = field(default_factory=list)
-    in_flight: list[tuple[_Sequence, int]] = field(default_factory=list)  # with the tokens it computes
 
 
 class Scheduler:
@@ -104,6 +32,7 @@ class Scheduler:
         max_num_seqs: the most sequences that run at a time.
         max_num_batched_tokens: the most tokens in one micro-batch; at most the rows of a slot.
         max_model_len: the most tokens of a sequence, prompt included.
+        vocab_size: no token outside it gets in; None for any.
         max_num_waiting: the most requests that wait for admission.
         has_prefix_cache: whether blocks are found again by their contents.
     """
@@ -117,29 +46,40 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        vocab_size: int | None = None,
         eos_token_ids: tuple[int, ...] = (),
         max_num_waiting: int = 1024,
         has_prefix_cache: bool = True,
     ) -> None:
-        self.counters = SchedulerCounters()
-        self._has_prefix_cache = has_prefix_cache
         self._num_arrived = 0
         self._pool = BlockPool(num_blocks)
-        self._block_tokens = block_tokens
-        self._max_num_seqs = max_num_seqs
+        self._lanes = [Lane() for _ in range(num_lanes)]
+        self._admission = Admission(
+            self._lanes, self._pool, block_tokens, max_num_seqs=max_num_seqs, has_prefix_cache=has_prefix_cache
+        )
+        self._cache_len = self._pool.capacity * block_tokens
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._max_num_waiting = max_num_waiting
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._waiting: deque[_Sequence] = deque()
-        self._lanes = [_Lane() for _ in range(num_lanes)]
-        self._sequences: dict[str, tuple[_Sequence, _Lane | None]] = {}
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(token for token in eos_token_ids if self._is_token(token))
+        self._sequences: dict[str, Sequence] = {}
+        self._num_failed = 0
 
     # -- counts ------------------------------------------------------------------------------------------------------
 
     @property
     def num_lanes(self) -> int:
         return len(self._lanes)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Counts since start, by name."""
+        return {
+            **asdict(self._admission.counters),
+            "kv_blocks_evicted": self._pool.num_evicted,
+            "sequences_failed": self._num_failed,
+        }
 
     @property
     def num_free_blocks(self) -> int:
@@ -151,17 +91,12 @@ class Scheduler:
         return self._pool.capacity
 
     @property
-    def num_evicted(self) -> int:
-        """Blocks whose contents were given up for others since the start."""
-        return self._pool.num_evicted
-
-    @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._admission.waiting)
 
     @property
     def num_running(self) -> int:
-        return sum(len(lane.sequences) for lane in self._lanes)
+        return self._admission.num_running
 
     @property
     def is_idle(self) -> bool:
@@ -185,37 +120,34 @@ class Scheduler:
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty; give at least one token")
         if num_prompt >= self._max_model_len:
+            raise context_exceeded(self._max_model_len, num_prompt, request.params.max_tokens)
+        if num_prompt >= self._cache_len:
             raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens; with a context of {self._max_model_len} at most "
-                f"{self._max_model_len - 1} are allowed, so that one can follow"
+                f"the prompt has {num_prompt} tokens; the whole KV cache holds {self._cache_len}. Shorten it, or give "
+                f"the attention workers more memory"
             )
-        cache_len = self._pool.capacity * self._block_tokens
-        if num_prompt >= cache_len:
-            raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens; the whole KV cache holds {cache_len}. Shorten it, or give the "
-                f"attention workers more memory"
-            )
-        if len(self._waiting) >= self._max_num_waiting:
-            raise Unavailable(f"{len(self._waiting)} requests wait here already; try again later")
-        assert request.request_id not in self._sequences, request.request_id
-        max_len = min(num_prompt + request.params.max_tokens, self._max_model_len, cache_len)
-        sequence = _Sequence(request, self._num_arrived, max_len, list(request.prompt_token_ids))
+        if self.num_waiting >= self._max_num_waiting:
+            raise Unavailable(f"{self.num_waiting} requests wait here already; try again later")
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request id {shown(request.request_id)} is in use")
+        self._check_tokens(request)
+        max_len = min(num_prompt + request.params.max_tokens, self._max_model_len, self._cache_len)
+        sequence = Sequence(request, self._num_arrived, max_len, list(request.prompt_token_ids))
         self._num_arrived += 1
-        self._waiting.append(sequence)
-        self._sequences[request.request_id] = (sequence, None)
-        self._admit()
+        self._sequences[request.request_id] = sequence
+        self._admission.wait(sequence)
 
     def cancel(self, request_id: str) -> bool:
         """Forgets a request, at once or when its pass is through; False when it is not here."""
         if request_id not in self._sequences:
             return False
         self._forget(request_id)
-        self._admit()
+        self._admission.admit()
         return True
 
     def fail_running(self) -> list[str]:
         """Forgets every request that was admitted and returns their ids; what waits stays."""
-        failed = [request_id for request_id, (_, lane) in self._sequences.items() if lane is not None]
+        failed = [request_id for request_id, sequence in self._sequences.items() if sequence.lane is not None]
         for request_id in failed:
             self._forget(request_id)
         return failed
@@ -230,28 +162,21 @@ class Scheduler:
         """The next micro-batch of a lane that has none in flight; None when it has nothing to do."""
         lane = self._lanes[lane_index]
         assert not lane.in_flight, f"lane {lane_index} is in flight"
-        self._admit()
-        budget = self._max_num_batched_tokens
-        # whoever had no room last time, then those that decode, then prompts; each in order of arrival
-        turns = sorted(lane.sequences, key=lambda one: (not one.was_left_out, one.num_left > 1, one.arrival))
-        chosen: list[tuple[_Sequence, int]] = []
-        for sequence in turns:
-            if not sequence.blocks:
-                continue  # preempted meanwhile
-            room = max(1, budget // 2) if sequence.was_left_out else budget
-            count = min(sequence.num_left, room, budget)
-            if count and not self._make_room(sequence, count, chosen):
-                count = 0
-                if not sequence.blocks:
-                    continue
-            sequence.was_left_out = count == 0
-            if count:
+        self._admission.admit()
+        suspect = next((one for one in lane.sequences if one.is_suspect), None)
+        candidates = lane.sequences if suspect is None else [suspect]
+        chosen: list[tuple[Sequence, int]] = []
+        for sequence, count in share_budget(candidates, self._max_num_batched_tokens):
+            # one without blocks was preempted for another of them
+            if sequence.blocks and self._admission.make_room(sequence, count, chosen):
                 chosen.append((sequence, count))
-                budget -= count
         if not chosen:
             return None
+        lane.num_passes += 1
+        for sequence, _ in chosen:
+            sequence.served_at = lane.num_passes
         lane.in_flight = chosen
-        return _micro_batch(chosen, self._eos_token_ids)
+        return micro_batch(chosen, self._eos_token_ids)
 
     def may_continue(self, lane_index: int) -> bool:
         """Whether the lane may have a micro-batch right after the one in flight."""
@@ -277,21 +202,40 @@ class Scheduler:
         progress = []
         for sequence, count in in_flight:
             sequence.num_computed += count
-            self._keep_full_blocks(sequence)
+            sequence.is_suspect = False
+            if not sequence.has_failed:
+                self._admission.keep_full_blocks(sequence)
             row, token = next(sampled) if sequence.num_computed == len(sequence.tokens) else (-1, None)
             if sequence.is_cancelled:
-                self._release(lane, sequence)
+                self._admission.release(sequence)
             elif token is not None:
                 sequence.tokens.append(token)
                 reason = self._finish_reason(sequence, token)
                 chosen = (logprobs[row],) if row in logprobs else ()
-                progress.append(Progress(sequence.request.request_id, (token,), reason, chosen))
+                progress.append(Progress(sequence.request.request_id, (token,), reason, chosen, sequence.take_cached()))
                 if reason is not None:
                     del self._sequences[sequence.request.request_id]
-                    self._release(lane, sequence)
+                    self._admission.release(sequence)
         assert next(sampled, None) is None, f"more tokens than logit rows: {token_ids}"
-        self._admit()
+        self._admission.admit()
         return progress
+
+    def fail(self, lane_index: int, indices: Iterable[int]) -> list[str]:
+        """Sequences of the pass in flight, by index in its micro-batch, end without a token; before its `update`.
+
+        Returns their ids; those that were cancelled before are not among them. No block of theirs is found by its
+        contents from now on, not even those that others found sound.
+        """
+        failed = []
+        for index in indices:
+            sequence, _ = self._lanes[lane_index].in_flight[index]
+            sequence.has_failed = True
+            self._pool.forget(sequence.blocks)
+            if not sequence.is_cancelled:
+                self._forget(sequence.request.request_id)
+                failed.append(sequence.request.request_id)
+        self._num_failed += len(failed)
+        return failed
 
     def give_up(self, lane_index: int) -> None:
         """The pass of a lane was lost: what it computed counts as not computed."""
@@ -299,138 +243,51 @@ class Scheduler:
         in_flight, lane.in_flight = lane.in_flight, []
         for sequence, _ in in_flight:
             if sequence.is_cancelled:
-                self._release(lane, sequence)
+                self._admission.release(sequence)
+
+    def suspect(self, lane_index: int) -> list[str]:
+        """An exception came out of the pass of a lane: its sequences are tried again, each in a pass of its own.
+
+        Returns the ids of those that end with it: the one that was alone already.
+        """
+        in_flight = self._lanes[lane_index].in_flight
+        failed = self.fail(lane_index, [0]) if len(in_flight) == 1 else []
+        for sequence, _ in in_flight:
+            sequence.is_suspect = True
+        self.give_up(lane_index)
+        self._admission.admit()
+        return failed
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _forget(self, request_id: str) -> None:
-        sequence, lane = self._sequences.pop(request_id)
+        sequence = self._sequences.pop(request_id)
         sequence.is_cancelled = True
-        if lane is None:
-            self._waiting.remove(sequence)
-        elif all(flying is not sequence for flying, _ in lane.in_flight):
-            self._release(lane, sequence)
+        if sequence.lane is None:
+            self._admission.waiting.remove(sequence)
+        elif all(flying is not sequence for flying, _ in sequence.lane.in_flight):
+            self._admission.release(sequence)
 
-    def _finish_reason(self, sequence: _Sequence, token: int) -> str | None:
+    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
         if is_stop_token(sequence.request.params, token, self._eos_token_ids):
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.max_len else None
 
-    def _admit(self) -> None:
-        while self._waiting and (num_running := self.num_running) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            known = self._known_blocks(sequence)
-            num_new = self._blocks_for(len(sequence.tokens)) - len(known)
-            # one for each that runs, so that the next token of an older one does not throw this one out again
-            if num_new + self._pool.num_unused(known) + num_running > self._pool.num_free:
-                return
-            self._waiting.popleft()
-            self._pool.share(known)
-            sequence.blocks = known + self._pool.allocate(num_new)
-            sequence.num_kept = len(known)
-            sequence.num_computed = len(known) * self._block_tokens
-            self.counters.prompt_tokens += len(sequence.tokens)
-            self.counters.prefix_hit_tokens += sequence.num_computed
-            lane = min(self._lanes, key=lambda lane: sum(other.predicted for other in lane.sequences))
-            lane.sequences.append(sequence)
-            self._sequences[sequence.request.request_id] = (sequence, lane)
+    def _is_token(self, token_id: int) -> bool:
+        return self._vocab_size is None or 0 <= token_id < self._vocab_size
 
-    def _release(self, lane: _Lane, sequence: _Sequence) -> None:
-        lane.sequences.remove(sequence)
-        self._pool.free(sequence.blocks)
-        sequence.blocks = []
-
-    # -- blocks ------------------------------------------------------------------------------------------------------
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_tokens)
-
-    def _hash(self, sequence: _Sequence, index: int) -> bytes:
-        """Of the sequence's block at `index`, which is full."""
-        hashes, size = sequence.hashes, self._block_tokens
-        while len(hashes) <= index:
-            start = len(hashes) * size
-            hashes.append(hash_block(hashes[-1] if hashes else b"", sequence.tokens[start : start + size]))
-        return hashes[index]
-
-    def _known_blocks(self, sequence: _Sequence) -> list[int]:
-        """Blocks that hold the beginning of the sequence; at least its last token is left to compute."""
-        if not self._has_prefix_cache:
-            return []
-        num_full = (len(sequence.tokens) - 1) // self._block_tokens
-        return self._pool.find(self._hash(sequence, index) for index in range(num_full))
-
-    def _keep_full_blocks(self, sequence: _Sequence) -> None:
-        if self._has_prefix_cache:
-            for index in range(sequence.num_kept, sequence.num_computed // self._block_tokens):
-                self._pool.keep(sequence.blocks[index], self._hash(sequence, index))
-                sequence.num_kept = index + 1
-
-    def _make_room(self, sequence: _Sequence, count: int, chosen: list[tuple[_Sequence, int]]) -> bool:
-        """Sees to it that the sequence has blocks for `count` more tokens; False where it must wait for them."""
-        num_new = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
-        while num_new > self._pool.num_free:
-            victim = self._victim(sequence, chosen)
-            if victim is None:
-                return False  # what came later is in flight, and gives its blocks up when it has landed
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        if num_new > 0:
-            sequence.blocks += self._pool.allocate(num_new)
-        return True
-
-    def _victim(self, sequence: _Sequence, chosen: list[tuple[_Sequence, int]]) -> _Sequence | None:
-        """Whoever arrived last of those that nothing is being computed for, `sequence` included if none came later."""
-        busy = {id(one) for lane in self._lanes for one, _ in lane.in_flight} | {id(one) for one, _ in chosen}
-        later = [
-            one
-            for lane in self._lanes
-            for one in lane.sequences
-            if one.arrival > sequence.arrival and id(one) not in busy
-        ]
-        if later:
-            return max(later, key=lambda one: one.arrival)
-        is_last = all(one.arrival <= sequence.arrival for lane in self._lanes for one in lane.sequences)
-        return sequence if is_last else None
-
-    def _preempt(self, sequence: _Sequence) -> None:
-        """Takes a sequence's blocks; it waits to be computed again, before all that came later."""
-        lane = next(lane for lane in self._lanes if sequence in lane.sequences)
-        self._release(lane, sequence)
-        sequence.num_computed = sequence.num_kept = 0
-        sequence.was_left_out = False
-        self._sequences[sequence.request.request_id] = (sequence, None)
-        self._waiting.appendleft(sequence)
-        self.counters.preemptions += 1
-
-
-def _micro_batch(chosen: list[tuple[_Sequence, int]], eos_token_ids: Collection[int]) -> MicroBatch:
-    token_ids: list[int] = []
-    positions: list[int] = []
-    logit_rows = []
-    sampling = []
-    for sequence, count in chosen:
-        start = sequence.num_computed
-        token_ids += sequence.tokens[start : start + count]
-        positions += range(start, start + count)
-        if start + count == len(sequence.tokens):
-            params = sequence.request.params
-            assert params.seed is not None, sequence.request.request_id
-            logit_rows.append(len(token_ids) - 1)
-            extras = None
-            if sequence.has_extras:
-                num_prompt = len(sequence.request.prompt_token_ids)
-                extras = sampling_extras(params, sequence.tokens, num_prompt, eos_token_ids)
-            sampling.append(
-                TokenSampling(params.temperature, params.top_p, params.top_k, params.seed, len(sequence.tokens), extras)
-            )
-    return MicroBatch(
-        token_ids=tuple(token_ids),
-        positions=tuple(positions),
-        query_lens=tuple(count for _, count in chosen),
-        context_lens=tuple(sequence.num_computed + count for sequence, count in chosen),
-        block_tables=tuple(tuple(sequence.blocks) for sequence, _ in chosen),
-        logit_rows=tuple(logit_rows),
-        sampling=tuple(sampling),
-    )
+    def _check_tokens(self, request: Request) -> None:
+        """The last line of defence: whoever asked has been told before, or goes round those who tell."""
+        if self._vocab_size is None:
+            return
+        listed = {
+            "prompt": request.prompt_token_ids,
+            "logit_bias": request.params.logit_bias,
+            "stop_token_ids": request.params.stop_token_ids,
+        }
+        for name, token_ids in listed.items():
+            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
+                wrong = next(token for token in token_ids if not self._is_token(token))
+                raise InvalidRequest(
+                    f"token id {shown(wrong)} in {name}; ids are integers from 0 to {self._vocab_size - 1}", param=name
+                )

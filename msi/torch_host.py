@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,16 @@ from msi.models.expert_half import ExpertHalf
 from msi.net import shm
 from msi.net.auto import AutoTransport
 from msi.net.combine_link import CombineLink
+from msi.net.complaints import Complaints
 from msi.net.dispatch_link import DispatchLink
 from msi.net.inproc import InprocTransport
+from msi.net.secret import NO_SECRET, Trust
 from msi.net.shm import ShmTransport
 from msi.net.tcp import TcpTransport, address_towards, split_address
 from msi.net.transport import Transport
 from msi.tracing import Tracer
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 
@@ -43,6 +48,7 @@ class HostSettings:
         transport: "inproc", "shm", "tcp", or "auto": shared memory within a host, TCP across.
         advertise_host: this host's address for peers on others; "" for the one on the way to `coordinator`.
         memory_utilization: share of free memory that the host's attention workers may use for KV cache.
+        trust: by what peers on the network are known.
     """
 
     coordinator: str
@@ -54,6 +60,7 @@ class HostSettings:
     advertise_host: str = ""
     num_threads: int = 0
     memory_utilization: float = 0.9
+    trust: Trust = NO_SECRET
 
 
 class TorchModel:
@@ -133,6 +140,7 @@ class TorchHost:
         self.clock = time.monotonic
         self._settings = settings
         self._files = ModelFiles(settings.model_dir, settings.load_format)
+        self._complain = Complaints(log)
         self._device: CpuDevice | CudaDevice | None = None
         self._part: LoadedPart | None = None
 
@@ -146,6 +154,8 @@ class TorchHost:
 
     def introduce(self) -> tuple[str, str]:
         settings = self._settings
+        if settings.transport in ("tcp", "auto"):
+            settings.trust.check_listening(self._advertised_host(), "a worker")
         if self._device is None:
             self._device = open_device(settings.device, settings.num_threads)
         wanted = self._files.config.dtype if settings.dtype == "auto" else settings.dtype
@@ -166,24 +176,31 @@ class TorchHost:
             self._part = await asyncio.to_thread(self._files.load, assignment, device)
         return TorchModel(self._files, self._part, assignment, device, self._settings.memory_utilization)
 
-    def new_transport(self, is_colocated: bool) -> Transport:
-        name = "inproc" if is_colocated else self._settings.transport
+    def new_transport(self, assignment: Assignment) -> Transport:
+        name = "inproc" if assignment.is_colocated else self._settings.transport
         if name == "inproc":
             return InprocTransport()
-        if name == "shm":
-            return ShmTransport()
+        if name == "shm" or (name == "auto" and self._is_local and shm.is_available() is None):
+            return ShmTransport(complain=self._complain)
+        key = self._settings.trust.link_key(assignment.instance)
         if name == "auto" and shm.is_available() is None:
-            return AutoTransport(self._advertised_host())
-        return TcpTransport(self._advertised_host())
+            return AutoTransport(self._advertised_host(), key=key, complain=self._complain)
+        return TcpTransport(self._advertised_host(), key=key, complain=self._complain)
+
+    @property
+    def _is_local(self) -> bool:
+        """Whether all of the instance is on this machine."""
+        return self._settings.coordinator.startswith("ipc://")
 
     def _advertised_host(self) -> str:
         settings = self._settings
-        if settings.advertise_host or not settings.coordinator.startswith("ipc://"):
+        if settings.advertise_host or not self._is_local:
             return settings.advertise_host or address_towards(*split_address(settings.coordinator))
-        return LOOPBACK  # all of the instance is on this machine
+        return LOOPBACK
 
     def counters(self) -> dict[str, float]:
-        return {"loop_cpu_s": time.thread_time(), "rss_bytes": resident_memory_bytes()}
+        cut_off = {f"cut_off_{kind.replace(' ', '_')}": float(count) for kind, count in self._complain.counts.items()}
+        return {"loop_cpu_s": time.thread_time(), "rss_bytes": resident_memory_bytes(), **cut_off}
 
     async def close(self) -> None:
         if self._device is not None:

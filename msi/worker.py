@@ -240,7 +240,7 @@ class Worker:
         await receiving
 
     def _new_transport(self, life: Life) -> Transport:
-        transport = self._host.new_transport(life.assignment.is_colocated)
+        transport = self._host.new_transport(life.assignment)
         life.transports.append(transport)
         return transport
 

@@ -32,8 +32,7 @@ from msi.messages import (
     WorkerStatus,
 )
 from msi.net.codec import Codec
-from msi.scheduler import Progress, Request
-from msi.types import Placement, SamplingParams, StageTimes, TokenLogprobs
+from msi.types import Placement, Progress, Request, SamplingParams, StageTimes, TokenLogprobs
 
 CODEC = Codec({*FROM_CLIENT, *FROM_WORKER, *TO_CLIENT, *TO_WORKER})
 EXAMPLES = [
@@ -89,7 +88,7 @@ def submit(**changes):
         (msgpack.packb(["Shutdown"]), "Shutdown has 1 fields"),
         (msgpack.packb(["Shutdown", 3]), "expected str, got int"),
         (msgpack.packb(["ClientHello", True]), "expected int, got bool"),
-        (msgpack.packb(["Outputs", [["r", 3, "", [], None]]]), "expected an array"),
+        (msgpack.packb(["Outputs", [["r", 3, "", [], None, 0]]]), "expected an array"),
         (submit(max_tokens=0), "max_tokens is 0"),
         (submit(temperature=float("nan")), "temperature is nan"),
         (submit(logit_bias={"5": 1.0}), "expected a map with int keys"),

@@ -106,7 +106,7 @@ async def test_leaving_early_cancels(engine):
         ([1, -1], "token id -1"),
         ([1, "a"], "token id 'a'"),
         ([True], "token id True"),
-        ([1] * 512, "at most 511 are allowed"),
+        ([1] * 512, "maximum context length is 512 tokens"),
         ("a\ud800b", "not valid"),
     ],
 )
@@ -143,7 +143,7 @@ def test_parameters_that_make_no_sense_are_named(params, complaint):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"attention_workers": 0}, "--attention-workers 0: give an integer >= 1"),
+        ({"attention_workers": 0}, "--attention-workers 0: give an integer from 1 to 1024"),
         ({"expert_workers": "two"}, "--expert-workers 'two'"),
         ({"micro_batches": 5}, "--micro-batches 5: give auto or 1 to 4"),
         ({"gpu_memory_utilization": 0.0}, r"--gpu-memory-utilization 0\.0"),

@@ -25,6 +25,12 @@ NUM_TOKENS = 24
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 
+@pytest.fixture(autouse=True)
+def secret(monkeypatch):
+    """Every process of these tests has it, and no machine outside."""
+    monkeypatch.setenv("MSI_SECRET", "not for those who are no host of ours")
+
+
 @contextlib.asynccontextmanager
 async def instance(net):
     """Two expert workers and an attention worker on hosts of their own, started before their coordinator."""
@@ -79,6 +85,12 @@ async def test_three_hosts_serve_the_tokens_of_one_process_and_come_back_after_a
         async with instance(net) as processes:
             for how, tokens, _ in await answers(net):
                 assert (how, tokens) == ("done", expected)
+
+            stranger = ("env", "MSI_SECRET=somebody else's, whatever it is", sys.executable, "-m", "tests.hosts")
+            address = f"tcp://{net.addresses['front']}:{PORT}"
+            async with running(*net.on("attention", *stranger, address, 1, 1)) as child:
+                assert await child.ended() != 0
+                assert f"the secret differs: the coordinator at {address}" in child.said
 
             for host, lost in (("experts", "expert-"), ("attention", "attention-0")):
                 async with asked(net, 2, 900) as client:

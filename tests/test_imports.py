@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # lower layers first; a module may import its own layer and those below
 LAYERS = [
-    {"msi.errors", "msi.types", "msi.meter", "msi.tracing", "msi.watchdog"},
+    {"msi.errors", "msi.types", "msi.meter", "msi.tracing", "msi.watchdog", "msi.complaints"},
     {
-        "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.sampling", "msi.block_pool", "msi.kernels",
-        "msi.net", "msi.planner",
+        "msi.waves", "msi.pipeline", "msi.placement", "msi.scheduler", "msi.admission", "msi.sequence", "msi.sampling",
+        "msi.block_pool", "msi.kernels", "msi.net", "msi.planner",
     },
     {"msi.messages", "msi.membership", "msi.routing", "msi.options"},  # decisions about an instance, and its messages
     {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer"},

@@ -76,7 +76,7 @@ def test_only_regular_files_are_opened_and_nothing_waits(tmp_path):
         "fifo": "fifo is a FIFO; it must be a regular file",
         "folder": "folder is a directory; it must be",
         "loop": "loop cannot be read: Too many levels of symbolic links",
-        "dangling": "dangling does not exist",
+        "dangling": "dangling is a link to nowhere, which does not exist",
         "zero": "zero is a device; it must be a regular file",
         "nowhere": "nowhere does not exist",
         "real/below": "cannot be read: Not a directory",

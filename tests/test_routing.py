@@ -8,8 +8,7 @@ from statistics import quantiles
 from msi.errors import Failure
 from msi.messages import RequestUpdate
 from msi.routing import WAIT_FOR_WORKERS_S, Router
-from msi.scheduler import Progress, Request
-from msi.types import SamplingParams
+from msi.types import Progress, Request, SamplingParams
 
 
 def request(name, num_prompt=10, max_tokens=10):

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 
 from msi import Engine, InvalidRequest, SamplingParams
 from msi.sampler import _change, sample
-from msi.sampling import has_extras, sampling_extras, seed_of_choice
+from msi.sampling import choices_of, has_extras, sampling_extras, seed_of_choice
 from msi.tokenizer import TextStream
 from msi.types import LogitChanges, SamplingExtras, TokenLogprobs, TokenSampling
 from tests.conftest import TEXT
@@ -163,13 +163,22 @@ def test_choices_have_seeds_of_their_own():
     assert seeds[1:] != [seed_of_choice(12, index) for index in range(1, 128)]
 
 
+@pytest.mark.parametrize("max_tokens", [16, 17, 70_000, 2**63 - 1])
+def test_no_choice_is_taken_to_need_more_tokens_than_the_context_has_room_for(max_tokens):
+    params = SamplingParams(max_tokens=max_tokens, min_tokens=max_tokens, n=3)
+    choices = choices_of(params, 11, 16)
+    assert [(one.max_tokens, one.min_tokens, one.n) for one in choices] == [(16, 16, 1)] * 3
+    assert [one.seed for one in choices] == [seed_of_choice(11, index) for index in range(3)]
+    assert choices_of(SamplingParams(max_tokens=5, min_tokens=2), 11, 16)[0].max_tokens == 5
+
+
 @pytest.mark.parametrize(
     ("params", "complaint"),
     [
         ({"min_p": 1.5}, r"min_p is 1\.5; it must be a number from 0 to 1"),
         ({"presence_penalty": -3}, "presence_penalty is -3; it must be a number from -2 to 2"),
         ({"frequency_penalty": "high"}, "frequency_penalty is 'high'"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a number above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a number from 0.01 to 100"),
         ({"logit_bias": {5: 101}}, "logit_bias is .5: 101.; it must be a map of up to 1024 token ids"),
         ({"logit_bias": {"a": 1}}, "logit_bias is"),
         ({"logit_bias": [5]}, "logit_bias is"),

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msi.errors import InvalidRequest, Unavailable
-from msi.scheduler import Progress, Request, Scheduler
-from msi.types import SamplingExtras, SamplingParams, TokenLogprobs
+from msi.scheduler import Scheduler
+from msi.types import Progress, Request, SamplingExtras, SamplingParams, TokenLogprobs
 
 EOS = 2
 
@@ -71,14 +71,14 @@ def test_the_end_of_sequence_ends_it_unless_ignored():
     assert scheduler.update(0, [EOS, EOS]) == [Progress("ends", (EOS,), "stop"), Progress("goes on", (EOS,))]
 
 
-def test_admission_waits_for_free_blocks_in_order_of_arrival():
+def test_admission_waits_for_free_blocks():
     scheduler = make_scheduler(num_blocks=11)  # 10 blocks of 4 tokens
     scheduler.add(request("first", 24, max_tokens=5))
     scheduler.add(request("large", 25, max_tokens=5))
-    scheduler.add(request("small", 1, max_tokens=1))
-    assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)  # "small" would fit, but does not overtake
-    assert scheduler.cancel("large")
-    assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
+    scheduler.add(request("as large", 25, max_tokens=5))
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)
+    assert scheduler.cancel("first")
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
     scheduler.check_integrity()
 
 
@@ -115,7 +115,7 @@ def test_more_sequences_than_a_slot_has_rows_take_turns():
 
 @pytest.mark.parametrize(
     ("num_prompt", "message"),
-    [(0, "empty"), (64, "at most 63 are allowed"), (500, "at most 63 are allowed")],
+    [(0, "empty"), (64, "maximum context length is 64 tokens"), (500, "maximum context length is 64 tokens")],
 )
 def test_prompts_that_can_never_run_are_refused_with_a_sentence(num_prompt, message):
     scheduler = make_scheduler()
@@ -210,7 +210,7 @@ def test_a_known_prefix_is_shared_and_not_computed_again():
     assert batch.query_lens == (5, 5)
     assert batch.block_tables[0][:2] == batch.block_tables[1][:2]
     assert batch.block_tables[0][2:] != batch.block_tables[1][2:]
-    assert scheduler.counters.prefix_hit_tokens == 16
+    assert scheduler.counters["prefix_hit_tokens"] == 16
     scheduler.check_integrity()
 
 
@@ -238,16 +238,16 @@ def test_contents_are_given_up_least_recently_used_first():
     for name, first in (("a", 100), ("b", 200), ("a again", 100)):
         scheduler.add(Request(name, tuple(range(first, first + 12)), SamplingParams(max_tokens=1, seed=1)))
         finish(scheduler)
-    assert scheduler.counters.prefix_hit_tokens == 8
+    assert scheduler.counters["prefix_hit_tokens"] == 8
     scheduler.add(Request("c", tuple(range(300, 319)), SamplingParams(max_tokens=1, seed=1)))
     finish(scheduler)
-    assert scheduler.num_evicted == 3
+    assert scheduler.counters["kv_blocks_evicted"] == 3
     hits = {}
     for name, first in (("a", 100), ("b", 200)):
-        before = scheduler.counters.prefix_hit_tokens
+        before = scheduler.counters["prefix_hit_tokens"]
         scheduler.add(Request(name, tuple(range(first, first + 12)), SamplingParams(max_tokens=1, seed=1)))
         finish(scheduler)
-        hits[name] = scheduler.counters.prefix_hit_tokens - before
+        hits[name] = scheduler.counters["prefix_hit_tokens"] - before
     assert hits["a"] == 8
     assert hits["b"] == 4
 
@@ -257,7 +257,7 @@ def test_without_a_prefix_cache_nothing_is_shared():
     for name in "ab":
         scheduler.add(request(name, 12))
         finish(scheduler)
-    assert scheduler.counters.prefix_hit_tokens == 0
+    assert scheduler.counters["prefix_hit_tokens"] == 0
 
 
 @pytest.mark.parametrize("has_prefix_cache", [False, True])
@@ -269,7 +269,7 @@ def test_when_blocks_run_out_who_came_last_waits_and_loses_nothing(num_lanes, ha
         scheduler.add(Request(name, prompt, SamplingParams(max_tokens=20, seed=1, ignore_eos=True)))
     in_order: list[str] = []
     tokens = finish(scheduler, in_order)
-    assert scheduler.counters.preemptions > 0
+    assert scheduler.counters["preemptions"] > 0
     assert in_order == ["a", "b", "c"]
     for name, prompt in prompts.items():
         assert tokens[name] == list(range(prompt[-1] + 1, prompt[-1] + 21))
@@ -280,7 +280,7 @@ def test_a_preempted_request_can_be_cancelled():
     for name, first in (("a", 100), ("b", 200)):
         params = SamplingParams(max_tokens=24, seed=1, ignore_eos=True)
         scheduler.add(Request(name, tuple(range(first, first + 4)), params))
-    while not scheduler.counters.preemptions:
+    while not scheduler.counters["preemptions"]:
         scheduler.update(0, [9] * len(scheduler.plan(0).logit_rows))
     assert scheduler.num_waiting == 1
     assert scheduler.cancel("b")
@@ -355,3 +355,115 @@ def test_stop_tokens_and_logprobs_go_with_their_own_sequence():
         Progress("a", (7,), "stop"),
         Progress("b", (9,), None, (third,)),
     ]
+
+
+def test_a_sequence_that_fails_ends_alone_and_nobody_finds_its_blocks():
+    scheduler = make_scheduler(max_num_batched_tokens=40)
+    scheduler.add(request("sound", 9))
+    assert scheduler.plan(0) is not None
+    scheduler.update(0, [50])
+    scheduler.add(Request("bad", (*range(10, 19), *range(30, 40)), SamplingParams(max_tokens=4, seed=1)))
+    scheduler.add(request("cancelled", 3))
+    batch = scheduler.plan(0)
+    assert batch.positions[1] == 8, "it shares two blocks"
+    assert scheduler.cancel("cancelled")
+    assert scheduler.fail(0, [1, 2]) == ["bad"]
+    assert [one.request_id for one in scheduler.update(0, [51, 52, 53])] == ["sound"]
+    scheduler.check_integrity()
+    for name in ("again", "bad again"):
+        before = scheduler.counters["prefix_hit_tokens"]
+        scheduler.add(Request(name, (*range(10, 19), *range(30, 40)), SamplingParams(max_tokens=1, seed=1)))
+        assert scheduler.counters["prefix_hit_tokens"] == before
+    assert scheduler.counters["sequences_failed"] == 1
+    finish(scheduler)
+
+
+def test_after_an_exception_each_sequence_is_tried_alone_and_the_one_that_causes_it_ends():
+    scheduler = make_scheduler(max_num_batched_tokens=40)
+    for name in ("a", "bad", "c"):
+        scheduler.add(request(name, 3, max_tokens=2))
+    tried = []
+    ended: list[str] = []
+    for _ in range(20):
+        batch = scheduler.plan(0)
+        if batch is None:
+            break
+        names = [one.request.request_id for one, _ in scheduler._lanes[0].in_flight]
+        tried.append(names)
+        assert scheduler.may_continue(0) or len(tried) > 3
+        if "bad" in names:
+            ended += scheduler.suspect(0)
+        else:
+            scheduler.update(0, [9] * len(batch.logit_rows))
+        scheduler.check_integrity()
+    assert ended == ["bad"]
+    assert tried == [["a", "bad", "c"], ["a"], ["bad"], ["c"], ["a", "c"]]
+    assert scheduler.is_idle
+
+
+def test_a_request_that_is_cancelled_while_its_pass_raises_is_gone():
+    scheduler = make_scheduler()
+    for name in "ab":
+        scheduler.add(request(name, 3))
+    scheduler.plan(0)
+    scheduler.cancel("a")
+    assert scheduler.suspect(0) == []
+    assert running_ids(scheduler) == ["b"]
+    scheduler.plan(0)
+    scheduler.cancel("b")
+    assert scheduler.suspect(0) == []
+    assert scheduler.is_idle
+    scheduler.check_integrity()
+
+
+def running_ids(scheduler: Scheduler) -> list[str]:
+    return [one.request.request_id for lane in scheduler._lanes for one in lane.sequences]
+
+
+def test_what_is_computed_again_after_a_preemption_is_counted_apart():
+    scheduler = make_scheduler(num_blocks=9)
+    for name, first in (("a", 100), ("b", 200)):
+        params = SamplingParams(max_tokens=24, seed=1, ignore_eos=True)
+        scheduler.add(Request(name, tuple(range(first, first + 4)), params))
+    finish(scheduler)
+    counters = scheduler.counters
+    assert counters["preemptions"] > 0
+    assert (counters["prompt_tokens"], counters["prefix_hit_tokens"]) == (8, 0)
+    assert counters["readmitted_tokens"] > counters["readmission_hit_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"prompt_token_ids": (5, 100)}, "prompt"),
+        ({"prompt_token_ids": (-1, 5)}, "prompt"),
+        ({"prompt_token_ids": (2**70,)}, "prompt"),
+        ({"params": SamplingParams(seed=1, logit_bias={100: 1})}, "logit_bias"),
+        ({"params": SamplingParams(seed=1, stop_token_ids=(2**31 - 1,))}, "stop_token_ids"),
+    ],
+)
+def test_tokens_that_the_model_does_not_have_never_get_in(changes, param):
+    scheduler = make_scheduler(vocab_size=100)
+    values = {"request_id": "a", "prompt_token_ids": (5, 99, 0), "params": SamplingParams(seed=1)}
+    with pytest.raises(InvalidRequest, match=f"in {param}; ids are integers from 0 to 99") as caught:
+        scheduler.add(Request(**{**values, **changes}))
+    assert caught.value.param == param
+    assert scheduler.is_idle
+    scheduler.add(Request(**values))
+
+
+def test_a_request_id_that_is_in_use_is_refused_and_the_first_goes_on():
+    scheduler = make_scheduler()
+    scheduler.add(request("a", 3))
+    with pytest.raises(InvalidRequest, match="request id 'a' is in use"):
+        scheduler.add(request("a", 3))
+    assert len(finish(scheduler)["a"]) == 4
+
+
+@pytest.mark.parametrize("outside", [-1, 100, 2**70])
+def test_an_end_of_sequence_outside_the_vocabulary_bans_nothing_and_ends_nothing(outside):
+    scheduler = make_scheduler(vocab_size=100, eos_token_ids=(outside, EOS))
+    scheduler.add(request("a", 3, min_tokens=2))
+    (sampling,) = scheduler.plan(0).sampling
+    assert sampling.extras.changes.banned_token_ids == (EOS,)
+    assert scheduler.update(0, [99]) == [Progress("a", (99,))]

@@ -13,6 +13,7 @@ import uvloop
 
 from msi.errors import ProtocolError, TransportError
 from msi.net import tcp, tcp_endpoint
+from msi.net.link_proof import CHALLENGE_BYTES, PROOF_BYTES, PROVED_BYTES, Proofs
 from msi.net.tcp import GREETING, GREETING_MAGIC, HELLO, TcpTransport, split_address
 from msi.net.tcp_endpoint import FRAME, FRAME_BYTES, FRAME_MAGIC
 from msi.net.transport import Admission, CompletionKind
@@ -71,8 +72,10 @@ async def stranger(listening):
 async def raw_peer(listening):
     """A peer of bytes: through the handshake, whatever it writes now are frames."""
     reader, writer = await stranger(listening)
-    writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 4, SEAT_BYTES) + b"anna")
-    await reader.readexactly(GREETING.size + len(b"welcome"))
+    challenge = (await reader.readexactly(GREETING.size + CHALLENGE_BYTES))[GREETING.size :]
+    said = Proofs(None).hello(challenge, b"anna", SEAT_BYTES)
+    writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, len(said), SEAT_BYTES) + said)
+    await reader.readexactly(GREETING.size + PROOF_BYTES + len(b"welcome"))
     return reader, writer
 
 
@@ -188,6 +191,10 @@ async def test_a_peer_that_stops_reading_never_blocks_a_post_and_is_given_up_at_
         (GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 0, 1 << 50), "refused"),
         (GREETING.pack(GREETING_MAGIC, tcp.VERSION, 77, 0, 1), "refused"),
         (GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 7, 1) + b"go away", "refused"),
+        (
+            GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, PROVED_BYTES + 7, 1) + bytes(PROVED_BYTES) + b"go away",
+            "refused",
+        ),
         (b"", "no hello"),
     ],
 )

@@ -31,7 +31,9 @@ def torchrun(*arguments, port=0):
 
 
 def test_the_environment_says_who_we_are():
-    assert World.of(ENVIRONMENT) == World(1, 4, "10.0.0.1", 29500, True, "msi/coordinator/2")
+    assert World.of(ENVIRONMENT) == World(1, 4, "10.0.0.1", 29500, True, "msi/coordinator/2", False)
+    assert World.of({**ENVIRONMENT, "LOCAL_WORLD_SIZE": "4"}).is_one_host
+    assert not World.of({**ENVIRONMENT, "LOCAL_WORLD_SIZE": "2"}).is_one_host
     with pytest.raises(ConfigError, match="WORLD_SIZE"):
         World.of({name: value for name, value in ENVIRONMENT.items() if name != "WORLD_SIZE"})
 

@@ -147,10 +147,32 @@ async def test_an_id_in_use_and_too_many_requests_are_refused(served, monkeypatc
         while len(refused) < 2:
             message = await socket.receive_json(timeout=60)
             if message["type"] == "error":
-                refused.append((message["id"], message["error"]["message"]))
-        assert refused[0] == ("a", "id 'a' is in use on this connection")
-        assert "2 requests run on this connection already" in refused[1][1]
+                refused.append((message["id"], message.get("refers_to"), message["error"]["message"]))
+        assert refused[0] == (None, "a", "id 'a' is in use on this connection")
+        assert refused[1][:2] == ("c", None)
+        assert "2 requests run on this connection already" in refused[1][2]
     await idle(engine)
+
+
+async def test_an_error_about_an_id_that_runs_is_not_the_end_of_its_request(served):
+    messages = [
+        {"type": "generate", "id": "a", "prompt": TEXT, **GREEDY},
+        {"type": "generate", "id": "a"},
+        {"type": "jump", "id": "a"},
+        {"type": "generate", "id": "a", "prompt": [[[]]], "temperature": "hot"},
+    ]
+    async with connected(served) as socket:
+        await socket.send_json({"type": "generate", "id": "a", "prompt": TEXT, **GREEDY})
+        for message in messages:
+            await socket.send_json(message)
+        ends, marked = [], []
+        while not ends:
+            message = await socket.receive_json(timeout=60)
+            (ends if message["type"] in ("done", "error") and message["id"] == "a" else marked).append(message)
+        assert ends[0]["type"] == "done"
+        marked = [one for one in marked if one["type"] == "error"]
+        assert [(one["id"], one["refers_to"]) for one in marked] == [(None, "a")] * len(messages)
+        assert [one["error"]["code"] for one in marked] == ["id_in_use", "id_in_use", 400, "id_in_use"]
 
 
 async def test_the_protocol_in_the_docstring_is_json():

@@ -39,9 +39,9 @@ from msi.net.slots import HEADER_BYTES
 from msi.net.tcp import TcpTransport
 from msi.net.transport import Transport
 from msi.placement import place_evenly
-from msi.scheduler import Request, Scheduler
+from msi.scheduler import Scheduler
 from msi.torch_host import TorchModel
-from msi.types import SamplingParams
+from msi.types import Request, SamplingParams
 from tools.stage_sides import SLOT_ROWS, AttentionSide, ExpertSide, Timed
 
 LINK_TIMEOUT_S = 60.0

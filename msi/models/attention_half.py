@@ -11,11 +11,15 @@ on the device; the others only enqueue. Knows slots as memory to write rows into
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from msi.complaints import Complaints
 from msi.device.device import Device
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.norm import layer_norm, rms_norm
@@ -27,8 +31,12 @@ from msi.models.attention_weights import AttentionLayer, AttentionWeights
 from msi.models.config import ModelConfig, Rope
 from msi.net.dispatch_link import Turn
 from msi.net.slots import HEADER_BYTES, SlotLayout
-from msi.sampler import sample
+from msi.sampler import sample, sample_each
 from msi.types import MicroBatch, Placement, Sampled
+
+log = logging.getLogger(__name__)
+
+NOT_FINITE = "the model computed values for it that are not finite (NaN or infinity)"
 
 
 def kv_cache_shape(config: ModelConfig, num_blocks: int) -> tuple[int, ...]:
@@ -76,6 +84,7 @@ class AttentionHalf:
         self.shared_meter = StageMeter()
         self.pass_meter = StageMeter()  # head and sampling, once per pass
         self.weight_bytes_read = 0
+        self._complaints = Complaints(log)
         self._config = config
         self._weights = weights
         self._kv_cache = kv_cache
@@ -147,6 +156,7 @@ class AttentionHalf:
             for position in batch.positions[row : row + query_len]:
                 slots.append(table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS)
             row += query_len
+        self._clear_new_blocks(batch)
         self._lanes[lane] = _LaneState(
             hidden=self._weights.embed.index_select(0, torch.tensor(batch.token_ids)),
             micro_batch=batch,
@@ -157,6 +167,17 @@ class AttentionHalf:
                 batch.query_lens, batch.context_lens, batch.block_tables, config.sliding_window, self._dtype
             ),
         )
+
+    def _clear_new_blocks(self, batch: MicroBatch) -> None:
+        """Of the blocks that this pass begins and does not fill: what lies in their rest may be a NaN of whoever had
+        them before, which no mask of attention hides.
+        """
+        begun = []
+        for query_len, context_len, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
+            if 0 < context_len % BLOCK_TOKENS <= query_len:
+                begun.append(table[context_len // BLOCK_TOKENS])
+        if begun:
+            self._kv_cache.index_fill_(1, torch.tensor(begun), 0.0)
 
     def _attention_route_pack(self, lane: int, sparse_index: int) -> list[int]:
         """The number of rows that lie in each node's outbox."""
@@ -226,7 +247,28 @@ class AttentionHalf:
         self._dense_layers(state, self.num_layers)
         self._lanes[lane] = None
         self.weight_bytes_read += self._weights.num_bytes
-        return sample(self._logits(state), state.micro_batch.sampling)
+        sampling = state.micro_batch.sampling
+        try:
+            sampled = sample(self._logits(state), sampling)
+        except Exception as error:
+            self._complaints.say(error, "choosing tokens failed; each sequence's is chosen alone")
+            sampled = sample_each(self._logits(state), sampling)
+        # a row's NaN or infinity stays in its residual stream, whichever layer, expert or cached key it came from
+        if not sampled.failures and math.isfinite(state.hidden.sum(dtype=torch.float32).item()):
+            return sampled
+        return replace(sampled, failures=self._failures(state, sampled.failures))
+
+    def _failures(self, state: _LaneState, by_logit_row: Mapping[int, str]) -> dict[int, str]:
+        """Why sequences of the micro-batch cannot go on, by index; those whose values are not finite, too."""
+        batch = state.micro_batch
+        sequence_of = [index for index, length in enumerate(batch.query_lens) for _ in range(length)]
+        failures = {sequence_of[batch.logit_rows[row]]: reason for row, reason in by_logit_row.items()}
+        damaged = ~self._weights.embed.index_select(0, torch.tensor(batch.token_ids)).isfinite().all(dim=-1)
+        for row in (~state.hidden.isfinite().all(dim=-1)).nonzero().flatten().tolist():
+            failures[sequence_of[row]] = NOT_FINITE
+        for row in damaged.nonzero().flatten().tolist():
+            failures[sequence_of[row]] = f"{NOT_FINITE}: the weights of token {batch.token_ids[row]} are damaged"
+        return failures
 
     def _logits(self, state: _LaneState) -> Tensor:
         """float32 [len(logit_rows), vocab_size]."""

@@ -19,7 +19,8 @@ from msi.kernels.norm import norm_heads, norm_projections
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
-from msi.models.family import MlpNames
+from msi.models.family import MlpNames, bias_of
+from msi.models.required import tied_names
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -66,7 +67,7 @@ def load_attention_weights(
     final_norm = reader.tensor(names.final_norm, config.hidden_size)
     table = (config.vocab_size, config.hidden_size)
     if config.tie_word_embeddings:
-        embed = head = reader.tensor(names.embed, *table)
+        embed, head = reader.tied_tables(*table)
     else:
         embed = device.upload(source.read(names.embed, table).to(dtype))  # a pass reads only some of its rows
         head = reader.tensor(names.lm_head, *table)
@@ -88,6 +89,14 @@ class _Reader:
         tensor = self._device.upload(self._source.read(name, shape).to(self._dtype))
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
+
+    def tied_tables(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Embedding and head where the configuration calls them one: two after all if the checkpoint holds two that
+        differ, and whichever there is if it holds one. So does transformers."""
+        tables = [self.tensor(name, *shape) for name in tied_names(self.names.embed, self.names.lm_head, self._source)]
+        if len(tables) == 1 or torch.equal(*tables):
+            return tables[0], tables[0]
+        return tables[0], tables[1]
 
     def layer(self, layer: int) -> AttentionLayer:
         config, names = self._config, self.names
@@ -159,8 +168,3 @@ def _then(project: Linear, in_place: Callable[[Tensor], object]) -> Linear:
         return projected
 
     return apply
-
-
-def bias_of(weight: str) -> str:
-    """The name of a projection's bias."""
-    return weight.removesuffix(".weight") + ".bias"

@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msi.errors import CheckpointError
-from msi.models.files import read_json
+from msi.models.tensor_index import Shape, TensorIndex
 
-Shape = tuple[int, ...]
 Rows = tuple[int, int]  # from, to
 
 
@@ -39,50 +38,34 @@ class TensorSource(Protocol):
 
 
 class Checkpoint:
-    """One or many safetensors files.
+    """The safetensors files of a model directory.
 
     Args:
         report: called with the bytes of every tensor read, for progress bars.
 
     Raises:
-        CheckpointError: no weights, or a file that the index names is missing or truncated.
+        CheckpointError: no weights that are served, or a file is missing, truncated or damaged.
     """
 
     def __init__(self, model_dir: Path, report: Callable[[int], None] = lambda num_bytes: None) -> None:
         self.bytes_read = 0
-        self._model_dir = model_dir
+        self.index = TensorIndex(model_dir)
         self._report = report
-        self._files: dict[str, Any] = {}
-        index_path = model_dir / "model.safetensors.index.json"
-        if index_path.exists():
-            weight_map = read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index_path} has no weight_map")
-            self._file_of = {str(name): str(file) for name, file in weight_map.items()}
-        else:
-            files = sorted(path.name for path in model_dir.glob("*.safetensors"))
-            if not files:
-                raise CheckpointError(f"{model_dir} holds no safetensors weights; --load-format dummy invents some")
-            self._file_of = {name: file for file in files for name in self._open(file, "its header").keys()}
+        self._files: dict[Path, Any] = {}
 
     def has(self, name: str) -> bool:
-        return name in self._file_of
+        return self.index.has(name)
 
     def first_of(self, *names: str) -> str:
-        return next((name for name in names if name in self._file_of), names[0])
+        return self.index.first_of(*names)
 
     def read(self, name: str, shape: Shape, rows: Rows | None = None) -> Tensor:
-        file = self._file_of.get(name)
-        if file is None:
-            raise CheckpointError(f"{self._model_dir} has no tensor {name}; expected one of shape {list(shape)}")
+        file = self.index.require(name, shape).file
         try:
-            stored = self._open(file, name).get_slice(name)
-            found = tuple(stored.get_shape())
-            if found != shape:
-                raise CheckpointError(f"{self._model_dir / file}: {name} is {list(found)}; expected {list(shape)}")
+            stored = self._open(file).get_slice(name)
             tensor: Tensor = stored[:] if rows is None else stored[rows[0] : rows[1]]
-        except SafetensorError as error:
-            raise CheckpointError(f"{self._model_dir / file}: {name} cannot be read: {error}") from error
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:  # whatever the libraries make of damage
+            raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
         num_bytes = tensor.numel() * tensor.element_size()
         self.bytes_read += num_bytes
         self._report(num_bytes)
@@ -90,21 +73,12 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """sha256 over the names, shapes and dtypes of all tensors."""
-        entries = []
-        for name, file in sorted(self._file_of.items()):
-            stored = self._open(file, name).get_slice(name)
-            entries.append([name, list(stored.get_shape()), str(stored.get_dtype())])
+        entries = [[name, list(stored.shape), stored.dtype] for name, stored in sorted(self.index.tensors.items())]
         return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
 
-    def _open(self, file: str, wanted: str) -> Any:
+    def _open(self, file: Path) -> Any:
         if file not in self._files:
-            path = self._model_dir / file
-            try:
-                self._files[file] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} does not exist; {wanted} should be in it") from None
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is truncated or not safetensors ({wanted}): {error}") from error
+            self._files[file] = safe_open(file, framework="pt")
         return self._files[file]
 
 
@@ -116,7 +90,7 @@ class DummyCheckpoint:
         self._report = report
 
     def has(self, name: str) -> bool:
-        return not name.endswith("_proj")  # the fused layout has no ".weight"
+        return False  # of layouts to choose from, the first
 
     def first_of(self, *names: str) -> str:
         return names[0]

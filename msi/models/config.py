@@ -9,12 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msi.errors import ConfigError
+from msi.errors import ConfigError, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
+MAX_INTEGER = 2**31 - 1
+MAX_LAYERS = 4096
+MAX_EXPERTS = 65536
+MIN_NUMBER, MAX_NUMBER = 1e-30, 1e30  # float32 arithmetic on these is finite
+MIN_ROPE_THETA = 1.01  # yarn divides by its logarithm
+ROPE_FACTORS = (1e-3, 1e6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,7 @@ class ModelConfig:
         eos_token_ids: tokens that end a sequence.
         dtype: of the checkpoint.
         max_position_embeddings: the longest context the model was made for.
+        remarks: sentences about what the files say and is not used.
     """
 
     architecture: str
@@ -77,7 +85,6 @@ class ModelConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     renormalise_topk: bool
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str
     norm: Literal["rms", "layer"] = "rms"
@@ -88,6 +95,7 @@ class ModelConfig:
     sliding_window: int | None = None
     shared_intermediate_size: int | None = None
     dense_intermediate_size: int | None = None
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def num_sparse_layers(self) -> int:
@@ -141,54 +149,56 @@ class ConfigReader:
         """An object inside this one; an absent one is empty."""
         values = self.values.get(key)
         if values is not None and not isinstance(values, dict):
-            raise ConfigError(f"{self.source}: {key} is {values!r}; it must be an object")
+            raise self.refusal(key, values, "must be an object")
         return ConfigReader(values or {}, f"{self.source}: {key}")
 
-    def integer(self, key: str, *, default: int | None = None, at_least: int = 1) -> int:
+    def integer(self, key: str, *, default: int | None = None, at_least: int = 1, at_most: int = MAX_INTEGER) -> int:
         value = self.values.get(key)
         if value is None:
             value = default
-        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-            raise ConfigError(f"{self.source}: {key} is {value!r}; it must be an integer >= {at_least}")
+        if type(value) is not int or not at_least <= value <= at_most:
+            raise self.refusal(key, value, f"must be an integer from {at_least} to {at_most}")
         return value
 
-    def first_integer(self, *keys: str) -> int:
+    def first_integer(self, *keys: str, at_most: int = MAX_INTEGER) -> int:
         """By the first of these names that is there."""
-        return self.integer(next((key for key in keys if self.values.get(key) is not None), keys[0]))
+        return self.integer(next((key for key in keys if self.values.get(key) is not None), keys[0]), at_most=at_most)
 
-    def optional_integer(self, key: str) -> int | None:
-        return None if self.values.get(key) is None else self.integer(key)
+    def optional_integer(self, key: str, default: int | None = None) -> int | None:
+        """`default` where it is absent, none where it is null."""
+        return None if self.values.get(key, default) is None else self.integer(key, default=default)
 
-    def number(self, key: str, default: float) -> float:
-        return self.required_number(key) if key in self.values else default
+    def number(self, key: str, default: float, at_least: float = MIN_NUMBER) -> float:
+        return self.required_number(key, at_least) if key in self.values else default
 
-    def required_number(self, key: str) -> float:
+    def required_number(self, key: str, at_least: float = MIN_NUMBER, at_most: float = MAX_NUMBER) -> float:
         value = self.values.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise ConfigError(f"{self.source}: {key} is {value!r}; it must be a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not at_least <= value <= at_most:
+            raise self.refusal(key, value, f"must be a number above 0, from {at_least:g} to {at_most:g}")
         return float(value)
 
-    def optional_number(self, key: str) -> float | None:
-        return None if self.values.get(key) is None else self.required_number(key)
+    def optional_number(self, key: str, at_least: float = MIN_NUMBER, at_most: float = MAX_NUMBER) -> float | None:
+        return None if self.values.get(key) is None else self.required_number(key, at_least, at_most)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.source}: {key} is {value!r}; it must be true or false")
+            raise self.refusal(key, value, "must be true or false")
         return value
 
     def require(self, key: str, *allowed: object) -> None:
         """Refuses values that would change the result and are not implemented."""
         if key in self.values and self.values[key] not in allowed:
-            shown = ", ".join(repr(value) for value in allowed)
-            raise ConfigError(f"{self.source}: {key} is {self.values[key]!r}; supported: {shown}")
+            supported = ", ".join(repr(value) for value in allowed)
+            raise ConfigError(f"{self.source}: {key} is {shown(self.values[key])}; supported: {supported}")
 
     def dtype(self) -> str:
         value = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
-        value = str(value).removeprefix("torch.")
-        if value not in DTYPES:
-            raise ConfigError(f"{self.source}: dtype {value!r} is not supported; supported: {', '.join(DTYPES)}")
-        return value
+        name = value.removeprefix("torch.") if isinstance(value, str) else ""
+        name = DTYPE_SYNONYMS.get(name, name)
+        if name not in DTYPES:
+            raise ConfigError(f"{self.source}: dtype {shown(value)} is not supported; supported: {', '.join(DTYPES)}")
+        return name
 
     def integers(self, key: str) -> tuple[int, ...]:
         """A number or a list of them; absent is none."""
@@ -196,9 +206,30 @@ class ConfigReader:
         if value is None:
             return ()
         ids = tuple(value) if isinstance(value, list) else (value,)
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-            raise ConfigError(f"{self.source}: {key} is {value!r}; it must be an integer or a list of them")
+        if not all(type(token) is int for token in ids):
+            raise self.refusal(key, value, "must be an integer or a list of them")
         return ids
+
+    def token_ids(self, key: str, vocab_size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Those tokens of a field that the model has, and a remark where it names others."""
+        value = self.values.get(key)
+        ids, others = known_token_ids(value, vocab_size)
+        remark = (
+            f"{self.source}: {key} is {shown(value)}; the model's tokens are 0 to {vocab_size - 1}, others do not count"
+        )
+        return ids, (remark,) if others else ()
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of texts; absent is none."""
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise self.refusal(key, value, "must be a list of texts")
+        return tuple(value)
+
+    def refusal(self, key: str, value: object, rule: str) -> ConfigError:
+        return ConfigError(f"{self.source}: {key} is {shown(value)}; it {rule}")
 
 
 def read_rope(reader: ConfigReader, default_theta: float, max_position_embeddings: int) -> Rope:
@@ -209,38 +240,46 @@ def read_rope(reader: ConfigReader, default_theta: float, max_position_embedding
     parameters = newer or older
     rope = ConfigReader({**reader.values, **parameters}, reader.source)
     rope.require("partial_rotary_factor", None, 1)
-    theta = rope.number("rope_theta", default_theta)
+    theta = rope.number("rope_theta", default_theta, MIN_ROPE_THETA)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return Rope(theta)
-    factor = ConfigReader(parameters, f"{reader.source}: {kind} rope").required_number("factor")
+    factor = ConfigReader(parameters, f"{reader.source}: {kind} rope").required_number("factor", *ROPE_FACTORS)
     if kind == "linear":
         return Rope(theta, "linear", factor)
     # as in transformers, a value outside the section goes before one inside
     original = ConfigReader({**parameters, **reader.values}, reader.source)
     original_len = original.integer("original_max_position_embeddings", default=max_position_embeddings)
     if kind == "llama3":
-        low, high = rope.required_number("low_freq_factor"), rope.required_number("high_freq_factor")
+        low, high = (rope.required_number(key, *ROPE_FACTORS) for key in ("low_freq_factor", "high_freq_factor"))
         if low >= high:
             raise ConfigError(f"{reader.source}: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
         return Rope(theta, "llama3", factor, original_len, low_freq_factor=low, high_freq_factor=high)
     if kind == "yarn":
-        rope.require("mscale", None)
-        rope.require("mscale_all_dim", None)
-        scale = rope.optional_number("attention_factor")
+        scale = rope.optional_number("attention_factor", *ROPE_FACTORS)
+        scales = [rope.optional_number(key, *ROPE_FACTORS) for key in ("mscale", "mscale_all_dim")]
         return Rope(
             theta,
             "yarn",
             factor,
             original_len,
-            beta_fast=rope.optional_number("beta_fast") or 32.0,
-            beta_slow=rope.optional_number("beta_slow") or 1.0,
+            beta_fast=rope.optional_number("beta_fast", *ROPE_FACTORS) or 32.0,
+            beta_slow=rope.optional_number("beta_slow", *ROPE_FACTORS) or 1.0,
             truncate=rope.flag("truncate", True),
-            scale=0.1 * math.log(max(factor, 1.0)) + 1.0 if scale is None else scale,
+            scale=_yarn_scale(factor, scales) if scale is None else scale,
         )
     raise ConfigError(
-        f"{reader.source}: rope_type {kind!r} is not supported; supported: 'default', 'linear', 'llama3', 'yarn'"
+        f"{reader.source}: rope_type {shown(kind)} is not supported; supported: 'default', 'linear', 'llama3', 'yarn'"
     )
+
+
+def _yarn_scale(factor: float, scales: list[float | None]) -> float:
+    """Of cosines and sines; `scales` are mscale and mscale_all_dim, of which one alone does not count."""
+    stretch = math.log(max(factor, 1.0))
+    mscale, mscale_all_dim = scales
+    if mscale is None or mscale_all_dim is None:
+        return 0.1 * stretch + 1.0
+    return (0.1 * mscale * stretch + 1.0) / (0.1 * mscale_all_dim * stretch + 1.0)
 
 
 def read_common(
@@ -252,22 +291,30 @@ def read_common(
     top_k: int,
     norm_eps: float,
     rope_theta: float,
+    num_kv_heads: int | None,
+    max_position_embeddings: int,
     renormalise_topk: bool,
 ) -> ModelConfig:
-    """What most families write under the same keys; `norm_eps` and `rope_theta` are the family's defaults."""
-    reader.require("hidden_act", "silu")
-    hidden_size, num_layers = reader.integer("hidden_size"), reader.integer("num_hidden_layers")
-    num_heads = reader.integer("num_attention_heads")
-    max_position_embeddings = reader.integer("max_position_embeddings")
-    bos = reader.integers("bos_token_id")
+    """What most families write under the same keys.
+
+    `norm_eps` and those below are the family's defaults, used where the key is absent; no `num_kv_heads`, or one that
+    cannot be, is as many as there are heads.
+    """
+    reader.require("hidden_act", "silu", "swish")
+    hidden_size, num_layers = reader.integer("hidden_size"), reader.integer("num_hidden_layers", at_most=MAX_LAYERS)
+    num_heads, vocab_size = reader.integer("num_attention_heads"), reader.integer("vocab_size")
+    if num_kv_heads is None or "num_key_value_heads" in reader.values or num_heads % num_kv_heads:
+        num_kv_heads = num_heads
+    max_position_embeddings = reader.integer("max_position_embeddings", default=max_position_embeddings)
+    ends, remarks = reader.token_ids("eos_token_id", vocab_size)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=reader.integer("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_layers=num_layers,
         sparse_layers=tuple(range(num_layers)),
         num_heads=num_heads,
-        num_kv_heads=reader.integer("num_key_value_heads", default=num_heads),
+        num_kv_heads=reader.integer("num_key_value_heads", default=num_kv_heads),
         head_dim=reader.integer("head_dim", default=hidden_size // num_heads),
         intermediate_size=intermediate_size,
         num_experts=num_experts,
@@ -277,9 +324,9 @@ def read_common(
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
         max_position_embeddings=max_position_embeddings,
         renormalise_topk=renormalise_topk,
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=reader.integers("eos_token_id"),
+        eos_token_ids=ends,
         dtype=reader.dtype(),
+        remarks=remarks,
     )
 
 
@@ -293,6 +340,17 @@ def check_config(config: ModelConfig, source: str) -> None:
         raise ConfigError(f"{source}: each token is to choose {config.top_k} of {config.num_experts} experts")
     if not config.sparse_layers:
         raise ConfigError(f"{source}: none of the {config.num_layers} layers has experts; dense models are not served")
+
+
+def known_token_ids(value: object, vocab_size: int) -> tuple[tuple[int, ...], tuple[object, ...]]:
+    """The tokens of a field such as eos_token_id, an id or a list of them, that a model has; and what else it holds.
+
+    A checkpoint may name a token that it does not have (-1 and ids beyond the vocabulary mean "none" to some).
+    """
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    known = [one for one in values if type(one) is int and 0 <= one < vocab_size]
+    others = [one for one in values if not (type(one) is int and 0 <= one < vocab_size)]
+    return tuple(dict.fromkeys(known)), tuple(others)
 
 
 def config_digest(values: dict[str, Any]) -> str:

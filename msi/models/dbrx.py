@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from msi.errors import ConfigError
-from msi.models.config import ConfigReader, ModelConfig, Rope, read_rope
+from msi.models.config import MAX_EXPERTS, MAX_LAYERS, MIN_ROPE_THETA, ConfigReader, ModelConfig, Rope, read_rope
 from msi.models.family import Family, StackedExpertNames, TensorNames
 
 LAYER_NORM_EPS = 1e-5  # torch's default; config.json does not say
@@ -15,12 +15,13 @@ def _parse(reader: ConfigReader) -> ModelConfig:
     ffn.section("ffn_act_fn").require("name", "silu")
     ffn.require("uniform_expert_assignment", False)
     ffn.require("moe_normalize_expert_weights", None, 1)
-    hidden_size, num_layers, num_heads = (reader.integer(key) for key in ("d_model", "n_layers", "n_heads"))
-    max_position_embeddings = reader.integer("max_seq_len")
-    bos = reader.integers("bos_token_id")
+    hidden_size, num_heads, vocab_size = (reader.integer(key) for key in ("d_model", "n_heads", "vocab_size"))
+    num_layers = reader.integer("n_layers", at_most=MAX_LAYERS)
+    max_position_embeddings = reader.integer("max_seq_len", default=2048)
+    ends, remarks = reader.token_ids("eos_token_id", vocab_size)
     return ModelConfig(
         architecture="DbrxForCausalLM",
-        vocab_size=reader.integer("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_layers=num_layers,
         sparse_layers=tuple(range(num_layers)),
@@ -28,8 +29,8 @@ def _parse(reader: ConfigReader) -> ModelConfig:
         num_kv_heads=attention.integer("kv_n_heads", default=1),
         head_dim=hidden_size // num_heads,
         intermediate_size=ffn.integer("ffn_hidden_size"),
-        num_experts=ffn.integer("moe_num_experts"),
-        top_k=ffn.integer("moe_top_k"),
+        num_experts=ffn.integer("moe_num_experts", at_most=MAX_EXPERTS),
+        top_k=ffn.integer("moe_top_k", default=1),
         norm="layer",
         norm_eps=LAYER_NORM_EPS,
         rope=_rope(reader, attention, max_position_embeddings),
@@ -37,9 +38,9 @@ def _parse(reader: ConfigReader) -> ModelConfig:
         tie_word_embeddings=False,
         max_position_embeddings=max_position_embeddings,
         renormalise_topk=ffn.values.get("moe_normalize_expert_weights", 1) is not None,
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=reader.integers("eos_token_id"),
+        eos_token_ids=ends,
         dtype=reader.dtype(),
+        remarks=remarks,
     )
 
 
@@ -48,7 +49,7 @@ def _rope(reader: ConfigReader, attention: ConfigReader, max_position_embeddings
 
     Transformers 5 would use rope_parameters and keep silent.
     """
-    inner = attention.optional_number("rope_theta")
+    inner = attention.optional_number("rope_theta", MIN_ROPE_THETA)
     rope = read_rope(reader, 1e4 if inner is None else inner, max_position_embeddings)
     if inner is not None and rope.theta != inner:
         raise ConfigError(
@@ -61,6 +62,7 @@ _BLOCK = "transformer.blocks.{layer}."
 
 DBRX = Family(
     "DbrxForCausalLM",
+    "dbrx",
     _parse,
     TensorNames(
         embed="transformer.wte.weight",

@@ -6,11 +6,13 @@ becomes a field of ModelConfig, and a function of `msi.kernels` that it selects.
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msi.errors import ConfigError
+from msi.errors import ConfigError, shown
 from msi.models.config import ConfigReader, ModelConfig, check_config
 from msi.models.dbrx import DBRX
 from msi.models.family import Family
@@ -18,6 +20,7 @@ from msi.models.files import read_json
 from msi.models.mixtral import MIXTRAL
 from msi.models.olmoe import OLMOE
 from msi.models.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from msi.models.tensor_index import WEIGHTS, adapter_sentence, gguf_sentence, names_in, original_sentence
 
 FAMILIES = {family.architecture: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DBRX)}
 
@@ -29,18 +32,38 @@ def family_of(config: ModelConfig) -> Family:
 def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
     """Raises ConfigError: an architecture or a setting that is not supported; names it, and what is supported."""
     reader = ConfigReader(values, source)
-    architectures = values.get("architectures") or []
-    supported = ", ".join(FAMILIES)
-    if not isinstance(architectures, list) or not architectures:
-        raise ConfigError(f"{source} names no architecture; supported: {supported}")
-    family = FAMILIES.get(str(architectures[0]))
-    if family is None:
-        raise ConfigError(f"{source}: architecture {architectures[0]!r} is not supported; supported: {supported}")
-    if values.get("quantization_config") is not None:
-        raise ConfigError(f"{source}: quantization_config is set; quantised checkpoints are not supported")
+    family = _family_in(reader)
+    for key in ("quantization_config", "compression_config"):
+        if values.get(key) is not None:
+            section = values[key]
+            method = section.get("quant_method") if isinstance(section, dict) else None
+            raise ConfigError(
+                f"{source}: {key} is set{f' ({shown(method)})' if method else ''}; quantised checkpoints are not "
+                f"supported; give the one in bfloat16, float16 or float32"
+            )
+    reader.require("transformers_weights", None, WEIGHTS)  # another file instead
     config = family.parse(reader)
     check_config(config, source)
     return config
+
+
+def _family_in(reader: ConfigReader) -> Family:
+    """Named by its architecture, or as transformers does it, by its model_type."""
+    supported = f"supported: {', '.join(FAMILIES)}"
+    architectures, model_type = reader.texts("architectures"), reader.values.get("model_type")
+    named = [FAMILIES[name] for name in architectures if name in FAMILIES]
+    if not architectures:
+        named = [family for family in FAMILIES.values() if family.model_type == model_type]
+        if not named:
+            raise ConfigError(f"{reader.source} names no architecture; {supported}")
+    if not named:
+        raise ConfigError(f"{reader.source}: architecture {shown(architectures[0])} is not supported; {supported}")
+    if model_type is not None and model_type != named[0].model_type:
+        raise ConfigError(
+            f"{reader.source}: model_type is {shown(model_type)}, but {named[0].architecture} is "
+            f"{named[0].model_type!r}; correct the one that is wrong"
+        )
+    return named[0]
 
 
 def load_config(model_dir: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -51,15 +74,43 @@ def load_config(model_dir: Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
         ConfigError: no such directory, no config.json, or a config that is not supported.
     """
-    if not model_dir.is_dir():
-        raise ConfigError(f"{model_dir} is not a directory; give a Hugging Face model directory with a config.json")
-    path = model_dir / "config.json"
-    if not path.exists():
-        raise ConfigError(f"{model_dir} holds no config.json; give a Hugging Face model directory")
+    path, generation_path = model_dir / "config.json", model_dir / "generation_config.json"
+    if not os.path.lexists(path):
+        raise ConfigError(why_no_model(model_dir))
+    if os.path.lexists(model_dir / "adapter_config.json"):  # transformers would load the model that it names
+        raise ConfigError(adapter_sentence(model_dir / "adapter_config.json"))
     values = read_json(path)
     config = parse_config(values, str(path))
-    generation_path = model_dir / "generation_config.json"
-    if generation_path.exists():
-        ids = ConfigReader(read_json(generation_path), str(generation_path)).integers("eos_token_id")
-        config = replace(config, eos_token_ids=ids or config.eos_token_ids)
+    if os.path.lexists(generation_path):
+        reader = ConfigReader(read_json(generation_path), str(generation_path))
+        ends, remarks = reader.token_ids("eos_token_id", config.vocab_size)
+        config = replace(config, eos_token_ids=ends or config.eos_token_ids, remarks=config.remarks + remarks)
     return config, values
+
+
+def why_no_model(model_dir: Path) -> str:
+    """What there is in place of a model's directory, and what to do about it."""
+    wanted = "give a Hugging Face model directory with a config.json"
+    if model_dir.suffix == ".gguf":
+        return gguf_sentence(model_dir)
+    if model_dir.is_symlink() and not model_dir.exists():
+        return f"{model_dir} is a link to what does not exist; {wanted}"
+    if not os.path.lexists(model_dir):
+        is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model_dir)) is not None
+        fetch = f"; if it is a repository of the Hugging Face hub: hf download {model_dir} --local-dir DIR, then DIR"
+        return f"{model_dir} is not a directory; {wanted}{fetch if is_repository else ''}"
+    if not os.path.isdir(model_dir):
+        return f"{model_dir} is a file, not a directory; {wanted}"
+    if not os.access(model_dir, os.R_OK | os.X_OK):
+        return f"{model_dir} cannot be read: permission denied"
+    for name in names_in(model_dir):
+        if name.startswith("adapter_"):
+            return adapter_sentence(model_dir / name)
+        if name.endswith(".gguf"):
+            return gguf_sentence(model_dir / name)
+        if name == "params.json" or name.startswith("consolidated."):
+            return original_sentence(model_dir / name)
+    below = [
+        path.parent for pattern in ("*/config.json", "snapshots/*/config.json") for path in model_dir.glob(pattern)
+    ]
+    return f"{model_dir} holds no config.json; {f'did you mean {min(below)}?' if below else wanted}"

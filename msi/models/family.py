@@ -84,8 +84,17 @@ class TensorNames:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture. `parse` raises ConfigError for what this family's models can say and we cannot do."""
+    """One architecture, and what transformers calls its kind of model.
+
+    `parse` raises ConfigError for what this family's models can say and we cannot do.
+    """
 
     architecture: str
+    model_type: str
     parse: Callable[[ConfigReader], ModelConfig]
     names: TensorNames = TensorNames()
+
+
+def bias_of(weight: str) -> str:
+    """The name of a projection's bias."""
+    return weight.removesuffix(".weight") + ".bias"

@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from msi.errors import ConfigError
+from msi.errors import ConfigError, shown
 
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json and weight index seen are below 40 MB
 MAX_TEXT_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64  # objects and lists in one another
-
-_quote = reprlib.Repr()
-_quote.maxstring = _quote.maxother = 60
-
-
-def shown(value: object) -> str:
-    """A value of somebody's file, in at most a line."""
-    return _quote.repr(value)
 
 
 def open_regular(path: Path) -> int:
@@ -36,6 +27,8 @@ def open_regular(path: Path) -> int:
             raise ConfigError(f"{path} is {_kind(path.stat().st_mode)}; it must be a regular file")
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link to {os.readlink(path)}, which does not exist") from None
         raise ConfigError(f"{path} does not exist") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from msi.models.config import ConfigReader, ModelConfig, read_common
+from msi.models.config import MAX_EXPERTS, ConfigReader, ModelConfig, read_common
 from msi.models.family import ExpertNames, Family, MlpNames, TensorNames
 
 
@@ -14,10 +14,12 @@ def _parse(reader: ConfigReader) -> ModelConfig:
         reader,
         "MixtralForCausalLM",
         intermediate_size=reader.integer("intermediate_size"),
-        num_experts=reader.integer("num_local_experts", default=8),
+        num_experts=reader.integer("num_local_experts", default=8, at_most=MAX_EXPERTS),
         top_k=reader.integer("num_experts_per_tok", default=2),
         norm_eps=1e-5,
         rope_theta=1e6,
+        num_kv_heads=8,
+        max_position_embeddings=131072,
         renormalise_topk=True,
     )
     return replace(config, sliding_window=reader.optional_integer("sliding_window"))
@@ -25,6 +27,7 @@ def _parse(reader: ConfigReader) -> ModelConfig:
 
 MIXTRAL = Family(
     "MixtralForCausalLM",
+    "mixtral",
     _parse,
     TensorNames(
         router=("model.layers.{layer}.block_sparse_moe.gate.weight", "model.layers.{layer}.mlp.gate.weight"),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from msi.errors import TransportError
+from msi.net.complaints import Complaints
 from msi.net.shm import ShmLanding, ShmTransport
 from msi.net.tcp import TcpTransport
 from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Endpoint, Handler, Landing
@@ -26,7 +27,7 @@ def host_identity() -> str:
         namespace = os.stat("/proc/self/ns/net").st_ino
     except OSError:
         return ""  # nobody's: TCP works everywhere
-    return f"{boot}.{namespace}.{os.getuid()}"
+    return f"{boot}.{namespace}.{os.geteuid()}"
 
 
 class AutoTransport:
@@ -34,11 +35,13 @@ class AutoTransport:
 
     Args:
         host: this host's address as peers on others reach it.
+        key: what peers on other hosts have to prove that they hold.
+        complain: told who is cut off.
     """
 
-    def __init__(self, host: str) -> None:
-        self._shm = ShmTransport()
-        self._tcp = TcpTransport(host)
+    def __init__(self, host: str, *, key: bytes | None = None, complain: Complaints | None = None) -> None:
+        self._shm = ShmTransport(complain=complain)
+        self._tcp = TcpTransport(host, key=key, complain=complain)
         self._identity = host_identity()
 
     def register(self, num_seats: int, seat_bytes: int) -> ShmLanding:

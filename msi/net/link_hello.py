@@ -17,7 +17,7 @@ class LinkHello:
     """A node that dispatches introduces itself to a node that combines."""
 
     protocol_version: int
-    instance: str  # the instance's token, from its coordinator
+    instance: str  # the public name of its token
     worker_id: str
     incarnation: int
     node: int
@@ -63,7 +63,7 @@ def decode_hello(payload: bytes, ours: LinkHello) -> LinkHello:
     must_match = (
         "protocol_version", "placement_version", "num_lanes", "slot_rows", "row_bytes", "answer_row_bytes",
     )  # fmt: skip
-    if hello.instance != ours.instance:  # whose token is what lets a peer in: it is not told
+    if hello.instance != ours.instance:
         raise ProtocolError(f"{hello.worker_id[:64]} belongs to another instance")
     for name in must_match:
         if getattr(hello, name) != getattr(ours, name):

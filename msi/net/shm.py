@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import platform
@@ -26,6 +27,8 @@ import weakref
 from collections.abc import Callable, Iterator
 
 from msi.errors import ConfigError, EngineError, TransportError
+from msi.net.acceptor import Acceptor
+from msi.net.complaints import Complaints
 from msi.net.delivery import Delivery
 from msi.net.transport import (
     CONNECT_TIMEOUT_S,
@@ -37,11 +40,14 @@ from msi.net.transport import (
     Landing,
 )
 
+log = logging.getLogger(__name__)
+
 PAGE = mmap.PAGESIZE
 RING_ENTRIES = 8191
 RING_BYTES = -(-(RING_ENTRIES + 1) * 8 // PAGE) * PAGE  # the entries, and the reader's count in the last word
 MAX_REGION_BYTES = 1 << 40
 ACCEPTED, REFUSED = b"\x01", b"\x00"
+CONNECT_AGAIN_S = 0.02
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -178,7 +184,7 @@ class ShmEndpoint:
 class ShmTransport:
     """Raises ConfigError where the host cannot do it; the message says why."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, complain: Complaints | None = None) -> None:
         if (reason := is_available()) is not None:
             raise ConfigError(f"{reason}; use --transport inproc")
         self._deliver = Delivery()
@@ -186,9 +192,9 @@ class ShmTransport:
         self._doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._loop.add_reader(self._doorbell, self._rung)
         self._endpoints: list[ShmEndpoint] = []
-        self._listener: socket.socket | None = None
+        self._complain = complain or Complaints(log)
+        self._acceptor: Acceptor | None = None
         self._accept: Callable[[bytes], Admission] | None = None
-        self._handshakes: set[asyncio.Task[None]] = set()
         self._is_open = True
 
     def register(self, num_seats: int, seat_bytes: int) -> ShmLanding:
@@ -199,11 +205,9 @@ class ShmTransport:
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         name = f"msi-{os.getpid()}-{secrets.token_hex(8)}"
         self._accept = accept
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.setblocking(False)
-        self._listener.bind("\0" + name)
-        self._listener.listen(128)
-        self._loop.add_reader(self._listener, self._incoming)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind("\0" + name)
+        self._acceptor = Acceptor(listener, self._welcome, self._complain, why_not=_why_not)
         return f"shm://{name}"
 
     async def connect(
@@ -218,7 +222,9 @@ class ShmTransport:
         fd, in_ring = landing.open(seat)
         try:
             async with asyncio.timeout(timeout_s):
-                sock.connect("\0" + address.removeprefix("shm://"))
+                await _connect(sock, "\0" + address.removeprefix("shm://"))
+                if why_not := _why_not(sock):  # before it gets any of our memory
+                    raise TransportError(address, why_not)
                 socket.send_fds(sock, [hello], [fd, self._doorbell])
                 reply, fds = await self._receive(sock)
             with _closing(fds):
@@ -242,27 +248,13 @@ class ShmTransport:
         self._add(endpoint)
         return endpoint
 
-    def _incoming(self) -> None:
-        assert self._listener is not None
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                sock, _ = self._listener.accept()
-                sock.setblocking(False)
-                task = self._loop.create_task(self._welcome(sock))
-                self._handshakes.add(task)
-                task.add_done_callback(self._handshakes.discard)
-
-    async def _welcome(self, sock: socket.socket) -> None:
+    async def _welcome(self, sock: socket.socket, name: str) -> None:
         """The accepting half of the handshake. Whoever does not speak it is cut off."""
         assert self._accept is not None
         try:
-            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            _, uid, _ = struct.unpack("3i", credentials)
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 hello, fds = await self._receive(sock)
             with _closing(fds):
-                if uid != os.getuid():
-                    raise TransportError("peer", f"runs as user {uid}, not {os.getuid()}")
                 if len(fds) != 2:
                     raise TransportError("peer", "sent no descriptors with its hello")
                 out_ring, outbox = _open_peer(fds[0], "peer")
@@ -275,6 +267,7 @@ class ShmTransport:
             finally:
                 os.close(fd)
         except (EngineError, OSError, TimeoutError) as error:
+            self._complain("refused", f"cut {name} off: {error or 'no hello in time'}")
             with contextlib.suppress(OSError):
                 sock.send(REFUSED + str(error).encode()[:4096])
             sock.close()
@@ -338,16 +331,28 @@ class ShmTransport:
         if not self._is_open:
             return
         self._is_open = False
-        for task in list(self._handshakes):
-            task.cancel()
-        await asyncio.gather(*self._handshakes, return_exceptions=True)
+        if self._acceptor is not None:
+            await self._acceptor.close()
         for endpoint in list(self._endpoints):
             endpoint.close()
-        if self._listener is not None:
-            self._loop.remove_reader(self._listener)
-            self._listener.close()
         self._loop.remove_reader(self._doorbell)
         os.close(self._doorbell)
+
+
+def _why_not(sock: socket.socket) -> str:
+    """Why the process at the other end is none of ours; "" if it may be."""
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return "" if uid == os.geteuid() else f"runs as user {uid}, not {os.geteuid()}"
+
+
+async def _connect(sock: socket.socket, name: str) -> None:
+    """A listener whose queue is full for the moment is tried again, within the caller's time limit."""
+    while True:
+        try:
+            sock.connect(name)
+            return
+        except BlockingIOError:
+            await asyncio.sleep(CONNECT_AGAIN_S)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,26 @@ class SocketDir:
             self._lock = -1
 
 
+def check_private(path: Path) -> None:
+    """Whether a socket there is, and stays, of this user.
+
+    Raises:
+        ConfigError: others could put theirs in its place.
+    """
+    try:
+        status = path.parent.stat()
+    except OSError as error:
+        raise ConfigError(f"ipc://{path}: {path.parent} cannot be used: {error.strerror}") from error
+    is_ours = status.st_uid in (0, os.geteuid())
+    if not is_ours or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        whose = "can be written by others" if is_ours else "belongs to somebody else"
+        raise ConfigError(
+            f"ipc://{path}: {path.parent} {whose}, so who listens there is not certain; use one of mode 700"
+        )
+    if len(os.fsencode(path)) > MAX_PATH_BYTES:
+        raise ConfigError(f"ipc://{path}: a path of more than {MAX_PATH_BYTES} bytes can be no socket's")
+
+
 def _parent() -> Path:
     """Where this user's sockets may lie: others can neither rename what is there, nor is the path too long."""
     complaints = []

@@ -1,9 +1,11 @@
 """The TCP transport: workers on different hosts, one connection per pair.
 
-    magic 4 | version 2 | kind 2 | bytes that follow 4 | bytes of my seat 8 | the hello, the welcome or the refusal
+    magic 4 | version 2 | kind 2 | bytes that follow 4 | bytes of my seat 8 | challenge, hello, welcome or refusal
 
-go each way first, within a time limit and a length limit; then frames (see `msi.net.tcp_endpoint`). Whoever sends
-anything else is cut off, which is counted and logged; nothing that strangers send reaches a seat.
+The accepting end challenges, the other says hello, and is welcomed or refused, within a time limit and a length limit;
+both prove that they are of one instance (`msi.net.link_proof`) before anything is made for them. Then frames
+(see `msi.net.tcp_endpoint`), which are neither encrypted nor signed. Whoever sends anything else is cut off, which is
+counted and logged; nothing that strangers send reaches a seat.
 """
 
 from __future__ import annotations
@@ -16,11 +18,15 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from msi.errors import ConfigError, EngineError, TransportError
+from msi.errors import ConfigError, EngineError, ProtocolError, TransportError
+from msi.net.acceptor import Acceptor
+from msi.net.complaints import Complaints
 from msi.net.delivery import Delivery
 from msi.net.landing import PlainLanding
+from msi.net.link_proof import PROOF_BYTES, PROVED_BYTES, Proofs
 from msi.net.tcp_endpoint import TcpEndpoint
 from msi.net.transport import (
     CONNECT_TIMEOUT_S,
@@ -35,11 +41,11 @@ from msi.net.transport import (
 log = logging.getLogger(__name__)
 
 GREETING_MAGIC = b"MSIT"
-VERSION = 1
+VERSION = 2
 GREETING = struct.Struct("<4sHHIQ")  # magic, version, kind, bytes that follow, bytes of the sender's seat
-HELLO, ACCEPTED, REFUSED = 1, 2, 3
+HELLO, ACCEPTED, REFUSED, CHALLENGE = 1, 2, 3, 4
 MAX_SEAT_BYTES = 1 << 40
-MAX_HANDSHAKES = 256  # at a time
+MAX_GREETING_BYTES = MAX_HELLO_BYTES + max(PROVED_BYTES, PROOF_BYTES)
 BUFFER_BYTES = 4 << 20  # of a socket, each way: a large post leaves in one write
 SILENT_MS = 10_000  # the kernel gives up a peer that acknowledges nothing for so long; links give up sooner
 
@@ -49,17 +55,26 @@ class TcpTransport:
 
     Args:
         host: this host's address as peers reach it; also where to listen, where it is one of this host's own.
+        key: what peers have to prove that they hold (`Trust.link_key`); None takes whoever comes.
+        complain: told who is cut off.
     """
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
-        self.num_cut_off: Counter[str] = Counter()  # connections, by reason
+    def __init__(
+        self, host: str = "127.0.0.1", *, key: bytes | None = None, complain: Complaints | None = None
+    ) -> None:
         self._host = host
+        self._proofs = Proofs(key)
+        self._complain = complain or Complaints(log)
         self._loop = asyncio.get_running_loop()
         self._deliver = Delivery()
         self._endpoints: set[TcpEndpoint] = set()
-        self._listener: socket.socket | None = None
+        self._acceptor: Acceptor | None = None
         self._accept: Callable[[bytes], Admission] | None = None
-        self._handshakes: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_cut_off(self) -> Counter[str]:
+        """Connections, by reason."""
+        return self._complain.counts
 
     def register(self, num_seats: int, seat_bytes: int) -> PlainLanding:
         return PlainLanding(num_seats, seat_bytes)
@@ -71,10 +86,9 @@ class TcpTransport:
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         self._accept = accept
-        self._listener = await self._bind()
-        self._listener.listen(128)
-        self._loop.add_reader(self._listener, self._incoming)
-        return _address(self._host, self._listener.getsockname()[1])
+        listener = await self._bind()
+        self._acceptor = Acceptor(listener, self._welcome, self._complain)
+        return _address(self._host, listener.getsockname()[1])
 
     async def _bind(self) -> socket.socket:
         try:
@@ -98,6 +112,7 @@ class TcpTransport:
         self, address: str, hello: bytes, landing: Landing, seat: int, *, timeout_s: float = CONNECT_TIMEOUT_S
     ) -> Endpoint:
         assert len(hello) <= MAX_HELLO_BYTES, len(hello)
+        address = next((one for one in address.split() if one.startswith("tcp://")), address)  # of several ways
         host, port = split_address(address)
         sock: socket.socket | None = None
         try:
@@ -108,10 +123,12 @@ class TcpTransport:
                 sock.setblocking(False)
                 _size_buffers(sock)
                 await self._loop.sock_connect(sock, at)
-                await self._loop.sock_sendall(sock, _greeting(HELLO, hello, landing.stride))
-                answer, outbox_bytes, welcome = await self._receive_greeting(sock, address)
-            if answer != ACCEPTED:
-                raise TransportError(address, f"refused: {welcome.decode(errors='replace')}")
+                challenge = await self._expect(CHALLENGE, sock, address)
+                said = self._proofs.hello(challenge.text, hello, landing.stride)
+                await self._loop.sock_sendall(sock, _greeting(HELLO, said, landing.stride))
+                answer = await self._expect(ACCEPTED, sock, address)
+            outbox_bytes = answer.seat_bytes
+            welcome = self._proofs.check_welcome(challenge.text, said, answer.text, outbox_bytes)
             endpoint = self._endpoint(sock, address, welcome, landing, seat, outbox_bytes)
         except TimeoutError as error:
             _close(sock)
@@ -119,39 +136,31 @@ class TcpTransport:
         except OSError as error:
             _close(sock)
             raise TransportError(address, f"cannot be reached: {error.strerror or error}") from error
+        except ProtocolError as error:
+            if sock is not None:  # the other end is to know why, too
+                with contextlib.suppress(OSError):
+                    sock.send(_greeting(REFUSED, str(error).encode(), 0))
+            _close(sock)
+            raise TransportError(address, str(error)) from error
         except BaseException:
             _close(sock)
             raise
         endpoint.start()
         return endpoint
 
-    def _incoming(self) -> None:
-        assert self._listener is not None
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            while True:
-                sock, (host, port, *_) = self._listener.accept()
-                name = f"{host}:{port}"
-                sock.setblocking(False)
-                if len(self._handshakes) >= MAX_HANDSHAKES:
-                    self._cut_off(name, "one handshake too many")
-                    sock.close()
-                    continue
-                task = self._loop.create_task(self._welcome(sock, name))
-                self._handshakes.add(task)
-                task.add_done_callback(self._handshakes.discard)
-
     async def _welcome(self, sock: socket.socket, name: str) -> None:
         """The accepting half of the handshake. Whoever does not speak it is cut off."""
         assert self._accept is not None
         try:
+            challenge = self._proofs.challenge()
+            sock.send(_greeting(CHALLENGE, challenge, 0))  # a few bytes, into a socket that is empty
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                kind, outbox_bytes, hello = await self._receive_greeting(sock, name)
-            if kind != HELLO:
-                raise TransportError(name, f"sent greeting {kind} instead of a hello")
+                said = await self._expect(HELLO, sock, name)
+            hello = self._proofs.check_hello(challenge, said.text, said.seat_bytes)
             admission = self._accept(hello)
-            endpoint = self._endpoint(sock, name, hello, admission.landing, admission.seat, outbox_bytes)
+            endpoint = self._endpoint(sock, name, hello, admission.landing, admission.seat, said.seat_bytes)
         except TimeoutError:
-            self._cut_off(name, f"no hello within {CONNECT_TIMEOUT_S:g} s")
+            self._cut_off(name, "no hello", f"no hello within {CONNECT_TIMEOUT_S:g} s")
             sock.close()
             return
         except (EngineError, OSError) as error:
@@ -164,8 +173,10 @@ class TcpTransport:
             sock.close()
             raise
         # From here on the seat is taken: a connection that is broken already ends like any other.
+        seat_bytes = admission.landing.stride
+        welcome = self._proofs.welcome(challenge, said.text, admission.welcome, seat_bytes)
         with contextlib.suppress(TransportError):
-            endpoint.write(_greeting(ACCEPTED, admission.welcome, admission.landing.stride))
+            endpoint.write(_greeting(ACCEPTED, welcome, seat_bytes))
         self._deliver(endpoint, CompletionKind.CONNECTED)
         endpoint.start()
 
@@ -185,24 +196,27 @@ class TcpTransport:
         return endpoint
 
     def _cut_off(self, name: str, reason: str, details: str = "") -> None:
-        self.num_cut_off[reason] += 1
-        log.warning("cut %s off: %s", name, details or reason)
+        self._complain(reason, f"cut {name} off: {details or reason}")
 
     # -- greetings ---------------------------------------------------------------------------------------------------
 
-    async def _receive_greeting(self, sock: socket.socket, name: str) -> tuple[int, int, bytes]:
-        """Kind, bytes of the peer's seat, and what it says."""
-        greeting = await self._receive(sock, GREETING.size, name)
-        magic, version, kind, num_bytes, seat_bytes = GREETING.unpack(greeting)
+    async def _expect(self, expected: int, sock: socket.socket, name: str) -> Greeting:
+        """The peer's next greeting, which has to be of this kind. Raises TransportError: it is not, or a refusal."""
+        magic, version, kind, num_bytes, seat_bytes = GREETING.unpack(await self._receive(sock, GREETING.size, name))
         if magic != GREETING_MAGIC:
             raise TransportError(name, "does not speak our protocol")
         if version != VERSION:
             raise TransportError(name, f"speaks version {version} of the protocol, we speak {VERSION}")
-        if num_bytes > MAX_HELLO_BYTES:
-            raise TransportError(name, f"greets with {num_bytes} bytes; at most {MAX_HELLO_BYTES} are allowed")
-        if kind != REFUSED and not 0 < seat_bytes <= MAX_SEAT_BYTES:
+        if num_bytes > MAX_GREETING_BYTES:
+            raise TransportError(name, f"greets with {num_bytes} bytes; at most {MAX_GREETING_BYTES} are allowed")
+        if kind in (HELLO, ACCEPTED) and not 0 < seat_bytes <= MAX_SEAT_BYTES:
             raise TransportError(name, f"offers a seat of {seat_bytes} bytes")
-        return kind, seat_bytes, await self._receive(sock, num_bytes, name)
+        if kind not in (expected, REFUSED):
+            raise TransportError(name, f"sent greeting {kind} instead of {expected}")
+        text = await self._receive(sock, num_bytes, name)
+        if kind != expected:
+            raise TransportError(name, f"refused: {text.decode(errors='replace')}")
+        return Greeting(text, seat_bytes)
 
     async def _receive(self, sock: socket.socket, num_bytes: int, name: str) -> bytes:
         buffer = bytearray(num_bytes)
@@ -215,15 +229,16 @@ class TcpTransport:
         return bytes(buffer)
 
     async def close(self) -> None:
-        for task in list(self._handshakes):
-            task.cancel()
-        await asyncio.gather(*self._handshakes, return_exceptions=True)
+        if self._acceptor is not None:
+            await self._acceptor.close()
+            self._acceptor = None
         for endpoint in list(self._endpoints):
             endpoint.close()
-        if self._listener is not None:
-            self._loop.remove_reader(self._listener)
-            self._listener.close()
-            self._listener = None
+
+
+class Greeting(NamedTuple):
+    text: bytes
+    seat_bytes: int  # of the sender's seat
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msi.errors import ConfigError
+from msi.errors import ConfigError, shown
 from msi.planner.model_shape import ModelShape, model_shape_from_table
 
 T = TypeVar("T")
@@ -128,5 +128,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _known(entries: Mapping[str, T], name: str, kind: str) -> T:
     entry = entries.get(name.lower())
     if entry is None:
-        raise ConfigError(f"no {kind} is called {name!r}; {nearest(name, entries)} (--catalogue FILE adds others)")
+        raise ConfigError(f"no {kind} is called {shown(name)}; {nearest(name, entries)} (--catalogue FILE adds others)")
     return entry

@@ -57,7 +57,7 @@ def read_plan_file(path: Path) -> PlanFile:
         values = json.loads(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a whole JSON file ({error}); write it anew with msi-plan -o") from error
     if not isinstance(values, dict) or "schema_version" not in values:
         raise ConfigError(f"{path} is no plan: it has no schema_version; write one with msi-plan -o")

@@ -184,7 +184,7 @@ def read_profile(source: str | Path | Mapping[str, Any]) -> Profile:
         values = json.loads(Path(source).read_text())
     except OSError as error:
         raise ConfigError(f"{where} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON, or only part of it ({error}); measure it again") from error
     return _Reader(where).read(values)
 

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from msi.errors import InvalidRequest
+from msi.errors import InvalidRequest, shown
+from msi.server.answers import Usage, logprob_values
+from msi.server.field_table import NOT_IN_CHATS
 from msi.server.fields import (
     SHARED_FIELDS,
-    Usage,
+    Streaming,
     Values,
-    is_usage_wanted,
+    as_integer,
+    check_fields,
     kind_of,
-    logprob_values,
-    refuse_unknown,
     sampling_params,
+    streaming,
     typed,
 )
-from msi.types import MAX_LOGPROBS, Output, SamplingParams, TokenLogprobs
+from msi.types import MAX_LOGPROBS, NO_DEFAULTS, Output, SamplingDefaults, SamplingParams, TokenLogprobs
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-FIELDS = {
-    "messages", "max_completion_tokens", "logprobs", "top_logprobs", "add_generation_prompt", "chat_template_kwargs",
-    *SHARED_FIELDS,
+FIELDS = SHARED_FIELDS | {
+    "messages", "max_completion_tokens", "logprobs", "top_logprobs", "add_generation_prompt", "continue_final_message",
+    "chat_template_kwargs", "reasoning_effort", "documents", "tools", "tool_choice",
 }  # fmt: skip
-NEUTRAL = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False}
+MAX_ROLE_CHARS = 64
+SPEAKERS_WITHOUT_CONTENT = ("assistant", "tool", "function")  # a call of tools says nothing
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
+MAX_TEMPLATE_VALUES = 64
+
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,67 +40,178 @@ class ChatRequest:
     """One parsed body.
 
     Attributes:
-        messages: each with its role, and its content as one text.
+        messages: each with its role; content is a text, a tuple of text parts, or absent.
+        tools, documents: for the template; None where there are none.
         template_values: more for the template, such as {"enable_thinking": False}.
+        add_special_tokens: whether the tokenizer puts its own around what the template writes.
+        ignored: fields that nobody knows.
     """
 
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[Message, ...]
     params: SamplingParams
-    stream: bool
-    include_usage: bool
+    streaming: Streaming
     add_generation_prompt: bool
+    continue_final_message: bool
+    tools: tuple[dict[str, Any], ...] | None
+    documents: tuple[dict[str, Any], ...] | None
     template_values: dict[str, Any]
+    add_special_tokens: bool = False
+    ignored: tuple[str, ...] = ()
 
 
-def parse_chat(values: Values, *, max_tokens: int) -> ChatRequest:
+def parse_chat(values: Values, *, max_tokens: int, defaults: SamplingDefaults = NO_DEFAULTS) -> ChatRequest:
     """Raises InvalidRequest: a field of the wrong type, or one that is not supported, by name.
 
     Args:
-        max_tokens: where the body says nothing.
+        max_tokens: where neither the body nor the model's defaults say anything.
+        defaults: the model's own parameters.
     """
-    refuse_unknown(values, FIELDS, NEUTRAL)
+    ignored = check_fields(values, FIELDS, NOT_IN_CHATS)
+    sampling = values
     if (limit := values.get("max_completion_tokens")) is not None:
-        values = {**values, "max_tokens": limit}
-    messages = typed(values, "messages", list, None)
+        sampling = {**values, "max_tokens": limit}
+    messages = typed(values, "messages", list, [])
     if not messages:
-        raise InvalidRequest("messages is missing or empty; give an array of objects with role and content")
+        raise InvalidRequest(
+            "messages is missing or empty; give an array of objects with role and content", param="messages"
+        )
+    continues = typed(values, "continue_final_message", bool, False)
+    if continues and values.get("add_generation_prompt"):
+        raise InvalidRequest(
+            "continue_final_message goes on with the last message, add_generation_prompt begins a new one; ask for one",
+            param="continue_final_message",
+        )
+    template_values = typed(values, "chat_template_kwargs", dict, {})
+    if len(template_values) > MAX_TEMPLATE_VALUES:
+        raise InvalidRequest(
+            f"chat_template_kwargs has {len(template_values)} values; at most {MAX_TEMPLATE_VALUES} are allowed",
+            param="chat_template_kwargs",
+        )
+    if (effort := typed(values, "reasoning_effort", str, None)) is not None:
+        template_values = {"reasoning_effort": effort, **template_values}
     return ChatRequest(
-        messages=tuple(_message(message, index) for index, message in enumerate(messages)),
-        params=sampling_params(values, max_tokens=max_tokens, logprobs=_num_logprobs(values)),
-        stream=typed(values, "stream", bool, False),
-        include_usage=is_usage_wanted(values),
-        add_generation_prompt=typed(values, "add_generation_prompt", bool, True),
-        template_values=typed(values, "chat_template_kwargs", dict, {}),
+        messages=tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages)),
+        params=sampling_params(sampling, defaults=defaults, max_tokens=max_tokens, logprobs=_num_logprobs(values)),
+        streaming=streaming(values),
+        add_generation_prompt=not continues and typed(values, "add_generation_prompt", bool, True),
+        continue_final_message=continues,
+        tools=_tools(values),
+        documents=_objects(values, "documents"),
+        template_values=template_values,
+        add_special_tokens=typed(values, "add_special_tokens", bool, False),
+        ignored=ignored,
     )
 
 
-def _message(message: object, index: int) -> dict[str, Any]:
-    where = f"messages[{index}]"
+# -- messages --------------------------------------------------------------------------------------------------------
+
+
+def _message(message: object, where: str) -> Message:
     if not isinstance(message, dict):
-        raise InvalidRequest(f"{where} is {kind_of(message)}; it must be an object with role and content")
-    if (role := message.get("role")) not in ROLES:
-        raise InvalidRequest(f"{where}.role is {role!r}; it must be one of {', '.join(ROLES)}")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{where}.content[{at}]") for at, part in enumerate(content))
-    if not isinstance(content, str):
-        raise InvalidRequest(f"{where}.content is {kind_of(content)}; it must be a string or an array of text parts")
-    return {**message, "content": content}
+        raise _wrong(where, message, "an object with role and content")
+    role = message.get("role")
+    if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE_CHARS:
+        raise InvalidRequest(
+            f"{where}.role is {shown(role)}; it must be one of system, developer, user, assistant and tool, or another "
+            "name that the template knows",
+            param=f"{where}.role",
+        )
+    # what is null is absent, as in transformers: templates would write "None"
+    said = {name: value for name, value in message.items() if value is not None}
+    if "content" in said:
+        said["content"] = _content(said["content"], f"{where}.content")
+    elif role not in SPEAKERS_WITHOUT_CONTENT:
+        raise _wrong(f"{where}.content", None, "a string or an array of text parts")
+    if calls := typed(said, "tool_calls", list, [], within=where):
+        said["tool_calls"] = [_call(call, f"{where}.tool_calls[{at}]") for at, call in enumerate(calls)]
+    else:
+        said.pop("tool_calls", None)
+    return said
 
 
-def _part(part: object, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise InvalidRequest(f'{where} is not text; only {{"type": "text", "text": "..."}} is supported')
-    return str(part["text"])
+def _content(content: object, where: str) -> str | tuple[str, ...]:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _wrong(where, content, "a string or an array of text parts")
+    parts = (_part(part, f"{where}[{at}]") for at, part in enumerate(content))
+    return tuple(part for part in parts if part is not None)
+
+
+def _part(part: object, where: str) -> str | None:
+    """The text of one part; None where it has none."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    name = TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    if name is None or not isinstance(part, dict):
+        raise InvalidRequest(f'{where} is not text; only {{"type": "text", "text": "..."}} is supported', param=where)
+    text = part.get(name)
+    if text is not None and not isinstance(text, str):
+        raise _wrong(f"{where}.{name}", text, "a string")
+    return text
+
+
+def _call(call: object, where: str) -> dict[str, Any]:
+    """A call of the history, its arguments as an object: that is what templates take apart."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise _wrong(where, call, 'an object like {"type": "function", "function": {"name": "...", "arguments": "{}"}}')
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = {}  # as vLLM: what a model wrote need not be JSON
+    if not isinstance(arguments, dict | list):
+        arguments = {}
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+# -- tools -----------------------------------------------------------------------------------------------------------
+
+
+def _tools(values: Values) -> tuple[dict[str, Any], ...] | None:
+    """Tools for the template. That the model's text is searched for calls of them is not built yet."""
+    tools, choice = _objects(values, "tools"), values.get("tool_choice")
+    for at, tool in enumerate(tools or ()):
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _wrong(f"tools[{at}]", tool, 'an object like {"type": "function", "function": {"name": "..."}}')
+    if choice in (None, "", "none") or (choice == "auto" and not tools):
+        if not tools or choice == "none":
+            return tools
+        choice = "auto"
+    raise InvalidRequest(
+        f"tool_choice is {shown(choice)}; finding calls of tools in the model's text is not built yet. With "
+        '"tool_choice": "none" the tools stand in the prompt and the text comes as the model writes it',
+        param="tool_choice" if choice != "auto" else "tools",
+    )
+
+
+def _objects(values: Values, name: str) -> tuple[dict[str, Any], ...] | None:
+    items = typed(values, name, list, [])
+    for at, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise _wrong(f"{name}[{at}]", item, "an object")
+    return tuple(items) or None
+
+
+def _wrong(where: str, value: object, wanted: str) -> InvalidRequest:
+    return InvalidRequest(f"{where} is {kind_of(value)}; it must be {wanted}", param=where)
 
 
 def _num_logprobs(values: Values) -> int | None:
-    wanted, top = typed(values, "logprobs", bool, False), typed(values, "top_logprobs", int, None)
-    if top is not None and not wanted:
-        raise InvalidRequest('top_logprobs needs "logprobs": true')
-    if top is not None and not 0 <= top <= MAX_LOGPROBS:
-        raise InvalidRequest(f"top_logprobs is {top}; it must be an integer from 0 to {MAX_LOGPROBS}")
-    return (top or 0) if wanted else None
+    wanted, top = typed(values, "logprobs", bool, False), as_integer(values.get("top_logprobs"))
+    if top is None or top is False:
+        top = 0
+    if type(top) is not int or not 0 <= top <= MAX_LOGPROBS:
+        raise InvalidRequest(
+            f"top_logprobs is {shown(top)}; it must be an integer from 0 to {MAX_LOGPROBS}", param="top_logprobs"
+        )
+    if top and not wanted:
+        raise InvalidRequest('top_logprobs needs "logprobs": true', param="top_logprobs")
+    return top if wanted else None
 
 
 class ChatAnswer:
@@ -107,7 +225,7 @@ class ChatAnswer:
         self, request_id: str, model: str, created: int, decode: Callable[[Sequence[int]], str], num_choices: int
     ) -> None:
         self.request_id = request_id
-        self._usage = Usage()
+        self.usage = Usage(num_choices)
         self._decode = decode
         self._num_choices = num_choices
         self._common = {"id": request_id, "created": created, "model": model}
@@ -120,7 +238,7 @@ class ChatAnswer:
 
     def chunk(self, output: Output) -> dict[str, Any]:
         """One server-sent event."""
-        self._usage.add(output)
+        self.usage.add(output)
         delta = {"content": output.text} if output.text or output.finish_reason is None else {}
         logprobs = logprobs_content(output, self._decode)
         choice = _choice(output.index, "delta", delta, logprobs, output.finish_reason)
@@ -128,7 +246,7 @@ class ChatAnswer:
 
     def usage_chunk(self) -> dict[str, Any]:
         """The event that tells usage, after all others."""
-        return self._head | {"choices": [], "usage": self._usage.values()}
+        return self._head | {"choices": [], "usage": self.usage.values()}
 
     def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """The answer to a request that does not stream."""
@@ -144,7 +262,7 @@ class ChatAnswer:
                 choice["logprobs"] = part["logprobs"]
             elif part["logprobs"] is not None:
                 choice["logprobs"]["content"] += part["logprobs"]["content"]
-        return self._common | {"object": "chat.completion", "choices": choices, "usage": self._usage.values()}
+        return self._common | {"object": "chat.completion", "choices": choices, "usage": self.usage.values()}
 
 
 def logprobs_content(output: Output, decode: Callable[[Sequence[int]], str]) -> dict[str, Any] | None:

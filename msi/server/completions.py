@@ -7,22 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from msi.errors import InvalidRequest
+from msi.server.answers import Usage, logprob_values
+from msi.server.field_table import NOT_IN_COMPLETIONS
 from msi.server.fields import (
     SHARED_FIELDS,
-    Usage,
+    Streaming,
     Values,
-    is_usage_wanted,
+    as_integer,
+    check_fields,
     kind_of,
-    logprob_values,
-    refuse_unknown,
     sampling_params,
+    streaming,
     typed,
 )
-from msi.types import Output, SamplingParams
+from msi.types import NO_DEFAULTS, Output, SamplingDefaults, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
-FIELDS = {"prompt", "echo", "logprobs", *SHARED_FIELDS}
-NEUTRAL = {"best_of": 1, "suffix": None}
+MAX_TOTAL_CHOICES = 1024  # of all prompts of a request
+FIELDS = SHARED_FIELDS | {"prompt", "echo", "logprobs", "best_of"}
+
+Prompt = str | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,39 +34,70 @@ class CompletionRequest:
     """One parsed body.
 
     Attributes:
+        prompts: each gets `params.n` choices, which are numbered prompt by prompt.
         echo: whether the prompt comes before the text.
+        add_special_tokens: whether the tokenizer puts its own around a text.
+        ignored: fields that nobody knows.
     """
 
-    prompt: str | tuple[int, ...]
+    prompts: tuple[Prompt, ...]
     params: SamplingParams
-    stream: bool
-    include_usage: bool
+    streaming: Streaming
     echo: bool
+    add_special_tokens: bool = True
+    ignored: tuple[str, ...] = ()
 
 
-def parse_completion(values: Values) -> CompletionRequest:
-    """Raises InvalidRequest: a field of the wrong type, or one that is not supported, by name."""
-    refuse_unknown(values, FIELDS, NEUTRAL)
-    logprobs, echo = values.get("logprobs"), typed(values, "echo", bool, False)
+def parse_completion(values: Values, defaults: SamplingDefaults = NO_DEFAULTS) -> CompletionRequest:
+    """Raises InvalidRequest: a field of the wrong type, or one that is not supported, by name.
+
+    Args:
+        defaults: the model's own parameters.
+    """
+    ignored = check_fields(values, FIELDS, NOT_IN_COMPLETIONS)
+    echo, logprobs = typed(values, "echo", bool, False), as_integer(values.get("logprobs"))
+    if logprobs is False:
+        logprobs = None
     if echo and logprobs is not None:
-        raise InvalidRequest("echo and logprobs do not go together: the prompt's log-probabilities are not computed")
+        raise InvalidRequest(
+            "echo and logprobs do not go together: the prompt's log-probabilities are not computed", param="echo"
+        )
+    params = sampling_params(values, defaults=defaults, max_tokens=DEFAULT_MAX_TOKENS, logprobs=logprobs)
+    if as_integer(values.get("best_of")) not in (None, params.n):
+        raise InvalidRequest("best_of must equal n: all choices are given, none is judged", param="best_of")
+    prompts = _prompts(values.get("prompt"))
+    if len(prompts) * params.n > MAX_TOTAL_CHOICES:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts with n = {params.n} are {len(prompts) * params.n} choices; at most "
+            f"{MAX_TOTAL_CHOICES} are allowed in one request",
+            param="prompt",
+        )
     return CompletionRequest(
-        prompt=_prompt(values.get("prompt")),
-        params=sampling_params(values, max_tokens=DEFAULT_MAX_TOKENS, logprobs=logprobs),
-        stream=typed(values, "stream", bool, False),
-        include_usage=is_usage_wanted(values),
+        prompts=prompts,
+        params=params,
+        streaming=streaming(values),
         echo=echo,
+        add_special_tokens=typed(values, "add_special_tokens", bool, True),
+        ignored=ignored,
     )
 
 
-def _prompt(prompt: object) -> str | tuple[int, ...]:
+def _prompts(prompt: object) -> tuple[Prompt, ...]:
     if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        return _prompt(prompt[0])
-    if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
-        return tuple(prompt)
-    raise InvalidRequest(f"prompt is {kind_of(prompt)}; it must be a string, or an array of token ids")
+        return (prompt,)
+    if isinstance(prompt, list) and prompt:
+        if _is_tokens(prompt):
+            return (tuple(map(as_integer, prompt)),)
+        if all(isinstance(one, str) or (isinstance(one, list) and one and _is_tokens(one)) for one in prompt):
+            return tuple(one if isinstance(one, str) else tuple(map(as_integer, one)) for one in prompt)
+    what = "an empty array" if prompt == [] else kind_of(prompt)
+    raise InvalidRequest(
+        f"prompt is {what}; it must be a string, or an array of token ids, or an array of such prompts", param="prompt"
+    )
+
+
+def _is_tokens(items: list[Any]) -> bool:
+    return all(type(as_integer(item)) is int for item in items)
 
 
 class CompletionAnswer:
@@ -70,40 +105,39 @@ class CompletionAnswer:
 
     Args:
         decode: tokens to text.
-        echo: the prompt's text, if it is wanted before every choice's.
+        num_choices: of each prompt.
+        echoes: what comes before the text, for each prompt.
     """
 
     def __init__(
         self, request_id: str, model: str, created: int, decode: Callable[[Sequence[int]], str], num_choices: int,
-        echo: str = "",
+        echoes: Sequence[str] = ("",),
     ) -> None:  # fmt: skip
         self.request_id = request_id
-        self._usage = Usage()
+        self.usage = Usage(num_choices)
         self._decode = decode
-        self._num_choices = num_choices
-        self._echo = echo
+        self._echoes = [echo for echo in echoes for _ in range(num_choices)]
+        num_choices = len(self._echoes)
         self._offsets = [0] * num_choices  # characters before the next token, for logprobs
         self._head = {"id": request_id, "object": "text_completion", "created": created, "model": model}
 
     def opening(self) -> list[dict[str, Any]]:
         """Chunks that come before the first output's."""
-        if not self._echo:
-            return []
-        return [self._head | {"choices": [_choice(index, self._echo)]} for index in range(self._num_choices)]
+        return [self._head | {"choices": [_choice(index, echo)]} for index, echo in enumerate(self._echoes) if echo]
 
     def chunk(self, output: Output) -> dict[str, Any]:
         """One server-sent event."""
-        self._usage.add(output)
+        self.usage.add(output)
         choice = _choice(output.index, output.text, self._logprobs(output), output.finish_reason)
         return self._head | {"choices": [choice]}
 
     def usage_chunk(self) -> dict[str, Any]:
         """The event that tells usage, after all others."""
-        return self._head | {"choices": [], "usage": self._usage.values()}
+        return self._head | {"choices": [], "usage": self.usage.values()}
 
     def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """The answer to a request that does not stream."""
-        choices = [_choice(index, self._echo) for index in range(self._num_choices)]
+        choices = [_choice(index, echo) for index, echo in enumerate(self._echoes)]
         for output in outputs:
             (part,) = self.chunk(output)["choices"]
             choice = choices[output.index]
@@ -114,7 +148,7 @@ class CompletionAnswer:
             elif part["logprobs"] is not None:
                 for name, values in part["logprobs"].items():
                     earlier[name] += values
-        return self._head | {"choices": choices, "usage": self._usage.values()}
+        return self._head | {"choices": choices, "usage": self.usage.values()}
 
     def _logprobs(self, output: Output) -> dict[str, Any] | None:
         if not output.logprobs:

@@ -1,130 +1,206 @@
-"""Fields of a JSON request body that endpoints share, and OpenAI's error object. Pure; knows no HTTP."""
+"""Values of a JSON request body: their types, what endpoints share, and which fields are taken, refused or ignored.
+
+Pure; knows no HTTP. Whatever a body holds, reading it ends in a value or in an InvalidRequest that names the field.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from msi.errors import InvalidRequest
-from msi.types import Output, SamplingParams, TokenLogprobs
+from msi.errors import InvalidRequest, shown
+from msi.server.field_table import ALWAYS_NEUTRAL, IGNORED, NOT_DONE, NotDone
+from msi.types import SamplingDefaults, SamplingParams
 
-SAMPLING_FIELDS = (
-    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "min_tokens", "n",
-)  # fmt: skip
-SHARED_FIELDS = ("model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "user", *SAMPLING_FIELDS)
-LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+SAMPLING_INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "n")
+SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+SHARED_FIELDS = frozenset({
+    "model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "add_special_tokens",
+    *SAMPLING_INTEGERS, *SAMPLING_NUMBERS,
+})  # fmt: skip
+MAX_DEPTH = 100  # of arrays and objects within one another
+MAX_NAME_CHARS = 256  # of a field
+MAX_IGNORED_NAMES = 32  # that one request tells the log of
 
 Values = Mapping[str, Any]
 
 
+# -- bodies ----------------------------------------------------------------------------------------------------------
+
+
 def parse_object(body: bytes | str) -> dict[str, Any]:
-    """Raises InvalidRequest: malformed JSON, or not an object."""
+    """Raises InvalidRequest: malformed JSON, not an object, or one nested too deep."""
     try:
         values = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise InvalidRequest(f"the body is {kind_of(values)}; it must be a JSON object")
+    text = body if isinstance(body, bytes) else body.encode()
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _is_deeper(values, MAX_DEPTH):
+        raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
     return values
 
 
-def refuse_unknown(values: Values, known: Collection[str], neutral: Values) -> None:
-    """Raises InvalidRequest for a field that is not supported; `neutral` ones may ask for what is done anyway."""
+def _is_deeper(values: dict[str, Any], depth: int) -> bool:
+    level: list[Any] = [values]
+    for _ in range(depth):
+        level = [
+            item
+            for one in level
+            for item in (one.values() if isinstance(one, dict) else one)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def check_fields(values: Values, taken: Collection[str], not_here: Mapping[str, NotDone]) -> tuple[str, ...]:
+    """Names of the fields that are ignored though nobody knows what they mean.
+
+    Args:
+        taken: fields that the endpoint reads.
+        not_here: fields that belong to another endpoint.
+
+    Raises:
+        InvalidRequest: a field that would change the answer, and is not done.
+    """
+    unknown: list[str] = []
     for name, value in values.items():
-        if name in neutral:
-            if value is not None and value != neutral[name]:
-                raise InvalidRequest(f"{name} is {value!r}; only {neutral[name]!r} is supported yet")
-        elif name not in known:
-            supported = ", ".join(sorted({*known, *neutral}))
-            raise InvalidRequest(f"field {name!r} is not supported; supported: {supported}")
+        if name in taken or name in IGNORED:
+            continue
+        not_done = not_here.get(name) or NOT_DONE.get(name)
+        if not_done is None:
+            if len(unknown) < MAX_IGNORED_NAMES:
+                unknown.append(name[:MAX_NAME_CHARS])
+        elif not is_neutral(value, not_done):
+            raise InvalidRequest(f"{name} is {shown(value)}, which is not supported: {not_done.what}", param=name)
+    return tuple(unknown)
 
 
-def sampling_params(values: Values, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
+def is_neutral(value: object, not_done: NotDone) -> bool:
+    """Whether a value asks for nothing."""
+    if value is False and any(neutral is True for neutral in not_done.neutral):
+        return False
+    return any(
+        value == neutral and isinstance(value, bool) is isinstance(neutral, bool)
+        for neutral in (*ALWAYS_NEUTRAL, *not_done.neutral)
+    )
+
+
+# -- what endpoints share --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """How an answer comes.
+
+    Attributes:
+        stream: in events, as it is written.
+        include_usage: a last event tells usage.
+        continuous_usage: every event tells usage so far.
+    """
+
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+
+def streaming(values: Values) -> Streaming:
+    """stream and stream_options. Raises InvalidRequest."""
+    stream = typed(values, "stream", bool, False)
+    options = typed(values, "stream_options", dict, {})
+    include, continuous = (
+        typed(options, name, bool, False, within="stream_options")
+        for name in ("include_usage", "continuous_usage_stats")
+    )
+    if (include or continuous) and not stream:
+        raise InvalidRequest('stream_options is only allowed with "stream": true', param="stream_options")
+    return Streaming(stream, include, include and continuous)
+
+
+def sampling_params(
+    values: Values, *, defaults: SamplingDefaults, max_tokens: int, logprobs: int | None
+) -> SamplingParams:
     """What a body asks of the sampler.
 
     Args:
-        max_tokens: where the body says nothing.
+        defaults: the model's own, for what the body leaves out.
+        max_tokens: where neither says anything.
 
     Raises:
         InvalidRequest: names the parameter, what was given and what is allowed.
     """
-    given = {name: values[name] for name in SAMPLING_FIELDS if values.get(name) is not None}
-    stop = values.get("stop")
-    if stop is not None and not isinstance(stop, str | list):
-        raise InvalidRequest(f"stop is {kind_of(stop)}; it must be a string or an array of strings")
-    return SamplingParams(
-        **{"max_tokens": max_tokens, **given},
-        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
-        stop_token_ids=tuple(typed(values, "stop_token_ids", list, [])),
+    given: dict[str, Any] = {"max_tokens": max_tokens, **defaults.values()}
+    given |= {name: integer for name in SAMPLING_INTEGERS if (integer := whole_number(values, name)) is not None}
+    given |= {name: values[name] for name in SAMPLING_NUMBERS if values.get(name) is not None}
+    params = SamplingParams(
+        **given,
+        ignore_eos=typed(values, "ignore_eos", bool, False),
+        stop=_stop(values),
+        stop_token_ids=_token_ids(values, "stop_token_ids"),
         logit_bias=_logit_bias(typed(values, "logit_bias", dict, {})),
         logprobs=logprobs,
     )
+    return defaults.limited(params)
+
+
+def _stop(values: Values) -> tuple[str, ...]:
+    stop = values.get("stop")
+    if stop in ALWAYS_NEUTRAL:
+        return ()
+    if not isinstance(stop, str | list):
+        raise InvalidRequest(f"stop is {kind_of(stop)}; it must be a string or an array of strings", param="stop")
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _token_ids(values: Values, name: str) -> tuple[int, ...]:
+    return tuple(as_integer(item) for item in typed(values, name, list, []))
 
 
 def _logit_bias(bias: dict[str, Any]) -> dict[int, Any]:
     for token in bias:
-        if not (token.isascii() and token.isdigit()):
-            raise InvalidRequest(f"logit_bias has the key {token!r}; keys are token ids, written as strings")
+        if not re.fullmatch("[0-9]{1,10}", token):
+            raise InvalidRequest(
+                f"logit_bias has the key {shown(token)}; keys are token ids, written as strings", param="logit_bias"
+            )
     return {int(token): value for token, value in bias.items()}
 
 
-def is_usage_wanted(values: Values) -> bool:
-    """stream_options.include_usage. Raises InvalidRequest."""
-    options = typed(values, "stream_options", dict, None)
-    if options is None:
-        return False
-    if not values.get("stream"):
-        raise InvalidRequest('stream_options is only allowed with "stream": true')
-    refuse_unknown(options, ("include_usage",), {})
-    return bool(typed(options, "include_usage", bool, False))
+# -- values ----------------------------------------------------------------------------------------------------------
 
 
-def typed(values: Values, name: str, kind: type, default: Any) -> Any:
-    """A field that is of this JSON type, or absent or null. Raises InvalidRequest."""
+def typed(values: Values, name: str, kind: type, default: Any, *, within: str = "") -> Any:
+    """A field that is of this JSON type, or absent, null or otherwise nothing. Raises InvalidRequest.
+
+    Args:
+        within: the field that `values` are the value of.
+    """
     value = values.get(name)
-    if value is None:
+    if type(value) is kind:
+        return value
+    if value is None or (value == 0 and kind is bool) or (kind in (list, dict) and value in ([], {}, False)):
         return default
-    if type(value) is not kind:
-        raise InvalidRequest(f"{name} is {kind_of(value)}; it must be {kind_of(kind())}")
-    return value
+    where = f"{within}.{name}" if within else name
+    raise InvalidRequest(f"{where} is {kind_of(value)}; it must be {kind_of(kind())}", param=where)
+
+
+def whole_number(values: Values, name: str) -> Any:
+    """A field that should be an integer, or None; 16.0 is 16."""
+    return as_integer(values.get(name))
+
+
+def as_integer(value: Any) -> Any:
+    """16 for 16.0, which JSON does not tell apart; whatever else it is, as it is."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) < 2**63 else value
 
 
 def kind_of(value: object) -> str:
     """A JSON value's type, in words."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number"}
     return "a number" if isinstance(value, float) else names.get(type(value), "null")
-
-
-class Usage:
-    """Counts tokens of a request as its outputs pass."""
-
-    def __init__(self) -> None:
-        self._num_prompt = 0
-        self._num_completion = 0
-
-    def add(self, output: Output) -> None:
-        self._num_prompt = output.num_prompt_tokens
-        self._num_completion += len(output.token_ids)
-
-    def values(self) -> dict[str, int]:
-        """OpenAI's usage object."""
-        return {
-            "prompt_tokens": self._num_prompt,
-            "completion_tokens": self._num_completion,
-            "total_tokens": self._num_prompt + self._num_completion,
-        }
-
-
-def logprob_values(one: TokenLogprobs) -> tuple[float, list[tuple[int, float]]]:
-    """The chosen token's, and (token, log-probability) of the best ones; finite."""
-    best = zip(one.top_token_ids, one.top_logprobs, strict=True)
-    return max(one.logprob, LOWEST_LOGPROB), [(token, max(value, LOWEST_LOGPROB)) for token, value in best]
-
-
-def error_object(message: str, code: int) -> dict[str, Any]:
-    """OpenAI's error object."""
-    kind = "invalid_request_error" if code < 500 else "server_error"
-    return {"message": message, "type": kind, "param": None, "code": code}

@@ -10,6 +10,7 @@ msi_running, msi_waiting                    sequences of each attention worker
 msi_kv_cache_used_ratio, msi_kv_cache_blocks
 msi_wave_size_total{size}                   batches of each expert worker by the seats in them
 msi_plan_drift_ratio{stage}, msi_plan_drift_alarms_total      where a plan runs: stage times measured over planned
+msi_dropped_total{kind}                     messages and connections that the coordinator did not take
 msi_loop_stall_seconds, msi_loop_stalls_total, msi_loop_stall_max_seconds
                                             of each process: lateness of its event loop, stalls of a tenth of a second
                                             and more, and the longest since its start
@@ -122,6 +123,10 @@ def _instance_metrics(stats: Stats) -> Iterator[Metric]:
     rss = [(one, one.status.counters.get("rss_bytes", 0.0)) for one in stats.workers]
     yield _gauge("resident_memory_bytes", "Memory of the process.", rss)
     yield from _counters(stats.workers)
+    dropped = CounterMetricFamily("msi_dropped", "What the coordinator did not take from its sockets.", labels=["kind"])
+    for kind, count in stats.dropped.items():
+        dropped.add_metric([kind], count)
+    yield dropped
     yield from _stalls({one.worker_id: one.status.counters for one in stats.workers} | {"coordinator": stats.counters})
     if stats.drift:
         yield from _drift(stats.drift)

@@ -15,8 +15,14 @@ From the server, for each request one or more of the first and exactly one of th
     {"type": "cancelled", "id": "a"}
     {"type": "error", "id": "a", "error": {"message": .., "type": .., "param": null, "code": 400}}
 
-A message that cannot be understood is answered with an error, whose id is null where the message has none. Closing the
-connection cancels what runs on it. Outputs of one request come in order; requests do not wait for one another.
+A message that cannot be understood is answered with an error, whose id is null where the message has none. An error
+about a message under the id of a request that goes on, such as a second "generate", is not that request's end. It has a
+mark of its own, the id in another place:
+
+    {"type": "error", "id": null, "refers_to": "a", "error": {"message": .., "code": "id_in_use", ..}}
+
+Closing the connection cancels what runs on it. Outputs of one request come in order; requests do not wait for one
+another.
 """
 
 from __future__ import annotations
@@ -28,10 +34,10 @@ from typing import Any
 import orjson
 from aiohttp import WSMsgType, web
 
-from msi.errors import EngineError, InvalidRequest
+from msi.errors import EngineError, InvalidRequest, shown
 from msi.server.calls import Call, Calls, error_of
 from msi.server.chat import logprobs_content
-from msi.server.fields import Usage, Values, kind_of, parse_object
+from msi.server.fields import Values, kind_of, parse_object
 from msi.types import Output
 
 MAX_REQUESTS = 1024  # at a time, on one connection
@@ -81,9 +87,10 @@ class _Connection:
             elif kind == "cancel":
                 await self._cancel(request_id)
             else:
-                raise InvalidRequest(f'type is {kind!r}; it must be "generate" or "cancel"')
+                raise InvalidRequest(f'type is {shown(kind)}; it must be "generate" or "cancel"', param="type")
         except EngineError as error:
-            await self.send({"type": "error", "id": request_id, "error": error_of(error)})
+            about = {"id": None, "refers_to": request_id} if request_id in self._running else {"id": request_id}
+            await self.send({"type": "error", **about, "error": error_of(error)})
 
     async def send(self, message: dict[str, Any]) -> None:
         await self._socket.send_str(orjson.dumps(message).decode())
@@ -103,20 +110,20 @@ class _Connection:
 
     def _start(self, request_id: str, values: dict[str, Any]) -> None:
         if request_id in self._running:
-            raise InvalidRequest(f"id {request_id!r} is in use on this connection")
+            raise InvalidRequest(f"id {request_id!r} is in use on this connection", param="id", code="id_in_use")
         if len(self._running) >= MAX_REQUESTS:
             raise InvalidRequest(
                 f"{MAX_REQUESTS} requests run on this connection already; wait for one, or open another"
             )
         for name in NOT_HERE:
-            if name in values:
-                raise InvalidRequest(f"{name} is not a field of WebSocket requests, which always stream")
+            if values.get(name):
+                raise InvalidRequest(f"{name} is not a field of WebSocket requests, which always stream", param=name)
         asked = {name: value for name, value in values.items() if name not in ("type", "id")}
         call = self._calls.chat(asked) if "messages" in asked else self._calls.completion(asked)
         self._running[request_id] = asyncio.get_running_loop().create_task(self._run(request_id, call))
 
     async def _run(self, request_id: str, call: Call) -> None:
-        usage = Usage()
+        usage = call.answer.usage
         try:
             async with contextlib.aclosing(call.outputs):
                 async for output in call.outputs:
@@ -143,5 +150,5 @@ def _id_of(values: Values) -> str:
     request_id = values.get("id")
     if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID_CHARS:
         what = kind_of(request_id) if not isinstance(request_id, str) else f"{len(request_id)} characters long"
-        raise InvalidRequest(f"id is {what}; it must be a string of 1 to {MAX_ID_CHARS} characters")
+        raise InvalidRequest(f"id is {what}; it must be a string of 1 to {MAX_ID_CHARS} characters", param="id")
     return request_id

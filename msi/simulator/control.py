@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 from msi.simulator.clock import virtual_loop
@@ -18,6 +19,7 @@ class SimulatedServer:
     def __init__(self, latency_s: float) -> None:
         self.address = "simulated://coordinator"
         self.latency_s = latency_s
+        self.dropped: Counter[str] = Counter()
         self.loop = virtual_loop()
         self.arrived: asyncio.Queue[tuple[bytes, Any]] = asyncio.Queue()
         self._clients: dict[bytes, SimulatedClient] = {}

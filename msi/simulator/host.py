@@ -102,7 +102,7 @@ class SimulatedHost:
         self._id = assignment.worker_id
         return SimulatedModel(self._world, assignment, self.queue)
 
-    def new_transport(self, is_colocated: bool) -> SimulatedTransport:
+    def new_transport(self, assignment: Assignment) -> SimulatedTransport:
         self._num_transports += 1
         return SimulatedTransport(self._world.network, f"{self._id}/{self._num_transports}", self._wire_bytes)
 

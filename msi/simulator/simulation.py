@@ -17,7 +17,6 @@ from msi.errors import EngineError, Unavailable
 from msi.messages import Welcome
 from msi.planner.drift import DriftWatch
 from msi.planner.stage_costs import StageCosts
-from msi.scheduler import Request
 from msi.simulator.clock import run_virtual, virtual_loop
 from msi.simulator.control import SimulatedServer
 from msi.simulator.deployment import Deployment, Fault, check_faults
@@ -27,7 +26,7 @@ from msi.simulator.routing import Routing, build_routing
 from msi.simulator.transport import SimulatedNetwork
 from msi.simulator.workload import Arrival, check_arrivals
 from msi.tracing import merge
-from msi.types import SamplingParams
+from msi.types import Request, SamplingParams
 from msi.worker import Worker, WorkerSettings
 
 DAY_S = 86_400.0
@@ -106,7 +105,7 @@ class _Simulation:
         latency = (lambda num_bytes: 0.0) if deployment.is_colocated else costs.comm_s
         network = SimulatedNetwork(latency, is_collapsing=is_collapsing)
         server = SimulatedServer(deployment.control_latency_s)
-        welcome = Welcome("simulated", VOCAB_SIZE, deployment.max_model_len, b"", "", "", "")
+        welcome = Welcome("simulated", VOCAB_SIZE, deployment.max_model_len)
         coordinator = Coordinator(
             server,
             deployment.plan,

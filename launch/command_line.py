@@ -1,0 +1,203 @@
+"""What all command lines of msi have in common: whatever is wrong with one is one sentence; a flag that is not there
+brings the nearest that is; values come with their bounds. Knows no flag but --help and --version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from msi import __version__
+from msi.errors import ConfigError, shown
+
+MAX_TEXT_CHARS = 100_000
+HELP_COLUMN = 30
+LIKENESS = 0.55  # from which on another flag may have been meant; difflib's ratio
+T = TypeVar("T")
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser that raises ConfigError, with one sentence, where argparse prints its usage and ends the process."""
+
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=HELP_COLUMN),
+            **options,
+        )
+        add = self.add_argument_group("about").add_argument
+        add("-h", "--help", action="help", help="this page")
+        add("--version", action="version", version=f"{prog.split()[0]} {__version__}", help="which version this is")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises ConfigError."""
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words:
+            if not is_text(word):
+                raise ConfigError(f"{shown(word)} on the command line is not text in UTF-8")
+        self._refuse_unknown(words)
+        values, extra = self.parse_known_args(words, namespace)
+        if extra:
+            self.error(f"{quoted(extra[0])} is a word too many: a flag's value, or MODEL, is given already")
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError with argparse's complaint as a sentence."""
+        named = re.match(r"argument (?P<name>[^:/]+)(?:/[^:]+)?: (?P<rest>.*)", message, flags=re.DOTALL)
+        if named is not None:
+            message = f"{named['name']} {named['rest']}"
+            if named["rest"].startswith("expected "):
+                message = _no_value(named["name"])
+            elif named["rest"].startswith("ignored explicit argument"):
+                message = f"{named['name']} takes no value"
+        elif missing := re.match(r"the following arguments are required: (.*)", message):
+            message = f"{missing[1]} is missing"
+        raise ConfigError(f"{message} ({self.prog} --help lists what there is)")
+
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
+        """A flag that is not there, before its value is taken for MODEL."""
+        known = self._option_string_actions
+        for before, word in zip(["", *words], words, strict=False):
+            if word == "--":
+                return
+            name = word.partition("=")[0]
+            is_flag = len(word) > 1 and word.startswith("-") and " " not in name and not _is_number(word)
+            if not is_flag or name in known or (not word.startswith("--") and word[:2] in known):
+                continue
+            if before in known and known[before].nargs is None:
+                self.error(_no_value(before))
+            self.error(f"there is no option {quoted(name)}{self._nearest(name)}")
+
+    def _nearest(self, name: str) -> str:
+        listed = {
+            flag.lstrip("-"): flag
+            for flag, action in self._option_string_actions.items()
+            if action.help is not argparse.SUPPRESS and flag.startswith("--")
+        }
+        name = name.strip("-").replace("_", "-").lower()
+        close = [flag for flag in listed if len(name) > 1 and flag.startswith(name)]
+        close = close or difflib.get_close_matches(name, listed, n=1, cutoff=LIKENESS)
+        return f"; did you mean {listed[close[0]]}?" if close else ""
+
+
+def _no_value(flag: str) -> str:
+    return f"{flag} needs a value; one that begins with - is written {flag}=VALUE"
+
+
+def is_text(word: str) -> bool:
+    """Whether a word of the command line is text, and not bytes that are none."""
+    return word.isascii() or not any("\ud800" <= char <= "\udfff" for char in word)
+
+
+def quoted(word: str) -> str:
+    """A word as it was typed, if that is short and plain; else in quotes, and cut."""
+    return word if re.fullmatch(r"[A-Za-z0-9_./:+@,={}-]{1,120}", word) else shown(word)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+# -- what values may be: for argparse's `type` ------------------------------------------------------------------------
+
+
+def integer(least: int | None = None, most: int | None = None, *, of: str = "an integer") -> Callable[[str], int]:
+    """A whole number; `of`: what it is, in a sentence."""
+    return _bounded(int, r"[+-]?[0-9]{1,4000}", of, least, most)
+
+
+def number(least: float | None, most: float, *, of: str = "a number") -> Callable[[str], float]:
+    """A finite number."""
+    return _bounded(float, r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", of, least, most)
+
+
+def _bounded(kind: Callable[[str], T], form: str, of: str, least: Any, most: Any) -> Callable[[str], T]:
+    shown_most = f"{most:g}" if kind is float and most is not None else most
+    allowed = of if most is None else f"{of}, at most {shown_most}"
+    if least is not None:
+        allowed = f"{of} from {least} to {shown_most}"
+
+    def read(word: str) -> T:
+        if not re.fullmatch(form, word):
+            raise argparse.ArgumentTypeError(f"{quoted(word)}: give {allowed}")
+        value: Any = kind(word)
+        if (least is not None and value < least) or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{quoted(word)}: give {allowed}")
+        return kind(word)
+
+    return read
+
+
+def one_of(*allowed: str) -> Callable[[str], str]:
+    """One of these words."""
+
+    def read(word: str) -> str:
+        if word not in allowed:
+            raise argparse.ArgumentTypeError(f"{shown(word)} is not one; supported: {', '.join(filter(None, allowed))}")
+        return word
+
+    return read
+
+
+def text(form: str, of: str) -> Callable[[str], str]:
+    """Text of a form (a regular expression, for the whole); `of`: what it is, in a sentence."""
+
+    def read(word: str) -> str:
+        if len(word) > MAX_TEXT_CHARS or not re.fullmatch(form, word, flags=re.DOTALL):
+            raise argparse.ArgumentTypeError(f"{shown(word)}: give {of}" if word else f"is empty; give {of}")
+        return word
+
+    return read
+
+
+def file_to_read(word: str) -> Path:
+    """A regular file that is there: nothing that opening or reading would wait for."""
+    mode = _mode_of(word)
+    if mode is None or not stat.S_ISREG(mode):
+        raise argparse.ArgumentTypeError(f"{quoted(word)} is not a file")
+    if not os.access(word, os.R_OK):
+        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be read: permission denied")
+    return Path(word)
+
+
+def file_to_write(word: str) -> Path:
+    """A file that can be made, or written anew."""
+    mode = _mode_of(word)
+    path = Path(word)
+    if not word or (mode is not None and not stat.S_ISREG(mode)):
+        raise argparse.ArgumentTypeError(f"{quoted(word)} is not a file; give a file's name")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be written: there is no directory {path.parent}")
+    if not os.access(path.parent if mode is None else path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be written: permission denied")
+    return path
+
+
+def file_to_ask(word: str) -> Path:
+    """As `file_to_read`; but what is not there is said by who reads it."""
+    return Path(word) if _mode_of(word) is None and word else file_to_read(word)
+
+
+def _mode_of(word: str) -> int | None:
+    """What kind of file; None where there is none."""
+    try:
+        return os.stat(word).st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # such as a name that is too long, or no right to look
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be read: {reason}") from None

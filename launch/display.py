@@ -1,0 +1,79 @@
+"""What msi-launch shows while it runs: a live line at the bottom of a terminal; elsewhere, lines for new states."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+
+from rich.cells import cell_len, set_cell_size
+
+from msi.messages import Stats, WorkerStats
+
+from .logs import ERASE_LINE, has_live_terminal, printable, write_error
+
+log = logging.getLogger(__name__)
+
+MIN_COLUMNS = 20  # of a terminal that gets a live line
+
+
+class StatusLine:
+    """Says nothing below the log level "info"."""
+
+    def __init__(self) -> None:
+        self._is_live = False
+        self._last = ""  # what was said of how things are, less its figures
+        self._was_usual = False
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[StatusLine]:
+        """While this lasts, a terminal has a live line."""
+        self._is_live = has_live_terminal() and log.isEnabledFor(logging.INFO) and _columns() >= MIN_COLUMNS
+        try:
+            yield self
+        finally:
+            if self._is_live:
+                write_error(ERASE_LINE)
+                self._is_live = False
+
+    def update(self, sentence: str, *, is_usual: bool = False) -> None:
+        """How things are now; what is usual is for terminals only, and said once elsewhere when it is so again."""
+        if self._is_live:
+            # back to the first column, so that whatever another process writes stands alone on its line
+            write_error(f"{ERASE_LINE}{cut(printable(sentence), _columns() - 1)}\r")
+        state = "" if is_usual else re.sub(r"\d+", "", sentence)
+        if state != self._last:
+            self._last = state
+            if is_usual:
+                if self._was_usual:
+                    self.say("requests are taken again")
+            elif not self._is_live:
+                self.say(sentence)
+        self._was_usual |= is_usual
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        log.info("%s", line)
+
+
+def summary(stats: Stats) -> str:
+    """What the instance does, on one line."""
+    workers = " | ".join(_of_worker(worker) for worker in stats.workers)
+    return f"{stats.num_requests} requests, m = {stats.num_lanes} | {workers}"
+
+
+def _of_worker(worker: WorkerStats) -> str:
+    times = worker.status.times
+    name, stage_s = ("T_a", times.attention_s) if worker.role == "attention" else ("T_e", times.expert_s)
+    return f"{worker.worker_id} {100 * times.busy:.0f} % busy, {name} {stage_s * 1e3:.2f} ms"
+
+
+def cut(text: str, columns: int) -> str:
+    """Text that fits; wide characters take two columns each."""
+    return text if cell_len(text) <= columns else set_cell_size(text, columns).rstrip()
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns

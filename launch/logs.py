@@ -1,0 +1,86 @@
+"""The log on standard error: one line for each message, whatever is in it, and beside a live line on a terminal.
+
+What clients, peers and files say may be part of a message, so control characters come out escaped: nobody starts a
+line, moves a cursor or colours a terminal with a prompt. Several processes write to one terminal; each line is one
+write, which first erases what stands there: that is the launcher's live line, which is drawn anew (`display.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import unicodedata
+
+ERASE_LINE = "\x1b[2K"
+MAX_CHARS = 4000  # of a message
+NAMED_FROM = logging.WARNING  # lines of this level and above say their level
+
+
+def set_up_log(name: str, level: str) -> None:
+    """Logs to standard error from here on, as `name`."""
+    handler = LineHandler()
+    handler.setFormatter(OneLine(f"%(asctime)s {name}: %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.raiseExceptions = False  # a log that nobody reads any more is no reason to complain, there least of all
+    for chatty in ("asyncio", "aiohttp"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+
+
+class LineHandler(logging.Handler):
+    """One write for each record."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+            write_error(f"{ERASE_LINE}{line}\n" if has_live_terminal() else f"{line}\n")
+        except Exception:
+            self.handleError(record)
+
+
+class OneLine(logging.Formatter):
+    """Escapes what is not printable; a traceback follows on lines of its own, indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        message = printable(record.message)
+        if len(message) > MAX_CHARS:
+            message = f"{message[:MAX_CHARS]}... ({len(message)} characters)"
+        named = f"{record.levelname.lower()}: " if record.levelno >= NAMED_FROM else ""
+        record.message = named + message
+        return super().formatMessage(record)
+
+    def formatException(self, ei: object) -> str:
+        lines = super().formatException(ei).splitlines()  # type: ignore[arg-type]
+        return "\n".join(f"    {printable(line)}" for line in lines)
+
+    def formatStack(self, stack_info: str) -> str:
+        return "\n".join(f"    {printable(line)}" for line in stack_info.splitlines())
+
+
+def printable(text: str) -> str:
+    """On one line, with whatever a terminal would obey written out."""
+    if text.isprintable():
+        return text
+    return "".join(char if _is_harmless(char) else char.encode("unicode_escape").decode() for char in text)
+
+
+def _is_harmless(char: str) -> bool:
+    return char.isprintable() or unicodedata.category(char) == "Zs"
+
+
+def write_error(text: str) -> None:
+    """To standard error, at once and in one piece."""
+    stream = sys.stderr
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError, AttributeError):  # it was closed
+        pass
+
+
+def has_live_terminal() -> bool:
+    """Whether standard error is a terminal that can erase a line."""
+    try:
+        return sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+    except (ValueError, AttributeError):
+        return False

@@ -1,0 +1,220 @@
+"""Who is in, with which KV blocks, and who waits.
+
+Admission is in order of arrival, as soon as there are blocks for a request's tokens and one more for every sequence
+that runs, onto the lane with the least predicted time. Blocks whose contents are known already (a common prefix) are
+shared and need not be computed.
+
+Whoever comes first is never later for those who come after. When blocks run out, the sequence that arrived last gives
+its own up and waits to be computed again. While a request has to wait for blocks that earlier ones hold, later ones
+that fit overtake it; as soon as the earlier ones leave it enough, those that overtook give their blocks up to it, at
+the end of the passes they are in. So a large request does not keep small ones waiting, and nobody starves: a request
+is admitted no later than if nobody had overtaken it, but for one pass.
+
+Decides; knows no requests' ids, clock or tensors.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from msi.block_pool import BlockPool, hash_block
+from msi.sequence import Lane, Sequence
+
+OVERTAKING = 64  # waiting requests that are looked at for one that fits
+
+
+@dataclass(slots=True)
+class AdmissionCounters:
+    """Counts since start.
+
+    Attributes:
+        prompt_tokens: of the sequences that were admitted.
+        prefix_hit_tokens: those of them that were known already.
+        readmitted_tokens, readmission_hit_tokens: the same for sequences that were admitted again after a preemption.
+        overtakings: admissions while an earlier request waited.
+    """
+
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    readmitted_tokens: int = 0
+    readmission_hit_tokens: int = 0
+    preemptions: int = 0
+    overtakings: int = 0
+
+
+class Admission:
+    """The waiting room, and the KV blocks of those who are through it.
+
+    Attributes:
+        waiting: in order of arrival.
+
+    Args:
+        lanes: where sequences run; those in flight keep their blocks.
+        max_num_seqs: the most sequences that run at a time.
+        has_prefix_cache: whether blocks are found again by their contents.
+    """
+
+    def __init__(
+        self, lanes: list[Lane], pool: BlockPool, block_tokens: int, *, max_num_seqs: int, has_prefix_cache: bool
+    ) -> None:
+        self.waiting: list[Sequence] = []
+        self.counters = AdmissionCounters()
+        self._lanes = lanes
+        self._pool = pool
+        self._block_tokens = block_tokens
+        self._max_num_seqs = max_num_seqs
+        self._has_prefix_cache = has_prefix_cache
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(lane.sequences) for lane in self._lanes)
+
+    def wait(self, sequence: Sequence) -> None:
+        """One has arrived, after all others."""
+        self.waiting.append(sequence)
+        self.admit()
+
+    def release(self, sequence: Sequence) -> None:
+        """A sequence leaves its lane and gives its blocks up."""
+        assert sequence.lane is not None, sequence.request.request_id
+        sequence.lane.sequences.remove(sequence)
+        sequence.lane = None
+        self._pool.free(sequence.blocks)
+        sequence.blocks = []
+
+    def admit(self) -> None:
+        """Lets in whoever may now."""
+        while self.waiting:
+            first = self.waiting[0]
+            if not self._fits(first):
+                later = [one for one in self._running() if one.arrival > first.arrival]
+                if not later or not self._fits(first, without=later):
+                    break  # it has to wait for earlier ones
+                self._preempt_until_fits(first, later)
+                if not self._fits(first):
+                    return  # what is in flight gives way when its pass is through; nobody takes what is free now
+            self._start(first)
+        for sequence in self.waiting[1:OVERTAKING]:
+            if self._fits(sequence):
+                self._start(sequence)
+                self.counters.overtakings += 1
+
+    def _running(self) -> Iterator[Sequence]:
+        return (sequence for lane in self._lanes for sequence in lane.sequences)
+
+    def _fits(self, sequence: Sequence, without: Iterable[Sequence] = ()) -> bool:
+        """Whether it can be admitted, once sequences `without` have given up what they have."""
+        gone = list(without)
+        num_running = self.num_running - len(gone)
+        if num_running >= self._max_num_seqs:
+            return False
+        released = self._pool.released_by(block for one in gone for block in one.blocks)
+        # one for each that runs, so that the next token of an older one does not throw this one out again
+        num_free = self._pool.num_free + len(released) - num_running
+        num_blocks = self._blocks_for(len(sequence.tokens))
+        if num_blocks > num_free and not self._may_know(sequence, num_blocks - num_free):
+            return False
+        known = self._known_blocks(sequence)
+        num_revived = self._pool.num_unused(known) + sum(1 for block in known if block in released)
+        return num_blocks - len(known) + num_revived <= num_free
+
+    def _preempt_until_fits(self, sequence: Sequence, later: Iterable[Sequence]) -> None:
+        """Takes the blocks of those that overtook it and are not in flight, the last first."""
+        busy = self._busy()
+        for victim in sorted(later, key=lambda one: one.arrival, reverse=True):
+            if id(victim) not in busy:
+                self._preempt(victim)
+                if self._fits(sequence):
+                    return
+
+    def _start(self, sequence: Sequence) -> None:
+        """Admits a waiting sequence, which fits."""
+        self.waiting.remove(sequence)
+        known = self._known_blocks(sequence)
+        self._pool.share(known)
+        sequence.blocks = known + self._pool.allocate(self._blocks_for(len(sequence.tokens)) - len(known))
+        sequence.num_kept = len(known)
+        sequence.num_computed = len(known) * self._block_tokens
+        counters = self.counters
+        if sequence.num_admitted:
+            counters.readmitted_tokens += len(sequence.tokens)
+            counters.readmission_hit_tokens += sequence.num_computed
+        else:
+            counters.prompt_tokens += len(sequence.tokens)
+            counters.prefix_hit_tokens += sequence.num_computed
+            sequence.num_cached = sequence.num_computed
+        sequence.num_admitted += 1
+        sequence.lane = min(self._lanes, key=lambda lane: sum(other.predicted for other in lane.sequences))
+        sequence.lane.sequences.append(sequence)
+
+    # -- blocks ------------------------------------------------------------------------------------------------------
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_tokens)
+
+    def _hash(self, sequence: Sequence, index: int) -> bytes:
+        """Of the sequence's block at `index`, which is full."""
+        hashes, size = sequence.hashes, self._block_tokens
+        while len(hashes) <= index:
+            start = len(hashes) * size
+            hashes.append(hash_block(hashes[-1] if hashes else b"", sequence.tokens[start : start + size]))
+        return hashes[index]
+
+    def _known_blocks(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold the beginning of the sequence."""
+        if not self._has_prefix_cache:
+            return []
+        return self._pool.find(self._hash(sequence, index) for index in range(self._num_shareable(sequence)))
+
+    def _may_know(self, sequence: Sequence, count: int) -> bool:
+        """False where it is certain, at little cost, that fewer than `count` of its first blocks are known."""
+        if not self._has_prefix_cache or count > self._num_shareable(sequence):
+            return False
+        return bool(self._pool.find((self._hash(sequence, count - 1),)))
+
+    def _num_shareable(self, sequence: Sequence) -> int:
+        """Blocks that others may have computed; at least its last token is left to compute."""
+        return (len(sequence.tokens) - 1) // self._block_tokens
+
+    def keep_full_blocks(self, sequence: Sequence) -> None:
+        """What was computed is found by its contents from now on, block by block."""
+        if self._has_prefix_cache:
+            for index in range(sequence.num_kept, sequence.num_computed // self._block_tokens):
+                self._pool.keep(sequence.blocks[index], self._hash(sequence, index))
+                sequence.num_kept = index + 1
+
+    def make_room(self, sequence: Sequence, count: int, chosen: list[tuple[Sequence, int]]) -> bool:
+        """Sees to it that the sequence has blocks for `count` more tokens; False where it must wait for them."""
+        num_new = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        while num_new > self._pool.num_free:
+            victim = self._victim(sequence, chosen)
+            if victim is None:
+                return False  # what came later is in flight, and gives its blocks up when it has landed
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if num_new > 0:
+            sequence.blocks += self._pool.allocate(num_new)
+        return True
+
+    def _busy(self) -> set[int]:
+        """Identities of the sequences that something is being computed for."""
+        return {id(one) for lane in self._lanes for one, _ in lane.in_flight}
+
+    def _victim(self, sequence: Sequence, chosen: list[tuple[Sequence, int]]) -> Sequence | None:
+        """Whoever arrived last of those that nothing is being computed for, `sequence` included if none came later."""
+        busy = self._busy() | {id(one) for one, _ in chosen}
+        later = [one for one in self._running() if one.arrival > sequence.arrival and id(one) not in busy]
+        if later:
+            return max(later, key=lambda one: one.arrival)
+        is_last = all(one.arrival <= sequence.arrival for one in self._running())
+        return sequence if is_last else None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence's blocks; it waits to be computed again, before all that came later."""
+        self.release(sequence)
+        sequence.num_computed = sequence.num_kept = 0
+        insort(self.waiting, sequence, key=lambda one: one.arrival)
+        self.counters.preemptions += 1

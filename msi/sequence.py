@@ -1,0 +1,157 @@
+"""A request while it is at an attention worker, and what a lane's next micro-batch takes of each.
+
+Decides by values; knows no blocks of others, lanes or clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from msi.sampling import has_extras, sampling_extras
+from msi.types import MicroBatch, Request, TokenSampling
+
+# The predicted time of a lane, in units of one decoded token: attention over this much context costs as much again,
+# and of a prompt that is still to be computed a token costs this share.
+CONTEXT_UNIT = 1024
+PROMPT_SHARE = 1 / 16
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """What one lane has: its sequences, and those of the pass in flight with the tokens that it computes for each."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    in_flight: list[tuple[Sequence, int]] = field(default_factory=list)
+    num_passes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request, its tokens so far, and the KV blocks it has.
+
+    Attributes:
+        arrival: its number in the order of arrival.
+        max_len: tokens, prompt included, at which it ends.
+        num_computed: tokens whose keys and values are in the cache.
+        hashes: of its full blocks, as far as they were needed.
+        num_kept: full blocks that can be found by their hashes.
+        num_admitted: how often it was; more than once after preemptions.
+        num_cached: tokens of the prompt that were known at its first admission.
+        served_at: the pass of its lane that last computed something for it.
+        is_cancelled: nobody waits for it any more; it goes when its pass is through.
+        has_failed: its values are not to be trusted; what it computed is not to be found by others.
+        is_suspect: an exception came out of a pass that it was in; until it comes through one it is alone in its own.
+        lane: where it runs; None while it waits.
+    """
+
+    request: Request
+    arrival: int
+    max_len: int
+    tokens: list[int]
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    num_kept: int = 0
+    num_admitted: int = 0
+    num_cached: int = 0
+    served_at: int = 0
+    is_cancelled: bool = False
+    has_failed: bool = False
+    is_suspect: bool = False
+    lane: Lane | None = None
+    has_extras: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.has_extras = has_extras(self.request.params)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens still to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
+
+    def take_cached(self) -> int:
+        """`num_cached`, the first time it is asked for; 0 afterwards."""
+        count, self.num_cached = self.num_cached, 0
+        return count
+
+    @property
+    def predicted(self) -> float:
+        """Its part of its lane's time."""
+        return 1 + len(self.tokens) / CONTEXT_UNIT + (self.num_left - 1) * PROMPT_SHARE
+
+
+def share_budget(sequences: Iterable[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+    """How many tokens of which sequences go into a micro-batch of at most `budget`.
+
+    Those that decode have a token each; more than half of the budget only where no prompt waits, and in turns where
+    they are too many: none waits longer than all of them take. Of what is left, half goes to prompts that it finishes,
+    the shortest first, and the rest in order of arrival: so a short prompt does not wait for long ones, and the first
+    of the long ones gets on all the time.
+    """
+    decoding: list[Sequence] = []
+    prompts: list[Sequence] = []
+    for sequence in sequences:
+        (prompts if sequence.num_left > 1 else decoding).append(sequence)
+    decoding.sort(key=lambda one: one.arrival)
+    prompts.sort(key=lambda one: one.arrival)
+    room = budget - budget // 2 if prompts else budget
+    if len(decoding) > room:
+        decoding = sorted(sorted(decoding, key=lambda one: one.served_at)[:room], key=lambda one: one.arrival)
+    left = budget - len(decoding)
+    finished: dict[int, int] = {}  # by arrival
+    if len(prompts) > 1:
+        for_short = left // 2
+        for sequence in sorted(prompts, key=lambda one: one.num_left):
+            if sequence.num_left > for_short:
+                break
+            for_short -= sequence.num_left
+            left -= sequence.num_left
+            finished[sequence.arrival] = sequence.num_left
+    chosen = [(sequence, 1) for sequence in decoding]
+    for sequence in prompts:
+        count = finished.get(sequence.arrival, 0)
+        if not count:
+            count = min(sequence.num_left, left)
+            left -= count
+        if count:
+            chosen.append((sequence, count))
+    return chosen
+
+
+def micro_batch(chosen: Iterable[tuple[Sequence, int]], eos_token_ids: Collection[int]) -> MicroBatch:
+    """The next so many tokens of each sequence, which has the blocks for them."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    query_lens, context_lens, block_tables = [], [], []
+    logit_rows = []
+    sampling = []
+    for sequence, count in chosen:
+        start = sequence.num_computed
+        token_ids += sequence.tokens[start : start + count]
+        positions += range(start, start + count)
+        query_lens.append(count)
+        context_lens.append(start + count)
+        block_tables.append(tuple(sequence.blocks))
+        if start + count == len(sequence.tokens):
+            logit_rows.append(len(token_ids) - 1)
+            sampling.append(_next_sampling(sequence, eos_token_ids))
+    return MicroBatch(
+        token_ids=tuple(token_ids),
+        positions=tuple(positions),
+        query_lens=tuple(query_lens),
+        context_lens=tuple(context_lens),
+        block_tables=tuple(block_tables),
+        logit_rows=tuple(logit_rows),
+        sampling=tuple(sampling),
+    )
+
+
+def _next_sampling(sequence: Sequence, eos_token_ids: Collection[int]) -> TokenSampling:
+    params = sequence.request.params
+    assert params.seed is not None, sequence.request.request_id
+    extras = None
+    if sequence.has_extras:
+        num_prompt = len(sequence.request.prompt_token_ids)
+        extras = sampling_extras(params, sequence.tokens, num_prompt, eos_token_ids)
+    return TokenSampling(params.temperature, params.top_p, params.top_k, params.seed, len(sequence.tokens), extras)

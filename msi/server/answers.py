@@ -1,0 +1,56 @@
+"""What answers of both endpoints share: usage, log-probabilities, OpenAI's error object. Pure; knows no HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msi.types import Output, TokenLogprobs
+
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class Usage:
+    """Counts tokens of a request as its outputs pass.
+
+    Args:
+        num_choices: of each prompt; choices are numbered prompt by prompt.
+    """
+
+    def __init__(self, num_choices: int = 1) -> None:
+        self._num_choices = num_choices
+        self._num_prompt: dict[int, int] = {}  # by prompt
+        self._num_cached: dict[int, int] = {}
+        self._num_completion = 0
+
+    def add(self, output: Output) -> None:
+        prompt, choice = divmod(output.index, self._num_choices)
+        self._num_prompt[prompt] = output.num_prompt_tokens
+        if choice == 0:  # the others find what the first has computed
+            self._num_cached[prompt] = output.num_cached_tokens
+        self._num_completion += len(output.token_ids)
+
+    def values(self) -> dict[str, Any]:
+        """OpenAI's usage object."""
+        num_prompt = sum(self._num_prompt.values())
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": self._num_completion,
+            "total_tokens": num_prompt + self._num_completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached.values())},
+        }
+
+
+def logprob_values(one: TokenLogprobs) -> tuple[float, list[tuple[int, float]]]:
+    """The chosen token's, and (token, log-probability) of the best ones; finite."""
+    best = zip(one.top_token_ids, one.top_logprobs, strict=True)
+    return max(one.logprob, LOWEST_LOGPROB), [(token, max(value, LOWEST_LOGPROB)) for token, value in best]
+
+
+def error_object(message: str, status: int, *, param: str = "", code: str = "") -> dict[str, Any]:
+    """OpenAI's error object.
+
+    Args:
+        status: of HTTP; it is the code, too, where there is no word for the error.
+    """
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"message": message, "type": kind, "param": param or None, "code": code or status}

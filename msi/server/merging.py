@@ -1,0 +1,49 @@
+"""The outputs of several prompts as those of one request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+
+from msi.types import Output
+
+
+def merged(outputs: Sequence[AsyncGenerator[Output, None]], num_choices: int) -> AsyncGenerator[Output, None]:
+    """Outputs as they come, choices numbered prompt by prompt. Closing it closes all; so does the failure of one.
+
+    Args:
+        outputs: of each prompt.
+        num_choices: of each prompt.
+    """
+    return outputs[0] if len(outputs) == 1 else _merged(outputs, num_choices)
+
+
+async def _merged(outputs: Sequence[AsyncGenerator[Output, None]], num_choices: int) -> AsyncGenerator[Output, None]:
+    queue: asyncio.Queue[Output | BaseException | None] = asyncio.Queue()
+
+    async def forward(prompt: int) -> None:
+        try:
+            async for output in outputs[prompt]:
+                queue.put_nowait(replace(output, index=prompt * num_choices + output.index))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+        finally:
+            await outputs[prompt].aclose()
+
+    tasks = [asyncio.create_task(forward(prompt)) for prompt in range(len(outputs))]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            match await queue.get():
+                case None:
+                    num_running -= 1
+                case Output() as output:
+                    yield output
+                case error:
+                    raise error
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

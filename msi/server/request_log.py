@@ -1,0 +1,140 @@
+"""What the log says of requests: a line for each that ended, and every ten seconds one on load.
+
+    cmpl-4f2..: 12 prompt tokens, 34 generated, first token after 0.120 s, 0.900 s in all: length
+    12.0 prompt tokens/s, 45.6 generated tokens/s, 3 requests (3 running, 0 waiting),
+        KV cache 1.2 % used, prefix hits 34 %                                                            (on one line)
+
+Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from msi.engine import Engine
+from msi.errors import EngineError
+from msi.messages import Stats
+from msi.types import Output
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 10.0
+MAX_ERROR_CHARS = 300
+
+
+@dataclass(slots=True)
+class Served:
+    """One request, however many prompts and choices it has.
+
+    Attributes:
+        prompts: tokens of each prompt, by the index of its choice.
+        outcome: "stop", "length", "cancelled", or what went wrong.
+    """
+
+    request_id: str
+    started_at: float
+    prompts: dict[int, int] = field(default_factory=dict)
+    num_tokens: int = 0
+    first_at: float | None = None
+    outcome: str = "cancelled"
+
+    def sentence(self, now: float) -> str:
+        first = "no token" if self.first_at is None else f"first token after {self.first_at - self.started_at:.3f} s"
+        return (
+            f"{self.request_id}: {sum(self.prompts.values())} prompt tokens, {self.num_tokens} generated, {first}, "
+            f"{now - self.started_at:.3f} s in all: {self.outcome}"
+        )
+
+
+class RequestLog:
+    """Counts what passes, and says what ended.
+
+    Args:
+        is_told: whether each request gets its line.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, *, is_told: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        self._is_told = is_told
+        self._clock = clock
+        self.num_prompt_tokens = 0
+        self.num_tokens = 0
+        self.num_ended = 0
+
+    async def followed(
+        self, outputs: AsyncGenerator[Output, None], request_id: str, num_choices: int = 1
+    ) -> AsyncGenerator[Output, None]:
+        """The same outputs. Closing it closes them.
+
+        Args:
+            num_choices: of each prompt; choices of one prompt have indices that follow one another.
+        """
+        served = Served(request_id, self._clock())
+        try:
+            async for output in outputs:
+                if output.index // num_choices not in served.prompts:
+                    served.prompts[output.index // num_choices] = output.num_prompt_tokens
+                    self.num_prompt_tokens += output.num_prompt_tokens
+                if served.first_at is None:
+                    served.first_at = self._clock()
+                served.num_tokens += len(output.token_ids)
+                self.num_tokens += len(output.token_ids)
+                served.outcome = output.finish_reason or served.outcome
+                yield output
+        except (GeneratorExit, asyncio.CancelledError):
+            served.outcome = "cancelled"
+            raise
+        except Exception as error:
+            served.outcome = f"failed: {str(error)[:MAX_ERROR_CHARS]}"
+            raise
+        finally:
+            self.num_ended += 1
+            if self._is_told:
+                log.info("%s", served.sentence(self._clock()))
+            await outputs.aclose()
+
+
+class LoadLog:
+    """A line on load every ten seconds, while anything happens. `run` it."""
+
+    def __init__(self, engine: Engine, requests: RequestLog) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._last = (0, 0, 0)
+
+    async def run(self) -> None:
+        """For ever. It only reports: what it cannot ask for, it leaves out."""
+        while True:
+            await asyncio.sleep(EVERY_S)
+            try:
+                line = self.line(await self._engine.stats(), EVERY_S)
+            except EngineError:
+                continue
+            if line:
+                log.info("%s", line)
+
+    def line(self, stats: Stats, elapsed_s: float) -> str:
+        """What happened since the last one; "" if nothing did."""
+        now = (self._requests.num_prompt_tokens, self._requests.num_tokens, self._requests.num_ended)
+        last, self._last = self._last, now
+        if now == last and not stats.num_requests:
+            return ""
+        return load_sentence(stats, (now[0] - last[0]) / elapsed_s, (now[1] - last[1]) / elapsed_s)
+
+
+def load_sentence(stats: Stats, prompt_per_s: float, tokens_per_s: float) -> str:
+    attention = [worker.status for worker in stats.workers if worker.role == "attention"]
+    num_blocks = sum(one.counters.get("blocks", 0.0) for one in attention)
+    num_free = sum(one.num_free_blocks for one in attention if "blocks" in one.counters)
+    num_asked = sum(one.counters.get("prompt_tokens", 0.0) for one in attention)
+    num_hit = sum(one.counters.get("prefix_hit_tokens", 0.0) for one in attention)
+    return (
+        f"{prompt_per_s:.1f} prompt tokens/s, {tokens_per_s:.1f} generated tokens/s, {stats.num_requests} requests "
+        f"({sum(one.num_running for one in attention)} running, {sum(one.num_waiting for one in attention)} waiting), "
+        f"KV cache {100 * (1 - num_free / num_blocks if num_blocks else 0):.1f} % used, "
+        f"prefix hits {100 * num_hit / num_asked if num_asked else 0:.0f} %"
+    )
