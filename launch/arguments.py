@@ -43,7 +43,8 @@ class LaunchArguments:
         enable_log_requests: a line for every request that ended.
         disable_log_stats: no lines on throughput and load.
         trust: by what peers on a network are known; see --secret-file.
-        announce: descriptor to write the coordinator's address to; -1 for none.
+        shutdown_timeout_s: what runs when the server is asked to end may go on for so long.
+        announce: descriptor through which a launcher is told how things are (see `msi.children`); -1 for none.
         ignored: flags of vLLM's that were given and change nothing here.
         serving_flags: for the process that serves HTTP, what was said of it.
     """
@@ -64,6 +65,7 @@ class LaunchArguments:
     disable_log_stats: bool
     log_level: str
     parent: int
+    shutdown_timeout_s: float
     announce: int
     trace_dir: Path | None
     ignored: tuple[str, ...]
@@ -218,6 +220,8 @@ def _add_serving(group: Any) -> None:
     add("--chat-template", type=file_to_read, metavar="FILE", help="Jinja file in place of the model's chat template")
     add("--enable-log-requests", action=argparse.BooleanOptionalAction, default=True,
         help="a line in the log for every request that ended; on")  # fmt: skip
+    add("--shutdown-timeout", dest="shutdown_timeout_s", type=number(0, 86_400), metavar="S", default=30.0,
+        help="requests that run when it is asked to end have so long; 30; asked again, it ends at once")  # fmt: skip
     add("--disable-log-stats", action="store_true", help="no lines in the log on throughput, queues and KV cache")
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import sys
 
 from msi.engine import Engine
+from msi.errors import EngineError
 from msi.types import SamplingParams
 
 from .arguments import LaunchArguments
 from .display import StatusLine, summary
 
+log = logging.getLogger(__name__)
+
 STATUS_EVERY_S = 1.0
+DRAIN_GRACE_S = 10.0  # beyond the time that the coordinator was told, for one that stands still
 
 
 async def serve(arguments: LaunchArguments) -> None:
@@ -26,23 +31,40 @@ async def serve(arguments: LaunchArguments) -> None:
         ),
         "worker_flags": level,
     }
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
     line = StatusLine()
     engine = Engine(options=arguments.options, report=line.update, process_flags=flags)
-    stopping = asyncio.ensure_future(stop.wait())
-    running = asyncio.ensure_future(_run(engine, arguments, line))
-    await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
+    stops = Stops(line)
+    running = asyncio.ensure_future(_run(engine, arguments, line, stops))
+    at_once = asyncio.ensure_future(stops.at_once.wait())
+    await asyncio.wait({at_once, running}, return_when=asyncio.FIRST_COMPLETED)
+    at_once.cancel()
     if not running.done():
         running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
 
 
-async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine) -> None:
+class Stops:
+    """SIGINT and SIGTERM: the first asks the server to end, as soon as it serves; any other end comes at once."""
+
+    def __init__(self, line: StatusLine) -> None:
+        self.asked = asyncio.Event()
+        self.at_once = asyncio.Event()
+        self.can_drain = False
+        self._line = line
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled, signal.Signals(number).name)
+
+    def _signalled(self, name: str) -> None:
+        if self.can_drain and not self.asked.is_set():
+            self.asked.set()
+            return
+        if not self.at_once.is_set():
+            self._line.say(f"{name}: ending at once")
+        self.at_once.set()
+
+
+async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine, stops: Stops) -> None:
     with line.shown():
         async with engine:
             pids = ", ".join(f"{name} {pid}" for name, pid in engine.pids.items())
@@ -51,16 +73,25 @@ async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine) -> 
                 await _answer(engine, arguments)
                 return
             line.say(f"ready: {engine.model_name} at http://{arguments.host}:{arguments.port}/v1")
+            stops.can_drain = True
             showing = asyncio.ensure_future(_show(engine, line))
             failed = asyncio.ensure_future(engine.wait_failed())
+            asked = asyncio.ensure_future(stops.asked.wait())
             try:
-                await asyncio.wait({showing, failed}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({failed, asked}, return_when=asyncio.FIRST_COMPLETED)
                 if failed.done():
                     raise failed.result()
-                showing.result()
+                await _drain(engine, arguments.shutdown_timeout_s, line)
             finally:
-                showing.cancel()
-                failed.cancel()
+                for task in (showing, failed, asked):
+                    task.cancel()
+
+
+async def _drain(engine: Engine, timeout_s: float, line: StatusLine) -> None:
+    line.say(f"ending: no new requests; those that run have {timeout_s:g} s (a second signal or Ctrl-C ends at once)")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s + DRAIN_GRACE_S):
+            await engine.drain()
 
 
 async def _answer(engine: Engine, arguments: LaunchArguments) -> None:
@@ -74,8 +105,13 @@ async def _answer(engine: Engine, arguments: LaunchArguments) -> None:
 
 
 async def _show(engine: Engine, line: StatusLine) -> None:
-    """What the instance does, once a second."""
+    """What the instance does, once a second. A display: what it cannot show, it says, and goes on."""
     while True:
         is_ready, sentence = engine.status
-        line.update(summary(await engine.stats()) if is_ready else sentence, is_usual=is_ready)
+        try:
+            line.update(summary(await engine.stats()) if is_ready else sentence, is_usual=is_ready)
+        except EngineError as error:
+            line.update(f"{error}; there are no figures until it does")
+        except Exception:
+            log.exception("the status line cannot be shown")
         await asyncio.sleep(STATUS_EVERY_S)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Coroutine
 from typing import Any
 
+from msi.errors import EngineError
+
 from .arguments import LaunchArguments, parse
 from .command import open_missing_streams, run_command
 from .logs import set_up_log
@@ -30,6 +32,8 @@ def _run(argv: list[str]) -> None:
     arguments = parse(argv)
     import uvloop  # whoever asks for help waits for nothing from here on
 
+    from msi.children import tell_launcher
+
     from . import processes
 
     if arguments.parent:
@@ -37,7 +41,11 @@ def _run(argv: list[str]) -> None:
     set_up_log(arguments.worker_id or arguments.role or "msi-launch", arguments.log_level)
     for given in arguments.ignored:
         log.info("%s changes nothing here", given)
-    uvloop.run(_chosen(arguments))
+    try:
+        uvloop.run(_chosen(arguments))
+    except EngineError as error:
+        tell_launcher(arguments.announce, failure=str(error))
+        raise
 
 
 def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:

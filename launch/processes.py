@@ -9,12 +9,15 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from msi.children import follow_launcher, tell_launcher
+from msi.coordinator import Coordinator
 from msi.engine import Engine
 from msi.errors import ConfigError, EngineError
 from msi.instance import create_coordinator, create_worker
@@ -41,25 +44,54 @@ def end_with_parent(parent: int) -> None:
 
 
 async def run_worker(arguments: LaunchArguments) -> None:
-    """Until it is shut down. SIGTERM drains it; a launcher's own child ends at once."""
+    """Until it is shut down. SIGTERM drains it, a second one ends it at once; SIGINT does, too, but for a child."""
     watch = LoopWatch(arguments.worker_id or arguments.role)
     worker = create_worker(
         arguments.options, arguments.coordinator, arguments.role, arguments.worker_id, arguments.trace_dir,
         arguments.advertise_host, watch, arguments.trust,
     )  # fmt: skip
     watch.start()
-    task = asyncio.ensure_future(worker.run())
-    showing = None if arguments.parent else asyncio.ensure_future(show_loading(worker))
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, task.cancel)
-    loop.add_signal_handler(signal.SIGTERM, task.cancel if arguments.parent else worker.drain)
+    task = asyncio.ensure_future(worker.run())
+    beside = [
+        asyncio.ensure_future(_tell_when_ready(worker, arguments.announce)),
+        asyncio.ensure_future(follow_launcher(arguments.announce, lambda message: _cancel(task, message))),
+    ]
+    if not arguments.parent:
+        beside.append(asyncio.ensure_future(show_loading(worker)))
+        loop.add_signal_handler(signal.SIGINT, task.cancel)
+    ending = Ending(drain=worker.drain, end=task.cancel)
+    loop.add_signal_handler(signal.SIGTERM, ending.asked)
     try:
         with contextlib.suppress(asyncio.CancelledError):
             await task
     finally:
         watch.stop()
-        if showing is not None:
-            showing.cancel()
+        for one in beside:
+            one.cancel()
+
+
+class Ending:
+    """What a process does when it is asked to end: the first time it drains, then it ends at once."""
+
+    def __init__(self, *, drain: Callable[[], object], end: Callable[[], object]) -> None:
+        self._drain = drain
+        self._end = end
+        self._was_asked = False
+
+    def asked(self) -> None:
+        (self._end if self._was_asked else self._drain)()
+        self._was_asked = True
+
+
+async def _tell_when_ready(worker: Worker, announce: int) -> None:
+    await worker.has_been_ready.wait()
+    tell_launcher(announce, ready=True)
+
+
+def _cancel(task: asyncio.Task[None], message: dict[str, Any]) -> None:
+    if message.get("end"):
+        task.cancel()
 
 
 async def show_loading(worker: Worker) -> None:
@@ -78,44 +110,93 @@ async def show_loading(worker: Worker) -> None:
 
 
 async def run_coordinator(arguments: LaunchArguments) -> None:
-    """Until SIGTERM or SIGINT."""
+    """Until SIGTERM or SIGINT, and until the requests that run then have ended; a second signal ends it at once."""
     watch = LoopWatch("coordinator")
     try:
         where = arguments.coordinator or "tcp://127.0.0.1:*"
         coordinator = create_coordinator(arguments.options, where, watch, arguments.trust)
         watch.start()
         async with asyncio.TaskGroup() as tasks:
-            loop = asyncio.get_running_loop()
             running = tasks.create_task(coordinator.run())
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, running.cancel)
+            ending = CoordinatorEnding(coordinator, arguments.shutdown_timeout_s)
+            following = tasks.create_task(follow_launcher(arguments.announce, ending.told))
             log.info("coordinator at %s", coordinator.address)
-            if not arguments.has_gateway:
-                _announce(arguments.announce, coordinator.address)
-                return
-            async with Engine(address=coordinator.address, secret=arguments.trust.secret) as engine:
-                gateway = Gateway(
-                    engine,
-                    host=arguments.host,
-                    port=arguments.port,
-                    api_key=arguments.api_key,
-                    chat_template=_template(arguments.chat_template),
-                    log_requests=arguments.enable_log_requests,
-                    log_load=not arguments.disable_log_stats and not has_live_terminal(),
-                )
-                url = await gateway.start()
-                log.info("HTTP at %s", url)
-                _announce(arguments.announce, coordinator.address)
-                try:
-                    await asyncio.wait([running])
-                finally:
-                    await gateway.close()
+            try:
+                if arguments.has_gateway:
+                    await _serve(arguments, coordinator, ending, running)
+                else:
+                    tell_launcher(arguments.announce, address=coordinator.address)
+                    await ending.wait(running)
+            finally:
+                running.cancel()
+                following.cancel()
     except* EngineError as group:
-        error = group.exceptions[0]
-        _announce(arguments.announce, str(error))
-        raise error from None
+        raise group.exceptions[0] from None
     finally:
         watch.stop()
+
+
+class CoordinatorEnding:
+    """What ends a coordinator: signals, or the launcher, which also tells of workers that ended."""
+
+    def __init__(self, coordinator: Coordinator, timeout_s: float) -> None:
+        self._coordinator = coordinator
+        self._timeout_s = timeout_s
+        self._is_asked = asyncio.Event()
+        self._is_urgent = asyncio.Event()
+        asked = Ending(drain=self._is_asked.set, end=self._is_urgent.set)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, asked.asked)
+
+    def told(self, message: dict[str, Any]) -> None:
+        """By the launcher."""
+        if message.get("end"):
+            self._is_asked.set()
+            self._is_urgent.set()
+        elif worker_id := message.get("exited"):
+            self._coordinator.worker_exited(worker_id, message["pid"], message["how"], message["has_crashed"])
+
+    async def wait(self, running: asyncio.Task[None]) -> None:
+        """Until it is time to end, or `running` has ended; every request has then."""
+        if not await _first(running, self._is_asked.wait()):
+            return
+        log.info("asked to end: no new requests; those that run have %g s", self._timeout_s)
+        draining = asyncio.ensure_future(self._coordinator.drain(self._timeout_s))
+        await _first(running, draining, self._is_urgent.wait())
+        if not draining.done():
+            draining.cancel()
+            await self._coordinator.drain(0)
+
+
+async def _first(running: asyncio.Task[None], *others: Awaitable[object]) -> bool:
+    """Until one is done; False if it is `running`."""
+    waits = [asyncio.ensure_future(other) for other in others]
+    await asyncio.wait([running, *waits], return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    return not running.done()
+
+
+async def _serve(
+    arguments: LaunchArguments, coordinator: Coordinator, ending: CoordinatorEnding, running: asyncio.Task[None]
+) -> None:
+    async with Engine(address=coordinator.address, secret=arguments.trust.secret) as engine:
+        gateway = Gateway(
+            engine,
+            host=arguments.host,
+            port=arguments.port,
+            api_key=arguments.api_key,
+            chat_template=_template(arguments.chat_template),
+            log_requests=arguments.enable_log_requests,
+            log_load=not arguments.disable_log_stats and not has_live_terminal(),
+        )
+        url = await gateway.start()
+        log.info("HTTP at %s", url)
+        tell_launcher(arguments.announce, address=coordinator.address)
+        try:
+            await ending.wait(running)
+        finally:
+            await gateway.close()
 
 
 def _template(path: Path | None) -> str:
@@ -123,11 +204,3 @@ def _template(path: Path | None) -> str:
         return "" if path is None else path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error
-
-
-def _announce(fd: int, line: str) -> None:
-    """Tells the launcher where the coordinator is, or why it is not."""
-    if fd >= 0:
-        with contextlib.suppress(OSError):
-            os.write(fd, (line + "\n").encode())
-            os.close(fd)

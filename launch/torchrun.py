@@ -16,17 +16,18 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
+from msi.children import Child
 from msi.errors import ConfigError, Unavailable
-from msi.instance import create_worker, start_coordinator
+from msi.instance import create_worker
 from msi.net.control import is_address
 from msi.net.socket_dir import SocketDir
 from msi.net.tcp import address_towards
 from msi.options import InstanceOptions
+from msi.process_instance import start_coordinator, stop_children
 
 from .arguments import LaunchArguments
 
 SAID_GRACE_S = 2.0  # rank 0 stays so long after saying that it cannot start: another's end has torchrun kill it
-STOP_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ async def run_world(arguments: LaunchArguments, world: World) -> None:
     if arguments.prompt is not None or arguments.role == "coordinator" or arguments.coordinator:
         raise ConfigError("--prompt, --coordinator and --role coordinator have no place under torchrun")
     arguments = replace(arguments, options=share_out(arguments.options, world.size))
-    coordinator: asyncio.subprocess.Process | None = None
+    coordinator: Child | None = None
     sockets: SocketDir | None = None
     try:
         store = await _open_store(world, arguments.options.start_timeout_s)
@@ -101,13 +102,8 @@ async def run_world(arguments: LaunchArguments, world: World) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await task
     finally:
-        if coordinator is not None and coordinator.returncode is None:
-            coordinator.terminate()
-            try:
-                await asyncio.wait_for(coordinator.wait(), STOP_GRACE_S)
-            except TimeoutError:
-                coordinator.kill()
-                await coordinator.wait()
+        if coordinator is not None:
+            await stop_children(coordinator)
         if sockets is not None:
             sockets.close()
 
@@ -126,7 +122,7 @@ async def _open_store(world: World, timeout_s: float) -> TCPStore:
 
 async def _start_coordinator(
     arguments: LaunchArguments, world: World, store: TCPStore, sockets: SocketDir | None
-) -> tuple[asyncio.subprocess.Process, str]:
+) -> tuple[Child, str]:
     """Rank 0's: started and published; or, where it cannot start, why not is published, and raised.
 
     The store is open to whoever reaches it, so no secret can be published there.

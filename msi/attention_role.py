@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from msi.errors import EngineError, Failure, RequestFailed, TransportError
+from msi.complaints import Complaints
+from msi.errors import BatchRefused, EngineError, Failure, RequestFailed, TransportError, one_line
 from msi.expert_role import link_hello
 from msi.host import LoadedModel
 from msi.kernels import BLOCK_TOKENS
@@ -71,6 +72,8 @@ class AttentionRole:
         self._wanted: dict[int, ExpertAddress] = {}
         self._connected: dict[int, ExpertAddress] = {}
         self._topology_changed = Alarm()
+        self._num_reports = 0
+        self._complaints = Complaints(log)
         self._num_passes = self._batch_tokens = self._batch_contexts = 0
 
     def _new_scheduler(self, num_lanes: int) -> Scheduler:
@@ -148,6 +151,10 @@ class AttentionRole:
             self._scheduler.add(request)
         except EngineError as error:
             self._fail([request.request_id], error)
+        except Exception as error:
+            self._complaints.say(error, "a request could not be taken")
+            self._scheduler.cancel(request.request_id)
+            self._fail([request.request_id], self._failed(one_line(error)))
         self._wake()
 
     def cancel(self, request_id: str) -> None:
@@ -167,6 +174,10 @@ class AttentionRole:
         self._scheduler.check_integrity()
 
     def _fail(self, request_ids: list[str], error: EngineError) -> None:
+        if not request_ids:
+            return
+        if isinstance(error, RequestFailed):
+            log.warning("%s ended: %s", ", ".join(request_ids), error)
         ours = self._assignment
         self._report(RequestsFailed(ours.worker_id, ours.incarnation, tuple(request_ids), Failure.of(error)))
 
@@ -180,8 +191,9 @@ class AttentionRole:
     # -- lanes -------------------------------------------------------------------------------------------------------
 
     def use_lanes(self, num_lanes: int) -> None:
-        """Serves with this many micro-batches in flight. Once per life, before the first request."""
-        assert not self._lanes, "lanes run already"
+        """Serves with this many micro-batches in flight, until this life ends; a second time is the same."""
+        if self._lanes:
+            return
         assert self._tasks is not None
         self._scheduler = self._new_scheduler(num_lanes)
         for lane in range(num_lanes):
@@ -190,7 +202,12 @@ class AttentionRole:
 
     async def next(self, lane: int) -> MicroBatch:
         while True:
-            if (micro_batch := self._scheduler.plan(lane)) is not None:
+            try:
+                micro_batch = self._scheduler.plan(lane)
+            except Exception as error:
+                self._end_lane(lane, error)
+                continue
+            if micro_batch is not None:
                 return micro_batch
             await self._idle[lane].wait()
 
@@ -201,27 +218,48 @@ class AttentionRole:
         self._num_passes += 1
         self._batch_tokens += micro_batch.num_tokens
         self._batch_contexts += sum(micro_batch.context_lens)
-        if sampled.failures:
-            self._fail_alone(lane, sampled.failures)
-        progress = self._scheduler.update(lane, sampled.token_ids, sampled.logprobs)
+        try:
+            for index, reason in sampled.failures.items():
+                self._fail(self._scheduler.fail(lane, (index,)), self._failed(reason))
+            progress = self._scheduler.update(lane, sampled.token_ids, sampled.logprobs)
+        except Exception as error:
+            self._end_lane(lane, error)
+            return
         if progress:
             ours = self._assignment
-            self._report(PassDone(ours.worker_id, ours.incarnation, tuple(progress)))
+            self._report(PassDone(ours.worker_id, ours.incarnation, self._num_reports, tuple(progress)))
+            self._num_reports += 1
         self._wake()
 
-    def _fail_alone(self, lane: int, failures: Mapping[int, str]) -> None:
-        """These sequences of a micro-batch, and no others."""
-        for index, reason in failures.items():
-            if request_ids := self._scheduler.fail(lane, (index,)):
-                log.warning("%s: %s", request_ids[0], reason)
-                self._fail(request_ids, RequestFailed(f"{self._assignment.worker_id}: {reason}"))
-
-    def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
-        self._scheduler.give_up(lane)
-        failed = self._scheduler.fail_running()
-        if failed:
-            self._fail(failed, RequestFailed(f"expert worker {error.peer} was lost: {error.reason}"))
+    def fail(self, lane: int, micro_batch: MicroBatch, error: Exception) -> None:
+        scheduler = self._scheduler
+        if isinstance(error, TransportError) and not isinstance(error, BatchRefused):
+            scheduler.give_up(lane)
+            lost = RequestFailed(f"expert worker {error.peer} was lost: {error.reason}")
+            self._fail(scheduler.fail_running(), lost)
+        elif isinstance(error, TimeoutError):
+            self._complaints.say(error, "a pass was given up")
+            failed = scheduler.fail(lane, range(len(micro_batch.query_lens)))
+            scheduler.give_up(lane)
+            self._fail(failed, self._failed(one_line(error)))
+        else:
+            self._complaints.say(error, "a pass failed; each of its sequences is tried alone")
+            if isinstance(error, BatchRefused):
+                cause = RequestFailed(f"expert worker {error.peer} {error.reason}")
+            else:
+                cause = self._failed(f"could not compute it: {one_line(error)}")
+            self._fail(scheduler.suspect(lane), cause)
         self._wake()
+
+    def _end_lane(self, lane: int, error: Exception) -> None:
+        """The scheduler itself went wrong with this lane. If that goes beyond the lane, the worker ends."""
+        self._complaints.say(error, "the scheduler failed; the requests of a lane end")
+        self._fail(self._scheduler.fail_lane(lane), self._failed(one_line(error)))
+        self._scheduler.check_integrity()
+        self._wake()
+
+    def _failed(self, reason: str) -> RequestFailed:
+        return RequestFailed(f"{self._assignment.worker_id}: {reason}")
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +267,7 @@ class AttentionRole:
         """Runs synthetic decode passes of `num_seqs` sequences on each of `num_lanes` lanes; the stages' medians.
 
         Raises:
-            TransportError: an expert worker was lost on the way.
+            TransportError: an expert worker was lost on the way, or a pass failed here.
         """
         assert not self._lanes, "calibration comes before serving"
         for meter in (self._half.meter, self._half.shared_meter, self._link.comm_meter, self._link.compute_meter):
@@ -240,11 +278,17 @@ class AttentionRole:
             for left in reversed(range(num_passes)):
                 try:
                     await run_pass(lane, micro_batch, self._half, self._link, partial(_has_left, left))
-                except TransportError:
+                except Exception as error:
                     self._link.skip_to(lane, self._half.num_layers)
-                    raise
+                    if isinstance(error, TransportError):
+                        raise
+                    self._complaints.say(error, "a pass of the calibration failed")
+                    raise TransportError(self._assignment.worker_id, one_line(error)) from error
 
-        await asyncio.gather(*(run(lane) for lane in range(num_lanes)))
+        ended = await asyncio.gather(*(run(lane) for lane in range(num_lanes)), return_exceptions=True)
+        for error in ended:
+            if error is not None:  # all lanes are through: whoever asks again finds none of them in use
+                raise error
         return self.times()
 
     def _synthetic(self, num_seqs: int) -> MicroBatch:
@@ -268,6 +312,21 @@ class AttentionRole:
             expert_s=self._link.compute_meter.median_s,
             comm_s=self._link.comm_meter.median_s,
         )
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether every expert worker is connected."""
+        return len(self._connected) == self._assignment.placement.num_nodes
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes that run; 0 before they do."""
+        return len(self._lanes)
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Of all requests that are here."""
+        return self._scheduler.request_ids
 
     @property
     def num_running(self) -> int:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
+from msi.lateness import read_first, sleep_late
 from msi.messages import (
     CLIENT_END,
     PROTOCOL_VERSION,
     Cancel,
     ClientHeartbeat,
     ClientHello,
+    ClientPulse,
+    HeartbeatAck,
     InstanceStatus,
     Outputs,
     Refused,
@@ -28,9 +32,11 @@ from msi.net.secret import Secret
 from msi.types import Request
 
 HEARTBEAT_S = 1.0
-LOST_AFTER_S = 4.0
+LOST_AFTER_S = 8.0  # a coordinator that is silent; on this host, whose end somebody sees, it may stand for longer
+LOCAL_LOST_AFTER_S = 30.0
 HELLO_TIMEOUT_S = 120.0
-STATS_TIMEOUT_S = 10.0
+STATS_AGAIN_S = 2.0
+STATS_ASKED = 5  # times
 HELLO_AGAIN_S = 2.0
 
 
@@ -60,6 +66,10 @@ class CoordinatorClient:
         self._stats: asyncio.Future[Stats] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._last_heard = self._clock()
+        self._token = secrets.token_hex(8)
+        self._must_greet = False  # the coordinator does not know us
+        self._num_outputs = 0
+        self._lost_after_s = LOCAL_LOST_AFTER_S if address.startswith("ipc://") else LOST_AFTER_S
         self._failure: EngineError | None = None  # why nothing works any more, or for the moment
 
     async def start(self, timeout_s: float = HELLO_TIMEOUT_S) -> Welcome:
@@ -71,7 +81,7 @@ class CoordinatorClient:
         """
         deadline = self._clock() + timeout_s
         while True:
-            self._control.send(ClientHello(PROTOCOL_VERSION))
+            self._control.send(ClientHello(PROTOCOL_VERSION, self._token))
             try:
                 async with asyncio.timeout(min(HELLO_AGAIN_S, deadline - self._clock())):
                     answer = await self._control.receive()
@@ -86,6 +96,7 @@ class CoordinatorClient:
             if isinstance(answer, Welcome):
                 break
         self._last_heard = self._clock()
+        self._control.keep_alive(lambda late_s: ClientPulse(self._token), HEARTBEAT_S)
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._receive()), loop.create_task(self._beat())]
         return answer
@@ -113,14 +124,15 @@ class CoordinatorClient:
             return self.status
 
     async def stats(self) -> Stats:
-        """Raises Unavailable when no answer comes."""
-        if self._stats is None or self._stats.done():
-            self._stats = asyncio.get_running_loop().create_future()
+        """Raises Unavailable when no answer comes, however often it asks."""
+        for _ in range(STATS_ASKED):
+            if self._stats is None or self._stats.done():
+                self._stats = asyncio.get_running_loop().create_future()
             self._control.send(StatsRequest())
-        try:
-            return await asyncio.wait_for(asyncio.shield(self._stats), STATS_TIMEOUT_S)
-        except TimeoutError:
-            raise Unavailable(f"the coordinator at {self.address} did not answer for {STATS_TIMEOUT_S:g} s") from None
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(asyncio.shield(self._stats), STATS_AGAIN_S)
+        waited_s = STATS_ASKED * STATS_AGAIN_S
+        raise Unavailable(f"the coordinator at {self.address} did not answer for {waited_s:g} s")
 
     async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[RequestUpdate, None]:
         """Updates of these requests until the last one. Leaving early, or being cancelled, cancels them.
@@ -164,18 +176,34 @@ class CoordinatorClient:
             self._last_heard = self._clock()
             match message:
                 case Outputs():
-                    for update in message.updates:
-                        if (queue := self._queues.get(update.request_id)) is not None:
-                            queue.put_nowait(update)
+                    self._take(message)
+                case HeartbeatAck():
+                    self._check_outputs(message.num_outputs)
                 case InstanceStatus():
                     await self._set_status(message)
                 case Stats() if self._stats is not None and not self._stats.done():
                     self._stats.set_result(message)
-                case Refused():  # a coordinator that was started anew
-                    self._end_all(RequestFailed("the coordinator was restarted; requests in flight are lost"))
-                    self._control.send(ClientHello(PROTOCOL_VERSION))
+                case Welcome():
+                    self._must_greet = False
+                    self._num_outputs = 0
+                case Refused():
+                    self._must_greet = True  # at the next beat, so that two who disagree do not talk all day
+                    self._end_all(RequestFailed(f"requests in flight are lost: {message.reason}"))
                 case _:
-                    pass  # Welcome to a repeated hello, HeartbeatAck
+                    pass
+
+    def _take(self, outputs: Outputs) -> None:
+        self._check_outputs(outputs.number - 1)
+        self._num_outputs = outputs.number
+        for update in outputs.updates:
+            if (queue := self._queues.get(update.request_id)) is not None:
+                queue.put_nowait(update)
+
+    def _check_outputs(self, num_sent: int) -> None:
+        """So many were sent to us so far: where one is missing, tokens are, and nobody can say whose."""
+        if num_sent != self._num_outputs and not self._must_greet:
+            self._num_outputs = num_sent
+            self._end_all(RequestFailed("tokens were lost on the way from the coordinator"))
 
     async def _set_status(self, status: InstanceStatus) -> None:
         async with self._status_changed:
@@ -184,10 +212,13 @@ class CoordinatorClient:
 
     async def _beat(self) -> None:
         while True:
-            self._control.send(ClientHeartbeat())
-            await asyncio.sleep(HEARTBEAT_S)
+            self._control.send(ClientHello(PROTOCOL_VERSION, self._token) if self._must_greet else ClientHeartbeat())
+            late_s = await sleep_late(HEARTBEAT_S, self._clock)
+            self._last_heard += late_s
+            if not await read_first(self._control, self._clock):
+                continue
             silent_s = self._clock() - self._last_heard
-            if silent_s > LOST_AFTER_S:
+            if silent_s > self._lost_after_s:
                 reason = f"the coordinator at {self.address} has given no sign of life for {silent_s:.0f} s"
                 self._end_all(RequestFailed(reason))
                 with contextlib.suppress(RuntimeError):

@@ -13,16 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from msi.calibration import Calibration
+from msi.errors import Failure, InvalidRequest, Unavailable
 from msi.kernels import BLOCK_TOKENS
-from msi.membership import Cluster, InstancePlan, Instruction, Lost, Send
+from msi.lateness import read_first, sleep_late
+from msi.members import InstancePlan, Instruction, Lost, Send
+from msi.membership import Cluster
 from msi.messages import (
     FROM_WORKER,
     PROTOCOL_VERSION,
-    Calibrate,
     Calibrated,
+    CalibrationCutShort,
     Cancel,
     ClientHeartbeat,
     ClientHello,
+    ClientPulse,
     Draining,
     Goodbye,
     Heartbeat,
@@ -32,8 +37,10 @@ from msi.messages import (
     Outputs,
     PassDone,
     PeerLost,
+    Pulse,
     Refused,
     RequestsFailed,
+    RequestUpdate,
     Shutdown,
     Stats,
     StatsRequest,
@@ -45,7 +52,6 @@ from msi.messages import (
     WorkerStats,
 )
 from msi.net.control import MessageServer
-from msi.pipeline import Stages, calibration_steps, choose_micro_batches
 from msi.planner.drift import DriftWatch, Observation
 from msi.routing import Router, Updates
 from msi.watchdog import LoopWatch
@@ -54,15 +60,21 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 CLIENT_LOST_AFTER_S = 10.0
-CALIBRATION_BATCH = 32
-CALIBRATION_PASSES = 3
-CALIBRATION_TIMEOUT_S = 60.0
+MAX_CLIENTS = 1024
+MESSAGES_AT_ONCE = 64  # before others get their turn on the loop
 
 
 @dataclass
 class _Client:
+    """Attributes:
+    token: as in its hello.
+    status: as last told.
+    """
+
     last_seen: float
-    status: InstanceStatus | None = None  # as last told
+    token: str
+    num_outputs: int = 0
+    status: InstanceStatus | None = None
 
 
 class Coordinator:
@@ -99,10 +111,16 @@ class Coordinator:
         self._drift = drift
         self._watch = watch
         self._cluster = Cluster(plan, clock())
-        self._router = Router()
+        self._router = Router(
+            max_model_len=plan.max_model_len,
+            max_num_seqs=plan.max_num_seqs,
+            max_waiting=plan.num_attention * plan.max_num_waiting,
+        )
         self._clients: dict[bytes, _Client] = {}
-        self._calibrations: asyncio.Queue[Calibrated] = asyncio.Queue()
-        self._calibrating: asyncio.Task[None] | None = None
+        self._calibration = Calibration(min(plan.max_num_seqs, plan.max_num_batched_tokens), num_layers)
+        self._calibration_note = ""
+        self._is_ending = False
+        self._all_ended = asyncio.Event()
 
     async def run(self) -> None:
         """Serves for ever. Cancel it to stop; workers are then told to end."""
@@ -120,8 +138,10 @@ class Coordinator:
 
     async def _receive(self) -> None:
         while True:
-            route, message = await self._server.receive()
-            self._handle(route, message, self._clock())
+            for _ in range(MESSAGES_AT_ONCE):
+                route, message = await self._server.receive()
+                self._handle(route, message, self._clock())
+            await asyncio.sleep(0)
 
     def _handle(self, route: bytes, message: Any, now: float) -> None:
         cluster = self._cluster
@@ -130,23 +150,12 @@ class Coordinator:
             case _ if is_client and isinstance(message, FROM_WORKER):
                 self._server.send(route, Refused("this connection is a client's, and can be no worker's"))
                 return
-            case PassDone() if not cluster.knows(route, message.worker_id, message.incarnation):
-                pass  # earlier ones may have been lost with its connection: its requests will be, too
             case PassDone():
-                self._tell(self._router.progress(message.worker_id, message.progress))
-                if not len(self._router):
-                    self._carry_out(cluster.no_requests_left())
+                self._passed(route, message)
             case Heartbeat():
-                self._carry_out(cluster.heartbeat(route, message, now))
-            case Submit():
-                self._submit(route, message, now)
-            case Cancel():
-                self._cancel(self._router.cancel(route, message.request_id), message.request_id)
-            case ClientHeartbeat() if route in self._clients:
-                self._clients[route].last_seen = now
-                self._server.send(route, HeartbeatAck())
-            case ClientHello() if not cluster.has_route(route):
-                self._greet(route, message, now)
+                self._heartbeat(route, message, now)
+            case Pulse():
+                self._carry_out(cluster.pulse(message, now))
             case WorkerHello():
                 self._carry_out(cluster.hello(route, message, now))
             case WorkerReady():
@@ -155,20 +164,37 @@ class Coordinator:
                 self._carry_out(cluster.linked(route, message))
             case PeerLost():
                 self._carry_out(cluster.peer_lost(route, message))
-            case RequestsFailed():
-                self._tell(self._router.fail(message.request_ids, message.failure))
-            case WorkerFailed():
+            case RequestsFailed() if cluster.knows(route, message.worker_id, message.incarnation):
+                self._tell(self._router.fail(message.request_ids, message.failure, message.worker_id))
+            case WorkerFailed() if cluster.knows(route, message.worker_id, message.incarnation):
                 log.error("%s: %s", message.worker_id, message.reason)
-                self._carry_out(cluster.worker_failed(message.worker_id, message.reason))
+                self._carry_out(cluster.worker_failed(route, message))
             case Draining():
                 self._carry_out(cluster.draining(route, message.worker_id, message.incarnation))
-                if not len(self._router):
-                    self._carry_out(cluster.no_requests_left())
+                self._let_experts_end()
             case Goodbye():
                 self._carry_out(cluster.goodbye(route, message))
-            case Calibrated():
-                self._calibrations.put_nowait(message)
-            case StatsRequest() if route in self._clients:
+            case Calibrated() if cluster.knows(route, message.worker_id, message.incarnation):
+                self._calibration.answered(message)
+            case CalibrationCutShort() if cluster.knows(route, message.worker_id, message.incarnation):
+                self._calibration.cut_short(message, now)
+            case RequestsFailed() | WorkerFailed() | Calibrated() | CalibrationCutShort():
+                log.debug("dropped %s: not from the member that it names", type(message).__name__)
+            case ClientHello() if not cluster.has_route(route):
+                self._greet(route, message, now)
+            case ClientPulse():
+                self._pulse(message, now)
+            case Submit() | Cancel() | ClientHeartbeat() | StatsRequest() if not is_client:
+                self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
+            case Submit():
+                self._submit(route, message, now)
+            case Cancel():
+                self._cancel(self._router.cancel(route, message.request_id), message.request_id)
+            case ClientHeartbeat():
+                client = self._clients[route]
+                client.last_seen = now
+                self._server.send(route, HeartbeatAck(num_outputs=client.num_outputs))
+            case StatsRequest():
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
                 dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
                 counters = {} if self._watch is None else self._watch.counters()
@@ -176,28 +202,103 @@ class Coordinator:
                     cluster.num_lanes, len(self._router), cluster.stats(), drift, counters=counters, dropped=dropped
                 )
                 self._server.send(route, stats)
-            case ClientHeartbeat() | StatsRequest():
-                self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
             case ClientHello():
                 self._server.send(route, Refused("this connection is a worker's, and can be no client's"))
+            case _:
+                log.warning("dropped %s: not for a coordinator", type(message).__name__)
         self._advance(now)
+
+    # -- workers' messages -------------------------------------------------------------------------------------------
+
+    def worker_exited(self, worker_id: str, pid: int, how: str, has_crashed: bool) -> None:
+        """The launcher, and nobody else, says that a process of its own has ended."""
+        now = self._clock()
+        self._carry_out(self._cluster.worker_exited(worker_id, pid, how, now, has_crashed=has_crashed))
+        self._advance(now)
+
+    def _passed(self, route: bytes, message: PassDone) -> None:
+        instructions = self._cluster.passed(route, message)
+        if instructions == []:
+            self._tell(self._router.progress(message.worker_id, message.progress))
+            self._let_experts_end()
+        elif instructions:
+            self._carry_out(instructions)
+
+    def _let_experts_end(self) -> None:
+        if not len(self._router):
+            self._carry_out(self._cluster.no_requests_left())
+
+    def _heartbeat(self, route: bytes, message: Heartbeat, now: float) -> None:
+        self._carry_out(self._cluster.heartbeat(route, message, now))
+        if self._cluster.knows(route, message.worker_id, message.incarnation):
+            belief = message.belief
+            found = self._router.reconcile(message.worker_id, belief.request_ids, belief.acked)
+            for request_id in found.unknown_here:
+                self._server.send(route, Cancel(request_id))
+            self._tell(found.updates)
+
+    # -- clients' messages -------------------------------------------------------------------------------------------
 
     def _greet(self, route: bytes, hello: ClientHello, now: float) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:
             reason = f"client speaks protocol version {hello.protocol_version}, the coordinator {PROTOCOL_VERSION}"
             self._server.send(route, Refused(reason))
             return
-        self._clients[route] = _Client(now)
+        for former, client in list(self._clients.items()):
+            if former != route and hello.client and client.token == hello.client:
+                self._forget_client(former)  # its connection broke
+        if route not in self._clients and len(self._clients) >= MAX_CLIENTS:
+            self._server.send(route, Refused(f"{MAX_CLIENTS} clients are connected already"))
+            return
+        self._forget_client(route)
+        self._clients[route] = _Client(now, hello.client)
         self._server.send(route, self._welcome)
+
+    def _forget_client(self, route: bytes) -> None:
+        if self._clients.pop(route, None) is not None:
+            for worker_id, request_id in self._router.client_lost(route):
+                self._cancel(worker_id, request_id)
+
+    def _pulse(self, pulse: ClientPulse, now: float) -> None:
+        for client in self._clients.values():
+            if client.token and client.token == pulse.client:
+                client.last_seen = now
 
     def _submit(self, route: bytes, message: Submit, now: float) -> None:
         request = message.request
-        if route not in self._clients or request.params.seed is None:
-            self._server.send(route, Refused("say hello first, and give every request a seed"))
-            return
-        refusal = self._router.add(request, route, now)
+        if request.params.seed is None:
+            failure = Failure.of(InvalidRequest("give every request a seed"))
+            refusal: RequestUpdate | None = RequestUpdate(request.request_id, failure=failure)
+        elif self._is_ending:
+            failure = Failure.of(Unavailable("the server is ending; it takes no new requests"))
+            refusal = RequestUpdate(request.request_id, failure=failure)
+        else:
+            refusal = self._router.add(request, route, now)
         if refusal is not None:
             self._tell({route: [refusal]})
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new requests; returns once those that are here have ended, after `timeout_s` with an error.
+
+        Cancelling it leaves those that run alone.
+        """
+        self._is_ending = True
+        self._advance(self._clock())
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._all_ended.wait()
+        except TimeoutError:
+            error = Unavailable(
+                f"the server was shut down before this request was done; it had {timeout_s:g} s from then"
+                if timeout_s
+                else "the server was shut down before this request was done"
+            )
+            updates, given = self._router.fail_all(Failure.of(error))
+            for worker_id, request_id in given:
+                self._cancel(worker_id, request_id)
+            self._tell(updates)
 
     # -- acting ------------------------------------------------------------------------------------------------------
 
@@ -208,11 +309,17 @@ class Coordinator:
                     self._server.send(instruction.route, instruction.message)
                 case Lost():
                     log.warning("attention worker %s was lost: %s", instruction.worker_id, instruction.reason)
-                    self._tell(self._router.worker_lost(instruction.worker_id, instruction.reason))
+                    self._tell(
+                        self._router.worker_lost(
+                            instruction.worker_id, instruction.reason, self._clock(), instruction.has_crashed
+                        )
+                    )
 
     def _tell(self, updates: Updates) -> None:
-        for client, items in updates.items():
-            self._server.send(client, Outputs(tuple(items)))
+        for route, items in updates.items():
+            if (client := self._clients.get(route)) is not None:
+                client.num_outputs += 1
+                self._server.send(route, Outputs(client.num_outputs, tuple(items)))
 
     def _cancel(self, worker_id: str, request_id: str) -> None:
         member = next((m for m in self._cluster.live("attention") if m.worker_id == worker_id), None)
@@ -221,36 +328,56 @@ class Coordinator:
 
     def _advance(self, now: float) -> None:
         """What follows from the state as it is now: requests routed, lanes chosen, clients told."""
-        serving = self._cluster.serving
+        cluster = self._cluster
+        serving = cluster.serving
         capacities = {worker_id: (member.num_blocks - 1) * BLOCK_TOKENS for worker_id, member in serving.items()}
-        for worker_id, request in self._router.route(capacities):
+        acks = {worker_id: member.num_acks for worker_id, member in serving.items()}
+        for worker_id, request in self._router.route(capacities, acks):
             self._server.send(serving[worker_id].route, Submit(request))
-        if not self._cluster.num_lanes and self._cluster.is_linked and self._calibrating is None:
-            self._calibrating = self._tasks.create_task(self._choose_lanes(), name="calibration")
-        is_ready = bool(serving)
+        if not cluster.num_lanes:
+            self._choose_lanes(now)
+        if self._is_ending and not len(self._router):
+            self._all_ended.set()
+        is_ready = self._is_ready
         for route, client in self._clients.items():
             if client.status is None or client.status.is_ready != is_ready:
                 self._say_status(route, client, now)
 
+    @property
+    def _is_ready(self) -> bool:
+        return bool(self._cluster.serving) and not self._is_ending
+
     def _say_status(self, route: bytes, client: _Client, now: float) -> None:
-        status = InstanceStatus(bool(self._cluster.serving), self._cluster.sentence(now), self._cluster.failure)
+        status = InstanceStatus(self._is_ready, self._sentence(now), self._cluster.failure)
         if status != client.status:
             client.status = status
             self._server.send(route, status)
 
+    def _sentence(self, now: float) -> str:
+        if self._is_ending:
+            return f"ending, {len(self._router)} requests run"
+        sentence = self._cluster.sentence(now)
+        if note := self._calibration.note:
+            sentence += f" (cut short: {note}; asked again)"
+        return sentence
+
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            late_s = await sleep_late(TICK_S, self._clock)
+            has_read_all = await read_first(self._server, self._clock)
+            if not has_read_all:
+                late_s += TICK_S  # whoever seems silent may have spoken
             now = self._clock()
-            self._carry_out(self._cluster.tick(now))
+            for client in self._clients.values():
+                client.last_seen += late_s
+            self._carry_out(self._cluster.tick(now, late_s))
             self._tell(self._router.expire(now, self._cluster.sentence(now)))
             for route, client in list(self._clients.items()):
                 if now - client.last_seen > CLIENT_LOST_AFTER_S:
-                    del self._clients[route]
-                    for worker_id, request_id in self._router.client_lost(route):
-                        self._cancel(worker_id, request_id)
+                    self._forget_client(route)
                 else:
                     self._say_status(route, client, now)
+            self._let_experts_end()
             self._advance(now)
             if self._drift is not None:
                 self._look_for_drift(self._drift)
@@ -265,38 +392,30 @@ class Coordinator:
 
     # -- the number of micro-batches ---------------------------------------------------------------------------------
 
-    async def _choose_lanes(self) -> None:
+    def _choose_lanes(self, now: float) -> None:
         """Once every worker is connected: m as given, or by measurement."""
+        cluster = self._cluster
+        if not cluster.is_linked:
+            self._calibration.interrupt("a worker was lost", now)
+            return
         chosen = self._num_micro_batches
         if self._plan.is_colocated and not chosen:
             log.info("1 micro-batch: both roles share one compute queue, so nothing could overlap")
             chosen = 1
-        if not chosen:
-            try:
-                chosen, why = await self._measure()
-                log.info("%s", why)
-            except TimeoutError:
-                chosen = 1
-                log.warning("1 micro-batch: stages could not be measured within %g s", CALIBRATION_TIMEOUT_S)
-        self._carry_out(self._cluster.use_lanes(chosen))
-        self._advance(self._clock())
-
-    async def _measure(self) -> tuple[int, str]:
-        batch_size = min(CALIBRATION_BATCH, self._plan.max_num_seqs, self._plan.max_num_batched_tokens)
-        measured: dict[int, Stages] = {}
-        async with asyncio.timeout(CALIBRATION_TIMEOUT_S):
-            for step in calibration_steps(batch_size):
-                members = self._cluster.live("attention")
-                order = Calibrate(step.num_lanes, step.num_seqs, CALIBRATION_PASSES)
-                for member in members:
-                    self._server.send(member.route, order)
-                times = [(await self._calibrations.get()).times for _ in members]
-                measured[step.num_lanes] = Stages(
-                    sum(one.attention_s for one in times) / len(times),
-                    sum(one.expert_s for one in times) / len(times),
-                    sum(one.comm_s for one in times) / len(times),
-                )
-        return choose_micro_batches(measured, batch_size, self._num_layers)
+        if not chosen and self._calibration.is_done:
+            chosen, why = self._calibration.choice()
+            log.info("%s", why)
+        if chosen:
+            self._carry_out(cluster.use_lanes(chosen))
+            return
+        members = {member.worker_id: member for member in cluster.live("attention")}
+        lives = {worker_id: member.incarnation for worker_id, member in members.items()}
+        for worker_id, order in self._calibration.ask(lives, now):
+            self._server.send(members[worker_id].route, order)
+        if self._calibration.note != self._calibration_note:
+            self._calibration_note = self._calibration.note
+            if self._calibration_note:
+                log.warning("measuring stages was cut short (%s) and is asked again", self._calibration_note)
 
 
 async def _say_choice(watch: DriftWatch) -> None:

@@ -15,26 +15,27 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from msi import tracing
 from msi.client import CoordinatorClient
-from msi.errors import EngineError, Failure, InvalidRequest, Unavailable, context_exceeded, shown
-from msi.instance import InprocInstance, LocalInstance, ProcessInstance, new_trace_dir
+from msi.errors import EngineError, Failure, Unavailable
+from msi.inproc_instance import InprocInstance
+from msi.instance import LocalInstance, new_trace_dir
 from msi.messages import Stats, Welcome
 from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
+from msi.process_instance import ProcessInstance
+from msi.prompts import Prompts
 from msi.sampling import choices_of
-from msi.tokenizer import TextStream, encode, load_tokenizer
+from msi.tokenizer import TextStream
 from msi.types import Output, Request, SamplingDefaults, SamplingParams
 
 log = logging.getLogger(__name__)
 
-MAX_PROMPT_CHARS = 8_000_000
+MAX_CHARS_HERE = 4096  # longer texts are tokenised in a thread
 
 
 class Engine:
@@ -59,7 +60,7 @@ class Engine:
         self._failure: EngineError | None = None
         self._failed = asyncio.Event()
         self._trace_dir: Path | None = None
-        self._tokenizer: Tokenizer | None = None
+        self._prompts: Prompts | None = None
         self._welcome: Welcome | None = None
 
     @staticmethod
@@ -119,8 +120,8 @@ class Engine:
             self._address = await self._instance.start()
         self._client = CoordinatorClient(self._address, secret=self._secret)
         self._welcome = await self._client.start()
-        if self._welcome.tokenizer:
-            self._tokenizer = load_tokenizer(self._welcome.tokenizer)
+        welcome = self._welcome
+        self._prompts = Prompts.of(welcome.tokenizer, welcome.vocab_size, welcome.max_model_len)
         if options is not None:
             await self.wait_ready(options.start_timeout_s)
 
@@ -162,6 +163,14 @@ class Engine:
         assert self._failure is not None
         return self._failure
 
+    async def drain(self) -> None:
+        """Takes no new requests, for good; returns once those that run have ended, or `ProcessInstance` gives them up.
+
+        What is not a local instance of processes of its own is left alone.
+        """
+        if isinstance(self._instance, ProcessInstance):
+            await self._instance.drain()
+
     async def close(self) -> None:
         """Ends what was started. Requests in flight end with Unavailable. Idempotent."""
         if self._client is not None:
@@ -191,6 +200,11 @@ class Engine:
         return self._instance.pids if isinstance(self._instance, ProcessInstance) else {}
 
     @property
+    def welcome(self) -> Welcome:
+        """What the coordinator told of the model."""
+        return self._require_welcome()
+
+    @property
     def model_name(self) -> str:
         return self._require_welcome().model_name
 
@@ -198,16 +212,6 @@ class Engine:
     def max_model_len(self) -> int:
         """The longest sequence, prompt included."""
         return self._require_welcome().max_model_len
-
-    @property
-    def chat_templates(self) -> dict[str, str]:
-        """The model's, in Jinja, by name: "default", and where there are more, such as "tool_use"."""
-        return self._require_welcome().chat_templates
-
-    @property
-    def special_tokens(self) -> dict[str, str]:
-        """Texts of the tokens that chat templates name."""
-        return self._require_welcome().special_tokens
 
     @property
     def sampling_defaults(self) -> SamplingDefaults:
@@ -238,29 +242,11 @@ class Engine:
 
     def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """A prompt's tokens; with those that the tokenizer puts around a text. Raises InvalidRequest."""
-        if isinstance(prompt, str):
-            if len(prompt) > MAX_PROMPT_CHARS:
-                raise InvalidRequest(f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are allowed")
-            if self._tokenizer is None:
-                raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids")
-            token_ids = encode(self._tokenizer, prompt, add_special_tokens)
-        else:
-            token_ids = tuple(prompt)
-        self._check_tokens("the prompt", token_ids)  # a tokenizer, too, may know tokens that the model does not have
-        return token_ids
-
-    def _check_tokens(self, where: str, token_ids: Iterable[int]) -> None:
-        vocab_size = self._require_welcome().vocab_size
-        for token_id in token_ids:
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-                raise InvalidRequest(
-                    f"token id {shown(token_id)} in {where}; ids are integers from 0 to {vocab_size - 1}",
-                    param=where.removeprefix("the "),
-                )
+        return self._require_prompts().encode(prompt, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; "" for a model without tokenizer."""
-        return "" if self._tokenizer is None else str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        return self._require_prompts().decode(token_ids)
 
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str = ""
@@ -280,18 +266,17 @@ class Engine:
         """
         params = params or self.sampling_defaults.params()
         client = self._require_client()
-        if params.stop and self._tokenizer is None:
-            raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks")
-        token_ids = self.encode(prompt)
-        if len(token_ids) >= self.max_model_len:
-            raise context_exceeded(self.max_model_len, len(token_ids), params.max_tokens)
-        self._check_tokens("logit_bias", params.logit_bias)
-        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        prompts = self._require_prompts()
+        prompts.check_params(params)
+        if isinstance(prompt, str) and len(prompt) > MAX_CHARS_HERE:
+            token_ids = await asyncio.to_thread(prompts.encode, prompt, max_tokens=params.max_tokens)
+        else:
+            token_ids = prompts.encode(prompt, max_tokens=params.max_tokens)
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         seed = secrets.randbits(63) if params.seed is None else params.seed
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
         choices = choices_of(params, seed, self.max_model_len - len(token_ids))
-        texts = [TextStream(self._tokenizer, params.stop, params.min_tokens) for _ in choices]
+        texts = [TextStream(prompts.tokenizer, params.stop, params.min_tokens) for _ in choices]
         num_cached = [0] * params.n
         updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
         try:
@@ -319,6 +304,11 @@ class Engine:
         if self._client is None:
             raise Unavailable("the engine is closed; use it inside `async with`")
         return self._client
+
+    def _require_prompts(self) -> Prompts:
+        if self._prompts is None:
+            raise Unavailable("the engine has not started; use it inside `async with`")
+        return self._prompts
 
     def _require_welcome(self) -> Welcome:
         if self._welcome is None:

@@ -4,10 +4,12 @@
     ├── ConfigError            a flag, a model directory or a set-up that cannot work
     │   └── CheckpointError    a tensor that is missing, truncated or misshapen
     ├── InvalidRequest         what a client asked for cannot be done (HTTP 400)
+    │   └── ModelNotFound      it names a model that is not served here (HTTP 404)
     ├── Unavailable            the instance cannot serve now, try again later (HTTP 503)
     ├── RequestFailed          a request was accepted and then lost; the message names the worker (HTTP 502)
     ├── ProtocolError          bytes that are not ours, or of another protocol version
     └── TransportError         a peer failed: `.peer` names it
+        └── BatchRefused       it is there, and could not compute this one thing
 
 Messages are sentences: what was given, what is allowed, what to do. Between processes an error travels as a `Failure`,
 and comes out as what it was.
@@ -48,6 +50,10 @@ class InvalidRequest(EngineError, ValueError):
     """What a client asked for cannot be done."""
 
 
+class ModelNotFound(InvalidRequest):
+    """The request names a model that is not served here."""
+
+
 class Unavailable(EngineError):
     """The instance cannot serve now; trying again later may help."""
 
@@ -71,6 +77,10 @@ class TransportError(EngineError):
         super().__init__(f"{peer}: {reason}")
         self.peer = peer
         self.reason = reason
+
+
+class BatchRefused(TransportError):
+    """A peer that is there could not compute one batch; nothing else is lost."""
 
 
 def context_exceeded(
@@ -151,6 +161,7 @@ class Failure:
 KINDS: dict[str, type[EngineError]] = {  # a class before its bases
     "checkpoint": CheckpointError,
     "config": ConfigError,
+    "model_not_found": ModelNotFound,
     "invalid_request": InvalidRequest,
     "unavailable": Unavailable,
     "request_failed": RequestFailed,

@@ -12,9 +12,13 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
+from msi.complaints import Complaints
+from msi.errors import one_line
 from msi.net.combine_link import CombineLink
 from msi.waves import Finished, WaveBatch, Waves
 
@@ -51,9 +55,11 @@ class ExpertServer:
         self._clock = clock
         self._lock = threading.Lock()  # over the waves and what follows
         self._is_busy = False
+        self._again: deque[WaveBatch] = deque()  # to run before what the waves say
         self._is_closed = False
         self._timer_at = math.inf
         self._loop = asyncio.get_running_loop()
+        self._complaints = Complaints(log)
 
     def close(self) -> None:
         """Starts no more batches. Idempotent."""
@@ -73,9 +79,13 @@ class ExpertServer:
             self._start_next()
 
     def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool) -> None:
-        with self._lock:
-            if self._waves.landed(seat, lane, seq, num_rows, more, self._clock()):
-                self._start_next()
+        try:
+            with self._lock:
+                if self._waves.landed(seat, lane, seq, num_rows, more, self._clock()):
+                    self._start_next()
+        except Exception as error:
+            self._complaints.say(error, "rows that landed could not be taken")
+            self._refuse(seat, lane, seq, error)
 
     def _set_timer(self) -> None:
         self._loop.call_later(max(0.0, self._timer_at - self._clock()), self._time_is_up, self._timer_at)
@@ -95,7 +105,7 @@ class ExpertServer:
         """
         if self._is_busy or self._is_closed:
             return
-        batch = self._waves.take(self._clock())
+        batch = self._again.popleft() if self._again else self._waves.take(self._clock())
         if batch is not None:
             self._is_busy = True
             self._compute.run(batch, self._finished)
@@ -104,13 +114,29 @@ class ExpertServer:
             self._loop.call_soon_threadsafe(self._set_timer)
 
     def _finished(self, batch: WaveBatch, compute_s: float, error: Exception | None) -> None:
-        with self._lock:
-            self._is_busy = False
-            self._start_next()
-        if error is None:
-            for rows in batch.rows:
-                self._link.answer(rows.seat, batch.lane, rows.seq, rows.num_rows, compute_s)
-            return
-        log.error("layer %d of lane %d failed", batch.layer, batch.lane, exc_info=error)
+        """Must not raise: the device's thread calls it. A batch of several seats that failed runs again seat by seat,
+        so that only the one whose rows are to blame is refused.
+        """
+        try:
+            with self._lock:
+                self._is_busy = False
+                if error is not None and len(batch.rows) > 1:
+                    self._again += [replace(batch, rows=(rows,)) for rows in batch.rows]
+                self._start_next()
+        except Exception as second:
+            self._complaints.say(second, "the next batch could not be started")
+        if error is not None:
+            self._complaints.say(error, f"layer {batch.layer} failed")
+            if len(batch.rows) > 1:
+                return
         for rows in batch.rows:
-            self._link.refuse(rows.seat, batch.lane, rows.seq, f"its experts failed: {error}")
+            try:
+                if error is None:
+                    self._link.answer(rows.seat, batch.lane, rows.seq, rows.num_rows, compute_s)
+                else:
+                    self._refuse(rows.seat, batch.lane, rows.seq, error)
+            except Exception as second:
+                self._complaints.say(second, "an answer could not be given")
+
+    def _refuse(self, seat: int, lane: int, seq: int, error: Exception) -> None:
+        self._link.refuse(seat, lane, seq, f"could not compute its experts: {one_line(error)}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from msi.errors import TransportError
 from msi.net.dispatch_link import DispatchLink, Turn
 from msi.types import MicroBatch, Sampled
 
@@ -49,8 +48,8 @@ class MicroBatches(Protocol):
     def finish(self, lane: int, micro_batch: MicroBatch, sampled: Sampled) -> None:
         """A pass is through."""
 
-    def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
-        """A pass was given up because a peer was lost."""
+    def fail(self, lane: int, micro_batch: MicroBatch, error: Exception) -> None:
+        """A pass was given up: a peer was lost (TransportError), or whatever else came out of it."""
 
 
 async def run_lane(lane: int, batches: MicroBatches, compute: AttentionCompute, link: DispatchLink) -> None:
@@ -60,7 +59,7 @@ async def run_lane(lane: int, batches: MicroBatches, compute: AttentionCompute, 
         micro_batch = await batches.next(lane)
         try:
             sampled = await run_pass(lane, micro_batch, compute, link, batches.may_continue)
-        except TransportError as error:
+        except Exception as error:  # whatever it is, this lane and the others go on
             link.skip_to(lane, compute.num_layers)
             batches.fail(lane, micro_batch, error)
         else:
@@ -74,7 +73,13 @@ async def run_pass(
     link: DispatchLink,
     may_continue: Callable[[int], bool],
 ) -> Sampled:
-    """One micro-batch through the model. Raises TransportError when an expert node is lost on the way."""
+    """One micro-batch through the model.
+
+    Raises:
+        TransportError: an expert node was lost on the way, or refused.
+        TimeoutError: this device computed nothing for too long.
+        Exception: what a computation raised.
+    """
     last = compute.num_layers - 1
     compute.begin(lane, micro_batch)
     for layer in range(compute.num_layers):

@@ -1,17 +1,18 @@
 """Who belongs to an instance: which workers are there, in which role and incarnation, and who can serve.
 
 Decides; does not act: events in (with the time), instructions out. Knows no sockets or clock. Membership is never
-collective: workers join, leave and die one at a time, in any order.
+collective: workers join, leave and die one at a time, in any order. What is said of a member counts only when it comes
+from its own connection and its present life, or from the launcher, which sees its processes end.
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
+from msi.formation import Formation, Refusal
+from msi.members import InstancePlan, Instruction, Lost, Member, Send, assignment
 from msi.messages import (
-    PROTOCOL_VERSION,
     Assignment,
     Drain,
     ExpertAddress,
@@ -21,110 +22,23 @@ from msi.messages import (
     HeartbeatAck,
     HelloAgain,
     Linked,
+    PassDone,
     PeerLost,
+    Pulse,
     Refused,
     Topology,
     Undecided,
     UseLanes,
+    WorkerFailed,
     WorkerHello,
     WorkerReady,
     WorkerStats,
     WorkerStatus,
 )
-from msi.types import Placement, StageTimes
 
-NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes(), {})
 LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
-ROLES = ("attention", "expert", "worker")
-
-
-@dataclass(frozen=True, slots=True)
-class InstancePlan:
-    """The shape of an instance; see `msi.messages.Assignment` for what is not said here.
-
-    Attributes:
-        num_lanes: lanes that slots are made for.
-        start_timeout_s: how long workers may take to come.
-    """
-
-    instance: str
-    num_attention: int
-    num_expert: int
-    is_colocated: bool
-    placement: Placement
-    num_lanes: int
-    slot_rows: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    dtype: str = "auto"
-    peer_timeout_s: float = 4.0
-    heartbeat_s: float = 1.0
-    lost_after_s: float = 3.0
-    start_timeout_s: float = 120.0
-    max_num_waiting: int = 1024
-    has_prefix_cache: bool = True
-    num_kv_blocks: int = 0
-
-    @property
-    def wanted(self) -> dict[str, int]:
-        """Workers per role."""
-        return {"attention": self.num_attention, "expert": 0 if self.is_colocated else self.num_expert}
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Instruction: give this message to the worker behind `route`."""
-
-    route: bytes
-    message: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """Instruction: the requests of this attention worker are lost with it."""
-
-    worker_id: str
-    reason: str
-
-
-Instruction = Send | Lost
-
-
-@dataclass(slots=True)
-class Member:
-    """A worker that is or was there. `state`: loading, ready, draining or lost."""
-
-    worker_id: str
-    role: str
-    index: int
-    incarnation: int
-    route: bytes
-    pid: int
-    host: str
-    last_seen: float
-    process: str = ""
-    state: str = "loading"
-    reason: str = ""  # why it is lost
-    address: str = ""
-    num_blocks: int = 0
-    is_linked: bool = False
-    has_lanes: bool = False  # was told how many to run
-    has_beaten: bool = False
-    status: WorkerStatus = field(default=NO_STATUS)
-
-    @property
-    def is_live(self) -> bool:
-        return self.state != "lost"
-
-
-@dataclass(frozen=True, slots=True)
-class Applicant:
-    """A worker for any role that is told one once it is clear which: others may come that want a certain one."""
-
-    route: bytes
-    hello: WorkerHello
-    last_seen: float
+STUCK_AFTER_S = 30.0  # a process that lives, but whose loop stands still for so long, is given up
+EXITS_REMEMBERED_S = 10.0  # what a process said before it ended may be read after that
 
 
 class Cluster:
@@ -135,11 +49,9 @@ class Cluster:
         self.failure = ""  # a sentence, once the instance will never be ready
         self.num_lanes = 0  # how many run; 0 until that is known
         self._started_at = now
-        self._was_ready = False
         self._members: dict[str, Member] = {}
-        self._undecided: dict[str | bytes, Applicant] = {}  # by process, in order of arrival
-        self._fingerprint = ""
-        self._dtype = "" if plan.dtype == "auto" else plan.dtype
+        self._formation = Formation(plan, self._members)
+        self._exited: dict[int, float] = {}  # processes that ended, and when
 
     # -- what is -----------------------------------------------------------------------------------------------------
 
@@ -152,13 +64,11 @@ class Cluster:
     def routes(self) -> list[bytes]:
         """To everyone who is here: attention workers first, then expert workers, then those without a role yet."""
         members = [member.route for role in ("attention", "expert") for member in self.live(role)]
-        return [*members, *(applicant.route for applicant in self._undecided.values())]
+        return [*members, *self._formation.routes]
 
     def has_route(self, route: bytes) -> bool:
         """Whether a worker is, or was last, behind it."""
-        return any(member.route == route for member in self._members.values()) or any(
-            applicant.route == route for applicant in self._undecided.values()
-        )
+        return route in self._formation.routes or any(member.route == route for member in self._members.values())
 
     @property
     def is_linked(self) -> bool:
@@ -190,9 +100,8 @@ class Cluster:
             if missing is not None:
                 lost = self._members.get(f"{role}-{missing}")
                 why = f" ({lost.reason})" if lost is not None and lost.reason else ""
-                if self._undecided:
-                    num_missing = sum(self._num_free().values())
-                    why += f" ({num_missing} missing, {len(self._undecided)} for any role here)"
+                if num_undecided := self._formation.num_undecided:
+                    why += f" ({self._formation.num_free} missing, {num_undecided} for any role here)"
                 return f"waiting for {role} worker {missing + 1} of {count}{why}, {waited}"
         loading = [m for role in self.plan.wanted for m in self.live(role) if m.state == "loading"]
         if loading:
@@ -210,41 +119,31 @@ class Cluster:
     # -- events ------------------------------------------------------------------------------------------------------
 
     def hello(self, route: bytes, hello: WorkerHello, now: float) -> list[Instruction]:
+        if hello.pid in self._exited:
+            return []
         for known in self._members.values():
             if known.is_live and known.route == route and not known.has_beaten:
                 return [Send(route, self._assignment(known))]  # it asked again before our answer came
-        key = hello.process or route
-        if self._has_choice(hello):
-            if refusal := self._refusal(route, hello):
-                return [Send(route, Refused(refusal))]
-            self._undecided[key] = Applicant(route, hello, now)
-            decided = self._decide(now)
-            return decided if key not in self._undecided else [*decided, Send(route, Undecided())]
-        self._undecided.pop(key, None)
-        return [*self._take(route, hello, now), *self._decide(now)]
+        if objection := self._formation.objection(hello):
+            return [Send(route, Refused(objection))]
+        self._formation.apply(route, hello, now)
+        instructions = self._settle(now)
+        if waits_for := self._formation.waits_for(hello, route):
+            instructions.append(Send(route, Undecided(waits_for)))
+        return instructions
 
-    def _take(self, route: bytes, hello: WorkerHello, now: float) -> list[Instruction]:
-        """Makes a worker a member, or refuses it."""
-        if refusal := self._refusal(route, hello):
-            return [Send(route, Refused(refusal))]
-        member = self._place(route, hello, now)
-        if isinstance(member, str):
-            return [Send(route, Refused(member))]
+    def _settle(self, now: float) -> list[Instruction]:
+        """Places for those who can have one by now."""
         instructions: list[Instruction] = []
-        former = self._members.get(member.worker_id)
-        if former is not None and former.is_live:  # its own earlier life
-            instructions += self._lose(former, "it began a new life")
-        self._members[member.worker_id] = member
-        self._fingerprint = self._fingerprint or hello.fingerprint
-        self._dtype = self._dtype or hello.dtype
-        return [*instructions, Send(route, self._assignment(member))]
-
-    def _decide(self, now: float) -> list[Instruction]:
-        """Gives roles to the undecided as soon as nobody who may still come could want another."""
-        instructions: list[Instruction] = []
-        while self._undecided and not (self._is_open and len(self._undecided) < sum(self._num_free().values())):
-            first = self._undecided.pop(next(iter(self._undecided)))
-            instructions += self._take(first.route, first.hello, now)
+        for decision in self._formation.settle(now):
+            if isinstance(decision, Refusal):
+                instructions.append(Send(decision.route, Refused(decision.reason)))
+                continue
+            former = self._members.get(decision.worker_id)
+            if former is not None and former.is_live:
+                instructions += self._lose(former, "it began a new life")
+            self._members[decision.worker_id] = decision
+            instructions.append(Send(decision.route, self._assignment(decision)))
         return instructions
 
     def ready(self, route: bytes, ready: WorkerReady) -> list[Instruction]:
@@ -264,11 +163,48 @@ class Cluster:
         return self._lanes_to(member) if linked.is_complete else []
 
     def heartbeat(self, route: bytes, heartbeat: Heartbeat, now: float) -> list[Instruction]:
+        """A sign of life, and what the worker believes; what it turns out not to know is said again."""
         member = self._known(route, heartbeat.worker_id, heartbeat.incarnation)
         if member is None:
             return [Send(route, HelloAgain("the coordinator does not know this worker (any more)"))]
-        member.last_seen, member.status, member.has_beaten = now, heartbeat.status, True
-        return [Send(route, HeartbeatAck())]
+        member.last_seen = member.heard_at = now
+        member.status, member.has_beaten = heartbeat.status, True
+        belief = heartbeat.belief
+        instructions: list[Instruction] = []
+        if belief.ready is not None and member.state == "loading":
+            instructions += self.ready(route, belief.ready)
+        if member.role == "attention" and member.state != "loading":
+            if belief.is_linked != member.is_linked:
+                instructions += self.linked(route, Linked(member.worker_id, member.incarnation, belief.is_linked))
+            if not belief.is_linked:
+                instructions += self._topology_to(member)
+            elif member.has_lanes and not belief.num_lanes:
+                instructions.append(Send(route, UseLanes(self.num_lanes)))
+        member.num_acks += 1
+        return [*instructions, Send(route, HeartbeatAck(member.num_acks))]
+
+    def pulse(self, pulse: Pulse, now: float) -> list[Instruction]:
+        """A sign of life of a process, by whatever way it comes: it names what only the member itself knows."""
+        member = self._members.get(pulse.worker_id)
+        if member is None or not member.is_live or member.incarnation != pulse.incarnation or not member.process:
+            return []
+        if not hmac.compare_digest(member.process.encode(), pulse.process.encode()):
+            return []
+        member.loop_lag_s = pulse.loop_lag_s
+        if pulse.loop_lag_s > STUCK_AFTER_S:
+            return self._lose(member, f"its loop has been standing still for {pulse.loop_lag_s:.0f} s")
+        member.last_seen = member.heard_at = now
+        return []
+
+    def passed(self, route: bytes, done: PassDone) -> list[Instruction] | None:
+        """What follows from new tokens but the tokens themselves; None where they do not count."""
+        member = self._known(route, done.worker_id, done.incarnation)
+        if member is None:
+            return None  # earlier ones may have been lost with its connection: its requests will be, too
+        if done.number != member.num_passes:
+            return self._lose(member, "tokens of its were lost on the way")
+        member.num_passes += 1
+        return []
 
     def peer_lost(self, route: bytes, report: PeerLost) -> list[Instruction]:
         """An attention worker lost its link to an expert worker: that one is out until it says hello again."""
@@ -279,12 +215,28 @@ class Cluster:
             return []
         return self._lose(peer, f"{report.worker_id} lost it: {report.reason}")
 
-    def worker_failed(self, worker_id: str, reason: str) -> list[Instruction]:
+    def worker_failed(self, route: bytes, failed: WorkerFailed) -> list[Instruction]:
         """A worker cannot do its work, and says so before it ends."""
-        if not self._was_ready:
-            self.failure = reason
+        member = self._known(route, failed.worker_id, failed.incarnation)
+        if member is None:
+            return []
+        if not self._formation.has_served:
+            self.failure = failed.reason
+        return self._lose(member, failed.reason)
+
+    def worker_exited(
+        self, worker_id: str, pid: int, how: str, now: float, *, has_crashed: bool = False
+    ) -> list[Instruction]:
+        """The launcher saw a process of its own end; `has_crashed`: by itself, not by anybody's signal."""
+        self._exited[pid] = now
+        self._formation.forget(heard_before=-1.0, pid=pid)
         member = self._members.get(worker_id)
-        return [] if member is None or not member.is_live else self._lose(member, reason)
+        if member is None or member.pid != pid:
+            return []
+        if not member.is_live:
+            member.reason = how  # whoever told before saw only a consequence
+            return []
+        return [*self._lose(member, how, has_crashed), *self._settle(now)]
 
     def draining(self, route: bytes, worker_id: str, incarnation: int) -> list[Instruction]:
         """A worker wants to end: an attention worker as soon as its requests have, an expert worker when all have."""
@@ -307,19 +259,27 @@ class Cluster:
         self.num_lanes = num_lanes
         return [one for member in self.live("attention") if member.is_linked for one in self._lanes_to(member)]
 
-    def tick(self, now: float) -> list[Instruction]:
-        """Time has passed."""
+    def tick(self, now: float, late_s: float = 0.0) -> list[Instruction]:
+        """Time has passed.
+
+        Args:
+            late_s: this tick comes so much later than it should: nobody else is to blame for that silence.
+        """
         instructions: list[Instruction] = []
+        self._started_at += late_s
+        self._formation.excuse(late_s)
         for member in list(self._members.values()):
+            member.last_seen += late_s
             silent_s = now - member.last_seen
             patience_s = self.plan.lost_after_s * (LOADING_PATIENCE if member.state == "loading" else 1)
             if member.is_live and silent_s > patience_s:
                 instructions += self._lose(member, f"no sign of life for {silent_s:.1f} s")
-        for key, applicant in list(self._undecided.items()):
-            if now - applicant.last_seen > self.plan.lost_after_s * LOADING_PATIENCE:
-                del self._undecided[key]
-        self._was_ready |= bool(self.serving)
-        if not self._was_ready and not self.failure and now - self._started_at > self.plan.start_timeout_s:
+        self._formation.forget(heard_before=now - self.plan.lost_after_s * LOADING_PATIENCE)
+        instructions += self._settle(now)
+        self._exited = {pid: at for pid, at in self._exited.items() if now - at < EXITS_REMEMBERED_S}
+        self._formation.has_served |= bool(self.serving)
+        has_served = self._formation.has_served
+        if not has_served and not self.failure and now - self._started_at > self.plan.start_timeout_s:
             self.failure = f"gave up after {self.plan.start_timeout_s:g} s: {self.sentence(now)}"
         return instructions
 
@@ -335,96 +295,8 @@ class Cluster:
             return None
         return member
 
-    def _refusal(self, route: bytes, hello: WorkerHello) -> str:
-        if hello.protocol_version != PROTOCOL_VERSION:
-            return (
-                f"worker speaks protocol version {hello.protocol_version}, the coordinator {PROTOCOL_VERSION}; "
-                f"install the same version of msi on all hosts"
-            )
-        if hello.role not in ROLES:
-            return f"role {hello.role!r} is not one; give {', '.join(ROLES)}"
-        if self._fingerprint and hello.fingerprint != self._fingerprint and any(self._live_members()):
-            return "its model differs from that of the other workers; give all of them the same model directory"
-        if self._dtype and hello.dtype != self._dtype and self.plan.dtype != "auto":
-            return f"it computes in {hello.dtype}, the instance in {self._dtype}; give all workers the same --dtype"
-        known = self._members.get(hello.worker_id)
-        is_same = known is not None and hello.process and hello.process == known.process
-        if known is not None and known.is_live and known.route != route and not is_same:
-            return (
-                f"worker id {hello.worker_id} is live already (pid {known.pid} on {known.host}); "
-                f"give another --worker-id, or end that one"
-            )
-        return ""
-
-    def _num_free(self) -> dict[str, int]:
-        """Places that nobody has, per role."""
-        return {role: count - len(self.live(role)) for role, count in self.plan.wanted.items()}
-
-    @property
-    def _is_open(self) -> bool:
-        """Whether roles are left to choose from. Once the instance has served, a place is filled by whoever comes."""
-        return not self._was_ready and all(self._num_free().values())
-
-    def _has_choice(self, hello: WorkerHello) -> bool:
-        """Whether a worker may get either role: one that had a place before, here or by its id, gets that."""
-        if hello.role != "worker" or not self._is_open or hello.worker_id in self._members:
-            return False
-        return all(_index_in(hello.worker_id, role) is None for role in self.plan.wanted)
-
-    def _live_members(self) -> Iterator[Member]:
-        return (member for member in self._members.values() if member.is_live)
-
-    def _place(self, route: bytes, hello: WorkerHello, now: float) -> Member | str:
-        """A place for a worker, or why there is none."""
-        former = self._members.get(hello.worker_id)
-        roles = [role for role in ("expert", "attention") if hello.role in (role, "worker")]
-        if former is not None:
-            roles = [role for role in roles if role == former.role]
-        roles.sort(key=lambda role: _index_in(hello.worker_id, role) is None)
-        for role in roles:
-            taken = {member.index for member in self.live(role) if member is not former}
-            free = [index for index in range(self.plan.wanted[role]) if index not in taken]
-            if former is not None and former.index in free:
-                free = [former.index]
-            if not free:
-                continue
-            named = _index_in(hello.worker_id, role)
-            index = named if named in free else free[0]
-            worker_id = hello.worker_id or f"{role}-{index}"
-            former = self._members.get(worker_id)
-            incarnation = 0 if former is None else former.incarnation + 1
-            return Member(worker_id, role, index, incarnation, route, hello.pid, hello.host, now, hello.process)
-        wanted = self.plan.wanted.get(hello.role, sum(self.plan.wanted.values()))
-        kind = "" if hello.role == "worker" else f"{hello.role} "
-        if not wanted:
-            return f"this instance has no {kind}workers of its own: it runs colocated"
-        return f"all {wanted} {kind}workers of this instance are there already"
-
     def _assignment(self, member: Member) -> Assignment:
-        plan = self.plan
-        return Assignment(
-            instance=plan.instance,
-            worker_id=member.worker_id,
-            role=member.role,
-            index=member.index,
-            incarnation=member.incarnation,
-            placement=plan.placement,
-            num_lanes=plan.num_lanes,
-            slot_rows=plan.slot_rows,
-            num_seats=2 * plan.num_attention + 2,
-            dtype=self._dtype,
-            max_model_len=plan.max_model_len,
-            max_num_seqs=plan.max_num_seqs,
-            max_num_batched_tokens=plan.max_num_batched_tokens,
-            is_colocated=plan.is_colocated,
-            memory_share=1 / plan.num_attention,
-            peer_timeout_s=plan.peer_timeout_s,
-            heartbeat_s=plan.heartbeat_s,
-            lost_after_s=plan.lost_after_s,
-            max_num_waiting=plan.max_num_waiting,
-            has_prefix_cache=plan.has_prefix_cache,
-            num_kv_blocks=plan.num_kv_blocks,
-        )
+        return assignment(self.plan, member, self._formation.dtype)
 
     def _topology_to(self, *attention: Member) -> Iterator[Instruction]:
         experts = tuple(
@@ -443,19 +315,13 @@ class Cluster:
         member.has_lanes = True
         return [Send(member.route, UseLanes(self.num_lanes))]
 
-    def _lose(self, member: Member, reason: str) -> list[Instruction]:
+    def _lose(self, member: Member, reason: str, has_crashed: bool = False) -> list[Instruction]:
         member.state, member.reason, member.is_linked = "lost", reason, False
         out = Send(member.route, HelloAgain(f"the coordinator gave it up: {reason}"))
         if member.role == "expert":
             return [out, *self._topology_to(*self.live("attention"))]
         fences = [Send(expert.route, Fence(member.worker_id)) for expert in self.live("expert")]
-        return [out, Lost(member.worker_id, reason), *fences]
-
-
-def _index_in(worker_id: str, role: str) -> int | None:
-    """The index that a default id such as "expert-1" names."""
-    prefix, _, number = worker_id.rpartition("-")
-    return int(number) if prefix == role and number.isdecimal() else None
+        return [out, Lost(member.worker_id, reason, has_crashed), *fences]
 
 
 def _percent(status: WorkerStatus) -> str:

@@ -1,11 +1,14 @@
 """The control plane's messages: a few per pass or rarer, all typed, all through `net.codec`; who may say which.
 
 worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
-                        Calibrated, WorkerFailed, Draining, Goodbye
+                        Calibrated, CalibrationCutShort, WorkerFailed, Draining, Goodbye; Pulse, by a socket of its own
 coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate,
                         UseLanes, HeartbeatAck, Drain, Shutdown
-client -> coordinator   ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest
+client -> coordinator   ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest; ClientPulse, by a socket of its own
 coordinator -> client   Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck
+
+Any message may be lost with a connection that breaks. Heartbeats say what their sender believes, and their answers how
+far the other side has come, so that what is missing is said again, and what cannot be made good ends with a sentence.
 """
 
 from __future__ import annotations
@@ -86,7 +89,13 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Undecided:
-    """To a worker for any role: which one is open until others have come. It says hello again until it is told."""
+    """To a worker that has no place yet, and why. It says hello again until it is told.
+
+    Which role is left for a worker that takes any is open until others have come; a place that another holds, until
+    that one has been heard of.
+    """
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +127,7 @@ class WorkerFailed:
     """A worker cannot do its work and ends; `reason` is a sentence for the user."""
 
     worker_id: str
+    incarnation: Count
     reason: str
 
 
@@ -172,23 +182,67 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerBelief:
+    """How a worker thinks that things are; the coordinator says again what it turns out not to know.
+
+    Attributes:
+        acked: number of the last HeartbeatAck that came: whatever was sent before that one has come, too.
+        ready: weights are loaded; repeats the WorkerReady that may have been lost.
+        is_linked: as in Linked.
+        num_lanes: that run; 0 before UseLanes.
+        request_ids: all that it holds.
+    """
+
+    acked: int = -1
+    ready: WorkerReady | None = None
+    is_linked: bool = False
+    num_lanes: Count = 0
+    request_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     worker_id: str
     incarnation: int
     status: WorkerStatus
+    belief: WorkerBelief = WorkerBelief()
 
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatAck:
-    pass
+    """Answers a heartbeat.
+
+    Attributes:
+        number: counts up, for each worker.
+        num_outputs: Outputs that were sent to this client so far.
+    """
+
+    number: Count = 0
+    num_outputs: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """The worker's process lives, however busy its loop is. Comes from a thread and over a connection of its own.
+
+    Attributes:
+        process: the worker's secret, from its hello: nobody else can count for it.
+        loop_lag_s: for how long the worker's loop has been standing still.
+    """
+
+    worker_id: str
+    incarnation: Count
+    process: str
+    loop_lag_s: Seconds
 
 
 @dataclass(frozen=True, slots=True)
 class PassDone:
-    """New tokens of one lane's pass."""
+    """New tokens of one lane's pass. `number` counts those of a life: none may be missing."""
 
     worker_id: str
-    incarnation: int
+    incarnation: Count
+    number: Count
     progress: tuple[Progress, ...]
 
 
@@ -215,8 +269,13 @@ class PeerLost:
 
 @dataclass(frozen=True, slots=True)
 class Calibrate:
-    """Run synthetic micro-batches of this many sequences on this many lanes, and report stage times."""
+    """Run synthetic micro-batches of this many sequences on this many lanes, and report stage times.
 
+    Attributes:
+        order: names it in the answer. What is asked again has a number of its own.
+    """
+
+    order: Count
     num_lanes: Lanes
     num_seqs: Count
     num_passes: Annotated[int, range(1, 2**16)]
@@ -225,10 +284,19 @@ class Calibrate:
 @dataclass(frozen=True, slots=True)
 class Calibrated:
     worker_id: str
-    incarnation: int
-    num_lanes: int
-    num_seqs: int
+    incarnation: Count
+    order: Count
     times: StageTimes
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationCutShort:
+    """There are no times to report: an expert worker was lost on the way. `reason` says so."""
+
+    worker_id: str
+    incarnation: Count
+    order: Count
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +332,10 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
+    """`client`: random, one per client: tells one whose connection broke from another."""
+
     protocol_version: int
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +383,13 @@ class ClientHeartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientPulse:
+    """The client's process lives, however busy its loop is; `client` as in its hello."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
 class RequestUpdate:
     """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`.
 
@@ -333,6 +411,9 @@ class RequestUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
+    """`number` counts those to a client: none may be missing."""
+
+    number: Count
     updates: tuple[RequestUpdate, ...]
 
 
@@ -371,14 +452,14 @@ class Stats:
 
 
 FROM_WORKER = (
-    WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed, Calibrated, WorkerFailed, Draining,
-    Goodbye,
+    WorkerHello, WorkerReady, Linked, Heartbeat, Pulse, PassDone, PeerLost, RequestsFailed, Calibrated,
+    CalibrationCutShort, WorkerFailed, Draining, Goodbye,
 )  # fmt: skip
 TO_WORKER = (
     Assignment, Undecided, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate, UseLanes, HeartbeatAck,
     Drain, Shutdown,
 )  # fmt: skip
-FROM_CLIENT = (ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest)
+FROM_CLIENT = (ClientHello, Submit, Cancel, ClientHeartbeat, ClientPulse, StatsRequest)
 TO_CLIENT = (Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck)
 
 # Each end reads only what the other may say.

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from msi.errors import Failure, InvalidRequest, RequestFailed, Unavailable
+from msi.errors import EngineError, Failure, InvalidRequest, RequestFailed, Unavailable
 from msi.messages import RequestUpdate
 from msi.sequence import CONTEXT_UNIT
+from msi.suspects import CRASHES_ALLOWED, SUSPECTED_FOR_S, Suspects
 from msi.types import Progress, Request
 
 WAIT_FOR_WORKERS_S = 30.0
@@ -26,14 +27,11 @@ class Routed:
     request: Request
     client: bytes
     arrived_at: float
+    num_tokens: int  # the most that it can come to need cache for
     worker_id: str = ""
+    ack: int = 0  # number of the first HeartbeatAck that its worker gets after it
     token_ids: list[int] = field(default_factory=list)
     predicted: float = 0.0  # its part of the worker's load
-
-    @property
-    def num_tokens(self) -> int:
-        """The most tokens it can come to need cache for."""
-        return len(self.request.prompt_token_ids) + self.request.params.max_tokens
 
 
 Updates = dict[bytes, list[RequestUpdate]]  # by client
@@ -50,12 +48,38 @@ class Load:
 
     predicted: float = 0.0
     num_tokens: int = 0
+    num_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """What comes out of comparing requests with what a worker holds.
+
+    Attributes:
+        unknown_here: that it holds and nobody waits for.
+        updates: of those that it should hold and does not.
+    """
+
+    unknown_here: list[str]
+    updates: Updates
 
 
 class Router:
-    """All requests of an instance."""
+    """All requests of an instance.
 
-    def __init__(self) -> None:
+    Args:
+        max_model_len: the longest sequence, prompt included.
+        max_num_seqs: sequences that run at a time, per worker.
+        max_waiting: requests that may wait, here or at workers.
+    """
+
+    def __init__(
+        self, *, max_model_len: int = 1 << 62, max_num_seqs: int = 1 << 62, max_waiting: int = 1 << 62
+    ) -> None:
+        self._max_model_len = max_model_len
+        self._max_num_seqs = max_num_seqs
+        self._max_waiting = max_waiting
+        self._suspects = Suspects()
         self._requests: dict[str, Routed] = {}
         self._waiting: dict[str, Routed] = {}  # those without a worker, in order of arrival
         self._loads: dict[str, Load] = {}
@@ -65,19 +89,36 @@ class Router:
         return len(self._requests)
 
     def add(self, request: Request, client: bytes, now: float) -> RequestUpdate | None:
-        """Takes a request; an update where its id is in use."""
+        """Takes a request; an update where it cannot."""
+        error: EngineError | None = None
         if request.request_id in self._requests:
             error = InvalidRequest(f"request id {request.request_id} is in use")
+        elif (num_waiting := self.num_waiting) >= self._max_waiting:
+            error = Unavailable(f"{num_waiting} requests wait here already; try again later")
+        elif self._suspects.is_guilty(request, now):
+            error = RequestFailed(
+                f"attention workers crashed {CRASHES_ALLOWED} times while they ran this very request; "
+                f"it is not tried again for {SUSPECTED_FOR_S / 60:.0f} minutes"
+            )
+        if error is not None:
             return RequestUpdate(request.request_id, failure=Failure.of(error))
-        routed = Routed(request, client, now)
+        num_tokens = min(len(request.prompt_token_ids) + request.params.max_tokens, self._max_model_len)
+        routed = Routed(request, client, now, num_tokens)
         self._requests[request.request_id] = self._waiting[request.request_id] = routed
         return None
 
-    def route(self, capacities: Mapping[str, int]) -> list[tuple[str, Request]]:
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a worker, or at one for others to end."""
+        excess = (max(0, load.num_requests - self._max_num_seqs) for load in self._loads.values())
+        return len(self._waiting) + sum(excess)
+
+    def route(self, capacities: Mapping[str, int], acks: Mapping[str, int] | None = None) -> list[tuple[str, Request]]:
         """Gives waiting requests to workers, in order of arrival.
 
         Args:
             capacities: tokens of KV cache of each worker that serves, by id.
+            acks: HeartbeatAcks that were sent to each so far.
         """
         if not capacities:
             return []
@@ -85,9 +126,11 @@ class Router:
         for routed in self._waiting.values():
             routed.worker_id = self._least_loaded(routed.num_tokens, capacities)
             routed.predicted = self._predicted(routed.request)
+            routed.ack = 1 + (acks or {}).get(routed.worker_id, 0)
             load = self._loads[routed.worker_id]
             load.predicted += routed.predicted
             load.num_tokens += routed.num_tokens
+            load.num_requests += 1
             given.append((routed.worker_id, routed.request))
         self._waiting.clear()
         return given
@@ -102,6 +145,7 @@ class Router:
             routed.token_ids.extend(one.token_ids)
             if one.finish_reason is not None:
                 self._forget(routed)
+                self._suspects.clear(routed.request)
                 weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
                 self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
             update = RequestUpdate(
@@ -110,19 +154,38 @@ class Router:
             updates.setdefault(routed.client, []).append(update)
         return updates
 
-    def fail(self, request_ids: Iterable[str], failure: Failure) -> Updates:
-        """These requests end with an error."""
+    def reconcile(self, worker_id: str, held: Iterable[str], acked: int) -> Reconciled:
+        """Compares with what a worker says that it holds; what was lost on its way ends, rather than hang.
+
+        Args:
+            acked: number of the last HeartbeatAck that had come to the worker when it said so; see `Routed.ack`.
+        """
+        ids = set(held)
+        ours = {name: routed for name, routed in self._requests.items() if routed.worker_id == worker_id}
+        lost = [name for name, routed in ours.items() if name not in ids and routed.ack <= acked]
+        error = RequestFailed(f"attention worker {worker_id} does not have this request any more")
+        return Reconciled([name for name in ids if name not in ours], self.fail(lost, Failure.of(error)))
+
+    def fail(self, request_ids: Iterable[str], failure: Failure, worker_id: str | None = None) -> Updates:
+        """These requests end with an error; only those of `worker_id`, where that is given."""
         updates: Updates = {}
         for request_id in request_ids:
             routed = self._requests.get(request_id)
-            if routed is not None:
+            if routed is not None and worker_id in (None, routed.worker_id):
                 self._forget(routed)
                 updates.setdefault(routed.client, []).append(RequestUpdate(request_id, failure=failure))
         return updates
 
-    def worker_lost(self, worker_id: str, reason: str) -> Updates:
-        """The requests of a worker are lost with it."""
+    def fail_all(self, failure: Failure) -> tuple[Updates, list[tuple[str, str]]]:
+        """Every request ends with an error; also (worker id, request id) of those that workers have."""
+        given = [(routed.worker_id, name) for name, routed in self._requests.items() if routed.worker_id]
+        return self.fail(list(self._requests), failure), given
+
+    def worker_lost(self, worker_id: str, reason: str, now: float = 0.0, has_crashed: bool = False) -> Updates:
+        """The requests of a worker are lost with it; where it crashed, each is suspected of having done that."""
         lost = [request_id for request_id, routed in self._requests.items() if routed.worker_id == worker_id]
+        if has_crashed:
+            self._suspects.crashed([self._requests[request_id].request for request_id in lost], now)
         updates = self.fail(lost, Failure.of(RequestFailed(f"attention worker {worker_id} was lost: {reason}")))
         self._loads.pop(worker_id, None)
         return updates
@@ -165,7 +228,7 @@ class Router:
 
     def _predicted(self, request: Request) -> float:
         """Of a request in the middle of its answer, whose length is taken to be the mean of those before."""
-        most = request.params.max_tokens
+        most = min(request.params.max_tokens, self._max_model_len)
         num_output = min(most, self._mean_output) if self._mean_output else most
         return 1 + (len(request.prompt_token_ids) + num_output / 2) / CONTEXT_UNIT
 
@@ -175,3 +238,4 @@ class Router:
         if (load := self._loads.get(routed.worker_id)) is not None:
             load.predicted -= routed.predicted
             load.num_tokens -= routed.num_tokens
+            load.num_requests -= 1

@@ -99,6 +99,11 @@ class Scheduler:
         return self._admission.num_running
 
     @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Of all requests that are here, whether they run or wait."""
+        return tuple(self._sequences)
+
+    @property
     def is_idle(self) -> bool:
         return not self._sequences
 
@@ -197,10 +202,9 @@ class Scheduler:
             logprobs: by index into `token_ids`.
         """
         lane = self._lanes[lane_index]
-        in_flight, lane.in_flight = lane.in_flight, []
         sampled = iter(enumerate(token_ids))
         progress = []
-        for sequence, count in in_flight:
+        for sequence, count in lane.in_flight:
             sequence.num_computed += count
             sequence.is_suspect = False
             if not sequence.has_failed:
@@ -217,6 +221,7 @@ class Scheduler:
                     del self._sequences[sequence.request.request_id]
                     self._admission.release(sequence)
         assert next(sampled, None) is None, f"more tokens than logit rows: {token_ids}"
+        lane.in_flight = []
         self._admission.admit()
         return progress
 
@@ -256,6 +261,19 @@ class Scheduler:
             sequence.is_suspect = True
         self.give_up(lane_index)
         self._admission.admit()
+        return failed
+
+    def fail_lane(self, lane_index: int) -> list[str]:
+        """Forgets every request of a lane, whatever state it is in, and returns their ids."""
+        lane = self._lanes[lane_index]
+        ended = {one.arrival: one for one in (*lane.sequences, *(one for one, _ in lane.in_flight))}
+        lane.in_flight = []
+        for sequence in list(lane.sequences):
+            self._admission.release(sequence)
+        failed = [one.request.request_id for one in ended.values() if not one.is_cancelled]
+        for request_id in failed:
+            self._sequences.pop(request_id, None)
+        self._num_failed += len(failed)
         return failed
 
     # -- helpers -----------------------------------------------------------------------------------------------------

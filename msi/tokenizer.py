@@ -25,7 +25,9 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> 
         InvalidRequest: the text holds lone surrogates, which no encoding can express.
     """
     try:
-        return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # a batch of one, as that lets other threads run meanwhile
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"the prompt is not valid Unicode text: {error.reason} at {error.start}") from error
     except TypeError as error:

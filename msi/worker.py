@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from msi.attention_role import AttentionRole
-from msi.errors import ConfigError, EngineError, TransportError, Unavailable
+from msi.errors import ConfigError, EngineError, Unavailable
 from msi.expert_role import ExpertRole
 from msi.host import Host, LoadedModel
+from msi.lateness import read_first, sleep_late
 from msi.messages import (
     PROTOCOL_VERSION,
     Assignment,
     Calibrate,
     Calibrated,
+    CalibrationCutShort,
     Cancel,
     Drain,
     Draining,
@@ -33,12 +35,14 @@ from msi.messages import (
     Heartbeat,
     HeartbeatAck,
     HelloAgain,
+    Pulse,
     Refused,
     Shutdown,
     Submit,
     Topology,
     Undecided,
     UseLanes,
+    WorkerBelief,
     WorkerFailed,
     WorkerHello,
     WorkerReady,
@@ -84,13 +88,22 @@ class _WorkerEnds(Exception):
 
 @dataclass
 class Life:
-    """What one incarnation hosts."""
+    """What one incarnation hosts.
+
+    Attributes:
+        ready: what was said once the weights were loaded.
+        acked: number of the last HeartbeatAck.
+        calibrating: what is being measured, or was last.
+    """
 
     assignment: Assignment
     attention: AttentionRole | None = None
     experts: ExpertRole | None = None
     transports: list[Transport] = field(default_factory=list)
     is_draining: bool = False
+    ready: WorkerReady | None = None
+    acked: int = -1
+    calibrating: asyncio.Task[None] | None = None
 
 
 class Worker:
@@ -119,6 +132,8 @@ class Worker:
         self._drain_wanted = Alarm()
         self._beat_at = self._clock()
         self._busy_at_beat = 0.0
+        self._excused_s = 0.0  # of the loop's lag since its last beat: the whole process stood still
+        self.has_been_ready = asyncio.Event()
 
     async def run(self) -> None:
         """Until the coordinator says shutdown, or drained.
@@ -137,7 +152,8 @@ class Worker:
         except _WorkerEnds:
             pass
         except EngineError as error:
-            self._control.send(WorkerFailed(self.worker_id, str(error)))
+            if self.life is not None:  # nobody has heard of us otherwise
+                self._control.send(WorkerFailed(self.worker_id, self.life.assignment.incarnation, str(error)))
             raise
         finally:
             await self._host.close()
@@ -193,7 +209,7 @@ class Worker:
                                 if self._drain_wanted.is_ringing:
                                     raise _WorkerEnds
                                 if not was_told:
-                                    log.info("waiting for other workers: the role that they leave is this one's")
+                                    log.info("%s", answer.reason)
                                 was_told = is_there = True
                                 patience.reschedule(loop.time() + patience_s)
                         return answer
@@ -223,7 +239,7 @@ class Worker:
     async def _host_role(self, life: Life, tasks: asyncio.TaskGroup) -> None:
         """Loads and starts the role, then follows the coordinator's messages."""
         assignment, clock = life.assignment, self._clock
-        receiving = tasks.create_task(self._follow(life), name="control")
+        receiving = tasks.create_task(self._follow(life, tasks), name="control")
         model = self._loaded = await self._host.load(assignment)
         address, num_blocks = "", 0
         if model.has_experts:
@@ -235,7 +251,9 @@ class Worker:
                 assignment, model, self._new_transport(life), num_blocks, self._control.send, clock=clock
             )
             tasks.create_task(life.attention.run(), name="attention role")
-        self._control.send(WorkerReady(assignment.worker_id, assignment.incarnation, address, num_blocks))
+        life.ready = WorkerReady(assignment.worker_id, assignment.incarnation, address, num_blocks)
+        self._control.send(life.ready)
+        self.has_been_ready.set()
         tasks.create_task(self._drain_when_asked(life), name="drain")
         await receiving
 
@@ -246,7 +264,7 @@ class Worker:
 
     # -- the coordinator's messages ----------------------------------------------------------------------------------
 
-    async def _follow(self, life: Life) -> None:
+    async def _follow(self, life: Life, tasks: asyncio.TaskGroup) -> None:
         assignment = life.assignment
         while True:
             message = await self._control.receive()
@@ -260,9 +278,12 @@ class Worker:
                 case Topology() if attention is not None:
                     attention.use_topology(message)
                 case UseLanes() if attention is not None:
+                    await _ended(life.calibrating)
                     attention.use_lanes(message.num_lanes)
                 case Calibrate() if attention is not None:
-                    await self._calibrate(attention, assignment, message)
+                    life.calibrating = tasks.create_task(
+                        self._calibrate(attention, assignment, message, after=life.calibrating), name="calibration"
+                    )
                 case Fence() if experts is not None:
                     experts.fence(message.worker_id)
                 case Drain():
@@ -273,27 +294,36 @@ class Worker:
                 case Shutdown() | Refused():
                     log.info("%s ends: %s", self.worker_id, message.reason)
                     raise _WorkerEnds
-                case HeartbeatAck() | Assignment() | Fence():
+                case HeartbeatAck():
+                    life.acked = message.number
+                case Assignment() | Fence() | Undecided():
                     pass
                 case _:
                     log.warning("%s: %s came at the wrong time", self.worker_id, type(message).__name__)
 
-    async def _calibrate(self, attention: AttentionRole, assignment: Assignment, order: Calibrate) -> None:
+    async def _calibrate(
+        self,
+        attention: AttentionRole,
+        assignment: Assignment,
+        order: Calibrate,
+        after: asyncio.Task[None] | None,
+    ) -> None:
+        await _ended(after)
+        ids = (assignment.worker_id, assignment.incarnation, order.order)
         try:
             times = await attention.calibrate(order.num_lanes, order.num_seqs, order.num_passes)
-        except TransportError as error:
-            log.warning("calibration was cut short: %s", error)
+        except EngineError as error:
+            self._control.send(CalibrationCutShort(*ids, str(error)))
             return
-        ids = (assignment.worker_id, assignment.incarnation)
-        self._control.send(Calibrated(*ids, order.num_lanes, order.num_seqs, times))
+        self._control.send(Calibrated(*ids, times))
 
     async def _drain_when_asked(self, life: Life) -> None:
         """Once asked to end: nothing new comes, what runs is finished, then goodbye."""
         await self._drain_wanted.wait()
         ids = (life.assignment.worker_id, life.assignment.incarnation)
-        if not life.is_draining:
+        while not life.is_draining:
             self._control.send(Draining(*ids))
-            await self._drain_wanted.wait()
+            await self._drain_wanted.wait(life.assignment.heartbeat_s)
         if life.attention is not None:
             await life.attention.wait_idle()
         self._control.send(Goodbye(*ids))
@@ -303,17 +333,38 @@ class Worker:
 
     async def _heartbeats(self, life: Life) -> None:
         assignment = life.assignment
+        ids = (assignment.worker_id, assignment.incarnation)
+        self._control.keep_alive(lambda late_s: self._pulse(assignment, late_s), assignment.heartbeat_s)
         while True:
-            self._control.send(Heartbeat(assignment.worker_id, assignment.incarnation, self._status(life)))
+            self._control.send(Heartbeat(*ids, self._status(life), self._belief(life)))
             if self._tracer is not None:
                 self._tracer.flush()
-            await asyncio.sleep(assignment.heartbeat_s)
+            late_s = await sleep_late(assignment.heartbeat_s, self._clock)
+            self._last_heard += late_s
+            if not await read_first(self._control, self._clock):
+                continue
             silent_s = self._clock() - self._last_heard
             if silent_s > self._settings.reconnect_s:
                 raise Unavailable(
                     f"{self.worker_id}: the coordinator at {self._settings.coordinator} has been silent for "
                     f"{silent_s:.0f} s"
                 )
+
+    def _pulse(self, assignment: Assignment, late_s: float) -> Pulse:
+        """On a thread of its own; `late_s`: that one's lateness is the process's, not the loop's."""
+        self._excused_s += late_s
+        silent_s = self._clock() - self._beat_at - assignment.heartbeat_s
+        return Pulse(assignment.worker_id, assignment.incarnation, self._process, max(0.0, silent_s - self._excused_s))
+
+    def _belief(self, life: Life) -> WorkerBelief:
+        attention = life.attention
+        return WorkerBelief(
+            acked=life.acked,
+            ready=life.ready,
+            is_linked=attention is not None and attention.is_linked,
+            num_lanes=0 if attention is None else attention.num_lanes,
+            request_ids=() if attention is None else attention.request_ids,
+        )
 
     def _status(self, life: Life) -> WorkerStatus:
         attention, experts = life.attention, life.experts
@@ -347,8 +398,14 @@ class Worker:
     def _busy_share(self) -> float:
         now, busy_s = self._clock(), self._host.busy_s
         elapsed, self._beat_at = now - self._beat_at, now
+        self._excused_s = 0.0
         computed, self._busy_at_beat = busy_s - self._busy_at_beat, busy_s
         return min(1.0, computed / elapsed) if elapsed > 0 else 0.0
+
+
+async def _ended(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        await asyncio.wait([task])
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

@@ -59,11 +59,11 @@ EXAMPLES = [
     ),
     Topology((ExpertAddress(0, "expert-0", 1, "shm://x"),), {"expert-1": "it died"}),
     Heartbeat("a", 0, WorkerStatus(1, 2, 3, 4, 5, StageTimes(0.1, 0.2, 0.3, 0.4, 0.5), {"x": 1.5})),
-    PassDone("a", 0, (Progress("r", (1, 2)), Progress("s", (3,), "stop"))),
+    PassDone("a", 0, 7, (Progress("r", (1, 2)), Progress("s", (3,), "stop"))),
     Submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=3, seed=2**64 - 1, stop=("a", "b")))),
     Submit(Request("r", (1,), SamplingParams(seed=1, logit_bias={5: -100, 7: 0.5}, stop_token_ids=(3,), logprobs=2))),
-    Outputs((RequestUpdate("r", (1,)),)),
-    Outputs((RequestUpdate("r", (1,), "", (TokenLogprobs(1, -0.5, (1, 2), (-0.5, -1.0)),)),)),
+    Outputs(3, (RequestUpdate("r", (1,)),)),
+    Outputs(3, (RequestUpdate("r", (1,), "", (TokenLogprobs(1, -0.5, (1, 2), (-0.5, -1.0)),)),)),
 ]
 
 
@@ -87,8 +87,8 @@ def submit(**changes):
         (msgpack.packb(["Unheard", 1]), "unknown message 'Unheard'"),
         (msgpack.packb(["Shutdown"]), "Shutdown has 1 fields"),
         (msgpack.packb(["Shutdown", 3]), "expected str, got int"),
-        (msgpack.packb(["ClientHello", True]), "expected int, got bool"),
-        (msgpack.packb(["Outputs", [["r", 3, "", [], None, 0]]]), "expected an array"),
+        (msgpack.packb(["ClientHello", True, "c"]), "expected int, got bool"),
+        (msgpack.packb(["Outputs", 0, [["r", 3, "", [], None, 0]]]), "expected an array"),
         (submit(max_tokens=0), "max_tokens is 0"),
         (submit(temperature=float("nan")), "temperature is nan"),
         (submit(logit_bias={"5": 1.0}), "expected a map with int keys"),

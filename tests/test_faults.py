@@ -216,17 +216,38 @@ async def test_no_orphan_outlives_the_process_that_embeds_the_engine(checkpoint,
     await until(all_gone, 20)
 
 
-async def test_a_worker_that_dies_again_and_again_ends_the_instance_with_a_sentence(checkpoint, monkeypatch):
-    monkeypatch.setattr("msi.instance.RESTARTS_ALLOWED", 1)
-    async with local(checkpoint, attention=1, expert=1) as engine:
+async def test_a_worker_that_is_killed_again_and_again_is_started_again_and_the_others_live(checkpoint):
+    """Its fourth death ended the whole instance."""
+    async with local(checkpoint, attention=1) as engine:
+        others = {name: pid for name, pid in engine.pids.items() if name != "expert-0"}
+        for _ in range(4):
+            pid = engine.pids["expert-0"]
+            os.kill(pid, signal.SIGKILL)
+            await serves_again(engine, pid, "expert-0")
+        assert {name: pid for name, pid in engine.pids.items() if name != "expert-0"} == others
+
+
+async def test_a_worker_that_is_killed_at_any_moment_of_its_start_is_replaced(checkpoint):
+    """The next one was refused for the sake of the dead one, and that ended the instance."""
+    async with local(checkpoint, attention=1) as engine:
         pid = engine.pids["expert-0"]
-        os.kill(pid, signal.SIGKILL)
+        for after_s in (0.0, 0.5, 1.0, 1.5, 2.0):
+            os.kill(pid, signal.SIGKILL)
 
-        async def is_back():
-            return engine.pids["expert-0"] != pid
+            async def is_started(former=pid):
+                return engine.pids["expert-0"] != former
 
-        await until(is_back)
-        os.kill(engine.pids["expert-0"], signal.SIGKILL)
-        error = await asyncio.wait_for(engine.wait_failed(), RETURNS_WITHIN_S)
-        assert "expert-0" in str(error)
-        assert "not started again" in str(error)
+            await until(is_started)
+            pid = engine.pids["expert-0"]
+            await asyncio.sleep(after_s)
+        await serves_again(engine, 0, "expert-0")
+
+
+async def test_the_end_of_a_local_attention_worker_is_told_by_whoever_sees_it(checkpoint):
+    """It took 2.2 to 6 s, until somebody missed its heartbeats. tools/bench_losses.py measures how long it takes."""
+    async with local(checkpoint) as engine:
+        tasks = await running_requests(engine, 4)
+        os.kill(engine.pids["attention-1"], signal.SIGKILL)
+        lost = [message for message, _ in await asyncio.gather(*tasks) if message != "done"]
+        assert lost
+        assert all("attention-1 was lost: it was killed by signal 9" in message for message in lost), lost

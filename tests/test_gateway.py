@@ -15,6 +15,7 @@ from msi.server.gateway import MAX_BODY_BYTES, Gateway
 from tests.conftest import TEXT
 from tests.test_engine import collect, idle
 
+JSON = {"Content-Type": "application/json"}
 GREEDY = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
 
 
@@ -34,7 +35,7 @@ async def served(tiny_model):
 
 async def post(served, body, **options):
     _, url, session = served
-    options = {"json": body, **options} if body is not None else options
+    options = {"json": body, **options} if body is not None else {"headers": JSON, **options}
     async with session.post(f"{url}/v1/completions", **options) as response:
         return response.status, await response.json()
 
@@ -159,7 +160,7 @@ async def test_another_model_is_not_found(served):
 
 async def test_a_bad_request_that_wanted_a_stream_is_an_http_error_too(served):
     status, body = await post(served, {"prompt": [1] * 600, "stream": True})
-    assert (status, "maximum context length" in body["error"]["message"]) == (400, True)
+    assert (status, body["error"]["code"], body["error"]["param"]) == (400, "context_length_exceeded", "prompt")
 
 
 async def test_an_oversized_body_is_refused(served):

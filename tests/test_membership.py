@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from msi.membership import NO_STATUS, Cluster, InstancePlan, Lost, Send
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msi.members import NO_STATUS, InstancePlan, Lost, Send
+from msi.membership import STUCK_AFTER_S, Cluster
 from msi.messages import (
     PROTOCOL_VERSION,
     Assignment,
@@ -15,21 +20,27 @@ from msi.messages import (
     HeartbeatAck,
     HelloAgain,
     Linked,
+    PassDone,
     PeerLost,
+    Pulse,
     Refused,
     Topology,
     Undecided,
     UseLanes,
+    WorkerBelief,
+    WorkerFailed,
     WorkerHello,
     WorkerReady,
 )
 from msi.placement import place_evenly
 
 PLAN = InstancePlan("token", 1, 2, False, place_evenly(8, 2), 4, 512, 1024, 64, 512)
+CHOICE = "waiting for other workers: the role that they leave is this one's"
 HELLO = WorkerHello(PROTOCOL_VERSION, "", "expert", 100, "here", "print", "float32")
 
 
 def hello(cluster, route, now=0.0, **changes):
+    """The answer to it."""
     (instruction,) = cluster.hello(route, replace(HELLO, **changes), now)
     assert isinstance(instruction, Send)
     assert instruction.route == route
@@ -48,7 +59,10 @@ def formed(plan=PLAN):
 
 
 def beat(cluster, route, worker_id, now, incarnation=0):
-    return cluster.heartbeat(route, Heartbeat(worker_id, incarnation, NO_STATUS), now)
+    member = cluster._members[worker_id]
+    ready = None if member.state == "loading" else WorkerReady(worker_id, incarnation, member.address, 100)
+    belief = WorkerBelief(0, ready, member.is_linked, cluster.num_lanes)
+    return cluster.heartbeat(route, Heartbeat(worker_id, incarnation, NO_STATUS, belief), now)
 
 
 def test_places_are_given_in_order_and_then_refused():
@@ -58,10 +72,15 @@ def test_places_are_given_in_order_and_then_refused():
         ("expert-0", "expert", 0, 0),
         ("expert-1", "expert", 1, 0),
     ]
-    assert hello(cluster, b"3") == Refused("all 2 expert workers of this instance are there already")
     chosen = hello(cluster, b"4", role="worker")
     assert (chosen.worker_id, chosen.role) == ("attention-0", "attention")
-    assert hello(cluster, b"5", role="worker") == Refused("all 3 workers of this instance are there already")
+    for route, role in ((b"3", "expert"), (b"5", "worker")):
+        assert isinstance(hello(cluster, route, 0.1, role=role), Undecided), "one of them may be dead"
+    for route, worker_id in ((b"1", "expert-0"), (b"2", "expert-1")):
+        beat(cluster, route, worker_id, 1.0)
+    assert cluster.tick(1.0) == [Send(b"3", Refused("all 2 expert workers of this instance are there already"))]
+    beat(cluster, b"4", "attention-0", 1.1)
+    assert cluster.tick(1.2) == [Send(b"5", Refused("all 3 workers of this instance are there already"))]
 
 
 def test_who_asks_again_before_the_answer_came_gets_the_same_answer():
@@ -80,7 +99,7 @@ def say(cluster, route, role, now=0.0, **changes):
 
 def test_a_worker_for_any_role_takes_none_from_those_who_want_a_certain_one():
     cluster = Cluster(replace(PLAN, num_expert=1, placement=place_evenly(8, 1)), 0.0)
-    assert say(cluster, b"any", "worker") == [Send(b"any", Undecided())]
+    assert say(cluster, b"any", "worker") == [Send(b"any", Undecided(CHOICE))]
     assert cluster.sentence(3.0) == "waiting for attention worker 1 of 1 (2 missing, 1 for any role here), 3 s"
     assert roles_given(say(cluster, b"e0", "expert", worker_id="expert-0")) == {b"e0": "expert", b"any": "attention"}
     assert cluster.routes == [b"any", b"e0"]
@@ -96,10 +115,9 @@ def test_who_wants_a_certain_role_and_comes_first_leaves_the_others():
 def test_workers_for_any_role_are_shared_out_when_the_last_one_is_there():
     cluster = Cluster(PLAN, 0.0)
     for route in (b"1", b"2", b"1"):
-        assert say(cluster, route, "worker") == [Send(route, Undecided())]
+        assert say(cluster, route, "worker") == [Send(route, Undecided(CHOICE))]
     assert cluster.routes == [b"1", b"2"]
     assert roles_given(say(cluster, b"3", "worker")) == {b"1": "expert", b"2": "expert", b"3": "attention"}
-    assert "all 3 workers of this instance are there already" in hello(cluster, b"4", role="worker").reason
 
 
 def test_an_undecided_worker_counts_once_and_only_while_it_is_heard_of():
@@ -124,15 +142,15 @@ def test_an_undecided_worker_whose_model_differs_is_refused_in_the_end():
 def test_a_worker_for_any_role_that_had_one_gets_it_at_once():
     cluster = Cluster(PLAN, 0.0)
     assert roles_given(say(cluster, b"1", "worker", worker_id="attention-0")) == {b"1": "attention"}
-    cluster.worker_failed("attention-0", "gone")
+    cluster.worker_failed(b"1", WorkerFailed("attention-0", 0, "gone"))
     assert roles_given(say(cluster, b"2", "worker", worker_id="attention-0")) == {b"2": "attention"}
 
 
 def test_once_the_instance_has_served_whoever_comes_fills_a_place_at_once():
     cluster = formed()
     cluster.tick(0.0)
-    for worker_id in ("expert-1", "attention-0"):
-        cluster.worker_failed(worker_id, "gone")
+    for route, worker_id in ((b"e1", "expert-1"), (b"a0", "attention-0")):
+        cluster.worker_failed(route, WorkerFailed(worker_id, 0, "gone"))
     assert roles_given(say(cluster, b"any", "worker")) == {b"any": "expert"}
 
 
@@ -144,8 +162,47 @@ def test_a_default_id_says_its_place():
 
 def test_a_live_id_refuses_a_second():
     cluster = formed()
-    refused = hello(cluster, b"x", worker_id="expert-1", pid=7)
-    assert "expert-1 is live already (pid 100 on here)" in refused.reason
+    before = cluster.stats()
+    assert hello(cluster, b"x", worker_id="expert-1", pid=7) == Undecided("waiting for a sign of life of expert-1")
+    beat(cluster, b"e1", "expert-1", 0.1)
+    assert cluster.tick(0.2) == [], "that may have lain here since before the second asked"
+    beat(cluster, b"e1", "expert-1", 1.0)
+    (refused,) = cluster.tick(1.0)
+    assert refused.route == b"x"
+    assert "expert-1 is live already (pid 100 on here)" in refused.message.reason
+    assert cluster.worker_failed(b"x", WorkerFailed("expert-1", 0, "refused")) == [], "its farewell is its own"
+    assert cluster.stats() == before
+
+
+def test_a_second_of_an_id_takes_the_place_of_a_first_that_nobody_knew_to_be_dead():
+    """It was refused for a process that was gone, and so ended the instance."""
+    cluster = Cluster(PLAN, 0.0)
+    hello(cluster, b"e0", worker_id="expert-0")
+    assert isinstance(hello(cluster, b"x", 1.0, worker_id="expert-0", pid=7), Undecided)
+    assert isinstance(hello(cluster, b"x", 6.0, worker_id="expert-0", pid=7), Undecided), "it asks again"
+    out, given = cluster.tick(15.5)
+    assert isinstance(out.message, HelloAgain)
+    assert (given.route, given.message.worker_id, given.message.incarnation) == (b"x", "expert-0", 1)
+
+
+def test_what_the_launcher_saw_end_is_lost_at_once_and_its_place_is_free():
+    for state in ("loading", "ready"):
+        cluster = formed() if state == "ready" else Cluster(PLAN, 0.0)
+        if state == "loading":
+            hello(cluster, b"e1", worker_id="expert-1")
+        assert isinstance(hello(cluster, b"x", worker_id="expert-1", pid=7), Undecided)
+        instructions = cluster.worker_exited("expert-1", 100, "it was killed by signal 9", 0.5)
+        assert roles_given(instructions) == {b"x": "expert"}
+        assert "killed by signal 9" in cluster._members["expert-1"].reason or instructions[-1].message.incarnation == 1
+        assert cluster.worker_exited("expert-1", 100, "it was killed by signal 9", 0.6) == [], "that one is not the new"
+
+
+def test_what_a_dead_process_said_before_is_not_heard_any_more():
+    cluster = Cluster(PLAN, 0.0)
+    assert cluster.worker_exited("expert-0", 100, "it ended with status 1", 0.0) == []
+    assert say(cluster, b"e0", "expert", 0.1, worker_id="expert-0") == []
+    cluster.tick(60.0)
+    assert roles_given(say(cluster, b"e0", "expert", 60.1)) == {b"e0": "expert"}, "numbers of processes come again"
 
 
 def test_a_worker_whose_connection_broke_begins_a_new_life_under_its_own_id():
@@ -156,7 +213,7 @@ def test_a_worker_whose_connection_broke_begins_a_new_life_under_its_own_id():
     assert (again.route, again.message.worker_id, again.message.incarnation) == (b"2", "expert-0", 1)
     assert first.incarnation == 0
     assert "began a new life" in instructions[0].message.reason
-    assert "is live already" in hello(cluster, b"3", worker_id="expert-0", process="q").reason
+    assert isinstance(hello(cluster, b"3", 2.0, worker_id="expert-0", process="q"), Undecided)
 
 
 def test_a_hello_asked_twice_before_the_answer_came_is_one_life():
@@ -193,7 +250,7 @@ def test_it_serves_once_linked_and_told_its_lanes_and_is_told_once():
 def test_a_silent_expert_worker_is_lost_fenced_and_comes_back_as_its_next_incarnation():
     cluster = formed()
     for route, name in ((b"a0", "attention-0"), (b"e0", "expert-0")):
-        assert beat(cluster, route, name, 3.0) == [Send(route, HeartbeatAck())]
+        assert beat(cluster, route, name, 3.0)[-1] == Send(route, HeartbeatAck(1))
     out, topology = cluster.tick(3.5)
     assert isinstance(out.message, HelloAgain)
     assert [expert.worker_id for expert in topology.message.experts] == ["expert-0"]
@@ -202,8 +259,9 @@ def test_a_silent_expert_worker_is_lost_fenced_and_comes_back_as_its_next_incarn
     assert isinstance(again.message, HelloAgain)
     back = hello(cluster, b"e1", worker_id="expert-1")
     assert (back.index, back.incarnation) == (1, 1)
-    assert beat(cluster, b"e1", "expert-1", 3.7)[0].message != HeartbeatAck(), "the old life's heartbeats count no more"
-    assert beat(cluster, b"e1", "expert-1", 3.7, incarnation=1) == [Send(b"e1", HeartbeatAck())]
+    (again,) = beat(cluster, b"e1", "expert-1", 3.7)
+    assert isinstance(again.message, HelloAgain), "the old life's heartbeats count no more"
+    assert beat(cluster, b"e1", "expert-1", 3.7, incarnation=1) == [Send(b"e1", HeartbeatAck(1))]
 
 
 def test_a_lost_attention_worker_loses_its_requests_and_frees_its_seats():
@@ -266,7 +324,7 @@ def test_it_gives_up_with_the_same_sentence():
 def test_a_worker_that_cannot_load_ends_the_start():
     cluster = Cluster(PLAN, 0.0)
     hello(cluster, b"e0")
-    cluster.worker_failed("expert-0", "model.norm.weight is missing")
+    cluster.worker_failed(b"e0", WorkerFailed("expert-0", 0, "model.norm.weight is missing"))
     assert cluster.failure == "model.norm.weight is missing"
 
 
@@ -287,3 +345,140 @@ def test_colocated_has_one_worker_and_no_expert_workers():
     assert isinstance(given, Assignment)
     (send,) = cluster.ready(b"a0", WorkerReady("attention-0", 0, "inproc://0", 100))
     assert [expert.address for expert in send.message.experts] == ["inproc://0"]
+
+
+# -- whose lateness it is --------------------------------------------------------------------------------------------
+
+
+def live(cluster):
+    return {worker.worker_id for worker in cluster.stats() if worker.state != "lost"}
+
+
+@pytest.mark.parametrize("stopped_s", [2.5, 4.5, 6.0, 600.0])
+def test_a_coordinator_that_stood_still_takes_its_own_absence_for_nobodys(stopped_s):
+    cluster = formed()
+    for now in (0.25, 0.5):
+        cluster.tick(now)
+    woken_at = 0.75 + stopped_s
+    assert cluster.tick(woken_at, late_s=stopped_s) == []
+    assert live(cluster) == {"attention-0", "expert-0", "expert-1"}
+    beat(cluster, b"a0", "attention-0", woken_at + 1)
+    out = [one for step in range(1, 14) for one in cluster.tick(woken_at + step * 0.25)]
+    assert live(cluster) == {"attention-0"}, "who is silent from then on is lost as ever"
+    assert {one.message.reason for one in out if isinstance(one.message, HelloAgain)} == {
+        "the coordinator gave it up: no sign of life for 3.2 s"
+    }
+
+
+def test_workers_that_are_awaited_get_the_lateness_too():
+    cluster = Cluster(replace(PLAN, start_timeout_s=5.0), 0.0)
+    say(cluster, b"any", "worker")
+    cluster.tick(304.0, late_s=300.0)
+    assert cluster.failure == ""
+    assert cluster.routes == [b"any"]
+    cluster.tick(306.0)
+    assert "gave up after 5 s" in cluster.failure
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 20.0), st.booleans()), max_size=60), st.integers(0, 2))
+def test_nobody_who_speaks_every_second_of_our_own_time_is_ever_lost(ticks, silent):
+    """Whatever the delays: they pass for the coordinator, not for the others, and who is silent is lost in the end."""
+    cluster, now = formed(), 0.0
+    members = [(b"a0", "attention-0"), (b"e0", "expert-0"), (b"e1", "expert-1")]
+    for index, (late_s, _) in enumerate([*ticks, *[(0.0, True)] * 20]):
+        now += 0.25 + late_s
+        cluster.tick(now, late_s)
+        if index % 4 == 3:
+            for at, (route, worker_id) in enumerate(members):
+                if at != silent:
+                    beat(cluster, route, worker_id, now)
+    assert live(cluster) == {worker_id for at, (_, worker_id) in enumerate(members) if at != silent}
+
+
+# -- signs of life from a busy process -------------------------------------------------------------------------------
+
+
+def with_process():
+    cluster = Cluster(PLAN, 0.0)
+    hello(cluster, b"e0", worker_id="expert-0", process="secret")
+    return cluster
+
+
+def test_a_pulse_keeps_a_worker_whose_loop_is_busy():
+    cluster = with_process()
+    for second in range(1, 60):
+        cluster.pulse(Pulse("expert-0", 0, "secret", min(29.0, second)), second)
+        cluster.tick(second)
+    assert live(cluster) == {"expert-0"}
+
+
+@pytest.mark.parametrize(
+    "pulse",
+    [
+        Pulse("expert-0", 0, "guess", 0.0),
+        Pulse("expert-0", 0, "", 0.0),
+        Pulse("expert-0", 1, "secret", 0.0),
+        Pulse("expert-1", 0, "secret", 0.0),
+        Pulse("expert-0", 0, "guess", 1e9),
+    ],
+    ids=repr,
+)
+def test_a_pulse_that_does_not_prove_whose_it_is_counts_for_nobody(pulse):
+    cluster = with_process()
+    for second in range(1, 16):
+        assert cluster.pulse(pulse, second) == []
+    cluster.tick(15.5)
+    assert live(cluster) == set()
+
+
+def test_without_a_secret_no_pulse_counts():
+    cluster = Cluster(PLAN, 0.0)
+    hello(cluster, b"e0", worker_id="expert-0")
+    cluster.pulse(Pulse("expert-0", 0, "", 0.0), 15.0)
+    cluster.tick(15.5)
+    assert live(cluster) == set()
+
+
+def test_a_loop_that_stands_for_long_is_given_up_though_its_process_lives():
+    cluster = with_process()
+    (out, *_) = cluster.pulse(Pulse("expert-0", 0, "secret", STUCK_AFTER_S + 1), 31.0)
+    assert "its loop has been standing still for 31 s" in out.message.reason
+    assert live(cluster) == set()
+
+
+# -- what was lost on its way ----------------------------------------------------------------------------------------
+
+
+def test_what_a_worker_turns_out_not_to_know_is_said_again():
+    cluster = formed()
+
+    def answers(**belief):
+        ready = WorkerReady("attention-0", 0, "", 100)
+        heartbeat = Heartbeat("attention-0", 0, NO_STATUS, WorkerBelief(0, ready, **belief))
+        return [one.message for one in cluster.heartbeat(b"a0", heartbeat, 1.0)][:-1]
+
+    assert answers(is_linked=True, num_lanes=3) == []
+    assert answers(is_linked=True, num_lanes=0) == [UseLanes(3)]
+    (topology,) = answers(is_linked=False, num_lanes=3)
+    assert [expert.worker_id for expert in topology.experts] == ["expert-0", "expert-1"]
+    assert not cluster.serving, "it is not connected, whatever became of the message that said so"
+    assert answers(is_linked=True, num_lanes=3) == []
+    assert list(cluster.serving) == ["attention-0"]
+
+
+def test_a_ready_worker_whose_word_was_lost_is_ready_by_its_heartbeat():
+    cluster = Cluster(PLAN, 0.0)
+    hello(cluster, b"e0", worker_id="expert-0")
+    ready = WorkerReady("expert-0", 0, "shm://e0", 0)
+    cluster.heartbeat(b"e0", Heartbeat("expert-0", 0, NO_STATUS, WorkerBelief(ready=ready)), 1.0)
+    assert [worker.state for worker in cluster.stats()] == ["ready"]
+
+
+def test_tokens_that_miss_others_before_them_end_the_life_that_lost_them():
+    cluster = formed()
+    assert cluster.passed(b"a0", PassDone("attention-0", 0, 0, ())) == []
+    assert cluster.passed(b"x", PassDone("attention-0", 0, 1, ())) is None
+    assert cluster.passed(b"a0", PassDone("attention-0", 1, 1, ())) is None
+    assert cluster.passed(b"a0", PassDone("attention-0", 0, 1, ())) == []
+    _, lost, *_ = cluster.passed(b"a0", PassDone("attention-0", 0, 3, ()))
+    assert lost == Lost("attention-0", "tokens of its were lost on the way")

@@ -328,7 +328,11 @@ def logits_of(path, prompt, dtype):
                 experts.gate_up[layer], experts.down[layer],
             )  # fmt: skip
             half._answers[0, 0, :rows] = combined
-        return half._logits(half._combined(0))[0]
+            if config.shared_intermediate_size is not None:
+                half._shared_experts(0, layer)
+        state = half._combined(0)
+        half._dense_layers(state, config.num_sparse_layers)
+        return half._logits(state)[0]
 
 
 def test_bf16_logits_are_as_close_to_float32_as_transformers_bf16(tmp_path):

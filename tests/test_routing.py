@@ -157,3 +157,49 @@ def test_what_ends_frees_its_share():
     router.fail(["large"], Failure("request_failed", "x"))
     router.add(request("next"), b"c", 0.0)
     assert router.route({"a": 100, "b": 90})[0][0] == "a"
+
+
+def test_a_request_counts_for_no_more_than_a_sequence_can_come_to_hold():
+    """One that asked for 70000 tokens at a context of 1024 made its worker count as full: 64 : 0 instead of 32 : 32."""
+    router = Router(max_model_len=1024)
+    for index in range(64):
+        router.add(request(f"r{index}", max_tokens=70_000 if index == 0 else 10), b"c", 0.0)
+    given = [worker for worker, _ in router.route({"a": 65536, "b": 65536})]
+    assert abs(given.count("a") - given.count("b")) <= 2
+    assert router.load(given[0]).num_tokens <= 1024 + 40 * 20
+
+
+def test_what_waits_here_counts_as_waiting():
+    router = Router(max_num_seqs=2, max_waiting=3)
+    refused = [router.add(request(f"r{index}"), b"c", 0.0) is not None for index in range(5)]
+    assert refused == [False] * 3 + [True] * 2, "no worker yet"
+    router.route({"a": 10_000})
+    refused = [router.add(request(f"s{index}"), b"c", 0.0) for index in range(4)]
+    assert [one is not None for one in refused] == [False, False, True, True], "two run, three wait"
+    assert refused[-1].failure.kind == "unavailable"
+    router.progress("a", [Progress("r0", (1,), "stop")])
+    assert router.add(request("t"), b"c", 0.0) is None
+
+
+def test_a_request_that_never_came_to_its_worker_ends_and_one_that_nobody_wants_is_cancelled_again():
+    router = Router()
+    for name in ("r", "s"):
+        router.add(request(name), b"c", 0.0)
+    router.route({"a": 1000}, {"a": 7})
+    router.add(request("t"), b"c", 0.0)
+    router.route({"a": 1000}, {"a": 8})
+    found = router.reconcile("a", ["r", "ghost"], acked=7)
+    assert (found.unknown_here, found.updates) == (["ghost"], {}), "the answer that came last was sent before"
+    found = router.reconcile("a", ["r", "ghost"], acked=8)
+    (update,) = found.updates[b"c"]
+    assert (update.request_id, update.failure.kind) == ("s", "request_failed")
+    assert "attention worker a" in update.failure.message
+    assert len(router) == 2
+
+
+def test_a_worker_fails_no_requests_but_its_own():
+    router = Router()
+    router.add(request("r"), b"c", 0.0)
+    router.route({"a": 1000})
+    assert router.fail(["r"], Failure("request_failed", "x"), "b") == {}
+    assert len(router.fail(["r"], Failure("request_failed", "x"), "a")) == 1

@@ -352,7 +352,7 @@ def _schedule(assignment: Assignment, num_seqs: int, context_len: int, num_passe
         is_decoding = len(micro_batch.logit_rows) == micro_batch.num_tokens == num_seqs
         started = time.perf_counter()
         progress = scheduler.update(0, [1] * len(micro_batch.logit_rows))
-        codec.encode(PassDone(assignment.worker_id, 0, tuple(progress)))
+        codec.encode(PassDone(assignment.worker_id, 0, 0, tuple(progress)))
         micro_batch = scheduler.plan(0)
         if is_decoding:
             times.append(time.perf_counter() - started)

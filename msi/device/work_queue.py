@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,8 +11,12 @@ from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import TypeVar
 
+from msi.complaints import Complaints
+from msi.errors import one_line
 from msi.meter import StageMeter
 from msi.tracing import Tracer
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _Item = tuple[Callable[[], None], Callable[[Exception], None], StageMeter, str, int]
@@ -35,6 +40,7 @@ class WorkQueue:
         self._done = done
         self._items: SimpleQueue[_Item | None] = SimpleQueue()
         self._is_open = True
+        self._complaints = Complaints(log)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -50,18 +56,44 @@ class WorkQueue:
         self._thread.join()
 
     def _run(self) -> None:
-        with self._context():
+        try:
+            with self._context():
+                while (item := self._items.get()) is not None:
+                    if self._is_open:
+                        self._do(*item)
+        except BaseException as error:  # there is no device: all work fails, rather than waits for ever
+            self._complaints.say(error, f"{self._thread.name} cannot work")
             while (item := self._items.get()) is not None:
-                if not self._is_open:
-                    continue
-                work, failed, meter, name, lane = item
-                started = time.monotonic()
-                try:
-                    work()
-                except Exception as error:
-                    failed(error)
-                    continue
-                self._done(started, time.monotonic(), meter, name, lane)
+                self._tell(item[1], error)
+
+    def _do(
+        self, work: Callable[[], None], failed: Callable[[Exception], None], meter: StageMeter, name: str, lane: int
+    ) -> None:
+        started = time.monotonic()
+        try:
+            work()
+        except BaseException as error:
+            self._tell(failed, error)
+            return
+        try:
+            self._done(started, time.monotonic(), meter, name, lane)
+        except Exception as error:
+            self._complaints.say(error, "a stage could not be counted")
+
+    def _tell(self, failed: Callable[[Exception], None], error: BaseException) -> None:
+        try:
+            failed(_awaitable(error))
+        except Exception as second:
+            self._complaints.say(second, "failed work could not be reported")
+
+
+def _awaitable(error: BaseException) -> Exception:
+    """As it is, unless an await would take it for its own end, its cancellation or that of the process."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    wrapped = RuntimeError(one_line(error))
+    wrapped.__cause__ = error
+    return wrapped
 
 
 class QueuedDevice:

@@ -56,6 +56,7 @@ class _LaneState:
     groups: list[SequenceGroup]
     sent: list[tuple[int, Tensor | None, int]] = field(default_factory=list)  # (node, token_index, count)
     normed: Tensor | None = None  # what a shared expert is still to see
+    error: Exception | None = None  # of a computation whose turn may have been over before
 
 
 class AttentionHalf:
@@ -134,8 +135,14 @@ class AttentionHalf:
 
         self._device.enqueue(work, turn.fail, self.meter, "attention", lane)
         if self._has_shared:
+
+            def failed(error: Exception) -> None:
+                if (state := self._lanes[lane]) is not None:
+                    state.error = error
+                turn.fail(error)
+
             self._device.enqueue(
-                lambda: self._shared_experts(lane, layer), turn.fail, self.shared_meter, "shared experts", lane
+                lambda: self._shared_experts(lane, layer), failed, self.shared_meter, "shared experts", lane
             )
 
     def combine(self, lane: int, layer: int) -> None:
@@ -233,6 +240,8 @@ class AttentionHalf:
         """The lane's state, with what the expert nodes sent back added to the residual stream."""
         state = self._lanes[lane]
         assert state is not None, f"lane {lane} has not begun"
+        if state.error is not None:
+            raise state.error
         for node, token_index, count in state.sent:
             rows = self._upload(self._answers[node, lane, :count])
             if token_index is None:

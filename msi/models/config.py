@@ -22,6 +22,7 @@ MAX_EXPERTS = 65536
 MIN_NUMBER, MAX_NUMBER = 1e-30, 1e30  # float32 arithmetic on these is finite
 MIN_ROPE_THETA = 1.01  # yarn divides by its logarithm
 ROPE_FACTORS = (1e-3, 1e6)
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +161,13 @@ class ConfigReader:
             raise self.refusal(key, value, f"must be an integer from {at_least} to {at_most}")
         return value
 
-    def first_integer(self, *keys: str, at_most: int = MAX_INTEGER) -> int:
-        """By the first of these names that is there."""
-        return self.integer(next((key for key in keys if self.values.get(key) is not None), keys[0]), at_most=at_most)
+    def first_integer(self, *keys: str, default: int | None = None, at_most: int = MAX_INTEGER) -> int:
+        """By whichever of these names is there."""
+        there = [key for key in keys if self.values.get(key) is not None]
+        if len({self.integer(key, at_most=at_most) for key in there}) > 1:
+            values = " and ".join(f"{key} is {shown(self.values[key])}" for key in there)
+            raise ConfigError(f"{self.source}: {values}, which mean the same; remove the one not meant")
+        return self.integer(there[0] if there else keys[0], default=default, at_most=at_most)
 
     def optional_integer(self, key: str, default: int | None = None) -> int | None:
         """`default` where it is absent, none where it is null."""
@@ -242,6 +247,9 @@ def read_rope(reader: ConfigReader, default_theta: float, max_position_embedding
     rope.require("partial_rotary_factor", None, 1)
     theta = rope.number("rope_theta", default_theta, MIN_ROPE_THETA)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        supported = ", ".join(repr(known) for known in ROPE_KINDS)
+        raise ConfigError(f"{reader.source}: rope_type {shown(kind)} is not supported; supported: {supported}")
     if kind == "default":
         return Rope(theta)
     factor = ConfigReader(parameters, f"{reader.source}: {kind} rope").required_number("factor", *ROPE_FACTORS)
@@ -255,21 +263,17 @@ def read_rope(reader: ConfigReader, default_theta: float, max_position_embedding
         if low >= high:
             raise ConfigError(f"{reader.source}: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
         return Rope(theta, "llama3", factor, original_len, low_freq_factor=low, high_freq_factor=high)
-    if kind == "yarn":
-        scale = rope.optional_number("attention_factor", *ROPE_FACTORS)
-        scales = [rope.optional_number(key, *ROPE_FACTORS) for key in ("mscale", "mscale_all_dim")]
-        return Rope(
-            theta,
-            "yarn",
-            factor,
-            original_len,
-            beta_fast=rope.optional_number("beta_fast", *ROPE_FACTORS) or 32.0,
-            beta_slow=rope.optional_number("beta_slow", *ROPE_FACTORS) or 1.0,
-            truncate=rope.flag("truncate", True),
-            scale=_yarn_scale(factor, scales) if scale is None else scale,
-        )
-    raise ConfigError(
-        f"{reader.source}: rope_type {shown(kind)} is not supported; supported: 'default', 'linear', 'llama3', 'yarn'"
+    scale = rope.optional_number("attention_factor", *ROPE_FACTORS)
+    scales = [rope.optional_number(key, *ROPE_FACTORS) for key in ("mscale", "mscale_all_dim")]
+    return Rope(
+        theta,
+        "yarn",
+        factor,
+        original_len,
+        beta_fast=rope.optional_number("beta_fast", *ROPE_FACTORS) or 32.0,
+        beta_slow=rope.optional_number("beta_slow", *ROPE_FACTORS) or 1.0,
+        truncate=rope.flag("truncate", True),
+        scale=_yarn_scale(factor, scales) if scale is None else scale,
     )
 
 

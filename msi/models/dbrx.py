@@ -15,9 +15,11 @@ def _parse(reader: ConfigReader) -> ModelConfig:
     ffn.section("ffn_act_fn").require("name", "silu")
     ffn.require("uniform_expert_assignment", False)
     ffn.require("moe_normalize_expert_weights", None, 1)
-    hidden_size, num_heads, vocab_size = (reader.integer(key) for key in ("d_model", "n_heads", "vocab_size"))
-    num_layers = reader.integer("n_layers", at_most=MAX_LAYERS)
-    max_position_embeddings = reader.integer("max_seq_len", default=2048)
+    hidden_size = reader.first_integer("d_model", "hidden_size")
+    num_heads = reader.first_integer("n_heads", "num_attention_heads")
+    num_layers = reader.first_integer("n_layers", "num_hidden_layers", at_most=MAX_LAYERS)
+    max_position_embeddings = reader.first_integer("max_seq_len", "max_position_embeddings", default=2048)
+    vocab_size = reader.integer("vocab_size")
     ends, remarks = reader.token_ids("eos_token_id", vocab_size)
     return ModelConfig(
         architecture="DbrxForCausalLM",

@@ -14,7 +14,7 @@ def _parse(reader: ConfigReader) -> ModelConfig:
         reader,
         "MixtralForCausalLM",
         intermediate_size=reader.integer("intermediate_size"),
-        num_experts=reader.integer("num_local_experts", default=8, at_most=MAX_EXPERTS),
+        num_experts=reader.first_integer("num_local_experts", "num_experts", default=8, at_most=MAX_EXPERTS),
         top_k=reader.integer("num_experts_per_tok", default=2),
         norm_eps=1e-5,
         rope_theta=1e6,

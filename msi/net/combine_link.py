@@ -179,7 +179,7 @@ class CombineLink:
         seat = self._seats[seat_index]
         if seat is None or seat.endpoint is None:
             return
-        text = reason.encode()[: self.answer_layout.slot_bytes - HEADER_BYTES]
+        text = reason.encode(errors="replace")[: self.answer_layout.slot_bytes - HEADER_BYTES]
         at = self._answer_offsets[lane] + HEADER_BYTES
         seat.endpoint.outbox[at : at + len(text)] = text
         self._post(seat_index, Kind.ERROR, lane, seq, len(text), HEADER_BYTES + len(text), 0.0)

@@ -17,6 +17,7 @@ import resource
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,13 +28,14 @@ from zmq.utils.monitor import parse_monitor_message
 from msi.errors import ConfigError, ProtocolError
 from msi.net.codec import Codec
 from msi.net.complaints import Complaints
+from msi.net.pulse import PulseThread
 from msi.net.secret import VARIABLE, Secret
 from msi.net.socket_dir import check_private
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_MS = 1000
-SILENT_MS = 5000
+SILENT_MS = 15_000  # longer than a process may stand still: its connections survive that
 CONNECT_TIMEOUT_MS = 2000
 HANDSHAKE_MS = 5000  # whoever connects has so long to say and prove who it is
 MAX_BEHIND = 16 * 1024  # messages that a peer has not read
@@ -69,6 +71,10 @@ class MessageServer(Protocol):
     async def receive(self) -> tuple[bytes, Any]:
         """The next message and who sent it. Cancellation loses nothing."""
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether messages have come that were not received yet."""
+
     def close(self) -> None: ...
 
 
@@ -85,6 +91,19 @@ class MessageClient(Protocol):
 
         Raises:
             ConfigError: the coordinator does not take this process.
+        """
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether messages have come that were not received yet."""
+
+    def keep_alive(self, message: Callable[[float], Any], every_s: float) -> None:
+        """Sends a message that often until it is closed, however busy the event loop is; over a connection of its own.
+
+        Under a virtual clock no loop is ever busy, and nothing is sent.
+
+        Args:
+            message: makes it, on another thread; is told how late that thread itself is.
         """
 
     def close(self) -> None: ...
@@ -109,7 +128,7 @@ class _Socket:
         """Raises zmq.ZMQError: there is no room (zmq.Again), or nobody."""
         self.raw.send_multipart(frames, zmq.NOBLOCK)
         if self._waiter is not None:
-            self._look()  # sending may have acknowledged what announced a message
+            self.look()  # sending may have acknowledged what announced a message
 
     def fail(self, sentence: str) -> None:
         """Nothing will come any more."""
@@ -133,20 +152,24 @@ class _Socket:
     async def _readable(self) -> None:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            self._loop.add_reader(self.raw.FD, self._look)
+            self._loop.add_reader(self.raw.FD, self.look)
         assert self._waiter is None, "two tasks receive"
         self._waiter = self._loop.create_future()
         try:
-            self._look()
+            self.look()
             await self._waiter
         finally:
             self._waiter = None
 
-    def _look(self) -> None:
-        """Asking acknowledges the descriptor, whose readiness says that something changed, not that a message came."""
-        has_message = int(self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLIN
+    def look(self) -> bool:
+        """Whether a message has come; wakes whoever waits for one.
+
+        Asking acknowledges the descriptor, whose readiness says that something changed, not that a message came.
+        """
+        has_message = bool(int(self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
         if has_message and self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        return has_message
 
     def close(self) -> None:
         if self._loop is not None:
@@ -167,6 +190,8 @@ def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int, max_bytes: int) ->
     opened.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     opened.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
     opened.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+    opened.setsockopt(zmq.RECONNECT_IVL, 100)
+    opened.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     return opened
 
 
@@ -259,6 +284,10 @@ class ControlServer:
                 return frames[0], self._codec.decode(frames[1])
             except ProtocolError as error:
                 self._complain("not_a_message", f"dropped a message from {_name(frames[0])}: {error}")
+
+    @property
+    def has_unread(self) -> bool:
+        return self._socket.look()
 
     def close(self) -> None:
         self._door.close()
@@ -393,8 +422,7 @@ class ControlClient:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         raw = _open(self._context, zmq.DEALER, codec.max_bytes)
         self._socket = _Socket(raw)
-        raw.setsockopt(zmq.RECONNECT_IVL, 100)
-        raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._pulse: PulseThread | None = None
         self._events: _Socket | None = None
         self._watching: asyncio.Task[None] | None = None
         try:
@@ -402,9 +430,7 @@ class ControlClient:
                 raise zmq.ZMQError(zmq.EINVAL)
             if address.startswith("ipc://"):
                 check_private(Path(address.removeprefix("ipc://")))
-            if secret is not None and address.startswith("tcp://"):
-                raw.curve_serverkey = _curve_pair(secret, "server")[0]
-                raw.curve_publickey, raw.curve_secretkey = _curve_pair(secret, "client")
+            self._prove(raw)
             self._events = _Socket(raw.get_monitor_socket(ON_THE_WAY))
             raw.connect(address)
         except zmq.ZMQError as error:
@@ -457,6 +483,25 @@ class ControlClient:
                 self._socket.fail(self._why_refused())
                 return
 
+    def _prove(self, raw: zmq.Socket[bytes]) -> None:
+        if self._secret is not None and self._address.startswith("tcp://"):
+            raw.curve_serverkey = _curve_pair(self._secret, "server")[0]
+            raw.curve_publickey, raw.curve_secretkey = _curve_pair(self._secret, "client")
+
+    @property
+    def has_unread(self) -> bool:
+        return self._socket.look()
+
+    def keep_alive(self, message: Callable[[float], Any], every_s: float) -> None:
+        if self._pulse is not None:
+            self._pulse.stop()
+        raw = _open(self._context, zmq.DEALER, self._codec.max_bytes)
+        raw.setsockopt(zmq.LINGER, 0)
+        raw.setsockopt(zmq.IMMEDIATE, 1)  # none is kept for later: an old sign of life is none
+        self._prove(raw)
+        raw.connect(self._address)
+        self._pulse = PulseThread(raw, lambda late_s: self._codec.encode(message(late_s)), every_s)
+
     def _connect_again(self) -> None:
         if not self._socket.raw.closed:
             with contextlib.suppress(zmq.ZMQError):
@@ -480,6 +525,8 @@ class ControlClient:
         """What was sent is given half a second to leave."""
         if self._watching is not None:
             self._watching.cancel()
+        if self._pulse is not None:
+            self._pulse.stop()
         if self._events is not None:
             self._socket.raw.disable_monitor()
             self._events.close()

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from msi.errors import ProtocolError, TransportError
+from msi.errors import BatchRefused, ProtocolError, TransportError
 from msi.meter import StageMeter
 from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_welcome
 from msi.net.slots import HEADER, HEADER_BYTES, INCARNATION_MASK, MAGIC, SEQ_MASK, Kind, pack_immediate
@@ -118,6 +118,7 @@ class DispatchLink:
         self._gone: dict[int, tuple[str, str]] = {}  # worker id and reason of the one lost last, by node
         self._turns: list[Turn | None] = [None] * hello.num_lanes
         self._next_seqs = list(hello.next_seqs)
+        self._posted_seqs = [seq - 1 for seq in hello.next_seqs]  # the last that any node may have seen
         self._complete = asyncio.Event()
         self._report_loss = report_loss
         self._timeout_s = timeout_s
@@ -199,6 +200,9 @@ class DispatchLink:
         Raises:
             TransportError: a node was lost; `peer` names it. Cancelling, too, leaves the lane's slots in use until
                 `skip_to`.
+            BatchRefused: a node is there, but has no answer to this turn.
+            TimeoutError: the turn was not posted in time.
+            Exception: what `Turn.fail` was given.
         """
         if not self._is_watching:
             self._is_watching = True
@@ -215,6 +219,7 @@ class DispatchLink:
         with self._posting:
             if turn.is_over:
                 return  # its pass was given up while the rows were computed
+            self._posted_seqs[lane] = seq
             turn.num_rows, turn.posted_at = num_rows, self._clock()
             turn.waiting = sum(1 << node for node, count in enumerate(num_rows) if count)
             empty = pack_immediate(Kind.EMPTY, more, lane, 0, seq, incarnation)
@@ -258,8 +263,14 @@ class DispatchLink:
                 raise self._lost(node)
 
     def skip_to(self, lane: int, multiple: int) -> None:
-        """After a turn that failed: the lane goes on at the next multiple of `multiple`."""
-        self._next_seqs[lane] = -(-self._next_seqs[lane] // multiple) * multiple
+        """After a turn that failed: the lane goes on at the next multiple of `multiple` that nobody has been told of.
+
+        So passes that fail one after the other without a post do not run away from what the nodes have seen.
+        """
+        with self._posting:
+            if (turn := self._turns[lane]) is not None:
+                turn.is_over = True
+            self._next_seqs[lane] = -(-(self._posted_seqs[lane] + 1) // multiple) * multiple
 
     def next_seq(self, lane: int) -> int:
         return self._next_seqs[lane]
@@ -306,7 +317,7 @@ class DispatchLink:
             start = at + HEADER_BYTES
             length = min(num_rows, self.answer_layout.slot_bytes - HEADER_BYTES)
             reason = bytes(self.landing.memory[start : start + length]).decode(errors="replace")
-            _fail(turn, TransportError(peer.welcome.worker_id, reason))
+            _fail(turn, BatchRefused(peer.welcome.worker_id, reason))
         elif kind != Kind.COMBINE or num_rows != turn.num_rows[node]:
             dropped["rows"] += 1
         else:
@@ -333,7 +344,7 @@ class DispatchLink:
             if turn.waiting >> node & 1:
                 self.drop(node, f"no answer for {self._timeout_s:g} s")
         if not turn.done.done():
-            _fail(turn, TransportError("this worker", f"computed nothing to post for {self._timeout_s:g} s"))
+            _fail(turn, TimeoutError(f"nothing was computed for {self._timeout_s:g} s"))
 
 
 def _succeed(turn: Turn) -> None:

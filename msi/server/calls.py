@@ -1,4 +1,4 @@
-"""JSON values in, the engine's outputs out: what all ways in (HTTP, WebSocket) have in common. Knows no HTTP."""
+"""Bodies in, the engine's outputs out: what all ways in (HTTP, WebSocket) have in common. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from msi.engine import Engine
-from msi.errors import InvalidRequest, RequestFailed, Unavailable, shown
+from msi.errors import EngineError, Failure, InvalidRequest, ModelNotFound, RequestFailed, Unavailable, shown
 from msi.server.answers import Usage, error_object
-from msi.server.chat import ChatAnswer, parse_chat
-from msi.server.chat_template import ChatTemplates
-from msi.server.completions import CompletionAnswer, parse_completion
-from msi.server.fields import Streaming, Values, typed
+from msi.server.chat import ChatAnswer
+from msi.server.completions import CompletionAnswer
+from msi.server.fields import Streaming
 from msi.server.merging import merged
 from msi.server.metrics import Metrics
+from msi.server.prepare import (
+    ANSWERS,
+    CHAT,
+    ENDPOINTS,
+    SETUP,
+    NotUnderstood,
+    Preparation,
+    Prepared,
+    Setup,
+    Understood,
+    tokens_of,
+)
+from msi.server.preparers import Preparers
 from msi.server.request_log import RequestLog
 from msi.types import Output
 
 log = logging.getLogger(__name__)
 
 MAX_NAMES_LOGGED = 100
+SMALL_BYTES = 4096  # of a body: a millisecond or two
 CLIENTS_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
-
-
-class ModelNotFound(InvalidRequest):
-    """The request names a model that is not served here (HTTP 404)."""
 
 
 STATUS_OF = {ModelNotFound: 404, InvalidRequest: 400, Unavailable: 503, RequestFailed: 502}
@@ -41,7 +50,13 @@ def status_of(error: Exception) -> int:
 
 
 def error_of(error: Exception) -> dict[str, Any]:
-    """OpenAI's error object; its code is the HTTP status where there is no word for the error."""
+    """OpenAI's error object; its code is the HTTP status where there is no word for the error.
+
+    What is no error of the engine's is a bug of ours: the log has it, and the client a sentence.
+    """
+    if not isinstance(error, EngineError):
+        log.error("a request failed", exc_info=error)
+        error = EngineError("the server failed at this request; its log says why")
     param, code = getattr(error, "param", ""), getattr(error, "code", "")
     return error_object(str(error), status_of(error), param=param, code=code)
 
@@ -76,11 +91,12 @@ class Call:
 
 
 class Calls:
-    """Understands requests and starts them.
+    """Understands requests and starts them. `close` at the end.
+
+    Small bodies are understood here; the others in processes beside this one (see `msi.server.preparers`).
 
     Args:
         template: a chat template in place of the model's.
-        requests: told of every request.
 
     Raises:
         ConfigError: the chat template is not valid.
@@ -92,78 +108,67 @@ class Calls:
         self._engine = engine
         self._metrics = metrics
         self._requests = requests or RequestLog(is_told=False)
-        sources = {"default": template} if template else engine.chat_templates
-        self._templates = ChatTemplates(sources, engine.special_tokens)
+        setup = Setup(engine.welcome, template)
+        self._preparation = Preparation(setup)
+        self._preparers = Preparers(SETUP.encode(setup))
         self._names_logged: set[str] = set()
+
+    async def start(self) -> None:
+        """Starts the processes, so that the first large request does not wait for one."""
+        await self._preparers.start()
+
+    async def close(self) -> None:
+        await self._preparers.close()
+
+    @property
+    def num_given_up(self) -> int:
+        """Requests that took too much to understand."""
+        return self._preparers.num_given_up
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
         return self._engine.decode(token_ids)
 
-    def completion(self, values: Values, request_id: str = "") -> Call:
+    async def understand(self, endpoint: str, body: bytes, client: object) -> Understood | NotUnderstood:
+        """What a body asks. Cancellation ends the wait for it.
+
+        Args:
+            endpoint: COMPLETION, CHAT or MESSAGE.
+            client: who asks, such as a connection: clients take turns.
+        """
+        asked = await self._understand(endpoint, body, client)
+        if isinstance(asked, NotUnderstood):
+            self._metrics.refused()
+        return asked
+
+    async def _understand(self, endpoint: str, body: bytes, client: object) -> Understood | NotUnderstood:
+        if len(body) <= SMALL_BYTES:
+            return self._preparation.understand(endpoint, body)
+        try:
+            task = bytes([ENDPOINTS.index(endpoint)]) + body
+            answer: Understood | NotUnderstood = ANSWERS.decode(await self._preparers.prepare(client, task))
+        except EngineError as error:
+            return NotUnderstood(Failure.of(error))
+        return answer
+
+    def call(self, asked: Prepared, request_id: str = "") -> Call:
         """Nothing runs before the first output is asked for.
 
         Args:
             request_id: the client's own, "" for none.
-
-        Raises:
-            InvalidRequest: it cannot be understood.
         """
-        self._check_model(values)
-        asked = parse_completion(values, self._engine.sampling_defaults)
         self._log_ignored(asked.ignored)
-        echoes = [
-            "" if not asked.echo else prompt if isinstance(prompt, str) else self._engine.decode(prompt)
-            for prompt in asked.prompts
-        ]
-        answer = CompletionAnswer(
-            f"cmpl-{request_id or uuid.uuid4().hex}", self._engine.model_name, int(time.time()), self._engine.decode,
-            asked.params.n, echoes,
-        )  # fmt: skip
-        prompts = [self._engine.encode(prompt, add_special_tokens=asked.add_special_tokens) for prompt in asked.prompts]
-        outputs = [self._metrics.observed(self._engine.generate(prompt, asked.params)) for prompt in prompts]
-        followed = self._requests.followed(merged(outputs, asked.params.n), answer.request_id, asked.params.n)
+        engine, num_choices = self._engine, asked.params.n
+        request_id = request_id or uuid.uuid4().hex
+        common = (engine.model_name, int(time.time()), engine.decode, num_choices)
+        answer: Answer
+        if asked.endpoint == CHAT:
+            answer = ChatAnswer(f"chatcmpl-{request_id}", *common)
+        else:
+            answer = CompletionAnswer(f"cmpl-{request_id}", *common, [echo.decode() for echo in asked.echoes])
+        outputs = [self._metrics.observed(engine.generate(tokens_of(one), asked.params)) for one in asked.prompts]
+        followed = self._requests.followed(merged(outputs, num_choices), answer.request_id, num_choices)
         return Call(followed, answer, asked.streaming)
-
-    def chat(self, values: Values, request_id: str = "") -> Call:
-        """Nothing runs before the first output is asked for.
-
-        Args:
-            request_id: the client's own, "" for none.
-
-        Raises:
-            InvalidRequest: it cannot be understood.
-        """
-        self._check_model(values)
-        asked = parse_chat(values, max_tokens=self._engine.max_model_len, defaults=self._engine.sampling_defaults)
-        self._log_ignored(asked.ignored)
-        if not self._templates:
-            raise InvalidRequest("this model has no chat template; use /v1/completions, or serve with --chat-template")
-        text = self._templates.choose(has_tools=asked.tools is not None).render(
-            asked.messages,
-            add_generation_prompt=asked.add_generation_prompt,
-            values=asked.template_values,
-            continue_final_message=asked.continue_final_message,
-            tools=asked.tools,
-            documents=asked.documents,
-        )
-        # the template writes special tokens itself
-        prompt = self._engine.encode(text, add_special_tokens=asked.add_special_tokens)
-        answer = ChatAnswer(
-            f"chatcmpl-{request_id or uuid.uuid4().hex}", self._engine.model_name, int(time.time()),
-            self._engine.decode, asked.params.n,
-        )  # fmt: skip
-        outputs = self._metrics.observed(self._engine.generate(prompt, asked.params))
-        followed = self._requests.followed(outputs, answer.request_id, asked.params.n)
-        return Call(followed, answer, asked.streaming)
-
-    def _check_model(self, values: Values) -> None:
-        model = typed(values, "model", str, "")
-        if model and model != self._engine.model_name:
-            raise ModelNotFound(
-                f"model {shown(model)} is not served here; this is {self._engine.model_name!r}",
-                param="model",
-            )
 
     def _log_ignored(self, names: Sequence[str]) -> None:
         """Once per name; of a client that invents names, the first ones."""

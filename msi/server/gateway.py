@@ -1,7 +1,8 @@
 """The gateway: HTTP in front of an engine.
 
 POST /v1/completions and /v1/chat/completions (server-sent events with "stream": true), GET /v1/models, WebSocket
-/v1/stream, GET /health, /ready, /metrics and /version. A client that leaves cancels its requests.
+/v1/stream, GET /health, /ready, /metrics and /version. A client that leaves cancels its requests; every answer that is
+no success is an error in JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import hmac
 import logging
 import os
+import resource
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
@@ -21,21 +23,29 @@ from aiohttp import web
 
 import msi
 from msi.engine import Engine
-from msi.errors import MAX_SHOWN_CHARS, ConfigError, EngineError
+from msi.errors import MAX_SHOWN_CHARS, ConfigError
 from msi.server.answers import error_object
 from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
-from msi.server.fields import parse_object
+from msi.server.door import MAX_CONNECTIONS, Door
 from msi.server.metrics import CONTENT_TYPE_LATEST, Metrics
+from msi.server.origins import Origins
+from msi.server.prepare import CHAT, COMPLETION, NotUnderstood
+from msi.server.refusals import Refused
+from msi.server.request_body import MAX_BODY_BYTES, Bodies, discard
 from msi.server.request_log import LoadLog, RequestLog
-from msi.server.websocket import serve_websocket
+from msi.server.running import Running
+from msi.server.websocket import Sockets
+from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
 
-PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
-MAX_BODY_BYTES = 16 * 1024 * 1024
 RETRY_AFTER_S = 1  # what a client waits that nothing could take now
 ID_HEADER = "X-Request-Id"
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
+BACKLOG = 1024  # connections that wait to be accepted
+KEPT_DESCRIPTORS = 128  # for what is no client's connection
+ENDS_WITHIN_S = 2.0  # clients, once their requests have ended
+Handler = Callable[[web.BaseRequest, dict[str, str]], Awaitable[web.StreamResponse]]  # headers: of the answer
 
 
 class Gateway:
@@ -46,9 +56,11 @@ class Gateway:
         chat_template: in Jinja, in place of the model's; "" for the model's.
         log_requests: a line for each request that ended.
         log_load: a line on throughput and load every ten seconds.
+        allowed_origins: web pages that may ask, such as "https://chat.example.com"; ("*",) for all.
+        watch: of the loop that this runs on; what it measures is told in /metrics.
 
     Raises:
-        ConfigError: the chat template is not valid.
+        ConfigError: the chat template or an origin is not valid.
     """
 
     def __init__(
@@ -61,112 +73,281 @@ class Gateway:
         chat_template: str = "",
         log_requests: bool = False,
         log_load: bool = False,
+        allowed_origins: tuple[str, ...] = (),
+        watch: LoopWatch | None = None,
     ) -> None:
         self._engine = engine
         self._host = host
         self._port = port
         self._api_key = api_key.encode()
+        self._origins = Origins(allowed_origins, host, bool(api_key))
+        self._watch = watch
         self._metrics = Metrics()
         requests = RequestLog(is_told=log_requests)
         self._calls = Calls(engine, self._metrics, chat_template, requests)
         self._load_log = LoadLog(engine, requests) if log_load else None
         self._telling: asyncio.Task[None] | None = None
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors_as_json, self._authorised])
-        app.on_response_prepare.append(_name_request)
-        app.router.add_post("/v1/completions", self._completions)
-        app.router.add_post("/v1/chat/completions", self._chat_completions)
-        app.router.add_get("/v1/stream", self._websocket)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/ready", self._ready)
-        app.router.add_get("/metrics", self._prometheus)
-        app.router.add_get("/version", self._version)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        self._bodies = Bodies()
+        self._running = Running()
+        self._sockets = Sockets(self._calls, self._running, MAX_BODY_BYTES)
+        self._door = Door(self._handle, max_connections())
+        self._server: asyncio.Server | None = None
+        self._endpoints: dict[str, dict[str, Handler]] = {
+            "/v1/completions": {"POST": self._completions},
+            "/v1/chat/completions": {"POST": self._chat_completions},
+            "/v1/stream": {"GET": self._websocket},
+            "/v1/models": {"GET": self._models},
+            "/health": {"GET": self._health},
+            "/ready": {"GET": self._ready},
+            "/metrics": {"GET": self._prometheus},
+            "/version": {"GET": self._version},
+        }
 
-    async def start(self) -> str:
-        """Listens; returns the URL. Raises ConfigError: the port is in use."""
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self._port)
+    async def start(self, listening: socket.socket | None = None) -> str:
+        """Listens; returns the URL.
+
+        Args:
+            listening: a socket that is bound already, in place of one at `host` and `port`.
+
+        Raises:
+            ConfigError: the port is in use.
+        """
+        self._door.open()
+        loop = asyncio.get_running_loop()
         try:
-            await site.start()
+            if listening is None:
+                self._server = await loop.create_server(self._door, self._host, self._port, backlog=BACKLOG)
+            else:
+                self._server = await loop.create_server(self._door, sock=listening, backlog=BACKLOG)
         except OSError as error:
             raise ConfigError(why_not(self._host, self._port, error)) from error
         if self._load_log is not None:
             self._telling = asyncio.create_task(self._load_log.run())
-        return url_of(self._host, self._runner.addresses[0][1])
+        return url_of(self._host, self._server.sockets[0].getsockname()[1])
 
-    async def close(self) -> None:
+    async def prepare(self) -> None:
+        """Starts what large requests need, so that the first does not wait for it."""
+        await self._calls.start()
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Takes no more requests. What runs has `grace_s` seconds, then ends with an error that says so."""
+        running = self._running
+        running.is_ending = True
         if self._telling is not None:
             self._telling.cancel()
-        await self._runner.cleanup()
+        if self._server is not None:
+            self._server.close()
+        if grace_s > 0 and len(running):
+            log.info("HTTP takes no more requests; %d that run have %g s to end", len(running), grace_s)
+            await running.wait_idle(grace_s)
+        running.end()
+        await running.wait_idle(ENDS_WITHIN_S)
+        await self._sockets.close()
+        await self._door.shutdown(ENDS_WITHIN_S)
+        await self._calls.close()
 
-    @web.middleware
-    async def _authorised(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._api_key and request.path not in PROBES:
+    # -- every request -----------------------------------------------------------------------------------------------
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Raises nothing but cancellation."""
+        headers = {ID_HEADER: request_id_of(request.headers.get(ID_HEADER))}
+        origin = request.headers.get("Origin", "")
+        if origin and self._origins.is_allowed(origin):
+            headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        is_unread = False
+        try:
+            self._check(request)
+            response = await self._endpoint(request)(request, headers)
+        except Refused as refusal:
+            is_unread = refusal.is_unread
+            response = error_response(refusal.status, error_object(str(refusal), refusal.status), refusal.headers)
+        except (ConnectionResetError, asyncio.CancelledError):
+            log.info("client left; its request is cancelled")
+            raise
+        except Exception as error:
+            response = error_response(status_of(error), error_of(error))
+        if not response.prepared:
+            response.headers.update(headers)
+            if is_unread or self._running.is_ending:
+                response.force_close()
+        if is_unread:
+            await response.prepare(request)
+            await response.write_eof()
+            await discard(request)
+        return response
+
+    def _check(self, request: web.BaseRequest) -> None:
+        """Raises Refused, before anything of the body is read."""
+        if sentence := self._origins.refusal(request.headers):
+            raise Refused(403, sentence, is_unread=True)
+        if self._running.is_ending and request.path not in PROBES:
+            raise Refused(503, "the server is shutting down", is_unread=True)
+        if self._api_key and request.path not in PROBES and request.method != "OPTIONS":
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             # surrogates: a header may hold any bytes
             is_right = hmac.compare_digest(given.strip().encode(errors="surrogateescape"), self._api_key)
             if scheme.lower() != "bearer" or not is_right:
-                raise web.HTTPUnauthorized
-        return await handler(request)
+                raise Refused(
+                    401,
+                    "this server needs an API key: send it as `Authorization: Bearer KEY`",
+                    headers={"WWW-Authenticate": "Bearer"},
+                    is_unread=True,
+                )
+
+    def _endpoint(self, request: web.BaseRequest) -> Handler:
+        """Raises Refused."""
+        methods = self._endpoints.get(request.path)
+        if methods is None:
+            raise Refused(404, f"there is no {request.path[:MAX_SHOWN_CHARS]}", is_unread=request.can_read_body)
+        if request.method == "OPTIONS":
+            return self._preflight
+        handler = methods.get("GET" if request.method == "HEAD" else request.method)
+        if handler is None:
+            allowed = ", ".join(methods)
+            raise Refused(
+                405, f"{request.path} is asked with {allowed}", headers={"Allow": allowed},
+                is_unread=request.can_read_body,
+            )  # fmt: skip
+        return handler
+
+    async def _preflight(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        """A browser asks before a web page may."""
+        return web.Response(
+            status=204,
+            headers={
+                "Access-Control-Allow-Methods": "GET, POST",
+                "Access-Control-Allow-Headers": f"Authorization, Content-Type, {ID_HEADER}",
+                "Access-Control-Max-Age": "600",
+            },
+        )
 
     # -- endpoints ---------------------------------------------------------------------------------------------------
 
-    async def _completions(self, request: web.Request) -> web.StreamResponse:
-        request_id = _id_of(request)
-        return await self._answer(
-            request, self._calls.completion(parse_object(await request.read()), request_id), request_id
-        )
+    async def _completions(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        return await self._answer(request, headers, COMPLETION)
 
-    async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
-        request_id = _id_of(request)
-        return await self._answer(request, self._calls.chat(parse_object(await request.read()), request_id), request_id)
+    async def _chat_completions(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        return await self._answer(request, headers, CHAT)
 
-    async def _answer(self, request: web.Request, call: Call, request_id: str) -> web.StreamResponse:
-        headers = {ID_HEADER: request_id}
-        async with contextlib.aclosing(call.outputs):
-            if call.streaming.stream:
-                return await self._stream(request, call, headers)
-            return _json(call.answer.whole([output async for output in call.outputs]), headers=headers)
+    async def _answer(self, request: web.BaseRequest, headers: dict[str, str], endpoint: str) -> web.StreamResponse:
+        with self._running.request():
+            async with self._bodies.read(request) as body:
+                asked = await self._calls.understand(endpoint, body, client=request.protocol)
+                del body
+            if isinstance(asked, NotUnderstood):
+                raise asked.failure.error()
+            assert asked.request is not None
+            call = self._calls.call(asked.request, headers[ID_HEADER])
+            if not call.streaming.stream:
+                async with contextlib.aclosing(call.outputs):
+                    return json_response(call.answer.whole([output async for output in call.outputs]))
+        return await self._stream(request, call, headers)
 
-    async def _stream(self, request: web.Request, call: Call, headers: dict[str, str]) -> web.StreamResponse:
-        """A failure before the first event is an HTTP error."""
+    async def _stream(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
+        """A failure before the first event is an HTTP error, and one after it an event."""
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers}
         response = web.StreamResponse(headers=headers)
         try:
-            async with contextlib.aclosing(_events(call)) as events:
-                async for event in events:
-                    if not response.prepared:
-                        await response.prepare(request)
-                    await response.write(event)
-            await response.write_eof()
+            with self._running.request():
+                async with contextlib.aclosing(_events(call)) as events:
+                    async for event in events:
+                        if not response.prepared:
+                            await response.prepare(request)
+                        await response.write(event)
         except ConnectionResetError:
-            log.info("client left; its request is cancelled")
+            raise
+        except Exception as error:
+            if not response.prepared:
+                raise
+            await response.write(_event({"error": error_of(error)}))
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
         return response
 
-    async def _websocket(self, request: web.Request) -> web.StreamResponse:
-        return await serve_websocket(request, self._calls, MAX_BODY_BYTES)
+    async def _websocket(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        if request.headers.get("Upgrade", "").lower() != "websocket":
+            raise Refused(426, f"{request.path} speaks WebSocket", headers={"Upgrade": "websocket"})
+        try:
+            return await self._sockets.serve(request)
+        except web.HTTPException as error:  # a handshake that is none
+            raise Refused(400, f"this is no WebSocket handshake: {error.text}") from error
 
-    async def _models(self, request: web.Request) -> web.Response:
+    async def _models(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
         model = {"id": self._engine.model_name, "object": "model", "created": 0, "owned_by": "msi",
                  "max_model_len": self._engine.max_model_len}  # fmt: skip
-        return _json({"object": "list", "data": [model]})
+        return json_response({"object": "list", "data": [model]})
 
-    async def _health(self, request: web.Request) -> web.Response:
+    async def _health(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
         """Whether the process lives."""
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
-    async def _ready(self, request: web.Request) -> web.Response:
+    async def _ready(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
         """Whether requests are taken now; 503 and what is waited for if not."""
         is_ready, sentence = self._engine.status
-        return _json({"ready": is_ready, "status": sentence}, status=200 if is_ready else 503)
+        if self._running.is_ending:
+            is_ready, sentence = False, "the server is shutting down"
+        return json_response({"ready": is_ready, "status": sentence}, status=200 if is_ready else 503)
 
-    async def _prometheus(self, request: web.Request) -> web.Response:
-        body = self._metrics.exposition(await self._engine.stats())
+    async def _prometheus(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        own = {} if self._watch is None else self._watch.counters()
+        own |= self._door.counters() | {"preparations_given_up": self._calls.num_given_up}
+        body = self._metrics.exposition(await self._engine.stats(), own)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def _version(self, request: web.Request) -> web.Response:
-        return _json({"version": msi.__version__})
+    async def _version(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        return json_response({"version": msi.__version__})
+
+
+# -- answers -------------------------------------------------------------------------------------------------------
+
+
+def json_response(values: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(body=orjson.dumps(values), content_type="application/json", status=status, headers=headers)
+
+
+def error_response(status: int, error: dict[str, Any], headers: Mapping[str, str] | None = None) -> web.Response:
+    headers = dict(headers or {})
+    if status in (429, 503):
+        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+    return json_response({"error": error}, status, headers)
+
+
+async def _events(call: Call) -> AsyncGenerator[bytes, None]:
+    """Server-sent events, less the one that says that it is done. Closing it closes the call."""
+    has_begun = False
+    async with contextlib.aclosing(call.outputs):
+        async for output in call.outputs:
+            chunks = [call.answer.chunk(output)]
+            if not has_begun:
+                chunks = call.answer.opening() + chunks
+                has_begun = True
+            if call.streaming.include_usage:
+                usage = call.answer.usage.values() if call.streaming.continuous_usage else None
+                chunks = [{**chunk, "usage": usage} for chunk in chunks]
+            yield b"".join(_event(chunk) for chunk in chunks)
+    if call.streaming.include_usage:
+        yield _event(call.answer.usage_chunk())
+
+
+def _event(values: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(values) + b"\n\n"
+
+
+# -- sockets ---------------------------------------------------------------------------------------------------------
+
+
+def max_connections() -> int:
+    """As many as there are descriptors for."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + KEPT_DESCRIPTORS
+    if limit < wanted and limit != resource.RLIM_INFINITY:
+        limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else max(8, min(MAX_CONNECTIONS, limit - KEPT_DESCRIPTORS))
+    )
 
 
 def url_of(host: str, port: int) -> str:
@@ -185,65 +366,3 @@ def why_not(host: str, port: int, error: OSError) -> str:
         return f"{where}: this machine has no such address; give one of its own as --host"
     reason = os.strerror(number) if number else str(error)
     return f"{where}: {reason}; choose another --port or --host"
-
-
-def _json(values: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    return web.Response(body=orjson.dumps(values), content_type="application/json", status=status, headers=headers)
-
-
-async def _events(call: Call) -> AsyncGenerator[bytes, None]:
-    """Server-sent events; a failure after the first is an event too."""
-    has_begun = False
-    try:
-        async for output in call.outputs:
-            chunks = [call.answer.chunk(output)]
-            if not has_begun:
-                chunks = call.answer.opening() + chunks
-                has_begun = True
-            if call.streaming.include_usage:
-                usage = call.answer.usage.values() if call.streaming.continuous_usage else None
-                chunks = [{**chunk, "usage": usage} for chunk in chunks]
-            yield b"".join(_event(chunk) for chunk in chunks)
-        if call.streaming.include_usage:
-            yield _event(call.answer.usage_chunk())
-    except EngineError as error:
-        if not has_begun:
-            raise
-        yield _event({"error": error_of(error)})
-    yield b"data: [DONE]\n\n"
-
-
-def _event(values: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(values) + b"\n\n"
-
-
-async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
-    """Every answer carries the request's id."""
-    response.headers.setdefault(ID_HEADER, _id_of(request))
-
-
-def _id_of(request: web.Request) -> str:
-    """The client's own, or a new one."""
-    return request_id_of(request.headers.get(ID_HEADER))
-
-
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    headers = {}
-    try:
-        return await handler(request)
-    except EngineError as engine_error:
-        status, body = status_of(engine_error), error_of(engine_error)
-    except web.HTTPException as error:
-        status, sentence = error.status, error.reason
-        if isinstance(error, web.HTTPUnauthorized):
-            sentence = "this server needs an API key: send it as `Authorization: Bearer KEY`"
-            headers["WWW-Authenticate"] = "Bearer"
-        elif isinstance(error, web.HTTPRequestEntityTooLarge):
-            sentence = f"the body is larger than {MAX_BODY_BYTES} bytes"
-        elif isinstance(error, web.HTTPNotFound):
-            sentence = f"there is no {request.path[:MAX_SHOWN_CHARS]}"
-        body = error_object(sentence, status)
-    if status in (429, 503):
-        headers["Retry-After"] = str(RETRY_AFTER_S)
-    return _json({"error": body}, status, headers)

@@ -10,6 +10,9 @@ msi_running, msi_waiting                    sequences of each attention worker
 msi_kv_cache_used_ratio, msi_kv_cache_blocks
 msi_wave_size_total{size}                   batches of each expert worker by the seats in them
 msi_plan_drift_ratio{stage}, msi_plan_drift_alarms_total      where a plan runs: stage times measured over planned
+msi_connections, msi_connections_cut_total, msi_connections_refused_total
+                                            of HTTP: open, cut for being late or not reading, without a place
+msi_preparations_given_up_total             large requests that took too long or too much memory to understand
 msi_dropped_total{kind}                     messages and connections that the coordinator did not take
 msi_loop_stall_seconds, msi_loop_stalls_total, msi_loop_stall_max_seconds
                                             of each process: lateness of its event loop, stalls of a tenth of a second
@@ -82,24 +85,29 @@ class Metrics:
             self._requests.labels(outcome).inc()
             await outputs.aclose()
 
-    def exposition(self, stats: Stats) -> bytes:
-        """Everything, in Prometheus' text format."""
-        return generate_latest(_Together(self._registry, stats))
+    def refused(self) -> None:
+        """A request ended before it began."""
+        self._requests.labels("error").inc()
+
+    def exposition(self, stats: Stats, counters: Mapping[str, float]) -> bytes:
+        """Everything, in Prometheus' text format; `counters` are the gateway's own."""
+        return generate_latest(_Together(self._registry, stats, counters))
 
 
 class _Together(Collector):
     """The edge's own metrics, then the instance's."""
 
-    def __init__(self, own: CollectorRegistry, stats: Stats) -> None:
+    def __init__(self, own: CollectorRegistry, stats: Stats, counters: Mapping[str, float]) -> None:
         self._own = own
         self._stats = stats
+        self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
         yield from self._own.collect()
-        yield from _instance_metrics(self._stats)
+        yield from _instance_metrics(self._stats, self._counters)
 
 
-def _instance_metrics(stats: Stats) -> Iterator[Metric]:
+def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Metric]:
     yield GaugeMetricFamily("msi_requests_in_flight", "Requests in the instance now.", stats.num_requests)
     yield GaugeMetricFamily("msi_micro_batches", "Micro-batches in flight per attention worker: m.", stats.num_lanes)
     attention = [worker for worker in stats.workers if worker.role == "attention"]
@@ -127,7 +135,9 @@ def _instance_metrics(stats: Stats) -> Iterator[Metric]:
     for kind, count in stats.dropped.items():
         dropped.add_metric([kind], count)
     yield dropped
-    yield from _stalls({one.worker_id: one.status.counters for one in stats.workers} | {"coordinator": stats.counters})
+    watched = {one.worker_id: one.status.counters for one in stats.workers}
+    yield from _stalls({**watched, "coordinator": stats.counters, "gateway": gateway})
+    yield from _door(gateway)
     if stats.drift:
         yield from _drift(stats.drift)
 
@@ -164,6 +174,17 @@ def _counters(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
                 others[name].add_metric([worker.worker_id, worker.role], value)
     yield waves
     yield from others.values()
+
+
+def _door(gateway: Mapping[str, float]) -> Iterator[Metric]:
+    yield GaugeMetricFamily("msi_connections", "HTTP connections that are open.", gateway.get("connections", 0.0))
+    counters = {
+        "connections_cut": "Connections that kept the server waiting, or did not read.",
+        "connections_refused": "Connections for which there was no place.",
+        "preparations_given_up": "Large requests that took too much to understand.",
+    }
+    for name, meaning in counters.items():
+        yield CounterMetricFamily(f"msi_{name}", meaning, gateway.get(name, 0.0))
 
 
 def _stalls(counters: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:

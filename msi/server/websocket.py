@@ -32,36 +32,56 @@ import contextlib
 from typing import Any
 
 import orjson
-from aiohttp import WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web
 
-from msi.errors import EngineError, InvalidRequest, shown
+from msi.errors import InvalidRequest, Unavailable, shown
 from msi.server.calls import Call, Calls, error_of
 from msi.server.chat import logprobs_content
-from msi.server.fields import Values, kind_of, parse_object
+from msi.server.prepare import MESSAGE, NotUnderstood, Prepared
+from msi.server.running import Running
 from msi.types import Output
 
 MAX_REQUESTS = 1024  # at a time, on one connection
-MAX_ID_CHARS = 256
 HEARTBEAT_S = 30.0  # a peer that vanished is noticed after one and a half of these
-NOT_HERE = ("stream", "stream_options", "echo")
+CLOSES_WITHIN_S = 2.0
 
 
-async def serve_websocket(request: web.Request, calls: Calls, max_message_bytes: int) -> web.WebSocketResponse:
-    """One connection, until either side closes it. Cancellation cancels its requests."""
-    socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=max_message_bytes)
-    await socket.prepare(request)
-    connection = _Connection(socket, calls)
-    try:
-        async for message in socket:
-            if message.type is WSMsgType.TEXT:
-                await connection.receive(message.data)
-            else:
-                await connection.send({"type": "error", "id": None, "error": error_of(_NOT_TEXT)})
-    except ConnectionResetError:
-        pass  # it left while an answer was on its way
-    finally:
-        await connection.close()
-    return socket
+class Sockets:
+    """The WebSockets that are open."""
+
+    def __init__(self, calls: Calls, running: Running, max_message_bytes: int) -> None:
+        self._calls = calls
+        self._running = running
+        self._max_message_bytes = max_message_bytes
+        self._open: set[web.WebSocketResponse] = set()
+
+    async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        """One connection, until either side closes it. Cancellation cancels its requests."""
+        socket = web.WebSocketResponse(
+            heartbeat=HEARTBEAT_S, max_msg_size=self._max_message_bytes, compress=False, timeout=CLOSES_WITHIN_S
+        )
+        await socket.prepare(request)
+        connection = _Connection(socket, self._calls, self._running)
+        self._open.add(socket)
+        try:
+            async for message in socket:
+                if message.type is WSMsgType.ERROR:
+                    break  # what is no WebSocket's; it has been closed with a code that says so
+                if message.type is WSMsgType.TEXT:
+                    await connection.receive(message.data.encode(errors="surrogatepass"))
+                else:
+                    await connection.send({"type": "error", "id": None, "error": error_of(_NOT_TEXT)})
+        except ConnectionResetError:
+            pass  # it left while an answer was on its way
+        finally:
+            self._open.discard(socket)
+            await connection.close()
+        return socket
+
+    async def close(self) -> None:
+        """Tells every client that this server ends."""
+        closing = (socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server ends") for socket in self._open)
+        await asyncio.gather(*closing, return_exceptions=True)
 
 
 _NOT_TEXT = InvalidRequest("a binary frame; messages are JSON in text frames")
@@ -70,27 +90,25 @@ _NOT_TEXT = InvalidRequest("a binary frame; messages are JSON in text frames")
 class _Connection:
     """The requests of one connection."""
 
-    def __init__(self, socket: web.WebSocketResponse, calls: Calls) -> None:
+    def __init__(self, socket: web.WebSocketResponse, calls: Calls, all_running: Running) -> None:
         self._socket = socket
         self._calls = calls
+        self._all_running = all_running
         self._running: dict[str, asyncio.Task[None]] = {}
 
-    async def receive(self, text: str) -> None:
-        """One message from the client."""
-        request_id: str | None = None
-        try:
-            values = parse_object(text)
-            request_id = _id_of(values)
-            kind = values.get("type")
-            if kind == "generate":
-                self._start(request_id, values)
-            elif kind == "cancel":
-                await self._cancel(request_id)
-            else:
-                raise InvalidRequest(f'type is {shown(kind)}; it must be "generate" or "cancel"', param="type")
-        except EngineError as error:
-            about = {"id": None, "refers_to": request_id} if request_id in self._running else {"id": request_id}
-            await self.send({"type": "error", **about, "error": error_of(error)})
+    async def receive(self, text: bytes) -> None:
+        """One message from the client; the next is not read before this one is understood."""
+        asked = await self._calls.understand(MESSAGE, text, client=self)
+        if isinstance(asked, NotUnderstood):
+            is_second = asked.client_id in self._running and asked.failure.param != "type"
+            await self._refuse(asked.client_id, in_use(asked.client_id) if is_second else asked.failure.error())
+        elif asked.request is None:
+            await self._cancel(asked.client_id)
+        else:
+            try:
+                self._start(asked.client_id, asked.request)
+            except Exception as error:
+                await self._refuse(asked.client_id, error)
 
     async def send(self, message: dict[str, Any]) -> None:
         await self._socket.send_str(orjson.dumps(message).decode())
@@ -102,38 +120,45 @@ class _Connection:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _refuse(self, request_id: str | None, error: Exception) -> None:
+        """Of a message; a request that runs under the same id is not touched, so the error is not told as its end."""
+        message: dict[str, Any] = {"type": "error", "id": request_id, "error": error_of(error)}
+        if request_id in self._running:
+            message |= {"id": None, "refers_to": request_id}
+        await self.send(message)
+
     async def _cancel(self, request_id: str) -> None:
         if (task := self._running.pop(request_id, None)) is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await self.send({"type": "cancelled", "id": request_id})
 
-    def _start(self, request_id: str, values: dict[str, Any]) -> None:
+    def _start(self, request_id: str, asked: Prepared) -> None:
+        """Raises InvalidRequest or Unavailable."""
+        if self._all_running.is_ending:
+            raise Unavailable("the server is shutting down")
         if request_id in self._running:
-            raise InvalidRequest(f"id {request_id!r} is in use on this connection", param="id", code="id_in_use")
+            raise in_use(request_id)
         if len(self._running) >= MAX_REQUESTS:
             raise InvalidRequest(
                 f"{MAX_REQUESTS} requests run on this connection already; wait for one, or open another"
             )
-        for name in NOT_HERE:
-            if values.get(name):
-                raise InvalidRequest(f"{name} is not a field of WebSocket requests, which always stream", param=name)
-        asked = {name: value for name, value in values.items() if name not in ("type", "id")}
-        call = self._calls.chat(asked) if "messages" in asked else self._calls.completion(asked)
+        call = self._calls.call(asked)
         self._running[request_id] = asyncio.get_running_loop().create_task(self._run(request_id, call))
 
     async def _run(self, request_id: str, call: Call) -> None:
         usage = call.answer.usage
         try:
-            async with contextlib.aclosing(call.outputs):
-                async for output in call.outputs:
-                    usage.add(output)
-                    await self.send(self._output(request_id, output))
+            with self._all_running.request():
+                async with contextlib.aclosing(call.outputs):
+                    async for output in call.outputs:
+                        usage.add(output)
+                        await self.send(self._output(request_id, output))
             last: dict[str, Any] = {"type": "done", "id": request_id, "usage": usage.values()}
-        except EngineError as error:
-            last = {"type": "error", "id": request_id, "error": error_of(error)}
         except ConnectionResetError:
             return  # nobody is left to tell
+        except Exception as error:
+            last = {"type": "error", "id": request_id, "error": error_of(error)}
         del self._running[request_id]  # from here on it cannot be cancelled
         with contextlib.suppress(ConnectionResetError):
             await self.send(last)
@@ -146,9 +171,5 @@ class _Connection:
         }  # fmt: skip
 
 
-def _id_of(values: Values) -> str:
-    request_id = values.get("id")
-    if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID_CHARS:
-        what = kind_of(request_id) if not isinstance(request_id, str) else f"{len(request_id)} characters long"
-        raise InvalidRequest(f"id is {what}; it must be a string of 1 to {MAX_ID_CHARS} characters", param="id")
-    return request_id
+def in_use(request_id: str | None) -> InvalidRequest:
+    return InvalidRequest(f"id {shown(request_id)} is in use on this connection", param="id", code="id_in_use")

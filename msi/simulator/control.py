@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from msi.simulator.clock import virtual_loop
@@ -36,6 +37,10 @@ class SimulatedServer:
     async def receive(self) -> tuple[bytes, Any]:
         return await self.arrived.get()
 
+    @property
+    def has_unread(self) -> bool:
+        return not self.arrived.empty()
+
     def close(self) -> None:
         self._clients.clear()
 
@@ -62,6 +67,13 @@ class SimulatedClient:
 
     async def receive(self) -> Any:
         return await self.arrived.get()
+
+    @property
+    def has_unread(self) -> bool:
+        return not self.arrived.empty()
+
+    def keep_alive(self, message: Callable[[float], Any], every_s: float) -> None:
+        """No loop is ever busy here."""
 
     def close(self) -> None:
         self._is_open = False

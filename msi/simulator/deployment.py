@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from msi.errors import ConfigError
-from msi.membership import InstancePlan
+from msi.members import InstancePlan
 from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
 

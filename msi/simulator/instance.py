@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from msi.errors import TransportError
 from msi.expert_server import ExpertServer
 from msi.lanes import run_lane
 from msi.net.combine_link import CombineLink
@@ -77,7 +76,7 @@ class Passes:
 
     def __init__(self, num_lanes: int, num_passes: int, gap_s: Callable[[], float]) -> None:
         self.log = PassLog(ended_at={lane: [] for lane in range(num_lanes)})
-        self.failures: list[TransportError] = []
+        self.failures: list[Exception] = []
         self.done = asyncio.Event()
         self._num_passes = num_passes
         self._left = [num_passes] * num_lanes
@@ -99,7 +98,7 @@ class Passes:
         if all(len(ended) == self._num_passes for ended in self.log.ended_at.values()):
             self.done.set()
 
-    def fail(self, lane: int, micro_batch: MicroBatch, error: TransportError) -> None:
+    def fail(self, lane: int, micro_batch: MicroBatch, error: Exception) -> None:
         self.failures.append(error)
         self._left[lane] += 1  # tried again
 

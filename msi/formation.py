@@ -1,0 +1,202 @@
+"""Who gets which place of an instance, who waits for one, and who is refused. Knows no sockets or clock.
+
+A worker that wants a place which another holds is refused only once that one has been heard of since: where it is dead
+and nobody has noticed yet, the new one takes its place as soon as somebody has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from msi.members import Applicant, InstancePlan, Member
+from msi.messages import PROTOCOL_VERSION, WorkerHello
+
+MAX_APPLICANTS = 1024
+ROLES = ("attention", "expert", "worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Decision: this applicant gets no place."""
+
+    route: bytes
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """There is no place as long as these live."""
+
+    holders: tuple[Member, ...]
+    reason: str
+
+
+class Formation:
+    """The applicants for places.
+
+    Args:
+        members: everyone who is or was there, by id; whoever owns it enters those who are given a place.
+    """
+
+    def __init__(self, plan: InstancePlan, members: Mapping[str, Member]) -> None:
+        self.has_served = False  # then a place is filled by whoever comes
+        self.dtype = "" if plan.dtype == "auto" else plan.dtype
+        self._plan = plan
+        self._members = members
+        self._fingerprint = ""
+        self._applicants: dict[str | bytes, Applicant] = {}  # by process, in order of arrival
+
+    @property
+    def routes(self) -> list[bytes]:
+        """To those who wait."""
+        return [applicant.route for applicant in self._applicants.values()]
+
+    @property
+    def num_undecided(self) -> int:
+        """Workers for any role that wait for others to come."""
+        return sum(self._has_choice(applicant.hello) for applicant in self._applicants.values())
+
+    @property
+    def num_free(self) -> int:
+        """Places that nobody has."""
+        return sum(self._num_free().values())
+
+    def objection(self, hello: WorkerHello) -> str:
+        """Why a worker can have no place at all here, "" where it can."""
+        if hello.protocol_version != PROTOCOL_VERSION:
+            return (
+                f"worker speaks protocol version {hello.protocol_version}, the coordinator {PROTOCOL_VERSION}; "
+                f"install the same version of msi on all hosts"
+            )
+        if hello.role not in ROLES:
+            return f"role {hello.role!r} is not one; give {', '.join(ROLES)}"
+        if len(self._applicants) >= MAX_APPLICANTS:
+            return f"{len(self._applicants)} workers ask for a place already"
+        is_anyone_there = any(member.is_live for member in self._members.values())
+        if self._fingerprint and hello.fingerprint != self._fingerprint and is_anyone_there:
+            return "its model differs from that of the other workers; give all of them the same model directory"
+        if self.dtype and hello.dtype != self.dtype and self._plan.dtype != "auto":
+            return f"it computes in {hello.dtype}, the instance in {self.dtype}; give all workers the same --dtype"
+        return ""
+
+    def apply(self, route: bytes, hello: WorkerHello, now: float) -> None:
+        """Puts a worker in line; one that was there already keeps its place in it."""
+        key = hello.process or route
+        former = self._applicants.get(key)
+        self._applicants[key] = Applicant(route, hello, now if former is None else former.asked_at, now)
+
+    def waits_for(self, hello: WorkerHello, route: bytes) -> str:
+        """What an applicant waits for; "" where it does not wait."""
+        applicant = self._applicants.get(hello.process or route)
+        if applicant is None:
+            return ""
+        if self._has_choice(hello):
+            return "waiting for other workers: the role that they leave is this one's"
+        taken = self._place(applicant, 0.0)
+        assert isinstance(taken, _Taken), taken
+        return f"waiting for a sign of life of {', '.join(holder.worker_id for holder in taken.holders)}"
+
+    def settle(self, now: float) -> Iterator[Member | Refusal]:
+        """Decides about those for whom it is time; each new member has to be entered before the next is taken."""
+        while (decision := self._next_decision(now)) is not None:
+            yield decision
+
+    def forget(self, heard_before: float, pid: int = 0) -> None:
+        """Those who have not asked since are gone, and those of a process that ended."""
+        for key, applicant in list(self._applicants.items()):
+            if applicant.last_seen < heard_before or (pid and applicant.hello.pid == pid):
+                del self._applicants[key]
+
+    def excuse(self, late_s: float) -> None:
+        """We were late ourselves by so much."""
+        for applicant in self._applicants.values():
+            applicant.last_seen += late_s
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
+
+    def _next_decision(self, now: float) -> Member | Refusal | None:
+        is_short = self._is_open and self.num_undecided < self.num_free
+        for key, applicant in self._applicants.items():
+            if is_short and self._has_choice(applicant.hello):
+                continue
+            decision: Member | Refusal
+            if objection := self.objection(applicant.hello):
+                decision = Refusal(applicant.route, objection)
+            else:
+                placed = self._place(applicant, now)
+                if isinstance(placed, Member):
+                    decision = placed
+                    self._fingerprint = self._fingerprint or applicant.hello.fingerprint
+                    self.dtype = self.dtype or applicant.hello.dtype
+                elif self._are_heard(placed.holders, since=applicant.asked_at):
+                    decision = Refusal(applicant.route, placed.reason)
+                else:
+                    continue
+            del self._applicants[key]
+            return decision
+        return None
+
+    def _are_heard(self, holders: tuple[Member, ...], since: float) -> bool:
+        """What was read with the hello may have lain there as long as it: half a beat later it has not."""
+        return all(holder.heard_at >= since + self._plan.heartbeat_s / 2 for holder in holders)
+
+    def _num_free(self) -> dict[str, int]:
+        return {role: count - len(self._live(role)) for role, count in self._plan.wanted.items()}
+
+    def _live(self, role: str) -> list[Member]:
+        return [member for member in self._members.values() if member.role == role and member.is_live]
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether roles are left to choose from."""
+        return not self.has_served and all(self._num_free().values())
+
+    def _has_choice(self, hello: WorkerHello) -> bool:
+        """Whether a worker may get either role: one that had a place before, here or by its id, gets that."""
+        if hello.role != "worker" or not self._is_open or hello.worker_id in self._members:
+            return False
+        return all(_index_in(hello.worker_id, role) is None for role in self._plan.wanted)
+
+    def _place(self, applicant: Applicant, now: float) -> Member | _Taken:
+        """A place for a worker, or why there is none."""
+        route, hello = applicant.route, applicant.hello
+        former = self._members.get(hello.worker_id)
+        is_same = former is not None and (former.route == route or (hello.process and hello.process == former.process))
+        if former is not None and former.is_live and not is_same:
+            return _Taken(
+                (former,),
+                f"worker id {hello.worker_id} is live already (pid {former.pid} on {former.host}); "
+                f"give another --worker-id, or end that one",
+            )
+        roles = [role for role in ("expert", "attention") if hello.role in (role, "worker")]
+        if former is not None:
+            roles = [role for role in roles if role == former.role]
+        roles.sort(key=lambda role: _index_in(hello.worker_id, role) is None)
+        for role in roles:
+            taken = {member.index for member in self._live(role) if member is not former}
+            free = [index for index in range(self._plan.wanted[role]) if index not in taken]
+            if former is not None and former.index in free:
+                free = [former.index]
+            if not free:
+                continue
+            named = _index_in(hello.worker_id, role)
+            index = named if named in free else free[0]
+            worker_id = hello.worker_id or f"{role}-{index}"
+            former = self._members.get(worker_id)
+            incarnation = 0 if former is None else former.incarnation + 1
+            return Member(
+                worker_id, role, index, incarnation, route, hello.pid, hello.host, now, hello.process, heard_at=now
+            )
+        wanted = self._plan.wanted.get(hello.role, sum(self._plan.wanted.values()))
+        kind = "" if hello.role == "worker" else f"{hello.role} "
+        if not wanted:
+            return _Taken((), f"this instance has no {kind}workers of its own: it runs colocated")
+        holders = tuple(member for role in roles for member in self._live(role))
+        return _Taken(holders, f"all {wanted} {kind}workers of this instance are there already")
+
+
+def _index_in(worker_id: str, role: str) -> int | None:
+    """The index that a default id such as "expert-1" names."""
+    prefix, _, number = worker_id.rpartition("-")
+    return int(number) if prefix == role and number.isdecimal() and len(number) < 10 else None

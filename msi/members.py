@@ -1,0 +1,146 @@
+"""The values that membership decides about: an instance's plan, its members, and what is to be done about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from msi.messages import Assignment, WorkerHello, WorkerStatus
+from msi.types import Placement, StageTimes
+
+NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes(), {})
+
+
+@dataclass(frozen=True, slots=True)
+class InstancePlan:
+    """The shape of an instance; see `msi.messages.Assignment` for what is not said here.
+
+    Attributes:
+        num_lanes: lanes that slots are made for.
+        start_timeout_s: how long workers may take to come.
+    """
+
+    instance: str
+    num_attention: int
+    num_expert: int
+    is_colocated: bool
+    placement: Placement
+    num_lanes: int
+    slot_rows: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    dtype: str = "auto"
+    peer_timeout_s: float = 4.0
+    heartbeat_s: float = 1.0
+    lost_after_s: float = 3.0
+    start_timeout_s: float = 120.0
+    max_num_waiting: int = 1024
+    has_prefix_cache: bool = True
+    num_kv_blocks: int = 0
+
+    @property
+    def wanted(self) -> dict[str, int]:
+        """Workers per role."""
+        return {"attention": self.num_attention, "expert": 0 if self.is_colocated else self.num_expert}
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Instruction: give this message to the worker behind `route`."""
+
+    route: bytes
+    message: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Instruction: the requests of this attention worker are lost with it.
+
+    Attributes:
+        has_crashed: it ended by itself, so that one of them may be why.
+    """
+
+    worker_id: str
+    reason: str
+    has_crashed: bool = False
+
+
+Instruction = Send | Lost
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker that is or was there. `state`: loading, ready, draining or lost.
+
+    Attributes:
+        last_seen: when it last gave a sign of life; later where we were late ourselves.
+        heard_at: when it last gave a sign of life.
+        reason: why it is lost.
+        has_lanes: it was told how many to run.
+        num_acks: HeartbeatAcks that were sent to it.
+        num_passes: PassDones that came from it.
+    """
+
+    worker_id: str
+    role: str
+    index: int
+    incarnation: int
+    route: bytes
+    pid: int
+    host: str
+    last_seen: float
+    process: str = ""
+    state: str = "loading"
+    reason: str = ""
+    heard_at: float = 0.0
+    address: str = ""
+    num_blocks: int = 0
+    is_linked: bool = False
+    has_lanes: bool = False
+    has_beaten: bool = False
+    num_acks: int = 0
+    num_passes: int = 0
+    loop_lag_s: float = 0.0
+    status: WorkerStatus = field(default=NO_STATUS)
+
+    @property
+    def is_live(self) -> bool:
+        return self.state != "lost"
+
+
+@dataclass(slots=True)
+class Applicant:
+    """A worker that has no place yet: others may come that want a certain role, or another holds the place it wants."""
+
+    route: bytes
+    hello: WorkerHello
+    asked_at: float
+    last_seen: float
+
+
+def assignment(plan: InstancePlan, member: Member, dtype: str) -> Assignment:
+    """What a member is told."""
+    return Assignment(
+        instance=plan.instance,
+        worker_id=member.worker_id,
+        role=member.role,
+        index=member.index,
+        incarnation=member.incarnation,
+        placement=plan.placement,
+        num_lanes=plan.num_lanes,
+        slot_rows=plan.slot_rows,
+        num_seats=2 * plan.num_attention + 2,
+        dtype=dtype,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        is_colocated=plan.is_colocated,
+        memory_share=1 / plan.num_attention,
+        peer_timeout_s=plan.peer_timeout_s,
+        heartbeat_s=plan.heartbeat_s,
+        lost_after_s=plan.lost_after_s,
+        max_num_waiting=plan.max_num_waiting,
+        has_prefix_cache=plan.has_prefix_cache,
+        num_kv_blocks=plan.num_kv_blocks,
+    )

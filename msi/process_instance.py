@@ -1,0 +1,192 @@
+"""One instance as child processes of this one: a coordinator and its workers, started again when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from msi.children import Child
+from msi.errors import ConfigError, EngineError, Unavailable
+from msi.instance import check_device, check_files, worker_ids
+from msi.net.secret import Secret
+from msi.net.socket_dir import SocketDir
+from msi.options import InstanceOptions
+from msi.restarts import Restarts
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 5.0
+ADDRESS_TIMEOUT_S = 60.0
+EMBEDDED = ("--no-gateway", "--log-level", "warning", "--shutdown-timeout", "0")
+
+
+async def start_coordinator(
+    options: InstanceOptions, bind: str, flags: tuple[str, ...], secret: Secret | None = None
+) -> tuple[Child, str]:
+    """A coordinator as a child; its address.
+
+    Args:
+        secret: what workers and clients have to hold, where it listens on a network.
+
+    Raises:
+        ConfigError: it cannot work; in its own words.
+        Unavailable: it does not start in time.
+    """
+    child = await Child.start((*options.flags(), "--role", "coordinator", "--coordinator", bind, *flags), secret)
+    try:
+        async with asyncio.timeout(ADDRESS_TIMEOUT_S):
+            while (message := await child.hear()) is not None:
+                if address := message.get("address"):
+                    return child, str(address)
+            await child.process.wait()
+    except TimeoutError:
+        await stop_children(child, grace_s=0)
+        raise Unavailable(f"the coordinator did not start within {ADDRESS_TIMEOUT_S:g} s") from None
+    except BaseException:
+        await stop_children(child, grace_s=0)
+        raise
+    child.close()
+    raise ConfigError(child.failure or "the coordinator ended while it started; what it said is above")
+
+
+async def stop_children(*children: Child, grace_s: float = STOP_GRACE_S) -> None:
+    """Ends them: those that have not ended when the grace is over are killed."""
+    for child in children:
+        child.tell(end=True)
+        child.signal(signal.SIGTERM)  # where it has not come so far that it listens
+    waits = [asyncio.ensure_future(child.process.wait()) for child in children]
+    if waits:
+        await asyncio.wait(waits, timeout=grace_s)
+        for child in children:
+            child.signal(signal.SIGKILL)
+        await asyncio.gather(*waits)
+    for child in children:
+        child.close()
+
+
+class ProcessInstance:
+    """Coordinator and workers as child processes, which end with this one however it ends.
+
+    A worker that ends is started again (see `msi.restarts`); the coordinator and every client of it are told at once.
+
+    Args:
+        coordinator_flags, worker_flags: for their command lines, such as where to serve HTTP.
+        report_failure: called once the instance cannot go on.
+    """
+
+    def __init__(
+        self,
+        options: InstanceOptions,
+        report_failure: Callable[[EngineError], None],
+        coordinator_flags: tuple[str, ...] = EMBEDDED,
+        worker_flags: tuple[str, ...] = ("--log-level", "warning"),
+        trace_dir: Path | None = None,
+    ) -> None:
+        check_files(options)  # what cannot work is said before anything starts
+        check_device(options.device)
+        self._options = options
+        self._report_failure = report_failure
+        self._coordinator_flags = coordinator_flags
+        self._worker_flags = worker_flags + (() if trace_dir is None else ("--trace-dir", str(trace_dir)))
+        self._children: dict[str, Child] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._sockets: SocketDir | None = None
+        self._stopping = asyncio.Event()
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by name, the coordinator's too."""
+        return {name: child.pid for name, child in self._children.items()}
+
+    async def start(self) -> str:
+        self._sockets = SocketDir()
+        bind = self._sockets.address("coordinator")
+        coordinator, address = await start_coordinator(self._options, bind, self._coordinator_flags)
+        self._children["coordinator"] = coordinator
+        self._watch(self._watch_coordinator(coordinator))
+        for role, worker_id in worker_ids(self._options):
+            await self._start_worker(address, role, worker_id)
+            self._watch(self._keep_alive(address, role, worker_id))
+        return address
+
+    def _watch(self, running: Coroutine[Any, Any, None]) -> None:
+        async def watched() -> None:
+            try:
+                await running
+            except Exception as error:
+                log.exception("a process is not watched any more")
+                self._report_failure(EngineError(f"the launcher failed: {error!r}"))
+
+        self._tasks.append(asyncio.get_running_loop().create_task(watched()))
+
+    async def _start_worker(self, address: str, role: str, worker_id: str) -> None:
+        self._children[worker_id] = await Child.start(
+            (
+                *self._options.flags(), "--role", role, "--worker-id", worker_id, "--coordinator", address,
+                "--transport", self._options.chosen_transport, *self._worker_flags,
+            )
+        )  # fmt: skip
+
+    async def _watch_coordinator(self, child: Child) -> None:
+        while await child.hear() is not None:
+            pass
+        await child.process.wait()
+        if not self._stopping.is_set():
+            self._stopping.set()  # workers end with it
+            self._report_failure(Unavailable(f"the coordinator (pid {child.pid}) is gone: {child.end}"))
+
+    async def _keep_alive(self, address: str, role: str, worker_id: str) -> None:
+        """Tells of a worker's end, and starts it again as long as that helps."""
+        restarts = Restarts()
+        while True:
+            child = self._children[worker_id]
+            while (message := await child.hear()) is not None:
+                if message.get("ready"):
+                    restarts.ready(time.monotonic())
+            await child.process.wait()
+            child.close()
+            self._children["coordinator"].tell(
+                exited=worker_id, pid=child.pid, how=child.end, has_crashed=child.has_crashed
+            )
+            if self._stopping.is_set():
+                return
+            delay_s = restarts.ended(time.monotonic(), has_said_why=bool(child.failure))
+            how = f"{worker_id} (pid {child.pid}) is gone: {child.end}"
+            if delay_s is None:
+                end = f"{how}, again and again; it is not started again"
+                self._report_failure(Unavailable(child.failure or end))
+                return
+            log.warning("%s; it is started again%s", how, f" in {delay_s:g} s" if delay_s else "")
+            if await self._stops_within(delay_s):
+                return
+            await self._start_worker(address, role, worker_id)
+
+    async def _stops_within(self, delay_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self._stopping.wait()
+        return self._stopping.is_set()
+
+    async def drain(self) -> None:
+        """Until the coordinator has ended as it was told: when its requests have, or after its --shutdown-timeout."""
+        self._stopping.set()
+        coordinator = self._children.get("coordinator")
+        if coordinator is not None:
+            coordinator.signal(signal.SIGTERM)
+            await coordinator.process.wait()
+
+    async def stop(self) -> None:
+        self._stopping.set()
+        await stop_children(*self._children.values())
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self._sockets is not None:
+            self._sockets.close()

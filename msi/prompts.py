@@ -1,0 +1,149 @@
+"""Prompts as the engine takes them: token ids that the model knows, and not more of them than it can hold.
+
+Length is judged before anything is tokenised: a text of more bytes than the longest token times the context cannot
+fit, whatever its tokens are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from msi.errors import InvalidRequest, context_exceeded, shown
+from msi.tokenizer import encode, load_tokenizer
+from msi.types import SamplingParams
+
+COMPOSED = 3  # NFC makes at most so many bytes into one
+KEEPS = {"ByteLevel", "Metaspace", "Prepend", "Digits"}  # steps that drop nothing of a text
+
+
+class Prompts:
+    """Of one model.
+
+    Args:
+        tokenizer: None for a model that has none.
+        bytes_per_token: the most that a token stands for, 0 where nobody knows; see `most_bytes_per_token`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, *, vocab_size: int, max_model_len: int, bytes_per_token: int = 0
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._bytes_per_token = bytes_per_token
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._tokenizer
+
+    @staticmethod
+    def of(content: bytes, vocab_size: int, max_model_len: int) -> Prompts:
+        """From the bytes of a tokenizer.json, b"" for none. Raises ConfigError."""
+        if not content:
+            return Prompts(None, vocab_size=vocab_size, max_model_len=max_model_len)
+        tokenizer = load_tokenizer(content)
+        longest = most_bytes_per_token(json.loads(content))
+        return Prompts(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, bytes_per_token=longest)
+
+    def encode(
+        self, prompt: str | Sequence[int], *, add_special_tokens: bool = True, max_tokens: int = 1
+    ) -> tuple[int, ...]:
+        """A prompt's tokens; with those that the tokenizer puts around a text.
+
+        Args:
+            max_tokens: of the answer, for the sentence that refuses a prompt.
+
+        Raises:
+            InvalidRequest: it is empty, too long, or has tokens that the model lacks.
+        """
+        if isinstance(prompt, str):
+            self._check_length(prompt, max_tokens)
+            if self._tokenizer is None:
+                raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids", param="prompt")
+            token_ids = encode(self._tokenizer, prompt, add_special_tokens)
+        else:
+            token_ids = prompt if isinstance(prompt, tuple) else tuple(prompt)
+        if len(token_ids) >= self._max_model_len:
+            raise context_exceeded(self._max_model_len, len(token_ids), max_tokens)
+        self.check_tokens("the prompt", token_ids)
+        return token_ids
+
+    def check_tokens(self, where: str, token_ids: Collection[int]) -> None:
+        """Raises InvalidRequest: the model lacks one of them."""
+        if token_ids and not (set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and self._has(max(token_ids))):
+            bad = next(one for one in token_ids if type(one) is not int or one < 0 or not self._has(one))
+            raise InvalidRequest(
+                f"token id {shown(bad)} in {where}; ids are integers from 0 to {self._vocab_size - 1}",
+                param=where.removeprefix("the "),
+            )
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises InvalidRequest: they name tokens that the model lacks, or need a tokenizer that it lacks."""
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks", param="stop")
+        self.check_tokens("logit_bias", params.logit_bias)
+        self.check_tokens("stop_token_ids", params.stop_token_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included; "" for a model without tokenizer."""
+        return "" if self._tokenizer is None else str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+
+    def _has(self, token_id: int) -> bool:
+        return token_id < self._vocab_size
+
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        longest = self._bytes_per_token * self._max_model_len
+        if self._bytes_per_token and len(text) * 4 > longest:  # no text has more bytes
+            num_bytes = len(text.encode(errors="surrogatepass"))
+            if num_bytes > longest:
+                least = num_bytes // self._bytes_per_token
+                raise context_exceeded(self._max_model_len, least, max_tokens, is_at_least=True)
+
+
+def most_bytes_per_token(values: dict[str, Any]) -> int:
+    """An upper bound of the bytes of text that one token stands for, from tokenizer.json; 0 where there is none.
+
+    There is none where steps drop or merge what they read: whitespace, accents, runs of unknown characters.
+    """
+    factor = 1
+    for step in _steps(values.get("normalizer")):
+        if step.get("type") == "NFC":
+            factor = COMPOSED
+        elif step.get("type") == "Replace":
+            pattern = step.get("pattern", {}).get("String", "")
+            if not pattern or len(step.get("content", "").encode()) < len(pattern.encode()):
+                return 0
+        elif step.get("type") not in KEEPS:
+            return 0
+    for step in _steps(values.get("pre_tokenizer")):
+        if step.get("type") == "Split":
+            if step.get("behavior") == "Removed":
+                return 0
+        elif step.get("type") not in KEEPS:
+            return 0
+    model, added = values.get("model", {}), values.get("added_tokens") or []
+    vocab = model.get("vocab", {})
+    texts = set(vocab if isinstance(vocab, dict) else (one[0] for one in vocab))
+    if any(one.get("lstrip") or one.get("rstrip") for one in added):
+        return 0
+    is_byte_level = any(
+        step.get("type") == "ByteLevel" for name in ("normalizer", "pre_tokenizer") for step in _steps(values.get(name))
+    )
+    has_all_bytes = is_byte_level and texts.issuperset(ByteLevel.alphabet())
+    if not has_all_bytes and not model.get("byte_fallback"):  # characters that it lacks may vanish, or become one token
+        return 0
+    longest = max(map(len, texts)) if is_byte_level else max(len(text.encode()) for text in texts)
+    return factor * max([longest, *(len(one["content"].encode()) for one in added)])
+
+
+def _steps(step: Any) -> list[dict[str, Any]]:
+    """The steps of a sequence, however deep."""
+    if not isinstance(step, dict):
+        return []
+    parts = step.get("normalizers") or step.get("pretokenizers")
+    return [step] if parts is None else [one for part in parts for one in _steps(part)]

@@ -1,0 +1,218 @@
+"""Bodies of requests to what the engine is asked: JSON, fields, chat template, tokens. Pure; knows no HTTP.
+
+Everything here grows with what a client sent, so it runs where nobody waits for it: see `msi.server.preparers`. What
+comes out is a plain value that crosses processes.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msi.errors import EngineError, Failure, InvalidRequest, ModelNotFound, shown
+from msi.messages import Welcome
+from msi.net.codec import Codec
+from msi.prompts import Prompts
+from msi.server.chat import parse_chat
+from msi.server.chat_template import ChatTemplates
+from msi.server.completions import parse_completion
+from msi.server.fields import Streaming, Values, kind_of, parse_object, typed
+from msi.types import SamplingParams
+
+log = logging.getLogger(__name__)
+
+COMPLETION, CHAT, MESSAGE = "completion", "chat", "message"
+ENDPOINTS = (COMPLETION, CHAT, MESSAGE)
+MAX_PROMPT_TOKENS = 1 << 20  # of all prompts of a request
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that the engine can take.
+
+    Attributes:
+        endpoint: COMPLETION or CHAT.
+        prompts: tokens of each, as 32-bit integers of this machine: read them with `tokens_of`.
+        echoes: what comes before the text, for each prompt, in UTF-8.
+        ignored: fields that nobody knows.
+    """
+
+    endpoint: str
+    prompts: tuple[bytes, ...]
+    params: SamplingParams
+    streaming: Streaming
+    echoes: tuple[bytes, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Understood:
+    """What a body asks.
+
+    Attributes:
+        request: None where it cancels one.
+        client_id: the client's own id, of a WebSocket's message.
+    """
+
+    request: Prepared | None
+    client_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NotUnderstood:
+    """Why a body asks nothing; `client_id` is None where a message has none."""
+
+    failure: Failure
+    client_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a `Preparation` needs; `template` is a chat template in place of the model's, "" for none."""
+
+    welcome: Welcome
+    template: str = ""
+
+
+SETUP = Codec([Setup])
+ANSWERS = Codec([Understood, NotUnderstood])
+
+
+class Preparation:
+    """Understands bodies for one model.
+
+    Raises:
+        ConfigError: the chat template or the tokenizer is not valid.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        welcome = setup.welcome
+        self._welcome = welcome
+        sources = {"default": setup.template} if setup.template else welcome.chat_templates
+        self._templates = ChatTemplates(sources, welcome.special_tokens)
+        self._prompts = Prompts.of(welcome.tokenizer, welcome.vocab_size, welcome.max_model_len)
+
+    def understand(self, endpoint: str, body: bytes | str) -> Understood | NotUnderstood:
+        """Never raises."""
+        client_id: str | None = None
+        try:
+            values: Values = parse_object(body)
+            if endpoint == MESSAGE:
+                client_id, kind, values = message_of(values)
+                if kind != GENERATE:
+                    return Understood(None, client_id)
+                endpoint = CHAT if "messages" in values else COMPLETION
+            request = self.chat(values) if endpoint == CHAT else self.completion(values)
+            return Understood(request, client_id or "")
+        except EngineError as error:
+            if isinstance(error, InvalidMessage):
+                client_id = error.client_id
+            return NotUnderstood(Failure.of(error), client_id)
+        except RecursionError:
+            return NotUnderstood(Failure.of(InvalidRequest("the body is nested too deep")), client_id)
+        except MemoryError:
+            return NotUnderstood(Failure.of(InvalidRequest("the body takes too much memory to understand")), client_id)
+        except Exception:
+            log.exception("a body of %d bytes could not be understood", len(body))
+            return NotUnderstood(Failure.of(EngineError("the server failed at this request")), client_id)
+
+    def completion(self, values: Values) -> Prepared:
+        """Raises InvalidRequest."""
+        self._check_model(values)
+        asked = parse_completion(values, self._welcome.sampling_defaults)
+        prompts = [
+            self._encode(prompt, asked.params, add_special_tokens=asked.add_special_tokens) for prompt in asked.prompts
+        ]
+        if (num_tokens := sum(map(len, prompts))) > MAX_PROMPT_TOKENS:
+            raise InvalidRequest(
+                f"the prompts have {num_tokens} tokens together; at most {MAX_PROMPT_TOKENS} are allowed in a request",
+                param="prompt",
+            )
+        echoes = tuple(
+            b"" if not asked.echo else (prompt if isinstance(prompt, str) else self._prompts.decode(prompt)).encode()
+            for prompt in asked.prompts
+        )
+        return self._prepared(COMPLETION, prompts, asked.params, asked.streaming, echoes, asked.ignored)
+
+    def chat(self, values: Values) -> Prepared:
+        """Raises InvalidRequest."""
+        self._check_model(values)
+        asked = parse_chat(values, max_tokens=self._welcome.max_model_len, defaults=self._welcome.sampling_defaults)
+        if not self._templates:
+            raise InvalidRequest("this model has no chat template; use /v1/completions, or serve with --chat-template")
+        text = self._templates.choose(has_tools=asked.tools is not None).render(
+            asked.messages,
+            add_generation_prompt=asked.add_generation_prompt,
+            values=asked.template_values,
+            continue_final_message=asked.continue_final_message,
+            tools=asked.tools,
+            documents=asked.documents,
+        )
+        # the template writes special tokens itself
+        prompt = self._encode(text, asked.params, add_special_tokens=asked.add_special_tokens)
+        return self._prepared(CHAT, [prompt], asked.params, asked.streaming, (b"",), asked.ignored)
+
+    def _encode(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, add_special_tokens: bool
+    ) -> tuple[int, ...]:
+        return self._prompts.encode(prompt, add_special_tokens=add_special_tokens, max_tokens=params.max_tokens)
+
+    def _prepared(
+        self,
+        endpoint: str,
+        prompts: Sequence[tuple[int, ...]],
+        params: SamplingParams,
+        streaming: Streaming,
+        echoes: tuple[bytes, ...],
+        ignored: tuple[str, ...],
+    ) -> Prepared:
+        self._prompts.check_params(params)
+        packed = tuple(array("i", prompt).tobytes() for prompt in prompts)
+        return Prepared(endpoint, packed, params, streaming, echoes, ignored)
+
+    def _check_model(self, values: Values) -> None:
+        model = typed(values, "model", str, "")
+        if model and model != self._welcome.model_name:
+            raise ModelNotFound(
+                f"model {shown(model)} is not served here; this is {self._welcome.model_name!r}",
+                param="model",
+            )
+
+
+def tokens_of(prompt: bytes) -> tuple[int, ...]:
+    """Of one of `Prepared.prompts`."""
+    tokens = array("i")
+    tokens.frombytes(prompt)
+    return tuple(tokens)
+
+
+# -- messages of a WebSocket -----------------------------------------------------------------------------------------
+
+GENERATE, CANCEL = "generate", "cancel"
+MAX_ID_CHARS = 256
+NOT_IN_MESSAGES = ("stream", "stream_options", "echo")
+
+
+class InvalidMessage(InvalidRequest):
+    """A message with an id that asks for nothing."""
+
+    def __init__(self, message: str, client_id: str, *, param: str) -> None:
+        super().__init__(message, param=param)
+        self.client_id = client_id
+
+
+def message_of(values: Values) -> tuple[str, str, Values]:
+    """(id, GENERATE or CANCEL, the fields that are the endpoint's). Raises InvalidRequest."""
+    client_id, kind = values.get("id"), values.get("type")
+    if not isinstance(client_id, str) or not 0 < len(client_id) <= MAX_ID_CHARS:
+        what = kind_of(client_id) if not isinstance(client_id, str) else f"{len(client_id)} characters long"
+        raise InvalidRequest(f"id is {what}; it must be a string of 1 to {MAX_ID_CHARS} characters", param="id")
+    if kind not in (GENERATE, CANCEL):
+        raise InvalidMessage(f'type is {shown(kind)}; it must be "generate" or "cancel"', client_id, param="type")
+    for name in NOT_IN_MESSAGES:
+        if values.get(name):
+            sentence = f"{name} is not a field of WebSocket requests, which always stream"
+            raise InvalidMessage(sentence, client_id, param=name)
+    return client_id, kind, {name: value for name, value in values.items() if name not in ("type", "id")}

@@ -1,0 +1,218 @@
+"""Processes beside the gateway that understand large requests, so that nobody waits for another's.
+
+Parsing, templates and tokenising grow with what a client sent and hold the interpreter while they run. Small bodies are
+understood where they arrive; the others go through here: at most so many at a time, the rest in a bounded queue that
+gives every client its turn, large ones never in all processes at once. One that takes too long ends with its process,
+which is started anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+
+from msi.errors import InvalidRequest, Unavailable
+from msi.net.framing import read_frame, write_frame
+from msi.server.preparer import GOES_ON
+
+log = logging.getLogger(__name__)
+
+NUM_PREPARERS = 2
+MAX_QUEUED = 64
+LARGE_BYTES = 512 * 1024
+WITHIN_S = 20.0
+ENDS_WITHIN_S = 5.0
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    client: object
+    task: bytes
+    result: asyncio.Future[bytes] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def is_large(self) -> bool:
+        return len(self.task) > LARGE_BYTES
+
+
+class Preparers:
+    """A pool. Processes are started when they are first needed, or by `start`.
+
+    Args:
+        setup: the first frame that each process gets.
+        within_s: time for one request.
+    """
+
+    def __init__(self, setup: bytes, num_preparers: int = NUM_PREPARERS, within_s: float = WITHIN_S) -> None:
+        assert num_preparers >= 2, "one is kept from large requests"
+        self.num_given_up = 0
+        self._setup = setup
+        self._num_preparers = num_preparers
+        self._within_s = within_s
+        self._waiting: dict[object, deque[_Job]] = {}  # by client, whose turn it is first
+        self._num_large = 0  # running
+        self._idle: list[_Preparer] = []
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def prepare(self, client: object, task: bytes) -> bytes:
+        """What a process makes of a task. Cancellation takes it out of the queue; one that runs is ended by its time.
+
+        Args:
+            client: whose turn it takes, such as a connection.
+
+        Raises:
+            InvalidRequest: it took too long, or more memory than there is.
+            Unavailable: too many wait.
+        """
+        if sum(map(len, self._waiting.values())) >= MAX_QUEUED:
+            raise Unavailable(f"{MAX_QUEUED} large requests wait to be understood already; try again")
+        job = _Job(client, task)
+        self._waiting.setdefault(client, deque()).append(job)
+        self._start_what_can_run()
+        return await job.result
+
+    async def start(self) -> None:
+        """Starts every process, so that no request waits for it."""
+        while len(self._idle) + len(self._running) < self._num_preparers:
+            self._idle.append(await _Preparer.start(self._setup))
+
+    async def close(self) -> None:
+        """What waits or runs ends with Unavailable."""
+        for jobs in self._waiting.values():
+            for job in jobs:
+                if not job.result.done():
+                    job.result.set_exception(Unavailable("the server ends"))
+        self._waiting.clear()
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*(preparer.end() for preparer in self._idle))
+        self._idle.clear()
+
+    def _start_what_can_run(self) -> None:
+        while len(self._running) < self._num_preparers and (job := self._next()) is not None:
+            self._num_large += job.is_large
+            task = asyncio.get_running_loop().create_task(self._run(job))
+            self._running.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._start_what_can_run()
+
+    def _take(self) -> _Preparer | None:
+        """One that waits for work."""
+        while self._idle:
+            preparer = self._idle.pop()
+            if preparer.is_alive:
+                return preparer
+            preparer.close()
+        return None
+
+    def _next(self) -> _Job | None:
+        """The first job that may run now, of the client whose turn it is."""
+        may_be_large = self._num_large < self._num_preparers - 1
+        for client, jobs in list(self._waiting.items()):
+            while jobs and jobs[0].result.done():  # cancelled
+                jobs.popleft()
+            if not jobs:
+                del self._waiting[client]
+            elif may_be_large or not jobs[0].is_large:
+                del self._waiting[client]
+                job = jobs.popleft()
+                if jobs:
+                    self._waiting[client] = jobs  # behind the others
+                return job
+        return None
+
+    async def _run(self, job: _Job) -> None:
+        preparer: _Preparer | None = None
+        try:
+            preparer = self._take() or await _Preparer.start(self._setup)
+            answer = await preparer.prepare(job.task, self._within_s)
+            if not job.result.done():
+                job.result.set_result(answer[1:])
+            if answer[:1] == GOES_ON:
+                self._idle.append(preparer)
+                preparer = None
+        except TimeoutError:
+            self._fail(job, f"this request was not understood within {self._within_s:g} s; send a smaller one")
+        except (OSError, EOFError):
+            self._fail(job, "this request took more memory to understand than there is; send a smaller one")
+        finally:
+            if preparer is not None:
+                await preparer.kill()
+            self._num_large -= job.is_large
+            if not job.result.done():
+                job.result.set_exception(Unavailable("the server ends"))
+
+    def _fail(self, job: _Job, sentence: str) -> None:
+        self.num_given_up += 1
+        log.warning("a request of %d bytes: %s", len(job.task), sentence)
+        if not job.result.done():
+            job.result.set_exception(InvalidRequest(sentence))
+
+
+class _Preparer:
+    """One process."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @staticmethod
+    async def start(setup: bytes) -> _Preparer:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "msi.server.preparer", str(theirs.fileno()), str(os.getpid()),
+                    stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
+                )  # fmt: skip
+            except BaseException:
+                ours.close()
+                raise
+        reader, writer = await asyncio.open_connection(sock=ours)
+        preparer = _Preparer(process, reader, writer)
+        try:
+            await write_frame(writer, setup)
+        except BaseException:
+            await preparer.kill()
+            raise
+        return preparer
+
+    async def prepare(self, task: bytes, within_s: float) -> bytes:
+        """Raises TimeoutError, OSError or EOFError; it is of no use afterwards, nor after cancellation."""
+        async with asyncio.timeout(within_s):
+            await write_frame(self._writer, task)
+            return await read_frame(self._reader)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.returncode is None
+
+    def close(self) -> None:
+        """It ends by itself once nothing more can come."""
+        self._writer.close()
+
+    async def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._writer.close()
+        await self._process.wait()
+
+    async def end(self) -> None:
+        self._writer.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), ENDS_WITHIN_S)
+        except TimeoutError:
+            await self.kill()
