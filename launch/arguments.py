@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import json
 import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from msi.errors import ConfigError
-from msi.net.secret import Trust, find_secret
+from msi.net.secret import Trust, find_secret, read_private
 from msi.options import DTYPES, LOAD_FORMATS, InstanceOptions, with_plan
+from msi.server.origins import Origins
 
-from .command_line import CommandLine, file_to_ask, file_to_read, file_to_write, integer, number, one_of, text
+from .command_line import CommandLine, file_to_ask, file_to_read, file_to_write, integer, number, one_of, quoted, text
 from .vllm_flags import add_foreign
 
 LEFT_OUT = object()  # an option that the command line does not name
 DESCRIPTION = """Serve a Mixture-of-Experts model with attention and experts on different workers. Without --role:
 everything on this machine, with an HTTP server in front. Names are vLLM's where vLLM has the option."""
 MICRO_BATCHES = ("auto", "1", "2", "3", "4")
-ROLES = ("coordinator", "attention", "expert", "worker")
+ROLES = ("coordinator", "gateway", "attention", "expert", "worker")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_CHILD_NUMBER = 2**22  # of processes and descriptors
+API_KEY_VARIABLE = "MSI_API_KEY"
 SECRET = r"[!-~]+"  # what can stand in an Authorization header
 
 
@@ -45,6 +49,8 @@ class LaunchArguments:
         trust: by what peers on a network are known; see --secret-file.
         shutdown_timeout_s: what runs when the server is asked to end may go on for so long.
         announce: descriptor through which a launcher is told how things are (see `msi.children`); -1 for none.
+        allowed_origins: web pages of other origins that may ask.
+        http_sockets: descriptors that listen already, for a gateway.
         ignored: flags of vLLM's that were given and change nothing here.
         serving_flags: for the process that serves HTTP, what was said of it.
     """
@@ -63,10 +69,12 @@ class LaunchArguments:
     chat_template: Path | None
     enable_log_requests: bool
     disable_log_stats: bool
+    allowed_origins: tuple[str, ...]
     log_level: str
     parent: int
     shutdown_timeout_s: float
     announce: int
+    http_sockets: tuple[int, ...]
     trace_dir: Path | None
     ignored: tuple[str, ...]
     serving_flags: tuple[str, ...]
@@ -95,6 +103,7 @@ def parse(argv: list[str]) -> LaunchArguments:
         "options": options,
         "serving_flags": _flags_of(serving, values),
         "trust": _trust(values),
+        "api_key": _api_key(values),
     }
     for one in fields(LaunchArguments):
         if one.name not in own:
@@ -122,17 +131,33 @@ def _trust(values: argparse.Namespace) -> Trust:
     return Trust(find_secret(values.secret_file) if is_cluster else None, values.insecure_network)
 
 
+def _api_key(values: argparse.Namespace) -> str:
+    """From the flag, a file, or the environment: a command line is no place for it, as every user can read those."""
+    if values.api_key is not None:
+        return str(values.api_key)
+    key, source = os.environ.get(API_KEY_VARIABLE), API_KEY_VARIABLE
+    if values.api_key_file is not None:
+        key, source = (
+            read_private(values.api_key_file, "--api-key-file").strip(),
+            f"--api-key-file {values.api_key_file}",
+        )
+    if key is not None and not re.fullmatch(SECRET, key):
+        raise ConfigError(f"the key in {source} is not one of visible ASCII characters; give one, or none at all")
+    return key or ""
+
+
 def _flags_of(group: Any, values: argparse.Namespace) -> tuple[str, ...]:
     """A group's options as words of a command line, where they are not the default."""
     words = []
     for action in group._group_actions:
         value = getattr(values, action.dest)
-        if value == action.default:
+        if value == action.default or action.dest in ("api_key", "api_key_file"):  # told by the environment
             continue
         if isinstance(value, bool):
             words.append(next(flag for flag in action.option_strings if flag.startswith("--no-") is not value))
         else:
-            words.append(f"{action.option_strings[0]}={value}")
+            shown = ",".join(value) if isinstance(value, tuple) else value
+            words.append(f"{action.option_strings[0]}={shown}")
     return tuple(words)
 
 
@@ -147,6 +172,23 @@ def host(word: str) -> str:
     except ValueError:
         text(r"[A-Za-z0-9_.-]{1,253}", "a host's name or address alone; the port is --port")(word)
     return bare
+
+
+def origins(word: str) -> tuple[str, ...]:
+    """One or several, with commas between them, or as vLLM has them: a JSON array."""
+    try:
+        given = json.loads(word) if word.startswith("[") else word.split(",")
+        allowed = tuple(str(one).strip().rstrip("/") for one in given)
+        Origins(allowed)
+    except (ValueError, ConfigError):
+        raise argparse.ArgumentTypeError(
+            f"{quoted(word)}: give SCHEME://HOST[:PORT], several with commas between them, or * for all"
+        ) from None
+    return allowed
+
+
+def descriptors(word: str) -> tuple[int, ...]:
+    return tuple(int(one) for one in word.split(","))
 
 
 def model_directory(word: str) -> Path:
@@ -217,11 +259,14 @@ def _add_serving(group: Any) -> None:
     add("--api-key", type=text(SECRET, "a key of visible ASCII characters, or leave the flag out to ask for none"),
         metavar="K",
         help="clients must send it as Authorization: Bearer K, on all paths but those that probes ask")  # fmt: skip
+    add("--api-key-file", type=Path, metavar="FILE", help="the key, in a file of mode 600; or MSI_API_KEY")
     add("--chat-template", type=file_to_read, metavar="FILE", help="Jinja file in place of the model's chat template")
     add("--enable-log-requests", action=argparse.BooleanOptionalAction, default=True,
         help="a line in the log for every request that ended; on")  # fmt: skip
     add("--shutdown-timeout", dest="shutdown_timeout_s", type=number(0, 86_400), metavar="S", default=30.0,
         help="requests that run when it is asked to end have so long; 30; asked again, it ends at once")  # fmt: skip
+    add("--allowed-origins", type=origins, default=(), metavar="O,..",
+        help="web pages that may ask, such as https://chat.example.com, or *; none but this server's own")  # fmt: skip
     add("--disable-log-stats", action="store_true", help="no lines in the log on throughput, queues and KV cache")
 
 
@@ -234,7 +279,7 @@ def _add_once(parser: CommandLine) -> None:
 def _add_role(parser: CommandLine) -> None:
     add = parser.add_argument_group("one process of a cluster").add_argument
     add("--role", type=one_of(*ROLES), metavar="R",
-        help="coordinator, attention, expert, or worker: the coordinator chooses")  # fmt: skip
+        help="coordinator (with a gateway), gateway (HTTP alone), attention, expert, or worker (any)")  # fmt: skip
     add("--coordinator", default="", metavar="ADDRESS", help="tcp://HOST:PORT; for the coordinator: where to listen")
     add("--worker-id", type=text(r"[A-Za-z0-9_.-]{1,64}", "up to 64 letters, digits, and any of _ . -"),
         metavar="ID", help="role-index by default")  # fmt: skip
@@ -248,6 +293,7 @@ def _add_role(parser: CommandLine) -> None:
     add("--parent", type=integer(0, MAX_CHILD_NUMBER), default=0, help=hidden)
     add("--announce", type=integer(-1, MAX_CHILD_NUMBER), default=-1, help=hidden)
     add("--trace-dir", type=Path, help=hidden)
+    add("--http-sockets", type=descriptors, default=(), help=hidden)
 
 
 def _add_diagnosis(parser: CommandLine) -> None:
@@ -255,3 +301,6 @@ def _add_diagnosis(parser: CommandLine) -> None:
     add("--log-level", type=one_of(*LOG_LEVELS), default="info", metavar="L", help="debug, info, warning or error")
     add("--trace", type=file_to_write, metavar="FILE", help="write a Chrome trace at the end")
     add("--check", action="store_true", help=argparse.SUPPRESS)
+    add(
+        "--disable-log-requests", dest="enable_log_requests", action="store_false", help=argparse.SUPPRESS
+    )  # vLLM's own

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -27,6 +28,7 @@ EXIT_BUG = 1
 EXIT_SENTENCE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_UNREAD = 128 + signal.SIGPIPE
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def run_command(name: str, work: Callable[[], None]) -> int:
@@ -43,7 +45,7 @@ def run_command(name: str, work: Callable[[], None]) -> int:
         _give_up_output()
         return EXIT_UNREAD
     except Exception as error:
-        if isinstance(error, OSError) and _is_output_full():
+        if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
             write_error(f"{name}: standard output cannot be written: {error.strerror}\n")
             _give_up_output()
             return EXIT_SENTENCE
@@ -65,14 +67,6 @@ def open_missing_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # characters that the locale does not have
-
-
-def _is_output_full() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False
 
 
 def _give_up_output() -> None:

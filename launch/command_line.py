@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from msi import __version__
-from msi.errors import ConfigError, shown
+from msi.errors import MAX_SHOWN_CHARS, ConfigError, shown
 
 MAX_TEXT_CHARS = 100_000
 HELP_COLUMN = 30
 LIKENESS = 0.55  # from which on another flag may have been meant; difflib's ratio
+KINDS = {"int": "an integer", "float": "a number"}
 T = TypeVar("T")
 
 
@@ -32,8 +33,7 @@ class CommandLine(argparse.ArgumentParser):
             description=description,
             allow_abbrev=False,
             add_help=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=HELP_COLUMN),
-            **options,
+            **{"formatter_class": lambda prog: argparse.HelpFormatter(prog, max_help_position=HELP_COLUMN), **options},
         )
         add = self.add_argument_group("about").add_argument
         add("-h", "--help", action="help", help="this page")
@@ -60,6 +60,8 @@ class CommandLine(argparse.ArgumentParser):
                 message = _no_value(named["name"])
             elif named["rest"].startswith("ignored explicit argument"):
                 message = f"{named['name']} takes no value"
+            elif wrong := re.match(r"invalid (\w+) value: (.*)", named["rest"], flags=re.DOTALL):
+                message = f"{named['name']} {wrong[2][:MAX_SHOWN_CHARS]}: give {KINDS.get(wrong[1], 'another')}"
         elif missing := re.match(r"the following arguments are required: (.*)", message):
             message = f"{missing[1]} is missing"
         raise ConfigError(f"{message} ({self.prog} --help lists what there is)")
@@ -88,6 +90,22 @@ class CommandLine(argparse.ArgumentParser):
         close = [flag for flag in listed if len(name) > 1 and flag.startswith(name)]
         close = close or difflib.get_close_matches(name, listed, n=1, cutoff=LIKENESS)
         return f"; did you mean {listed[close[0]]}?" if close else ""
+
+
+class ScriptLine(CommandLine):
+    """The command line of a script under tools/, whose docstring is its help: ends it with a line where it is wrong."""
+
+    def __init__(self, docstring: str | None) -> None:
+        name = f"tools/{Path(sys.argv[0]).name}"
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(name, docstring or "", usage=f"{name} [options]", formatter_class=formatter)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        try:
+            return super().parse_args(args, namespace)
+        except ConfigError as error:
+            sys.stderr.write(f"{self.prog}: {error}\n")
+            raise SystemExit(2) from None
 
 
 def _no_value(flag: str) -> str:
@@ -188,8 +206,10 @@ def file_to_write(word: str) -> Path:
 
 
 def file_to_ask(word: str) -> Path:
-    """As `file_to_read`; but what is not there is said by who reads it."""
-    return Path(word) if _mode_of(word) is None and word else file_to_read(word)
+    """As `file_to_read`, in the words of those who read such files."""
+    if word and _mode_of(word) is None:
+        raise argparse.ArgumentTypeError(f"{quoted(word)} cannot be read: there is no such file")
+    return file_to_read(word)
 
 
 def _mode_of(word: str) -> int | None:

@@ -18,6 +18,7 @@ from .display import StatusLine, summary
 log = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 1.0
+SAID_WITHIN_S = 0.5
 DRAIN_GRACE_S = 10.0  # beyond the time that the coordinator was told, for one that stands still
 
 
@@ -72,7 +73,8 @@ async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine, sto
             if arguments.prompt is not None:
                 await _answer(engine, arguments)
                 return
-            line.say(f"ready: {engine.model_name} at http://{arguments.host}:{arguments.port}/v1")
+            where = f"at {engine.url}/v1" if engine.url else "in this process, which serves no HTTP"
+            line.say(f"ready: {engine.model_name} {where}")
             stops.can_drain = True
             showing = asyncio.ensure_future(_show(engine, line))
             failed = asyncio.ensure_future(engine.wait_failed())
@@ -88,10 +90,24 @@ async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine, sto
 
 
 async def _drain(engine: Engine, timeout_s: float, line: StatusLine) -> None:
-    line.say(f"ending: no new requests; those that run have {timeout_s:g} s (a second signal or Ctrl-C ends at once)")
+    how_many = await _num_requests(engine)
+    line.say(
+        f"ending: no new requests; {how_many} run and have {timeout_s:g} s (a second signal or Ctrl-C ends at once)"
+        if how_many
+        else "ending: nothing runs"
+    )
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s + DRAIN_GRACE_S):
             await engine.drain()
+
+
+async def _num_requests(engine: Engine) -> str:
+    """In words; "" for none."""
+    try:
+        count = (await asyncio.wait_for(engine.stats(), SAID_WITHIN_S)).num_requests
+    except (EngineError, TimeoutError):
+        return "requests that are there"
+    return f"{count} request{'s' * (count != 1)}" if count else ""
 
 
 async def _answer(engine: Engine, arguments: LaunchArguments) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from msi.errors import EngineError
 
-from .arguments import LaunchArguments, parse
+from .arguments import API_KEY_VARIABLE, LaunchArguments, parse
 from .command import open_missing_streams, run_command
 from .logs import set_up_log
 
@@ -39,6 +39,8 @@ def _run(argv: list[str]) -> None:
     if arguments.parent:
         processes.end_with_parent(arguments.parent)
     set_up_log(arguments.worker_id or arguments.role or "msi-launch", arguments.log_level)
+    if arguments.api_key:
+        os.environ[API_KEY_VARIABLE] = arguments.api_key  # for whichever child serves HTTP
     for given in arguments.ignored:
         log.info("%s changes nothing here", given)
     try:
@@ -49,7 +51,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:
-    from . import local, processes
+    from . import gateway_process, local, processes
 
     if "TORCHELASTIC_RUN_ID" in os.environ and not arguments.parent:
         from . import torchrun  # imports torch.distributed, which nobody else needs
@@ -57,6 +59,8 @@ def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:
         return torchrun.run_world(arguments, torchrun.World.of(os.environ))
     if arguments.role == "coordinator":
         return processes.run_coordinator(arguments)
+    if arguments.role == "gateway":
+        return gateway_process.run_gateway(arguments)
     if arguments.role:
         return processes.run_worker(arguments)
     return local.serve(arguments)

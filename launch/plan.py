@@ -85,12 +85,17 @@ def as_json(task: Task, plans: Sequence[Plan], verdict: Verdict) -> dict[str, An
     }
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # as what it is, and not as the end of the process
+
+
 # -- for people ------------------------------------------------------------------------------------------------------
 
 
 def show(arguments: PlanArguments, plans: Sequence[Plan], verdict: Verdict) -> None:
     """The plans as a table, the verdict, and what was asked beside them."""
-    console = Console()
+    console = _Output()
     if not console.is_terminal:
         console.width = max(console.width, PLAIN_WIDTH)
     task = arguments.task

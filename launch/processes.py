@@ -1,4 +1,4 @@
-"""One process of an instance: the coordinator with its gateway, or a worker."""
+"""One process of an instance: the coordinator with a gateway beside it, or a worker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,14 +17,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from msi.children import follow_launcher, tell_launcher
 from msi.coordinator import Coordinator
-from msi.engine import Engine
-from msi.errors import ConfigError, EngineError
+from msi.errors import EngineError
 from msi.instance import create_coordinator, create_worker
-from msi.server.gateway import Gateway
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
-from .logs import has_live_terminal
+from .gateway_process import GatewayProcess
 
 if TYPE_CHECKING:
     from msi.worker import Worker  # with torch, which only workers need
@@ -118,7 +115,7 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
         watch.start()
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(coordinator.run())
-            ending = CoordinatorEnding(coordinator, arguments.shutdown_timeout_s)
+            ending = CoordinatorEnding(coordinator, arguments.shutdown_timeout_s, is_child=arguments.parent > 0)
             following = tasks.create_task(follow_launcher(arguments.announce, ending.told))
             log.info("coordinator at %s", coordinator.address)
             try:
@@ -137,24 +134,40 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
 
 
 class CoordinatorEnding:
-    """What ends a coordinator: signals, or the launcher, which also tells of workers that ended."""
+    """What ends a coordinator: signals, or its launcher, which also tells of workers that ended.
 
-    def __init__(self, coordinator: Coordinator, timeout_s: float) -> None:
+    A signal to a whole group of processes reaches a launcher's child, too: it is then no second one.
+    """
+
+    def __init__(self, coordinator: Coordinator, timeout_s: float, *, is_child: bool) -> None:
         self._coordinator = coordinator
         self._timeout_s = timeout_s
         self._is_asked = asyncio.Event()
         self._is_urgent = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        if is_child:
+            loop.add_signal_handler(signal.SIGTERM, self._is_asked.set)
+            return
         asked = Ending(drain=self._is_asked.set, end=self._is_urgent.set)
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, asked.asked)
+            loop.add_signal_handler(number, asked.asked)
 
     def told(self, message: dict[str, Any]) -> None:
         """By the launcher."""
-        if message.get("end"):
+        if message.get("drain"):
+            self._is_asked.set()
+        elif message.get("end"):
             self._is_asked.set()
             self._is_urgent.set()
         elif worker_id := message.get("exited"):
             self._coordinator.worker_exited(worker_id, message["pid"], message["how"], message["has_crashed"])
+
+    async def tell(self, asked: Callable[[], None]) -> None:
+        """Calls `asked` when it is asked to end, and again when it is urgent."""
+        await self._is_asked.wait()
+        asked()
+        await self._is_urgent.wait()
+        asked()
 
     async def wait(self, running: asyncio.Task[None]) -> None:
         """Until it is time to end, or `running` has ended; every request has then."""
@@ -180,27 +193,16 @@ async def _first(running: asyncio.Task[None], *others: Awaitable[object]) -> boo
 async def _serve(
     arguments: LaunchArguments, coordinator: Coordinator, ending: CoordinatorEnding, running: asyncio.Task[None]
 ) -> None:
-    async with Engine(address=coordinator.address, secret=arguments.trust.secret) as engine:
-        gateway = Gateway(
-            engine,
-            host=arguments.host,
-            port=arguments.port,
-            api_key=arguments.api_key,
-            chat_template=_template(arguments.chat_template),
-            log_requests=arguments.enable_log_requests,
-            log_load=not arguments.disable_log_stats and not has_live_terminal(),
-        )
-        url = await gateway.start()
-        log.info("HTTP at %s", url)
-        tell_launcher(arguments.announce, address=coordinator.address)
-        try:
-            await ending.wait(running)
-        finally:
-            await gateway.close()
-
-
-def _template(path: Path | None) -> str:
+    flags = (*arguments.serving_flags, "--log-level", arguments.log_level)
+    gateway = GatewayProcess(coordinator.address, arguments.host, arguments.port, flags, arguments.trust.secret)
+    beside: list[asyncio.Future[None]] = []
     try:
-        return "" if path is None else path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error
+        await gateway.start()
+        log.info("HTTP at %s", gateway.url)
+        tell_launcher(arguments.announce, address=coordinator.address, url=gateway.url)
+        beside = [asyncio.ensure_future(gateway.keep_alive()), asyncio.ensure_future(ending.tell(gateway.drain))]
+        await ending.wait(running)
+    finally:
+        await gateway.stop()
+        for task in beside:
+            task.cancel()

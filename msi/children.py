@@ -27,6 +27,7 @@ class Child:
 
     Attributes:
         failure: the sentence with which it ended, "" for none.
+        url: where it serves HTTP, "" where it does not.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class Child:
     ) -> None:
         self.process = process
         self.failure = ""
+        self.url = ""
         self._reader = reader
         self._writer = writer
 
     @staticmethod
-    async def start(arguments: Iterable[str], secret: Secret | None = None) -> Child:
+    async def start(arguments: Iterable[str], secret: Secret | None = None, pass_fds: tuple[int, ...] = ()) -> Child:
         """Runs msi_launch with these arguments; the secret is what peers on a network have to hold."""
         environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
         if secret is not None:  # never on a command line, which every user of the machine can read
@@ -51,7 +53,7 @@ class Child:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "msi_launch", *arguments,
                 "--parent", str(os.getpid()), "--announce", str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),), env=environment,
+                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(), *pass_fds), env=environment,
             )  # fmt: skip
         except BaseException:
             ours.close()
@@ -89,6 +91,7 @@ class Child:
         message = await _next_message(self._reader)
         if message is not None:
             self.failure = str(message.get("failure", self.failure))
+            self.url = str(message.get("url", self.url))
         return message
 
     def tell(self, **message: Any) -> None:

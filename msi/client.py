@@ -38,6 +38,7 @@ HELLO_TIMEOUT_S = 120.0
 STATS_AGAIN_S = 2.0
 STATS_ASKED = 5  # times
 HELLO_AGAIN_S = 2.0
+LONG_PROMPT = 4096  # tokens
 
 
 class CoordinatorClient:
@@ -147,6 +148,8 @@ class CoordinatorClient:
             for request in requests:
                 self._queues[request.request_id] = queue
                 self._control.send(Submit(request))
+                if len(request.prompt_token_ids) > LONG_PROMPT:
+                    await asyncio.sleep(0)  # others have their turn between the copies for each choice
             while any(request.request_id in self._queues for request in requests):
                 update = await queue.get()
                 if update.request_id not in self._queues:  # cancelled since

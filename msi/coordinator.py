@@ -189,7 +189,8 @@ class Coordinator:
             case Submit():
                 self._submit(route, message, now)
             case Cancel():
-                self._cancel(self._router.cancel(route, message.request_id), message.request_id)
+                if (given := self._router.cancel(route, message.request_id)) is not None:
+                    self._cancel(*given)
             case ClientHeartbeat():
                 client = self._clients[route]
                 client.last_seen = now

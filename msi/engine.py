@@ -30,8 +30,9 @@ from msi.options import InstanceOptions, with_plan
 from msi.process_instance import ProcessInstance
 from msi.prompts import Prompts
 from msi.sampling import choices_of
-from msi.tokenizer import TextStream
-from msi.types import Output, Request, SamplingDefaults, SamplingParams
+from msi.text_stream import text_streams
+from msi.types import Output, Request, SamplingDefaults, SamplingParams, TokenText
+from msi.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Engine:
         self._failed = asyncio.Event()
         self._trace_dir: Path | None = None
         self._prompts: Prompts | None = None
+        self._vocabulary: Vocabulary | None = None
         self._welcome: Welcome | None = None
 
     @staticmethod
@@ -121,7 +123,11 @@ class Engine:
         self._client = CoordinatorClient(self._address, secret=self._secret)
         self._welcome = await self._client.start()
         welcome = self._welcome
-        self._prompts = Prompts.of(welcome.tokenizer, welcome.vocab_size, welcome.max_model_len)
+        self._prompts = Prompts.of(
+            welcome.tokenizer, welcome.vocab_size, welcome.max_model_len, welcome.special_tokens.values()
+        )
+        if (tokenizer := self._prompts.tokenizer) is not None:
+            self._vocabulary = Vocabulary(tokenizer)
         if options is not None:
             await self.wait_ready(options.start_timeout_s)
 
@@ -200,6 +206,11 @@ class Engine:
         return self._instance.pids if isinstance(self._instance, ProcessInstance) else {}
 
     @property
+    def url(self) -> str:
+        """Where a local instance serves HTTP; "" where it does not."""
+        return self._instance.url if isinstance(self._instance, ProcessInstance) else ""
+
+    @property
     def welcome(self) -> Welcome:
         """What the coordinator told of the model."""
         return self._require_welcome()
@@ -248,6 +259,10 @@ class Engine:
         """The text of tokens, special ones included; "" for a model without tokenizer."""
         return self._require_prompts().decode(token_ids)
 
+    def token_text(self, token_id: int) -> TokenText:
+        """What a token would add to a text; a special token by its name."""
+        return TokenText("", b"") if self._vocabulary is None else self._vocabulary.text_of(token_id)
+
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str = ""
     ) -> AsyncGenerator[Output, None]:
@@ -276,7 +291,7 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
         choices = choices_of(params, seed, self.max_model_len - len(token_ids))
-        texts = [TextStream(prompts.tokenizer, params.stop, params.min_tokens) for _ in choices]
+        texts = text_streams(self._vocabulary, token_ids, params)
         num_cached = [0] * params.n
         updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
         try:
@@ -284,16 +299,15 @@ class Engine:
                 index = names.index(update.request_id)
                 text, reason = texts[index], update.finish_reason or None
                 num_cached[index] += update.num_cached_tokens
-                # a token that ends the text is not part of it
-                new_text = text.push(update.token_ids[:-1] if reason == "stop" else update.token_ids)
+                new = text.push(
+                    update.token_ids, update.logprobs, is_last=reason is not None, is_ended_by_token=reason == "stop"
+                )
                 if text.is_stopped:
                     reason = "stop"
                     client.cancel(update.request_id)
-                elif reason is not None:
-                    new_text += text.flush()
                 yield Output(
-                    request_id, new_text, update.token_ids, reason, len(token_ids), index, update.logprobs,
-                    num_cached[index],
+                    request_id, new.text, update.token_ids, reason, len(token_ids), index, new.logprobs,
+                    num_cached[index], new.token_texts,
                 )  # fmt: skip
         finally:
             await updates.aclose()

@@ -100,6 +100,11 @@ class ProcessInstance:
         self._stopping = asyncio.Event()
 
     @property
+    def url(self) -> str:
+        """Where HTTP is served, "" for nowhere."""
+        return self._children["coordinator"].url
+
+    @property
     def pids(self) -> dict[str, int]:
         """Process ids by name, the coordinator's too."""
         return {name: child.pid for name, child in self._children.items()}
@@ -178,7 +183,7 @@ class ProcessInstance:
         self._stopping.set()
         coordinator = self._children.get("coordinator")
         if coordinator is not None:
-            coordinator.signal(signal.SIGTERM)
+            coordinator.tell(drain=True)
             await coordinator.process.wait()
 
     async def stop(self) -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from msi.errors import InvalidRequest, context_exceeded, shown
-from msi.tokenizer import encode, load_tokenizer
+from msi.tokenizer import decode, encode, load_tokenizer
 from msi.types import SamplingParams
 
 COMPOSED = 3  # NFC makes at most so many bytes into one
@@ -42,11 +42,11 @@ class Prompts:
         return self._tokenizer
 
     @staticmethod
-    def of(content: bytes, vocab_size: int, max_model_len: int) -> Prompts:
-        """From the bytes of a tokenizer.json, b"" for none. Raises ConfigError."""
+    def of(content: bytes, vocab_size: int, max_model_len: int, special_tokens: Collection[str] = ()) -> Prompts:
+        """From the bytes of a tokenizer.json, b"" for none, and what the model names its tokens. Raises ConfigError."""
         if not content:
             return Prompts(None, vocab_size=vocab_size, max_model_len=max_model_len)
-        tokenizer = load_tokenizer(content)
+        tokenizer = load_tokenizer(content, special_tokens)
         longest = most_bytes_per_token(json.loads(content))
         return Prompts(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, bytes_per_token=longest)
 
@@ -78,7 +78,7 @@ class Prompts:
         if token_ids and not (set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and self._has(max(token_ids))):
             bad = next(one for one in token_ids if type(one) is not int or one < 0 or not self._has(one))
             raise InvalidRequest(
-                f"token id {shown(bad)} in {where}; ids are integers from 0 to {self._vocab_size - 1}",
+                f"token id {self._named(bad)} in {where}; ids are integers from 0 to {self._vocab_size - 1}",
                 param=where.removeprefix("the "),
             )
 
@@ -90,8 +90,15 @@ class Prompts:
         self.check_tokens("stop_token_ids", params.stop_token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included; "" for a model without tokenizer."""
-        return "" if self._tokenizer is None else str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        """The text of tokens, special ones included; "" for a model without tokenizer. Raises InvalidRequest."""
+        return "" if self._tokenizer is None else decode(self._tokenizer, token_ids)
+
+    def _named(self, token_id: object) -> str:
+        """With its text where the tokenizer knows more tokens than the model has."""
+        text = None
+        if self._tokenizer is not None and type(token_id) is int and 0 <= token_id < 2**32:
+            text = self._tokenizer.id_to_token(token_id)
+        return shown(token_id) if text is None else f"{token_id} ({shown(text)})"
 
     def _has(self, token_id: int) -> bool:
         return token_id < self._vocab_size

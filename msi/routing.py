@@ -8,7 +8,8 @@ Holds every request's prompt and the tokens emitted so far. Knows no sockets or 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 
 from msi.errors import EngineError, Failure, InvalidRequest, RequestFailed, Unavailable
 from msi.messages import RequestUpdate
@@ -24,8 +25,9 @@ OUTPUTS_REMEMBERED = 64  # the mean length of answers is that of about the last 
 class Routed:
     """A request and where it is. `worker_id` is "" while it waits for a worker."""
 
-    request: Request
+    request: Request  # by the name that it has here: no two are the same
     client: bytes
+    name: str  # that its client gave it: no two of that client's are the same
     arrived_at: float
     num_tokens: int  # the most that it can come to need cache for
     worker_id: str = ""
@@ -81,6 +83,7 @@ class Router:
         self._max_waiting = max_waiting
         self._suspects = Suspects()
         self._requests: dict[str, Routed] = {}
+        self._by_name: dict[tuple[bytes, str], Routed] = {}
         self._waiting: dict[str, Routed] = {}  # those without a worker, in order of arrival
         self._loads: dict[str, Load] = {}
         self._mean_output = 0.0  # of finished answers; 0 before the first
@@ -91,8 +94,9 @@ class Router:
     def add(self, request: Request, client: bytes, now: float) -> RequestUpdate | None:
         """Takes a request; an update where it cannot."""
         error: EngineError | None = None
-        if request.request_id in self._requests:
-            error = InvalidRequest(f"request id {request.request_id} is in use")
+        name = request.request_id
+        if (client, name) in self._by_name:
+            error = InvalidRequest(f"request id {name} is in use")
         elif (num_waiting := self.num_waiting) >= self._max_waiting:
             error = Unavailable(f"{num_waiting} requests wait here already; try again later")
         elif self._suspects.is_guilty(request, now):
@@ -101,9 +105,12 @@ class Router:
                 f"it is not tried again for {SUSPECTED_FOR_S / 60:.0f} minutes"
             )
         if error is not None:
-            return RequestUpdate(request.request_id, failure=Failure.of(error))
+            return RequestUpdate(name, failure=Failure.of(error))
+        if name in self._requests:  # another client's, which is none of this one's business
+            number = next(number for number in count(2) if f"{name}~{number}" not in self._requests)
+            request = replace(request, request_id=f"{name}~{number}")
         num_tokens = min(len(request.prompt_token_ids) + request.params.max_tokens, self._max_model_len)
-        routed = Routed(request, client, now, num_tokens)
+        routed = self._by_name[client, name] = Routed(request, client, name, now, num_tokens)
         self._requests[request.request_id] = self._waiting[request.request_id] = routed
         return None
 
@@ -149,7 +156,7 @@ class Router:
                 weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
                 self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
             update = RequestUpdate(
-                one.request_id, one.token_ids, one.finish_reason or "", one.logprobs, None, one.num_cached_tokens
+                routed.name, one.token_ids, one.finish_reason or "", one.logprobs, None, one.num_cached_tokens
             )
             updates.setdefault(routed.client, []).append(update)
         return updates
@@ -173,7 +180,7 @@ class Router:
             routed = self._requests.get(request_id)
             if routed is not None and worker_id in (None, routed.worker_id):
                 self._forget(routed)
-                updates.setdefault(routed.client, []).append(RequestUpdate(request_id, failure=failure))
+                updates.setdefault(routed.client, []).append(RequestUpdate(routed.name, failure=failure))
         return updates
 
     def fail_all(self, failure: Failure) -> tuple[Updates, list[tuple[str, str]]]:
@@ -198,13 +205,13 @@ class Router:
         error = Unavailable(f"no worker could take it for {WAIT_FOR_WORKERS_S:g} s: {reason}")
         return self.fail(late, Failure.of(error))
 
-    def cancel(self, client: bytes, request_id: str) -> str:
-        """Forgets a request of this client; the worker that has it, or ""."""
-        routed = self._requests.get(request_id)
-        if routed is None or routed.client != client:
-            return ""
+    def cancel(self, client: bytes, name: str) -> tuple[str, str] | None:
+        """Forgets a request of this client; (worker id, request id) where a worker has it."""
+        routed = self._by_name.get((client, name))
+        if routed is None:
+            return None
         self._forget(routed)
-        return routed.worker_id
+        return (routed.worker_id, routed.request.request_id) if routed.worker_id else None
 
     def client_lost(self, client: bytes) -> list[tuple[str, str]]:
         """Forgets a client's requests; (worker id, request id) of those that workers have."""
@@ -233,7 +240,7 @@ class Router:
         return 1 + (len(request.prompt_token_ids) + num_output / 2) / CONTEXT_UNIT
 
     def _forget(self, routed: Routed) -> None:
-        del self._requests[routed.request.request_id]
+        del self._requests[routed.request.request_id], self._by_name[routed.client, routed.name]
         self._waiting.pop(routed.request.request_id, None)
         if (load := self._loads.get(routed.worker_id)) is not None:
             load.predicted -= routed.predicted

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from msi.device.choice import open_device
 from msi.device.cpu import CpuDevice
@@ -105,7 +106,7 @@ class TorchModel:
         return AttentionHalf(
             self._files.config,
             self.part.attention,
-            self._device.zeros(kv_cache_shape(self._files.config, num_blocks), self._dtype),
+            self._kv_cache(num_blocks),
             self._assignment.placement,
             self._device,
             dispatch_layout=link.layout,
@@ -113,6 +114,16 @@ class TorchModel:
             landing=link.landing.memory,
             landing_stride=link.landing.stride,
         )
+
+    def _kv_cache(self, num_blocks: int) -> Tensor:
+        """Raises ConfigError: there is no such memory."""
+        try:
+            return self._device.zeros(kv_cache_shape(self._files.config, num_blocks), self._dtype)
+        except (OSError, OverflowError, MemoryError, RuntimeError) as error:
+            raise ConfigError(
+                f"there is no memory for {num_blocks} KV blocks ({error}); give a smaller "
+                "--num-gpu-blocks-override or --gpu-memory-utilization"
+            ) from error
 
     def expert_half(self, link: CombineLink, num_seats: int) -> ExpertHalf:
         assert self.part.experts is not None

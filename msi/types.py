@@ -226,6 +226,19 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenText:
+    """What a token is in a text.
+
+    Attributes:
+        text: what it adds to the text; "" while the bytes of a character are incomplete.
+        data: the bytes it adds, which need not be whole characters.
+    """
+
+    text: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """The chosen tokens of a micro-batch.
 
@@ -305,8 +318,10 @@ class Output:
         token_ids: new tokens.
         finish_reason: "stop" (end of sequence, a stop token or string), "length", or None while it goes on.
         index: which of the request's `n` choices this belongs to.
+        logprobs: one for each of `token_ids` if they were asked for, else (). Those of tokens whose text is held back,
+            because it may become a stop string or bytes may be missing, come with their text.
         num_cached_tokens: tokens of the prompt that the prefix cache had when this choice was admitted.
-        logprobs: one for each of `token_ids` if they were asked for, else ().
+        token_texts: what each of `logprobs` adds to the text; joined over a choice they are its text.
     """
 
     request_id: str
@@ -317,6 +332,7 @@ class Output:
     index: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
+    token_texts: tuple[TokenText, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,7 +245,7 @@ def test_no_bytes_end_in_anything_but_an_object_or_a_sentence(body):
 def test_a_body_that_is_nested_too_deep_is_refused(depth, opening):
     closing = "]" if opening == "[" else "}"
     body = '{"prompt":' + opening * depth + "1" + closing * depth + "}"
-    with pytest.raises(InvalidRequest, match=r"nested more than 100 levels deep|not valid JSON: depth limit exceeded"):
+    with pytest.raises(InvalidRequest, match="nested more than 100 levels deep"):
         parse_object(body.encode())
     assert parse_object('{"prompt":' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from msi_launch.arguments import parse
 from msi_launch.command_line import CommandLine
 from msi_launch.vllm_flags import ANY, FOREIGN
 
+ROOT = Path(__file__).parent.parent
 DIGITS = "9" * 400
 INTEGER_FLAGS = ["--" + name.replace("_", "-") for name, _, _ in INTEGERS]
 NUMBER_FLAGS = ["--" + name.removesuffix("_s").replace("_", "-") for name, _ in FRACTIONS]
@@ -93,7 +96,7 @@ HOSTILE = [
     (["--no-colocated"], "there is no option --no-colocated; did you mean --colocated?"),
     (["--micro-batches", "0"], "--micro-batches '0' is not one; supported: auto, 1, 2, 3, 4"),
     (["--micro-batches", "5"], "--micro-batches '5' is not one"),
-    (["--role", "boss"], "--role 'boss' is not one; supported: coordinator, attention, expert, worker"),
+    (["--role", "boss"], "--role 'boss' is not one; supported: coordinator, "),
     (["--role", ""], "--role '' is not one"),
     (["--role", "worker"], "--role worker needs --coordinator tcp://HOST:PORT"),
     (["--role", "worker", "--prompt", "a", "--coordinator", "tcp://h:1"], "--prompt and --role worker"),
@@ -188,21 +191,32 @@ def test_hosts_are_addresses_and_names_with_or_without_brackets(host, listened):
 def test_what_was_said_of_serving_reaches_the_process_that_serves(tmp_path):
     template = tmp_path / "a b.jinja"
     template.write_text("x")
-    given = ["--host", "::1", "--port=0", "--api-key=-k", "--chat-template", str(template), "--disable-log-stats",
+    given = ["--host", "::1", "--port=0", "--chat-template", str(template), "--disable-log-stats",
              "--no-enable-log-requests"]  # fmt: skip
     first = parse(given)
     again = parse(["--role", "coordinator", *first.serving_flags])
-    for name in ("host", "port", "api_key", "chat_template", "disable_log_stats", "enable_log_requests"):
+    for name in ("host", "port", "chat_template", "disable_log_stats", "enable_log_requests"):
         assert getattr(again, name) == getattr(first, name)
     assert not again.enable_log_requests
+    assert parse(["--disable-log-requests"]).serving_flags == ("--no-enable-log-requests",)
     assert parse([]).serving_flags == ()
+
+
+@pytest.mark.parametrize("role", [[], ["--role", "coordinator"], ["--role", "gateway", "--coordinator", "tcp://h:1"]])
+def test_a_key_reaches_whichever_process_serves_and_no_command_line(role, monkeypatch):
+    monkeypatch.setenv("MSI_API_KEY", "")  # and back to what it was, whatever `run` does to it
+    monkeypatch.setattr("uvloop.run", lambda started: started.close())
+    arguments = parse([*role, "--api-key=-k"])
+    assert not any("-k" in word for word in arguments.serving_flags)
+    assert main.run([*role, "--api-key=-k"]) == 0
+    assert parse(["--role", "gateway", "--coordinator", "tcp://h:1"]).api_key == "-k", "as its child sees it"
 
 
 def test_options_survive_the_way_to_a_child(tmp_path):
     given = ["--served-model-name=-m", "--max-num-seqs", "3", "--no-enable-prefix-caching", "--peer-timeout", "0.5"]
     options = parse(given).options
     assert parse(options.flags()).options == options
-    dashed = InstanceOptions(model=__import__("pathlib").Path("-model"))
+    dashed = InstanceOptions(model=Path("-model"))
     assert parse(dashed.flags()).options.model_dir.name == "-model"
 
 
@@ -310,3 +324,40 @@ def test_a_parser_knows_its_flags_by_their_whole_names_only():
 def test_msi_plan_refuses_in_one_sentence(argv, complaint, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert complaint in refused(argv, capsys, monkeypatch, plan)
+
+
+# -- what messages advise --------------------------------------------------------------------------------------------
+
+
+OTHERS = {
+    "--local-dir": "hf download",
+}
+
+
+def flags_in_strings():
+    """(file and line, flag) for every flag that a string of the sources names, those in docstrings included."""
+    for path in sorted([*(ROOT / "msi").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])", node.value):
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", flag
+
+
+def test_advice_names_flags_that_exist():
+    """Of msi-launch, msi-plan or a script; of vLLM where they are refused; of others where those are named."""
+    known = {"--help", "--version", "--no-gateway", *OTHERS} | {flag for one in FOREIGN for flag in one.names}
+    for path in (*(ROOT / "launch").glob("*arguments.py"), *(ROOT / "tools").glob("*.py")):
+        known |= flags_of(path)
+    known |= {name.replace("--", "--no-", 1) for name in known}
+    unknown = {(where, flag) for where, flag in flags_in_strings() if flag not in known}
+    assert not unknown
+
+
+def flags_of(path):
+    """Those that the parser of a file is given."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    adding = [
+        call for call in calls if getattr(call.func, "id", getattr(call.func, "attr", "")) in ("add", "add_argument")
+    ]
+    words = [word for call in adding for word in call.args]
+    return {word.value for word in words if isinstance(word, ast.Constant) and str(word.value).startswith("--")}

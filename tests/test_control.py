@@ -360,3 +360,14 @@ async def test_a_receive_that_is_cancelled_loses_nothing():
         while len(came) < 200:
             came.append((await asyncio.wait_for(one.receive(), 10)).sentence)
         assert came == [str(number) for number in range(200)]
+
+
+async def test_routes_cannot_be_guessed():
+    """Whoever takes the next one, as a name of its own, has ZeroMQ end the process."""
+    routes = set()
+    for _ in range(3):
+        async with Server(ANYWHERE) as server, client(server.address) as one:
+            one.send(SAID[0])
+            await until(lambda heard=server.heard: heard)
+            routes.add(server.heard[0][0])
+    assert len(routes) == 3

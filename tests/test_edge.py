@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import aiohttp
@@ -13,9 +14,12 @@ from transformers import PreTrainedTokenizerFast
 
 from msi import ConfigError, Engine, InvalidRequest, SamplingParams
 from msi.errors import Unavailable
+from msi.messages import Stats
 from msi.server.chat import parse_chat
 from msi.server.chat_template import ChatTemplate
 from msi.server.completions import parse_completion
+from msi.server.metrics import Metrics
+from msi.types import Output
 from tests.conftest import TEXT
 from tests.edge import TEMPLATE, gateway, with_template
 from tests.test_engine import collect, idle
@@ -84,6 +88,44 @@ async def test_metrics_tell_requests_and_workers(tiny_model):
         assert samples[name, "attention", "attention-0"] >= 0
     for name in ("msi_expert_seconds", "msi_busy_ratio", "msi_worker_evictions_total"):
         assert samples[name, "expert", "expert-0"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("num_choices", "reasons", "leaves_after", "outcome"),
+    [
+        (1, [None, "stop"], None, "stop"),
+        (1, [None, "length"], None, "length"),
+        (1, [None, "stop"], 1, "cancelled"),
+        (2, ["stop", None, "length"], None, "length"),
+        (2, ["stop", None, "length"], 2, "cancelled"),
+        (2, ["stop", "stop"], 1, "cancelled"),
+        (2, ["stop"], None, "error"),
+    ],
+)
+async def test_a_client_that_leaves_counts_as_cancelled_whatever_some_of_its_choices_ended_with(
+    num_choices, reasons, leaves_after, outcome
+):
+    async def outputs():
+        for index, reason in enumerate(reasons):
+            yield Output("r", "a", (1,), reason, index=index % num_choices)
+        if outcome == "error":
+            raise Unavailable("lost")
+        await asyncio.sleep(0)
+
+    metrics = Metrics()
+    observed = metrics.observed(outputs(), num_choices)
+    with contextlib.suppress(Unavailable):
+        async with contextlib.aclosing(observed):
+            for _ in range(len(reasons) + 1 if leaves_after is None else leaves_after):
+                await anext(observed, None)
+    text = metrics.exposition(Stats(0, 1, ()), {}).decode()
+    counted = {
+        sample.labels["outcome"]: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "msi_requests_total"
+    }
+    assert counted == {outcome: 1}
 
 
 async def test_metrics_without_an_instance_are_a_503(tiny_model, monkeypatch):

@@ -23,7 +23,10 @@ LAYERS = [
         "msi.messages", "msi.members", "msi.formation", "msi.membership", "msi.calibration", "msi.suspects",
         "msi.routing", "msi.restarts", "msi.options",
     },
-    {"msi.device", "msi.models", "msi.sampler", "msi.tokenizer", "msi.prompts"},
+    {
+        "msi.device", "msi.models", "msi.sampler", "msi.tokenizer", "msi.prompts", "msi.vocabulary", "msi.detokenizer",
+        "msi.text_stream",
+    },
     {
         "msi.lanes", "msi.expert_server", "msi.host", "msi.loading", "msi.torch_host", "msi.attention_role",
         "msi.expert_role", "msi.worker",

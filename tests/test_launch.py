@@ -160,6 +160,21 @@ async def test_a_key_and_a_chat_template_reach_the_gateway(tiny_model, tmp_path)
         assert "Traceback" not in child.said
 
 
+async def test_a_coordinator_of_a_cluster_asks_clients_for_its_key(tiny_model):
+    arguments = ("--role", "coordinator", "--coordinator", f"tcp://127.0.0.1:{free_port()}", "--port", 0)
+    async with (
+        launched(tiny_model, *arguments, "--api-key", "secret-key") as child,
+        aiohttp.ClientSession() as session,
+    ):
+        url = (await child.until_said(r"HTTP at (http://\S+)"))[1]
+        assert ":0" not in url
+        for path, status in (("/health", 200), ("/version", 200), ("/v1/models", 401), ("/metrics", 401)):
+            async with session.get(url + path) as response:
+                assert response.status == status
+        async with session.get(f"{url}/v1/models", headers={"Authorization": "Bearer secret-key"}) as response:
+            assert response.status == 200
+
+
 @pytest.mark.slow
 async def test_a_port_in_use_is_said_and_ends_it(tiny_model):
     with socket.socket() as taken:
@@ -296,3 +311,12 @@ async def test_it_waits_by_name_and_gives_up_with_a_sentence(tiny_model):
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.1)
             assert "waiting for attention worker 1 of 1" in engine.failure
+
+
+@pytest.mark.slow
+async def test_more_kv_blocks_than_there_is_memory_for_are_said_and_not_tried_again(tiny_model):
+    async with launched(tiny_model, "--num-gpu-blocks-override", 2**31 - 1, "--port", 0) as child:
+        assert await child.ended() == 2
+        assert "give a smaller --num-gpu-blocks-override or" in child.said
+        assert "Traceback" not in child.said
+        assert "started again" not in child.said

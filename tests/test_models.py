@@ -70,6 +70,9 @@ def test_transformers_4_and_5_write_the_same_model(checkpoint):
 def test_generation_config_names_the_end_of_sequence_tokens(checkpoint):
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     assert load_config(checkpoint)[0].eos_token_ids == (2, 7)
+    says = {"eos_token": "<end>", "added_tokens_decoder": {"5": {"content": "<end>"}}}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(says))
+    assert load_config(checkpoint)[0].eos_token_ids == (2, 7, 5), "the tokenizer's, too, as in vLLM"
 
 
 @pytest.mark.parametrize(

@@ -121,16 +121,21 @@ async def test_echo_puts_the_prompt_before_every_choice(served):
 async def test_logprobs_of_completions(served):
     engine, client = served
     asked = {"model": "tiny", "prompt": TEXT, "logprobs": 2, **GREEDY, "extra_body": ENDLESS}
-    answer = (await client.completions.create(**asked)).choices[0].logprobs
+    choice = (await client.completions.create(**asked)).choices[0]
+    answer = choice.logprobs
     params = SamplingParams(logprobs=2, **GREEDY, **ENDLESS)
-    expected = [one async for output in engine.generate(TEXT, params) for one in output.logprobs]
-    assert answer.tokens == [engine.decode([one.token_id]) for one in expected]
+    outputs = [output async for output in engine.generate(TEXT, params)]
+    expected = [one for output in outputs for one in output.logprobs]
+    assert answer.tokens == [one.text for output in outputs for one in output.token_texts]
+    assert "".join(answer.tokens) == choice.text
     assert answer.token_logprobs == pytest.approx([one.logprob for one in expected])
-    for tops, one in zip(answer.top_logprobs, expected, strict=True):
-        by_text = {}
-        for token, value in zip(one.top_token_ids, one.top_logprobs, strict=True):
-            by_text[engine.decode([token])] = value
-        assert tops == pytest.approx(by_text | {engine.decode([one.token_id]): one.logprob})
+    for token, tops, one in zip(answer.tokens, answer.top_logprobs, expected, strict=True):
+        others = set(one.top_token_ids) - {one.token_id}
+        assert tops[token] == pytest.approx(one.logprob)
+        assert sorted(tops.values()) == pytest.approx(
+            sorted([one.logprob, *(value for token, value in zip(one.top_token_ids, one.top_logprobs, strict=True)
+                                   if token in others)])
+        )  # fmt: skip
     lengths = [len(token) for token in answer.tokens]
     assert answer.text_offset == [sum(lengths[:index]) for index in range(len(lengths))]
     stream = await client.completions.create(stream=True, **asked)
@@ -145,8 +150,10 @@ async def test_logprobs_of_chat(served):
     answer = await client.chat.completions.create(**asked, extra_body=ENDLESS)
     content = answer.choices[0].logprobs.content
     assert len(content) == 12
+    assert "".join(entry.token for entry in content) == answer.choices[0].message.content
+    data = b"".join(bytes(entry.bytes) for entry in content)
+    assert data.decode(errors="replace") == answer.choices[0].message.content
     for entry in content:
-        assert bytes(entry.bytes).decode() == entry.token
         assert len(entry.top_logprobs) == 3
         assert (entry.token, entry.logprob) == (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob)
         assert entry.logprob <= 0

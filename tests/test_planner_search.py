@@ -628,7 +628,7 @@ def test_algorithm_1_never_beats_the_search_by_more_than_its_straight_lines():
 
 
 def test_algorithm_1_says_that_it_needs_a_node_per_expert():
-    with pytest.raises(ConfigError, match=r"128 nodes for experts.*give more GPUs.*leave out --equations"):
+    with pytest.raises(ConfigError, match=r"128 nodes for experts.*give more GPUs.*leave out --algorithm"):
         algorithm1(task_of(CATALOGUE.model("qwen3-30b-a3b")))
 
 

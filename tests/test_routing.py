@@ -128,10 +128,10 @@ def test_a_lost_worker_fails_its_requests_by_name():
 def test_cancelling_names_the_worker_that_has_it():
     router = Router()
     router.add(request("r"), b"c", 0.0)
-    assert router.cancel(b"other", "r") == ""
+    assert router.cancel(b"other", "r") is None
     router.route({"a": 100})
-    assert router.cancel(b"c", "r") == "a"
-    assert router.cancel(b"c", "r") == ""
+    assert router.cancel(b"c", "r") == ("a", "r")
+    assert router.cancel(b"c", "r") is None
 
 
 def test_a_lost_client_takes_its_requests_along():
@@ -147,7 +147,24 @@ def test_a_lost_client_takes_its_requests_along():
 def test_an_id_in_use_is_refused():
     router = Router()
     assert router.add(request("r"), b"c", 0.0) is None
-    assert router.add(request("r"), b"d", 0.0) == error("r", "invalid_request", "request id r is in use")
+    assert router.add(request("r"), b"c", 0.0) == error("r", "invalid_request", "request id r is in use")
+
+
+def test_clients_neither_see_nor_take_nor_end_what_others_call_by_the_same_id():
+    router = Router()
+    for client in (b"c", b"d", b"e"):
+        assert router.add(request("r"), client, 0.0) is None
+    assert router.add(request("r~2"), b"c", 0.0) is None
+    given = [one.request_id for _, one in router.route({"a": 1000})]
+    assert len(set(given)) == 4
+    assert router.progress("a", [Progress(given[1], (7,))]) == {b"d": [RequestUpdate("r", (7,))]}
+    assert router.cancel(b"d", "r") == ("a", given[1])
+    assert router.cancel(b"d", "r") is None
+    assert router.cancel(b"d", given[0]) is None
+    assert router.progress("a", [Progress(given[0], (8,))]) == {b"c": [RequestUpdate("r", (8,))]}
+    assert router.client_lost(b"e") == [("a", given[2])]
+    assert router.add(request("r"), b"e", 0.0) is None
+    assert len(router) == 3
 
 
 def test_what_ends_frees_its_share():

@@ -19,8 +19,9 @@ from transformers.generation.logits_process import (
 from msi import Engine, InvalidRequest, SamplingParams
 from msi.sampler import _change, sample
 from msi.sampling import choices_of, has_extras, sampling_extras, seed_of_choice
-from msi.tokenizer import TextStream
+from msi.text_stream import TextStream
 from msi.types import LogitChanges, SamplingExtras, TokenLogprobs, TokenSampling
+from msi.vocabulary import Vocabulary
 from tests.conftest import TEXT
 from tests.test_engine import collect, idle
 
@@ -205,10 +206,10 @@ def characters():
 
 @pytest.mark.parametrize("min_tokens", [0, 2, 3, 5])
 def test_no_stop_string_counts_before_min_tokens(characters, min_tokens):
-    stream = TextStream(characters, ("bc",), min_tokens)
+    stream = TextStream(Vocabulary(characters), (), ("bc",), min_tokens)
     text = ""
     for character in "abcdebcd":
-        text += stream.push((ord(character) - 97,))
+        text += stream.push((ord(character) - 97,)).text
         if stream.is_stopped:
             break
     assert text == {0: "a", 2: "abcde", 3: "abcde", 5: "abcde"}[min_tokens]

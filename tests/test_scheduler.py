@@ -306,13 +306,17 @@ def test_whatever_happens_every_request_ends_and_no_block_is_lost(data):
     )
     expected: dict[str, int] = {}
     got: dict[str, int] = {}
-    finished, cancelled = set(), set()
+    finished, cancelled, failed = set(), set(), set()
     in_flight: dict[int, int] = {}
     steps = 0
     while steps < 400:
         steps += 1
         action = (
-            data.draw(st.sampled_from(["add", "plan", "plan", "update", "update", "cancel"])) if steps < 60 else "go"
+            data.draw(
+                st.sampled_from(["add", "plan", "plan", "update", "update", "cancel", "fail", "suspect", "fail lane"])
+            )
+            if steps < 60
+            else "go"
         )
         if action == "add":
             name = f"r{len(expected)}"
@@ -323,6 +327,14 @@ def test_whatever_happens_every_request_ends_and_no_block_is_lost(data):
             name = data.draw(st.sampled_from(sorted(expected)))
             if scheduler.cancel(name):
                 cancelled.add(name)
+        if action in ("fail", "suspect", "fail lane") and in_flight:
+            lane = data.draw(st.sampled_from(sorted(in_flight)))
+            if action == "fail":
+                most = len(scheduler._lanes[lane].in_flight) - 1
+                failed |= set(scheduler.fail(lane, [data.draw(st.integers(0, most))]))
+            else:
+                del in_flight[lane]
+                failed |= set(scheduler.suspect(lane) if action == "suspect" else scheduler.fail_lane(lane))
         if action in ("plan", "go"):
             for lane in range(scheduler.num_lanes):
                 if lane not in in_flight and (batch := scheduler.plan(lane)) is not None:
@@ -338,7 +350,8 @@ def test_whatever_happens_every_request_ends_and_no_block_is_lost(data):
         scheduler.check_integrity()
         if action == "go" and scheduler.is_idle:
             break
-    assert finished == set(expected) - cancelled
+    assert finished | failed == set(expected) - cancelled
+    assert not finished & failed
     assert all(got[name] == expected[name] for name in finished)
 
 

@@ -88,3 +88,33 @@ def test_only_what_this_machine_alone_reaches_needs_no_secret(host, is_here):
     else:
         with pytest.raises(ConfigError, match=r"a worker would listen on .*--secret-file FILE .*--insecure-network"):
             Trust(None).check_listening(host, "a worker")
+
+
+def test_an_api_key_from_a_file_or_the_environment_is_on_no_command_line(file, monkeypatch):
+    from msi_launch.arguments import parse
+
+    monkeypatch.setenv("MSI_API_KEY", "from-the-environment")
+    assert parse(["--api-key", "given"]).api_key == "given"
+    assert parse(["--api-key-file", str(file)]).api_key == TEXT
+    assert parse([]).api_key == "from-the-environment"
+    for arguments in (["--api-key", "given"], ["--api-key-file", str(file)], []):
+        assert not [word for word in parse(arguments).serving_flags if "key" in word]
+    monkeypatch.setenv("MSI_API_KEY", "two words")
+    with pytest.raises(ConfigError, match="the key in MSI_API_KEY"):
+        parse([])
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match=r"--api-key-file .* is open to others"):
+        parse(["--api-key-file", str(file)])
+
+
+@pytest.mark.parametrize("flags", [["--secret-file", "x"], ["--insecure-network"]])
+def test_an_instance_on_this_machine_alone_has_no_use_for_a_secret(flags, monkeypatch):
+    from msi_launch.arguments import parse
+
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(ConfigError, match=f"{flags[0]} is for --role and torchrun"):
+        parse(flags)
+    monkeypatch.setenv("MSI_SECRET", "bad")
+    assert parse([]).trust.secret is None
+    with pytest.raises(ConfigError, match="the secret in MSI_SECRET has 3 characters"):
+        parse(["--role", "coordinator"])

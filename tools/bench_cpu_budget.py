@@ -27,13 +27,14 @@ from typing import Any
 
 from msi import Engine, SamplingParams
 from msi.options import InstanceOptions
+from msi_launch.command_line import ScriptLine
 from msi_launch.main import run
 
 WARM_UP_S = 1.0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", nargs="?", type=Path, help="the demo model without it")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument("--attention-workers", type=int, default=2)
@@ -41,7 +42,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=8.0)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 # -- in a worker -----------------------------------------------------------------------------------------------------

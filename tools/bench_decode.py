@@ -23,6 +23,7 @@ from typing import Any
 from msi import Engine, SamplingParams
 from msi.messages import Stats, WorkerStats
 from msi.models.families import load_config
+from msi_launch.command_line import ScriptLine
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Run:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--input-len", type=int, default=128)
@@ -63,7 +64,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compare", choices=["transformers"])
     parser.add_argument("--compare-dtype", default="bfloat16", help="transformers' dtype")
     parser.add_argument("--compare-threads", type=int, default=2)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 async def drive(engine: Engine, prompts: list[tuple[int, ...]], output_len: int) -> list[list[float]]:

@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from msi.net.transport import Transport
 
+from msi_launch.command_line import ScriptLine
+
 STAMP = struct.Struct("<dI")  # time of the round's begin, round
 ACKNOWLEDGED = 1
 KINDS = ("shm", "tcp", "gloo", "zmq")
@@ -40,7 +42,7 @@ ZERO_COPY_BYTES = 65536  # pyzmq's own threshold: below, a copy is cheaper than 
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("--senders", type=int, default=2)
     parser.add_argument("--receivers", type=int, default=2)
     parser.add_argument("--size", type=int, nargs="+", default=[65536])
@@ -49,7 +51,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kind", choices=KINDS, nargs="+", default=list(KINDS))
     parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("--rendezvous", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 # -- our transports ---------------------------------------------------------------------------------------------------

@@ -19,20 +19,22 @@ from pathlib import Path
 from statistics import median
 
 from msi import Engine, SamplingParams
+from msi_launch.command_line import ScriptLine
 
 WINDOW = 100
 KV_BLOCKS = 1024  # so few that 500 requests have used them all: later ones cannot grow what is kept
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", nargs="?", type=Path, help="the demo model without it")
     parser.add_argument("--attention-workers", type=int, default=1)
     parser.add_argument("--expert-workers", type=int, default=1)
     parser.add_argument("--passes", type=int, default=2100)
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--concurrency", type=int, default=48)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 async def pass_times(engine: Engine, num_passes: int) -> list[float]:

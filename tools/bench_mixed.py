@@ -26,6 +26,7 @@ from statistics import median, quantiles
 from msi import Engine, SamplingParams
 from msi.models.families import load_config
 from msi.options import DEMO_MODEL
+from msi_launch.command_line import ScriptLine
 
 MEDIAN_INPUT, MEDIAN_OUTPUT = 571, 159  # of the paper's production traces
 SPREAD = 0.6  # standard deviation of the logarithm
@@ -38,7 +39,7 @@ class Job:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", nargs="?", type=Path, help="the demo model without it")
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--utilization", type=float, default=2.0)
@@ -47,7 +48,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-workers", type=int, default=1)
     parser.add_argument("--micro-batches", type=int, default=0)
     parser.add_argument("--max-num-seqs", type=int, default=32)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 def jobs(count: int, vocab_size: int, context: int) -> list[Job]:

@@ -27,12 +27,13 @@ from typing import Any
 from msi import Engine, SamplingParams
 from msi.messages import Stats
 from msi.pipeline import Stages, steady_pass_s
+from msi_launch.command_line import ScriptLine
 
 VOCAB_SIZE = 2048
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("--batch", type=int, default=16, help="sequences per micro-batch")
     parser.add_argument("--input-len", type=int, default=640)
     parser.add_argument("--output-len", type=int, default=48)
@@ -43,7 +44,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads-per-worker", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2])
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 def config(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,6 @@ plan's tokens/s per GPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 
@@ -17,6 +16,7 @@ from msi.planner.hardware import read_catalogue
 from msi.planner.plan import Workload
 from msi.planner.search import search
 from msi.planner.task import OBJECTIVES, Pool, Task
+from msi_launch.command_line import ScriptLine
 
 FLEETS = {
     "4 types, 64 nodes": {"a800": 128, "h20": 128, "l40s": 128, "h800": 128},
@@ -27,7 +27,7 @@ FLEETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("--model", default="mixtral-8x22b")
     parser.add_argument("--objective", choices=OBJECTIVES, default="cost")
     arguments = parser.parse_args()

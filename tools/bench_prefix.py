@@ -20,10 +20,11 @@ from statistics import median
 
 from msi import Engine, SamplingParams
 from msi.models.families import load_config
+from msi_launch.command_line import ScriptLine
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--input-len", type=int, default=2000)
     parser.add_argument("--cached", type=int, default=1900)
@@ -32,7 +33,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-workers", type=int, default=1)
     parser.add_argument("--colocated", action="store_true")
     parser.add_argument("--threads-per-worker", type=int, default=0)
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 async def ttft_s(engine: Engine, prompt: list[int]) -> float:

@@ -40,6 +40,7 @@ from msi.planner.profile import Profile, read_profile
 from msi.planner.task import Pool, Task
 from msi.simulator.clock import run_virtual
 from msi.simulator.instance import Shape, SimulatedInstance
+from msi_launch.command_line import ScriptLine
 from tools import bench_decode
 from tools.quiet import CALM, Others
 
@@ -97,7 +98,7 @@ class Compared:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--layout", type=parse_layout, action="append", help=f"by default {' '.join(SIX)}")
@@ -113,7 +114,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--predict-only", action="store_true", help="measure nothing")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds per layout to wait for a calm machine")
     parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 # -- predicted -------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from msi.planner.profile import (
     SchedulingPoint,
     to_json,
 )
+from msi_launch.command_line import ScriptLine
 from tools.quiet import CALM, Others
 from tools.stage_process import Hosting, StageProcess
 from tools.stage_sides import SLOT_ROWS, AttentionSize, ExpertSize, Timed
@@ -67,7 +68,7 @@ class Sizes:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("profile.json"))
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; on a GPU sides are measured alone")
@@ -80,7 +81,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3, help="how often all sizes are gone through")
     parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait in all for a calm machine")
     parser.add_argument("--quick", action="store_true", help="few sizes, once: to see that it works")
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ models. End to end is the sum described in tools/paper/systems.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 
+from msi_launch.command_line import ScriptLine
 from tools.paper.claims import Measured, measure_all
 from tools.paper.sensitivity import KNOBS, Swing, by_claim, reason
 from tools.paper.simulated import simulated_pass_s
@@ -38,7 +38,7 @@ Swings = Mapping[str, Sequence[Swing]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures into DIR, as PNG")
     parser.add_argument("--write-readme", action="store_true", help="rewrite the table in README.md")

@@ -36,10 +36,11 @@ from msi.simulator.report import Percentiles, Report
 from msi.simulator.routing import read_popularity
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, bursts, fixed_lengths, lognormal_lengths, poisson, read_trace
+from msi_launch.command_line import ScriptLine
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     shape = parser.add_argument_group("deployment")
     shape.add_argument("--plan", type=Path, help="what msi-plan -o wrote: deployment and stage times are the plan's")
     shape.add_argument("--attention-workers", type=int, default=1)
@@ -76,7 +77,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--trace", type=Path, help="write a Chrome trace for Perfetto to this file")
-    return parser.parse_args(arguments)
+    values: argparse.Namespace = parser.parse_args(arguments)
+    return values
 
 
 def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:

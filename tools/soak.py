@@ -23,13 +23,14 @@ from pathlib import Path
 
 from msi import Engine, SamplingParams
 from msi.errors import EngineError
+from msi_launch.command_line import ScriptLine
 
 GROWTH = 1.05
 KV_BLOCKS = 96
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", nargs="?", type=Path, help="the demo model without it")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--requests", type=int, default=0)
@@ -38,7 +39,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-workers", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--transport", default="auto")
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 class Load:

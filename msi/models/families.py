@@ -21,6 +21,7 @@ from msi.models.mixtral import MIXTRAL
 from msi.models.olmoe import OLMOE
 from msi.models.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from msi.models.tensor_index import WEIGHTS, adapter_sentence, gguf_sentence, names_in, original_sentence
+from msi.models.texts import tokenizers_end
 
 FAMILIES = {family.architecture: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DBRX)}
 
@@ -69,7 +70,7 @@ def _family_in(reader: ConfigReader) -> Family:
 def load_config(model_dir: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The model of a directory, and its config.json as parsed.
 
-    End-of-sequence tokens are generation_config.json's where it names some, as in transformers.
+    End-of-sequence tokens are generation_config.json's where it names some, as in transformers, and the tokenizer's.
 
     Raises:
         ConfigError: no such directory, no config.json, or a config that is not supported.
@@ -85,6 +86,9 @@ def load_config(model_dir: Path) -> tuple[ModelConfig, dict[str, Any]]:
         reader = ConfigReader(read_json(generation_path), str(generation_path))
         ends, remarks = reader.token_ids("eos_token_id", config.vocab_size)
         config = replace(config, eos_token_ids=ends or config.eos_token_ids, remarks=config.remarks + remarks)
+    end = tokenizers_end(model_dir)
+    if end is not None and end < config.vocab_size and end not in config.eos_token_ids:
+        config = replace(config, eos_token_ids=(*config.eos_token_ids, end))
     return config, values
 
 

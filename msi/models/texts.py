@@ -6,6 +6,7 @@ As transformers reads these files (version 5), and vLLM generation_config.json. 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,12 @@ log = logging.getLogger(__name__)
 
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # what transformers' tokenizer classes say where the files of a model are silent
-CLASS_TOKENS = {
+CLASS_TOKENS: dict[str, Mapping[str, str | None]] = {
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
     "GPTNeoXTokenizer": {
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"), "pad_token": "<|padding|>",
     },
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "GPT2Tokenizer": {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"), "pad_token": None},
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
 }  # fmt: skip
 CLASS_OF_MODEL = {
@@ -126,20 +127,38 @@ def _special_tokens(
     values = dict(tokenizer_config)
     if "added_tokens_decoder" not in values:  # newer files say all of it in one place
         values |= _if_there(model_dir / "special_tokens_map.json", read_json) or {}
-    if "pad_token" not in values and (pad_token := _padding_token(tokenizer)):
-        values["pad_token"] = pad_token
     values = {**_class_tokens(config, tokenizer_config, tokenizer), **values}
+    if "pad_token" not in values:
+        values["pad_token"] = _padding_token(tokenizer)
     named = {name: value for name, value in values.items() if name in STANDARD_TOKENS or name.endswith("_token")}
     for group in ("extra_special_tokens", "model_specific_special_tokens"):
         more = values.get(group)
         named |= more if isinstance(more, dict) else {}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    return {name: text for name, value in named.items() if (text := _text_of(value)) is not None}
+
+
+def tokenizers_end(model_dir: Path) -> int | None:
+    """The id of the tokenizer's eos_token, which ends answers too, as in vLLM; None where the files do not tell it.
+
+    Raises:
+        ConfigError: tokenizer_config.json cannot be read.
+    """
+    values = _if_there(model_dir / "tokenizer_config.json", read_json) or {}
+    end, added = _text_of(values.get("eos_token")), values.get("added_tokens_decoder")
+    if end is None or not isinstance(added, dict):
+        return None
+    ids = (number for number, token in added.items() if _text_of(token) == end and re.fullmatch("[0-9]{1,9}", number))
+    return next(map(int, ids), None)
+
+
+def _text_of(token: object) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _class_tokens(
     config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], tokenizer: bytes
-) -> Mapping[str, str]:
+) -> Mapping[str, str | None]:
     """What the class says that transformers would choose."""
     models_class = CLASS_OF_MODEL.get(str(config.get("model_type")), "")
     if not models_class:
@@ -151,12 +170,12 @@ def _class_tokens(
     return CLASS_TOKENS.get(name, {})
 
 
-def _padding_token(tokenizer: bytes) -> str:
-    """Of tokenizer.json's section on padding, which stands at the beginning; "" where there is none."""
+def _padding_token(tokenizer: bytes) -> object:
+    """Of tokenizer.json's section on padding, which stands at the beginning; None where there is none."""
     if not re.search(rb'"padding"\s*:\s*\{', tokenizer[:4096]):
-        return ""
-    token = parse_json(tokenizer, "tokenizer.json")["padding"].get("pad_token")
-    return token if isinstance(token, str) else ""
+        return None
+    padding = parse_json(tokenizer, "tokenizer.json").get("padding")
+    return padding.get("pad_token") if isinstance(padding, dict) else None
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------
@@ -197,4 +216,4 @@ def read_sampling_defaults(model_dir: Path, generation_config: str) -> SamplingD
 
 
 def _if_there(path: Path, read: Callable[[Path], Any]) -> Any:
-    return read(path) if path.exists() else None
+    return read(path) if os.path.lexists(path) else None

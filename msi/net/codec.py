@@ -24,7 +24,9 @@ import msgpack
 from msi.errors import ProtocolError
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-MAX_ITEMS = 16 * 1024  # of an array: msgpack makes room for as many as its head claims, at up to 1024 levels
+ITEMS = 16 * 1024  # of an array, however many there are; more where that cannot come to ITEMS_IN_ALL
+ITEMS_IN_ALL = 16 * 1024 * 1024  # that arrays may claim: msgpack makes room at their heads, at up to 1024 levels
+LONG_HEADS = (b"\xdc", b"\xdd")  # of arrays of more than 15 items
 MAX_ENTRIES = 16 * 1024  # of a map
 MAX_TEXT_BYTES = 4 * 1024 * 1024  # of a string
 PACKED_FROM = 32  # integers of a tuple
@@ -65,7 +67,7 @@ class Codec:
                 payload,
                 use_list=False,
                 strict_map_key=False,
-                max_array_len=min(MAX_ITEMS, len(payload)),
+                max_array_len=_most_items(payload),
                 max_map_len=min(MAX_ENTRIES, len(payload)),
                 max_str_len=MAX_TEXT_BYTES,
                 max_bin_len=len(payload),
@@ -84,6 +86,13 @@ class Codec:
             raise
         except Exception as error:  # what a type's own checks come to when it is given nonsense
             raise ProtocolError(f"{fields[0]}: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _most_items(payload: bytes | memoryview) -> int:
+    """Of one array: such that all that the heads in there can claim is bounded."""
+    payload = bytes(payload)
+    num_heads = sum(payload.count(head) for head in LONG_HEADS)
+    return min(len(payload), max(ITEMS, ITEMS_IN_ALL // (num_heads + 1)))
 
 
 def _plain(message: Any) -> list[Any]:

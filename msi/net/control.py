@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import resource
@@ -219,6 +220,9 @@ class ControlServer:
         self._codec = codec
         self._complain = Complaints(log)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # ZeroMQ counts its routes from a number of rand(), which nobody seeds, and ends the process when a peer's next
+        # one is taken already: who could guess it could take it.
+        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
         self._socket = _Socket(_open(self._context, zmq.ROUTER, codec.max_bytes))
         self._socket.raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._door = _Door(self._context, self._socket.raw, secret, self._complain)
@@ -322,8 +326,9 @@ class _Door:
         """Listens; the address. Raises ConfigError and zmq.ZMQError."""
         if bind.startswith("ipc://"):
             check_private(Path(bind.removeprefix("ipc://")))
-            for user in {os.geteuid(), 0}:
-                self._socket.setsockopt(zmq.IPC_FILTER_UID, user)
+            with contextlib.suppress(zmq.ZMQError):  # where the kernel does not say who connects, the directory guards
+                for user in {os.geteuid(), 0}:
+                    self._socket.setsockopt(zmq.IPC_FILTER_UID, user)
         elif self._secret is not None:
             public, private = _curve_pair(self._secret, "server")
             self._client_key = z85.decode(_curve_pair(self._secret, "client")[0])

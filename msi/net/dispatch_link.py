@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Trans
 log = logging.getLogger(__name__)
 
 WATCH_SHARE = 16  # of the time-out: how often turns are checked against it
+ABSENCE_SHARE = 4  # of the time-out: who checks so late has been away, and everybody's time starts anew
 
 
 class Turn:
@@ -125,6 +127,8 @@ class DispatchLink:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._is_watching = False
+        self._watch_due = 0.0
+        self._back_at = -math.inf
         self._posting = threading.Lock()  # held while a turn is posted, and while nodes come and go
         self._incarnation = hello.incarnation
         self._offsets = [self.layout.offset(lane) for lane in range(hello.num_lanes)]
@@ -206,7 +210,7 @@ class DispatchLink:
         """
         if not self._is_watching:
             self._is_watching = True
-            self._loop.call_later(self._timeout_s / WATCH_SHARE, self._watch)
+            self._watch_later()
         try:
             await turn.done
         finally:
@@ -328,15 +332,23 @@ class DispatchLink:
                 self.compute_meter.add(compute_ns * 1e-9)
                 _succeed(turn)
 
+    def _watch_later(self) -> None:
+        delay_s = self._timeout_s / WATCH_SHARE
+        self._watch_due = self._clock() + delay_s
+        self._loop.call_later(delay_s, self._watch)
+
     def _watch(self) -> None:
         """Ends turns that took too long; comes again while any is in flight. A timer per turn would cost more."""
         in_flight = [turn for turn in self._turns if turn is not None and not turn.is_over]
         self._is_watching = bool(in_flight)
+        late_s = self._clock() - self._watch_due
+        if late_s >= self._timeout_s / ABSENCE_SHARE:  # we were away ourselves: answers may lie here unread
+            self._back_at = self._clock()
         if in_flight:
-            self._loop.call_later(self._timeout_s / WATCH_SHARE, self._watch)
+            self._watch_later()
         for turn in in_flight:
             # our own computing is not held against those who answer
-            if self._clock() - max(turn.opened_at, turn.posted_at) >= self._timeout_s:
+            if self._clock() - max(turn.opened_at, turn.posted_at, self._back_at) >= self._timeout_s:
                 self._expire(turn)
 
     def _expire(self, turn: Turn) -> None:

@@ -60,39 +60,38 @@ def find_secret(path: Path | None, environment: Mapping[str, str] = os.environ) 
         ConfigError: the file cannot be one that keeps a secret.
     """
     if path is not None:
-        return Secret(_read(path), f"--secret-file {path}")
+        return Secret(read_private(path, "--secret-file"), f"--secret-file {path}")
     text = environment.get(VARIABLE)
     return None if text is None else Secret(text)
 
 
-def _read(path: Path) -> str:
+def read_private(path: Path, flag: str) -> str:
+    """A short text that nobody but its owner can read. Raises ConfigError: it is not that; names the flag."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # nobody is waited for, such as at a FIFO
     except OSError as error:
-        raise ConfigError(f"--secret-file {path} cannot be read: {error.strerror}; {ADVICE}") from error
+        raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}; {ADVICE}") from error
     try:
-        _check_file(path, os.fstat(fd))
+        _check_file(f"{flag} {path}", os.fstat(fd))
         raw = os.read(fd, MAX_BYTES + 1)
     finally:
         os.close(fd)
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"--secret-file {path} is longer than {MAX_BYTES} bytes; {ADVICE}")
+        raise ConfigError(f"{flag} {path} is longer than {MAX_BYTES} bytes; {ADVICE}")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--secret-file {path} is not text; {ADVICE}") from error
+        raise ConfigError(f"{flag} {path} is not text; {ADVICE}") from error
 
 
-def _check_file(path: Path, status: os.stat_result) -> None:
+def _check_file(name: str, status: os.stat_result) -> None:
     mode = stat.S_IMODE(status.st_mode)
     if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"--secret-file {path} is not a regular file")
+        raise ConfigError(f"{name} is not a regular file")
     if status.st_uid not in (0, os.geteuid()):
-        raise ConfigError(f"--secret-file {path} belongs to user {status.st_uid}, who can read and change it")
+        raise ConfigError(f"{name} belongs to user {status.st_uid}, who can read and change it")
     if mode & 0o077:
-        raise ConfigError(
-            f"--secret-file {path} is open to others than its owner (mode {mode:o}); close it with: chmod 600 {path}"
-        )
+        raise ConfigError(f"{name} is open to others than its owner (mode {mode:o}); close it with chmod 600")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from msi.errors import ConfigError
 
 PREFIX = "msi-sockets-"
-MAX_PATH_BYTES = 107  # of a Unix socket, by the kernel
+MAX_PATH_BYTES = 103  # of a Unix socket: the least that kernels allow (Linux: 107)
 LONGEST_NAME = 24  # of our directory, and of a socket in it
 TRIES = 10
 

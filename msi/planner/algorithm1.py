@@ -85,7 +85,7 @@ def algorithm1(
         raise ConfigError(
             f"{model.name}: Algorithm 1 finds no plan on {gpus} with a TPOT of {task.workload.tpot_s * 1e3:g} ms: it "
             f"has one expert per node, so {model.num_experts} nodes for experts, and 3 or 4 micro-batches; give more "
-            "GPUs or a higher --tpot-ms, or leave out --equations"
+            "GPUs or a higher --tpot-ms, or leave out --algorithm"
         )
     return sorted(plans, key=lambda plan: -plan.tokens_per_s_per_cost)[:num_plans]
 

@@ -32,7 +32,7 @@ from msi.server.prepare import (
 )
 from msi.server.preparers import Preparers
 from msi.server.request_log import RequestLog
-from msi.types import Output
+from msi.types import Output, TokenText
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class Answer(Protocol):
 
     request_id: str
     usage: Usage
+    num_choices: int
 
     def opening(self) -> list[dict[str, Any]]: ...
 
@@ -78,7 +79,9 @@ class Answer(Protocol):
 
     def usage_chunk(self) -> dict[str, Any]: ...
 
-    def whole(self, outputs: list[Output]) -> dict[str, Any]: ...
+    def frame(self) -> dict[str, Any]: ...
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class Call:
     outputs: AsyncGenerator[Output, None]
     answer: Answer
     streaming: Streaming
+    has_logprobs: bool
 
 
 class Calls:
@@ -125,9 +129,9 @@ class Calls:
         """Requests that took too much to understand."""
         return self._preparers.num_given_up
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones included."""
-        return self._engine.decode(token_ids)
+    def token_text(self, token_id: int) -> TokenText:
+        """What a token would add to a text."""
+        return self._engine.token_text(token_id)
 
     async def understand(self, endpoint: str, body: bytes, client: object) -> Understood | NotUnderstood:
         """What a body asks. Cancellation ends the wait for it.
@@ -159,16 +163,20 @@ class Calls:
         """
         self._log_ignored(asked.ignored)
         engine, num_choices = self._engine, asked.params.n
+        has_logprobs = asked.params.logprobs is not None
         request_id = request_id or uuid.uuid4().hex
-        common = (engine.model_name, int(time.time()), engine.decode, num_choices)
+        common = (engine.model_name, int(time.time()), engine.token_text, num_choices)
         answer: Answer
         if asked.endpoint == CHAT:
-            answer = ChatAnswer(f"chatcmpl-{request_id}", *common)
+            answer = ChatAnswer(f"chatcmpl-{request_id}", *common, has_logprobs=has_logprobs)
         else:
-            answer = CompletionAnswer(f"cmpl-{request_id}", *common, [echo.decode() for echo in asked.echoes])
-        outputs = [self._metrics.observed(engine.generate(tokens_of(one), asked.params)) for one in asked.prompts]
+            echoes = [echo.decode() for echo in asked.echoes]
+            answer = CompletionAnswer(f"cmpl-{request_id}", *common, echoes, has_logprobs=has_logprobs)
+        outputs = [
+            self._metrics.observed(engine.generate(tokens_of(one), asked.params), num_choices) for one in asked.prompts
+        ]
         followed = self._requests.followed(merged(outputs, num_choices), answer.request_id, num_choices)
-        return Call(followed, answer, asked.streaming)
+        return Call(followed, answer, asked.streaming, has_logprobs)
 
     def _log_ignored(self, names: Sequence[str]) -> None:
         """Once per name; of a client that invents names, the first ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from msi.server.fields import (
     streaming,
     typed,
 )
-from msi.types import MAX_LOGPROBS, NO_DEFAULTS, Output, SamplingDefaults, SamplingParams, TokenLogprobs
+from msi.types import MAX_LOGPROBS, NO_DEFAULTS, Output, SamplingDefaults, SamplingParams, TokenLogprobs, TokenText
 
 FIELDS = SHARED_FIELDS | {
     "messages", "max_completion_tokens", "logprobs", "top_logprobs", "add_generation_prompt", "continue_final_message",
@@ -218,29 +218,32 @@ class ChatAnswer:
     """Shapes the outputs of one request.
 
     Args:
-        decode: tokens to text.
+        token_text: what a token would add to a text.
+        has_logprobs: whether log-probabilities are wanted.
     """
 
     def __init__(
-        self, request_id: str, model: str, created: int, decode: Callable[[Sequence[int]], str], num_choices: int
-    ) -> None:
+        self, request_id: str, model: str, created: int, token_text: Callable[[int], TokenText], num_choices: int,
+        has_logprobs: bool = False,
+    ) -> None:  # fmt: skip
         self.request_id = request_id
         self.usage = Usage(num_choices)
-        self._decode = decode
-        self._num_choices = num_choices
+        self._token_text = token_text
+        self._has_logprobs = has_logprobs
+        self.num_choices = num_choices
         self._common = {"id": request_id, "created": created, "model": model}
         self._head = self._common | {"object": "chat.completion.chunk"}
 
     def opening(self) -> list[dict[str, Any]]:
         """Chunks that come before the first output's."""
         delta = {"role": "assistant", "content": ""}
-        return [self._head | {"choices": [_choice(index, "delta", delta)]} for index in range(self._num_choices)]
+        return [self._head | {"choices": [_choice(index, "delta", delta)]} for index in range(self.num_choices)]
 
     def chunk(self, output: Output) -> dict[str, Any]:
         """One server-sent event."""
         self.usage.add(output)
         delta = {"content": output.text} if output.text or output.finish_reason is None else {}
-        logprobs = logprobs_content(output, self._decode)
+        logprobs = logprobs_content(output, self._token_text) if self._has_logprobs else None
         choice = _choice(output.index, "delta", delta, logprobs, output.finish_reason)
         return self._head | {"choices": [choice]}
 
@@ -248,38 +251,32 @@ class ChatAnswer:
         """The event that tells usage, after all others."""
         return self._head | {"choices": [], "usage": self.usage.values()}
 
-    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
-        choices = [
-            _choice(index, "message", {"role": "assistant", "content": ""}) for index in range(self._num_choices)
-        ]
-        for output in outputs:
-            (part,) = self.chunk(output)["choices"]
-            choice = choices[output.index]
-            choice["message"]["content"] += output.text
-            choice["finish_reason"] = output.finish_reason
-            if choice["logprobs"] is None:
-                choice["logprobs"] = part["logprobs"]
-            elif part["logprobs"] is not None:
-                choice["logprobs"]["content"] += part["logprobs"]["content"]
-        return self._common | {"object": "chat.completion", "choices": choices, "usage": self.usage.values()}
+    def frame(self) -> dict[str, Any]:
+        """The answer to a request that does not stream, less the choices."""
+        return self._common | {"object": "chat.completion", "usage": self.usage.values()}
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """One choice of that answer, less log-probabilities."""
+        return {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
 
 
-def logprobs_content(output: Output, decode: Callable[[Sequence[int]], str]) -> dict[str, Any] | None:
-    """The chat endpoint's form of log-probabilities."""
-    if not output.logprobs:
-        return None
-    return {"content": [_token(one, decode) for one in output.logprobs]}
+def logprobs_content(output: Output, token_text: Callable[[int], TokenText]) -> dict[str, Any]:
+    """The chat endpoint's form of log-probabilities: `token` and `bytes` are what a token adds to the text.
+
+    So joined they are the text, and its UTF-8; "" is a token inside a character, or one that ended the answer.
+    """
+    pairs = zip(output.logprobs, output.token_texts, strict=True)
+    return {"content": [_token(one, added, token_text) for one, added in pairs]}
 
 
-def _token(one: TokenLogprobs, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+def _token(one: TokenLogprobs, added: TokenText, token_text: Callable[[int], TokenText]) -> dict[str, Any]:
     value, best = logprob_values(one)
-    tops = [_entry(decode([token]), logprob) for token, logprob in best]
-    return _entry(decode([one.token_id]), value) | {"top_logprobs": tops}
+    tops = [_entry(added if token == one.token_id else token_text(token), logprob) for token, logprob in best]
+    return _entry(added, value) | {"top_logprobs": tops}
 
 
-def _entry(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _entry(token: TokenText, logprob: float) -> dict[str, Any]:
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.data)}
 
 
 def _choice(

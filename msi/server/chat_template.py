@@ -104,6 +104,8 @@ class ChatTemplate:
                 raise InvalidRequest(
                     f"chat_template_kwargs has {name!r}, which is a field of its own", param="chat_template_kwargs"
                 )
+        if continue_final_message and "content" not in messages[-1]:
+            raise InvalidRequest("the last message has no content to go on with", param="continue_final_message")
         given = {
             **self._special_tokens, **values, "tools": None if tools is None else list(tools),
             "documents": None if documents is None else list(documents),
@@ -122,18 +124,27 @@ class ChatTemplate:
         ) from first_error
 
     def _forms(self, messages: Messages) -> Iterator[list[dict[str, Any]]]:
-        """The messages as this template should take them, and then as others do."""
-        form = [_with_reasoning({**one, "content": self._content(one["content"])} if "content" in one else dict(one))
-                for one in messages]  # fmt: skip
+        """The messages as transformers hands them over, and then as templates want them that were written before."""
+        form = [
+            _with_reasoning({**one, "content": self._content(one)} if "content" in one else dict(one))
+            for one in messages
+        ]
         yield form
-        if any("content" not in one for one in form):
-            form = [{"content": "", **one} for one in form]
-            yield form
-        if any("tool_calls" in one for one in form):
-            yield [_with_written_arguments(one) for one in form]
+        written = [_with_written_arguments(one) for one in form]
+        has_calls, has_gaps = any("tool_calls" in one for one in form), any("content" not in one for one in form)
+        if has_calls and has_gaps:
+            yield [{"content": None, **one} for one in written]
+            yield [{"content": None, **one} for one in form]
+        if has_gaps:
+            yield [{"content": "", **one} for one in form]
+        if has_calls:
+            yield [{"content": "", **one} for one in written]
 
-    def _content(self, content: str | tuple[str, ...]) -> object:
-        if self._takes_parts and (isinstance(content, tuple) or not self._tests_strings):
+    def _content(self, message: Mapping[str, Any]) -> object:
+        """A text, or its parts for a template that goes through them; what a tool said is always a text."""
+        content: str | tuple[str, ...] = message["content"]
+        takes_parts = self._takes_parts and message.get("role") != "tool"
+        if takes_parts and (isinstance(content, tuple) or not self._tests_strings):
             return [{"type": "text", "text": text} for text in ((content,) if isinstance(content, str) else content)]
         return content if isinstance(content, str) else "\n".join(content)
 
@@ -150,7 +161,7 @@ class ChatTemplate:
         elif isinstance(content, str):
             text, marked = content, content + END_OF_TEXT
         else:
-            raise InvalidRequest("the last message has no content to go on with")
+            raise InvalidRequest("the last message has no text to go on with")
         rendered = self._template.render(given, messages=[*messages[:-1], {**last, "content": marked}])
         at = rendered.rfind(END_OF_TEXT.strip())
         if at < 0 or text.strip() not in rendered:

@@ -20,7 +20,7 @@ from msi.server.fields import (
     streaming,
     typed,
 )
-from msi.types import NO_DEFAULTS, Output, SamplingDefaults, SamplingParams
+from msi.types import NO_DEFAULTS, Output, SamplingDefaults, SamplingParams, TokenText
 
 DEFAULT_MAX_TOKENS = 16
 MAX_TOTAL_CHOICES = 1024  # of all prompts of a request
@@ -103,22 +103,27 @@ def _is_tokens(items: list[Any]) -> bool:
 class CompletionAnswer:
     """Shapes the outputs of one request.
 
+    Of log-probabilities, `tokens` joined are the text (less the echo), and `top_logprobs` name the chosen token as
+    `tokens` do, others by what they would add. Where two share a text, the less probable one is "token_id:N".
+
     Args:
-        decode: tokens to text.
+        token_text: what a token would add to a text.
         num_choices: of each prompt.
         echoes: what comes before the text, for each prompt.
+        has_logprobs: whether log-probabilities are wanted.
     """
 
     def __init__(
-        self, request_id: str, model: str, created: int, decode: Callable[[Sequence[int]], str], num_choices: int,
-        echoes: Sequence[str] = ("",),
+        self, request_id: str, model: str, created: int, token_text: Callable[[int], TokenText], num_choices: int,
+        echoes: Sequence[str] = ("",), has_logprobs: bool = False,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.usage = Usage(num_choices)
-        self._decode = decode
+        self._token_text = token_text
+        self._has_logprobs = has_logprobs
         self._echoes = [echo for echo in echoes for _ in range(num_choices)]
-        num_choices = len(self._echoes)
-        self._offsets = [0] * num_choices  # characters before the next token, for logprobs
+        self.num_choices = len(self._echoes)
+        self._offsets = [len(echo) for echo in self._echoes]  # characters before the next token, for logprobs
         self._head = {"id": request_id, "object": "text_completion", "created": created, "model": model}
 
     def opening(self) -> list[dict[str, Any]]:
@@ -135,33 +140,35 @@ class CompletionAnswer:
         """The event that tells usage, after all others."""
         return self._head | {"choices": [], "usage": self.usage.values()}
 
-    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
-        choices = [_choice(index, echo) for index, echo in enumerate(self._echoes)]
-        for output in outputs:
-            (part,) = self.chunk(output)["choices"]
-            choice = choices[output.index]
-            choice["text"] += part["text"]
-            choice["finish_reason"] = part["finish_reason"]
-            if (earlier := choice["logprobs"]) is None:
-                choice["logprobs"] = part["logprobs"]
-            elif part["logprobs"] is not None:
-                for name, values in part["logprobs"].items():
-                    earlier[name] += values
-        return self._head | {"choices": choices, "usage": self.usage.values()}
+    def frame(self) -> dict[str, Any]:
+        """The answer to a request that does not stream, less the choices."""
+        return self._head | {"usage": self.usage.values()}
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """One choice of that answer, less log-probabilities."""
+        return {"index": index, "text": self._echoes[index] + text, "finish_reason": finish_reason}
 
     def _logprobs(self, output: Output) -> dict[str, Any] | None:
-        if not output.logprobs:
+        if not self._has_logprobs:
             return None
         tokens, values, tops, offsets = [], [], [], []
-        for one in output.logprobs:
-            text, (value, best) = self._decode([one.token_id]), logprob_values(one)
-            tokens.append(text)
+        for one, added in zip(output.logprobs, output.token_texts, strict=True):
+            value, best = logprob_values(one)
+            tokens.append(added.text)
             values.append(value)
-            tops.append({self._decode([token]): logprob for token, logprob in best} | {text: value})
+            tops.append(self._top_logprobs(one.token_id, added.text, value, best))
             offsets.append(self._offsets[output.index])
-            self._offsets[output.index] += len(text)
+            self._offsets[output.index] += len(added.text)
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _top_logprobs(self, chosen: int, text: str, value: float, best: list[tuple[int, float]]) -> dict[str, float]:
+        """By text. The chosen token is always there, and nothing is lost where texts are the same."""
+        named = {text: value}
+        for token_id, logprob in best:
+            if token_id != chosen:
+                name = self._token_text(token_id).text
+                named[f"token_id:{token_id}" if name in named else name] = logprob
+        return named
 
 
 def _choice(

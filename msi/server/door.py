@@ -197,6 +197,8 @@ class Connection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """What is not HTTP, or (a bug of ours) what the handler raised."""
+        if isinstance(exc, ConnectionError):
+            raise exc  # nobody is left to tell
         if status >= 500:
             log.error("a request could not be answered", exc_info=exc)
         if request.writer.output_size > 0:

@@ -23,6 +23,7 @@ SHARED_FIELDS = frozenset({
     *SAMPLING_INTEGERS, *SAMPLING_NUMBERS,
 })  # fmt: skip
 MAX_DEPTH = 100  # of arrays and objects within one another
+TOO_DEEP = f"the body is nested more than {MAX_DEPTH} levels deep"
 MAX_NAME_CHARS = 256  # of a field
 MAX_IGNORED_NAMES = 32  # that one request tells the log of
 
@@ -37,12 +38,14 @@ def parse_object(body: bytes | str) -> dict[str, Any]:
     try:
         values = orjson.loads(body)
     except orjson.JSONDecodeError as error:
+        if error.msg.startswith("depth limit"):
+            raise InvalidRequest(TOO_DEEP) from error
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise InvalidRequest(f"the body is {kind_of(values)}; it must be a JSON object")
     text = body if isinstance(body, bytes) else body.encode()
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _is_deeper(values, MAX_DEPTH):
-        raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
+        raise InvalidRequest(TOO_DEEP)
     return values
 
 

@@ -15,7 +15,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -35,6 +35,7 @@ from msi.server.request_body import MAX_BODY_BYTES, Bodies, discard
 from msi.server.request_log import LoadLog, RequestLog
 from msi.server.running import Running
 from msi.server.websocket import Sockets
+from msi.server.whole import Whole
 from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1  # what a client waits that nothing could take now
 ID_HEADER = "X-Request-Id"
 PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
+MAX_PIECE_BYTES = 256 * 1024  # of an answer: written at a time
 BACKLOG = 1024  # connections that wait to be accepted
 KEPT_DESCRIPTORS = 128  # for what is no client's connection
 ENDS_WITHIN_S = 2.0  # clients, once their requests have ended
@@ -91,7 +93,7 @@ class Gateway:
         self._running = Running()
         self._sockets = Sockets(self._calls, self._running, MAX_BODY_BYTES)
         self._door = Door(self._handle, max_connections())
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._endpoints: dict[str, dict[str, Handler]] = {
             "/v1/completions": {"POST": self._completions},
             "/v1/chat/completions": {"POST": self._chat_completions},
@@ -103,27 +105,22 @@ class Gateway:
             "/version": {"GET": self._version},
         }
 
-    async def start(self, listening: socket.socket | None = None) -> str:
+    async def start(self, listening: Sequence[socket.socket] | None = None) -> str:
         """Listens; returns the URL.
 
         Args:
-            listening: a socket that is bound already, in place of one at `host` and `port`.
+            listening: sockets of `listen`; by default at `host` and `port`.
 
         Raises:
             ConfigError: the port is in use.
         """
+        sockets = list(listening or listen(self._host, self._port))
         self._door.open()
         loop = asyncio.get_running_loop()
-        try:
-            if listening is None:
-                self._server = await loop.create_server(self._door, self._host, self._port, backlog=BACKLOG)
-            else:
-                self._server = await loop.create_server(self._door, sock=listening, backlog=BACKLOG)
-        except OSError as error:
-            raise ConfigError(why_not(self._host, self._port, error)) from error
+        self._servers = [await loop.create_server(self._door, sock=one, backlog=BACKLOG) for one in sockets]
         if self._load_log is not None:
             self._telling = asyncio.create_task(self._load_log.run())
-        return url_of(self._host, self._server.sockets[0].getsockname()[1])
+        return url_of(self._host, sockets[0].getsockname()[1])
 
     async def prepare(self) -> None:
         """Starts what large requests need, so that the first does not wait for it."""
@@ -135,16 +132,20 @@ class Gateway:
         running.is_ending = True
         if self._telling is not None:
             self._telling.cancel()
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         if grace_s > 0 and len(running):
             log.info("HTTP takes no more requests; %d that run have %g s to end", len(running), grace_s)
             await running.wait_idle(grace_s)
-        running.end()
+        self.end_requests()
         await running.wait_idle(ENDS_WITHIN_S)
         await self._sockets.close()
         await self._door.shutdown(ENDS_WITHIN_S)
         await self._calls.close()
+
+    def end_requests(self) -> None:
+        """Each ends with an error that says so."""
+        self._running.end()
 
     # -- every request -----------------------------------------------------------------------------------------------
 
@@ -239,9 +240,29 @@ class Gateway:
             assert asked.request is not None
             call = self._calls.call(asked.request, headers[ID_HEADER])
             if not call.streaming.stream:
-                async with contextlib.aclosing(call.outputs):
-                    return json_response(call.answer.whole([output async for output in call.outputs]))
+                return await self._whole(request, call, headers)
         return await self._stream(request, call, headers)
+
+    async def _whole(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
+        whole = Whole(call.answer)
+        async with contextlib.aclosing(call.outputs):
+            async for output in call.outputs:
+                whole.add(output)
+        parts = []
+        for part in whole.parts():
+            parts.append(part)
+            await asyncio.sleep(0)
+        num_bytes = sum(map(len, parts))
+        if num_bytes <= MAX_PIECE_BYTES:
+            return web.Response(body=b"".join(parts), content_type="application/json")
+        response = web.StreamResponse(headers={"Content-Type": "application/json", **headers})
+        response.content_length = num_bytes
+        await response.prepare(request)
+        for part in parts:
+            for start in range(0, len(part), MAX_PIECE_BYTES):
+                await response.write(part[start : start + MAX_PIECE_BYTES])
+        await response.write_eof()
+        return response
 
     async def _stream(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
         """A failure before the first event is an HTTP error, and one after it an event."""
@@ -268,7 +289,7 @@ class Gateway:
         if request.headers.get("Upgrade", "").lower() != "websocket":
             raise Refused(426, f"{request.path} speaks WebSocket", headers={"Upgrade": "websocket"})
         try:
-            return await self._sockets.serve(request)
+            return await self._sockets.serve(request, headers)
         except web.HTTPException as error:  # a handshake that is none
             raise Refused(400, f"this is no WebSocket handshake: {error.text}") from error
 
@@ -348,6 +369,32 @@ def max_connections() -> int:
     return (
         MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else max(8, min(MAX_CONNECTIONS, limit - KEPT_DESCRIPTORS))
     )
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen at every address of a host, all at one port.
+
+    Raises:
+        ConfigError: names the host and the port, and says what to do.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            one = socket.socket(family, kind, protocol)
+            sockets.append(one)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.bind((address[0], sockets[0].getsockname()[1] if len(sockets) > 1 else port, *address[2:]))
+            one.listen(BACKLOG)
+            one.setblocking(False)
+    except OSError as error:
+        for one in sockets:
+            one.close()
+        raise ConfigError(why_not(host, port, error)) from error
+    return sockets
 
 
 def url_of(host: str, port: int) -> str:

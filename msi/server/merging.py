@@ -32,9 +32,12 @@ async def _merged(outputs: Sequence[AsyncGenerator[Output, None]], num_choices: 
         finally:
             await outputs[prompt].aclose()
 
-    tasks = [asyncio.create_task(forward(prompt)) for prompt in range(len(outputs))]
-    num_running = len(tasks)
+    tasks: list[asyncio.Task[None]] = []
+    num_running = len(outputs)
     try:
+        for prompt in range(len(outputs)):
+            tasks.append(asyncio.create_task(forward(prompt)))
+            await asyncio.sleep(0)  # each takes its time to begin: nobody waits for all of them
         while num_running:
             match await queue.get():
                 case None:

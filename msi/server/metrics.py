@@ -60,10 +60,16 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
 
-    async def observed(self, outputs: AsyncGenerator[Output, None]) -> AsyncGenerator[Output, None]:
-        """The same outputs, counted and timed. Closing it closes them."""
+    async def observed(
+        self, outputs: AsyncGenerator[Output, None], num_choices: int = 1
+    ) -> AsyncGenerator[Output, None]:
+        """The same outputs, counted and timed. Closing it closes them.
+
+        A request that is closed before all its choices have ended was cancelled, whatever some of them ended with.
+        """
         started = time.monotonic()
         last_at: dict[int, float] = {}  # by choice
+        num_ended = 0
         outcome = "cancelled"
         try:
             async for output in outputs:
@@ -76,7 +82,8 @@ class Metrics:
                 last_at[output.index] = now
                 self._generation_tokens.inc(len(output.token_ids))
                 if output.finish_reason is not None:
-                    outcome = output.finish_reason
+                    num_ended += 1
+                    outcome = output.finish_reason if num_ended == num_choices else "cancelled"
                 yield output
         except Exception:
             outcome = "error"

@@ -92,7 +92,9 @@ class Preparation:
         self._welcome = welcome
         sources = {"default": setup.template} if setup.template else welcome.chat_templates
         self._templates = ChatTemplates(sources, welcome.special_tokens)
-        self._prompts = Prompts.of(welcome.tokenizer, welcome.vocab_size, welcome.max_model_len)
+        self._prompts = Prompts.of(
+            welcome.tokenizer, welcome.vocab_size, welcome.max_model_len, welcome.special_tokens.values()
+        )
 
     def understand(self, endpoint: str, body: bytes | str) -> Understood | NotUnderstood:
         """Never raises."""
@@ -151,7 +153,10 @@ class Preparation:
             documents=asked.documents,
         )
         # the template writes special tokens itself
-        prompt = self._encode(text, asked.params, add_special_tokens=asked.add_special_tokens)
+        try:
+            prompt = self._encode(text, asked.params, add_special_tokens=asked.add_special_tokens)
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error), param="messages", code=error.code) from error
         return self._prepared(CHAT, [prompt], asked.params, asked.streaming, (b"",), asked.ignored)
 
     def _encode(

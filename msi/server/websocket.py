@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -55,11 +56,16 @@ class Sockets:
         self._max_message_bytes = max_message_bytes
         self._open: set[web.WebSocketResponse] = set()
 
-    async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        """One connection, until either side closes it. Cancellation cancels its requests."""
+    async def serve(self, request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+        """One connection, until either side closes it. Cancellation cancels its requests.
+
+        Args:
+            headers: of the handshake's answer.
+        """
         socket = web.WebSocketResponse(
             heartbeat=HEARTBEAT_S, max_msg_size=self._max_message_bytes, compress=False, timeout=CLOSES_WITHIN_S
         )
+        socket.headers.update(headers)
         await socket.prepare(request)
         connection = _Connection(socket, self._calls, self._running)
         self._open.add(socket)
@@ -153,7 +159,7 @@ class _Connection:
                 async with contextlib.aclosing(call.outputs):
                     async for output in call.outputs:
                         usage.add(output)
-                        await self.send(self._output(request_id, output))
+                        await self.send(self._output(request_id, output, call.has_logprobs))
             last: dict[str, Any] = {"type": "done", "id": request_id, "usage": usage.values()}
         except ConnectionResetError:
             return  # nobody is left to tell
@@ -163,11 +169,11 @@ class _Connection:
         with contextlib.suppress(ConnectionResetError):
             await self.send(last)
 
-    def _output(self, request_id: str, output: Output) -> dict[str, Any]:
+    def _output(self, request_id: str, output: Output, has_logprobs: bool) -> dict[str, Any]:
         return {
             "type": "output", "id": request_id, "index": output.index, "text": output.text,
             "token_ids": output.token_ids, "finish_reason": output.finish_reason,
-            "logprobs": logprobs_content(output, self._calls.decode),
+            "logprobs": logprobs_content(output, self._calls.token_text) if has_logprobs else None,
         }  # fmt: skip
 
 

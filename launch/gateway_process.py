@@ -1,0 +1,162 @@
+"""The process that serves HTTP: what runs in it, and how a coordinator keeps one.
+
+It stands apart so that nothing a client sends can delay the coordinator, and nothing that the coordinator does a
+client. The coordinator's process holds the listening sockets and passes them on: when the gateway dies another one
+takes its place, at the same port, and who connects meanwhile waits instead of being refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from pathlib import Path
+
+from msi.children import Child, tell_launcher
+from msi.engine import Engine
+from msi.errors import ConfigError, Unavailable
+from msi.net.secret import Secret
+from msi.restarts import Restarts
+from msi.server.gateway import Gateway, listen, url_of
+from msi.watchdog import LoopWatch
+
+from .arguments import LaunchArguments
+from .logs import has_live_terminal
+
+log = logging.getLogger(__name__)
+
+READY_WITHIN_S = 60.0
+ENDS_WITHIN_S = 6.0
+
+
+# -- in it -----------------------------------------------------------------------------------------------------------
+
+
+async def run_gateway(arguments: LaunchArguments) -> None:
+    """Until SIGTERM (or SIGINT, but for a child), and until the requests that run then have ended."""
+    watch = LoopWatch("gateway")
+    asked, urgent = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, lambda: (urgent if asked.is_set() else asked).set())
+    loop.add_signal_handler(
+        signal.SIGINT, lambda: None if arguments.parent else (urgent if asked.is_set() else asked).set()
+    )
+    async with Engine(address=arguments.coordinator, secret=arguments.trust.secret) as engine:
+        gateway = Gateway(
+            engine,
+            host=arguments.host,
+            port=arguments.port,
+            api_key=arguments.api_key,
+            chat_template=_template(arguments.chat_template),
+            log_requests=arguments.enable_log_requests,
+            log_load=not arguments.disable_log_stats and not has_live_terminal(),
+            allowed_origins=arguments.allowed_origins,
+            watch=watch,
+        )
+        watch.start()
+        try:
+            await gateway.prepare()
+            url = await gateway.start([socket.socket(fileno=fd) for fd in arguments.http_sockets] or None)
+            if not arguments.parent:
+                log.info("HTTP at %s", url)
+            tell_launcher(arguments.announce, ready=True)
+            await asked.wait()
+        finally:
+            await _close(gateway, arguments.shutdown_timeout_s, urgent)
+            watch.stop()
+
+
+async def _close(gateway: Gateway, grace_s: float, urgent: asyncio.Event) -> None:
+    """After the grace, or at once when it becomes urgent."""
+    closing = asyncio.ensure_future(gateway.close(grace_s))
+    waiting = asyncio.ensure_future(urgent.wait())
+    await asyncio.wait({closing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not closing.done():
+        gateway.end_requests()
+    await closing
+
+
+def _template(path: Path | None) -> str:
+    try:
+        return "" if path is None else path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error
+
+
+# -- beside the coordinator ------------------------------------------------------------------------------------------
+
+
+class GatewayProcess:
+    """A coordinator's gateway.
+
+    Args:
+        address: the coordinator's.
+        flags: for its command line.
+
+    Raises:
+        ConfigError: nobody can listen at `host` and `port`.
+    """
+
+    def __init__(self, address: str, host: str, port: int, flags: tuple[str, ...], secret: Secret | None) -> None:
+        self._arguments = ("--role", "gateway", "--coordinator", address, *flags)
+        self._secret = secret
+        self._sockets = listen(host, port)
+        self.url = url_of(host, self._sockets[0].getsockname()[1])
+        self._child: Child | None = None
+        self._is_ending = False
+
+    async def start(self) -> None:
+        """Raises ConfigError, in the gateway's own words, or Unavailable."""
+        fds = tuple(one.fileno() for one in self._sockets)
+        words = ("--http-sockets", ",".join(map(str, fds)))
+        child = self._child = await Child.start((*self._arguments, *words), self._secret, pass_fds=fds)
+        try:
+            async with asyncio.timeout(READY_WITHIN_S):
+                while (message := await child.hear()) is not None:
+                    if message.get("ready"):
+                        return
+                await child.process.wait()
+        except TimeoutError:
+            child.signal(signal.SIGKILL)
+            raise Unavailable(f"the gateway did not start within {READY_WITHIN_S:g} s") from None
+        raise ConfigError(child.failure or f"the gateway {child.end} while it started; what it said is above")
+
+    async def keep_alive(self) -> None:
+        """Starts it again when it ends, for ever."""
+        restarts = Restarts()
+        while True:
+            assert self._child is not None
+            restarts.ready(time.monotonic())
+            await self._child.process.wait()
+            self._child.close()
+            if self._is_ending:
+                return
+            delay_s = restarts.ended(time.monotonic(), has_said_why=False) or 0.0
+            log.error("the gateway (pid %d) %s; starting it again in %g s", self._child.pid, self._child.end, delay_s)
+            await asyncio.sleep(delay_s)
+            with contextlib.suppress(ConfigError, Unavailable, OSError):
+                await self.start()
+
+    def drain(self) -> None:
+        """It takes nothing new from now on, and ends when what runs has; the second time, at once."""
+        self._is_ending = True
+        for one in self._sockets:
+            one.close()
+        self._sockets = []
+        if self._child is not None:
+            self._child.signal(signal.SIGTERM)
+
+    async def stop(self) -> None:
+        """Until it has ended; it is killed if it does not."""
+        if not self._is_ending:
+            self.drain()
+        if self._child is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._child.process.wait(), ENDS_WITHIN_S)
+            self._child.signal(signal.SIGKILL)
+            await self._child.process.wait()
+            self._child.close()

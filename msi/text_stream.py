@@ -1,0 +1,176 @@
+"""The text of one answer as it comes: detokenised, ended by stop strings, and shared out to its tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from msi.detokenizer import Detokenizer, end_of_prompt
+from msi.errors import InvalidRequest, RequestFailed
+from msi.tokenizer import is_library_error
+from msi.types import SamplingParams, TokenLogprobs, TokenText
+from msi.vocabulary import Vocabulary
+
+
+class NewText(NamedTuple):  # one for every token: a tuple is made in half the time of a frozen dataclass
+    """What has become certain.
+
+    Attributes:
+        logprobs: of the tokens whose text is all told.
+        token_texts: what each of them adds to the text.
+    """
+
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    token_texts: tuple[TokenText, ...] = ()
+
+
+def text_streams(
+    vocabulary: Vocabulary | None, prompt_token_ids: Sequence[int], params: SamplingParams
+) -> list[TextStream]:
+    """One for each choice of a request. Raises InvalidRequest: the tokenizer cannot decode the prompt."""
+    try:
+        end = () if vocabulary is None else end_of_prompt(vocabulary, prompt_token_ids)
+        return [TextStream(vocabulary, end, params.stop, params.min_tokens) for _ in range(params.n)]
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        raise InvalidRequest(f"the tokenizer cannot decode the prompt: {error}", param="prompt") from error
+
+
+class TextStream:
+    """One answer's text, as soon as it is certain; `is_stopped` once a stop string has ended it.
+
+    Held back are bytes of an unfinished character, and the end of a text that may turn out to begin a stop string.
+    The texts of all tokens together are the text that was given out: a token that ends the answer adds nothing, of
+    those that a stop string reaches into only what lies before it counts.
+
+    Args:
+        vocabulary: None for a model without tokenizer, whose answers have no text.
+        prompt_end: see `msi.detokenizer.end_of_prompt`.
+        min_tokens: before so many tokens no stop string counts.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary | None, prompt_end: Sequence[int], stop: tuple[str, ...], min_tokens: int = 0
+    ) -> None:
+        self.is_stopped = False
+        self._detokenizer = None if vocabulary is None else Detokenizer(vocabulary, prompt_end)
+        self._stop = stop
+        self._beginnings = frozenset(one[:length] for one in stop for length in range(1, len(one)))
+        self._longest_beginning = max(map(len, self._beginnings), default=0)
+        self._min_tokens = min_tokens
+        self._num_settled = 0  # tokens whose text is known
+        self._held = ""  # text that is not given out
+        self._untold = _Untold(vocabulary)
+
+    def push(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] = (),
+        *,
+        is_last: bool = False,
+        is_ended_by_token: bool = False,
+    ) -> NewText:
+        """More tokens; once it `is_stopped`, nothing may follow.
+
+        Args:
+            logprobs: theirs, if they are wanted.
+            is_last: no more tokens follow.
+            is_ended_by_token: the last one is a stop token, no part of the text.
+
+        Raises:
+            RequestFailed: the tokenizer cannot decode them.
+        """
+        try:
+            texts = self._texts_of(token_ids, is_last, is_ended_by_token)
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            raise RequestFailed(f"the tokenizer cannot decode the answer: {error}") from error
+        text = self._certain(texts, is_last)
+        if not logprobs and not self._untold.has_any:
+            return NewText(text)
+        self._untold.add(logprobs, texts)
+        return self._untold.tell(text, is_all=is_last or self.is_stopped, is_ended_by_token=is_ended_by_token)
+
+    def _texts_of(self, token_ids: Sequence[int], is_last: bool, is_ended_by_token: bool) -> list[str]:
+        """What was settled, token by token."""
+        if self._detokenizer is None:
+            return [""] * len(token_ids)
+        texts: list[str] = []
+        for token_id in token_ids[:-1] if is_ended_by_token else token_ids:
+            texts += self._detokenizer.step(token_id)
+        if is_last:
+            held, rest = self._detokenizer.finish()
+            texts += [*held, ""] if is_ended_by_token else held
+            if rest:
+                texts = [*texts[:-1], "".join(texts[-1:]) + rest]
+        return texts
+
+    def _certain(self, texts: list[str], is_last: bool) -> str:
+        """The text that can be given out now."""
+        if not self._stop:
+            return "".join(texts)
+        early = ""  # what comes before a stop string counts
+        for text in texts:
+            self._num_settled += 1
+            if self._num_settled <= self._min_tokens:
+                early += text
+            elif text:
+                self._held += text
+                if (at := self._end_of_text()) is not None:
+                    self.is_stopped = True
+                    return early + self._held[:at]
+        keep = 0 if is_last else self._possible_stop()
+        certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return early + certain
+
+    def _end_of_text(self) -> int | None:
+        """Where the first stop string begins."""
+        return min((at for stop in self._stop if (at := self._held.find(stop)) >= 0), default=None)
+
+    def _possible_stop(self) -> int:
+        """The longest end of the text that begins a stop string."""
+        for length in range(min(self._longest_beginning, len(self._held)), 0, -1):
+            if self._held[-length:] in self._beginnings:
+                return length
+        return 0
+
+
+class _Untold:
+    """Tokens whose text was not given out, or not all of it."""
+
+    def __init__(self, vocabulary: Vocabulary | None) -> None:
+        self._vocabulary = vocabulary
+        self._logprobs: deque[TokenLogprobs] = deque()
+        self._texts: deque[str] = deque()  # of the first of them, those that are settled
+        self._num_told = 0  # characters of the first text that were given out
+
+    @property
+    def has_any(self) -> bool:
+        return bool(self._logprobs)
+
+    def add(self, logprobs: Sequence[TokenLogprobs], texts: Sequence[str]) -> None:
+        self._logprobs += logprobs
+        self._texts += texts
+
+    def tell(self, text: str, *, is_all: bool, is_ended_by_token: bool) -> NewText:
+        """Those whose text this completes, or all that are left."""
+        num_left = self._num_told + len(text)
+        logprobs, token_texts = [], []
+        while self._logprobs and (is_all or (self._texts and len(self._texts[0]) <= num_left)):
+            one = self._logprobs.popleft()
+            whole = self._texts.popleft() if self._texts else ""
+            part = whole[:num_left]
+            num_left -= len(part)
+            is_stop_token = is_ended_by_token and not self._logprobs
+            logprobs.append(one)
+            token_texts.append(TokenText(part, b"" if is_stop_token else self._bytes_of(one.token_id, part, whole)))
+        self._num_told = num_left
+        return NewText(text, tuple(logprobs), tuple(token_texts))
+
+    def _bytes_of(self, token_id: int, part: str, whole: str) -> bytes:
+        known = self._vocabulary.bytes_of(token_id) if self._vocabulary is not None and part == whole else None
+        return part.encode() if known is None else known

@@ -1,0 +1,132 @@
+"""What single tokens look like. Texts of many are put together in `msi.detokenizer`.
+
+Everything rests on `Tokenizer.decode`; of the way in which a tokenizer decodes only this is known here: which tokens
+stand for single bytes ("<0xE2>", as SentencePiece writes them), and what bytes the tokens of a byte-level vocabulary
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from msi.types import TokenText
+
+REPLACEMENT = "\ufffd"  # what bytes that are no character become
+MAX_ANCHOR_TRIES = 4096
+
+
+class Vocabulary:
+    """What tokens look like, one by one. Shared by all requests; remembers what was asked.
+
+    Attributes:
+        special: tokens that are no part of an answer's text.
+        byte_of: tokens that stand for one byte each, and whose neighbours decide what they look like.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.special = frozenset(
+            token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
+        )
+        decoder: bytes = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
+        self.is_byte_level = b'"ByteLevel"' in decoder
+        self.byte_of = _byte_tokens(tokenizer) if b'"ByteFallback"' in decoder else {}
+        self._alone: dict[int, str] = {}
+        self._texts: dict[int, TokenText] = {}
+        self._anchor: list[int] | None = None
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """As transformers does."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def alone(self, token_id: int) -> str:
+        """The text of this token where there is no other."""
+        text = self._alone.get(token_id)
+        if text is None:
+            text = self._alone[token_id] = self.decode([token_id])
+        return text
+
+    def is_visible(self, token_id: int) -> bool:
+        """Whether it takes part in a text at all: not if it is special, nor if the vocabulary has no such token."""
+        return token_id not in self.special and self.tokenizer.id_to_token(token_id) is not None
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """The bytes of a token that need not be whole characters; None for all that are made of text."""
+        if self.is_byte_level:
+            token = self.tokenizer.id_to_token(token_id)
+            return None if token is None or token_id in self.special else _byte_level(token)
+        byte = self.byte_of.get(token_id)
+        return None if byte is None else bytes((byte,))
+
+    def text_of(self, token_id: int) -> TokenText:
+        """What the token would be behind some other text, special tokens by their names."""
+        found = self._texts.get(token_id)
+        if found is None:
+            found = self._texts[token_id] = self._text_of(token_id)
+        return found
+
+    def _text_of(self, token_id: int) -> TokenText:
+        if token_id in self.special:
+            text = str(self.tokenizer.id_to_token(token_id))
+            return TokenText(text, text.encode())
+        if self._anchor is None:
+            self._anchor = self._find_anchor()
+        text = self.decode([*self._anchor, token_id])[len(self.decode(self._anchor)) :]
+        token_bytes = self.bytes_of(token_id)
+        return TokenText(text, text.encode() if token_bytes is None else token_bytes)
+
+    def _find_anchor(self) -> list[int]:
+        """Some token behind which another one looks as it does inside a text; [] if there is none."""
+        for token_id in range(min(self.tokenizer.get_vocab_size(), MAX_ANCHOR_TRIES)):
+            if self.is_visible(token_id) and token_id not in self.byte_of:
+                text = self.alone(token_id)
+                if text.strip() and REPLACEMENT not in text:
+                    return [token_id]
+        return []
+
+
+def ends_inside_character(text: bytes) -> bool:
+    """Whether more bytes could complete a character of UTF-8 that has begun at the end of these."""
+    for length in range(1, min(3, len(text)) + 1):
+        if text[-length] & 0xC0 != 0x80:  # no continuation: here the last character begins
+            return utf8_state(text[-length:]) == "incomplete"
+    return False
+
+
+def utf8_state(text: bytes | bytearray) -> str:
+    """ "valid", "incomplete" (the beginning of something valid) or "invalid"."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        return "incomplete" if error.reason == "unexpected end of data" else "invalid"
+    return "valid"
+
+
+def _byte_tokens(tokenizer: Tokenizer) -> dict[int, int]:
+    found = {}
+    for byte in range(256):
+        for name in (f"<0x{byte:02X}>", f"<0x{byte:02x}>"):
+            token_id = tokenizer.token_to_id(name)
+            if token_id is not None and tokenizer.decode([token_id], skip_special_tokens=False) != name:
+                found[token_id] = byte
+    return found
+
+
+def _byte_level(token: str) -> bytes:
+    """A token of a byte-level vocabulary writes each byte as one printable character, or is text as it is."""
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:
+        return token.encode()
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the rest for what follows 255, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER: dict[str, int] = _byte_characters()

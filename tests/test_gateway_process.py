@@ -1,0 +1,108 @@
+"""The process that serves HTTP, from the outside: it may die, and it ends what runs with a sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.conftest import TEXT
+from tests.test_launch import launched
+from tests.waiting import until
+
+pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
+
+
+def children(pid):
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gateway_of(said):
+    """The process id of the gateway."""
+    (coordinator,) = re.findall(r"processes: coordinator (\d+)", said)
+    (found,) = [one for one in children(coordinator) if b"gateway" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    return found
+
+
+async def ready(child):
+    return (await child.until_said(r"ready: \S+ at (http://\S+)/v1")).group(1)
+
+
+async def test_a_gateway_that_dies_comes_back_at_its_port_and_nothing_else_ends(tiny_model):
+    body = {"prompt": TEXT, "max_tokens": 8, "temperature": 0}
+    async with (
+        launched(tiny_model, "--port", 0, "--threads-per-worker", 1) as child,
+        aiohttp.ClientSession() as session,
+    ):
+        url = await ready(child)
+        async with session.post(f"{url}/v1/completions", json=body) as response:
+            text = (await response.json())["choices"][0]["text"]
+        for _ in range(2):
+            gateway = gateway_of(child.said)
+            preparers = children(gateway)
+            os.kill(gateway, signal.SIGKILL)
+            await until(lambda pid=gateway: not lives(pid))
+            async with aiohttp.ClientSession() as anew, anew.post(f"{url}/v1/completions", json=body) as response:
+                assert (await response.json())["choices"][0]["text"] == text
+            assert len(preparers) == 2
+            await until(lambda pids=preparers: not any(map(lives, pids)))
+        async with session.get(f"{url}/metrics") as response:
+            assert 'msi_loop_stalls_total{process="gateway"}' in await response.text()
+        assert len(re.findall(r"the gateway .* was killed by signal 9; starting it again", child.said)) == 2
+        assert "was lost" not in child.said
+        child.process.send_signal(signal.SIGTERM)
+        assert await child.ended() == 0
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+async def test_streams_that_run_at_the_end_get_their_time_and_an_error_with_done(tiny_model, signals):
+    """With a second signal they get none."""
+    long = {"prompt": TEXT, "max_tokens": 480, "ignore_eos": True, "n": 64}
+    arguments = (tiny_model, "--port", 0, "--threads-per-worker", 1, "--shutdown-timeout", 0.5 if signals == 1 else 600)
+    async with launched(*arguments) as child, aiohttp.ClientSession() as session:
+        url = await ready(child)
+        stream = await session.post(f"{url}/v1/completions", json={**long, "stream": True})
+        await stream.content.readline()
+        plain = asyncio.ensure_future(session.post(f"{url}/v1/completions", json=long))
+        await asyncio.sleep(0.3)
+        child.process.send_signal(signal.SIGTERM)
+        if signals == 2:
+            await child.until_said("asked to end")
+            child.process.send_signal(signal.SIGTERM)
+        events = [line[6:] for line in (await stream.read()).split(b"\n\n") if line.startswith(b"data: ")]
+        assert events[-1] == b"[DONE]"
+        assert json.loads(events[-2])["error"]["type"] == "server_error"
+        response = await plain
+        assert response.status == 503
+        assert (await response.json())["error"]["message"]
+        assert await child.ended() == 0
+        assert "Traceback" not in child.said
+
+
+async def test_a_gateway_alone_serves_an_instance_that_runs_elsewhere(tiny_model):
+    async with (
+        launched(tiny_model, "--port", 0, "--threads-per-worker", 1) as child,
+        aiohttp.ClientSession() as session,
+    ):
+        url = await ready(child)
+        (address,) = re.findall(r"coordinator at (\S+)", child.said)
+        async with launched("--role", "gateway", "--coordinator", address, "--port", 0) as other:
+            second = (await other.until_said(r"HTTP at (\S+)")).group(1)
+            assert second != url
+            async with session.get(f"{second}/v1/models") as response:
+                assert response.status == 200
+            other.process.send_signal(signal.SIGTERM)
+            assert await other.ended() == 0

@@ -1,0 +1,205 @@
+"""Large requests in processes of their own: time limits that end them, turns for everybody, and what is too long."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from msi.errors import InvalidRequest, Unavailable
+from msi.messages import Welcome
+from msi.prompts import Prompts, most_bytes_per_token
+from msi.server import preparers
+from msi.server.prepare import (
+    ANSWERS,
+    CHAT,
+    COMPLETION,
+    ENDPOINTS,
+    MESSAGE,
+    SETUP,
+    NotUnderstood,
+    Preparation,
+    Setup,
+    tokens_of,
+)
+from msi.server.preparers import Preparers
+from tests.conftest import TEXT
+
+LOOPS = ("a", "b", "c")
+ENDLESS = "".join(f"{{% for {name} in range(9999) %}}" for name in LOOPS) + "{% endfor %}" * 3
+
+
+def setup_of(tiny_model, template="{% for m in messages %}{{ m.content }}{% endfor %}"):
+    tokenizer = (tiny_model / "tokenizer.json").read_bytes()
+    return Setup(Welcome("tiny", 300, 512, tokenizer, {"default": template}))
+
+
+def task(endpoint, **body):
+    return bytes([ENDPOINTS.index(endpoint)]) + json.dumps(body).encode()
+
+
+async def test_a_process_understands_what_this_one_does(tiny_model):
+    setup = setup_of(tiny_model)
+    here, pool = Preparation(setup), Preparers(SETUP.encode(setup))
+    user = {"role": "user", "content": TEXT}
+    bodies = [
+        (COMPLETION, {"prompt": TEXT, "echo": True, "n": 3, "stop": "a", "logit_bias": {"5": -1}, "stream": True}),
+        (COMPLETION, {"prompt": [[1, 2], "ab"], "seed": 2**63}),
+        (COMPLETION, {"prompt": TEXT * 100}),
+        (COMPLETION, {"prompt": "a", "model": "other"}),
+        (COMPLETION, {}),
+        (CHAT, {"messages": [user], "logprobs": True, "top_logprobs": 3}),
+        (MESSAGE, {"type": "generate", "id": "x", "messages": [user]}),
+        (MESSAGE, {"type": "cancel", "id": "x"}),
+        (MESSAGE, {"type": "jump", "id": "x"}),
+        (MESSAGE, {"id": 7}),
+    ]
+    try:
+        for endpoint, body in bodies:
+            there = ANSWERS.decode(await pool.prepare("me", task(endpoint, **body)))
+            assert there == here.understand(endpoint, json.dumps(body))
+    finally:
+        await pool.close()
+    assert tokens_of(here.completion({"prompt": [5, 6]}).prompts[0]) == (5, 6)
+
+
+async def test_a_request_that_takes_for_ever_is_ended_with_its_process_and_others_go_on(tiny_model):
+    pool = Preparers(SETUP.encode(setup_of(tiny_model, ENDLESS)), within_s=2.0)
+    evil, good = task(CHAT, messages=[{"role": "user", "content": "a"}]), task(COMPLETION, prompt="It is")
+    try:
+        evils = [asyncio.ensure_future(pool.prepare("evil", evil + b" " * preparers.LARGE_BYTES)) for _ in range(2)]
+        for _ in range(5):
+            assert not isinstance(ANSWERS.decode(await pool.prepare("good", good)), NotUnderstood)
+        assert not any(one.done() for one in evils), "one process is kept from large ones"
+        for one in evils:
+            with pytest.raises(InvalidRequest, match="was not understood within 2 s"):
+                await one
+        assert pool.num_given_up == 2
+        assert not isinstance(ANSWERS.decode(await pool.prepare("good", good)), NotUnderstood)
+    finally:
+        await pool.close()
+
+
+async def test_a_process_that_was_killed_is_started_anew(tiny_model):
+    pool = Preparers(SETUP.encode(setup_of(tiny_model)))
+    try:
+        await pool.start()
+        for preparer in pool._idle:
+            os.kill(preparer._process.pid, 9)
+            await preparer._process.wait()
+        assert await pool.prepare("me", task(COMPLETION, prompt="a"))
+    finally:
+        await pool.close()
+
+
+async def test_clients_take_turns_and_the_queue_has_an_end(tiny_model, monkeypatch):
+    monkeypatch.setattr(preparers, "MAX_QUEUED", 20)
+    pool = Preparers(SETUP.encode(setup_of(tiny_model)))
+    order = []
+
+    async def ask(client):
+        await pool.prepare(client, task(COMPLETION, prompt=TEXT))
+        order.append(client)
+
+    try:
+        greedy = [asyncio.ensure_future(ask("greedy")) for _ in range(20)]
+        await asyncio.sleep(0)
+        modest = asyncio.ensure_future(ask("modest"))
+        await asyncio.sleep(0)
+        more = [asyncio.ensure_future(ask("greedy")) for _ in range(20)]
+        refused = [one for one in await asyncio.gather(*more, return_exceptions=True) if one is not None]
+        assert refused
+        assert all(isinstance(one, Unavailable) for one in refused)
+        await asyncio.gather(*greedy, modest)
+        assert "modest" in order[:5]
+        left = asyncio.ensure_future(ask("gone"))
+        await asyncio.sleep(0)
+        left.cancel()
+        await ask("modest")
+    finally:
+        await pool.close()
+
+
+# -- length ----------------------------------------------------------------------------------------------------------
+
+
+def trained(model, trainer, pre_tokenizer=None, normalizer=None, decoder=None):
+    tokenizer = Tokenizer(model)
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.train_from_iterator([TEXT] * 5, trainer)
+    return tokenizer
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+TOKENIZERS = {
+    "byte level": trained(
+        models.BPE(), trainers.BpeTrainer(vocab_size=320, initial_alphabet=ALPHABET),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ),
+    "byte level, composed": trained(
+        models.BPE(), trainers.BpeTrainer(vocab_size=320, initial_alphabet=ALPHABET),
+        pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.NFC(),
+    ),
+    "metaspace with bytes": trained(
+        models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True),
+        trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *BYTES]), pre_tokenizers.Metaspace(),
+    ),
+    "unknown characters become one": trained(
+        models.BPE(unk_token="<unk>", fuse_unk=True), trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>"]),
+    ),
+    "words": trained(
+        models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer(special_tokens=["<unk>"]),
+        pre_tokenizers.Whitespace(),
+    ),
+    "lower case": trained(
+        models.BPE(), trainers.BpeTrainer(vocab_size=320, initial_alphabet=ALPHABET),
+        pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.Sequence([normalizers.StripAccents()]),
+    ),
+}  # fmt: skip
+
+
+PIECES = [TEXT, "e\u0301\u0302", "\u1112\u1161\u11ab", "  "]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(sorted(TOKENIZERS)),
+    text=st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES)).map("".join)),
+    times=st.integers(1, 50),
+)  # fmt: skip
+def test_no_text_is_refused_unread_that_would_have_fitted(name, text, times):
+    tokenizer, text = TOKENIZERS[name], text * times
+    longest = most_bytes_per_token(json.loads(tokenizer.to_str()))
+    num_tokens = len(tokenizer.encode(text).ids)
+    if longest:
+        assert len(text.encode()) <= longest * max(num_tokens, 1)
+    prompts = Prompts.of(tokenizer.to_str().encode(), 1000, max_model_len=num_tokens + 1)
+    assert len(prompts.encode(text)) == num_tokens
+
+
+def test_bounds_are_known_where_nothing_is_dropped():
+    known = {name for name, one in TOKENIZERS.items() if most_bytes_per_token(json.loads(one.to_str()))}
+    assert known == {"byte level", "byte level, composed", "metaspace with bytes"}
+
+
+@pytest.mark.parametrize("prompt", ["a" * 8_000_000, "\U0001f600" * 1_000_000, [5] * 200_000, "word " * 10_000])
+def test_a_prompt_of_any_size_is_refused_with_the_contexts_sentence(prompt):
+    prompts = Prompts.of(TOKENIZERS["byte level"].to_str().encode(), 1000, 512)
+    with pytest.raises(InvalidRequest, match="maximum context length is 512 tokens") as caught:
+        prompts.encode(prompt, max_tokens=7)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+
+
+def test_a_text_too_long_is_refused_before_it_is_tokenised(monkeypatch):
+    monkeypatch.setattr("msi.prompts.encode", None)
+    with pytest.raises(InvalidRequest, match="at least"):
+        Prompts.of(TOKENIZERS["byte level"].to_str().encode(), 1000, 512).encode("a" * 100_000)

@@ -1,0 +1,451 @@
+"""Strangers at the data sockets: who cannot prove to be of the instance gets nothing, and costs others nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import multiprocessing
+import os
+import socket
+import stat
+import struct
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msi import Engine, SamplingParams
+from msi.errors import ConfigError, ProtocolError, TransportError
+from msi.net import acceptor, shm, tcp
+from msi.net.link_proof import CHALLENGE_BYTES, PROOF_BYTES, PROVED_BYTES, Proofs
+from msi.net.secret import Secret, Trust
+from msi.net.shm import ShmTransport
+from msi.net.tcp import ACCEPTED, CHALLENGE, GREETING, GREETING_MAGIC, HELLO, TcpTransport, split_address
+from msi.net.transport import Admission, CompletionKind
+from tests.test_launch import free_port, launched
+from tests.waiting import until
+
+SEAT_BYTES = 4096
+KEY, OTHER = Trust(Secret("the secret of this test")).link_key("token"), Trust(None).link_key("token")
+
+
+class Listening:
+    """A transport that listens with one seat, whom it admitted, and what was delivered."""
+
+    def __init__(self, transport):
+        self.transport = transport
+        self.landing = transport.register(1, SEAT_BYTES)
+        self.admitted = []
+        self.delivered = []
+        transport.deliver(lambda *completion: self.delivered.append(completion))
+
+    def accept(self, hello):
+        self.admitted.append(hello)
+        return Admission(self.landing, 0, b"welcome")
+
+
+@contextlib.asynccontextmanager
+async def listening(transport):
+    one = Listening(transport)
+    one.address = await transport.listen(one.accept)
+    try:
+        yield one
+    finally:
+        await transport.close()
+
+
+async def link(one, transport):
+    """A peer of the instance's can connect, and its bytes land."""
+    endpoint = await transport.connect(one.address, b"anna", transport.register(1, SEAT_BYTES), 0)
+    endpoint.outbox[:4] = b"fine"
+    endpoint.post(5, 0, 4)
+    await until(lambda: any(kind is CompletionKind.IMMEDIATE for _, kind, _, _ in one.delivered))
+    assert bytes(one.landing.seat(0)[:4]) == b"fine"
+    await transport.close()
+
+
+# -- proofs -----------------------------------------------------------------------------------------------------------
+
+
+def test_who_holds_the_key_is_believed_and_says_what_it_said():
+    ours, theirs = Proofs(KEY), Proofs(KEY)
+    challenge = ours.challenge()
+    said = theirs.hello(challenge, b"hello", 7)
+    assert ours.check_hello(challenge, said, 7) == b"hello"
+    answer = ours.welcome(challenge, said, b"welcome", 9)
+    assert theirs.check_welcome(challenge, said, answer, 9) == b"welcome"
+    assert KEY not in challenge + said + answer
+
+
+@given(st.data())
+def test_nothing_that_differs_anywhere_is_believed(data):
+    ours, theirs = Proofs(KEY), Proofs(KEY)
+    challenge, said = ours.challenge(), b""
+    said = theirs.hello(challenge, b"hello", 7)
+    answer = ours.welcome(challenge, said, b"welcome", 9)
+
+    def changed(text):
+        at, by = data.draw(st.integers(0, len(text) - 1)), data.draw(st.integers(1, 255))
+        return text[:at] + bytes([text[at] ^ by]) + text[at + 1 :]
+
+    for check in (
+        lambda: ours.check_hello(changed(challenge), said, 7),
+        lambda: ours.check_hello(challenge, changed(said), 7),
+        lambda: ours.check_hello(challenge, said, data.draw(st.integers(8, 2**40))),
+        lambda: ours.check_hello(challenge, said[: data.draw(st.integers(0, len(said) - 1))], 7),
+        lambda: ours.check_hello(ours.challenge(), said, 7),  # said once, and again
+        lambda: theirs.check_welcome(changed(challenge), said, answer, 9),
+        lambda: theirs.check_welcome(challenge, changed(said), answer, 9),
+        lambda: theirs.check_welcome(challenge, said, changed(answer), 9),
+        lambda: theirs.check_welcome(challenge, said, answer, data.draw(st.integers(10, 2**40))),
+        lambda: theirs.check_welcome(challenge, said, said, 9),  # its own words sent back
+        lambda: ours.check_hello(challenge, answer, 9),
+        lambda: Proofs(OTHER).check_hello(challenge, said, 7),
+        lambda: Proofs(None).check_hello(challenge, said, 7),
+        lambda: ours.check_hello(challenge, Proofs(None).hello(challenge, b"hello", 7), 7),
+    ):
+        with pytest.raises(ProtocolError):
+            check()
+
+
+def test_a_challenge_of_another_length_is_none():
+    for length in (0, CHALLENGE_BYTES - 1, CHALLENGE_BYTES + 1):
+        with pytest.raises(ProtocolError, match="a challenge of"):
+            Proofs(KEY).hello(bytes(length), b"hello", 7)
+
+
+# -- TCP --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [OTHER, None, bytes(32)])
+async def test_a_dialler_without_the_secret_is_not_admitted_and_told_why(key, caplog):
+    async with listening(TcpTransport(key=KEY)) as one:
+        stranger = TcpTransport(key=key)
+        with pytest.raises(TransportError, match="refused: it does not prove that it is of this instance"):
+            await stranger.connect(one.address, b"anna", stranger.register(1, SEAT_BYTES), 0)
+        await stranger.close()
+        assert (one.admitted, one.delivered) == ([], [])
+        assert one.transport.num_cut_off == {"refused": 1}
+        assert "does not prove that it is of this instance" in caplog.text
+        await link(one, TcpTransport(key=KEY))
+
+
+@pytest.mark.parametrize("key", [OTHER, None])
+async def test_a_listener_without_the_secret_gets_neither_seat_nor_rows(key):
+    """A stranger took the address of a worker that is gone."""
+    async with listening(TcpTransport(key=key)) as stranger:
+        stranger.transport._proofs.check_hello = lambda challenge, said, seat_bytes: said[PROVED_BYTES:]
+        ours = TcpTransport(key=KEY)
+        with pytest.raises(TransportError, match="does not prove that it is of this instance"):
+            await ours.connect(stranger.address, b"anna", ours.register(1, SEAT_BYTES), 0)
+        assert not ours._endpoints
+        await ours.close()
+
+
+async def test_a_proof_that_was_overheard_is_of_no_use():
+    async with listening(TcpTransport(key=KEY)) as one:
+        heard = []
+
+        class Overheard(Proofs):
+            def hello(self, challenge, hello, seat_bytes):
+                heard.append(super().hello(challenge, hello, seat_bytes))
+                return heard[-1]
+
+        member = TcpTransport(key=KEY)
+        member._proofs = Overheard(KEY)
+        await link(one, member)
+        reader, writer = await asyncio.open_connection(*split_address(one.address))
+        await reader.readexactly(GREETING.size + CHALLENGE_BYTES)
+        writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, len(heard[0]), SEAT_BYTES) + heard[0])
+        answer = await asyncio.wait_for(reader.read(), 5)
+        assert b"does not prove" in answer
+        assert one.admitted == [b"anna"]
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def test_nothing_is_made_for_a_stranger_that_claims_a_large_seat():
+    async with listening(TcpTransport(key=KEY)) as one:
+        tracemalloc.start()
+        for kind in (HELLO, ACCEPTED, CHALLENGE):
+            said = bytes(PROVED_BYTES) + b"anna"
+            with socket.create_connection(split_address(one.address), timeout=5) as sock:
+                sock.sendall(GREETING.pack(GREETING_MAGIC, tcp.VERSION, kind, len(said), 1 << 40) + said)
+                with contextlib.suppress(ConnectionError):
+                    while await asyncio.to_thread(sock.recv, 1000):
+                        pass
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        tracemalloc.stop()
+        assert not one.admitted
+
+
+async def test_a_listener_that_claims_a_large_seat_without_proof_costs_nothing():
+    async def claim(reader, writer):
+        writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, CHALLENGE, CHALLENGE_BYTES, 0) + bytes(CHALLENGE_BYTES))
+        writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, ACCEPTED, PROOF_BYTES, 1 << 40) + bytes(PROOF_BYTES))
+        await reader.read(1000)
+        writer.close()
+
+    server = await asyncio.start_server(claim, "127.0.0.1", 0)
+    ours = TcpTransport(key=KEY)
+    with pytest.raises(TransportError, match="does not prove"):
+        await ours.connect(
+            f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}", b"anna", ours.register(1, SEAT_BYTES), 0
+        )
+    await ours.close()
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.mark.parametrize("make", [lambda: TcpTransport(key=KEY), ShmTransport])
+async def test_a_flood_of_silent_connections_keeps_nobody_out_and_is_bounded(make, caplog):
+    async with listening(make()) as one:
+        before = num_descriptors()
+        with contextlib.ExitStack() as flood:
+            for _ in range(1000):
+                sock = flood.enter_context(stranger_socket(one.address))
+                sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    sock.connect(where(one.address))
+                await asyncio.sleep(0)
+            await until(lambda: one.transport._complain.counts["too many"], 30)
+            assert len(one.transport._acceptor._strangers) <= acceptor.MAX_STRANGERS
+            assert num_descriptors() - before < 1000 + acceptor.MAX_STRANGERS + 20
+            await link(one, make())
+        assert caplog.text.count("cut ") <= 3, "said once"
+
+
+def stranger_socket(address):
+    if address.startswith("shm://"):
+        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return socket.socket()
+
+
+def where(address):
+    return "\0" + address.removeprefix("shm://") if address.startswith("shm://") else split_address(address)
+
+
+def num_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("make", [lambda: TcpTransport(key=KEY), ShmTransport])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED])
+async def test_descriptors_that_ran_out_are_waited_for_and_not_spun_on(make, number, caplog, monkeypatch):
+    monkeypatch.setattr(acceptor, "ACCEPT_AGAIN_S", 0.2)
+    async with listening(make()) as one:
+        listener = one.transport._acceptor._listener
+        tries = []
+
+        class Failing:
+            def accept(self):
+                tries.append(1)
+                if len(tries) < 4:
+                    raise OSError(number, os.strerror(number))
+                return listener.accept()
+
+            def __getattr__(self, name):
+                return getattr(listener, name)
+
+        one.transport._acceptor._listener = Failing()
+        await link(one, make())
+        assert len(tries) < 8
+        if number != errno.ECONNABORTED:
+            assert one.transport._complain.counts["no descriptors"] == 3
+            assert caplog.text.count("no connection can be accepted") == 1
+        assert "Traceback" not in caplog.text
+
+
+# -- shared memory: other users ---------------------------------------------------------------------------------------
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+ignores_fork = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+available = pytest.mark.skipif(shm.is_available() is not None, reason=str(shm.is_available()))
+
+
+def as_nobody(task, pipe):
+    os.setgid(65534)
+    os.setuid(65534)
+    pipe.send(task(pipe))
+
+
+def start_as_nobody(task):
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=as_nobody, args=(task, there))
+    child.start()
+    return child, here
+
+
+@available
+@needs_root
+@ignores_fork
+async def test_1500_idle_connections_of_another_user_cost_no_descriptor_and_no_line_each(caplog):
+    async with listening(ShmTransport()) as one:
+        before = num_descriptors()
+        name = where(one.address)
+
+        def flood(pipe):
+            held = []
+            for _ in range(1500):
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # waits while the queue is full
+                with contextlib.suppress(OSError):
+                    sock.connect(name)
+                    held.append(sock)
+            pipe.send("connected")
+            pipe.recv()
+            return len(held)
+
+        child, pipe = await asyncio.to_thread(start_as_nobody, flood)
+        await asyncio.to_thread(pipe.poll, 30)
+        assert pipe.recv() == "connected"
+        await until(lambda: one.transport._complain.counts["other user"] >= 1400)
+        assert num_descriptors() - before < 20
+        assert len(one.transport._acceptor._strangers) == 0
+        assert caplog.text.count("runs as user 65534") == 1
+        await link(one, ShmTransport())
+        pipe.send("end")
+        await asyncio.to_thread(child.join, 10)
+        assert one.admitted == [b"anna"]
+
+
+@available
+@needs_root
+@ignores_fork
+async def test_a_listener_of_another_user_gets_none_of_our_memory():
+    """It took the name of a worker that is gone."""
+    name = f"msi-{os.getpid()}-squatted"
+
+    def squat(pipe):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind("\0" + name)
+            listener.listen()
+            pipe.send("listening")
+            listener.settimeout(20)
+            sock, _ = listener.accept()
+            with sock:
+                sock.settimeout(20)
+                message, fds, _, _ = socket.recv_fds(sock, 1000, 2)
+                return len(message), len(fds)
+
+    child, pipe = await asyncio.to_thread(start_as_nobody, squat)
+    assert await asyncio.to_thread(pipe.recv) == "listening"
+    ours = ShmTransport()
+    with pytest.raises(TransportError, match="runs as user 65534, not 0"):
+        await ours.connect(f"shm://{name}", b"anna", ours.register(1, SEAT_BYTES), 0)
+    assert await asyncio.to_thread(pipe.recv) == (0, 0)
+    await asyncio.to_thread(child.join, 10)
+    await ours.close()
+
+
+@available
+async def test_a_process_that_says_no_hello_in_time_is_cut_off(monkeypatch):
+    monkeypatch.setattr(shm, "CONNECT_TIMEOUT_S", 0.2)
+    async with listening(ShmTransport()) as one:
+        with stranger_socket(one.address) as sock:
+            sock.connect(where(one.address))
+            sock.settimeout(5)
+            assert (await asyncio.to_thread(sock.recv, 100))[:1] == shm.REFUSED
+        assert not one.admitted
+
+
+@available
+async def test_frames_of_garbage_at_the_shared_memory_socket_change_nothing():
+    async with listening(ShmTransport()) as one:
+        for message in (b"", b"x", os.urandom(1000), struct.pack("<4sHHIQ", b"MSIT", 1, 1, 4, 9), b"\0" * 60_000):
+            with stranger_socket(one.address) as sock:
+                sock.connect(where(one.address))
+                sock.send(message)
+                sock.settimeout(5)
+                await asyncio.to_thread(sock.recv, 100)
+        assert not one.admitted
+        await link(one, ShmTransport())
+
+
+# -- whole instances --------------------------------------------------------------------------------------------------
+
+
+def listening_ports(pids):
+    """TCP ports at which any of these processes listens."""
+    inodes = set()
+    for pid in pids:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                inodes.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
+
+
+@pytest.mark.parametrize(
+    "transport", ["inproc", pytest.param("shm", marks=pytest.mark.slow), pytest.param("tcp", marks=pytest.mark.slow)]
+)
+async def test_a_local_instance_listens_on_no_port_and_leaves_no_socket(tiny_model, transport):
+    before = listening_ports([os.getpid()])
+    async with Engine.local(model=tiny_model, transport=transport, threads_per_worker=1) as engine:
+        assert engine.address.startswith("ipc://")
+        ports = listening_ports([os.getpid(), *engine.pids.values()]) - before
+        assert len(ports) == (1 if transport == "tcp" else 0), "but the expert worker's, where TCP was asked for"
+        path = Path(engine.address.removeprefix("ipc://"))
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        for port in ports:  # the instance's token is needed there, which only its own processes are told
+            stranger = TcpTransport(key=OTHER)
+            with pytest.raises(TransportError, match="does not prove"):
+                await stranger.connect(f"tcp://127.0.0.1:{port}", b"anna", stranger.register(1, SEAT_BYTES), 0)
+            await stranger.close()
+        async with Engine.connect(engine.address) as other:
+            params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+            assert sum([len(output.token_ids) async for output in other.generate([1, 2, 3], params)]) == 4
+    assert not path.parent.exists()
+
+
+@pytest.mark.slow
+async def test_a_cluster_serves_who_holds_its_secret_and_nobody_else(tiny_model, tmp_path):
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("the secret of this cluster\n")
+    address = f"tcp://127.0.0.1:{free_port()}"
+    common = (tiny_model, "--coordinator", address, "--threads-per-worker", 1)
+    ours = (*common, "--secret-file", secret, "--transport", "tcp")
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    async with (
+        launched(*ours, "--role", "coordinator", "--no-gateway") as coordinator,
+        launched(*ours, "--role", "expert"),
+        launched(*ours, "--role", "attention") as attention,
+        Engine.connect(address, secret="the secret of this cluster") as engine,
+    ):
+        await engine.wait_ready(90)
+        async with launched(*common, "--role", "expert", "--worker-id", "expert-0") as stranger:
+            assert await stranger.ended() == 2
+            assert "asks for a secret, and this process was given none" in stranger.said
+        (tmp_path / "other").touch(mode=0o600)
+        (tmp_path / "other").write_text("the secret of another cluster\n")
+        async with launched(*common, "--role", "attention", "--secret-file", tmp_path / "other") as stranger:
+            assert await stranger.ended() == 2
+            assert "the secret differs" in stranger.said
+        for wrong, complaint in ((None, "asks for a secret"), ("the secret of another", "the secret differs")):
+            with pytest.raises(ConfigError, match=complaint):
+                async with Engine.connect(address, secret=wrong):
+                    pass
+        assert "refused a connection" in coordinator.said
+        assert (await engine.stats()).dropped["handshake"] >= 4
+        assert sum([len(output.token_ids) async for output in engine.generate([1, 2, 3], params)]) == 4
+        assert {one.incarnation for one in (await engine.stats()).workers} == {0}, "nobody's place was taken"
+        assert attention.process.returncode is None
+
+
+@pytest.mark.parametrize(("role", "at"), [("coordinator", "0.0.0.0:0"), ("attention", "192.0.2.1:5555")])
+async def test_nobody_listens_on_a_network_without_a_secret_unless_told_to(tiny_model, role, at):
+    async with launched(tiny_model, "--role", role, "--coordinator", f"tcp://{at}", "--start-timeout", 2) as child:
+        assert await child.ended() == 2
+        if "cannot tell by which address" not in child.said:  # a machine without any network
+            assert "would listen on" in child.said
+            assert "--secret-file FILE (or MSI_SECRET), or --insecure-network" in child.said
+        assert "Traceback" not in child.said
