@@ -14,8 +14,9 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
-from msi.children import Child, tell_launcher
+from msi.children import Child, follow_launcher, tell_launcher
 from msi.engine import Engine
 from msi.errors import ConfigError, Unavailable
 from msi.net.secret import Secret
@@ -40,10 +41,13 @@ async def run_gateway(arguments: LaunchArguments) -> None:
     watch = LoopWatch("gateway")
     asked, urgent = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, lambda: (urgent if asked.is_set() else asked).set())
+    # a signal to a whole group of processes is no second one for a child: its parent says what is urgent
+    is_child = arguments.parent > 0
+    loop.add_signal_handler(signal.SIGTERM, lambda: (urgent if asked.is_set() and not is_child else asked).set())
     loop.add_signal_handler(
         signal.SIGINT, lambda: None if arguments.parent else (urgent if asked.is_set() else asked).set()
     )
+    told = asyncio.ensure_future(follow_launcher(arguments.announce, lambda said: _told(said, asked, urgent)))
     async with Engine(address=arguments.coordinator, secret=arguments.trust.secret) as engine:
         gateway = Gateway(
             engine,
@@ -66,7 +70,14 @@ async def run_gateway(arguments: LaunchArguments) -> None:
             await asked.wait()
         finally:
             await _close(gateway, arguments.shutdown_timeout_s, urgent)
+            told.cancel()
             watch.stop()
+
+
+def _told(said: dict[str, Any], asked: asyncio.Event, urgent: asyncio.Event) -> None:
+    asked.set()
+    if said.get("end"):
+        urgent.set()
 
 
 async def _close(gateway: Gateway, grace_s: float, urgent: asyncio.Event) -> None:
@@ -143,12 +154,13 @@ class GatewayProcess:
 
     def drain(self) -> None:
         """It takes nothing new from now on, and ends when what runs has; the second time, at once."""
-        self._is_ending = True
+        was_ending, self._is_ending = self._is_ending, True
         for one in self._sockets:
             one.close()
         self._sockets = []
         if self._child is not None:
-            self._child.signal(signal.SIGTERM)
+            self._child.tell(drain=True, end=was_ending)
+            self._child.signal(signal.SIGTERM)  # where it has not come so far that it listens
 
     async def stop(self) -> None:
         """Until it has ended; it is killed if it does not."""

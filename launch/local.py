@@ -11,6 +11,7 @@ import sys
 from msi.engine import Engine
 from msi.errors import EngineError
 from msi.types import SamplingParams
+from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
 from .display import StatusLine, summary
@@ -34,6 +35,8 @@ async def serve(arguments: LaunchArguments) -> None:
     }
     line = StatusLine()
     engine = Engine(options=arguments.options, report=line.update, process_flags=flags)
+    watch = LoopWatch("msi-launch")
+    watch.start()
     stops = Stops(line)
     running = asyncio.ensure_future(_run(engine, arguments, line, stops))
     at_once = asyncio.ensure_future(stops.at_once.wait())
@@ -41,8 +44,11 @@ async def serve(arguments: LaunchArguments) -> None:
     at_once.cancel()
     if not running.done():
         running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+    finally:
+        watch.stop()
 
 
 class Stops:

@@ -6,9 +6,10 @@ shared and need not be computed.
 
 Whoever comes first is never later for those who come after. When blocks run out, the sequence that arrived last gives
 its own up and waits to be computed again. While a request has to wait for blocks that earlier ones hold, later ones
-that fit overtake it; as soon as the earlier ones leave it enough, those that overtook give their blocks up to it, at
-the end of the passes they are in. So a large request does not keep small ones waiting, and nobody starves: a request
-is admitted no later than if nobody had overtaken it, but for one pass.
+that fit overtake it. As soon as the earlier ones leave it enough, nobody else overtakes, and those that did give their
+blocks up to it at the end of the passes they are in; but those that need no more than `PATIENCE` tokens end first. So a
+large request does not keep small ones waiting, and nobody starves: a request is admitted no later than if nobody had
+overtaken it, but for the passes that take so many tokens.
 
 Decides; knows no requests' ids, clock or tensors.
 """
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 from msi.block_pool import BlockPool, hash_block
 from msi.sequence import Lane, Sequence
 
-OVERTAKING = 64  # waiting requests that are looked at for one that fits
+OVERTAKING = 32  # waiting requests that are looked at for one that fits
+PATIENCE = 32  # tokens still to be computed, at which it costs less to wait for a sequence than to compute it again
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class Admission:
 
     Attributes:
         waiting: in order of arrival.
+        num_admissions: since the start.
 
     Args:
         lanes: where sequences run; those in flight keep their blocks.
@@ -61,6 +64,7 @@ class Admission:
     ) -> None:
         self.waiting: list[Sequence] = []
         self.counters = AdmissionCounters()
+        self.num_admissions = 0
         self._lanes = lanes
         self._pool = pool
         self._block_tokens = block_tokens
@@ -84,8 +88,13 @@ class Admission:
         self._pool.free(sequence.blocks)
         sequence.blocks = []
 
-    def admit(self) -> None:
-        """Lets in whoever may now."""
+    def admit(self) -> bool:
+        """Lets in whoever may now; whether that was anybody."""
+        before = self.num_admissions
+        self._admit()
+        return self.num_admissions > before
+
+    def _admit(self) -> None:
         while self.waiting:
             first = self.waiting[0]
             if not self._fits(first):
@@ -94,7 +103,7 @@ class Admission:
                     break  # it has to wait for earlier ones
                 self._preempt_until_fits(first, later)
                 if not self._fits(first):
-                    return  # what is in flight gives way when its pass is through; nobody takes what is free now
+                    return  # those in flight, or about to end, give way soon; nobody takes what is free now
             self._start(first)
         for sequence in self.waiting[1:OVERTAKING]:
             if self._fits(sequence):
@@ -110,7 +119,7 @@ class Admission:
         num_running = self.num_running - len(gone)
         if num_running >= self._max_num_seqs:
             return False
-        released = self._pool.released_by(block for one in gone for block in one.blocks)
+        released = self._pool.released_by(block for one in gone for block in one.blocks) if gone else set()
         # one for each that runs, so that the next token of an older one does not throw this one out again
         num_free = self._pool.num_free + len(released) - num_running
         num_blocks = self._blocks_for(len(sequence.tokens))
@@ -121,10 +130,10 @@ class Admission:
         return num_blocks - len(known) + num_revived <= num_free
 
     def _preempt_until_fits(self, sequence: Sequence, later: Iterable[Sequence]) -> None:
-        """Takes the blocks of those that overtook it and are not in flight, the last first."""
+        """Takes the blocks of those that overtook it, are not in flight and not about to end, the last first."""
         busy = self._busy()
         for victim in sorted(later, key=lambda one: one.arrival, reverse=True):
-            if id(victim) not in busy:
+            if id(victim) not in busy and victim.max_len - victim.num_computed > PATIENCE:
                 self._preempt(victim)
                 if self._fits(sequence):
                     return
@@ -146,6 +155,7 @@ class Admission:
             counters.prefix_hit_tokens += sequence.num_computed
             sequence.num_cached = sequence.num_computed
         sequence.num_admitted += 1
+        self.num_admissions += 1
         sequence.lane = min(self._lanes, key=lambda lane: sum(other.predicted for other in lane.sequences))
         sequence.lane.sequences.append(sequence)
 

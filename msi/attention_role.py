@@ -119,6 +119,11 @@ class AttentionRole:
                     log.warning("%s: %s", expert.worker_id, error.reason)
                     failed = True
                     continue
+                except Exception as error:
+                    self._complaints.say(error, f"{expert.worker_id} could not be connected")
+                    self._link.drop(node, one_line(error))
+                    failed = True
+                    continue
                 if self._wanted.get(node) != expert:  # changed while connecting
                     self._link.drop(node, "replaced")
                     failed = True
@@ -195,18 +200,24 @@ class AttentionRole:
         if self._lanes:
             return
         assert self._tasks is not None
+        came_early = self._scheduler.requests  # whoever told how many lanes was heard late
         self._scheduler = self._new_scheduler(num_lanes)
+        for request in came_early:
+            self.submit(request)
         for lane in range(num_lanes):
             task = self._tasks.create_task(run_lane(lane, self, self._half, self._link), name=f"lane {lane}")
             self._lanes.append(task)
 
     async def next(self, lane: int) -> MicroBatch:
         while True:
+            seen = self._scheduler.num_admissions
             try:
                 micro_batch = self._scheduler.plan(lane)
             except Exception as error:
                 self._end_lane(lane, error)
                 continue
+            if self._scheduler.num_admissions > seen:
+                self._wake()  # onto other lanes
             if micro_batch is not None:
                 return micro_batch
             await self._idle[lane].wait()

@@ -70,6 +70,7 @@ class CoordinatorClient:
         self._token = secrets.token_hex(8)
         self._must_greet = False  # the coordinator does not know us
         self._num_outputs = 0
+        self._num_submits = 0
         self._lost_after_s = LOCAL_LOST_AFTER_S if address.startswith("ipc://") else LOST_AFTER_S
         self._failure: EngineError | None = None  # why nothing works any more, or for the moment
 
@@ -148,6 +149,7 @@ class CoordinatorClient:
             for request in requests:
                 self._queues[request.request_id] = queue
                 self._control.send(Submit(request))
+                self._num_submits += 1
                 if len(request.prompt_token_ids) > LONG_PROMPT:
                     await asyncio.sleep(0)  # others have their turn between the copies for each choice
             while any(request.request_id in self._queues for request in requests):
@@ -188,7 +190,7 @@ class CoordinatorClient:
                     self._stats.set_result(message)
                 case Welcome():
                     self._must_greet = False
-                    self._num_outputs = 0
+                    self._num_outputs = self._num_submits = 0
                 case Refused():
                     self._must_greet = True  # at the next beat, so that two who disagree do not talk all day
                     self._end_all(RequestFailed(f"requests in flight are lost: {message.reason}"))
@@ -215,7 +217,8 @@ class CoordinatorClient:
 
     async def _beat(self) -> None:
         while True:
-            self._control.send(ClientHello(PROTOCOL_VERSION, self._token) if self._must_greet else ClientHeartbeat())
+            hello = ClientHello(PROTOCOL_VERSION, self._token)
+            self._control.send(hello if self._must_greet else ClientHeartbeat(self._num_submits))
             late_s = await sleep_late(HEARTBEAT_S, self._clock)
             self._last_heard += late_s
             if not await read_first(self._control, self._clock):

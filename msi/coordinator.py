@@ -74,6 +74,7 @@ class _Client:
     last_seen: float
     token: str
     num_outputs: int = 0
+    num_submits: int = 0
     status: InstanceStatus | None = None
 
 
@@ -192,9 +193,7 @@ class Coordinator:
                 if (given := self._router.cancel(route, message.request_id)) is not None:
                     self._cancel(*given)
             case ClientHeartbeat():
-                client = self._clients[route]
-                client.last_seen = now
-                self._server.send(route, HeartbeatAck(num_outputs=client.num_outputs))
+                self._client_beats(route, self._clients[route], message, now)
             case StatsRequest():
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
                 dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
@@ -260,6 +259,16 @@ class Coordinator:
             for worker_id, request_id in self._router.client_lost(route):
                 self._cancel(worker_id, request_id)
 
+    def _client_beats(self, route: bytes, client: _Client, heartbeat: ClientHeartbeat, now: float) -> None:
+        client.last_seen = now
+        if heartbeat.num_submits != client.num_submits:
+            self._forget_client(route)
+            self._server.send(route, Refused("requests were lost on the way to the coordinator"))
+            return
+        client.status = None  # it may have been lost, and nothing else says it again
+        self._say_status(route, client, now)
+        self._server.send(route, HeartbeatAck(num_outputs=client.num_outputs))
+
     def _pulse(self, pulse: ClientPulse, now: float) -> None:
         for client in self._clients.values():
             if client.token and client.token == pulse.client:
@@ -267,6 +276,7 @@ class Coordinator:
 
     def _submit(self, route: bytes, message: Submit, now: float) -> None:
         request = message.request
+        self._clients[route].num_submits += 1
         if request.params.seed is None:
             failure = Failure.of(InvalidRequest("give every request a seed"))
             refusal: RequestUpdate | None = RequestUpdate(request.request_id, failure=failure)

@@ -379,7 +379,9 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class ClientHeartbeat:
-    pass
+    """`num_submits`: Submits that it has sent since its hello."""
+
+    num_submits: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,6 +465,7 @@ FROM_CLIENT = (ClientHello, Submit, Cancel, ClientHeartbeat, ClientPulse, StatsR
 TO_CLIENT = (Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck)
 
 # Each end reads only what the other may say.
-COORDINATOR_END = Codec(FROM_WORKER + FROM_CLIENT, TO_WORKER + TO_CLIENT, max_bytes=16 * 1024 * 1024)
-WORKER_END = Codec(TO_WORKER, FROM_WORKER, max_bytes=16 * 1024 * 1024)
-CLIENT_END = Codec(TO_CLIENT, FROM_CLIENT)
+MAX_BYTES = 16 * 1024 * 1024  # of what a coordinator reads; what it says may be longer, such as a tokenizer
+COORDINATOR_END = Codec(FROM_WORKER + FROM_CLIENT, TO_WORKER + TO_CLIENT, max_bytes=MAX_BYTES)
+WORKER_END = Codec(TO_WORKER, FROM_WORKER, max_written_bytes=MAX_BYTES)
+CLIENT_END = Codec(TO_CLIENT, FROM_CLIENT, max_written_bytes=MAX_BYTES)

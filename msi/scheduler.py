@@ -99,9 +99,19 @@ class Scheduler:
         return self._admission.num_running
 
     @property
+    def requests(self) -> list[Request]:
+        """All that are here, in order of arrival."""
+        return [sequence.request for sequence in self._sequences.values()]
+
+    @property
     def request_ids(self) -> tuple[str, ...]:
         """Of all requests that are here, whether they run or wait."""
         return tuple(self._sequences)
+
+    @property
+    def num_admissions(self) -> int:
+        """Since the start: where it rose, lanes that had no work may have some."""
+        return self._admission.num_admissions
 
     @property
     def is_idle(self) -> bool:
@@ -155,6 +165,7 @@ class Scheduler:
         failed = [request_id for request_id, sequence in self._sequences.items() if sequence.lane is not None]
         for request_id in failed:
             self._forget(request_id)
+        self._admission.admit()
         return failed
 
     # -- passes ------------------------------------------------------------------------------------------------------
@@ -167,7 +178,18 @@ class Scheduler:
         """The next micro-batch of a lane that has none in flight; None when it has nothing to do."""
         lane = self._lanes[lane_index]
         assert not lane.in_flight, f"lane {lane_index} is in flight"
-        self._admission.admit()
+        while not (chosen := self._choose(lane)):
+            # what was preempted for nothing may have left room for others
+            if not self._admission.admit():
+                return None
+        lane.num_passes += 1
+        for sequence, _ in chosen:
+            sequence.served_at = lane.num_passes
+        lane.in_flight = chosen
+        return micro_batch(chosen, self._eos_token_ids)
+
+    def _choose(self, lane: Lane) -> list[tuple[Sequence, int]]:
+        """Who is in the lane's next micro-batch, with how many tokens; all have the blocks for them."""
         suspect = next((one for one in lane.sequences if one.is_suspect), None)
         candidates = lane.sequences if suspect is None else [suspect]
         chosen: list[tuple[Sequence, int]] = []
@@ -175,13 +197,7 @@ class Scheduler:
             # one without blocks was preempted for another of them
             if sequence.blocks and self._admission.make_room(sequence, count, chosen):
                 chosen.append((sequence, count))
-        if not chosen:
-            return None
-        lane.num_passes += 1
-        for sequence, _ in chosen:
-            sequence.served_at = lane.num_passes
-        lane.in_flight = chosen
-        return micro_batch(chosen, self._eos_token_ids)
+        return chosen
 
     def may_continue(self, lane_index: int) -> bool:
         """Whether the lane may have a micro-batch right after the one in flight."""
@@ -249,6 +265,7 @@ class Scheduler:
         for sequence, _ in in_flight:
             if sequence.is_cancelled:
                 self._admission.release(sequence)
+        self._admission.admit()
 
     def suspect(self, lane_index: int) -> list[str]:
         """An exception came out of the pass of a lane: its sequences are tried again, each in a pass of its own.
@@ -260,7 +277,6 @@ class Scheduler:
         for sequence, _ in in_flight:
             sequence.is_suspect = True
         self.give_up(lane_index)
-        self._admission.admit()
         return failed
 
     def fail_lane(self, lane_index: int) -> list[str]:
@@ -274,6 +290,7 @@ class Scheduler:
         for request_id in failed:
             self._sequences.pop(request_id, None)
         self._num_failed += len(failed)
+        self._admission.admit()
         return failed
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -309,3 +326,9 @@ class Scheduler:
                 raise InvalidRequest(
                     f"token id {shown(wrong)} in {name}; ids are integers from 0 to {self._vocab_size - 1}", param=name
                 )
+        params = request.params
+        if params.min_tokens and len(self._eos_token_ids.union(params.stop_token_ids)) >= self._vocab_size:
+            raise InvalidRequest(
+                f"min_tokens is {params.min_tokens}, and stop_token_ids leave no token that may come before",
+                param="stop_token_ids",
+            )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from msi.tokenizer import is_library_error
 from msi.types import TokenText
 
 REPLACEMENT = "\ufffd"  # what bytes that are no character become
@@ -61,16 +62,23 @@ class Vocabulary:
         return None if byte is None else bytes((byte,))
 
     def text_of(self, token_id: int) -> TokenText:
-        """What the token would be behind some other text, special tokens by their names."""
+        """What the token would be behind some other text; special tokens, and those that cannot be decoded, by name."""
         found = self._texts.get(token_id)
         if found is None:
-            found = self._texts[token_id] = self._text_of(token_id)
+            try:
+                found = self._named(token_id) if token_id in self.special else self._text_of(token_id)
+            except BaseException as error:
+                if not is_library_error(error):
+                    raise
+                found = self._named(token_id)
+            self._texts[token_id] = found
         return found
 
+    def _named(self, token_id: int) -> TokenText:
+        text = self.tokenizer.id_to_token(token_id) or ""
+        return TokenText(text, text.encode())
+
     def _text_of(self, token_id: int) -> TokenText:
-        if token_id in self.special:
-            text = str(self.tokenizer.id_to_token(token_id))
-            return TokenText(text, text.encode())
         if self._anchor is None:
             self._anchor = self._find_anchor()
         text = self.decode([*self._anchor, token_id])[len(self.decode(self._anchor)) :]

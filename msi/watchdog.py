@@ -23,6 +23,7 @@ PERIOD_S = 0.025
 SAID_FROM_S = 0.1  # stalls from here on are counted apart, and logged
 SAID_EVERY_S = 10.0
 SHOWN_FRAMES = 8
+LOOPS = ("runners.py", "selectors.py", "base_events.py")  # where a loop is that runs nothing
 BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 COUNTER_PREFIX = "loop_"  # of `counters`
 
@@ -147,5 +148,7 @@ def stack_of(frame: FrameType | None) -> str:
     """The innermost calls of a thread, in one line, outermost first."""
     if frame is None:
         return "nothing: its thread has ended"
+    if frame.f_code.co_filename.rpartition("/")[2] in LOOPS:
+        return "no code of its own: the loop itself waited for the processor, or ran a callback in C"
     frames = traceback.extract_stack(frame)[-SHOWN_FRAMES:]
     return " > ".join(f"{one.filename.rpartition('/')[2]}:{one.lineno} {one.name}" for one in frames)

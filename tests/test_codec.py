@@ -29,6 +29,7 @@ from msi.messages import (
     RequestUpdate,
     Submit,
     Topology,
+    Welcome,
     WorkerHello,
     WorkerStatus,
 )
@@ -231,6 +232,15 @@ def test_whatever_a_worker_holds_fits_into_what_it_says():
 def test_a_message_longer_than_an_end_reads_is_refused_unread():
     with pytest.raises(ProtocolError, match="at most 16777216 are allowed"):
         COORDINATOR_END.decode(bytes(17 << 20))
+
+
+def test_a_message_that_the_other_end_would_not_read_is_not_sent():
+    """It would cut the connection, and with it everything else that runs on it."""
+    long = Submit(Request("r", (2**31 - 1,) * (5 << 20), SamplingParams(seed=1)))
+    with pytest.raises(ProtocolError, match=r"Submit of 2.* bytes; at most 16777216 can be sent"):
+        CLIENT_END.encode(long)
+    welcome = Welcome("m", 1, 1, bytes(100 << 20))
+    assert CLIENT_END.decode(COORDINATOR_END.encode(welcome)) == welcome
 
 
 def test_prompts_of_every_length_and_value_survive():

@@ -465,6 +465,16 @@ def test_tokens_that_the_model_does_not_have_never_get_in(changes, param):
     scheduler.add(Request(**values))
 
 
+def test_a_request_that_bans_every_token_is_refused():
+    scheduler = make_scheduler(vocab_size=100)
+    every = tuple(token for token in range(100) if token != EOS)
+    with pytest.raises(InvalidRequest, match="leave no token") as caught:
+        scheduler.add(request("a", 3, min_tokens=1, stop_token_ids=every))
+    assert caught.value.param == "stop_token_ids"
+    scheduler.add(request("b", 3, min_tokens=1, stop_token_ids=every[1:]))
+    scheduler.add(request("c", 3, stop_token_ids=every))
+
+
 def test_a_request_id_that_is_in_use_is_refused_and_the_first_goes_on():
     scheduler = make_scheduler()
     scheduler.add(request("a", 3))

@@ -184,21 +184,25 @@ async def test_nothing_is_made_for_a_stranger_that_claims_a_large_seat():
 
 
 async def test_a_listener_that_claims_a_large_seat_without_proof_costs_nothing():
-    async def claim(reader, writer):
-        writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, CHALLENGE, CHALLENGE_BYTES, 0) + bytes(CHALLENGE_BYTES))
-        writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, ACCEPTED, PROOF_BYTES, 1 << 40) + bytes(PROOF_BYTES))
-        await reader.read(1000)
-        writer.close()
+    def claim(listener):
+        sock, _ = listener.accept()
+        with sock, contextlib.suppress(OSError):
+            sock.settimeout(5)
+            head = GREETING.pack(GREETING_MAGIC, tcp.VERSION, CHALLENGE, CHALLENGE_BYTES, 0)
+            sock.sendall(head + bytes(CHALLENGE_BYTES))
+            head = GREETING.pack(GREETING_MAGIC, tcp.VERSION, ACCEPTED, PROOF_BYTES, 1 << 40)
+            sock.sendall(head + bytes(PROOF_BYTES))
+            while sock.recv(1000):
+                pass
 
-    server = await asyncio.start_server(claim, "127.0.0.1", 0)
     ours = TcpTransport(key=KEY)
-    with pytest.raises(TransportError, match="does not prove"):
-        await ours.connect(
-            f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}", b"anna", ours.register(1, SEAT_BYTES), 0
-        )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        claiming = asyncio.create_task(asyncio.to_thread(claim, listener))
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(TransportError, match="does not prove"):
+            await ours.connect(address, b"anna", ours.register(1, SEAT_BYTES), 0)
+        await claiming
     await ours.close()
-    server.close()
-    await server.wait_closed()
 
 
 @pytest.mark.parametrize("make", [lambda: TcpTransport(key=KEY), ShmTransport])

@@ -8,15 +8,17 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from msi.detokenizer import end_of_prompt
-from msi.errors import ConfigError, InvalidRequest
-from msi.text_stream import TextStream
+from msi import SamplingParams
+from msi.detokenizer import MAX_HELD_BYTES, end_of_prompt
+from msi.errors import ConfigError, InvalidRequest, RequestFailed
+from msi.server.completions import CompletionAnswer
+from msi.text_stream import TextStream, text_streams
 from msi.tokenizer import encode, load_tokenizer
-from msi.types import TokenLogprobs
-from msi.vocabulary import Vocabulary
+from msi.types import Output, TokenLogprobs, TokenText
+from msi.vocabulary import REPLACEMENT, Vocabulary
 from tests.vocabularies import CORPUS, KINDS, tokenizer_of
 
 TEXTS = [
@@ -101,6 +103,155 @@ def test_streamed_text_is_what_decoding_the_answer_behind_its_prompt_adds(kind, 
         assert "".join(one.text for _, one in texts) == text
     assert [one.token_id for one, _ in texts] == answer
     assert "".join(pushed(stream_of(kind, prompt), answer, range(60))[0]) == text
+
+
+@every_kind
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_stop_strings_end_the_text_wherever_tokens_and_pushes_are_cut(kind, data):
+    prompt, answer = data.draw(ids_of(kind, 2)), data.draw(ids_of(kind))
+    whole = "".join(pushed(stream_of(kind, prompt), answer)[0])
+    begin = data.draw(st.integers(0, max(0, len(whole) - 1)))
+    stop = tuple({whole[begin : begin + data.draw(st.integers(1, 5))] or "never", data.draw(st.text(min_size=1))})
+    cuts = data.draw(st.lists(st.integers(0, 60), max_size=8))
+    pieces, texts = pushed(stream_of(kind, prompt, stop), answer, cuts)
+    one_by_one = pushed(stream_of(kind, prompt, stop), answer, range(60))
+    text = "".join(pieces)
+    assert whole.startswith(text)
+    assert not any(one in text for one in stop)
+    if any(one in whole for one in stop):
+        assert any(whole.startswith(one, len(text)) for one in stop)
+    else:
+        assert text == whole
+    assert text == "".join(one_by_one[0])
+    assert "".join(one.text for _, one in texts) == text == "".join(one.text for _, one in one_by_one[1])
+
+
+def test_a_text_goes_on_behind_its_prompt_with_its_first_space():
+    tokenizer = tokenizer_of("llama")
+    prompt, answer = encode(tokenizer, "It is"), encode(tokenizer, "the truth", add_special_tokens=False)
+    pieces, texts = pushed(stream_of("llama", prompt), answer, range(60))
+    assert "".join(pieces) == " the truth"
+    assert texts[0][1].text.startswith(" ")
+    assert "".join(pushed(stream_of("llama", prompt[:1]), answer)[0]) == "the truth", "nothing stands before it"
+
+
+BYTES = [tokenizer_of("llama").token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+
+
+def llama_bytes(data):
+    return [BYTES[byte] for byte in data]
+
+
+def test_bytes_that_are_no_text_are_told_at_once():
+    stream = stream_of("llama", ())
+    pieces = [stream.push([token]).text for token in llama_bytes(b"\xff" * 50 + b"a" * 50)]
+    assert pieces == [REPLACEMENT] * 100, "as the whole run is invalid"
+
+
+@pytest.mark.parametrize("character", ["a", "é", "€", "🙂"])
+def test_a_long_run_of_bytes_is_told_as_it_comes(character):
+    data = character.encode() * 200
+    stream = stream_of("llama", ())
+    told = b""
+    for at, token in enumerate(llama_bytes(data)):
+        told += stream.push([token]).text.encode()
+        assert data.startswith(told)
+        assert at + 1 - len(told) <= MAX_HELD_BYTES
+    assert stream.push(llama_bytes(b"\xe2")).text == ""
+    assert stream.push([], is_last=True).text == REPLACEMENT, "and what was told is not taken back"
+
+
+HOSTILE = {
+    "cut": ("byte-level", "â"), "bytes": ("llama", "<0xE2>"), "spaces": ("llama", "▁"), "special": ("llama", "<s>"),
+    "metaspace": ("metaspace-first", "▁"), "nothing": ("llama", None), "replacement": ("byte-level", "ï¿½"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_a_token_costs_does_not_grow_with_the_answer(name, monkeypatch):
+    kind, token = HOSTILE[name]
+    vocabulary = Vocabulary(tokenizer_of(kind))
+    ids = [99_999] if token is None else [tokenizer_of(kind).token_to_id(token)]
+    if ids == [None]:
+        ids = encode(tokenizer_of(kind), REPLACEMENT)
+    lengths = []
+
+    class Counting:
+        """Of a tokenizer, how much it decodes."""
+
+        def __getattr__(self, name):
+            return getattr(tokenizer_of(kind), name)
+
+        def decode(self, token_ids, **options):
+            lengths.append(len(token_ids))
+            return tokenizer_of(kind).decode(token_ids, **options)
+
+    vocabulary.tokenizer = Counting()
+    stream = TextStream(vocabulary, (), ())
+    pieces = [stream.push([one]).text for one in [*ids] * 500]
+    assert max(lengths, default=0) <= MAX_HELD_BYTES + 8
+    assert sum(lengths) <= 500 * len(ids) * 20
+    text = "".join(pieces) + stream.push([], is_last=True).text
+    assert text == tokenizer_of(kind).decode([*ids] * 500)
+
+
+def test_a_tokenizer_that_panics_ends_that_answer_with_an_error():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "bb": 1, "c": 2}, "a"))
+    tokenizer.decoder = decoders.Strip("a", 1, 1)  # cuts more than there is
+    vocabulary = Vocabulary(tokenizer)
+    stream = TextStream(vocabulary, (), ())
+    assert stream.push([1]).text == "bb"
+    with pytest.raises(RequestFailed, match="the tokenizer cannot decode the answer"):
+        stream.push([0])
+    with pytest.raises(InvalidRequest, match="the tokenizer cannot decode the prompt"):
+        text_streams(vocabulary, [0, 1], SamplingParams())
+    for odd in (-1, 2**40):
+        with pytest.raises(RequestFailed, match="the tokenizer cannot decode the answer"):
+            TextStream(vocabulary, (), ()).push([odd])
+
+
+# -- what single tokens are ------------------------------------------------------------------------------------------
+
+
+def test_tokens_of_a_cut_character_have_their_bytes_and_the_last_one_its_text():
+    for kind, ids in (("llama", llama_bytes("€".encode())), ("byte-level", encode(tokenizer_of("byte-level"), "€"))):
+        _, texts = pushed(stream_of(kind, ()), ids, range(60))
+        assert [one.text for _, one in texts] == ["", "", "€"]
+        assert [one.data for _, one in texts] == [b"\xe2", b"\x82", b"\xac"]
+
+
+def test_alternatives_keep_their_spaces_bytes_and_names():
+    for kind, token, text, data in [
+        ("llama", "▁a", " a", b" a"), ("llama", "<0xE2>", REPLACEMENT, b"\xe2"), ("llama", "</s>", "</s>", b"</s>"),
+        ("byte-level", "Ġa", " a", b" a"), ("byte-level", "â", REPLACEMENT, b"\xe2"),
+        ("metaspace-first", "▁a", " a", b" a"), ("unigram", "▁", " ", b" "), ("wordpiece", "##t", "t", b"t"),
+        ("wordpiece", "it", " it", b" it"), ("words", "truth", " truth", b" truth"),
+    ]:  # fmt: skip
+        found = vocabulary_of(kind).text_of(tokenizer_of(kind).token_to_id(token))
+        assert (found.text, found.data) == (text, data), (kind, token)
+    assert vocabulary_of("llama").text_of(99_999) == TokenText("", b"")
+
+
+def test_a_token_that_ends_the_answer_adds_nothing_and_those_behind_a_stop_string_neither():
+    tokenizer = tokenizer_of("llama")
+    ids = encode(tokenizer, "It is a", add_special_tokens=False)
+    _, texts = pushed(stream_of("llama", ()), [*ids, 2], is_ended_by_token=True)
+    assert (texts[-1][1], "".join(one.text for _, one in texts)) == (TokenText("", b""), "It is a")
+    _, texts = pushed(stream_of("llama", (), ("is",)), [*ids, 2])
+    assert "".join(one.text for _, one in texts) == "It "
+    assert b"".join(one.data for _, one in texts) == b"It "
+    assert len(texts) == len(ids) + 1
+
+
+def test_completions_lose_no_alternative_where_texts_are_the_same():
+    vocabulary = vocabulary_of("llama")
+    one = TokenLogprobs(BYTES[0xE2], -1.0, (BYTES[0x82], BYTES[0xE2], BYTES[0xFF], 1), (-0.5, -1.0, -2.0, -3.0))
+    answer = CompletionAnswer("r", "m", 0, vocabulary.text_of, 1, ["echo"], has_logprobs=True)
+    output = Output("r", "", (one.token_id,), logprobs=(one,), token_texts=(TokenText("", b"\xe2"),))
+    logprobs = answer.chunk(output)["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{"": -1.0, REPLACEMENT: -0.5, f"token_id:{BYTES[0xFF]}": -2.0, "<s>": -3.0}]
+    assert (logprobs["tokens"], logprobs["text_offset"]) == ([""], [4])
 
 
 # -- text to tokens --------------------------------------------------------------------------------------------------

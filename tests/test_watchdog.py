@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 import time
 
-from msi.watchdog import BUCKETS_S, PERIOD_S, SAID_FROM_S, LoopWatch, sentence
+from msi.watchdog import BUCKETS_S, PERIOD_S, SAID_FROM_S, LoopWatch, sentence, stack_of
 from tests.waiting import until
 
 
@@ -67,6 +69,17 @@ async def test_an_idle_loop_is_watched_at_no_cost():
     finally:
         watch.stop()
     assert spent < 0.1
+
+
+async def test_a_loop_that_runs_nothing_is_not_blamed_on_code():
+    found = []
+    thread = threading.get_ident()
+    asker = threading.Thread(target=lambda: (time.sleep(0.1), found.append(stack_of(sys._current_frames()[thread]))))
+    asker.start()
+    await asyncio.sleep(0.3)
+    asker.join()
+    assert "no code of its own" in found[0]
+    assert stack_of(None).startswith("nothing")
 
 
 def test_a_process_that_was_stopped_is_not_blamed_on_its_code():

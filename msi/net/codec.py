@@ -23,7 +23,7 @@ import msgpack
 
 from msi.errors import ProtocolError
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 ITEMS = 16 * 1024  # of an array, however many there are; more where that cannot come to ITEMS_IN_ALL
 ITEMS_IN_ALL = 16 * 1024 * 1024  # that arrays may claim: msgpack makes room at their heads, at up to 1024 levels
 LONG_HEADS = (b"\xdc", b"\xdd")  # of arrays of more than 15 items
@@ -40,22 +40,29 @@ class Codec:
         reads: the closed set of message types that `decode` knows.
         writes: those that `encode` knows; by default the same.
         max_bytes: of a message that is read.
+        max_written_bytes: of a message that is written: what the other end reads at most.
     """
 
     def __init__(
-        self, reads: Iterable[type], writes: Iterable[type] | None = None, *, max_bytes: int = MAX_MESSAGE_BYTES
+        self,
+        reads: Iterable[type],
+        writes: Iterable[type] | None = None,
+        *,
+        max_bytes: int = MAX_MESSAGE_BYTES,
+        max_written_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self.max_bytes = max_bytes
+        self._max_written_bytes = max_written_bytes
         self._decoders = {message_type.__name__: _decoder(message_type) for message_type in reads}
         self._writes = set(self._decoders) if writes is None else {message_type.__name__ for message_type in writes}
 
     def encode(self, message: Any) -> bytes:
-        """Raises ProtocolError: it is larger than any message may be."""
+        """Raises ProtocolError: it is larger than the other end takes."""
         name = type(message).__name__
         assert name in self._writes, f"{name} is not what this end says"
         payload = typing.cast(bytes, msgpack.packb([name, *_plain(message)]))
-        if len(payload) > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"{name} of {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} can be sent")
+        if len(payload) > self._max_written_bytes:
+            raise ProtocolError(f"{name} of {len(payload)} bytes; at most {self._max_written_bytes} can be sent")
         return payload
 
     def decode(self, payload: bytes | memoryview) -> Any:

@@ -249,6 +249,8 @@ class ControlServer:
             return
         try:
             self._socket.send([route, self._encoded(message)])
+        except ProtocolError as error:
+            self._complain("too_large", f"cannot tell {_name(route)}: {error}")
         except zmq.Again:
             self._give_up(route)
         except zmq.ZMQError as error:
