@@ -54,6 +54,12 @@ def run_command(name: str, work: Callable[[], None]) -> int:
     return 0
 
 
+def requests_to_end() -> tuple[signal.Signals, ...]:
+    """The signals that ask a process to end in order; a hang-up is none for one that is to outlive its terminal."""
+    hung_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGTERM, *hung_up)
+
+
 def open_missing_streams() -> None:
     """Standard streams that were closed become /dev/null: else the next file or socket would be taken for them."""
     for fd in range(3):

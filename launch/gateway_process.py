@@ -13,6 +13,7 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from msi.server.gateway import Gateway, listen, url_of
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
+from .command import requests_to_end
 from .logs import has_live_terminal
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,8 @@ async def run_gateway(arguments: LaunchArguments) -> None:
     loop = asyncio.get_running_loop()
     # a signal to a whole group of processes is no second one for a child: its parent says what is urgent
     is_child = arguments.parent > 0
-    loop.add_signal_handler(signal.SIGTERM, lambda: (urgent if asked.is_set() and not is_child else asked).set())
+    for number in requests_to_end():
+        loop.add_signal_handler(number, lambda: (urgent if asked.is_set() and not is_child else asked).set())
     loop.add_signal_handler(
         signal.SIGINT, lambda: None if arguments.parent else (urgent if asked.is_set() else asked).set()
     )
@@ -118,7 +121,12 @@ class GatewayProcess:
         self._sockets = listen(host, port)
         self.url = url_of(host, self._sockets[0].getsockname()[1])
         self._child: Child | None = None
-        self._is_ending = False
+        self._ending = asyncio.Event()
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None, "it was not started"
+        return self._child.pid
 
     async def start(self) -> None:
         """Raises ConfigError, in the gateway's own words, or Unavailable."""
@@ -136,25 +144,33 @@ class GatewayProcess:
             raise Unavailable(f"the gateway did not start within {READY_WITHIN_S:g} s") from None
         raise ConfigError(child.failure or f"the gateway {child.end} while it started; what it said is above")
 
-    async def keep_alive(self) -> None:
-        """Starts it again when it ends, for ever."""
+    async def keep_alive(self, tell: Callable[..., None]) -> None:
+        """Starts it again when it ends, for ever; `tell`s its `gateway_pid` then."""
         restarts = Restarts()
         while True:
             assert self._child is not None
             restarts.ready(time.monotonic())
             await self._child.process.wait()
             self._child.close()
-            if self._is_ending:
+            if self._ending.is_set():
                 return
             delay_s = restarts.ended(time.monotonic(), has_said_why=False) or 0.0
             log.error("the gateway (pid %d) %s; starting it again in %g s", self._child.pid, self._child.end, delay_s)
             await asyncio.sleep(delay_s)
+            if self._ending.is_set():
+                return
             with contextlib.suppress(ConfigError, Unavailable, OSError):
                 await self.start()
+                tell(gateway_pid=self.pid)
+                log.info("the gateway serves again (pid %d)", self.pid)
+            if self._ending.is_set():  # asked while it started: it has not heard
+                self._child.tell(drain=True)
+                self._child.signal(signal.SIGTERM)
 
     def drain(self) -> None:
         """It takes nothing new from now on, and ends when what runs has; the second time, at once."""
-        was_ending, self._is_ending = self._is_ending, True
+        was_ending = self._ending.is_set()
+        self._ending.set()
         for one in self._sockets:
             one.close()
         self._sockets = []
@@ -164,7 +180,7 @@ class GatewayProcess:
 
     async def stop(self) -> None:
         """Until it has ended; it is killed if it does not."""
-        if not self._is_ending:
+        if not self._ending.is_set():
             self.drain()
         if self._child is not None:
             with contextlib.suppress(TimeoutError):

@@ -14,6 +14,7 @@ from msi.types import SamplingParams
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
+from .command import requests_to_end
 from .display import StatusLine, summary
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ DRAIN_GRACE_S = 10.0  # beyond the time that the coordinator was told, for one t
 
 
 async def serve(arguments: LaunchArguments) -> None:
-    """Serves until SIGINT or SIGTERM, or answers one prompt. Raises EngineError when the instance cannot go on."""
+    """Serves until it is asked to end, or answers one prompt. Raises EngineError when the instance cannot go on."""
     level = ("--log-level", "warning" if arguments.prompt is not None else arguments.log_level)
     flags = {
         "coordinator_flags": (
@@ -52,14 +53,14 @@ async def serve(arguments: LaunchArguments) -> None:
 
 
 class Stops:
-    """SIGINT and SIGTERM: the first asks the server to end, as soon as it serves; any other end comes at once."""
+    """SIGINT, SIGTERM, SIGHUP: the first asks the server to end, as soon as it serves; any other end comes at once."""
 
     def __init__(self, line: StatusLine) -> None:
         self.asked = asyncio.Event()
         self.at_once = asyncio.Event()
         self.can_drain = False
         self._line = line
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *requests_to_end()):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, signal.Signals(number).name)
 
     def _signalled(self, name: str) -> None:

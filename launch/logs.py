@@ -20,7 +20,7 @@ NAMED_FROM = logging.WARNING  # lines of this level and above say their level
 def set_up_log(name: str, level: str) -> None:
     """Logs to standard error from here on, as `name`."""
     handler = LineHandler()
-    handler.setFormatter(OneLine(f"%(asctime)s {name}: %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(OneLine(name))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.raiseExceptions = False  # a log that nobody reads any more is no reason to complain, there least of all
     for chatty in ("asyncio", "aiohttp"):
@@ -39,10 +39,18 @@ class LineHandler(logging.Handler):
 
 
 class OneLine(logging.Formatter):
-    """Escapes what is not printable; a traceback follows on lines of its own, indented."""
+    """Escapes what is not printable; a traceback follows on lines of its own, indented.
+
+    Args:
+        name: of the process; a message that begins with it does not say it again.
+    """
+
+    def __init__(self, name: str, time_format: str = "%H:%M:%S") -> None:
+        super().__init__("%(asctime)s %(process_name)s: %(message)s", time_format, defaults={"process_name": name})
+        self._name = name
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        message = printable(record.message)
+        message = printable(record.message).removeprefix(f"{self._name}: ")
         if len(message) > MAX_CHARS:
             message = f"{message[:MAX_CHARS]}... ({len(message)} characters)"
         named = f"{record.levelname.lower()}: " if record.levelno >= NAMED_FROM else ""

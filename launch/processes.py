@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from msi.instance import create_coordinator, create_worker
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
+from .command import requests_to_end
 from .gateway_process import GatewayProcess
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ async def run_worker(arguments: LaunchArguments) -> None:
         beside.append(asyncio.ensure_future(show_loading(worker)))
         loop.add_signal_handler(signal.SIGINT, task.cancel)
     ending = Ending(drain=worker.drain, end=task.cancel)
-    loop.add_signal_handler(signal.SIGTERM, ending.asked)
+    for number in requests_to_end():
+        loop.add_signal_handler(number, ending.asked)
     try:
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -142,6 +145,7 @@ class CoordinatorEnding:
     def __init__(self, coordinator: Coordinator, timeout_s: float, *, is_child: bool) -> None:
         self._coordinator = coordinator
         self._timeout_s = timeout_s
+        self._is_child = is_child
         self._is_asked = asyncio.Event()
         self._is_urgent = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -149,7 +153,7 @@ class CoordinatorEnding:
             loop.add_signal_handler(signal.SIGTERM, self._is_asked.set)
             return
         asked = Ending(drain=self._is_asked.set, end=self._is_urgent.set)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *requests_to_end()):
             loop.add_signal_handler(number, asked.asked)
 
     def told(self, message: dict[str, Any]) -> None:
@@ -173,7 +177,8 @@ class CoordinatorEnding:
         """Until it is time to end, or `running` has ended; every request has then."""
         if not await _first(running, self._is_asked.wait()):
             return
-        log.info("asked to end: no new requests; those that run have %g s", self._timeout_s)
+        if not self._is_child:  # a launcher says it itself
+            log.info("asked to end: no new requests; those that run have %g s", self._timeout_s)
         draining = asyncio.ensure_future(self._coordinator.drain(self._timeout_s))
         await _first(running, draining, self._is_urgent.wait())
         if not draining.done():
@@ -199,8 +204,9 @@ async def _serve(
     try:
         await gateway.start()
         log.info("HTTP at %s", gateway.url)
-        tell_launcher(arguments.announce, address=coordinator.address, url=gateway.url)
-        beside = [asyncio.ensure_future(gateway.keep_alive()), asyncio.ensure_future(ending.tell(gateway.drain))]
+        tell_launcher(arguments.announce, address=coordinator.address, url=gateway.url, gateway_pid=gateway.pid)
+        again = functools.partial(tell_launcher, arguments.announce)
+        beside = [asyncio.ensure_future(gateway.keep_alive(again)), asyncio.ensure_future(ending.tell(gateway.drain))]
         await ending.wait(running)
     finally:
         await gateway.stop()

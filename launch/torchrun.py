@@ -26,6 +26,7 @@ from msi.options import InstanceOptions
 from msi.process_instance import start_coordinator, stop_children
 
 from .arguments import LaunchArguments
+from .command import requests_to_end
 
 SAID_GRACE_S = 2.0  # rank 0 stays so long after saying that it cannot start: another's end has torchrun kill it
 
@@ -97,7 +98,7 @@ async def run_world(arguments: LaunchArguments, world: World) -> None:
         )  # fmt: skip
         task = asyncio.ensure_future(worker.run())
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *requests_to_end()):
             loop.add_signal_handler(number, task.cancel)
         with contextlib.suppress(asyncio.CancelledError):
             await task

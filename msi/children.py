@@ -28,6 +28,7 @@ class Child:
     Attributes:
         failure: the sentence with which it ended, "" for none.
         url: where it serves HTTP, "" where it does not.
+        gateway_pid: of the process that it has for that, 0 for none.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Child:
         self.process = process
         self.failure = ""
         self.url = ""
+        self.gateway_pid = 0
         self._reader = reader
         self._writer = writer
 
@@ -92,6 +94,7 @@ class Child:
         if message is not None:
             self.failure = str(message.get("failure", self.failure))
             self.url = str(message.get("url", self.url))
+            self.gateway_pid = int(message.get("gateway_pid", self.gateway_pid))
         return message
 
     def tell(self, **message: Any) -> None:

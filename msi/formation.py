@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from msi.errors import shown
 from msi.members import Applicant, InstancePlan, Member
 from msi.messages import PROTOCOL_VERSION, WorkerHello
 
 MAX_APPLICANTS = 1024
+MAX_TEXT_CHARS = 256  # of each that a hello brings: they stand in logs and sentences
 ROLES = ("attention", "expert", "worker")
 
 
@@ -69,8 +71,12 @@ class Formation:
                 f"worker speaks protocol version {hello.protocol_version}, the coordinator {PROTOCOL_VERSION}; "
                 f"install the same version of msi on all hosts"
             )
+        for name in ("worker_id", "host", "dtype", "fingerprint", "process"):
+            text = getattr(hello, name)
+            if len(text) > MAX_TEXT_CHARS or not text.isprintable():
+                return f"its {name} {shown(text)} is not one; give at most {MAX_TEXT_CHARS} printable characters"
         if hello.role not in ROLES:
-            return f"role {hello.role!r} is not one; give {', '.join(ROLES)}"
+            return f"role {shown(hello.role)} is not one; give {', '.join(ROLES)}"
         if len(self._applicants) >= MAX_APPLICANTS:
             return f"{len(self._applicants)} workers ask for a place already"
         is_anyone_there = any(member.is_live for member in self._members.values())

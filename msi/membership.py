@@ -208,11 +208,11 @@ class Cluster:
 
     def peer_lost(self, route: bytes, report: PeerLost) -> list[Instruction]:
         """An attention worker lost its link to an expert worker: that one is out until it says hello again."""
-        if self._known(route, report.worker_id, report.incarnation) is None:
+        reporter, peer = self._known(route, report.worker_id, report.incarnation), self._members.get(report.peer)
+        if reporter is None or peer is None or not peer.is_live or peer.incarnation != report.peer_incarnation:
             return []
-        peer = self._members.get(report.peer)
-        if peer is None or not peer.is_live or peer.incarnation != report.peer_incarnation:
-            return []
+        if reporter.role != "attention" or (peer.role != "expert" and peer is not reporter):
+            return []  # no link leads there
         return self._lose(peer, f"{report.worker_id} lost it: {report.reason}")
 
     def worker_failed(self, route: bytes, failed: WorkerFailed) -> list[Instruction]:

@@ -14,12 +14,13 @@ far the other side has come, so that what is missing is said again, and what can
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from msi.errors import Failure
+from msi.errors import Failure, shown
 from msi.net.codec import Codec
-from msi.types import NO_DEFAULTS, Placement, Progress, Request, SamplingDefaults, StageTimes, TokenLogprobs
+from msi.types import NO_DEFAULTS, Measured, Placement, Progress, Request, SamplingDefaults, StageTimes, TokenLogprobs
 
 PROTOCOL_VERSION = 3
 
@@ -27,6 +28,8 @@ Count = Annotated[int, range(2**40)]
 Lanes = Annotated[int, range(1, 65)]
 Seats = Annotated[int, range(2**16)]
 Seconds = Annotated[float, (0.0, math.inf)]
+MAX_COUNTERS = 4096  # an expert worker counts waves by their size
+COUNTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,9 @@ class WorkerStatus:
     Attributes:
         loaded_bytes: of `total_bytes` of weights, while loading.
         counters: everything countable, by name.
+
+    Raises:
+        ValueError: a counter's name is none that /metrics could show.
     """
 
     loaded_bytes: Annotated[int, range(2**60)]
@@ -178,7 +184,14 @@ class WorkerStatus:
     num_waiting: Count
     num_free_blocks: Count
     times: StageTimes
-    counters: dict[str, float]
+    counters: dict[str, Measured]
+
+    def __post_init__(self) -> None:
+        if len(self.counters) > MAX_COUNTERS:
+            raise ValueError(f"{len(self.counters)} counters; at most {MAX_COUNTERS} are told")
+        for name in self.counters:
+            if not COUNTER_NAME.fullmatch(name):
+                raise ValueError(f"{shown(name)} is no counter's name")
 
 
 @dataclass(frozen=True, slots=True)

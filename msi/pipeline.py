@@ -5,6 +5,7 @@ Equation numbers are those of the MegaScale-Infer paper (arXiv 2504.02263).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,14 +70,19 @@ def choose_micro_batches(measured: Mapping[int, Stages], batch_size: int, num_la
         lines.append(
             f"m={m}: T_a {stages.attention_s * 1e3:.2f} ms, T_e {stages.expert_s * 1e3:.2f} ms, "
             f"T_c {stages.comm_s * 1e3:.2f} ms, pipeline {condition}, "
-            f"{batch_size / passes[m]:.0f} tokens/s"
+            f"{_rate(batch_size, passes[m]):.0f} tokens/s"
         )
     one, more = measured.get(1), measured.get(2)
     why = "the most tokens per second"
     if chosen == 1 and one is not None and more is not None:
-        shrunk = (more.attention_s + more.expert_s) / (one.attention_s + one.expert_s)
+        shrunk = _rate(more.attention_s + more.expert_s, one.attention_s + one.expert_s)
         why = f"half a batch costs {shrunk:.2f} of a whole one, so overlapping halves does not pay"
     return chosen, f"{chosen} micro-batches for {batch_size} sequences: {why} ({'; '.join(lines)})"
+
+
+def _rate(amount: float, time_s: float) -> float:
+    """Infinite where a clock was too coarse to see any time pass."""
+    return amount / time_s if time_s else math.inf
 
 
 @dataclass(frozen=True, slots=True)

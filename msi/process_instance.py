@@ -106,8 +106,13 @@ class ProcessInstance:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids by name, the coordinator's too."""
-        return {name: child.pid for name, child in self._children.items()}
+        """Process ids by name, the coordinator's and the gateway's too."""
+        pids = {}
+        for name, child in self._children.items():
+            pids[name] = child.pid
+            if child.gateway_pid:
+                pids["gateway"] = child.gateway_pid
+        return pids
 
     async def start(self) -> str:
         self._sockets = SocketDir()

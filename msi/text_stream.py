@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from msi.detokenizer import Detokenizer, end_of_prompt
 from msi.errors import InvalidRequest, RequestFailed
+from msi.stop_strings import StopSearch
 from msi.tokenizer import is_library_error
 from msi.types import SamplingParams, TokenLogprobs, TokenText
 from msi.vocabulary import Vocabulary
@@ -57,9 +58,7 @@ class TextStream:
     ) -> None:
         self.is_stopped = False
         self._detokenizer = None if vocabulary is None else Detokenizer(vocabulary, prompt_end)
-        self._stop = stop
-        self._beginnings = frozenset(one[:length] for one in stop for length in range(1, len(one)))
-        self._longest_beginning = max(map(len, self._beginnings), default=0)
+        self._search = StopSearch(stop) if stop else None
         self._min_tokens = min_tokens
         self._num_settled = 0  # tokens whose text is known
         self._held = ""  # text that is not given out
@@ -111,32 +110,23 @@ class TextStream:
 
     def _certain(self, texts: list[str], is_last: bool) -> str:
         """The text that can be given out now."""
-        if not self._stop:
+        if self._search is None:
             return "".join(texts)
-        early = ""  # what comes before a stop string counts
+        early, keep = "", len(self._held)  # early: what comes before a stop string counts
         for text in texts:
             self._num_settled += 1
             if self._num_settled <= self._min_tokens:
                 early += text
             elif text:
                 self._held += text
-                if (at := self._end_of_text()) is not None:
+                start, keep = self._search.push(text)
+                if start:
                     self.is_stopped = True
-                    return early + self._held[:at]
-        keep = 0 if is_last else self._possible_stop()
+                    return early + self._held[: len(self._held) - start]
+        if is_last:
+            keep = 0
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return early + certain
-
-    def _end_of_text(self) -> int | None:
-        """Where the first stop string begins."""
-        return min((at for stop in self._stop if (at := self._held.find(stop)) >= 0), default=None)
-
-    def _possible_stop(self) -> int:
-        """The longest end of the text that begins a stop string."""
-        for length in range(min(self._longest_beginning, len(self._held)), 0, -1):
-            if self._held[-length:] in self._beginnings:
-                return length
-        return 0
 
 
 class _Untold:

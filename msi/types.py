@@ -17,6 +17,8 @@ MIN_TEMPERATURE = 1e-5  # vLLM's: below it, dividing by it would choose the best
 MAX_TEMPERATURE = 100
 MIN_REPETITION_PENALTY = 0.01  # logits divided by it stay finite in float32
 
+Measured = Annotated[float, (0.0, 1e18)]  # a time, a share or a count: whoever reads it may calculate with it
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -379,8 +381,8 @@ class StageTimes:
         bubble: 1 - busy while work was admitted.
     """
 
-    attention_s: float = 0.0
-    expert_s: float = 0.0
-    comm_s: float = 0.0
-    busy: float = 0.0
-    bubble: float = 0.0
+    attention_s: Measured = 0.0
+    expert_s: Measured = 0.0
+    comm_s: Measured = 0.0
+    busy: Measured = 0.0
+    bubble: Measured = 0.0

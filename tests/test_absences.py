@@ -117,7 +117,7 @@ async def test_an_idle_instance_outlives_an_absence_of_its_coordinator_or_its_la
 # -- a server that is asked to end -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_server_that_is_asked_to_end_finishes_what_runs_and_takes_nothing_new(checkpoint, number):
     """Streams were cut without an error or [DONE], and plain requests got no answer at all."""
     async with served(checkpoint) as (child, session):

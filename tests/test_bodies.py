@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from msi.errors import InvalidRequest, shown
+from msi.messages import Welcome
 from msi.server.answers import Usage
 from msi.server.chat import FIELDS as CHAT_FIELDS
 from msi.server.chat import ChatRequest, parse_chat
@@ -17,6 +19,7 @@ from msi.server.completions import FIELDS as COMPLETION_FIELDS
 from msi.server.completions import MAX_TOTAL_CHOICES, CompletionRequest, parse_completion
 from msi.server.field_table import IGNORED, NOT_DONE, NOT_IN_CHATS, NOT_IN_COMPLETIONS
 from msi.server.fields import MAX_DEPTH, Streaming, parse_object
+from msi.server.prepare import ANSWERS, ENDPOINTS, MESSAGE, NotUnderstood, Preparation, Setup
 from msi.types import Output, SamplingDefaults, SamplingParams
 
 USER = {"role": "user", "content": "a"}
@@ -229,6 +232,25 @@ def test_no_body_ends_in_anything_but_a_request_or_a_sentence(body):
 @given(BODIES, st.lists(MESSAGES | VALUES, max_size=4) | VALUES)
 def test_no_list_of_messages_ends_in_anything_but_a_request_or_a_sentence(body, messages):
     check(lambda body: parse_chat(body, max_tokens=100), {**body, "messages": messages})
+
+
+@pytest.fixture(scope="module")
+def preparation(tiny_model):
+    template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    tokenizer = (tiny_model / "tokenizer.json").read_bytes()
+    return Preparation(Setup(Welcome("tiny", 290, 512, tokenizer, {"default": template})))
+
+
+@given(body=BODIES, messages=st.lists(MESSAGES, max_size=3), endpoint=st.sampled_from(ENDPOINTS))
+def test_what_is_understood_of_any_body_crosses_processes_as_it_is(preparation, body, messages, endpoint):
+    message = {"type": "generate", "id": "a"} if endpoint == MESSAGE else {}
+    for more in ({}, {"prompt": "a"}, {"messages": messages}):
+        understood = preparation.understand(endpoint, orjson.dumps({**body, **message, **more}))
+        assert ANSWERS.decode(ANSWERS.encode(understood)) == understood
+        if isinstance(understood, NotUnderstood):
+            assert understood.failure.kind in ("invalid_request", "model_not_found"), understood
+            assert 0 < len(understood.failure.message) < 600
+            assert understood.failure.param or "no chat template" in understood.failure.message
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from msi.errors import ConfigError
-from msi_launch.command import run_command
+from msi_launch.command import requests_to_end, run_command
 
 PLAN = [sys.executable, "-m", "tests.test_command", "dbrx", "--gpu", "h20"]
 
@@ -98,6 +99,13 @@ def test_a_bug_is_said_in_one_line_after_its_traceback(capsys):
     assert all(line.startswith("    ") for line in trace)
     assert last.startswith("msi-x: this is a bug of msi, at test_command.py:")
     assert "KeyError" in last
+
+
+def test_a_hang_up_asks_to_end_but_not_one_that_is_to_outlive_its_terminal(monkeypatch):
+    assert signal.SIGTERM in requests_to_end()
+    for handler, counts in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        monkeypatch.setattr(signal, "getsignal", lambda _, handler=handler: handler)
+        assert (signal.SIGHUP in requests_to_end()) is counts
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ def lives(pid):
 
 
 def gateway_of(said):
-    """The process id of the gateway."""
-    (coordinator,) = re.findall(r"processes: coordinator (\d+)", said)
+    """The process id of the gateway, which msi-launch says."""
+    coordinator, gateway = re.findall(r"processes: coordinator (\d+), gateway (\d+)", said)[0]
     (found,) = [one for one in children(coordinator) if b"gateway" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    assert int(found) == int(gateway)
     return found
 
 
@@ -80,7 +81,7 @@ async def test_streams_that_run_at_the_end_get_their_time_and_an_error_with_done
         await asyncio.sleep(0.3)
         child.process.send_signal(signal.SIGTERM)
         if signals == 2:
-            await child.until_said("asked to end")
+            await child.until_said("ending:")
             child.process.send_signal(signal.SIGTERM)
         events = [line[6:] for line in (await stream.read()).split(b"\n\n") if line.startswith(b"data: ")]
         assert events[-1] == b"[DONE]"

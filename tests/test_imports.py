@@ -25,7 +25,7 @@ LAYERS = [
     },
     {
         "msi.device", "msi.models", "msi.sampler", "msi.tokenizer", "msi.prompts", "msi.vocabulary", "msi.detokenizer",
-        "msi.text_stream",
+        "msi.stop_strings", "msi.text_stream",
     },
     {
         "msi.lanes", "msi.expert_server", "msi.host", "msi.loading", "msi.torch_host", "msi.attention_role",

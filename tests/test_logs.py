@@ -23,7 +23,7 @@ WORST = "a\nb\r\x1b[2J\x00\x07\x9b31m\u2028\u202e\x7f\udcff"
 
 def formatted(message, *arguments, level=logging.INFO, exc_info=None):
     record = logging.LogRecord("x", level, __file__, 1, message, arguments, exc_info)
-    return OneLine("%(asctime)s me: %(message)s", datefmt="T").format(record)
+    return OneLine("me", "T").format(record)
 
 
 @given(st.text())
@@ -40,6 +40,12 @@ def test_a_message_is_one_line_that_no_terminal_obeys(text):
 def test_what_clients_say_starts_no_line_and_moves_no_cursor():
     said = "a\\nb\\r\\x1b[2J\\x00\\x07\\x9b31m\\u2028\\u202e\\x7f\\udcff"
     assert formatted("%s", WORST) == f"T me: {said}"
+
+
+def test_who_speaks_is_said_once():
+    assert formatted("me: weights read") == formatted("weights read") == "T me: weights read"
+    assert formatted("me: stands", level=logging.WARNING) == "T me: warning: stands"
+    assert formatted("you: me: stand") == "T me: you: me: stand"
 
 
 def test_long_messages_are_cut_and_warnings_are_named():

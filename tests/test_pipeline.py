@@ -2,7 +2,7 @@
 
 import pytest
 
-from msi.pipeline import Stages, eq5_s, is_full, isolated_pass_s, steady_pass_s
+from msi.pipeline import Stages, choose_micro_batches, eq5_s, is_full, isolated_pass_s, steady_pass_s
 
 
 def test_a_fast_network_needs_three_micro_batches_and_a_slow_one_four():
@@ -29,3 +29,8 @@ def test_hand_worked_passes():
 def test_one_micro_batch_pays_every_round_trip():
     stages = Stages(1.0, 2.0, 0.5)
     assert isolated_pass_s(stages, 1, 7) == steady_pass_s(stages, 1, 7) == pytest.approx(7 * 4.0)
+
+
+def test_times_that_a_coarse_clock_saw_as_nothing_still_choose():
+    nothing = Stages(0.0, 0.0, 0.0)
+    assert choose_micro_batches({1: nothing, 2: nothing}, 32, 2)[0] == 1

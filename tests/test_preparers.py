@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 
+import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from msi.errors import InvalidRequest, Unavailable
 from msi.messages import Welcome
 from msi.prompts import Prompts, most_bytes_per_token
 from msi.server import preparers
+from msi.server.moment import Interrupted, for_a_moment
 from msi.server.prepare import (
     ANSWERS,
     CHAT,
@@ -29,6 +32,7 @@ from msi.server.prepare import (
 )
 from msi.server.preparers import Preparers
 from tests.conftest import TEXT
+from tests.edge import gateway
 
 LOOPS = ("a", "b", "c")
 ENDLESS = "".join(f"{{% for {name} in range(9999) %}}" for name in LOOPS) + "{% endfor %}" * 3
@@ -85,16 +89,107 @@ async def test_a_request_that_takes_for_ever_is_ended_with_its_process_and_other
         await pool.close()
 
 
-async def test_a_process_that_was_killed_is_started_anew(tiny_model):
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_processes_that_were_killed_are_started_anew(tiny_model, is_known):
+    """Also where nobody has noticed yet: the request after that had an error that told it to be smaller."""
     pool = Preparers(SETUP.encode(setup_of(tiny_model)))
     try:
         await pool.start()
-        for preparer in pool._idle:
-            os.kill(preparer._process.pid, 9)
-            await preparer._process.wait()
+        victim = pool._idle[-1]
+        os.kill(victim._process.pid, 9)
+        if is_known:
+            await victim._process.wait()
         assert await pool.prepare("me", task(COMPLETION, prompt="a"))
+        assert pool.num_given_up == 0
     finally:
         await pool.close()
+
+
+async def test_a_process_that_is_killed_while_it_works_costs_no_request(tiny_model):
+    pool = Preparers(SETUP.encode(setup_of(tiny_model)))
+    try:
+        await pool.start()
+        victim = pool._idle[-1]
+        os.kill(victim._process.pid, signal.SIGSTOP)
+        asked = asyncio.ensure_future(pool.prepare("me", task(COMPLETION, prompt=TEXT)))
+        await asyncio.sleep(0.05)
+        os.kill(victim._process.pid, signal.SIGKILL)
+        assert not isinstance(ANSWERS.decode(await asked), NotUnderstood)
+    finally:
+        await pool.close()
+
+
+async def test_no_process_to_be_had_is_no_fault_of_the_request(tiny_model, monkeypatch):
+    pool = Preparers(SETUP.encode(setup_of(tiny_model)))
+    monkeypatch.setattr(preparers.sys, "executable", "/nowhere/python")
+    try:
+        with pytest.raises(Unavailable, match="try again"):
+            await pool.prepare("me", task(COMPLETION, prompt="a"))
+    finally:
+        await pool.close()
+
+
+async def test_requests_whose_clients_left_take_no_place_in_the_queue(tiny_model, monkeypatch):
+    """They kept their places, and their bodies, until those before them were through."""
+    monkeypatch.setattr(preparers, "MAX_QUEUED", 8)
+    pool = Preparers(SETUP.encode(setup_of(tiny_model, ENDLESS)), within_s=3.0)
+    endless = task(CHAT, messages=[{"role": "user", "content": "a"}])
+    try:
+        running = [asyncio.ensure_future(pool.prepare(f"evil {at}", endless)) for at in range(2)]
+        for client in ("leaver", *map(str, range(7))):
+            left = [asyncio.ensure_future(pool.prepare(client, endless)) for _ in range(8)]
+            await asyncio.sleep(0)
+            for one in left:
+                one.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+        assert not pool._waiting
+        assert not isinstance(ANSWERS.decode(await pool.prepare("good", task(COMPLETION, prompt="a"))), NotUnderstood)
+        await asyncio.gather(*running, return_exceptions=True)
+    finally:
+        await pool.close()
+
+
+# -- small ones ------------------------------------------------------------------------------------------------------
+
+
+def test_what_takes_longer_than_a_moment_is_interrupted_though_it_catches_everything():
+    def evil():
+        while True:
+            try:
+                sum(range(1000))
+            except Exception:
+                continue
+
+    with pytest.raises(Interrupted), for_a_moment(0.01):
+        evil()
+    with for_a_moment(10.0):
+        assert sum(range(1000)) == 499500
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+ENDLESS_SMALL = {
+    "loops": ENDLESS,
+    "text that doubles": (
+        "{% set n = namespace(x='abcdefgh') %}{% for i in range(99999) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+    ),
+    "calls of itself": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS_SMALL.values(), ids=ENDLESS_SMALL)
+async def test_a_template_that_never_ends_holds_nobody_up(tiny_model, template, monkeypatch):
+    """A small chat was rendered where all are answered: nobody had an answer any more."""
+    monkeypatch.setattr(preparers, "WITHIN_S", 1.0)
+    async with gateway(tiny_model, chat_template=template) as (_, url), aiohttp.ClientSession(url) as session:
+        body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+        endless = [asyncio.ensure_future(session.post("/v1/chat/completions", json=body)) for _ in range(3)]
+        for _ in range(10):
+            async with session.post("/v1/completions", json={"prompt": "It is", "max_tokens": 2}) as response:
+                assert response.status == 200
+        for one in endless:
+            response = await one
+            assert response.status == 400
+            assert "send a smaller one" in (await response.json())["error"]["message"] or "memory" in str(response)
 
 
 async def test_clients_take_turns_and_the_queue_has_an_end(tiny_model, monkeypatch):

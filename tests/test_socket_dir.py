@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -87,4 +88,25 @@ def test_a_path_too_long_for_a_socket_is_passed_over_and_none_at_all_is_a_senten
     with pytest.raises(
         ConfigError, match=r"no place for the sockets of this instance: .*d{60}.* is full; .*XDG_RUNTIME"
     ):
+        SocketDir()
+
+
+def test_instances_that_start_at_the_same_moment_do_not_sweep_each_others_away(runtime_dir):
+    code = (
+        "import faulthandler; faulthandler.dump_traceback_later(60, exit=True)\n"
+        "from msi.net.socket_dir import SocketDir\n"
+        "for _ in range(150): SocketDir().close()"
+    )
+    before = set(runtime_dir.iterdir())
+    running = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(4)]
+    assert [one.communicate()[1].decode() for one in running] == [""] * 4
+    assert set(runtime_dir.iterdir()) == before
+
+
+def test_a_place_without_room_is_a_sentence(runtime_dir, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(ConfigError, match="No space left on device; set XDG_RUNTIME_DIR"):
         SocketDir()

@@ -35,7 +35,12 @@ class SocketDir:
         for stale in _stale(parent):
             shutil.rmtree(stale, ignore_errors=True)
         for _ in range(TRIES):  # another's sweep may come between its making and its locking
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+            try:
+                self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot make a directory for sockets in {parent}: {error.strerror}; set XDG_RUNTIME_DIR"
+                ) from error
             if (lock := _lock(self.path)) is not None:
                 self._lock = lock
                 return
@@ -123,7 +128,10 @@ def _holds_sockets(path: Path) -> bool:
 
 def _lock(path: Path) -> int | None:
     """A descriptor that holds the directory; None when somebody else does, or has removed it."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(fd), path.lstat()):

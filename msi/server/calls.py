@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
@@ -18,6 +19,7 @@ from msi.server.completions import CompletionAnswer
 from msi.server.fields import Streaming
 from msi.server.merging import merged
 from msi.server.metrics import Metrics
+from msi.server.moment import Interrupted, for_a_moment
 from msi.server.prepare import (
     ANSWERS,
     CHAT,
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 
 MAX_NAMES_LOGGED = 100
 SMALL_BYTES = 4096  # of a body: a millisecond or two
+MOMENT_S = 0.03  # for small ones; a template may make much of little
 CLIENTS_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 
 
@@ -97,7 +100,8 @@ class Call:
 class Calls:
     """Understands requests and starts them. `close` at the end.
 
-    Small bodies are understood here; the others in processes beside this one (see `msi.server.preparers`).
+    Small bodies are understood here, unless that takes longer than a moment; the others in processes beside this one
+    (see `msi.server.preparers`).
 
     Args:
         template: a chat template in place of the model's.
@@ -146,11 +150,14 @@ class Calls:
         return asked
 
     async def _understand(self, endpoint: str, body: bytes, client: object) -> Understood | NotUnderstood:
-        if len(body) <= SMALL_BYTES:
-            return self._preparation.understand(endpoint, body)
+        is_small = len(body) <= SMALL_BYTES
+        if is_small:
+            with contextlib.suppress(Interrupted), for_a_moment(MOMENT_S):
+                return self._preparation.understand(endpoint, body)
         try:
             task = bytes([ENDPOINTS.index(endpoint)]) + body
-            answer: Understood | NotUnderstood = ANSWERS.decode(await self._preparers.prepare(client, task))
+            prepared = await self._preparers.prepare(client, task, is_slow=is_small)
+            answer: Understood | NotUnderstood = ANSWERS.decode(prepared)
         except EngineError as error:
             return NotUnderstood(Failure.of(error))
         return answer

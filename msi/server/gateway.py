@@ -286,7 +286,7 @@ class Gateway:
         return response
 
     async def _websocket(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        if request.headers.get("Upgrade", "").lower() != "websocket":
+        if request.method != "GET" or request.headers.get("Upgrade", "").lower() != "websocket":
             raise Refused(426, f"{request.path} speaks WebSocket", headers={"Upgrade": "websocket"})
         try:
             return await self._sockets.serve(request, headers)

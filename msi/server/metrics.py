@@ -130,7 +130,7 @@ def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Me
         yield _gauge(name, meaning, values)
     yield _gauge("running", "Sequences that run.", [(one, one.status.num_running) for one in attention])
     yield _gauge("waiting", "Requests that wait.", [(one, one.status.num_waiting) for one in attention])
-    counted = [one for one in attention if "blocks" in one.status.counters]  # not while it loads
+    counted = [one for one in attention if one.status.counters.get("blocks")]  # not while it loads
     blocks = [(one, one.status.counters["blocks"]) for one in counted]
     yield _gauge("kv_cache_blocks", "KV blocks.", blocks)
     used = [(one, 1 - one.status.num_free_blocks / count) for one, count in blocks]
@@ -173,7 +173,7 @@ def _counters(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
         for name, value in worker.status.counters.items():
             if name.startswith(WAVE_SIZE):
                 waves.add_metric([worker.worker_id, name.removeprefix(WAVE_SIZE)], value)
-            elif name not in TOLD_APART and not name.startswith(COUNTER_PREFIX):
+            elif name not in TOLD_APART and not name.startswith(COUNTER_PREFIX) and name.isidentifier():
                 if name not in others:
                     others[name] = CounterMetricFamily(
                         f"msi_worker_{name}", f"The worker's count {name}.", labels=["worker", "role"]
@@ -203,9 +203,9 @@ def _stalls(counters: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
     for process, values in counters.items():
         if "loop_stalls" not in values:  # not watched, or it has not said yet
             continue
-        buckets = [(str(bound), values[f"loop_stall_le_{bound}"]) for bound in BUCKETS_S]
-        buckets.append(("+Inf", values["loop_stall_le_inf"]))
-        late.add_metric([process], buckets, values["loop_stall_sum_s"])
+        buckets = [(str(bound), values.get(f"loop_stall_le_{bound}", 0.0)) for bound in BUCKETS_S]
+        buckets.append(("+Inf", values.get("loop_stall_le_inf", 0.0)))
+        late.add_metric([process], buckets, values.get("loop_stall_sum_s", 0.0))
         long.add_metric([process], values["loop_stalls"])
-        worst.add_metric([process], values["loop_stall_max_s"])
+        worst.add_metric([process], values.get("loop_stall_max_s", 0.0))
     yield from (late, long, worst)

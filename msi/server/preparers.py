@@ -34,11 +34,8 @@ ENDS_WITHIN_S = 5.0
 class _Job:
     client: object
     task: bytes
+    is_large: bool
     result: asyncio.Future[bytes] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-    @property
-    def is_large(self) -> bool:
-        return len(self.task) > LARGE_BYTES
 
 
 class Preparers:
@@ -46,25 +43,26 @@ class Preparers:
 
     Args:
         setup: the first frame that each process gets.
-        within_s: time for one request.
+        within_s: time for one request; 0 for the usual.
     """
 
-    def __init__(self, setup: bytes, num_preparers: int = NUM_PREPARERS, within_s: float = WITHIN_S) -> None:
+    def __init__(self, setup: bytes, num_preparers: int = NUM_PREPARERS, within_s: float = 0.0) -> None:
         assert num_preparers >= 2, "one is kept from large requests"
         self.num_given_up = 0
         self._setup = setup
         self._num_preparers = num_preparers
-        self._within_s = within_s
+        self._within_s = within_s or WITHIN_S
         self._waiting: dict[object, deque[_Job]] = {}  # by client, whose turn it is first
         self._num_large = 0  # running
         self._idle: list[_Preparer] = []
         self._running: set[asyncio.Task[None]] = set()
 
-    async def prepare(self, client: object, task: bytes) -> bytes:
+    async def prepare(self, client: object, task: bytes, *, is_slow: bool = False) -> bytes:
         """What a process makes of a task. Cancellation takes it out of the queue; one that runs is ended by its time.
 
         Args:
             client: whose turn it takes, such as a connection.
+            is_slow: it is known to take long, though it may be small.
 
         Raises:
             InvalidRequest: it took too long, or more memory than there is.
@@ -72,10 +70,14 @@ class Preparers:
         """
         if sum(map(len, self._waiting.values())) >= MAX_QUEUED:
             raise Unavailable(f"{MAX_QUEUED} large requests wait to be understood already; try again")
-        job = _Job(client, task)
+        job = _Job(client, task, is_large=is_slow or len(task) > LARGE_BYTES)
         self._waiting.setdefault(client, deque()).append(job)
         self._start_what_can_run()
-        return await job.result
+        try:
+            return await job.result
+        except asyncio.CancelledError:
+            self._leave(job)
+            raise
 
     async def start(self) -> None:
         """Starts every process, so that no request waits for it."""
@@ -95,6 +97,14 @@ class Preparers:
         await asyncio.gather(*(preparer.end() for preparer in self._idle))
         self._idle.clear()
 
+    def _leave(self, job: _Job) -> None:
+        """Nobody waits for it any more: it takes no place in the queue, and no memory."""
+        jobs = self._waiting.get(job.client)
+        if jobs is not None and job in jobs:
+            jobs.remove(job)
+            if not jobs:
+                del self._waiting[job.client]
+
     def _start_what_can_run(self) -> None:
         while len(self._running) < self._num_preparers and (job := self._next()) is not None:
             self._num_large += job.is_large
@@ -106,24 +116,24 @@ class Preparers:
         self._running.discard(task)
         self._start_what_can_run()
 
-    def _take(self) -> _Preparer | None:
-        """One that waits for work."""
+    async def _take(self) -> _Preparer:
+        """One that waits for work. Raises Unavailable."""
         while self._idle:
             preparer = self._idle.pop()
             if preparer.is_alive:
                 return preparer
             preparer.close()
-        return None
+        try:
+            return await _Preparer.start(self._setup)
+        except OSError as error:
+            log.warning("no process can be started for large requests: %s", error)
+            raise Unavailable("large requests cannot be understood now; try again") from error
 
     def _next(self) -> _Job | None:
         """The first job that may run now, of the client whose turn it is."""
         may_be_large = self._num_large < self._num_preparers - 1
         for client, jobs in list(self._waiting.items()):
-            while jobs and jobs[0].result.done():  # cancelled
-                jobs.popleft()
-            if not jobs:
-                del self._waiting[client]
-            elif may_be_large or not jobs[0].is_large:
+            if may_be_large or not jobs[0].is_large:
                 del self._waiting[client]
                 job = jobs.popleft()
                 if jobs:
@@ -134,8 +144,15 @@ class Preparers:
     async def _run(self, job: _Job) -> None:
         preparer: _Preparer | None = None
         try:
-            preparer = self._take() or await _Preparer.start(self._setup)
-            answer = await preparer.prepare(job.task, self._within_s)
+            if job.result.done():  # its client has just left
+                return
+            preparer = await self._take()
+            try:
+                answer = await preparer.prepare(job.task, self._within_s)
+            except (OSError, EOFError):  # whatever ended it need not have been this request
+                await preparer.kill()
+                preparer = await self._take()
+                answer = await preparer.prepare(job.task, self._within_s)
             if not job.result.done():
                 job.result.set_result(answer[1:])
             if answer[:1] == GOES_ON:
@@ -145,6 +162,9 @@ class Preparers:
             self._fail(job, f"this request was not understood within {self._within_s:g} s; send a smaller one")
         except (OSError, EOFError):
             self._fail(job, "this request took more memory to understand than there is; send a smaller one")
+        except Unavailable as error:
+            if not job.result.done():
+                job.result.set_exception(error)
         finally:
             if preparer is not None:
                 await preparer.kill()
@@ -208,7 +228,11 @@ class _Preparer:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         self._writer.close()
-        await self._process.wait()
+        ending = asyncio.ensure_future(self._process.wait())
+        try:
+            await asyncio.shield(ending)
+        finally:  # it takes no time; nobody is left behind, not even where this is cancelled
+            await ending
 
     async def end(self) -> None:
         self._writer.close()

@@ -1,0 +1,79 @@
+"""Strings that end a text, looked for while it comes piece by piece.
+
+Knuth, Morris and Pratt's search: for each string no more is remembered than how much of its beginning the text ends
+with, and no character of the text is looked at twice. So nothing grows with the lengths of the strings but one table
+for each, which all answers share.
+"""
+
+from __future__ import annotations
+
+from array import array
+from functools import lru_cache
+from typing import NamedTuple
+
+MAX_TABLES = 256  # of the strings that were asked for last; four bytes for each of their characters
+
+
+class Found(NamedTuple):
+    """What a piece of text has made certain.
+
+    Attributes:
+        start: where the first stop string begins, in characters before the piece's end; 0 where none has ended.
+        num_open: so many characters at the text's end may turn out to begin one.
+    """
+
+    start: int
+    num_open: int
+
+
+class StopSearch:
+    """Over one text.
+
+    Args:
+        stop: strings of at least one character.
+    """
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._searches = [(one, _borders(one)) for one in stop]
+        self._lengths = [0] * len(stop)  # of the longest beginning of each that the text ends with
+
+    def push(self, text: str) -> Found:
+        """The next piece; none may follow once a stop string was found."""
+        start, lengths = 0, self._lengths
+        for index, (stop, borders) in enumerate(self._searches):
+            length, end = _advance(stop, borders, lengths[index], text)
+            lengths[index] = length
+            if length == len(stop):
+                start = max(start, len(text) - end + length)
+        return Found(start, max(lengths, default=0))
+
+
+def _advance(stop: str, borders: array[int], length: int, text: str) -> tuple[int, int]:
+    """The length of the longest beginning of `stop` at the text's end or where it is whole, and where that is."""
+    at = 0
+    while at < len(text):
+        if not length:
+            at = text.find(stop[0], at)
+            if at < 0:
+                break
+        while length and stop[length] != text[at]:
+            length = borders[length]
+        if stop[length] == text[at]:
+            length += 1
+        at += 1
+        if length == len(stop):
+            return length, at
+    return length, len(text)
+
+
+@lru_cache(MAX_TABLES)
+def _borders(stop: str) -> array[int]:
+    """[len(stop)]: of each beginning, by its length, the longest shorter beginning that it ends with."""
+    borders = array("i", bytes(4 * len(stop)))
+    length = 0
+    for end in range(1, len(stop) - 1):
+        while length and stop[length] != stop[end]:
+            length = borders[length]
+        length += stop[length] == stop[end]
+        borders[end + 1] = length
+    return borders

@@ -1,0 +1,210 @@
+"""Members and clients that hold the secret and say whatever the codec lets pass: they hurt nobody but themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections import Counter
+
+import msgpack
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from msi.coordinator import Coordinator
+from msi.errors import ProtocolError
+from msi.members import InstancePlan
+from msi.messages import (
+    CLIENT_END,
+    COORDINATOR_END,
+    FROM_CLIENT,
+    FROM_WORKER,
+    PROTOCOL_VERSION,
+    ClientHello,
+    Heartbeat,
+    Linked,
+    PeerLost,
+    Refused,
+    Stats,
+    StatsRequest,
+    Submit,
+    Welcome,
+    WorkerHello,
+    WorkerReady,
+    WorkerStatus,
+)
+from msi.placement import place_evenly
+from msi.server.metrics import Metrics
+from msi.types import Request, SamplingParams, StageTimes
+
+PLAN = InstancePlan("token", 2, 2, False, place_evenly(8, 2), 4, 512, 1024, 64, 512)
+IDS = ["attention-0", "attention-1", "expert-0", "expert-1"]
+NUMBERS = [0, 1, 2, 3, -1, 64, 2**16 - 1, 2**31, 2**40 - 1, 2**60 - 1, 2**63 - 1, 2**64 - 1]
+FLOATS = [0.0, -0.0, 1.0, -1.0, 1e-310, 1e300, math.inf, -math.inf, math.nan]
+TEXTS = [*IDS, "", "attention", "expert", "worker", "print", "float32", "a\nb", 'a"} 1', "\0", "x" * 300, "ü"]
+COUNTERS = ["blocks", "passes", "batches", "batch_tokens", "loop_stalls", "wave_size_", "rss_bytes", "attention_s"]
+
+
+def values(hint, name=""):
+    """Plain values for a field, most of which the codec takes."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if name in ("incarnation", "peer_incarnation", "number"):
+        return st.sampled_from([0, 0, 0, 1])
+    if name in ("worker_id", "peer"):
+        return st.sampled_from(IDS * 2 + TEXTS)
+    if name == "protocol_version":
+        return st.sampled_from([PROTOCOL_VERSION] * 5 + NUMBERS)
+    if origin is typing.Annotated:
+        bounds = args[1]
+        known = NUMBERS if isinstance(bounds, range) else FLOATS
+        inside = (
+            (lambda one: one in bounds) if isinstance(bounds, range) else (lambda one: bounds[0] <= one <= bounds[1])
+        )
+        return st.sampled_from([one for one in known if inside(one)])
+    if dataclasses.is_dataclass(hint):
+        return fields_of(hint)
+    if origin is tuple:
+        return st.lists(values(args[0], "peer" if args[0] is str else ""), max_size=3)
+    if origin is dict:
+        return st.dictionaries(st.sampled_from(COUNTERS + TEXTS), values(args[1]), max_size=4)
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of(st.none(), *(values(arg) for arg in args if arg is not type(None)))
+    simple = {
+        int: st.sampled_from(NUMBERS), float: st.sampled_from(FLOATS), str: st.sampled_from(TEXTS),
+        bool: st.booleans(), bytes: st.binary(max_size=4),
+    }  # fmt: skip
+    return simple[hint]
+
+
+def fields_of(kind):
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return st.tuples(*(values(hints[field.name], field.name) for field in dataclasses.fields(kind))).map(list)
+
+
+def messages(kinds):
+    return st.sampled_from(kinds).flatmap(lambda kind: fields_of(kind).map(lambda values: [kind.__name__, *values]))
+
+
+class Ears:
+    """A server that keeps what it is to send."""
+
+    address = "nowhere"
+    has_unread = False
+
+    def __init__(self):
+        self.sent = []
+        self.dropped = Counter()
+
+    def send(self, route, message):
+        self.sent.append((route, message))
+
+    def to(self, route):
+        return [message for one, message in self.sent if one == route]
+
+
+class Instance:
+    """A coordinator with two honest workers of each role but `rogue`, which is one of them, and a client."""
+
+    def __init__(self, num_micro_batches=2):
+        self.ears = Ears()
+        self.coordinator = Coordinator(
+            self.ears, PLAN, Welcome("m", 100, 1024), num_micro_batches=num_micro_batches, num_layers=2, clock=lambda: 1
+        )
+        self.hear(b"client", ClientHello(PROTOCOL_VERSION, "a secret of its own"))
+        for worker_id in IDS:
+            role = worker_id.partition("-")[0]
+            hello = WorkerHello(PROTOCOL_VERSION, worker_id, role, 7, "here", "print", "float32", f"of {worker_id}")
+            self.hear(worker_id.encode(), hello)
+            self.hear(worker_id.encode(), WorkerReady(worker_id, 0, "shm://x", 100 * (role == "attention")))
+        for worker_id in IDS[:2]:
+            self.hear(worker_id.encode(), Linked(worker_id, 0, True))
+
+    def hear(self, route, message):
+        self.coordinator._handle(route, message, 1.0)
+
+    def stats(self):
+        self.hear(b"client", StatsRequest())
+        found = self.ears.to(b"client")[-1]
+        assert isinstance(found, Stats), found
+        return CLIENT_END.decode(COORDINATOR_END.encode(found))
+
+    def submit(self, name):
+        self.hear(b"client", Submit(Request(name, (1, 2), SamplingParams(max_tokens=4, seed=1))))
+
+
+def said(plain):
+    """What the coordinator reads of it; None where the codec drops it."""
+    try:
+        return COORDINATOR_END.decode(msgpack.packb(plain))
+    except ProtocolError:
+        return None
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(messages(FROM_WORKER + FROM_CLIENT), max_size=12),
+    st.sampled_from([b"attention-1", b"expert-1", b"another", b"another client"]),
+    st.sampled_from([0, 2]),
+)
+def test_whatever_a_member_says_the_coordinator_and_the_metrics_go_on_and_others_stay(plain, route, lanes):
+    instance = Instance(lanes)
+    for number in range(4):
+        instance.submit(f"r{number}")
+    mine = {name for name, one in instance.coordinator._router._requests.items() if one.worker_id == route.decode()}
+    for message in filter(None, map(said, plain)):
+        instance.hear(route, message)
+    stats = instance.stats()
+    states = {one.worker_id: one.state for one in stats.workers}
+    for honest in {"attention-0", "expert-0"} - {route.decode()}:
+        if route != b"attention-1":  # whose word on its links is taken
+            assert states[honest] == "ready"
+    assert states["attention-0"] == "ready"
+    failed = {
+        one.request_id
+        for message in instance.ears.to(b"client")
+        if type(message).__name__ == "Outputs"
+        for one in message.updates
+        if one.failure is not None
+    }
+    assert failed <= mine
+    list(text_string_to_metric_families(Metrics().exposition(stats, {}).decode()))
+    for _, message in instance.ears.sent:
+        COORDINATOR_END.encode(message)
+
+
+@pytest.mark.parametrize("reporter", ["expert-1", "attention-1"])
+@pytest.mark.parametrize("peer", ["attention-0"])
+def test_a_report_of_a_lost_link_counts_only_where_links_lead(reporter, peer):
+    instance = Instance()
+    instance.hear(reporter.encode(), PeerLost(reporter, 0, peer, 0, "so it says"))
+    assert {one.state for one in instance.stats().workers} == {"ready"}
+
+
+@pytest.mark.parametrize(
+    "counters",
+    [{"a\nb": 1.0}, {'a"} 1': 1.0}, {"": 1.0}, {"x" * 65: 1.0}, {"a": math.nan}, {"a": -1.0}, {"a": math.inf}],
+)
+def test_counters_that_metrics_could_not_show_are_no_message(counters):
+    status = [0, 0, 0, 0, 0, [0.0] * 5, counters]
+    assert said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, []]]) is None
+
+
+def test_a_member_that_counts_no_blocks_and_half_its_stalls_does_not_end_metrics():
+    instance = Instance()
+    status = WorkerStatus(0, 0, 0, 0, 5, StageTimes(), {"blocks": 0.0, "loop_stalls": 1.0, "a.b": 1.0})
+    instance.hear(b"attention-0", Heartbeat("attention-0", 0, status))
+    assert b"msi_loop_stalls_total" in Metrics().exposition(instance.stats(), {})
+
+
+@pytest.mark.parametrize("field", ["worker_id", "host", "dtype", "fingerprint", "process"])
+@pytest.mark.parametrize("text", ["a\nb", "x" * 257, "\x1b[2J"])
+def test_a_hello_with_texts_that_no_log_should_show_is_refused_with_a_sentence(field, text):
+    instance = Instance()
+    hello = WorkerHello(PROTOCOL_VERSION, "", "attention", 8, "here", "print", "float32", "p")
+    instance.hear(b"new", dataclasses.replace(hello, **{field: text}))
+    (answer,) = instance.ears.to(b"new")
+    assert isinstance(answer, Refused)
+    assert answer.reason.isprintable()
