@@ -26,7 +26,7 @@ from msi.messages import (
     Welcome,
     WorkerHello,
 )
-from msi.net import control_socket
+from msi.net import control_server, control_socket
 from msi.net.codec import Codec
 from msi.net.control import ControlClient
 from msi.net.control_server import ControlServer
