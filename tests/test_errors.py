@@ -7,7 +7,6 @@ import pytest
 from msi import errors
 from msi.errors import KINDS, EngineError, Failure, InvalidRequest, TransportError
 
-
 OF_PEERS = {kind for kind, known in KINDS.items() if issubclass(known, TransportError)}
 
 
