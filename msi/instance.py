@@ -20,7 +20,8 @@ from msi.models.families import load_config
 from msi.models.files import read_json
 from msi.models.required import check_weights
 from msi.models.texts import read_texts
-from msi.net.control import ControlClient, ControlServer
+from msi.net.control import ControlClient
+from msi.net.control_server import ControlServer
 from msi.net.secret import NO_SECRET, Trust
 from msi.options import InstanceOptions
 from msi.pipeline import MAX_MICRO_BATCHES

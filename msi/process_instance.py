@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0
 ADDRESS_TIMEOUT_S = 60.0
+NO_ROOM_AGAIN_S = 2.0
 EMBEDDED = ("--no-gateway", "--log-level", "warning", "--shutdown-timeout", "0")
 
 
@@ -173,9 +174,21 @@ class ProcessInstance:
                 self._report_failure(Unavailable(child.failure or end))
                 return
             log.warning("%s; it is started again%s", how, f" in {delay_s:g} s" if delay_s else "")
-            if await self._stops_within(delay_s):
+            if await self._stops_within(delay_s) or not await self._start_again(address, role, worker_id):
                 return
-            await self._start_worker(address, role, worker_id)
+
+    async def _start_again(self, address: str, role: str, worker_id: str) -> bool:
+        """However often it takes: a machine without room for a process may have some later. False: it is to stop."""
+        while True:
+            try:
+                await self._start_worker(address, role, worker_id)
+                return True
+            except OSError as error:
+                log.warning(
+                    "%s cannot be started (%s); trying again in %g s", worker_id, error.strerror, NO_ROOM_AGAIN_S
+                )
+            if await self._stops_within(NO_ROOM_AGAIN_S):
+                return False
 
     async def _stops_within(self, delay_s: float) -> bool:
         with contextlib.suppress(TimeoutError):

@@ -26,9 +26,10 @@ from msi.messages import (
     Welcome,
     WorkerHello,
 )
-from msi.net import control
+from msi.net import control_server, control_socket
 from msi.net.codec import Codec
-from msi.net.control import ControlClient, ControlServer
+from msi.net.control import ControlClient
+from msi.net.control_server import ControlServer
 from msi.net.secret import Secret
 from msi.net.socket_dir import SocketDir
 from msi.scheduler import Request
@@ -121,7 +122,7 @@ async def test_whoever_knows_the_servers_key_but_not_the_clients_is_not_heard():
         context = zmq.Context()
         stranger = context.socket(zmq.DEALER)
         stranger.linger = 0
-        stranger.curve_serverkey = control._curve_pair(SECRET, "server")[0]
+        stranger.curve_serverkey = control_socket.curve_pair(SECRET, "server")[0]
         stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
         stranger.connect(server.address)
         stranger.send(TALKATIVE.encode(SAID[0]))
@@ -159,7 +160,7 @@ async def test_no_message_and_no_secret_passes_in_the_clear():
                 await until(lambda: server.heard)
             await relaying
     assert len(seen) > 200
-    keys = [z85.decode(key) for end in ("server", "client") for key in control._curve_pair(SECRET, end)]
+    keys = [z85.decode(key) for end in ("server", "client") for key in control_socket.curve_pair(SECRET, end)]
     for told in (b"somebody", b"Cancel", SECRET.text.encode(), *keys):
         assert told not in seen
 
@@ -238,7 +239,7 @@ def test_what_is_no_address_is_a_sentence(address):
 
 
 async def test_whoever_does_not_read_is_given_up_at_a_bound_and_nobody_else_waits(monkeypatch):
-    monkeypatch.setattr(control, "MAX_BEHIND", 50)
+    monkeypatch.setattr(control_socket, "MAX_BEHIND", 50)
     async with Server(ANYWHERE) as server, client(server.address) as reading:
         with peer_that_reads_nothing(server.address):
             await until(lambda: server.heard)
@@ -308,7 +309,7 @@ async def test_garbage_is_counted_each_time_and_logged_once(caplog):
 
 
 async def test_no_more_than_a_bound_of_connections_and_those_that_are_there_go_on(monkeypatch):
-    monkeypatch.setattr(control, "MAX_CONNECTIONS", 20)
+    monkeypatch.setattr(control_server, "MAX_CONNECTIONS", 20)
     async with Server(ANYWHERE) as server, client(server.address) as one:
         one.send(SAID[0])
         await until(lambda: server.heard)

@@ -40,7 +40,7 @@ LAYERS = [
     {"launch", "tools"},
 ]  # fmt: skip
 OWNERS = {
-    "zmq": {"msi/net/control.py", "msi/net/pulse.py"},
+    "zmq": {"msi/net/control.py", "msi/net/control_server.py", "msi/net/control_socket.py", "msi/net/pulse.py"},
     "msgpack": {"msi/net/codec.py"},
     "aiohttp": {"msi/server/gateway.py", "msi/server/websocket.py", "msi/server/door.py", "msi/server/request_body.py"},
     "prometheus_client": {"msi/server/metrics.py"},

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from msi.messages import CLIENT_END, COORDINATOR_END, ClientPulse
-from msi.net.control import ControlClient, ControlServer
+from msi.net.control import ControlClient
+from msi.net.control_server import ControlServer
 from msi.net.secret import Secret
 from msi.net.socket_dir import SocketDir
 from tests.test_faults import SHORT, checkpoint, local, outcome, running_requests

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+from msi import process_instance
+from msi.children import Child
+from msi.options import InstanceOptions
 from msi.restarts import HEALTHY_AFTER_S, TRIES, Restarts, restart_delay_s
 from msi.routing import Router
 from msi.suspects import SUSPECTED_FOR_S
@@ -67,3 +72,22 @@ def test_a_worker_that_was_killed_says_nothing_of_its_requests_nor_does_a_crash_
         assert router.add(request(f"t{number}", 1), b"c", 1.0) is None
         router.route({"a": 1000})
         router.progress("a", [Progress(f"t{number}", (1,), "stop")])
+
+
+async def test_a_worker_for_which_the_machine_has_no_room_is_tried_again_and_ends_nobody(tiny_model, monkeypatch):
+    """A fork that failed once ended the instance, healthy workers included."""
+    outcomes = [OSError(errno.EAGAIN, "Resource temporarily unavailable"), OSError(errno.ENOMEM, "no memory"), "child"]
+
+    async def start(*_):
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, OSError):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(Child, "start", start)
+    monkeypatch.setattr(process_instance, "NO_ROOM_AGAIN_S", 0.01)
+    failures = []
+    instance = process_instance.ProcessInstance(InstanceOptions(model=tiny_model), failures.append)
+    assert await instance._start_again("ipc://x", "expert", "expert-0")
+    assert instance._children == {"expert-0": "child"}
+    assert failures == []
