@@ -20,6 +20,7 @@ from typing import Any
 from msi.children import Child, follow_launcher, tell_launcher
 from msi.engine import Engine
 from msi.errors import ConfigError, Unavailable
+from msi.models.files import read_text
 from msi.net.secret import Secret
 from msi.restarts import Restarts
 from msi.server.gateway import Gateway, listen, url_of
@@ -57,7 +58,7 @@ async def run_gateway(arguments: LaunchArguments) -> None:
             host=arguments.host,
             port=arguments.port,
             api_key=arguments.api_key,
-            chat_template=_template(arguments.chat_template),
+            chat_template=template_of(arguments.chat_template),
             log_requests=arguments.enable_log_requests,
             log_load=not arguments.disable_log_stats and not has_live_terminal(),
             allowed_origins=arguments.allowed_origins,
@@ -94,11 +95,12 @@ async def _close(gateway: Gateway, grace_s: float, urgent: asyncio.Event) -> Non
     await closing
 
 
-def _template(path: Path | None) -> str:
+def template_of(path: Path | None) -> str:
+    """The text of --chat-template, "" for none. Raises ConfigError."""
     try:
-        return "" if path is None else path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error
+        return "" if path is None else read_text(path)
+    except ConfigError as error:
+        raise ConfigError(f"--chat-template: {error}") from error
 
 
 # -- beside the coordinator ------------------------------------------------------------------------------------------
