@@ -119,6 +119,21 @@ async def test_a_process_that_is_killed_while_it_works_costs_no_request(tiny_mod
         await pool.close()
 
 
+async def test_processes_that_are_stopped_are_no_fault_of_the_request(tiny_model):
+    """It was told to be smaller."""
+    pool = Preparers(SETUP.encode(setup_of(tiny_model)), within_s=0.5)
+    try:
+        await pool.start()
+        for victim in pool._idle:
+            os.kill(victim._process.pid, signal.SIGSTOP)
+        with pytest.raises(Unavailable, match="stand still; try again"):
+            await pool.prepare("me", task(COMPLETION, prompt=TEXT))
+    finally:
+        for victim in pool._idle:
+            victim._process.kill()
+        await pool.close()
+
+
 async def test_no_process_to_be_had_is_no_fault_of_the_request(tiny_model, monkeypatch):
     pool = Preparers(SETUP.encode(setup_of(tiny_model)))
     monkeypatch.setattr(preparers.sys, "executable", "/nowhere/python")
