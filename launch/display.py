@@ -38,8 +38,12 @@ class StatusLine:
                 write_error(ERASE_LINE)
                 self._is_live = False
 
-    def update(self, sentence: str, *, is_usual: bool = False) -> None:
-        """How things are now; what is usual is for terminals only, and said once elsewhere when it is so again."""
+    def update(self, sentence: str, *, is_usual: bool = False, is_said: bool = False) -> None:
+        """How things are now; what is usual is for terminals only, and said once elsewhere when it is so again.
+
+        Args:
+            is_said: some line that stays has said it already.
+        """
         if self._is_live:
             # back to the first column, so that whatever another process writes stands alone on its line
             write_error(f"{ERASE_LINE}{cut(printable(sentence), _columns() - 1)}\r")
@@ -49,7 +53,7 @@ class StatusLine:
             if is_usual:
                 if self._was_usual:
                     self.say("requests are taken again")
-            elif not self._is_live:
+            elif not self._is_live and not is_said:
                 self.say(sentence)
         self._was_usual |= is_usual
 

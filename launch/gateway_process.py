@@ -20,6 +20,7 @@ from typing import Any
 from msi.children import Child, follow_launcher, tell_launcher
 from msi.engine import Engine
 from msi.errors import ConfigError, Unavailable
+from msi.models.files import read_text
 from msi.net.secret import Secret
 from msi.restarts import Restarts
 from msi.server.gateway import Gateway, listen, url_of
@@ -57,7 +58,7 @@ async def run_gateway(arguments: LaunchArguments) -> None:
             host=arguments.host,
             port=arguments.port,
             api_key=arguments.api_key,
-            chat_template=_template(arguments.chat_template),
+            chat_template=template_of(arguments.chat_template),
             log_requests=arguments.enable_log_requests,
             log_load=not arguments.disable_log_stats and not has_live_terminal(),
             allowed_origins=arguments.allowed_origins,
@@ -102,11 +103,12 @@ async def _close(gateway: Gateway, grace_s: float, urgent: asyncio.Event) -> Non
     await closing
 
 
-def _template(path: Path | None) -> str:
+def template_of(path: Path | None) -> str:
+    """The text of --chat-template, "" for none. Raises ConfigError."""
     try:
-        return "" if path is None else path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error
+        return "" if path is None else read_text(path)
+    except ConfigError as error:
+        raise ConfigError(f"--chat-template: {error}") from error
 
 
 # -- beside the coordinator ------------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ class GatewayProcess:
         except TimeoutError:
             child.signal(signal.SIGKILL)
             raise Unavailable(f"the gateway did not start within {READY_WITHIN_S:g} s") from None
-        raise ConfigError(child.failure or f"the gateway {child.end} while it started; what it said is above")
+        raise ConfigError(child.failure or f"the gateway did not start: {child.end}; what it said is above")
 
     async def keep_alive(self, tell: Callable[..., None]) -> None:
         """Starts it again when it ends, for ever; `tell`s its `gateway_pid` then."""
@@ -163,7 +165,9 @@ class GatewayProcess:
             if self._ending.is_set():
                 return
             delay_s = restarts.ended(time.monotonic(), has_said_why=False) or 0.0
-            log.error("the gateway (pid %d) %s; starting it again in %g s", self._child.pid, self._child.end, delay_s)
+            log.error(
+                "the gateway (pid %d) is gone: %s; starting it again in %g s", self._child.pid, self._child.end, delay_s
+            )
             await asyncio.sleep(delay_s)
             if self._ending.is_set():
                 return

@@ -83,7 +83,7 @@ async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine, sto
             where = f"at {engine.url}/v1" if engine.url else "in this process, which serves no HTTP"
             line.say(f"ready: {engine.model_name} {where}")
             stops.can_drain = True
-            showing = asyncio.ensure_future(_show(engine, line))
+            showing = asyncio.ensure_future(_show(engine, line, stops))
             failed = asyncio.ensure_future(engine.wait_failed())
             asked = asyncio.ensure_future(stops.asked.wait())
             try:
@@ -127,12 +127,14 @@ async def _answer(engine: Engine, arguments: LaunchArguments) -> None:
     sys.stdout.write("\n")
 
 
-async def _show(engine: Engine, line: StatusLine) -> None:
+async def _show(engine: Engine, line: StatusLine, stops: Stops) -> None:
     """What the instance does, once a second. A display: what it cannot show, it says, and goes on."""
     while True:
         is_ready, sentence = engine.status
         try:
-            line.update(summary(await engine.stats()) if is_ready else sentence, is_usual=is_ready)
+            stats = await engine.stats() if is_ready else None
+            is_said = stops.asked.is_set()
+            line.update(sentence if stats is None else summary(stats), is_usual=is_ready, is_said=is_said)
         except EngineError as error:
             line.update(f"{error}; there are no figures until it does")
         except Exception:

@@ -11,7 +11,7 @@ from typing import Any
 from msi.errors import EngineError
 
 from .arguments import API_KEY_VARIABLE, LaunchArguments, parse
-from .command import open_missing_streams, run_command
+from .command import EXIT_SENTENCE, open_missing_streams, run_command
 from .logs import set_up_log
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,10 @@ def _run(argv: list[str]) -> None:
     try:
         uvloop.run(_chosen(arguments))
     except EngineError as error:
-        tell_launcher(arguments.announce, failure=str(error))
-        raise
+        if arguments.announce < 0:
+            raise
+        tell_launcher(arguments.announce, failure=str(error))  # who says it, and what it means for the others
+        sys.exit(EXIT_SENTENCE)
 
 
 def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:

@@ -38,7 +38,6 @@ HELLO_TIMEOUT_S = 120.0
 STATS_AGAIN_S = 2.0
 STATS_ASKED = 5  # times
 HELLO_AGAIN_S = 2.0
-LONG_PROMPT = 4096  # tokens
 
 
 class CoordinatorClient:
@@ -150,7 +149,7 @@ class CoordinatorClient:
                 self._queues[request.request_id] = queue
                 self._control.send(Submit(request))
                 self._num_submits += 1
-                if len(request.prompt_token_ids) > LONG_PROMPT:
+                if len(requests) > 1:
                     await asyncio.sleep(0)  # others have their turn between the copies for each choice
             while any(request.request_id in self._queues for request in requests):
                 update = await queue.get()

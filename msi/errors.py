@@ -135,7 +135,7 @@ class Failure:
 
     Attributes:
         kind: one of `KINDS`.
-        peer: of a TransportError.
+        peer: of a TransportError, or of a kind of it.
     """
 
     kind: str
@@ -153,9 +153,10 @@ class Failure:
 
     def error(self) -> EngineError:
         """What it was; an EngineError where a newer version of msi said a kind that this one does not know."""
-        if self.kind == "transport":
-            return TransportError(self.peer, self.message)
-        return KINDS.get(self.kind, EngineError)(self.message, param=self.param, code=self.code)
+        known = KINDS.get(self.kind, EngineError)
+        if issubclass(known, TransportError):
+            return known(self.peer, self.message)
+        return known(self.message, param=self.param, code=self.code)
 
 
 KINDS: dict[str, type[EngineError]] = {  # a class before its bases
@@ -166,6 +167,7 @@ KINDS: dict[str, type[EngineError]] = {  # a class before its bases
     "unavailable": Unavailable,
     "request_failed": RequestFailed,
     "protocol": ProtocolError,
+    "batch_refused": BatchRefused,
     "transport": TransportError,
     "engine": EngineError,
 }

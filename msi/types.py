@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated
 
@@ -97,11 +98,11 @@ class SamplingParams:
 
     def _check_listed_tokens(self) -> None:
         bias = self.logit_bias
-        ok = isinstance(bias, dict) and len(bias) <= MAX_LISTED_TOKENS and all(_is_token(token) for token in bias)
-        ok = ok and all(_is_number(value, -100, 100) for value in bias.values())
+        ok = isinstance(bias, dict) and len(bias) <= MAX_LISTED_TOKENS and _are_tokens(bias)
+        ok = ok and _are_all(bias.values(), (int, float)) and all(-100 <= value <= 100 for value in bias.values())
         _require("logit_bias", bias, ok, f"a map of up to {MAX_LISTED_TOKENS} token ids to numbers from -100 to 100")
         ids = self.stop_token_ids
-        ok = isinstance(ids, tuple) and len(ids) <= MAX_LISTED_TOKENS and all(_is_token(token) for token in ids)
+        ok = isinstance(ids, tuple) and len(ids) <= MAX_LISTED_TOKENS and _are_tokens(ids)
         _require("stop_token_ids", ids, ok, f"up to {MAX_LISTED_TOKENS} token ids")
 
 
@@ -144,8 +145,14 @@ def _is_int(value: object, least: int, most: int = MAX_INTEGER) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_token(value: object) -> bool:
-    return _is_int(value, 0, 2**31 - 1)
+def _are_tokens(values: Collection[int]) -> bool:
+    """Looked at all together: every choice of a request has them anew."""
+    return not values or (_are_all(values, (int,)) and min(values) >= 0 and max(values) < 2**31)
+
+
+def _are_all(values: Iterable[object], kinds: tuple[type, ...]) -> bool:
+    """Whether they are of these types; a bool is no number."""
+    return all(issubclass(kind, kinds) and kind is not bool for kind in set(map(type, values)))
 
 
 def _is_number(value: object, least: float, most: float) -> bool:

@@ -292,7 +292,7 @@ class Worker:
                 case HelloAgain():
                     raise _LifeEnds(message.reason)
                 case Shutdown() | Refused():
-                    log.info("%s ends: %s", self.worker_id, message.reason)
+                    log.info("%s: ending: %s", self.worker_id, message.reason)
                     raise _WorkerEnds
                 case HeartbeatAck():
                     life.acked = message.number

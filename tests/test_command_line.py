@@ -21,6 +21,7 @@ from msi.options import FRACTIONS, INTEGERS, InstanceOptions
 from msi_launch import main, plan
 from msi_launch.arguments import parse
 from msi_launch.command_line import CommandLine
+from msi_launch.gateway_process import template_of
 from msi_launch.vllm_flags import ANY, FOREIGN
 
 ROOT = Path(__file__).parent.parent
@@ -361,3 +362,29 @@ def flags_of(path):
     ]
     words = [word for call in adding for word in call.args]
     return {word.value for word in words if isinstance(word, ast.Constant) and str(word.value).startswith("--")}
+
+
+@pytest.mark.parametrize("kind", ["nothing", "a folder", "a fifo", "a device", "binary", "too large"])
+def test_a_chat_template_that_is_no_text_file_is_a_sentence_at_once(tmp_path, kind):
+    """A gateway that starts again reads it anew, long after the command line was looked at."""
+    path = tmp_path / "template.jinja"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a fifo":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path = Path("/dev/zero")
+    elif kind == "binary":
+        path.write_bytes(b"\xff\0")
+    elif kind == "too large":
+        with path.open("wb") as file:
+            file.truncate(1 << 30)
+    with pytest.raises(ConfigError, match=f"^--chat-template: {re.escape(str(path))} "):
+        template_of(path)
+
+
+def test_a_chat_template_is_read_as_it_is(tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_bytes("{{ messages[0].content }} é\n".encode())
+    assert template_of(path) == "{{ messages[0].content }} é\n"
+    assert template_of(None) == ""

@@ -164,3 +164,33 @@ def test_where_choosing_for_all_at_once_raises_each_row_is_chosen_alone(monkeypa
     for row in (0, 1, 3):
         assert sampled.token_ids[row] == expected.token_ids[row]
         assert sampled.logprobs[row] == expected.logprobs[row]
+
+
+members = st.one_of(
+    st.integers(-2, 2**31), st.floats(), st.booleans(), st.none(), st.text(max_size=1), st.integers(2**31, 2**70)
+)
+
+
+@given(st.lists(members, max_size=4))
+def test_listed_tokens_are_judged_all_together_as_each_alone(tokens):
+    def is_token(one):
+        return isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**31
+
+    if all(map(is_token, tokens)):
+        assert SamplingParams(stop_token_ids=tuple(tokens)).stop_token_ids == tuple(tokens)
+    else:
+        with pytest.raises(InvalidRequest, match="stop_token_ids is "):
+            SamplingParams(stop_token_ids=tuple(tokens))
+
+
+@given(st.lists(members, max_size=4))
+def test_biases_are_judged_all_together_as_each_alone(values):
+    def is_bias(one):
+        return isinstance(one, int | float) and not isinstance(one, bool) and -100 <= one <= 100
+
+    bias = dict(enumerate(values))
+    if all(map(is_bias, values)):
+        assert SamplingParams(logit_bias=bias).logit_bias == bias
+    else:
+        with pytest.raises(InvalidRequest, match="logit_bias is "):
+            SamplingParams(logit_bias=bias)

@@ -156,7 +156,7 @@ async def test_a_key_and_a_chat_template_reach_the_gateway(tiny_model, tmp_path)
     template.write_text("{% for %}")
     async with launched(*arguments) as child:
         assert await child.ended() == 2
-        assert "the chat template is not valid Jinja" in child.said
+        assert child.said.count("the chat template is not valid Jinja") == 1, "said once, however many processes"
         assert "Traceback" not in child.said
 
 

@@ -95,10 +95,10 @@ async def test_processes_that_were_killed_are_started_anew(tiny_model, is_known)
     pool = Preparers(SETUP.encode(setup_of(tiny_model)))
     try:
         await pool.start()
-        victim = pool._idle[-1]
-        os.kill(victim._process.pid, 9)
+        for victim in pool._idle:
+            os.kill(victim._process.pid, 9)
         if is_known:
-            await victim._process.wait()
+            await asyncio.gather(*(victim._process.wait() for victim in pool._idle))
         assert await pool.prepare("me", task(COMPLETION, prompt="a"))
         assert pool.num_given_up == 0
     finally:

@@ -117,12 +117,16 @@ class Preparers:
         self._start_what_can_run()
 
     async def _take(self) -> _Preparer:
-        """One that waits for work. Raises Unavailable."""
+        """One that waits for work, or a new one. Raises Unavailable."""
         while self._idle:
             preparer = self._idle.pop()
             if preparer.is_alive:
                 return preparer
             preparer.close()
+        return await self._new()
+
+    async def _new(self) -> _Preparer:
+        """Raises Unavailable."""
         try:
             return await _Preparer.start(self._setup)
         except OSError as error:
@@ -151,7 +155,7 @@ class Preparers:
                 answer = await preparer.prepare(job.task, self._within_s)
             except (OSError, EOFError):  # whatever ended it need not have been this request
                 await preparer.kill()
-                preparer = await self._take()
+                preparer = await self._new()
                 answer = await preparer.prepare(job.task, self._within_s)
             if not job.result.done():
                 job.result.set_result(answer[1:])

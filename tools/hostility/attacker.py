@@ -32,10 +32,11 @@ GARBAGE = "garbage"
 NAMES = (*ATTACKS, GARBAGE)
 NICENESS = 10
 PAUSE_S = 0.05
+AT_A_TIME = 3
 
 
 async def attack(target: Target, seed: int, names: list[str], launcher: int) -> None:
-    """Runs attacks in a random order, two at a time, until standard input ends."""
+    """Runs attacks in a random order, some at a time, until standard input ends."""
     chance = random.Random(seed)
     over = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
@@ -55,7 +56,7 @@ async def attack(target: Target, seed: int, names: list[str], launcher: int) -> 
             report.print()
             await asyncio.sleep(PAUSE_S)
 
-    running = [asyncio.ensure_future(one_after_another(random.Random(chance.random()))) for _ in range(2)]
+    running = [asyncio.ensure_future(one_after_another(random.Random(chance.random()))) for _ in range(AT_A_TIME)]
     await over
     for one in running:
         one.cancel()

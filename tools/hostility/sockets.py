@@ -142,7 +142,8 @@ async def websocket_requests(target: Target, chance: random.Random, report: Repo
         {"prompt": [10**9]},
         {"prompt": "a" * 3_000_000}, {"messages": "x"}, {"prompt": None}, {}, {"prompt": "x", "n": 10**30},
         {"prompt": "x", "stream": True}, {"messages": [{"role": "user", "content": None}], "max_tokens": 2},
-        {"prompt": "x", "logprobs": 5, "max_tokens": 2}, {"prompt": "\ud800"}, {"prompt": "It is", "max_tokens": 10**9},
+        {"prompt": "x", "logprobs": 5, "max_tokens": 2}, {"prompt": "\0\ufffd"}, {"prompt": "It is",
+        "max_tokens": 10**9},
     )  # fmt: skip
     async with connected(target) as connection:
         if (answer := await upgrade(target, connection)).status != 101:
