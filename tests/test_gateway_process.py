@@ -106,11 +106,12 @@ async def test_streams_end_with_an_error_and_done_when_the_coordinator_is_killed
         url = await ready(child)
         gateway = gateway_of(child.said)
         stream = await session.post(f"{url}/v1/completions", json=long)
-        await stream.content.readline()
+        first = await stream.content.readline()
+        assert stream.status == 200, first
         pids = [gateway, *children(gateway), *children(child.process.pid)]
         coordinator = int(re.findall(r"processes: coordinator (\d+)", child.said)[0])
         os.kill(child.process.pid if name == "launcher" else coordinator, signal.SIGKILL)
-        events = [line[6:] for line in (await stream.read()).split(b"\n\n") if line.startswith(b"data: ")]
+        events = [line[6:] for line in (await stream.read()).splitlines() if line.startswith(b"data: ")]
         assert events[-1] == b"[DONE]"
         assert "the coordinator is gone" in json.loads(events[-2])["error"]["message"]
         await until(lambda: not any(map(lives, pids)), 30)
