@@ -51,8 +51,8 @@ async def run_gateway(arguments: LaunchArguments) -> None:
     loop.add_signal_handler(
         signal.SIGINT, lambda: None if arguments.parent else (urgent if asked.is_set() else asked).set()
     )
-    told = asyncio.ensure_future(follow_launcher(arguments.announce, lambda said: _told(said, asked, urgent)))
     async with Engine(address=arguments.coordinator, secret=arguments.trust.secret) as engine:
+        told = asyncio.ensure_future(_follow_parent(arguments.announce, engine, asked, urgent))
         gateway = Gateway(
             engine,
             host=arguments.host,
@@ -76,6 +76,14 @@ async def run_gateway(arguments: LaunchArguments) -> None:
             await _close(gateway, arguments.shutdown_timeout_s, urgent)
             told.cancel()
             watch.stop()
+
+
+async def _follow_parent(announce: int, engine: Engine, asked: asyncio.Event, urgent: asyncio.Event) -> None:
+    await follow_launcher(announce, lambda said: _told(said, asked, urgent))
+    if announce >= 0 and not asked.is_set():
+        engine.fail(Unavailable("the coordinator is gone: its process ended"))
+        asked.set()
+        urgent.set()
 
 
 def _told(said: dict[str, Any], asked: asyncio.Event, urgent: asyncio.Event) -> None:

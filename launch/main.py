@@ -16,6 +16,8 @@ from .logs import set_up_log
 
 log = logging.getLogger(__name__)
 
+GATEWAY_GRACE_S = 3.0  # to tell its clients that the coordinator is gone
+
 
 def main() -> None:
     """Runs msi-launch with the arguments of this process; does not return."""
@@ -37,7 +39,7 @@ def _run(argv: list[str]) -> None:
     from . import processes
 
     if arguments.parent:
-        processes.end_with_parent(arguments.parent)
+        processes.end_with_parent(arguments.parent, GATEWAY_GRACE_S if arguments.role == "gateway" else 0.0)
     set_up_log(arguments.worker_id or arguments.role or "msi-launch", arguments.log_level)
     if arguments.api_key:
         os.environ[API_KEY_VARIABLE] = arguments.api_key  # for whichever child serves HTTP

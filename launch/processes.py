@@ -8,8 +8,11 @@ import ctypes
 import functools
 import logging
 import os
+import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +37,21 @@ log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(parent: int) -> None:
-    """This process is killed as soon as its parent is gone, however that ends."""
-    if sys.platform == "linux":
+def end_with_parent(parent: int, grace_s: float = 0.0) -> None:
+    """This process is killed as soon as its parent is gone, however that ends; after a grace, where it has one."""
+    if sys.platform == "linux" and not grace_s:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    elif sys.platform == "linux":
+        threading.Thread(target=_outlive, args=(parent, grace_s), name="parent", daemon=True).start()
     if os.getppid() != parent:
         raise SystemExit("the launcher is gone already")
+
+
+def _outlive(parent: int, grace_s: float) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(parent)], [], [])
+    time.sleep(grace_s)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def run_worker(arguments: LaunchArguments) -> None:

@@ -116,9 +116,9 @@ class Engine:
             if options.trace is not None:
                 self._trace_dir = new_trace_dir()
             if options.chosen_transport == "inproc":
-                self._instance = InprocInstance(options, self._fail, self._trace_dir)
+                self._instance = InprocInstance(options, self.fail, self._trace_dir)
             else:
-                self._instance = ProcessInstance(options, self._fail, trace_dir=self._trace_dir, **self._process_flags)
+                self._instance = ProcessInstance(options, self.fail, trace_dir=self._trace_dir, **self._process_flags)
             self._address = await self._instance.start()
         self._client = CoordinatorClient(self._address, secret=self._secret)
         self._welcome = await self._client.start()
@@ -156,8 +156,8 @@ class Engine:
         finally:
             failed.cancel()
 
-    def _fail(self, error: EngineError) -> None:
-        """The local instance cannot go on."""
+    def fail(self, error: EngineError) -> None:
+        """The instance cannot go on: what runs ends with this error, and so does what comes."""
         self._failure = self._failure or error
         self._failed.set()
         if self._client is not None:

@@ -97,6 +97,26 @@ async def test_streams_that_run_at_the_end_get_their_time_and_an_error_with_done
         assert "asked to end" not in child.said, "nor does the coordinator"
 
 
+@pytest.mark.parametrize("name", ["coordinator", "launcher"])
+async def test_streams_end_with_an_error_and_done_when_the_coordinator_is_killed(tiny_model, name):
+    """They were cut: the gateway was killed with its parent."""
+    long = {"prompt": TEXT, "max_tokens": 480, "ignore_eos": True, "n": 8, "stream": True}
+    arguments = (tiny_model, "--port", 0, "--threads-per-worker", 1)
+    async with launched(*arguments) as child, aiohttp.ClientSession() as session:
+        url = await ready(child)
+        gateway = gateway_of(child.said)
+        stream = await session.post(f"{url}/v1/completions", json=long)
+        first = await stream.content.readline()
+        assert stream.status == 200, first
+        pids = [gateway, *children(gateway), *children(child.process.pid)]
+        coordinator = int(re.findall(r"processes: coordinator (\d+)", child.said)[0])
+        os.kill(child.process.pid if name == "launcher" else coordinator, signal.SIGKILL)
+        events = [line[6:] for line in (await stream.read()).splitlines() if line.startswith(b"data: ")]
+        assert events[-1] == b"[DONE]"
+        assert "the coordinator is gone" in json.loads(events[-2])["error"]["message"]
+        await until(lambda: not any(map(lives, pids)), 30)
+
+
 async def test_a_gateway_alone_serves_an_instance_that_runs_elsewhere(tiny_model):
     async with (
         launched(tiny_model, "--port", 0, "--threads-per-worker", 1) as child,
