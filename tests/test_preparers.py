@@ -119,6 +119,21 @@ async def test_a_process_that_is_killed_while_it_works_costs_no_request(tiny_mod
         await pool.close()
 
 
+async def test_processes_that_are_stopped_are_no_fault_of_the_request(tiny_model):
+    """It was told to be smaller."""
+    pool = Preparers(SETUP.encode(setup_of(tiny_model)), within_s=0.5)
+    try:
+        await pool.start()
+        for victim in pool._idle:
+            os.kill(victim._process.pid, signal.SIGSTOP)
+        with pytest.raises(Unavailable, match="stand still; try again"):
+            await pool.prepare("me", task(COMPLETION, prompt=TEXT))
+    finally:
+        for victim in pool._idle:
+            victim._process.kill()
+        await pool.close()
+
+
 async def test_no_process_to_be_had_is_no_fault_of_the_request(tiny_model, monkeypatch):
     pool = Preparers(SETUP.encode(setup_of(tiny_model)))
     monkeypatch.setattr(preparers.sys, "executable", "/nowhere/python")
@@ -182,14 +197,14 @@ async def test_a_template_that_never_ends_holds_nobody_up(tiny_model, template, 
     monkeypatch.setattr(preparers, "WITHIN_S", 1.0)
     async with gateway(tiny_model, chat_template=template) as (_, url), aiohttp.ClientSession(url) as session:
         body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
-        endless = [asyncio.ensure_future(session.post("/v1/chat/completions", json=body)) for _ in range(3)]
+        endless = [asyncio.ensure_future(session.post("/v1/chat/completions", json=body)) for _ in range(2)]
         for _ in range(10):
             async with session.post("/v1/completions", json={"prompt": "It is", "max_tokens": 2}) as response:
                 assert response.status == 200
         for one in endless:
             response = await one
-            assert response.status == 400
-            assert "send a smaller one" in (await response.json())["error"]["message"] or "memory" in str(response)
+            assert response.status in (400, 503), "503 where the machine is too busy to blame the request"
+            assert (await response.json())["error"]["message"].endswith(("send a smaller one", "try again"))
 
 
 async def test_clients_take_turns_and_the_queue_has_an_end(tiny_model, monkeypatch):
