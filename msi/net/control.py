@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -214,7 +215,7 @@ class ControlClient:
         )
 
     def close(self) -> None:
-        """What was sent is given half a second to leave."""
+        """What was sent is given half a second to leave; a thread waits for that, not the caller's loop."""
         if self._watching is not None:
             self._watching.cancel()
         if self._pulse is not None:
@@ -223,4 +224,4 @@ class ControlClient:
             self._socket.raw.disable_monitor()
             self._events.close()
         self._socket.close()
-        self._context.term()
+        threading.Thread(target=self._context.term, name="control closes").start()
