@@ -42,6 +42,7 @@ from tools.hostility.streams import LiveStream, live_streams
 from tools.hostility.wire import Target, ask
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW_S = 0.02
 CALM_S = 10.0  # streams alone, before and after
 START_TIMEOUT_S = 180.0
 FAULT_EVERY_S = 25.0
@@ -176,7 +177,7 @@ class Watch:
             await asyncio.sleep(1.0)
             if self._is_striking:
                 continue
-            now = family(self._server.process.pid)
+            now = await asyncio.to_thread(family, self._server.process.pid)
             for name, pid in self._seen.items():
                 if name.startswith("helper"):
                     continue  # they may be ended and started again when a request takes too long
@@ -246,6 +247,8 @@ async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any
     calm_from = time.monotonic()
     await asyncio.sleep(CALM_S)
     calm_until = time.monotonic()
+    for stream in streams:
+        stream.slow_s = SLOW_S
     descriptors_before = num_descriptors(server)
     watch, attackers = Watch(server, streams), Attackers()
     chance = random.Random(arguments.seed)

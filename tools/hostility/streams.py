@@ -28,6 +28,7 @@ class LiveStream:
 
     Attributes:
         text: what it must be told every time, once it is known.
+        gaps: waits for a piece of text longer than `slow_s`: kept small, as the watcher must not be late itself.
         errors: (when, what): answers that ended with an error, or not as they should.
         wrong: texts that were not `text`.
     """
@@ -38,6 +39,7 @@ class LiveStream:
     max_tokens: int
     is_websocket: bool = False
     text: str | None = None
+    slow_s: float = 0.0
     num_answers: int = 0
     gaps: list[Gap] = field(default_factory=list)
     errors: list[tuple[float, str]] = field(default_factory=list)
@@ -64,7 +66,7 @@ class LiveStream:
 
     def _heard(self, last_at: float | None) -> float:
         now = time.monotonic()
-        if last_at is not None:
+        if last_at is not None and now - last_at > self.slow_s:
             self.gaps.append(Gap(now, now - last_at))
         return now
 
