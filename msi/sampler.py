@@ -91,7 +91,8 @@ def _change(logits: Tensor, changes: Sequence[tuple[int, LogitChanges]]) -> None
         added = torch.tensor([bias for _, _, bias in biased], dtype=logits.dtype)
         logits[_entries([(row, token) for row, token, _ in biased])] += added
     if banned := [(row, token) for row, one in changes for token in one.banned_token_ids]:
-        logits[_entries(banned)] = -torch.inf
+        at = _entries(banned)
+        logits[at] = torch.where(logits[at] < torch.inf, -torch.inf, torch.nan)  # no ban hides a broken row
     if seen := [(row, one) for row, one in changes if one.repetition_penalty != 1]:
         at, counts = _rows_and_tokens([(row, (*one.prompt_token_ids, *one.output_token_ids)) for row, one in seen])
         penalties = torch.tensor([one.repetition_penalty for _, one in seen]).repeat_interleave(counts)

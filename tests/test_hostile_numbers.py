@@ -103,6 +103,17 @@ samplings = st.builds(
 )
 
 
+@pytest.mark.parametrize("logprobs", [None, 0, 3])
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_a_ban_does_not_hide_a_logit_that_is_not_finite(broken, logprobs):
+    logits = torch.zeros(2, VOCAB)
+    logits[1, 5] = broken
+    banned = SamplingExtras(changes=LogitChanges(banned_token_ids=(5,)), logprobs=logprobs)
+    sampled = sample(logits, [TokenSampling(0, 1, 0, 1, 0, banned)] * 2)
+    assert set(sampled.failures) == {1}
+    assert "not finite" in sampled.failures[1]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(rows_of_logits, samplings), min_size=1, max_size=5))
 def test_no_row_hurts_another_whatever_its_logits_and_parameters(rows):
