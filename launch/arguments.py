@@ -48,7 +48,7 @@ class LaunchArguments:
         disable_log_stats: no lines on throughput and load.
         trust: by what peers on a network are known; see --secret-file.
         shutdown_timeout_s: what runs when the server is asked to end may go on for so long.
-        announce: descriptor through which a launcher is told how things are (see `msi.children`); -1 for none.
+        announce: descriptor through which a launcher is told how things are (see `msi.instance.children`); -1 for none.
         allowed_origins: web pages of other origins that may ask.
         http_sockets: descriptors that listen already, for a gateway.
         ignored: flags of vLLM's that were given and change nothing here.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from rich.cells import cell_len, set_cell_size
 
-from msi.messages import Stats, WorkerStats
+from msi.control.messages import Stats, WorkerStats
 
 from .logs import ERASE_LINE, has_live_terminal, printable, write_error
 

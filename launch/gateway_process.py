@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msi.children import Child, follow_launcher, tell_launcher
+from msi.control.restarts import Restarts
 from msi.engine import Engine
 from msi.errors import ConfigError, Unavailable
+from msi.instance.children import Child, follow_launcher, tell_launcher
 from msi.models.files import read_text
 from msi.net.secret import Secret
-from msi.restarts import Restarts
 from msi.server.gateway import Gateway, listen, url_of
 from msi.watchdog import LoopWatch
 

@@ -34,7 +34,7 @@ def _run(argv: list[str]) -> None:
     arguments = parse(argv)
     import uvloop  # whoever asks for help waits for nothing from here on
 
-    from msi.children import tell_launcher
+    from msi.instance.children import tell_launcher
 
     from . import processes
 

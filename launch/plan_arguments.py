@@ -11,10 +11,10 @@ from pathlib import Path
 from msi.errors import ConfigError, shown
 from msi.models.shape import VALUE_BYTES, read_shape
 from msi.options import SLOT_ROWS
-from msi.pipeline import MAX_MICRO_BATCHES
 from msi.planner.assumptions import Assumptions
 from msi.planner.hardware import Catalogue, nearest, read_catalogue
 from msi.planner.model_shape import ModelShape
+from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan import Workload
 from msi.planner.profile import Profile, read_profile
 from msi.planner.task import OBJECTIVES, TP_SIZES, Limits, Pool, Task

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from msi.children import follow_launcher, tell_launcher
-from msi.coordinator import Coordinator
+from msi.control.coordinator import Coordinator
 from msi.errors import EngineError
-from msi.instance import create_coordinator, create_worker
+from msi.instance.children import follow_launcher, tell_launcher
+from msi.instance.instance import create_coordinator, create_worker
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
@@ -30,7 +30,7 @@ from .command import requests_to_end
 from .gateway_process import GatewayProcess
 
 if TYPE_CHECKING:
-    from msi.worker import Worker  # with torch, which only workers need
+    from msi.worker.worker import Worker  # with torch, which only workers need
 
 log = logging.getLogger(__name__)
 

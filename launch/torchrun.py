@@ -16,14 +16,14 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
-from msi.children import Child
 from msi.errors import ConfigError, Unavailable
-from msi.instance import create_worker
+from msi.instance.children import Child
+from msi.instance.instance import create_worker
+from msi.instance.processes import start_coordinator, stop_children
 from msi.net.control import is_address
 from msi.net.socket_dir import SocketDir
 from msi.net.tcp import address_towards
 from msi.options import InstanceOptions
-from msi.process_instance import start_coordinator, stop_children
 
 from .arguments import LaunchArguments
 from .command import requests_to_end

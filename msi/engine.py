@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from msi import tracing
-from msi.client import CoordinatorClient
+from msi.control.client import CoordinatorClient
+from msi.control.messages import Stats, Welcome
 from msi.errors import EngineError, Failure, Unavailable
-from msi.inproc_instance import InprocInstance
-from msi.instance import LocalInstance, new_trace_dir
-from msi.messages import Stats, Welcome
+from msi.instance.inproc import InprocInstance
+from msi.instance.instance import LocalInstance, new_trace_dir
+from msi.instance.processes import ProcessInstance
 from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
-from msi.process_instance import ProcessInstance
-from msi.prompts import Prompts
 from msi.sampling import choices_of
-from msi.text_stream import text_streams
+from msi.text.prompts import Prompts
+from msi.text.text_stream import text_streams
+from msi.text.vocabulary import Vocabulary
 from msi.types import Output, Request, SamplingDefaults, SamplingParams, TokenText
-from msi.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 

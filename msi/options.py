@@ -11,7 +11,7 @@ from typing import Any
 
 from msi.errors import ConfigError, shown
 from msi.net import shm
-from msi.pipeline import MAX_MICRO_BATCHES
+from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan import Plan
 from msi.planner.plan_file import read_plan_file
 

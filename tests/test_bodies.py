@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msi.control.messages import Welcome
 from msi.errors import InvalidRequest, shown
-from msi.messages import Welcome
 from msi.server.answers import Usage
 from msi.server.chat import FIELDS as CHAT_FIELDS
 from msi.server.chat import ChatRequest, parse_chat

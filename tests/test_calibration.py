@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msi.calibration import AGAIN_AFTER_S, ANSWER_TIMEOUT_S, Calibration
-from msi.messages import Calibrated, CalibrationCutShort
+from msi.control.calibration import AGAIN_AFTER_S, ANSWER_TIMEOUT_S, Calibration
+from msi.control.messages import Calibrated, CalibrationCutShort
 from msi.types import StageTimes
 
 LIVES = {"attention-0": 0, "attention-1": 0}

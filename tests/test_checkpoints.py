@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msi.errors import CheckpointError, ConfigError
-from msi.instance import check_files
+from msi.experts.half import load_expert_weights
+from msi.instance.instance import check_files
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
-from msi.models.expert_half import load_expert_weights
 from msi.models.families import load_config
 from msi.models.required import check_weights, required_tensors
 from msi.models.tensor_index import TensorIndex
@@ -487,7 +487,7 @@ def test_an_empty_tensor_is_no_weight(whole):
 
 def test_workers_refuse_what_the_launcher_would(whole):
     """As on hosts of a cluster, where each has a directory of its own."""
-    from msi.loading import ModelFiles
+    from msi.worker.loading import ModelFiles
 
     store_as(Q_PROJ, torch.zeros(64, 32, dtype=torch.float8_e4m3fn))(whole)
     config, _ = load_config(whole)

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from msi import Engine
-from msi.instance import create_coordinator, create_worker
+from msi.instance.instance import create_coordinator, create_worker
 from msi.net.tcp import TcpTransport
 from msi.options import InstanceOptions
 from tests import waiting

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msi.errors import Failure, ProtocolError
-from msi.messages import (
+from msi.control.messages import (
     CLIENT_END,
     COORDINATOR_END,
     FROM_CLIENT,
@@ -33,6 +32,7 @@ from msi.messages import (
     WorkerHello,
     WorkerStatus,
 )
+from msi.errors import Failure, ProtocolError
 from msi.net.codec import Codec
 from msi.types import Placement, Progress, Request, SamplingParams, StageTimes, TokenLogprobs
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from msi.errors import ConfigError
-from msi.instance import check_files
+from msi.instance.instance import check_files
 from msi.models.config import known_token_ids
 from msi.models.families import load_config, parse_config
 from msi.options import InstanceOptions

@@ -13,8 +13,8 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from msi.errors import ConfigError
-from msi.messages import (
+from msi.attention.scheduler import Request
+from msi.control.messages import (
     CLIENT_END,
     COORDINATOR_END,
     TO_CLIENT,
@@ -26,13 +26,13 @@ from msi.messages import (
     Welcome,
     WorkerHello,
 )
+from msi.errors import ConfigError
 from msi.net import control_server, control_socket
 from msi.net.codec import Codec
 from msi.net.control import ControlClient
 from msi.net.control_server import ControlServer
 from msi.net.secret import Secret
 from msi.net.socket_dir import SocketDir
-from msi.scheduler import Request
 from msi.types import SamplingParams
 from tests.waiting import until
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from msi.errors import ConfigError
-from msi.instance import check_files
-from msi.loading import ModelFiles
+from msi.instance.instance import check_files
 from msi.options import InstanceOptions
 from msi.placement import place_evenly
+from msi.worker.loading import ModelFiles
 from tests.reference import load_reference, save_tiny
 from tests.test_models import PlainDevice, assignment, logits_of
 

@@ -120,7 +120,7 @@ def test_the_coordinator_says_so_when_a_worker_is_slow(file, caplog, faults, sta
     deployment, costs = deployment_of_plan(file)
     watch = DriftWatch(file, 0.5)
     requests = poisson(40, 1000.0, fixed_lengths(16, 120), seed=1)
-    with caplog.at_level(logging.WARNING, "msi.coordinator"):
+    with caplog.at_level(logging.WARNING, "msi.control.coordinator"):
         simulate(deployment, costs, requests, faults=faults, drift=watch)
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("drift: ")]
     assert {stage for stage, ratio in watch.ratios.items() if ratio > 1.5} == stages

@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerFast
 
 from msi import ConfigError, Engine, InvalidRequest, SamplingParams
+from msi.control.messages import Stats
 from msi.errors import Unavailable
-from msi.messages import Stats
 from msi.server.chat import parse_chat
 from msi.server.chat_template import ChatTemplate
 from msi.server.completions import parse_completion

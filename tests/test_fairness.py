@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from msi import admission
-from msi.scheduler import Scheduler
-from msi.sequence import Sequence, share_budget
+from msi.attention import admission
+from msi.attention.scheduler import Scheduler
+from msi.attention.sequence import Sequence, share_budget
 from msi.types import Request, SamplingParams
 
 BLOCK = 4

@@ -15,14 +15,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import msi.models
 from msi import Engine, SamplingParams
+from msi.attention.half import frequencies_of
 from msi.errors import CheckpointError, ConfigError
-from msi.loading import ModelFiles
-from msi.models.attention_half import frequencies_of
+from msi.experts.half import load_expert_weights
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
-from msi.models.expert_half import load_expert_weights
 from msi.models.families import load_config, parse_config
 from msi.placement import place_evenly
+from msi.worker.loading import ModelFiles
 from tests.reference import references, save_tiny, tiny_config
 from tests.test_models import PlainDevice, assignment, edit
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msi import InvalidRequest, SamplingParams
-from msi.sampler import sample, sample_each
+from msi.attention.sampler import sample, sample_each
 from msi.types import LogitChanges, SamplingExtras, TokenSampling
 
 VOCAB = 23
@@ -165,7 +165,7 @@ def test_where_choosing_for_all_at_once_raises_each_row_is_chosen_alone(monkeypa
     logits = torch.randn(4, VOCAB)
     sampling = [TokenSampling(temperature, 1, 0, 1, 0, SamplingExtras(logprobs=1)) for temperature in (0, 0.5, 0.5, 1)]
     expected = sample(logits.clone(), sampling)
-    monkeypatch.setattr("msi.sampler.uniform_of", uniform)
+    monkeypatch.setattr("msi.attention.sampler.uniform_of", uniform)
     expected = sample(logits.clone(), sampling)
     sampling[2] = TokenSampling(0.5, 1, 0, 13, 0)
     with pytest.raises(ArithmeticError):

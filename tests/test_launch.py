@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from msi import Engine, SamplingParams
-from msi.messages import FROM_CLIENT, FROM_WORKER, Submit, WorkerHello
+from msi.control.messages import FROM_CLIENT, FROM_WORKER, Submit, WorkerHello
 from msi.net.codec import Codec
 from msi_launch.main import run
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from msi.errors import ConfigError
-from msi.pipeline import Stages, steady_pass_s
 from msi.planner.choose import best_plans, costs_of, is_it_worth_it, one_more, pareto_front
 from msi.planner.hardware import read_catalogue
 from msi.planner.machine import layouts, machine_of, machine_plans
 from msi.planner.model_shape import ModelShape
+from msi.planner.pipeline import Stages, steady_pass_s
 from msi.planner.plan import Workload
 from msi.planner.plan_file import PlanFile, task_from_json, task_to_json
 from msi.planner.profile import Profile, read_profile

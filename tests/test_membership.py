@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msi.members import NO_STATUS, InstancePlan, Lost, Send
-from msi.membership import STUCK_AFTER_S, Cluster
-from msi.messages import (
+from msi.control.members import NO_STATUS, InstancePlan, Lost, Send
+from msi.control.membership import STUCK_AFTER_S, Cluster
+from msi.control.messages import (
     PROTOCOL_VERSION,
     Assignment,
     Drain,

@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msi import Engine, SamplingParams
+from msi.attention.half import AttentionHalf, kv_cache_shape
+from msi.control.messages import Assignment
 from msi.errors import CheckpointError, ConfigError
+from msi.experts.half import load_expert_weights
 from msi.kernels import BLOCK_TOKENS
-from msi.loading import ModelFiles
-from msi.messages import Assignment
-from msi.models.attention_half import AttentionHalf, kv_cache_shape
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
-from msi.models.expert_half import load_expert_weights
 from msi.models.families import load_config, parse_config
 from msi.placement import place_evenly
 from msi.types import MicroBatch, TokenSampling
+from msi.worker.loading import ModelFiles
 from tests.reference import VOCAB_SIZE, greedy, load_reference, references, save_tiny, tiny_config
 
 

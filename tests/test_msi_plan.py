@@ -10,8 +10,8 @@ import pytest
 
 from msi.errors import ConfigError
 from msi.options import InstanceOptions, with_plan
-from msi.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.choose import balances, best_plans, is_it_worth_it, one_more, pareto_front
+from msi.planner.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.plan_file import PlanFile, read_plan_file
 from msi.planner.search import deployment_of
 from msi_launch import plan as msi_plan

@@ -2,7 +2,7 @@
 
 import pytest
 
-from msi.pipeline import Stages, choose_micro_batches, eq5_s, is_full, isolated_pass_s, steady_pass_s
+from msi.planner.pipeline import Stages, choose_micro_batches, eq5_s, is_full, isolated_pass_s, steady_pass_s
 
 
 def test_a_fast_network_needs_three_micro_batches_and_a_slow_one_four():

@@ -10,7 +10,6 @@ from statistics import mean
 import numpy as np
 import pytest
 
-from msi.pipeline import Stages
 from msi.planner import equations as eq
 from msi.planner.assumptions import Assumptions
 from msi.planner.hardware import Gpu, read_catalogue
@@ -30,6 +29,7 @@ from msi.planner.performance import (
     kv_shards,
     nodes_per_token,
 )
+from msi.planner.pipeline import Stages
 
 CATALOGUE = read_catalogue()
 

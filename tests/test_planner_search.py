@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from msi.errors import ConfigError
-from msi.pipeline import isolated_pass_s, steady_pass_s
 from msi.planner import equations as eq
 from msi.planner.algorithm1 import FITTED_AT, Fits, algorithm1
 from msi.planner.assumptions import BASELINES, DEFAULTS, Baseline
@@ -33,6 +32,7 @@ from msi.planner.performance import (
     expert_node_bytes,
     nodes_per_token,
 )
+from msi.planner.pipeline import isolated_pass_s, steady_pass_s
 from msi.planner.plan import Plan, Workload, plan_from_json
 from msi.planner.search import deployments, search
 from msi.planner.task import OBJECTIVES, Limits, Pool, Task, score_of

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from msi.control.messages import Welcome
 from msi.errors import InvalidRequest, Unavailable
-from msi.messages import Welcome
-from msi.prompts import Prompts, most_bytes_per_token
 from msi.server import preparers
 from msi.server.moment import Interrupted, for_a_moment
 from msi.server.prepare import (
@@ -31,6 +30,7 @@ from msi.server.prepare import (
     tokens_of,
 )
 from msi.server.preparers import Preparers
+from msi.text.prompts import Prompts, most_bytes_per_token
 from tests.conftest import TEXT
 from tests.edge import gateway
 
@@ -311,6 +311,6 @@ def test_a_prompt_of_any_size_is_refused_with_the_contexts_sentence(prompt):
 
 
 def test_a_text_too_long_is_refused_before_it_is_tokenised(monkeypatch):
-    monkeypatch.setattr("msi.prompts.encode", None)
+    monkeypatch.setattr("msi.text.prompts.encode", None)
     with pytest.raises(InvalidRequest, match="at least"):
         Prompts.of(TOKENIZERS["byte level"].to_str().encode(), 1000, 512).encode("a" * 100_000)

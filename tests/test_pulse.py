@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from msi.messages import CLIENT_END, COORDINATOR_END, ClientPulse
+from msi.control.messages import CLIENT_END, COORDINATOR_END, ClientPulse
 from msi.net.control import ControlClient
 from msi.net.control_server import ControlServer
 from msi.net.secret import Secret

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from msi.pipeline import Stages, steady_pass_s
 from msi.planner.assumptions import DEFAULTS
+from msi.planner.pipeline import Stages, steady_pass_s
 from tools import reproduce_paper
 from tools.paper.claims import CLAIMS, Claim, Measured, measure_all
 from tools.paper.sensitivity import KNOBS, Knob, Swing, by_claim, no_kv_copies, reason

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from msi.messages import StageTimes, Stats, WorkerStats, WorkerStatus
+from msi.control.messages import StageTimes, Stats, WorkerStats, WorkerStatus
 from msi.server.request_log import LoadLog, RequestLog
 from msi.types import Output
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 
-from msi import process_instance
-from msi.children import Child
+from msi.control.request_routing import Router
+from msi.control.restarts import HEALTHY_AFTER_S, TRIES, Restarts, restart_delay_s
+from msi.control.suspects import SUSPECTED_FOR_S
+from msi.instance import processes as process_instance
+from msi.instance.children import Child
 from msi.options import InstanceOptions
-from msi.restarts import HEALTHY_AFTER_S, TRIES, Restarts, restart_delay_s
-from msi.routing import Router
-from msi.suspects import SUSPECTED_FOR_S
 from msi.types import Progress, Request, SamplingParams
 
 

@@ -14,10 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from msi.coordinator import Coordinator
-from msi.errors import ProtocolError
-from msi.members import InstancePlan
-from msi.messages import (
+from msi.control.coordinator import Coordinator
+from msi.control.members import InstancePlan
+from msi.control.messages import (
     CLIENT_END,
     COORDINATOR_END,
     FROM_CLIENT,
@@ -36,6 +35,7 @@ from msi.messages import (
     WorkerReady,
     WorkerStatus,
 )
+from msi.errors import ProtocolError
 from msi.placement import place_evenly
 from msi.server.metrics import Metrics
 from msi.types import Request, SamplingParams, StageTimes

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from statistics import quantiles
 
+from msi.control.messages import RequestUpdate
+from msi.control.request_routing import WAIT_FOR_WORKERS_S, Router
 from msi.errors import Failure
-from msi.messages import RequestUpdate
-from msi.routing import WAIT_FOR_WORKERS_S, Router
 from msi.types import Progress, Request, SamplingParams
 
 

@@ -7,7 +7,7 @@ import collections
 import pytest
 import torch
 
-from msi.sampler import sample
+from msi.attention.sampler import sample
 from msi.sampling import uniform_of
 from msi.types import TokenSampling
 

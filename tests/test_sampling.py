@@ -17,11 +17,11 @@ from transformers.generation.logits_process import (
 )
 
 from msi import Engine, InvalidRequest, SamplingParams
-from msi.sampler import _change, sample
+from msi.attention.sampler import _change, sample
 from msi.sampling import choices_of, has_extras, sampling_extras, seed_of_choice
-from msi.text_stream import TextStream
+from msi.text.text_stream import TextStream
+from msi.text.vocabulary import Vocabulary
 from msi.types import LogitChanges, SamplingExtras, TokenLogprobs, TokenSampling
-from msi.vocabulary import Vocabulary
 from tests.conftest import TEXT
 from tests.test_engine import collect, idle
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msi.attention.scheduler import Scheduler
 from msi.errors import InvalidRequest, Unavailable
-from msi.scheduler import Scheduler
 from msi.types import Progress, Request, SamplingExtras, SamplingParams, TokenLogprobs
 
 EOS = 2

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msi.pipeline import Stages, isolated_pass_s, steady_pass_s
+from msi.planner.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.simulator.clock import SimulationStalled, run_virtual
 from msi.simulator.instance import Passes, Shape, SimulatedInstance
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from msi.errors import ConfigError
-from msi.pipeline import Stages, isolated_pass_s, steady_pass_s
+from msi.planner.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.stage_costs import ConstantCosts
 from msi.simulator.clock import SimulationStalled
 from msi.simulator.deployment import Deployment, Fault, parse_fault

@@ -7,8 +7,8 @@ import tracemalloc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msi.stop_strings import StopSearch
-from msi.text_stream import text_streams
+from msi.text.stop_strings import StopSearch
+from msi.text.text_stream import text_streams
 from msi.types import MAX_CHOICES, MAX_STOP_CHARS, MAX_STOP_STRINGS, SamplingParams
 
 strings = st.text("ab€", min_size=1, max_size=6)

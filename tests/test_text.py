@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from msi import SamplingParams
-from msi.detokenizer import MAX_HELD_BYTES, end_of_prompt
 from msi.errors import ConfigError, InvalidRequest, RequestFailed
 from msi.server.completions import CompletionAnswer
-from msi.text_stream import TextStream, text_streams
-from msi.tokenizer import encode, load_tokenizer
+from msi.text.detokenizer import MAX_HELD_BYTES, end_of_prompt
+from msi.text.text_stream import TextStream, text_streams
+from msi.text.tokenizer import encode, load_tokenizer
+from msi.text.vocabulary import REPLACEMENT, Vocabulary
 from msi.types import Output, TokenLogprobs, TokenText
-from msi.vocabulary import REPLACEMENT, Vocabulary
 from tests.vocabularies import CORPUS, KINDS, tokenizer_of
 
 TEXTS = [

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from msi.waves import Rows, WaveBatch, Waves
+from msi.experts.waves import Rows, WaveBatch, Waves
 
 LAYERS = 4
 W = 1.0

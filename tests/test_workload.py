@@ -9,7 +9,7 @@ import pytest
 
 from msi.errors import ConfigError
 from msi.placement import place_evenly
-from msi.simulator.routing import build_routing
+from msi.simulator.popularity import build_routing
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, bursts, fixed_lengths, lognormal_lengths, poisson, read_trace
 from tests.test_simulator import COSTS, SMALL

@@ -83,14 +83,14 @@ def counted(owner: type, name: str) -> None:
 
 def work(arguments: list[str]) -> int:
     """Runs msi-launch with its stages timed; SIGUSR1 prints a snapshot."""
-    from msi.attention_role import AttentionRole
-    from msi.expert_server import ExpertServer
-    from msi.models.attention_half import AttentionHalf
+    from msi.attention.half import AttentionHalf
+    from msi.attention.role import AttentionRole
+    from msi.attention.scheduler import Scheduler
+    from msi.experts.server import ExpertServer
+    from msi.experts.waves import Waves
     from msi.net.dispatch_link import DispatchLink
     from msi.net.shm import ShmTransport
-    from msi.scheduler import Scheduler
-    from msi.waves import Waves
-    from msi.worker import Worker
+    from msi.worker.worker import Worker
 
     timed(ShmTransport, "_rung", "read rings, check what landed")
     timed(AttentionHalf, "attention_route_pack", "enqueue attention")
@@ -129,7 +129,7 @@ async def main() -> None:
         threads_per_worker=1,
         load_format=arguments.load_format,
     )
-    from msi.instance import create_coordinator, worker_ids
+    from msi.instance.instance import create_coordinator, worker_ids
 
     coordinator = create_coordinator(options, "tcp://127.0.0.1:*")
     running = asyncio.ensure_future(coordinator.run())

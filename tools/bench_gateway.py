@@ -28,8 +28,8 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 
+from msi.control.messages import InstanceStatus, Welcome
 from msi.engine import Engine
-from msi.messages import InstanceStatus, Welcome
 from msi.options import DEMO_MODEL
 from msi.server.gateway import Gateway
 from msi.types import Output, SamplingParams
@@ -51,7 +51,7 @@ class MadeUp(Engine):
 
     def __init__(self) -> None:
         super().__init__()
-        from msi.prompts import Prompts
+        from msi.text.prompts import Prompts
 
         content = (DEMO_MODEL / "tokenizer.json").read_bytes()
         self._welcome = Welcome("demo", 2048, 1024, content)

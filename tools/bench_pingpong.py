@@ -25,8 +25,8 @@ from statistics import median
 from typing import Any
 
 from msi import Engine, SamplingParams
-from msi.messages import Stats
-from msi.pipeline import Stages, steady_pass_s
+from msi.control.messages import Stats
+from msi.planner.pipeline import Stages, steady_pass_s
 from msi_launch.command_line import ScriptLine
 
 VOCAB_SIZE = 2048

@@ -31,10 +31,10 @@ from msi.errors import EngineError
 from msi.models.config import config_digest
 from msi.models.families import load_config
 from msi.models.shape import shape_of
-from msi.pipeline import Stages, steady_pass_s
 from msi.planner.hardware import read_catalogue
 from msi.planner.machine import Layout, machine_for
 from msi.planner.model_shape import ModelShape
+from msi.planner.pipeline import Stages, steady_pass_s
 from msi.planner.plan import Workload
 from msi.planner.profile import Profile, read_profile
 from msi.planner.task import Pool, Task

@@ -32,8 +32,8 @@ from msi.planner.plan_file import read_plan_file
 from msi.planner.stage_costs import ConstantCosts, StageCosts
 from msi.simulator.deployment import Deployment, parse_fault
 from msi.simulator.planned import deployment_of_plan
+from msi.simulator.popularity import read_popularity
 from msi.simulator.report import Percentiles, Report
-from msi.simulator.routing import read_popularity
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, bursts, fixed_lengths, lognormal_lengths, poisson, read_trace
 from msi_launch.command_line import ScriptLine

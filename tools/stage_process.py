@@ -21,17 +21,17 @@ from typing import Any
 import torch
 import uvloop
 
-from msi.attention_role import AttentionRole
+from msi.attention.half import kv_cache_shape
+from msi.attention.role import AttentionRole
+from msi.attention.scheduler import Scheduler
+from msi.control.messages import FROM_WORKER, Assignment, ExpertAddress, Linked, PassDone, Topology
 from msi.device.choice import open_device
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError, EngineError
-from msi.expert_role import ExpertRole
+from msi.experts.role import ExpertRole
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.routing import row_bytes
-from msi.loading import DTYPES, LoadedPart, ModelFiles
-from msi.messages import FROM_WORKER, Assignment, ExpertAddress, Linked, PassDone, Topology
-from msi.models.attention_half import kv_cache_shape
 from msi.net.codec import Codec
 from msi.net.inproc import InprocTransport
 from msi.net.shm import ShmTransport
@@ -39,9 +39,9 @@ from msi.net.slots import HEADER_BYTES
 from msi.net.tcp import TcpTransport
 from msi.net.transport import Transport
 from msi.placement import place_evenly
-from msi.scheduler import Scheduler
-from msi.torch_host import TorchModel
 from msi.types import Request, SamplingParams
+from msi.worker.loading import DTYPES, LoadedPart, ModelFiles
+from msi.worker.torch_host import TorchModel
 from tools.stage_sides import SLOT_ROWS, AttentionSide, ExpertSide, Timed
 
 LINK_TIMEOUT_S = 60.0

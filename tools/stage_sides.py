@@ -13,21 +13,21 @@ from typing import cast
 
 import torch
 
+from msi.attention.half import AttentionHalf, slot_rows_view
+from msi.attention.lanes import run_pass
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError
+from msi.experts.half import ExpertHalf
+from msi.experts.waves import Rows, WaveBatch
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.routing import PackedRows, row_bytes
-from msi.lanes import run_pass
-from msi.loading import LoadedPart
 from msi.meter import StageMeter
-from msi.models.attention_half import AttentionHalf, slot_rows_view
 from msi.models.config import ModelConfig
-from msi.models.expert_half import ExpertHalf
 from msi.net.dispatch_link import DispatchLink
 from msi.net.slots import SlotLayout
 from msi.types import MicroBatch, Placement, TokenSampling
-from msi.waves import Rows, WaveBatch
+from msi.worker.loading import LoadedPart
 
 SLOT_ROWS = 512
 GREEDY = TokenSampling(0.0, 1.0, 0, 0, 0)

@@ -31,7 +31,6 @@ from typing import Literal
 import numpy as np
 
 from msi.errors import ConfigError
-from msi.pipeline import Stages
 from msi.planner import equations as eq
 from msi.planner.deployment import Side, attention_gpus_beside, instances_that_fit, sides
 from msi.planner.model_shape import ModelShape
@@ -44,6 +43,7 @@ from msi.planner.performance import (
     gemm_s,
     kv_shards,
 )
+from msi.planner.pipeline import Stages
 from msi.planner.plan import Limit, Plan
 from msi.planner.task import Task
 

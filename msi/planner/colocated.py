@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from msi.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.assumptions import Baseline
 from msi.planner.hardware import Gpu
 from msi.planner.performance import (
@@ -16,6 +15,7 @@ from msi.planner.performance import (
     context_len,
     expert_gemm_s,
 )
+from msi.planner.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.plan import Limit, Plan
 from msi.planner.task import MAX_MICRO_BATCH, Pool, Task, score_of
 

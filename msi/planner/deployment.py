@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msi.pipeline import Stages, isolated_pass_s
 from msi.planner.assumptions import Assumptions, Quantity
 from msi.planner.hardware import Gpu
 from msi.planner.performance import (
@@ -23,6 +22,7 @@ from msi.planner.performance import (
     expert_node_bytes,
     nodes_per_token,
 )
+from msi.planner.pipeline import Stages, isolated_pass_s
 from msi.planner.plan import Limit, Plan
 from msi.planner.task import Limits, Objective, Pool, StageFactors, Task
 

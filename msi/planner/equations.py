@@ -1,8 +1,8 @@
 """Equations 3 to 8 of the MegaScale-Infer paper (arXiv 2504.02263), each as written and as corrected here.
 
 Side by side, so that a reader can check ours against the paper's line by line. Single numbers, seconds, bytes and
-bytes per second; notation in the arguments' names. Eq 3, 4 and 5 without their corrections are what `msi.pipeline`
-has; DEFECTS says what is wrong with which equation, and where it is put right.
+bytes per second; notation in the arguments' names. Eq 3, 4 and 5 without their corrections are what
+`msi.planner.pipeline` has; DEFECTS says what is wrong with which equation, and where it is put right.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from msi.pipeline import Stages, eq5_s, isolated_pass_s
+from msi.planner.pipeline import Stages, eq5_s, isolated_pass_s
 
 DEFECTS: Mapping[int, str] = {
     1: "Eq 6 counts elements, and Util takes the whole: bytes, and the message of one pair (eq6_corrected_s)",

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from msi.errors import ConfigError
-from msi.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.hardware import Gpu
 from msi.planner.performance import (
     active_experts,
@@ -19,6 +18,7 @@ from msi.planner.performance import (
     expert_node_bytes,
     nodes_per_token,
 )
+from msi.planner.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.plan import Limit, Plan
 from msi.planner.profile import Profile
 from msi.planner.profiled_costs import Deployment, ProfiledCosts

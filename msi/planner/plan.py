@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from msi.errors import ConfigError
-from msi.pipeline import Stages
+from msi.planner.pipeline import Stages
 
 Kind = Literal["disaggregated", "colocated"]
 Limit = Literal["tpot", "attention memory", "expert memory", "batch limit"]

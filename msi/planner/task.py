@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from msi.errors import ConfigError
-from msi.pipeline import MAX_MICRO_BATCHES
 from msi.planner.assumptions import DEFAULTS, Assumptions
 from msi.planner.hardware import Gpu
 from msi.planner.model_shape import ModelShape
+from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan import Plan, Workload
 from msi.planner.profile import Profile
 

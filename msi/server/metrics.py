@@ -30,7 +30,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from msi.messages import Stats, WorkerStats
+from msi.control.messages import Stats, WorkerStats
 from msi.types import Output
 from msi.watchdog import BUCKETS_S, COUNTER_PREFIX
 

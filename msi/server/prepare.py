@@ -11,14 +11,14 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msi.control.messages import Welcome
 from msi.errors import EngineError, Failure, InvalidRequest, ModelNotFound, shown
-from msi.messages import Welcome
 from msi.net.codec import Codec
-from msi.prompts import Prompts
 from msi.server.chat import parse_chat
 from msi.server.chat_template import ChatTemplates
 from msi.server.completions import parse_completion
 from msi.server.fields import Streaming, Values, kind_of, parse_object, typed
+from msi.text.prompts import Prompts
 from msi.types import SamplingParams
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
+from msi.control.messages import Stats
 from msi.engine import Engine
 from msi.errors import EngineError
-from msi.messages import Stats
 from msi.types import Output
 
 log = logging.getLogger(__name__)

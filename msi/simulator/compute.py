@@ -8,16 +8,16 @@ import struct
 from collections import deque
 from collections.abc import Callable
 
+from msi.experts.waves import Finished, WaveBatch
 from msi.meter import StageMeter
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink, Turn
 from msi.net.slots import HEADER_BYTES
 from msi.planner.stage_costs import StageCosts
 from msi.simulator.clock import virtual_loop
-from msi.simulator.routing import Routing
+from msi.simulator.popularity import Routing
 from msi.tracing import Tracer
 from msi.types import MicroBatch, Sampled
-from msi.waves import Finished, WaveBatch
 
 ROW_BYTES = 16  # of a simulated row, either way
 DRAW = struct.Struct("<II")  # lies where the first row would: the mark of the draw, and the tokens it was for
@@ -90,7 +90,7 @@ class SimulatedQueue:
 class SimulatedAttention:
     """An attention half whose stages take what `costs` says and whose rows go where `routing` says.
 
-    Implements `msi.host.AttentionPart`.
+    Implements `msi.worker.host.AttentionPart`.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ def _resolve(duration_s: float, done: asyncio.Future[float]) -> None:
 
 
 class SimulatedExperts:
-    """The experts of one node, whose batches take what `costs` says. Implements `msi.host.ExpertPart`."""
+    """The experts of one node, whose batches take what `costs` says. Implements `msi.worker.host.ExpertPart`."""
 
     def __init__(
         self, link: CombineLink, queue: SimulatedQueue, *, node: int, costs: StageCosts, routing: Routing

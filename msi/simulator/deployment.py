@@ -6,10 +6,10 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
+from msi.control.members import InstancePlan
 from msi.errors import ConfigError
-from msi.members import InstancePlan
-from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
+from msi.planner.pipeline import MAX_MICRO_BATCHES
 
 FAULTS = ("slow", "stalled", "dead")
 

@@ -6,8 +6,7 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
-from msi.host import ServedShape
-from msi.messages import Assignment
+from msi.control.messages import Assignment
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.slots import HEADER_BYTES
@@ -15,9 +14,10 @@ from msi.planner.stage_costs import StageCosts
 from msi.simulator.clock import virtual_loop
 from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts, SimulatedQueue
 from msi.simulator.deployment import Deployment
-from msi.simulator.routing import Routing
+from msi.simulator.popularity import Routing
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from msi.tracing import Tracer
+from msi.worker.host import ServedShape
 
 VOCAB_SIZE = 32_000  # only calibration asks
 COSTS_REMEMBERED = 4096
@@ -46,7 +46,7 @@ class World:
 
 
 class SimulatedModel:
-    """Implements `msi.host.LoadedModel`."""
+    """Implements `msi.worker.host.LoadedModel`."""
 
     def __init__(self, world: World, assignment: Assignment, queue: SimulatedQueue) -> None:
         self.shape = ServedShape(world.deployment.num_layers, VOCAB_SIZE, (), ROW_BYTES, ROW_BYTES)
@@ -78,7 +78,7 @@ class SimulatedModel:
 
 
 class SimulatedHost:
-    """Implements `msi.host.Host`; use it inside a virtual loop."""
+    """Implements `msi.worker.host.Host`; use it inside a virtual loop."""
 
     def __init__(self, world: World, role: str) -> None:
         self.clock = virtual_loop().time

@@ -11,17 +11,17 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from msi.expert_server import ExpertServer
-from msi.lanes import run_lane
+from msi.attention.lanes import run_lane
+from msi.experts.server import ExpertServer
+from msi.experts.waves import Waves
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
-from msi.pipeline import Stages
+from msi.planner.pipeline import Stages
 from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts, SimulatedQueue
-from msi.simulator.routing import Draw
+from msi.simulator.popularity import Draw
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from msi.types import MicroBatch, Sampled
-from msi.waves import Waves
 
 MICRO_BATCH = MicroBatch((0,), (0,), (1,), (1,), ((0,),))
 PEER_TIMEOUT_S = 1e6  # virtual; a test that wants a loss causes it
@@ -187,7 +187,7 @@ class SimulatedExpertWorker:
 class SimulatedInstance:
     """Workers of one shape on one simulated network; use as an async context manager inside a virtual loop.
 
-    It is its own stage costs (`msi.planner.stage_costs.StageCosts`) and routing (`msi.simulator.routing.Routing`).
+    It is its own stage costs (`msi.planner.stage_costs.StageCosts`) and routing (`msi.simulator.popularity.Routing`).
     """
 
     def __init__(self, shape: Shape) -> None:

@@ -11,23 +11,23 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from msi.client import CoordinatorClient
-from msi.coordinator import Coordinator
+from msi.control.client import CoordinatorClient
+from msi.control.coordinator import Coordinator
+from msi.control.messages import Welcome
 from msi.errors import EngineError, Unavailable
-from msi.messages import Welcome
 from msi.planner.drift import DriftWatch
 from msi.planner.stage_costs import StageCosts
 from msi.simulator.clock import run_virtual, virtual_loop
 from msi.simulator.control import SimulatedServer
 from msi.simulator.deployment import Deployment, Fault, check_faults
 from msi.simulator.host import VOCAB_SIZE, RememberedCosts, SimulatedHost, World
+from msi.simulator.popularity import Routing, build_routing
 from msi.simulator.report import Report, RequestResult, build_report
-from msi.simulator.routing import Routing, build_routing
 from msi.simulator.transport import SimulatedNetwork
 from msi.simulator.workload import Arrival, check_arrivals
 from msi.tracing import merge
 from msi.types import Request, SamplingParams
-from msi.worker import Worker, WorkerSettings
+from msi.worker.worker import Worker, WorkerSettings
 
 DAY_S = 86_400.0
 
@@ -51,7 +51,7 @@ def simulate(
     """Serves the requests and says how it went.
 
     Args:
-        popularity: see `msi.simulator.routing.build_routing`.
+        popularity: see `msi.simulator.popularity.build_routing`.
         trace: a file for a Chrome trace, as the real run writes it.
         drift: for the coordinator, which holds what the simulated workers measure against it.
         is_collapsing: messages that land together are one event; changes the cost of simulating alone.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msi.pipeline import Stages
+from msi.planner.pipeline import Stages
 from msi.simulator.clock import run_virtual
 from msi.simulator.instance import Shape, SimulatedInstance
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from msi.pipeline import Stages, steady_pass_s
 from msi.planner.assumptions import BASELINES, DEFAULTS, Assumptions, Baseline
 from msi.planner.colocated import best_colocated
 from msi.planner.hardware import Gpu, read_catalogue
 from msi.planner.model_shape import ModelShape
 from msi.planner.performance import active_experts, nodes_per_token
+from msi.planner.pipeline import Stages, steady_pass_s
 from msi.planner.plan import Plan, Workload
 from msi.planner.search import deployment_of, search
 from msi.planner.task import Limits, Objective, Pool, Task, score_of

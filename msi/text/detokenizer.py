@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msi.vocabulary import REPLACEMENT, Vocabulary, ends_inside_character, utf8_state
+from msi.text.vocabulary import REPLACEMENT, Vocabulary, ends_inside_character, utf8_state
 
 MAX_HELD_BYTES = 64
 MAX_WINDOW = 8

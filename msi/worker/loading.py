@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
+from msi.control.messages import Assignment
 from msi.device.device import Device
 from msi.errors import ConfigError
+from msi.experts.half import ExpertWeights, load_expert_weights
 from msi.kernels import BLOCK_TOKENS
-from msi.messages import Assignment
 from msi.models.attention_weights import AttentionWeights, load_attention_weights
 from msi.models.checkpoint import Checkpoint, DummyCheckpoint
 from msi.models.config import ModelConfig, config_digest
-from msi.models.expert_half import ExpertWeights, load_expert_weights
 from msi.models.families import load_config
 from msi.models.required import check_tensors
 

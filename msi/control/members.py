@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from msi.messages import Assignment, WorkerHello, WorkerStatus
+from msi.control.messages import Assignment, WorkerHello, WorkerStatus
 from msi.types import Placement, StageTimes
 
 NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes(), {})
@@ -13,7 +13,7 @@ NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes(), {})
 
 @dataclass(frozen=True, slots=True)
 class InstancePlan:
-    """The shape of an instance; see `msi.messages.Assignment` for what is not said here.
+    """The shape of an instance; see `msi.control.messages.Assignment` for what is not said here.
 
     Attributes:
         num_lanes: lanes that slots are made for.

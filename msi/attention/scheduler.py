@@ -3,9 +3,9 @@
 Decides; does not act: takes requests and sampled tokens, returns micro-batches and progress. Knows no clock, tensors
 or sockets.
 
-A request waits until `msi.admission` lets it onto a lane, which it keeps to its end or preemption. Each micro-batch
-takes from the lane's sequences what `share_budget` says. Sequences fail alone: those whose values went wrong by what
-the sampler says, and where an exception came out of a pass each is tried again by itself.
+A request waits until `admission` lets it onto a lane, which it keeps to its end or preemption. Each micro-batch takes
+from the lane's sequences what `share_budget` says. Sequences fail alone: those whose values went wrong by what the
+sampler says, and where an exception came out of a pass each is tried again by itself.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
-from msi.admission import Admission
-from msi.block_pool import BlockPool
+from msi.attention.admission import Admission
+from msi.attention.block_pool import BlockPool
+from msi.attention.sequence import Lane, Sequence, micro_batch, share_budget
 from msi.errors import InvalidRequest, Unavailable, context_exceeded, shown
 from msi.sampling import is_stop_token
-from msi.sequence import Lane, Sequence, micro_batch, share_budget
 from msi.types import MicroBatch, Progress, Request, TokenLogprobs
 
 NO_LOGPROBS: Mapping[int, TokenLogprobs] = {}

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msi.errors import EngineError
-from msi.instance import check_device, check_files, create_coordinator, create_worker, worker_ids
+from msi.instance.instance import check_device, check_files, create_coordinator, create_worker, worker_ids
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 
 if TYPE_CHECKING:
-    from msi.worker import Worker
+    from msi.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from msi.block_pool import BlockPool, hash_block
-from msi.sequence import Lane, Sequence
+from msi.attention.block_pool import BlockPool, hash_block
+from msi.attention.sequence import Lane, Sequence
 
 OVERTAKING = 32  # waiting requests that are looked at for one that fits
 PATIENCE = 32  # tokens still to be computed, at which it costs less to wait for a sequence than to compute it again

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from msi.control.members import Applicant, InstancePlan, Member
+from msi.control.messages import PROTOCOL_VERSION, WorkerHello
 from msi.errors import shown
-from msi.members import Applicant, InstancePlan, Member
-from msi.messages import PROTOCOL_VERSION, WorkerHello
 
 MAX_APPLICANTS = 1024
 MAX_TEXT_CHARS = 256  # of each that a hello brings: they stand in logs and sentences

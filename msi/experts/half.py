@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msi.attention.half import slot_rows_view
 from msi.device.device import Device
+from msi.experts.waves import Finished, WaveBatch
 from msi.kernels.experts import moe_experts
 from msi.kernels.routing import PackedRows
 from msi.meter import StageMeter
-from msi.models.attention_half import slot_rows_view
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
 from msi.models.family import StackedExpertNames
 from msi.net.slots import SlotLayout
-from msi.waves import Finished, WaveBatch
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -76,7 +76,7 @@ def _read_expert(config: ModelConfig, source: TensorSource, layer: int, expert: 
 
 
 class ExpertHalf:
-    """Implements `msi.expert_server.ExpertCompute`.
+    """Implements `msi.experts.server.ExpertCompute`.
 
     Args:
         landing: where rows land: uint8 [num_seats, stride] of `dispatch_layout` slots.
@@ -107,7 +107,7 @@ class ExpertHalf:
         self._rows = PackedRows.view(rows, config.hidden_size, config.top_k, dtype)
         self._outboxes: dict[int, Tensor] = {}
 
-    # -- msi.expert_server.ExpertCompute -----------------------------------------------------------------------------
+    # -- msi.experts.server.ExpertCompute -----------------------------------------------------------------------------
 
     def attach(self, seat: int, outbox: memoryview) -> None:
         rows = slot_rows_view(outbox, 1, len(outbox), self._answer_layout)[0]

@@ -16,12 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from msi.attention_role import AttentionRole
-from msi.errors import ConfigError, EngineError, Unavailable
-from msi.expert_role import ExpertRole
-from msi.host import Host, LoadedModel
-from msi.lateness import read_first, sleep_late
-from msi.messages import (
+from msi.attention.role import AttentionRole
+from msi.control.lateness import read_first, sleep_late
+from msi.control.messages import (
     PROTOCOL_VERSION,
     Assignment,
     Calibrate,
@@ -48,12 +45,15 @@ from msi.messages import (
     WorkerReady,
     WorkerStatus,
 )
+from msi.errors import ConfigError, EngineError, Unavailable
+from msi.experts.role import ExpertRole
 from msi.net.alarm import Alarm
 from msi.net.control import MessageClient
 from msi.net.transport import Transport
 from msi.tracing import Tracer
 from msi.types import StageTimes
 from msi.watchdog import LoopWatch
+from msi.worker.host import Host, LoadedModel
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from msi.errors import InvalidRequest, context_exceeded, shown
-from msi.tokenizer import decode, encode, load_tokenizer
+from msi.text.tokenizer import decode, encode, load_tokenizer
 from msi.types import SamplingParams
 
 COMPOSED = 3  # NFC makes at most so many bytes into one

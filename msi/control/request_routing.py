@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+from msi.attention.sequence import CONTEXT_UNIT
+from msi.control.messages import RequestUpdate
+from msi.control.suspects import CRASHES_ALLOWED, SUSPECTED_FOR_S, Suspects
 from msi.errors import EngineError, Failure, InvalidRequest, RequestFailed, Unavailable
-from msi.messages import RequestUpdate
-from msi.sequence import CONTEXT_UNIT
-from msi.suspects import CRASHES_ALLOWED, SUSPECTED_FOR_S, Suspects
 from msi.types import Progress, Request
 
 WAIT_FOR_WORKERS_S = 30.0
@@ -44,7 +44,7 @@ class Load:
     """What a worker has been given and has not finished.
 
     Attributes:
-        predicted: of a decode step, in units of one sequence without context (`msi.sequence.CONTEXT_UNIT`).
+        predicted: of a decode step, in units of one sequence without context (`msi.attention.sequence.CONTEXT_UNIT`).
         num_tokens: of KV cache that may come to be needed.
     """
 

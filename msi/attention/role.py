@@ -11,18 +11,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from msi.attention.lanes import run_lane, run_pass
+from msi.attention.scheduler import Scheduler
 from msi.complaints import Complaints
+from msi.control.messages import Assignment, ExpertAddress, Linked, PassDone, PeerLost, RequestsFailed, Topology
 from msi.errors import BatchRefused, EngineError, Failure, RequestFailed, TransportError, one_line
-from msi.expert_role import link_hello
-from msi.host import LoadedModel
+from msi.experts.role import link_hello
 from msi.kernels import BLOCK_TOKENS
-from msi.lanes import run_lane, run_pass
-from msi.messages import Assignment, ExpertAddress, Linked, PassDone, PeerLost, RequestsFailed, Topology
 from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
 from msi.net.transport import Transport
-from msi.scheduler import Scheduler
 from msi.types import MicroBatch, Request, Sampled, StageTimes, TokenSampling
+from msi.worker.host import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ CALIBRATION_CONTEXT = 128
 class AttentionRole:
     """One life (incarnation) of an attention worker; weights and device outlive it.
 
-    Implements `msi.lanes.MicroBatches`.
+    Implements `msi.attention.lanes.MicroBatches`.
 
     Args:
         num_blocks: KV blocks, the padding block included.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from msi.expert_server import ExpertServer
-from msi.host import LoadedModel, ServedShape
-from msi.messages import Assignment
+from msi.control.messages import Assignment
+from msi.experts.server import ExpertServer
+from msi.experts.waves import Waves
 from msi.net.combine_link import CombineLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
 from msi.net.secret import public_name
 from msi.net.transport import Transport
 from msi.types import StageTimes
-from msi.waves import Waves
+from msi.worker.host import LoadedModel, ServedShape
 
 MIN_WAIT_S = 0.005  # W on a real host is never less: its scheduler takes a core away for longer than a short turn
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from msi.attention.sampler import sample, sample_each
 from msi.complaints import Complaints
 from msi.device.device import Device
 from msi.kernels import BLOCK_TOKENS
@@ -31,7 +32,6 @@ from msi.models.attention_weights import AttentionLayer, AttentionWeights
 from msi.models.config import ModelConfig, Rope
 from msi.net.dispatch_link import Turn
 from msi.net.slots import HEADER_BYTES, SlotLayout
-from msi.sampler import sample, sample_each
 from msi.types import MicroBatch, Placement, Sampled
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class _LaneState:
 
 
 class AttentionHalf:
-    """Implements `msi.lanes.AttentionCompute`.
+    """Implements `msi.attention.lanes.AttentionCompute`.
 
     Args:
         landing: where combined rows land: uint8 [num_nodes, stride] of `answer_layout` slots.
@@ -119,7 +119,7 @@ class AttentionHalf:
             for lane in range(self._layout.num_lanes)
         ]
 
-    # -- msi.lanes.AttentionCompute ----------------------------------------------------------------------------------
+    # -- msi.attention.lanes.AttentionCompute --------------------------------------------------------------------------
 
     def begin(self, lane: int, micro_batch: MicroBatch) -> None:
         """The embedding is looked up at the start of the first layer's work."""

@@ -1,4 +1,4 @@
-"""Text to tokens: how a tokenizer is loaded and what it makes of a prompt. The way back is `msi.detokenizer`."""
+"""Text to tokens: how a tokenizer is loaded and what it makes of a prompt. The way back is `msi.text.detokenizer`."""
 
 from __future__ import annotations
 

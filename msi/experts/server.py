@@ -19,8 +19,8 @@ from typing import Protocol
 
 from msi.complaints import Complaints
 from msi.errors import one_line
+from msi.experts.waves import Finished, WaveBatch, Waves
 from msi.net.combine_link import CombineLink
-from msi.waves import Finished, WaveBatch, Waves
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,8 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
-from msi.lateness import read_first, sleep_late
-from msi.messages import (
+from msi.control.lateness import read_first, sleep_late
+from msi.control.messages import (
     CLIENT_END,
     PROTOCOL_VERSION,
     Cancel,
@@ -27,6 +26,7 @@ from msi.messages import (
     Submit,
     Welcome,
 )
+from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
 from msi.net.control import ControlClient, MessageClient
 from msi.net.secret import Secret
 from msi.types import Request

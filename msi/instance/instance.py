@@ -1,6 +1,6 @@
 """What an instance consists of: its plan, its coordinator and its workers, ready to run.
 
-`msi.inproc_instance` runs all of it in the calling process, `msi.process_instance` as child processes.
+`msi.instance.inproc` runs all of it in the calling process, `msi.instance.processes` as child processes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from msi.coordinator import Coordinator
+from msi.control.coordinator import Coordinator
+from msi.control.members import InstancePlan
+from msi.control.messages import COORDINATOR_END, WORKER_END, Welcome
 from msi.errors import ConfigError
-from msi.members import InstancePlan
-from msi.messages import COORDINATOR_END, WORKER_END, Welcome
 from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
 from msi.models.files import read_json
@@ -24,14 +24,14 @@ from msi.net.control import ControlClient
 from msi.net.control_server import ControlServer
 from msi.net.secret import NO_SECRET, Trust
 from msi.options import InstanceOptions
-from msi.pipeline import MAX_MICRO_BATCHES
 from msi.placement import place_evenly
 from msi.planner.drift import DriftWatch
+from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan_file import check_model, read_plan_file
 from msi.watchdog import LoopWatch
 
 if TYPE_CHECKING:
-    from msi.worker import Worker
+    from msi.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +125,8 @@ def create_worker(
     trust: Trust = NO_SECRET,
 ) -> Worker:
     """Raises ConfigError: the model directory or the settings cannot work."""
-    from msi.torch_host import HostSettings, TorchHost  # torch takes a second, and only workers need it
-    from msi.worker import Worker, WorkerSettings
+    from msi.worker.torch_host import HostSettings, TorchHost  # torch takes a second, and only workers need it
+    from msi.worker.worker import Worker, WorkerSettings
 
     host = HostSettings(
         coordinator=coordinator,

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from msi.messages import Calibrate, Calibrated, CalibrationCutShort
-from msi.pipeline import Stages, calibration_steps, choose_micro_batches
+from msi.control.messages import Calibrate, Calibrated, CalibrationCutShort
+from msi.planner.pipeline import Stages, calibration_steps, choose_micro_batches
 from msi.types import StageTimes
 
 BATCH = 32

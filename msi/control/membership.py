@@ -10,9 +10,9 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterator
 
-from msi.formation import Formation, Refusal
-from msi.members import InstancePlan, Instruction, Lost, Member, Send, assignment
-from msi.messages import (
+from msi.control.formation import Formation, Refusal
+from msi.control.members import InstancePlan, Instruction, Lost, Member, Send, assignment
+from msi.control.messages import (
     Assignment,
     Drain,
     ExpertAddress,

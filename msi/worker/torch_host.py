@@ -11,16 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from msi.attention.half import AttentionHalf, kv_cache_shape
+from msi.control.messages import Assignment
 from msi.device.choice import open_device
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError
-from msi.host import ServedShape
+from msi.experts.half import ExpertHalf
 from msi.kernels.routing import row_bytes
-from msi.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
-from msi.messages import Assignment
-from msi.models.attention_half import AttentionHalf, kv_cache_shape
-from msi.models.expert_half import ExpertHalf
 from msi.net import shm
 from msi.net.auto import AutoTransport
 from msi.net.combine_link import CombineLink
@@ -32,6 +30,8 @@ from msi.net.shm import ShmTransport
 from msi.net.tcp import TcpTransport, address_towards, split_address
 from msi.net.transport import Transport
 from msi.tracing import Tracer
+from msi.worker.host import ServedShape
+from msi.worker.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class HostSettings:
 
 
 class TorchModel:
-    """Implements `msi.host.LoadedModel`."""
+    """Implements `msi.worker.host.LoadedModel`."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class TorchModel:
 
 
 class TorchHost:
-    """Implements `msi.host.Host`; the device is opened by `introduce`, on the worker's event loop.
+    """Implements `msi.worker.host.Host`; the device is opened by `introduce`, on the worker's event loop.
 
     Raises:
         ConfigError: the model directory cannot work.

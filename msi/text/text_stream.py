@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from msi.detokenizer import Detokenizer, end_of_prompt
 from msi.errors import InvalidRequest, RequestFailed
-from msi.stop_strings import StopSearch
-from msi.tokenizer import is_library_error
+from msi.text.detokenizer import Detokenizer, end_of_prompt
+from msi.text.stop_strings import StopSearch
+from msi.text.tokenizer import is_library_error
+from msi.text.vocabulary import Vocabulary
 from msi.types import SamplingParams, TokenLogprobs, TokenText
-from msi.vocabulary import Vocabulary
 
 
 class NewText(NamedTuple):  # one for every token: a tuple is made in half the time of a frozen dataclass
@@ -49,7 +49,7 @@ class TextStream:
 
     Args:
         vocabulary: None for a model without tokenizer, whose answers have no text.
-        prompt_end: see `msi.detokenizer.end_of_prompt`.
+        prompt_end: see `msi.text.detokenizer.end_of_prompt`.
         min_tokens: before so many tokens no stop string counts.
     """
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from msi.children import Child
+from msi.control.restarts import Restarts
 from msi.errors import ConfigError, EngineError, Unavailable
-from msi.instance import check_device, check_files, worker_ids
+from msi.instance.children import Child
+from msi.instance.instance import check_device, check_files, worker_ids
 from msi.net.secret import Secret
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
-from msi.restarts import Restarts
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ async def stop_children(*children: Child, grace_s: float = STOP_GRACE_S) -> None
 class ProcessInstance:
     """Coordinator and workers as child processes, which end with this one however it ends.
 
-    A worker that ends is started again (see `msi.restarts`); the coordinator and every client of it are told at once.
+    A worker that ends is started again (see `msi.control.restarts`); the coordinator and every client are told at once.
 
     Args:
         coordinator_flags, worker_flags: for their command lines, such as where to serve HTTP.

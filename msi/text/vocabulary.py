@@ -1,4 +1,4 @@
-"""What single tokens look like. Texts of many are put together in `msi.detokenizer`.
+"""What single tokens look like. Texts of many are put together in `msi.text.detokenizer`.
 
 Everything rests on `Tokenizer.decode`; of the way in which a tokenizer decodes only this is known here: which tokens
 stand for single bytes ("<0xE2>", as SentencePiece writes them), and what bytes the tokens of a byte-level vocabulary
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from msi.tokenizer import is_library_error
+from msi.text.tokenizer import is_library_error
 from msi.types import TokenText
 
 REPLACEMENT = "\ufffd"  # what bytes that are no character become

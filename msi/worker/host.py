@@ -1,6 +1,6 @@
 """What a worker runs on, and what its roles get from there: the halves of a model on a device, transports, a clock.
 
-`msi.torch_host` is the real thing; the simulator has another. Above this line nobody asks which.
+`msi.worker.torch_host` is the real thing; the simulator has another. Above this line nobody asks which.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from msi.expert_server import ExpertCompute
-from msi.lanes import AttentionCompute
-from msi.messages import Assignment
+from msi.attention.lanes import AttentionCompute
+from msi.control.messages import Assignment
+from msi.experts.server import ExpertCompute
 from msi.meter import StageMeter
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink

@@ -1,7 +1,7 @@
 """The coordinator: the shell around `Cluster` and `Router` that talks to workers and clients.
 
 Assigns roles, notices who comes and goes, carries requests to attention workers and tokens back to clients. Every
-decision is made in `msi.membership`, `msi.routing` and `msi.pipeline`.
+decision is made in `msi.control.membership`, `msi.control.request_routing` and `msi.planner.pipeline`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from msi.calibration import Calibration
-from msi.errors import Failure, InvalidRequest, Unavailable
-from msi.kernels import BLOCK_TOKENS
-from msi.lateness import read_first, sleep_late
-from msi.members import InstancePlan, Instruction, Lost, Send
-from msi.membership import Cluster
-from msi.messages import (
+from msi.control.calibration import Calibration
+from msi.control.lateness import read_first, sleep_late
+from msi.control.members import InstancePlan, Instruction, Lost, Send
+from msi.control.membership import Cluster
+from msi.control.messages import (
     FROM_WORKER,
     PROTOCOL_VERSION,
     Calibrated,
@@ -51,9 +49,11 @@ from msi.messages import (
     WorkerReady,
     WorkerStats,
 )
+from msi.control.request_routing import Router, Updates
+from msi.errors import Failure, InvalidRequest, Unavailable
+from msi.kernels import BLOCK_TOKENS
 from msi.net.control import MessageServer
 from msi.planner.drift import DriftWatch, Observation
-from msi.routing import Router, Updates
 from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Text before and after the tokens: prompts, pieces of answers, stop strings."""

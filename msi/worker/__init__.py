@@ -1,0 +1,1 @@
+"""A worker process: what it is told, loads, and hosts."""
