@@ -422,6 +422,15 @@ async def test_at_the_end_what_runs_is_given_time_and_then_told(tiny_model):
         await idle(engine)
 
 
+async def test_at_the_end_connections_without_a_request_are_not_waited_for(tiny_model, monkeypatch):
+    monkeypatch.setattr("msi.server.gateway.ENDS_WITHIN_S", 600.0)
+    connector = aiohttp.TCPConnector(keepalive_timeout=600)
+    async with aiohttp.ClientSession(connector=connector) as session, gateway(tiny_model) as (_, url):
+        for _ in range(3):
+            async with session.get(f"{url}/v1/models") as response:
+                assert response.status == 200
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 async def test_a_large_answer_is_what_its_stream_says(served, path):
     body = {"max_tokens": 100, "n": 8, "seed": 3, "ignore_eos": True}

@@ -76,6 +76,7 @@ class Door(web.Server):
         """Ends every connection; what is being answered has `timeout` seconds."""
         if self._timer is not None:
             self._timer.cancel()
+        self.pre_shutdown()  # idle connections do not wait for it
         await super().shutdown(timeout)
         for connection in list(self._open):
             connection.abort()
