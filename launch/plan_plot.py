@@ -7,7 +7,7 @@ from pathlib import Path
 from msi.errors import ConfigError
 from msi.planner.choose import Verdict, pareto_front
 from msi.planner.plan import Plan
-from msi.planner.search import deployment_of
+from msi.planner.search import node_pair_of
 from msi.planner.task import Task, score_of
 
 
@@ -63,7 +63,7 @@ def balance_curve(task: Task, plan: Plan) -> tuple[list[int], list[float], list[
             [plan.tokens_per_s_per_gpu],
         )
     nodes = list(range(1, 2 * plan.num_attention_nodes + 3))
-    found = [deployment_of(task, plan).with_attention_nodes(plan, number) for number in nodes]
+    found = [node_pair_of(task, plan).with_attention_nodes(plan, number) for number in nodes]
     return (
         nodes,
         [one.t_attention_s * 1e3 for one in found],

@@ -13,7 +13,7 @@ from msi.options import InstanceOptions, with_plan
 from msi.planner.choose import balances, best_plans, is_it_worth_it, one_more, pareto_front
 from msi.planner.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.plan_file import PlanFile, read_plan_file
-from msi.planner.search import deployment_of
+from msi.planner.search import node_pair_of
 from msi_launch import plan as msi_plan
 from msi_launch.arguments import parse as parse_launch
 from msi_launch.main import run as run_launch
@@ -235,9 +235,9 @@ def test_both_balances_are_reported():
     task = parse(["dbrx", "--gpu", "a800"]).task
     plan = best_plans(task, num_plans=1)[0]
     nearest, within = balances(task, plan)
-    deployment = deployment_of(task, plan)
-    assert deployment.with_attention_nodes(plan, within).stages.expert_s <= plan.t_attention_s
-    assert deployment.with_attention_nodes(plan, within + 1).stages.expert_s > plan.t_attention_s
+    pair = node_pair_of(task, plan)
+    assert pair.with_attention_nodes(plan, within).stages.expert_s <= plan.t_attention_s
+    assert pair.with_attention_nodes(plan, within + 1).stages.expert_s > plan.t_attention_s
     assert nearest in (within, within + 1)
 
 

@@ -20,9 +20,9 @@ from msi.planner.algorithm1 import FITTED_AT, Fits, algorithm1
 from msi.planner.assumptions import BASELINES, DEFAULTS, Baseline
 from msi.planner.choose import pareto_front
 from msi.planner.colocated import Group, best_colocated
-from msi.planner.deployment import spread_up_to
 from msi.planner.hardware import read_catalogue
 from msi.planner.model_shape import ModelShape
+from msi.planner.node_pair import spread_up_to
 from msi.planner.performance import (
     Roofline,
     active_experts,
@@ -34,7 +34,7 @@ from msi.planner.performance import (
 )
 from msi.planner.pipeline import isolated_pass_s, steady_pass_s
 from msi.planner.plan import Plan, Workload, plan_from_json
-from msi.planner.search import deployments, search
+from msi.planner.search import node_pairs, search
 from msi.planner.task import OBJECTIVES, Limits, Pool, Task, score_of
 
 CATALOGUE = read_catalogue()
@@ -234,7 +234,7 @@ def test_the_cases_above_meet_every_limit():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_many_attention_nodes_are_found_between_the_steps_tried_first(objective):
     task = task_of(CATALOGUE.model("dbrx"), (WEAK, 300), (H200, 32), objective=objective, tp_sizes=(1,))
-    best = max(float(one.scores(at)[0].max()) for one in deployments(task) if len(at := one.candidates(range(1, 301))))
+    best = max(float(one.scores(at)[0].max()) for one in node_pairs(task) if len(at := one.candidates(range(1, 301))))
     plan = search(task)[0]
     assert plan.num_attention_nodes > 16
     assert score_of(plan, objective) >= best * 0.99
@@ -330,21 +330,21 @@ def test_plans_keep_to_every_limit_and_agree_with_themselves(task):
 @FEW
 @given(tasks(), st.randoms(use_true_random=False))
 def test_the_largest_micro_batch_keeps_the_limits_and_one_more_does_not(task, random):
-    pairs = [one for one in deployments(task) if len(one.candidates())]
+    pairs = [one for one in node_pairs(task) if len(one.candidates())]
     assume(pairs)
-    deployment = random.choice(pairs)
-    at = deployment.candidates()
-    largest = deployment.largest_micro_batch(at)
-    is_broken = np.any(list(deployment.violated(at, np.maximum(largest, 1)).values()), axis=0)
+    pair = random.choice(pairs)
+    at = pair.candidates()
+    largest = pair.largest_micro_batch(at)
+    is_broken = np.any(list(pair.violated(at, np.maximum(largest, 1)).values()), axis=0)
     assert not np.any(is_broken & (largest > 0))
-    assert np.all(np.any(list(deployment.violated(at, largest + 1).values()), axis=0))
+    assert np.all(np.any(list(pair.violated(at, largest + 1).values()), axis=0))
 
 
 @FEW
 @given(tasks(), st.sampled_from([1.0001, 1.3, 10.0]))
 def test_a_larger_tpot_limit_lowers_neither_the_batch_nor_the_best_score(task, factor):
     looser = replace(task, workload=replace(task.workload, tpot_s=task.workload.tpot_s * factor))
-    for tight, loose in zip(deployments(task), deployments(looser), strict=True):
+    for tight, loose in zip(node_pairs(task), node_pairs(looser), strict=True):
         at = tight.candidates()
         if len(at):
             assert np.all(loose.largest_micro_batch(at) >= tight.largest_micro_batch(at))

@@ -25,7 +25,7 @@ from msi.planner.profile import (
     read_profile,
     to_json,
 )
-from msi.planner.profiled_costs import Deployment, ProfiledCosts
+from msi.planner.profiled_costs import ProfiledCosts, StageConditions
 from msi.planner.stage_costs import StageCosts
 
 # alone T_a = 1 + b (1 + s/100) ms, T_e = active (2 + rows per expert) ms; overlapped twice and 1.5 times as much
@@ -59,7 +59,7 @@ PROFILE = Profile(
     routing=(RoutingPoint(1, 2.0), RoutingPoint(5, 4.0), RoutingPoint(9, 7.0)),
 )
 ROOT = Path(__file__).parent.parent
-ONE_BY_ONE = Deployment(threads=1, num_experts=8, transport="shm")
+ONE_BY_ONE = StageConditions(threads=1, num_experts=8, transport="shm")
 
 
 def values() -> dict:
@@ -230,14 +230,14 @@ def test_arrays_of_sizes_give_arrays():
 
 
 def test_sides_that_compute_at_the_same_time_take_what_was_measured_overlapped():
-    costs = ProfiledCosts(PROFILE, Deployment(1, 8, "shm", num_micro_batches=2))
+    costs = ProfiledCosts(PROFILE, StageConditions(1, 8, "shm", num_micro_batches=2))
     assert costs.attention_s(4, 600) == pytest.approx(22e-3)
     assert costs.expert_s(16, 8) == pytest.approx(48e-3)
     assert costs.pass_s(6) == pytest.approx(32e-3 + 1.5e-3)
 
 
 def test_the_longer_stage_is_disturbed_only_while_the_shorter_one_runs():
-    costs = ProfiledCosts(PROFILE, Deployment(1, 8, "shm", num_micro_batches=2)).settled(4, 600, 16, 8)
+    costs = ProfiledCosts(PROFILE, StageConditions(1, 8, "shm", num_micro_batches=2)).settled(4, 600, 16, 8)
     assert costs.attention_s(4, 600) == pytest.approx(22e-3)  # runs beside the experts from start to end
     # 22 ms beside attention are 22/48 of the experts' work; the rest goes at the speed of 32 ms for all of it
     assert costs.expert_s(16, 8) == pytest.approx(22e-3 + (1 - 22 / 48) * 32e-3)
@@ -246,33 +246,33 @@ def test_the_longer_stage_is_disturbed_only_while_the_shorter_one_runs():
 
 
 def test_a_colocated_process_does_one_thing_at_a_time():
-    costs = ProfiledCosts(PROFILE, Deployment(1, 8, "inproc", num_micro_batches=2, is_colocated=True))
+    costs = ProfiledCosts(PROFILE, StageConditions(1, 8, "inproc", num_micro_batches=2, is_colocated=True))
     assert costs.attention_s(4, 600) == pytest.approx(11e-3)
     assert costs.comm_s(5000) == pytest.approx(1e-4)
 
 
 def test_workers_of_one_side_compute_beside_each_other():
-    costs = ProfiledCosts(PROFILE, Deployment(1, 8, "shm", num_attention=2))
+    costs = ProfiledCosts(PROFILE, StageConditions(1, 8, "shm", num_attention=2))
     assert costs.attention_s(4, 600) == pytest.approx(22e-3)
     assert costs.expert_s(16, 8) == pytest.approx(32e-3)  # there is one, and attention waits for it
 
 
 def test_more_workers_than_cores_share_them_fairly():
-    costs = ProfiledCosts(PROFILE, Deployment(1, 8, "shm", num_attention=2, num_micro_batches=2))
+    costs = ProfiledCosts(PROFILE, StageConditions(1, 8, "shm", num_attention=2, num_micro_batches=2))
     assert costs.attention_s(4, 600) == pytest.approx(22e-3 * 3 / 2)
     assert costs.expert_s(16, 8) == pytest.approx(48e-3 * 3 / 2)
 
 
 def test_a_node_with_fewer_experts_takes_the_times_of_as_many_active_ones():
-    costs = ProfiledCosts(PROFILE, Deployment(1, 4, "shm"))
+    costs = ProfiledCosts(PROFILE, StageConditions(1, 4, "shm"))
     assert costs.expert_s(8, 4) == pytest.approx(16e-3)
 
 
 def test_settings_that_were_not_measured_are_refused():
     with pytest.raises(ConfigError, match=r"no transport 'tcp'; it has inproc, shm"):
-        ProfiledCosts(PROFILE, Deployment(1, 8, "tcp"))
+        ProfiledCosts(PROFILE, StageConditions(1, 8, "tcp"))
     with pytest.raises(ConfigError, match=r"no attention times of mid for 2 threads alone, but .* --threads 2"):
-        ProfiledCosts(PROFILE, Deployment(2, 8, "shm"))
+        ProfiledCosts(PROFILE, StageConditions(2, 8, "shm"))
 
 
 # -- measured --------------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ import numpy as np
 
 from msi.errors import ConfigError
 from msi.planner import equations as eq
-from msi.planner.deployment import Side, attention_gpus_beside, instances_that_fit, sides
 from msi.planner.model_shape import ModelShape
+from msi.planner.node_pair import Side, attention_gpus_beside, instances_that_fit, sides
 from msi.planner.performance import (
     Roofline,
     attention_node_bytes,

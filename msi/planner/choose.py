@@ -11,7 +11,7 @@ from msi.planner.colocated import best_colocated
 from msi.planner.machine import machine_of, machine_plans
 from msi.planner.performance import DeploymentCosts
 from msi.planner.plan import Plan
-from msi.planner.search import deployment_of, search
+from msi.planner.search import node_pair_of, search
 from msi.planner.stage_costs import StageCosts
 from msi.planner.task import Pool, Task, score_of
 
@@ -43,7 +43,7 @@ def costs_of(task: Task, plan: Plan, micro_batch: int = 0) -> StageCosts:
     """
     if task.profile is not None:
         return machine_of(task, plan).stage_costs(micro_batch or plan.micro_batch)
-    pair = deployment_of(task, plan).costs
+    pair = node_pair_of(task, plan).costs
     return DeploymentCosts(pair, plan.num_attention_nodes, plan.num_expert_nodes, plan.experts_per_node)
 
 
@@ -143,7 +143,7 @@ def one_more(task: Task, plan: Plan) -> list[Marginal]:
         more = None
         if task.profile is None and plan.kind == "disaggregated" and experts <= task.model.num_experts:
             wider = replace(task, attention=_one_more(task.attention, gpu, tp), expert=_one_more(task.expert, gpu, tp))
-            more = deployment_of(wider, plan).resized(nodes, experts, plan.num_micro_batches)
+            more = node_pair_of(wider, plan).resized(nodes, experts, plan.num_micro_batches)
         found.append(Marginal(side, gpu, tp, None if more is None else more.tokens_per_s / plan.tokens_per_s - 1))
     return found
 
@@ -156,8 +156,8 @@ def balances(task: Task, plan: Plan) -> tuple[int, int] | None:
     """
     if task.profile is not None or plan.kind == "colocated":
         return None
-    deployment = deployment_of(task, plan)
-    found = [deployment.with_attention_nodes(plan, number) for number in range(1, 4 * plan.num_attention_nodes + 1)]
+    pair = node_pair_of(task, plan)
+    found = [pair.with_attention_nodes(plan, number) for number in range(1, 4 * plan.num_attention_nodes + 1)]
     nearest = min(found, key=lambda one: abs(one.t_attention_s - one.t_expert_s))
     within = (one.num_attention_nodes for one in found if one.t_expert_s <= one.t_attention_s)
     return nearest.num_attention_nodes, max(within, default=0)

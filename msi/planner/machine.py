@@ -21,7 +21,7 @@ from msi.planner.performance import (
 from msi.planner.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.plan import Limit, Plan
 from msi.planner.profile import Profile
-from msi.planner.profiled_costs import Deployment, ProfiledCosts
+from msi.planner.profiled_costs import ProfiledCosts, StageConditions
 from msi.planner.task import Task, score_of
 
 
@@ -208,7 +208,7 @@ def machine_for(task: Task, layout: Layout) -> Machine:
     assert profile is not None
     transports = {point.transport for point in profile.comm}
     preferred = ("inproc", "shm", "tcp") if layout.is_colocated else ("shm", "tcp", "inproc")
-    deployment = Deployment(
+    conditions = StageConditions(
         threads=layout.threads,
         num_experts=-(-num_experts // layout.num_expert),
         transport=next((one for one in preferred if one in transports), "shm"),
@@ -217,7 +217,7 @@ def machine_for(task: Task, layout: Layout) -> Machine:
         num_micro_batches=layout.num_micro_batches,
         is_colocated=layout.is_colocated,
     )
-    return Machine(task, profile, layout, ProfiledCosts(profile, deployment))
+    return Machine(task, profile, layout, ProfiledCosts(profile, conditions))
 
 
 def machines(task: Task) -> Iterator[Machine]:

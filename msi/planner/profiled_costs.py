@@ -1,4 +1,4 @@
-"""What stages take on a deployment, from a profile of the machine: between measured sizes, and under contention.
+"""What stages take under given conditions, from a profile of the machine: between measured sizes, and under contention.
 
 `ProfiledCosts` answers what the pipeline asks (`msi.planner.stage_costs.StageCosts`). Knows what workers that share a
 machine do to each other; knows no models and no clocks.
@@ -18,7 +18,7 @@ from msi.planner.profile import AttentionPoint, ExpertPoint, PassPoint, Profile,
 
 
 @dataclass(frozen=True, slots=True)
-class Deployment:
+class StageConditions:
     """What stages run on, as far as it changes what they take.
 
     Attributes:
@@ -45,7 +45,7 @@ class Deployment:
 
 
 class ProfiledCosts:
-    """Implements `msi.planner.stage_costs.StageCosts` for one deployment, for numbers and numpy arrays alike.
+    """Implements `msi.planner.stage_costs.StageCosts` for one set of conditions, for numbers and numpy arrays alike.
 
     Workers of one side compute at the same time (a wave gathers them); those of the other side too, in turn with m = 1
     and beside them with more. What was measured is one worker alone, and one beside a worker of the other side. When
@@ -53,7 +53,7 @@ class ProfiledCosts:
 
     Args:
         attention_overlap, expert_overlap: share of a side's work that is done while the other side computes; see
-            `settled`. By default all of it where the deployment overlaps the sides at all.
+            `settled`. By default all of it where the sides overlap at all.
 
     Raises:
         ConfigError: the profile has nothing for so many threads, or this transport.
@@ -62,37 +62,37 @@ class ProfiledCosts:
     def __init__(
         self,
         profile: Profile,
-        deployment: Deployment,
+        conditions: StageConditions,
         *,
         attention_overlap: Size | None = None,
         expert_overlap: Size | None = None,
     ) -> None:
-        default = float(deployment.overlaps)
+        default = float(conditions.overlaps)
         self.attention_overlap: Size = default if attention_overlap is None else attention_overlap
         self.expert_overlap: Size = default if expert_overlap is None else expert_overlap
         self._profile = profile
-        self._deployment = deployment
-        comm = [point for point in profile.comm if point.transport == deployment.transport]
+        self._conditions = conditions
+        comm = [point for point in profile.comm if point.transport == conditions.transport]
         if not comm:
             measured = ", ".join(dict.fromkeys(point.transport for point in profile.comm))
-            raise ConfigError(f"the profile has no transport {deployment.transport!r}; it has {measured}")
+            raise ConfigError(f"the profile has no transport {conditions.transport!r}; it has {measured}")
         self._comm = Curve({point.num_bytes: point.seconds for point in comm})
         self._scheduling = Curve({point.num_seqs: point.seconds for point in profile.scheduling} or {0.0: 0.0})
-        self._attention = self._by_contention("attention", profile.attention, deployment.num_attention, _attention)
-        self._pass = self._by_contention("pass", profile.passes, deployment.num_attention, _passes)
-        nearest = _nearest([point.num_experts for point in profile.expert], deployment.num_experts)
+        self._attention = self._by_contention("attention", profile.attention, conditions.num_attention, _attention)
+        self._pass = self._by_contention("pass", profile.passes, conditions.num_attention, _passes)
+        nearest = _nearest([point.num_experts for point in profile.expert], conditions.num_experts)
         expert = tuple(point for point in profile.expert if point.num_experts == nearest)
-        self._expert = self._by_contention("expert", expert, deployment.num_expert, _expert)
+        self._expert = self._by_contention("expert", expert, conditions.num_expert, _expert)
 
     def _by_contention(
         self, name: str, points: Sequence[Any], num_workers: int, interpolate: Callable[[Sequence[Any]], Surface]
     ) -> _Contended:
         """How long this side's work takes without and with the other side."""
-        deployment = self._deployment
-        alone = beside = interpolate(select(self._profile, name, points, deployment.threads, "alone"))
-        if deployment.overlaps or num_workers > 1:
-            beside = interpolate(select(self._profile, name, points, deployment.threads, "overlapped"))
-        together = deployment.num_attention + deployment.num_expert
+        conditions = self._conditions
+        alone = beside = interpolate(select(self._profile, name, points, conditions.threads, "alone"))
+        if conditions.overlaps or num_workers > 1:
+            beside = interpolate(select(self._profile, name, points, conditions.threads, "overlapped"))
+        together = conditions.num_attention + conditions.num_expert
         return _Contended(
             apart=alone if num_workers == 1 else beside,
             apart_factor=1.0 if num_workers == 1 else self._crowding(num_workers),
@@ -102,7 +102,7 @@ class ProfiledCosts:
 
     def _crowding(self, num_workers: int) -> float:
         """How much longer work takes than beside one other worker (two at a time are measured, more are not)."""
-        cores, threads = self._profile.num_cores, self._deployment.threads
+        cores, threads = self._profile.num_cores, self._conditions.threads
         return max(1.0, num_workers * threads / cores) / max(1.0, 2 * threads / cores)
 
     def settled(
@@ -113,7 +113,7 @@ class ProfiledCosts:
         The shorter stage runs beside the longer one from its start to its end; the longer one has the device to
         itself for the rest.
         """
-        if not self._deployment.overlaps:
+        if not self._conditions.overlaps:
             return self
         attention = self._attention.beside_factor * self._attention.beside.at(
             num_tokens, _mean(num_context_tokens, num_tokens)
@@ -123,7 +123,7 @@ class ProfiledCosts:
         )
         return ProfiledCosts(
             self._profile,
-            self._deployment,
+            self._conditions,
             attention_overlap=like(np.minimum(1.0, expert / attention)),
             expert_overlap=like(np.minimum(1.0, attention / expert)),
         )

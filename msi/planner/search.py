@@ -1,6 +1,6 @@
 """The deployment search: the paper's Algorithm 1 with every count searched, over arrays of candidates.
 
-For each pair of GPU types and tensor-parallel sizes, all candidates of `msi.planner.deployment`; the best by the
+For each pair of GPU types and tensor-parallel sizes, all candidates of `msi.planner.node_pair`; the best by the
 objective, or the sentence that says why there is none.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from msi.errors import ConfigError
-from msi.planner.deployment import DENSE_UP_TO, Candidates, Deployment, sides
+from msi.planner.node_pair import DENSE_UP_TO, Candidates, NodePair, sides
 from msi.planner.performance import Roofline
 from msi.planner.plan import Plan
 from msi.planner.task import Task
@@ -28,32 +28,32 @@ def search(task: Task, *, num_plans: int = 5) -> list[Plan]:
         ConfigError: no plan keeps the limits; says which limit stands in the way.
     """
     found: list[_Found] = []
-    for deployment in deployments(task):
+    for pair in node_pairs(task):
         worth = found[-1].score if len(found) == num_plans else 0.0
-        found = sorted([*found, *_best_of(deployment, worth)], key=lambda one: -one.score)[:num_plans]
+        found = sorted([*found, *_best_of(pair, worth)], key=lambda one: -one.score)[:num_plans]
     if not found:
         raise ConfigError(why_none(task))
-    return [one.deployment.plan(one.at, one.micro_batch) for one in found]
+    return [one.pair.plan(one.at, one.micro_batch) for one in found]
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
     score: float
-    deployment: Deployment
+    pair: NodePair
     at: Candidates  # one
     micro_batch: float
 
 
-def _best_of(deployment: Deployment, worth: float) -> Iterator[_Found]:
+def _best_of(pair: NodePair, worth: float) -> Iterator[_Found]:
     """For each m, the best of one pair of node types, if it may score more than `worth`.
 
     Attention nodes between the steps are tried in a second round.
     """
-    coarse = deployment.candidates()
+    coarse = pair.candidates()
     if not len(coarse):
         return
-    scores, micro_batch = deployment.scores(coarse, worth * (1 - STEP_MATTERS))
-    for m in deployment.task.limits.micro_batches:
+    scores, micro_batch = pair.scores(coarse, worth * (1 - STEP_MATTERS))
+    for m in pair.task.limits.micro_batches:
         of_m = np.flatnonzero((coarse.num_micro_batches == m) & (scores > 0))
         if not len(of_m):
             continue
@@ -61,16 +61,16 @@ def _best_of(deployment: Deployment, worth: float) -> Iterator[_Found]:
         at, score, size = coarse.only(np.array([best])), scores[best], micro_batch[best]
         nodes = int(coarse.num_attention_nodes[best])
         if nodes > DENSE_UP_TO:
-            near = deployment.candidates(range(int(nodes / 1.11), int(nodes * 1.11) + 2))
+            near = pair.candidates(range(int(nodes / 1.11), int(nodes * 1.11) + 2))
             near = near.only((near.num_micro_batches == m) & (near.experts_per_node == at.experts_per_node[0]))
-            near_scores, near_sizes = deployment.scores(near)
+            near_scores, near_sizes = pair.scores(near)
             if near_scores.max(initial=0.0) > score:
                 chosen = int(np.argmax(near_scores))
                 at, score, size = near.only(np.array([chosen])), near_scores[chosen], near_sizes[chosen]
-        yield _Found(float(score), deployment, at, float(size))
+        yield _Found(float(score), pair, at, float(size))
 
 
-def deployments(task: Task) -> Iterator[Deployment]:
+def node_pairs(task: Task) -> Iterator[NodePair]:
     """Every pair of GPU types and tensor-parallel sizes whose weights fit (the two outer loops of Algorithm 1)."""
     model, given = task.model, task.given
     for attention in sides(task.attention, task.limits):
@@ -79,15 +79,15 @@ def deployments(task: Task) -> Iterator[Deployment]:
         for expert in sides(task.expert, task.limits):
             if model.expert_bytes <= expert.memory_limit_bytes(given):
                 costs = Roofline(model, attention.gpu, attention.tp, expert.gpu, expert.tp, given)
-                yield Deployment(task, attention, expert, costs)
+                yield NodePair(task, attention, expert, costs)
 
 
-def deployment_of(task: Task, plan: Plan) -> Deployment:
-    """The deployment whose nodes a disaggregated plan uses."""
-    for deployment in deployments(task):
-        sides = (deployment.attention.gpu.name, deployment.attention.tp, deployment.expert.gpu.name)
-        if (*sides, deployment.expert.tp) == (plan.attention_gpu, plan.tp_attention, plan.expert_gpu, plan.tp_expert):
-            return deployment
+def node_pair_of(task: Task, plan: Plan) -> NodePair:
+    """The pair of node types whose nodes a disaggregated plan uses."""
+    for pair in node_pairs(task):
+        sides = (pair.attention.gpu.name, pair.attention.tp, pair.expert.gpu.name)
+        if (*sides, pair.expert.tp) == (plan.attention_gpu, plan.tp_attention, plan.expert_gpu, plan.tp_expert):
+            return pair
     raise AssertionError(f"no such nodes: {plan}")
 
 
@@ -105,17 +105,17 @@ def why_none(task: Task) -> str:
             )
     tight: dict[str, float] = {}
     is_there = fits_memory = False
-    for deployment in deployments(task):
-        at = deployment.candidates()
+    for pair in node_pairs(task):
+        at = pair.candidates()
         if not len(at):
             continue
         is_there = True
-        broken = deployment.violated(at, np.ones(len(at)))
+        broken = pair.violated(at, np.ones(len(at)))
         fits = ~(broken["attention memory"] | broken["expert memory"])
         fits_memory |= bool(np.any(fits))
         fits &= ~broken["batch limit"]
         if np.any(fits):
-            fastest = float(np.min(deployment.predict(at, np.ones(len(at))).tpot_s[fits]))
+            fastest = float(np.min(pair.predict(at, np.ones(len(at))).tpot_s[fits]))
             tight["tpot"] = min(tight.get("tpot", fastest), fastest)
     if "tpot" in tight:
         return (

@@ -19,7 +19,7 @@ from msi.planner.model_shape import ModelShape
 from msi.planner.performance import active_experts, nodes_per_token
 from msi.planner.pipeline import Stages, steady_pass_s
 from msi.planner.plan import Plan, Workload
-from msi.planner.search import deployment_of, search
+from msi.planner.search import node_pair_of, search
 from msi.planner.task import Limits, Objective, Pool, Task, score_of
 
 SMALL = ("mixtral-8x22b", "dbrx")
@@ -154,7 +154,7 @@ class Systems:
 
     def _replicated(self, name: str, plan: Plan, degree: int) -> Replicated:
         model = self.setting.models[name]
-        costs = deployment_of(self.task(name, HOMOGENEOUS, self.setting.given, Limits()), plan).costs
+        costs = node_pair_of(self.task(name, HOMOGENEOUS, self.setting.given, Limits()), plan).costs
         tokens, experts = float(plan.micro_batch * degree), float(plan.experts_per_node)
         rows = tokens * model.top_k * experts / model.num_experts
         expert_s = costs.expert_s(rows, active_experts(model, experts, tokens), experts)

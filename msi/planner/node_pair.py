@@ -98,7 +98,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
-class Deployment:
+class NodePair:
     """One pair of node types for a task: predicts candidates, and finds their largest micro-batches."""
 
     task: Task
