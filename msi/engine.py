@@ -297,7 +297,7 @@ class Engine:
         try:
             async for update in updates:
                 index = names.index(update.request_id)
-                text, reason = texts[index], update.finish_reason or None
+                text, reason = texts[index], update.finish_reason
                 num_cached[index] += update.num_cached_tokens
                 new = text.push(
                     update.token_ids, update.logprobs, is_last=reason is not None, is_ended_by_token=reason == "stop"

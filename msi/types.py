@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated
 
-from msi.errors import InvalidRequest, shown
+from msi.errors import Failure, InvalidRequest, shown
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 4096
@@ -303,19 +303,25 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What is new of a request after a pass.
+    """What is new of a request: one value from the pass that made it to whoever turns tokens into text.
 
     Attributes:
         finish_reason: "stop", "length" or None while it goes on.
         logprobs: one for each token if they were asked for, else ().
         num_cached_tokens: with the first token, how many of the prompt were known when it was admitted; else 0.
+        failure: why it ends without further tokens.
     """
 
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
+    failure: Failure | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.failure is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ from msi.control.messages import (
     Outputs,
     PassDone,
     RequestsFailed,
-    RequestUpdate,
     Submit,
     Topology,
     Welcome,
@@ -64,8 +63,8 @@ EXAMPLES = [
     PassDone("a", 0, 7, (Progress("r", (1, 2)), Progress("s", (3,), "stop"))),
     Submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=3, seed=2**64 - 1, stop=("a", "b")))),
     Submit(Request("r", (1,), SamplingParams(seed=1, logit_bias={5: -100, 7: 0.5}, stop_token_ids=(3,), logprobs=2))),
-    Outputs(3, (RequestUpdate("r", (1,)),)),
-    Outputs(3, (RequestUpdate("r", (1,), "", (TokenLogprobs(1, -0.5, (1, 2), (-0.5, -1.0)),)),)),
+    Outputs(3, (Progress("r", (1,)),)),
+    Outputs(3, (Progress("r", (1,), None, (TokenLogprobs(1, -0.5, (1, 2), (-0.5, -1.0)),)),)),
 ]
 
 
@@ -224,7 +223,7 @@ def test_whatever_a_worker_holds_fits_into_what_it_says():
     failed = RequestsFailed("a", 0, tuple(f"req-{number:032x}" for number in range(200_000)), Failure("engine", "x"))
     assert COORDINATOR_END.decode(WORKER_END.encode(failed)) == failed
     logprobs = tuple(TokenLogprobs(1, -0.5, tuple(range(20)), (-0.5,) * 20) for _ in range(16))
-    updates = tuple(RequestUpdate(f"r{number}", (220,) * 16, "", logprobs) for number in range(500))
+    updates = tuple(Progress(f"r{number}", (220,) * 16, None, logprobs) for number in range(500))
     outputs = Outputs(1, updates)
     assert CLIENT_END.decode(COORDINATOR_END.encode(outputs)) == outputs
 

@@ -166,7 +166,7 @@ def test_whatever_a_member_says_the_coordinator_and_the_metrics_go_on_and_others
         one.request_id
         for message in instance.ears.to(b"client")
         if type(message).__name__ == "Outputs"
-        for one in message.updates
+        for one in message.progress
         if one.failure is not None
     }
     assert failed <= mine

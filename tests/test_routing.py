@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from statistics import quantiles
 
-from msi.control.messages import RequestUpdate
 from msi.control.request_routing import WAIT_FOR_WORKERS_S, Router
 from msi.errors import Failure
 from msi.types import Progress, Request, SamplingParams
@@ -16,7 +15,7 @@ def request(name, num_prompt=10, max_tokens=10):
 
 
 def error(name, kind, reason):
-    return RequestUpdate(name, failure=Failure(kind, reason))
+    return Progress(name, failure=Failure(kind, reason))
 
 
 def test_requests_go_to_the_worker_with_the_least_predicted_load_and_room():
@@ -107,8 +106,8 @@ def test_progress_reaches_the_client_that_asked_and_nobody_else():
     router.route({"a": 100})
     updates = router.progress("a", [Progress("r", (5,)), Progress("s", (6,), "stop"), Progress("gone", (7,))])
     assert updates == {
-        b"c1": [RequestUpdate("r", (5,))],
-        b"c2": [RequestUpdate("s", (6,), "stop")],
+        b"c1": [Progress("r", (5,))],
+        b"c2": [Progress("s", (6,), "stop")],
     }
     assert router.progress("b", [Progress("r", (5,))]) == {}, "from a worker that does not have it"
     assert len(router) == 1
@@ -157,11 +156,11 @@ def test_clients_neither_see_nor_take_nor_end_what_others_call_by_the_same_id():
     assert router.add(request("r~2"), b"c", 0.0) is None
     given = [one.request_id for _, one in router.route({"a": 1000})]
     assert len(set(given)) == 4
-    assert router.progress("a", [Progress(given[1], (7,))]) == {b"d": [RequestUpdate("r", (7,))]}
+    assert router.progress("a", [Progress(given[1], (7,))]) == {b"d": [Progress("r", (7,))]}
     assert router.cancel(b"d", "r") == ("a", given[1])
     assert router.cancel(b"d", "r") is None
     assert router.cancel(b"d", given[0]) is None
-    assert router.progress("a", [Progress(given[0], (8,))]) == {b"c": [RequestUpdate("r", (8,))]}
+    assert router.progress("a", [Progress(given[0], (8,))]) == {b"c": [Progress("r", (8,))]}
     assert router.client_lost(b"e") == [("a", given[2])]
     assert router.add(request("r"), b"e", 0.0) is None
     assert len(router) == 3

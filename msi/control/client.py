@@ -1,4 +1,4 @@
-"""A client of the coordinator: requests as token ids out, updates in. What the engine stands on."""
+"""A client of the coordinator: requests as token ids out, their progress in. What the engine stands on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from msi.control.messages import (
     InstanceStatus,
     Outputs,
     Refused,
-    RequestUpdate,
     Stats,
     StatsRequest,
     Submit,
@@ -29,7 +28,7 @@ from msi.control.messages import (
 from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
 from msi.net.control import ControlClient, MessageClient
 from msi.net.secret import Secret
-from msi.types import Request
+from msi.types import Progress, Request
 
 HEARTBEAT_S = 1.0
 LOST_AFTER_S = 8.0  # a coordinator that is silent; on this host, whose end somebody sees, it may stand for longer
@@ -61,7 +60,7 @@ class CoordinatorClient:
         self.status = InstanceStatus(False, "connecting", "")
         self._control = control or ControlClient(address, CLIENT_END, secret)
         self._clock = clock
-        self._queues: dict[str, asyncio.Queue[RequestUpdate]] = {}
+        self._queues: dict[str, asyncio.Queue[Progress]] = {}
         self._status_changed = asyncio.Condition()
         self._stats: asyncio.Future[Stats] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -116,7 +115,7 @@ class CoordinatorClient:
 
     def _end_all(self, error: EngineError) -> None:
         for request_id, queue in self._queues.items():
-            queue.put_nowait(RequestUpdate(request_id, failure=Failure.of(error)))
+            queue.put_nowait(Progress(request_id, failure=Failure.of(error)))
 
     async def wait_status(self, last: InstanceStatus) -> InstanceStatus:
         """The instance's status as soon as it is another than `last`."""
@@ -135,15 +134,15 @@ class CoordinatorClient:
         waited_s = STATS_ASKED * STATS_AGAIN_S
         raise Unavailable(f"the coordinator at {self.address} did not answer for {waited_s:g} s")
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[RequestUpdate, None]:
-        """Updates of these requests until the last one. Leaving early, or being cancelled, cancels them.
+    async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Progress, None]:
+        """What is new of these requests until the last one. Leaving early, or being cancelled, cancels them.
 
         Raises:
             EngineError: a request was refused or lost; of the class that the coordinator named. The others end too.
         """
         if self._failure is not None:
             raise Failure.of(self._failure).error()
-        queue: asyncio.Queue[RequestUpdate] = asyncio.Queue()
+        queue: asyncio.Queue[Progress] = asyncio.Queue()
         try:
             for request in requests:
                 self._queues[request.request_id] = queue
@@ -199,7 +198,7 @@ class CoordinatorClient:
     def _take(self, outputs: Outputs) -> None:
         self._check_outputs(outputs.number - 1)
         self._num_outputs = outputs.number
-        for update in outputs.updates:
+        for update in outputs.progress:
             if (queue := self._queues.get(update.request_id)) is not None:
                 queue.put_nowait(update)
 

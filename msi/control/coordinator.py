@@ -38,7 +38,6 @@ from msi.control.messages import (
     Pulse,
     Refused,
     RequestsFailed,
-    RequestUpdate,
     Shutdown,
     Stats,
     StatsRequest,
@@ -54,6 +53,7 @@ from msi.errors import Failure, InvalidRequest, Unavailable
 from msi.kernels import BLOCK_TOKENS
 from msi.net.control import MessageServer
 from msi.planner.drift import DriftWatch, Observation
+from msi.types import Progress
 from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
@@ -279,10 +279,10 @@ class Coordinator:
         self._clients[route].num_submits += 1
         if request.params.seed is None:
             failure = Failure.of(InvalidRequest("give every request a seed"))
-            refusal: RequestUpdate | None = RequestUpdate(request.request_id, failure=failure)
+            refusal: Progress | None = Progress(request.request_id, failure=failure)
         elif self._is_ending:
             failure = Failure.of(Unavailable("the server is ending; it takes no new requests"))
-            refusal = RequestUpdate(request.request_id, failure=failure)
+            refusal = Progress(request.request_id, failure=failure)
         else:
             refusal = self._router.add(request, route, now)
         if refusal is not None:

@@ -20,9 +20,9 @@ from typing import Annotated
 
 from msi.errors import Failure, shown
 from msi.net.codec import Codec
-from msi.types import NO_DEFAULTS, Measured, Placement, Progress, Request, SamplingDefaults, StageTimes, TokenLogprobs
+from msi.types import NO_DEFAULTS, Measured, Placement, Progress, Request, SamplingDefaults, StageTimes
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 Count = Annotated[int, range(2**40)]
 Lanes = Annotated[int, range(1, 65)]
@@ -405,31 +405,11 @@ class ClientPulse:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestUpdate:
-    """New tokens of a request, or its end: `finish_reason` is then not "", or there is a `failure`.
-
-    Attributes:
-        num_cached_tokens: with the first tokens, how many of the prompt the prefix cache had; else 0.
-    """
-
-    request_id: str
-    token_ids: tuple[int, ...] = ()
-    finish_reason: str = ""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    failure: Failure | None = None
-    num_cached_tokens: int = 0
-
-    @property
-    def is_last(self) -> bool:
-        return bool(self.finish_reason) or self.failure is not None
-
-
-@dataclass(frozen=True, slots=True)
 class Outputs:
-    """`number` counts those to a client: none may be missing."""
+    """What is new of a client's requests. `number` counts those to a client: none may be missing."""
 
     number: Count
-    updates: tuple[RequestUpdate, ...]
+    progress: tuple[Progress, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from msi.attention.sequence import CONTEXT_UNIT
-from msi.control.messages import RequestUpdate
 from msi.control.suspects import CRASHES_ALLOWED, SUSPECTED_FOR_S, Suspects
 from msi.errors import EngineError, Failure, InvalidRequest, RequestFailed, Unavailable
 from msi.types import Progress, Request
@@ -36,7 +35,7 @@ class Routed:
     predicted: float = 0.0  # its part of the worker's load
 
 
-Updates = dict[bytes, list[RequestUpdate]]  # by client
+Updates = dict[bytes, list[Progress]]  # by client
 
 
 @dataclass(slots=True)
@@ -91,8 +90,8 @@ class Router:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, request: Request, client: bytes, now: float) -> RequestUpdate | None:
-        """Takes a request; an update where it cannot."""
+    def add(self, request: Request, client: bytes, now: float) -> Progress | None:
+        """Takes a request; its end where it cannot."""
         error: EngineError | None = None
         name = request.request_id
         if (client, name) in self._by_name:
@@ -105,7 +104,7 @@ class Router:
                 f"it is not tried again for {SUSPECTED_FOR_S / 60:.0f} minutes"
             )
         if error is not None:
-            return RequestUpdate(name, failure=Failure.of(error))
+            return Progress(name, failure=Failure.of(error))
         if name in self._requests:  # another client's, which is none of this one's business
             number = next(number for number in count(2) if f"{name}~{number}" not in self._requests)
             request = replace(request, request_id=f"{name}~{number}")
@@ -150,15 +149,14 @@ class Router:
             if routed is None or routed.worker_id != worker_id:
                 continue
             routed.token_ids.extend(one.token_ids)
-            if one.finish_reason is not None:
+            if one.is_last:
                 self._forget(routed)
+            if one.finish_reason is not None:
                 self._suspects.clear(routed.request)
                 weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
                 self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
-            update = RequestUpdate(
-                routed.name, one.token_ids, one.finish_reason or "", one.logprobs, None, one.num_cached_tokens
-            )
-            updates.setdefault(routed.client, []).append(update)
+            its_name = one if routed.name == one.request_id else replace(one, request_id=routed.name)
+            updates.setdefault(routed.client, []).append(its_name)
         return updates
 
     def reconcile(self, worker_id: str, held: Iterable[str], acked: int) -> Reconciled:
@@ -180,7 +178,7 @@ class Router:
             routed = self._requests.get(request_id)
             if routed is not None and worker_id in (None, routed.worker_id):
                 self._forget(routed)
-                updates.setdefault(routed.client, []).append(RequestUpdate(routed.name, failure=failure))
+                updates.setdefault(routed.client, []).append(Progress(routed.name, failure=failure))
         return updates
 
     def fail_all(self, failure: Failure) -> tuple[Updates, list[tuple[str, str]]]:
