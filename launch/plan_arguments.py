@@ -113,7 +113,7 @@ def _add_hardware(parser: CommandLine) -> None:
         "--profile",
         type=file_to_ask,
         metavar="FILE",
-        help="of this machine, from tools/profile_stages.py, for the roofline",
+        help="of this machine, from msi-profile, for the roofline",
     )
     add(
         "--catalogue",

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from msi import __version__
 from msi.errors import ConfigError
 from msi.options import FRACTIONS, INTEGERS, InstanceOptions
-from msi_launch import main, plan
+from msi_launch import main, plan, profile, simulate
 from msi_launch.arguments import parse
 from msi_launch.command_line import CommandLine
 from msi_launch.gateway_process import template_of
@@ -265,7 +265,10 @@ def test_help_works_in_any_terminal(columns):
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(("command", "name"), [(main, "msi-launch"), (plan, "msi-plan")])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(main, "msi-launch"), (plan, "msi-plan"), (profile, "msi-profile"), (simulate, "msi-simulate")],
+)
 def test_version_is_said(command, name, capsys):
     with pytest.raises(SystemExit) as ended:
         command.run(["--version"])
@@ -327,6 +330,26 @@ def test_msi_plan_refuses_in_one_sentence(argv, complaint, capsys, monkeypatch, 
     assert complaint in refused(argv, capsys, monkeypatch, plan)
 
 
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ([], "MODEL is missing"),
+        (["demo", "--batch", "4"], "there is no option --batch; did you mean --batches?"),
+        (["demo", "--batches", "4,0"], "--batches 0: give numbers with commas between them, each from 1"),
+        (["demo", "--contexts", ""], "--contexts '': give numbers"),
+        (["demo", "--threads", DIGITS], "--threads"),
+        (["demo", "--transport", "shm,pigeon"], "--transport pigeon is not one; supported: inproc, shm, tcp"),
+        (["demo", "--dtype", "int4"], "--dtype 'int4' is not one"),
+        (["demo", "-o", "/nowhere/profile.json"], "there is no directory /nowhere"),
+        (["/nowhere/model"], "/nowhere/model"),
+        (["demo", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_msi_profile_refuses_in_one_sentence(argv, complaint, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert complaint in refused(argv, capsys, monkeypatch, profile)
+
+
 # -- what messages advise --------------------------------------------------------------------------------------------
 
 
@@ -347,7 +370,7 @@ def flags_in_strings():
 def test_advice_names_flags_that_exist():
     """Of msi-launch, msi-plan or a script; of vLLM where they are refused; of others where those are named."""
     known = {"--help", "--version", "--no-gateway", *OTHERS} | {flag for one in FOREIGN for flag in one.names}
-    for path in (*(ROOT / "launch").glob("*arguments.py"), *(ROOT / "tools").glob("*.py")):
+    for path in (*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")):
         known |= flags_of(path)
     known |= {name.replace("--", "--no-", 1) for name in known}
     unknown = {(where, flag) for where, flag in flags_in_strings() if flag not in known}

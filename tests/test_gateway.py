@@ -10,7 +10,7 @@ import socket
 import aiohttp
 import pytest
 
-from msi import ConfigError, Engine
+from msi import ConfigError, Engine, __version__
 from msi.server.gateway import MAX_BODY_BYTES, Gateway
 from tests.conftest import TEXT
 from tests.test_engine import collect, idle
@@ -89,7 +89,7 @@ async def test_the_other_endpoints(served):
     for path, expected in {
         "/health": {"status": "ok"},
         "/ready": {"ready": True, "status": "ready"},
-        "/version": {"version": "0.1.0"},
+        "/version": {"version": __version__},
     }.items():
         async with session.get(url + path) as response:
             assert (response.status, await response.json()) == (200, expected)

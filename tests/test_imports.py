@@ -28,7 +28,7 @@ LAYERS = [
     {"msi.attention", "msi.experts", "msi.worker"},
     {"msi.control", "msi.instance", "msi.engine"},
     {"msi"},  # what everybody imports from
-    {"msi.server", "msi.simulator"},
+    {"msi.server", "msi.simulator", "msi.profiler"},
     {"launch", "tools"},
 ]  # fmt: skip
 OWNERS = {
@@ -38,7 +38,7 @@ OWNERS = {
     "prometheus_client": {"msi/server/metrics.py"},
     "jinja2": {"msi/server/chat_template.py"},
     "triton": {"msi/kernels/"},
-    "uvloop": {"launch/main.py"},
+    "uvloop": {"launch/main.py", "msi/profiler/process.py"},
     "pickle": set(),
 }
 
@@ -134,7 +134,16 @@ def test_the_package_list_is_complete():
 
 
 @pytest.mark.parametrize(
-    "module", ["msi", "msi_launch.main", "msi_launch.plan", "msi_launch.local", "msi.control.coordinator"]
+    "module",
+    [
+        "msi",
+        "msi_launch.main",
+        "msi_launch.plan",
+        "msi_launch.profile",
+        "msi_launch.simulate",
+        "msi_launch.local",
+        "msi.control.coordinator",
+    ],
 )
 def test_torch_is_not_loaded_above_the_workers(module):
     """It takes a second and 200 MB: command lines answer at once, and coordinators stay small."""

@@ -58,6 +58,7 @@ PROFILE = Profile(
     scheduling=(SchedulingPoint(1, 1e-3), SchedulingPoint(11, 2e-3)),
     routing=(RoutingPoint(1, 2.0), RoutingPoint(5, 4.0), RoutingPoint(9, 7.0)),
 )
+MSI_PROFILE = "from msi_launch.profile import main; main()"
 ROOT = Path(__file__).parent.parent
 ONE_BY_ONE = StageConditions(threads=1, num_experts=8, transport="shm")
 
@@ -287,7 +288,7 @@ def run(*arguments: object) -> str:
 @pytest.mark.slow
 def test_a_quick_profile_of_this_machine_reads_back_and_predicts(tiny_model, tmp_path):
     path = tmp_path / "profile.json"
-    run("tools/profile_stages.py", tiny_model, "--quick", "--transport", "inproc,shm", "-o", path)
+    run("-c", MSI_PROFILE, tiny_model, "--quick", "--transport", "inproc,shm", "-o", path)
     profile = read_profile(path)
     assert (profile.device, profile.dtype, profile.model) == ("cpu", "float32", tiny_model.name)
     assert {(one.threads, one.contention) for one in profile.attention} == {(1, "alone"), (1, "overlapped")}

@@ -20,6 +20,8 @@ import pytest
 from msi.models.shape import read_shape
 from msi.planner.profile import to_json
 from msi_launch import plan as msi_plan
+from msi_launch import profile as msi_profile
+from msi_launch import simulate as msi_simulate
 from msi_launch.arguments import parse
 from tests.test_launch import free_port, launched
 from tests.test_machine_plans import profile
@@ -111,15 +113,19 @@ def test_every_command_is_understood_and_what_plans_is_run(model_in_place, tmp_p
                 assert msi_plan.run(words) == 0, capsys.readouterr().err
             elif name == "msi-plan":
                 assert msi_plan.run(words) == 0, capsys.readouterr().err
+            elif name == "msi-profile":
+                msi_profile.parse(words)
+                profiled = True
+            elif name == "msi-simulate":
+                msi_simulate.parse(words)
             elif name.startswith("tools/"):
-                profiled |= name == "tools/profile_stages.py"
                 _check_script(name, words)
             else:
                 assert name in ("curl", "."), f"README runs {name}"
 
 
 def _profile(model, folder):
-    """As tools/profile_stages.py would have measured, which takes minutes."""
+    """As msi-profile would have measured, which takes minutes."""
     shape = read_shape(Path(model))
     measured = replace(profile(), model=shape.name, config_digest=shape.config_digest)
     path = folder / "profile.json"
@@ -141,9 +147,10 @@ def test_what_setup_makes_is_on_the_path_once_it_is_activated():
     activate = ROOT / ".venv/bin/activate"
     if not activate.exists() or f'"{ROOT}/.venv"' not in activate.read_text():
         pytest.skip("msi is installed elsewhere")
-    script = ". .venv/bin/activate && msi-launch --version && msi-plan --version && tools/simulate.py --version"
+    commands = ["msi-launch", "msi-plan", "msi-profile", "msi-simulate"]
+    script = " && ".join([". .venv/bin/activate", *(f"{command} --version" for command in commands)])
     said = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    assert [line.split()[0] for line in said.stdout.splitlines()] == ["msi-launch", "msi-plan", "tools/simulate.py"]
+    assert [line.split()[0] for line in said.stdout.splitlines()] == commands
 
 
 @pytest.mark.slow

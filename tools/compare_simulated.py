@@ -38,11 +38,11 @@ from msi.planner.pipeline import Stages, steady_pass_s
 from msi.planner.plan import Workload
 from msi.planner.profile import Profile, read_profile
 from msi.planner.task import Pool, Task
+from msi.profiler.calm import CALM, Others
 from msi.simulator.clock import run_virtual
 from msi.simulator.instance import Shape, SimulatedInstance
 from msi_launch.command_line import ScriptLine
 from tools import bench_decode
-from tools.quiet import CALM, Others
 
 SIMULATED_PASSES = 40
 SIMULATED_SKIP = 10  # until the pipeline is steady

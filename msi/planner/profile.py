@@ -1,4 +1,4 @@
-"""What stages take on one machine, as measured by `tools/profile_stages.py`.
+"""What stages take on one machine, as measured by `msi-profile`.
 
 A profile is a JSON file; `read_profile` refuses one that is not whole, with a sentence. `msi.planner.profiled_costs`
 says what follows for other sizes and for deployments. Knows no models and no clocks.
@@ -130,7 +130,7 @@ class Profile:
             ConfigError: the profile has no routing.
         """
         if not self.routing:
-            raise ConfigError(f"the profile of {self.model} has no routing; measure it with tools/profile_stages.py")
+            raise ConfigError(f"the profile of {self.model} has no routing; measure it with msi-profile")
         total = self.num_experts
         active = Curve({point.num_tokens: point.active_experts for point in self.routing}).at(num_tokens)
         return like(np.minimum(active, total) * num_experts / total)
@@ -303,6 +303,6 @@ def select(profile: Profile, name: str, points: Sequence[Any], threads: int, con
         measured = ", ".join(dict.fromkeys(f"{point.threads} {point.contention}" for point in points))
         raise ConfigError(
             f"the profile has no {name} times of {profile.model} for {threads} threads {contention}, but {measured}. "
-            f"Measure them with tools/profile_stages.py --threads {threads}"
+            f"Measure them with msi-profile --threads {threads}"
         )
     return found

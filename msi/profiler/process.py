@@ -1,6 +1,6 @@
-"""A process that hosts one side of a model and times it on request: what `tools/profile_stages.py` sends out.
+"""A process that hosts one side of a model and times it on request: what `msi.profiler.measure` sends out.
 
-Weights are loaded with `ModelFiles`; a side alone is `tools/stage_sides.py`; for what lies between the sides the two
+Weights are loaded with `ModelFiles`; a side alone is `msi.profiler.sides`; for what lies between the sides the two
 roles run over a real link, as in a worker. Knows nothing of profiles.
 """
 
@@ -39,10 +39,10 @@ from msi.net.slots import HEADER_BYTES
 from msi.net.tcp import TcpTransport
 from msi.net.transport import Transport
 from msi.placement import place_evenly
+from msi.profiler.sides import SLOT_ROWS, AttentionSide, ExpertSide, Timed
 from msi.types import Request, SamplingParams
 from msi.worker.loading import DTYPES, LoadedPart, ModelFiles
 from msi.worker.torch_host import TorchModel
-from tools.stage_sides import SLOT_ROWS, AttentionSide, ExpertSide, Timed
 
 LINK_TIMEOUT_S = 60.0
 ROUTING_CONTEXT = 64  # random tokens, then
