@@ -11,6 +11,7 @@ import pytest
 
 from msi.errors import ConfigError
 from msi_launch.command import requests_to_end, run_command
+from tests.everyday import mostly_slow
 
 PLAN = [sys.executable, "-m", "tests.test_command", "dbrx", "--gpu", "h20"]
 
@@ -67,7 +68,7 @@ def test_a_full_disk_is_a_sentence():
         {"FORCE_COLOR": "1", "COLUMNS": "0"},
     ],
 )
-@pytest.mark.parametrize("script", ["$PLAN --explain", "$PLAN --gpu böse", "$LAUNCH --device 東京"])
+@pytest.mark.parametrize("script", mostly_slow(["$LAUNCH --device 東京", "$PLAN --explain", "$PLAN --gpu böse"]))
 def test_any_locale_and_terminal_will_do(script, environment):
     done = bash(script, **environment)
     assert "Traceback" not in done.stderr

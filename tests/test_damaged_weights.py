@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msi import Engine, RequestFailed, SamplingParams
+from tests.everyday import mostly_slow
 from tests.reference import load_reference, references, save_tiny
 from tests.test_tokens import tokens_of
 
@@ -27,7 +28,7 @@ def damage(path, name, index, value):
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.fixture(scope="module", params=[math.nan, math.inf], ids=str)
+@pytest.fixture(scope="module", params=mostly_slow([math.nan, math.inf]), ids=str)
 def checkpoint(request, tmp_path_factory):
     """One whose embedding of one token is damaged, prompts without it, and their continuations."""
     path = tmp_path_factory.mktemp("damaged")
@@ -48,7 +49,7 @@ def schedulers(engine):
     return [one.life.attention._scheduler for one in engine._instance.workers if one.life.attention is not None]
 
 
-@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("temperature", mostly_slow([0, 0.8]))
 @pytest.mark.parametrize("layout", LAYOUTS)
 async def test_a_damaged_embedding_ends_the_requests_that_have_its_token_and_no_others(checkpoint, layout, temperature):
     path, expected = checkpoint

@@ -22,6 +22,7 @@ from msi.server.origins import Origins
 from msi.server.prepare import Preparation
 from tests.conftest import TEXT
 from tests.edge import gateway, with_template
+from tests.everyday import mostly_slow
 from tests.test_engine import idle
 
 KEY = "secret"
@@ -159,7 +160,7 @@ async def test_bodies_together_have_a_limit(served):
         bodies._check_room()
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", mostly_slow(["/v1/chat/completions", "/v1/completions"]))
 async def test_large_bodies_are_understood_in_another_process(served, monkeypatch, path):
     seen = []
     understand = Preparation.understand
@@ -223,6 +224,7 @@ async def test_silent_connections_give_their_places_to_new_ones(tiny_model, monk
             assert "msi_connections_refused_total 4" in await response.text()
 
 
+@pytest.mark.slow
 async def test_a_reader_that_never_reads_is_cut_and_its_request_cancelled(served, monkeypatch):
     monkeypatch.setattr(door, "UNREAD_S", 1.0)
     engine, url = served
@@ -431,7 +433,7 @@ async def test_at_the_end_connections_without_a_request_are_not_waited_for(tiny_
                 assert response.status == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", mostly_slow(["/v1/chat/completions", "/v1/completions"]))
 async def test_a_large_answer_is_what_its_stream_says(served, path):
     body = {"max_tokens": 100, "n": 8, "seed": 3, "ignore_eos": True}
     if "chat" in path:

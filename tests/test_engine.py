@@ -193,6 +193,7 @@ async def test_an_engine_that_is_closed_says_so(tiny_model):
     assert engine.status == (False, "the engine is closed")
 
 
+@pytest.mark.slow
 async def test_requests_cross_processes_and_the_layer_loop_does_no_control_traffic(tiny_model):
     async with Engine.local(
         model=tiny_model, attention_workers=2, expert_workers=2, micro_batches=2, threads_per_worker=1

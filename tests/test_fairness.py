@@ -12,6 +12,7 @@ from msi.attention import admission
 from msi.attention.scheduler import Scheduler
 from msi.attention.sequence import Sequence, share_budget
 from msi.types import Request, SamplingParams
+from tests.everyday import mostly_slow
 
 BLOCK = 4
 
@@ -76,7 +77,7 @@ def test_a_large_request_gets_in_as_soon_as_those_before_it_have_ended_however_m
     assert scheduler.counters["overtakings"] > 5
 
 
-@pytest.mark.parametrize("patience", [0, 6])
+@pytest.mark.parametrize("patience", mostly_slow([0, 6]))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whoever_is_first_of_those_that_wait_has_no_room_even_if_none_had_overtaken_it(data, patience, monkeypatch):

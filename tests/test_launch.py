@@ -186,6 +186,7 @@ async def test_a_port_in_use_is_said_and_ends_it(tiny_model):
             assert "Traceback" not in child.said
 
 
+@pytest.mark.slow
 async def test_a_coordinator_that_cannot_be_reached_is_named(tiny_model):
     address = f"tcp://127.0.0.1:{free_port()}"
     async with launched(tiny_model, "--role", "expert", "--coordinator", address, "--start-timeout", 2) as child:
@@ -196,6 +197,7 @@ async def test_a_coordinator_that_cannot_be_reached_is_named(tiny_model):
         assert "'nonsense' is not a coordinator's address; give tcp://HOST:PORT" in child.said
 
 
+@pytest.mark.slow
 async def test_processes_started_one_by_one_in_any_order(tiny_model, tmp_path):
     """A worker for any role first, then the coordinator, then the worker that wants a certain role; a second with the
     same id, garbage on the socket, and a drain."""

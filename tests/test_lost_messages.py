@@ -12,6 +12,7 @@ from msi.simulator.control import SimulatedClient, SimulatedServer
 from msi.simulator.deployment import Deployment
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
+from tests.everyday import mostly_slow
 
 NUM_TOKENS = 60
 DEPLOYMENT = Deployment(
@@ -44,7 +45,7 @@ def lose(monkeypatch, seed, share, names=None):
 
 
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.05])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", mostly_slow(range(4)))
 def test_whatever_is_lost_every_request_ends_with_all_its_tokens_or_an_error(monkeypatch, seed, share):
     lose(monkeypatch, seed, share)
     report = simulate(replace(DEPLOYMENT, num_micro_batches=seed % 3), COSTS, ARRIVALS, limit_s=600)
@@ -55,7 +56,7 @@ def test_whatever_is_lost_every_request_ends_with_all_its_tokens_or_an_error(mon
 
 
 @pytest.mark.parametrize("num_micro_batches", [0, 2])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", mostly_slow(range(4)))
 def test_what_is_said_once_is_said_again_until_it_has_come(monkeypatch, seed, num_micro_batches):
     lose(monkeypatch, seed, 0.3, SAID_ONCE)
     report = simulate(replace(DEPLOYMENT, num_micro_batches=num_micro_batches), COSTS, ARRIVALS, limit_s=600)

@@ -21,6 +21,7 @@ from msi.models.families import load_config, parse_config
 from msi.placement import place_evenly
 from msi.types import MicroBatch, TokenSampling
 from msi.worker.loading import ModelFiles
+from tests.everyday import mostly_slow
 from tests.reference import VOCAB_SIZE, greedy, load_reference, references, save_tiny, tiny_config
 
 
@@ -253,13 +254,15 @@ def test_the_fused_expert_layout_gives_the_same_weights(checkpoint, tmp_path_fac
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"sliding_window": 24},
-        {"tie_word_embeddings": True},
-        {"num_key_value_heads": 4, "head_dim": 8},
-        {"num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 3},
-        {"max_shard_size": "40KB", "num_experts_per_tok": 1},
-    ],
+    mostly_slow(
+        [
+            {"sliding_window": 24},
+            {"tie_word_embeddings": True},
+            {"num_key_value_heads": 4, "head_dim": 8},
+            {"num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 3},
+            {"max_shard_size": "40KB", "num_experts_per_tok": 1},
+        ]
+    ),
     ids=lambda changes: ",".join(changes),
 )
 async def test_variants_of_the_family_equal_transformers(tmp_path, changes):

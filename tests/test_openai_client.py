@@ -85,6 +85,7 @@ async def test_chat_streams(served, tiny_model):
     assert (last.choices, last.usage.completion_tokens) == ([], len(tokens))
 
 
+@pytest.mark.slow
 async def test_without_a_limit_a_chat_goes_on_to_the_end_of_the_context(served):
     engine, client = served
     answer = await client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, extra_body=ENDLESS)

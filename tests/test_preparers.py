@@ -33,6 +33,7 @@ from msi.server.preparers import Preparers
 from msi.text.prompts import Prompts, most_bytes_per_token
 from tests.conftest import TEXT
 from tests.edge import gateway
+from tests.everyday import mostly_slow
 
 LOOPS = ("a", "b", "c")
 ENDLESS = "".join(f"{{% for {name} in range(9999) %}}" for name in LOOPS) + "{% endfor %}" * 3
@@ -146,6 +147,7 @@ async def test_no_process_to_be_had_is_no_fault_of_the_request(tiny_model, monke
         await pool.close()
 
 
+@pytest.mark.slow
 async def test_requests_whose_clients_left_take_no_place_in_the_queue(tiny_model, monkeypatch):
     """They kept their places, and their bodies, until those before them were through."""
     monkeypatch.setattr(preparers, "MAX_QUEUED", 8)
@@ -193,7 +195,7 @@ ENDLESS_SMALL = {
 }
 
 
-@pytest.mark.parametrize("template", ENDLESS_SMALL.values(), ids=ENDLESS_SMALL)
+@pytest.mark.parametrize("template", mostly_slow(ENDLESS_SMALL.values()), ids=ENDLESS_SMALL)
 async def test_a_template_that_never_ends_holds_nobody_up(tiny_model, template, monkeypatch):
     """A small chat was rendered where all are answered: nobody had an answer any more."""
     monkeypatch.setattr(preparers, "WITHIN_S", 1.0)
@@ -210,6 +212,7 @@ async def test_a_template_that_never_ends_holds_nobody_up(tiny_model, template, 
             assert sentence.endswith(("send a smaller one", "try again", "MemoryError")), sentence
 
 
+@pytest.mark.slow
 async def test_clients_take_turns_and_the_queue_has_an_end(tiny_model, monkeypatch):
     monkeypatch.setattr(preparers, "MAX_QUEUED", 20)
     pool = Preparers(SETUP.encode(setup_of(tiny_model)))

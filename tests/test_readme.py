@@ -99,6 +99,7 @@ def model_in_place(tiny_model, tmp_path, monkeypatch):
     return lambda words: [str(tiny_model) if word == "/models/mixtral" else word for word in words]
 
 
+@pytest.mark.slow
 def test_every_command_is_understood_and_what_plans_is_run(model_in_place, tmp_path, capsys):
     """In the order of the page: what one writes, another reads."""
     profiled = False

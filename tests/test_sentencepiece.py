@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from msi.errors import RequestFailed
 from tests.edge import gateway, with_template
+from tests.everyday import mostly_slow
 from tests.reference import save_tiny
 from tests.test_engine import collect, idle
 from tests.vocabularies import tokenizer_of
@@ -19,6 +20,7 @@ from tests.vocabularies import tokenizer_of
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 ENDLESS = {"max_tokens": 40, "temperature": 1.0, "ignore_eos": True}
 SEEDS = range(4)
+seeds = pytest.mark.parametrize("seed", mostly_slow(SEEDS))
 
 
 def save_model(path, tokenizer):
@@ -77,7 +79,7 @@ async def test_the_text_is_what_decoding_adds_with_the_first_space(served):
         assert whole["choices"][0]["text"] == f"It is{text}"
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@seeds
 async def test_log_probabilities_of_completions_add_up_to_the_text_streamed_or_not(served, seed):
     asked = {"prompt": "It is a", "seed": seed, "logprobs": 5, **ENDLESS}
     plain = (await post(served, "completions", **asked))["choices"][0]
@@ -102,7 +104,7 @@ async def test_log_probabilities_of_completions_add_up_to_the_text_streamed_or_n
     assert echoed["text"] == "It is a" + plain["text"]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@seeds
 async def test_log_probabilities_of_chats_have_the_bytes_of_their_tokens(served, seed):
     _, _, url, session = served
     asked = {"messages": [{"role": "user", "content": "It is"}], "seed": seed, "logprobs": True, "top_logprobs": 5}

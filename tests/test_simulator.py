@@ -17,6 +17,7 @@ from msi.simulator.clock import SimulationStalled
 from msi.simulator.deployment import Deployment, Fault, parse_fault
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, fixed_lengths, lognormal_lengths, poisson
+from tests.everyday import mostly_slow
 
 T_F = 1e-3
 SMALL = Deployment(
@@ -67,7 +68,7 @@ def test_passes_through_the_whole_product_equal_the_formulas(shape):
     assert running.num_messages == 21 * 2 * num_attention * num_expert * m * num_layers
 
 
-@pytest.mark.parametrize("comm_share", [0.02, 0.1, 0.28, 0.38])
+@pytest.mark.parametrize("comm_share", mostly_slow([0.28, 0.02, 0.1, 0.38]))
 def test_more_micro_batches_of_equal_size_help_as_in_the_papers_figure_14(comm_share):
     costs = ConstantCosts(T_F, T_F, comm_share * T_F, 0.5 * T_F)
     one, two, three, four = (
@@ -101,6 +102,7 @@ class LinearCosts:
         return 0.05e-3
 
 
+@pytest.mark.slow
 def test_attention_data_parallelism_pays_up_to_the_balance_point_as_in_the_papers_figure_15():
     # DBRX: 16 experts, 4 per token, on 4 nodes; 16 sequences per micro-batch: T_a = T_e = 1 ms at n_a = 8
     costs = LinearCosts(k1=0.05e-3, k2=0.2e-3, k3=0.8e-3 / (8 * 16), k4=0.2e-3)

@@ -445,7 +445,9 @@ async def test_a_cluster_serves_who_holds_its_secret_and_nobody_else(tiny_model,
         assert attention.process.returncode is None
 
 
-@pytest.mark.parametrize(("role", "at"), [("coordinator", "0.0.0.0:0"), ("attention", "192.0.2.1:5555")])
+@pytest.mark.parametrize(
+    ("role", "at"), [("coordinator", "0.0.0.0:0"), pytest.param("attention", "192.0.2.1:5555", marks=pytest.mark.slow)]
+)
 async def test_nobody_listens_on_a_network_without_a_secret_unless_told_to(tiny_model, role, at):
     async with launched(tiny_model, "--role", role, "--coordinator", f"tcp://{at}", "--start-timeout", 2) as child:
         assert await child.ended() == 2

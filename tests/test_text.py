@@ -19,6 +19,7 @@ from msi.text.text_stream import TextStream, text_streams
 from msi.text.tokenizer import encode, load_tokenizer
 from msi.text.vocabulary import REPLACEMENT, Vocabulary
 from msi.types import Output, TokenLogprobs, TokenText
+from tests.everyday import mostly_slow
 from tests.vocabularies import CORPUS, KINDS, tokenizer_of
 
 TEXTS = [
@@ -36,6 +37,7 @@ TEXTS = [
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+some_kinds = pytest.mark.parametrize("kind", mostly_slow(KINDS, keep=5))
 
 
 def vocabulary_of(kind, cache={}):  # noqa: B006
@@ -85,7 +87,7 @@ def stream_of(kind, prompt, stop=(), min_tokens=0):
     return TextStream(vocabulary, end_of_prompt(vocabulary, prompt), stop, min_tokens)
 
 
-@every_kind
+@some_kinds
 @settings(deadline=None, max_examples=80)
 @given(data=st.data())
 def test_streamed_text_is_what_decoding_the_answer_behind_its_prompt_adds(kind, data):
@@ -105,7 +107,7 @@ def test_streamed_text_is_what_decoding_the_answer_behind_its_prompt_adds(kind, 
     assert "".join(pushed(stream_of(kind, prompt), answer, range(60))[0]) == text
 
 
-@every_kind
+@some_kinds
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_stop_strings_end_the_text_wherever_tokens_and_pushes_are_cut(kind, data):

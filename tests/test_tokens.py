@@ -58,10 +58,8 @@ async def test_tokens_equal_transformers_in_process(checkpoint, layout, micro_ba
         await check_equal(engine, expected, seed=micro_batches)
 
 
-@pytest.mark.parametrize(
-    ("layout", "micro_batches"),
-    [pytest.param((1, 1), 2, marks=pytest.mark.slow), ((2, 2), 3), pytest.param((3, 2), 1, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "micro_batches"), [((1, 1), 2), ((2, 2), 3), ((3, 2), 1)])
 async def test_tokens_equal_transformers_as_processes_over_shared_memory(checkpoint, layout, micro_batches):
     path, expected = checkpoint
     async with Engine.local(
@@ -96,6 +94,7 @@ async def check_equal_when_blocks_are_scarce(engine, expected):
     assert attention.counters["kv_blocks_evicted"] > 0
 
 
+@pytest.mark.slow
 async def test_tokens_equal_transformers_with_forced_preemption_and_prefix_hits(tmp_path):
     expected = references(save_tiny(tmp_path), *LONG)
     async with Engine.local(model=tmp_path, transport="inproc", **SCARCE) as engine:
