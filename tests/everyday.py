@@ -9,7 +9,10 @@ import pytest
 
 
 def mostly_slow(values: Iterable[Any], keep: int = 1) -> list[Any]:
-    """For `parametrize`: all but the first `keep` are marked slow."""
+    """For `parametrize`: all but the first `keep` are marked slow. A tuple is a case's several values."""
     return [
-        value if index < keep else pytest.param(value, marks=pytest.mark.slow) for index, value in enumerate(values)
+        value
+        if index < keep
+        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        for index, value in enumerate(values)
     ]

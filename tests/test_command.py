@@ -27,20 +27,23 @@ def bash(script, **environment):
 
 @pytest.mark.parametrize(
     ("script", "status"),
-    [
-        ("$PLAN --json | head -1", 141),
-        ("$PLAN --explain | true", 141),
-        ("$LAUNCH --help | head -1", 0),
-        ("$PLAN --json >&-", 0),
-        ("$PLAN --json 2>&-", 0),
-        ("$PLAN <&-", 0),
-        ("$PLAN --json <&- >&- 2>&-", 0),
-        ("$LAUNCH --help >&-", 0),
-        ("$LAUNCH --version <&- 2>&-", 0),
-        ("$LAUNCH --experts 3 2>&-", 2),
-        ("$LAUNCH --experts 3 >&- <&-", 2),
-        ("$LAUNCH /nowhere <&- >&-", 2),
-    ],
+    mostly_slow(
+        [
+            ("$PLAN --json | head -1", 141),
+            ("$PLAN --explain | true", 141),
+            ("$LAUNCH --help | head -1", 0),
+            ("$PLAN --json >&-", 0),
+            ("$PLAN --json 2>&-", 0),
+            ("$PLAN <&-", 0),
+            ("$PLAN --json <&- >&- 2>&-", 0),
+            ("$LAUNCH --help >&-", 0),
+            ("$LAUNCH --version <&- 2>&-", 0),
+            ("$LAUNCH --experts 3 2>&-", 2),
+            ("$LAUNCH --experts 3 >&- <&-", 2),
+            ("$LAUNCH /nowhere <&- >&-", 2),
+        ],
+        keep=4,
+    ),
 )
 def test_streams_that_are_closed_or_unread_are_no_traceback(script, status):
     done = bash(script)

@@ -96,6 +96,7 @@ def free_port():
         return sock.getsockname()[1]
 
 
+@pytest.mark.slow
 async def test_a_prompt_is_answered_once(tiny_model):
     async with launched(tiny_model, "--prompt", "It is", "--max-tokens", 5, "--threads-per-worker", 1) as child:
         assert await child.ended() == 0

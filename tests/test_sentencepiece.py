@@ -29,7 +29,7 @@ def save_model(path, tokenizer):
     return path
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["llama", "metaspace-first"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=mostly_slow(["llama", "metaspace-first"]))
 async def served(request, tmp_path_factory):
     """(tokenizer, engine, url, session)"""
     tokenizer = tokenizer_of(request.param)

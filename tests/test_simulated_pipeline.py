@@ -111,7 +111,7 @@ DISTURBANCES = [
 
 
 @pytest.mark.parametrize("num_layers", [16, pytest.param(56, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("disturb", DISTURBANCES)
+@pytest.mark.parametrize("disturb", mostly_slow(DISTURBANCES, keep=3))
 def test_a_disturbance_costs_the_undisturbed_at_most_a_tenth(disturb, num_layers):
     shape = four_plus_two(num_layers)
     times, _ = run_virtual(mean_passes(shape, disturb))

@@ -25,6 +25,7 @@ from msi.net.secret import Secret, Trust
 from msi.net.shm import ShmTransport
 from msi.net.tcp import ACCEPTED, CHALLENGE, GREETING, GREETING_MAGIC, HELLO, TcpTransport, split_address
 from msi.net.transport import Admission, CompletionKind
+from tests.everyday import mostly_slow
 from tests.test_launch import free_port, launched
 from tests.waiting import until
 
@@ -238,7 +239,7 @@ def num_descriptors():
 
 
 @pytest.mark.parametrize("make", [lambda: TcpTransport(key=KEY), ShmTransport])
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED])
+@pytest.mark.parametrize("number", mostly_slow([errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNABORTED]))
 async def test_descriptors_that_ran_out_are_waited_for_and_not_spun_on(make, number, caplog, monkeypatch):
     monkeypatch.setattr(acceptor, "ACCEPT_AGAIN_S", 0.2)
     async with listening(make()) as one:

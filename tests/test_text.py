@@ -37,7 +37,7 @@ TEXTS = [
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-some_kinds = pytest.mark.parametrize("kind", mostly_slow(KINDS, keep=5))
+some_kinds = pytest.mark.parametrize("kind", mostly_slow(KINDS, keep=3))
 
 
 def vocabulary_of(kind, cache={}):  # noqa: B006

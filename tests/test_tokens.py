@@ -8,6 +8,7 @@ import random
 import pytest
 
 from msi import Engine, SamplingParams
+from tests.everyday import mostly_slow
 from tests.reference import references, save_tiny
 
 NUM_TOKENS = 12
@@ -112,7 +113,7 @@ async def settled(engine):
 FAMILIES = ["qwen3", "qwen2", "olmoe", "dbrx"]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=mostly_slow(FAMILIES[::-1], keep=2))
 def family_checkpoint(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     model = save_tiny(path, family=request.param)
