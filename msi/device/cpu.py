@@ -7,14 +7,14 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msi.device.work_queue import QueuedDevice, WorkQueue
+from msi.device.compute_thread import ComputeQueue, ComputeThread, ThreadedDevice
 
 log = logging.getLogger(__name__)
 PACKED_BYTES = 1 << 20  # a call of oneDNN costs 80 us before it computes, one of MKL 14: smaller weights are not packed
@@ -51,8 +51,8 @@ def _packing() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
     return None
 
 
-class CpuDevice(QueuedDevice):
-    """One thread for all lanes; the loop thread only hands over and is woken.
+class CpuDevice(ThreadedDevice):
+    """One thread for all queues.
 
     Args:
         num_threads: torch's threads for one operator.
@@ -62,13 +62,17 @@ class CpuDevice(QueuedDevice):
         super().__init__()
         self._num_threads = num_threads
         self._packing = _packing()
-        self._queue = WorkQueue("msi-compute", self._entered, self._worked)
+        self._thread = ComputeThread("msi-compute", self.words, self._entered, self._through)
+        self._queue = self._thread.queue()
 
-    def queue_of(self, lane: int) -> WorkQueue:
+    def queue(self, name: str) -> ComputeQueue:
+        return self._thread.queue()
+
+    def threads(self) -> Iterable[ComputeThread]:
+        return [self._thread]
+
+    def _queue_of(self, lane: int) -> ComputeQueue:
         return self._queue
-
-    def queues(self) -> list[WorkQueue]:
-        return [self._queue]
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:

@@ -1,20 +1,20 @@
 """CUDA as a device, plainly: torch's own operators, a thread and a stream per lane.
 
-The thread of a lane waits for its stream where the host needs a value (row counts, rows that leave, tokens), which
-releases the interpreter lock: the event loop never waits, and the streams of other lanes go on. Kernels of our own and
-captured graphs come later.
+Each queue has a thread, which waits for gates in place of its stream, and after each program for the stream, which
+releases the interpreter lock: the event loop never waits, and the streams of other lanes go on. Kernels of our own,
+captured graphs and gates on the stream itself come later.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msi.device.work_queue import QueuedDevice, WorkQueue
+from msi.device.compute_thread import ComputeQueue, ComputeThread, ThreadedDevice
 from msi.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def why_unavailable() -> str | None:
     return None
 
 
-class CudaDevice(QueuedDevice):
+class CudaDevice(ThreadedDevice):
     """One GPU.
 
     Args:
@@ -44,15 +44,24 @@ class CudaDevice(QueuedDevice):
         if not 0 <= index < torch.cuda.device_count():
             raise ConfigError(f"there is no CUDA device {index}; this process sees {torch.cuda.device_count()}")
         self._device = torch.device("cuda", index)
-        self._queues: dict[int, WorkQueue] = {}
+        self._threads: dict[str, ComputeThread] = {}
 
-    def queue_of(self, lane: int) -> WorkQueue:
-        if lane not in self._queues:
-            self._queues[lane] = WorkQueue(f"msi-compute-{lane}", self._entered, self._worked)
-        return self._queues[lane]
+    def queue(self, name: str) -> ComputeQueue:
+        if name not in self._threads:
+            self._threads[name] = ComputeThread(
+                f"msi-compute {name}", self.words, self._entered, self._through, fence=self._synchronize
+            )
+        return self._threads[name].queue()
 
-    def queues(self) -> list[WorkQueue]:
-        return list(self._queues.values())
+    def threads(self) -> Iterable[ComputeThread]:
+        return list(self._threads.values())
+
+    def _queue_of(self, lane: int) -> ComputeQueue:
+        return self.queue(f"lane {lane}")
+
+    def _synchronize(self) -> None:
+        """Until the stream of this thread is through."""
+        torch.cuda.current_stream(self._device).synchronize()
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:

@@ -9,15 +9,15 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from msi.device.compute_thread import Program
+from msi.device.queues import QueueDevice
 from msi.meter import StageMeter
 
 T = TypeVar("T")
 
 
-class Device(Protocol):
-    """An ordered queue of work. Used from one event loop; work runs elsewhere and must not touch the loop."""
-
-    busy_s: float  # time spent computing since the start
+class Device(QueueDevice[Program], Protocol):
+    """Queues, and memory. Used from one event loop; programs run elsewhere and must not touch the loop."""
 
     def submit(self, work: Callable[[], T], meter: StageMeter, name: str, lane: int) -> asyncio.Future[T]:
         """Enqueues work; the future has its result. `name` and `lane` label it in traces."""

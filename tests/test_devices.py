@@ -1,0 +1,139 @@
+"""The contract of queues, gates and words, on the devices that are here; and what is the CPU's alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+import pytest
+
+from msi.device.compute_thread import ComputeThread, Program
+from msi.device.contract import CHECKS, Checked
+from msi.device.cpu import CpuDevice
+from msi.device.cuda import CudaDevice, why_unavailable
+from msi.device.host_words import HostWords
+from msi.meter import StageMeter
+from tests.waiting import until
+
+DEVICES = {
+    "cpu": lambda: CpuDevice(num_threads=1),
+    "cuda": CudaDevice,
+}
+
+
+def program(run, failed):
+    return Program(run, failed, StageMeter(), "checked", 0)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", DEVICES)
+async def test_a_device_keeps_the_contract(name, check):
+    if name == "cuda" and why_unavailable() is not None:
+        pytest.skip(str(why_unavailable()))
+    device = DEVICES[name]()
+    await asyncio.wait_for(check(Checked(device, program)), 20)
+    await device.close()
+
+
+@pytest.fixture
+async def cpu():
+    device = CpuDevice(num_threads=1)
+    yield device
+    await device.close()
+
+
+class Held:
+    """A program that computes until it is let go."""
+
+    def __init__(self, queue):
+        self.begun, self.go = threading.Event(), threading.Event()
+        queue.run(program(self.run, None))
+
+    def run(self):
+        self.begun.set()
+        assert self.go.wait(10)
+
+
+async def test_what_opened_first_runs_first_when_the_device_is_free_again(cpu):
+    on = Checked(cpu, program)
+    held = Held(cpu.queue("held"))
+    gates, queues = [cpu.words.take() for _ in range(3)], [cpu.queue(str(number)) for number in range(3)]
+    for number, (gate, queue) in enumerate(zip(gates, queues, strict=True)):
+        queue.wait(gate, 1)
+        queue.run(on.says(number))
+        queue.run(on.says(number))
+    for number in (1, 2, 0):
+        cpu.words.open(gates[number], 1)
+    held.go.set()
+    for queue in queues:
+        await on.through(queue)
+    assert on.log == [1, 1, 2, 2, 0, 0], "and what lies between two gates is not broken up"
+
+
+async def test_a_gate_that_opens_while_its_queue_still_computes_keeps_its_place(cpu):
+    on = Checked(cpu, program)
+    gates, queues = [cpu.words.take() for _ in range(2)], [cpu.queue(str(number)) for number in range(2)]
+    held = Held(queues[0])
+    for number, (gate, queue) in enumerate(zip(gates, queues, strict=True)):
+        queue.wait(gate, 1)
+        queue.run(on.says(number))
+    assert await asyncio.to_thread(held.begun.wait, 10)
+    cpu.words.open(gates[0], 1)
+    cpu.words.open(gates[1], 1)
+    held.go.set()
+    await on.through(queues[1])
+    assert on.log == [0, 1]
+
+
+async def test_times_are_metered_and_those_of_what_raised_are_not(cpu):
+    meter, spans, failures = StageMeter(), [], []
+    cpu.tracer = type("Tracer", (), {"span": lambda self, *span: spans.append(span)})()
+    queue = cpu.queue("metered")
+    works = Program(lambda: None, failures.append, meter, "works", 3)
+    queue.run(works)
+    queue.run(works)
+    queue.run(Program(lambda: 1 / 0, failures.append, meter, "raises", 3))
+    await Checked(cpu, program).through(queue)
+    assert meter.count == 2
+    assert meter.total_s == pytest.approx(cpu.busy_s)
+    assert works.spent_s == meter.recent[-1]
+    assert [(name, lane) for name, lane, _, _ in spans] == [("works", 3)] * 2
+    assert [type(error) for error in failures] == [ZeroDivisionError]
+
+
+async def test_a_device_that_cannot_work_fails_all_work_and_drains_its_queues():
+    words, failures = HostWords(), []
+
+    @contextlib.contextmanager
+    def broken():
+        raise OSError("no such device")
+        yield
+
+    thread = ComputeThread("broken", words, broken, lambda *_: None)
+    queue, word = thread.queue(), words.take()
+    queue.run(Program(lambda: None, failures.append, StageMeter(), "work", 0))
+    queue.signal(word, 1)
+    await until(lambda: words.is_there(word, 1))
+    assert [str(error) for error in failures] == ["no such device"]
+    thread.close()
+    words.close()
+
+
+async def test_closing_waits_for_the_program_in_progress_and_drops_the_rest():
+    device, log = CpuDevice(num_threads=1), []
+    queue = device.queue("closed")
+    held = Held(queue)
+    queue.run(program(lambda: log.append("dropped"), log.append))
+    assert await asyncio.to_thread(held.begun.wait, 10)
+    closing = asyncio.ensure_future(device.close())
+    await asyncio.sleep(0.01)
+    assert not closing.done()
+    held.go.set()
+    await closing
+    await device.close()
+    assert log == []
+
+
+async def test_words_cost_memory_only_once_they_are_taken(cpu):
+    assert len({cpu.words.take() for _ in range(1000)}) == 1000
