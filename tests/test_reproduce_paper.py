@@ -1,10 +1,9 @@
-"""The paper's claims beside ours: every figure has rows, README shows the current ones, and shapes are the paper's."""
+"""The paper's claims beside ours: every figure has rows, its page shows the current ones, and shapes are theirs."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,7 @@ from tools.paper.sensitivity import KNOBS, Knob, Swing, by_claim, no_kv_copies, 
 from tools.paper.simulated import simulated_pass_s
 from tools.paper.systems import HETEROGENEOUS, HOMOGENEOUS, MODELS, Setting, Systems, best_degree
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = reproduce_paper.PAGE.read_text()
 T_F = 1e-3
 FEW = [knob for knob in KNOBS if knob.name in ("FLOPS that an L40S sustains", "vLLM's max_num_seqs")]
 
@@ -56,18 +55,18 @@ def test_every_figure_of_a_model_has_rows(measured):
     assert all(one.ours > 0 and set(one.each) == set(one.claim.models) for one in measured)
 
 
-def test_headline_ratios_are_within_15_percent_or_readme_gives_a_reason(measured):
+def test_headline_ratios_are_within_15_percent_or_the_page_gives_a_reason(measured):
     of = {one.claim.key: one for one in measured}
     paper = {"8a-trt": 1.28, "8a-trt-scaled": 1.90, "9-trt": 1.86}
     for key, value in paper.items():
         assert of[key].claim.paper == value
-        assert of[key].is_close or f"- Figure {of[key].claim.figure}, {of[key].claim.text}: " in README
+        assert of[key].is_close or f"- Figure {of[key].claim.figure}, {of[key].claim.text}: " in PAGE
 
 
-def test_readme_shows_todays_numbers_and_a_reason_for_each_that_differs(measured):
-    block = README.split(reproduce_paper.BEGIN)[1].split(reproduce_paper.END)[0]
+def test_the_page_shows_todays_numbers_and_a_reason_for_each_that_differs(measured):
+    block = PAGE.split(reproduce_paper.BEGIN)[1].split(reproduce_paper.END)[0]
     for one in measured:
-        assert reproduce_paper.markdown_row(one) in block, "run tools/reproduce_paper.py --write-readme"
+        assert reproduce_paper.markdown_row(one) in block, "run tools/reproduce_paper.py --write-page"
         is_explained = f"- Figure {one.claim.figure}, {one.claim.text}: " in block
         assert is_explained == (not one.is_close)
 

@@ -32,7 +32,7 @@ from msi_launch.command_line import ScriptLine
 VOCAB_SIZE = 2048
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptLine(__doc__)
     parser.add_argument("--batch", type=int, default=16, help="sequences per micro-batch")
     parser.add_argument("--input-len", type=int, default=640)
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads-per-worker", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2])
-    values: argparse.Namespace = parser.parse_args()
+    values: argparse.Namespace = parser.parse_args(words)
     return values
 
 

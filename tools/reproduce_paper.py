@@ -2,7 +2,7 @@
 """The paper's claims (arXiv 2504.02263) beside what the planner's model says: ratios, none measured on such GPUs.
 
     tools/reproduce_paper.py                                   # a table
-    tools/reproduce_paper.py --figures tools/results/paper --write-readme
+    tools/reproduce_paper.py --figures tools/results/paper --write-page
     tools/reproduce_paper.py --json                            # with every plan and every sensitivity
 
 Takes about two minutes. Assumptions are those of msi/planner/assumptions.py, the same for every system; they were
@@ -31,7 +31,7 @@ from tools.paper.sensitivity import KNOBS, Swing, by_claim, reason
 from tools.paper.simulated import simulated_pass_s
 from tools.paper.systems import HETEROGENEOUS, HOMOGENEOUS, MODELS, TITLES, Setting, Systems
 
-ROOT = Path(__file__).resolve().parent.parent
+PAGE = Path(__file__).resolve().parent / "paper" / "README.md"
 BEGIN, END = "<!-- paper:begin -->", "<!-- paper:end -->"
 HEADINGS = ("figure", "claim", "paper", "ours", "difference", "each model")
 Swings = Mapping[str, Sequence[Swing]]
@@ -41,7 +41,7 @@ def main() -> None:
     parser = ScriptLine(__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures into DIR, as PNG")
-    parser.add_argument("--write-readme", action="store_true", help="rewrite the table in README.md")
+    parser.add_argument("--write-page", action="store_true", help="rewrite the table in tools/paper/README.md")
     arguments = parser.parse_args()
     if arguments.figures:
         try:
@@ -54,9 +54,8 @@ def main() -> None:
     found = by_claim(measured, setting, track(KNOBS, "sensitivities", console=Console(stderr=True), transient=True))
     if arguments.figures:
         draw(arguments.figures, systems, measured, found)
-    if arguments.write_readme:
-        readme = ROOT / "README.md"
-        readme.write_text(with_block(readme.read_text(), markdown(measured, found)))
+    if arguments.write_page:
+        PAGE.write_text(with_block(PAGE.read_text(), markdown(measured, found)))
     if arguments.json:
         print(json.dumps(report(systems, measured, found), indent=1))
     else:
