@@ -1,7 +1,8 @@
 """The command line of msi-launch.
 
-An option is one line in one of the `_add_...` functions below, and a field of the same name in `LaunchArguments` (or in
-`InstanceOptions`). What is added in `_add_serving` reaches the process that serves HTTP by itself.
+What an instance is told is written in `msi.options` and `msi.settings`, and its flags come from there. An option of the
+launcher is one line in one of the `_add_...` functions below, and a field of the same name in `LaunchArguments`. What
+is added in `_add_serving` reaches the process that serves HTTP by itself.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from typing import Any
 
 from msi.errors import ConfigError
 from msi.net.secret import Trust, find_secret, read_private
-from msi.options import DTYPES, LOAD_FORMATS, InstanceOptions, with_plan
+from msi.options import DIAGNOSIS, PARAMETERS, InstanceOptions, with_plan
 from msi.server.origins import Origins
+from msi.settings import LIMITS, MODEL_AND_WORKERS
 
-from .command_line import CommandLine, file_to_ask, file_to_read, file_to_write, integer, number, one_of, quoted, text
+from .command_line import CommandLine, file_to_read, integer, number, one_of, quoted, text
+from .parameter_flags import add_parameter
 from .vllm_flags import add_foreign
 
-LEFT_OUT = object()  # an option that the command line does not name
 DESCRIPTION = """Serve a Mixture-of-Experts model with attention and experts on different workers. Without --role:
 everything on this machine, with an HTTP server in front. Names are vLLM's where vLLM has the option."""
-MICRO_BATCHES = ("auto", "1", "2", "3", "4")
 ROLES = ("coordinator", "gateway", "attention", "expert", "worker")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_CHILD_NUMBER = 2**22  # of processes and descriptors
@@ -84,20 +85,18 @@ class LaunchArguments:
 def parse(argv: list[str]) -> LaunchArguments:
     """Raises ConfigError. --help and --version print, and end the process."""
     parser = CommandLine("msi-launch", DESCRIPTION, usage="msi-launch [MODEL] [options]")
-    _add_instance(parser)
-    _add_limits(parser)
+    for heading in (MODEL_AND_WORKERS, LIMITS):
+        _add_parameters(parser.add_argument_group(heading), heading)
     serving = parser.add_argument_group("serving over HTTP")
     _add_serving(serving)
     _add_once(parser)
     _add_role(parser)
     _add_diagnosis(parser)
     add_foreign(parser)
-    names = InstanceOptions.__dataclass_fields__
-    values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, LEFT_OUT)))
-    given = {name: getattr(values, name) for name in names if getattr(values, name) is not LEFT_OUT}
-    if "micro_batches" in given:
-        given["micro_batches"] = 0 if values.micro_batches == "auto" else int(values.micro_batches)
-    options = InstanceOptions(**with_plan(given))
+    values = parser.parse_args(argv)
+    told = {one.name: getattr(values, one.name) for one in PARAMETERS}
+    given = {name: value for name, value in told.items() if value is not None}
+    options = InstanceOptions.of(**with_plan(given))
     _check(values)
     own: dict[str, Any] = {
         "options": options,
@@ -191,65 +190,14 @@ def descriptors(word: str) -> tuple[int, ...]:
     return tuple(int(one) for one in word.split(","))
 
 
-def model_directory(word: str) -> Path:
-    if not word:
-        raise argparse.ArgumentTypeError("is empty; give a Hugging Face model directory, or leave it out for the demo")
-    return Path(word)
-
-
 # -- the options -----------------------------------------------------------------------------------------------------
 
 
-def _add_instance(parser: CommandLine) -> None:
-    add = parser.add_argument_group("model and workers").add_argument
-    add("model", nargs="?", type=model_directory, metavar="MODEL", default=LEFT_OUT,
-        help="Hugging Face model directory; the demo model without it")  # fmt: skip
-    add("--served-model-name", type=text(r"[^\x00-\x1f\x7f]{1,256}", "a name of 1 to 256 printable characters"),
-        metavar="S", help="what clients call the model; MODEL by default")  # fmt: skip
-    add("--attention-workers", type=integer(), metavar="N", default=1, help="attention processes; 1")
-    add("--expert-workers", type=integer(), metavar="N", default=1, help="expert processes; 1")
-    add("--micro-batches", type=one_of(*MICRO_BATCHES), metavar="M", default="auto",
-        help="in flight per attention worker: 1 to 4, or auto, which measures")  # fmt: skip
-    add("--colocated", action="store_true", help="both roles in one process: the baseline, best for small models")
-    add("--plan", type=file_to_ask, metavar="FILE", help="run a plan of msi-plan -o, and watch its predictions")
-    add("--plan-drift", type=number(0, 1e6), metavar="F", default=0.3,
-        help="say so when stage times part from the plan's by more than this fraction; 0.3")  # fmt: skip
-    add("--device", metavar="D", default="cpu", help="cpu, cuda or cuda:N")
-    add("--threads-per-worker", type=integer(), metavar="N", default=0,
-        help="by default the cores are shared among a role's workers")  # fmt: skip
-    add("--transport", metavar="T", default="auto",
-        help="auto (shared memory within a host, TCP across), shm, tcp, or inproc: all workers in one process"
-    )  # fmt: skip
-    add("--dtype", metavar="D", type=one_of(*DTYPES), default="auto", help="auto, float32, bfloat16 or float16")
-    add("--generation-config", metavar="G", default="auto",
-        help="sampling parameters for requests that leave them out: auto (the model's own generation_config.json), "
-        "vllm (none), or that of a folder")  # fmt: skip
-    add("--load-format", metavar="L", type=one_of(*LOAD_FORMATS), default="auto",
-        help="auto, or dummy: random weights from config.json alone")  # fmt: skip
-
-
-def _add_limits(parser: CommandLine) -> None:
-    defaults = {name: field.default for name, field in InstanceOptions.__dataclass_fields__.items()}
-    add = parser.add_argument_group("limits").add_argument
-    add("--max-model-len", type=integer(), metavar="N", default=0,
-        help="longest sequence, prompt included; the model's own by default")  # fmt: skip
-    add("--max-num-seqs", type=integer(), metavar="N", default=defaults["max_num_seqs"],
-        help="sequences that run at a time, per attention worker; 64")  # fmt: skip
-    add("--max-num-batched-tokens", type=integer(), metavar="N", default=0,
-        help="tokens per micro-batch; by default the rows of a slot")  # fmt: skip
-    add("--max-num-waiting", type=integer(), metavar="N", default=defaults["max_num_waiting"],
-        help="requests that wait; the next is refused; 1024")  # fmt: skip
-    add("--slot-rows", type=integer(), metavar="N", default=defaults["slot_rows"], help="rows of a landing slot; 512")
-    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
-        help="share the KV blocks of common prefixes; on")  # fmt: skip
-    add("--num-gpu-blocks-override", type=integer(), metavar="N", default=0,
-        help="KV blocks, whatever the memory allows")  # fmt: skip
-    add("--gpu-memory-utilization", type=number(0, 1), metavar="F", default=defaults["gpu_memory_utilization"],
-        help="share of free memory (on a CPU: of free RAM) for KV cache; 0.9")  # fmt: skip
-    add("--start-timeout", dest="start_timeout_s", type=number(0, 1e6), metavar="S",
-        default=defaults["start_timeout_s"], help="seconds that workers may take to come; 120")  # fmt: skip
-    add("--peer-timeout", dest="peer_timeout_s", type=number(0, 1e6), metavar="S", default=defaults["peer_timeout_s"],
-        help="seconds after which an expert worker that owes an answer is lost; 4")  # fmt: skip
+def _add_parameters(group: Any, heading: str) -> None:
+    """Those of an instance that stand under a heading."""
+    for one in PARAMETERS:
+        if one.about.group == heading:
+            add_parameter(group, one)
 
 
 def _add_serving(group: Any) -> None:
@@ -297,9 +245,10 @@ def _add_role(parser: CommandLine) -> None:
 
 
 def _add_diagnosis(parser: CommandLine) -> None:
-    add = parser.add_argument_group("looking into it").add_argument
+    group = parser.add_argument_group(DIAGNOSIS)
+    add = group.add_argument
     add("--log-level", type=one_of(*LOG_LEVELS), default="info", metavar="L", help="debug, info, warning or error")
-    add("--trace", type=file_to_write, metavar="FILE", help="write a Chrome trace at the end")
+    _add_parameters(group, DIAGNOSIS)
     add("--check", action="store_true", help=argparse.SUPPRESS)
     add(
         "--disable-log-requests", dest="enable_log_requests", action="store_false", help=argparse.SUPPRESS

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from msi.errors import EngineError
 
+from .command_line import as_flags
 from .logs import printable, write_error
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def run_command(name: str, work: Callable[[], None]) -> int:
         work()
         sys.stdout.flush()
     except EngineError as error:
-        write_error(f"{name}: {printable(str(error))}\n")
+        write_error(f"{name}: {as_flags(printable(str(error)))}\n")
         return EXIT_SENTENCE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

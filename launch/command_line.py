@@ -20,6 +20,7 @@ from msi.errors import MAX_SHOWN_CHARS, ConfigError, shown
 MAX_TEXT_CHARS = 100_000
 HELP_COLUMN = 30
 LIKENESS = 0.55  # from which on another flag may have been meant; difflib's ratio
+PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`\s]+))?`")  # as errors of msi name one, and a value to give it
 KINDS = {"int": "an integer", "float": "a number"}
 T = TypeVar("T")
 
@@ -46,6 +47,9 @@ class CommandLine(argparse.ArgumentParser):
             if not is_text(word):
                 raise ConfigError(f"{shown(word)} on the command line is not text in UTF-8")
         self._refuse_unknown(words)
+        for action in self._actions:
+            if action.dest != "ignored":
+                _flags_of[action.dest] = tuple(action.option_strings) or (str(action.metavar),)
         values, extra = self.parse_known_args(words, namespace)
         if extra:
             self.error(f"{quoted(extra[0])} is a word too many: a flag's value, or MODEL, is given already")
@@ -106,6 +110,24 @@ class ScriptLine(CommandLine):
         except ConfigError as error:
             sys.stderr.write(f"{self.prog}: {error}\n")
             raise SystemExit(2) from None
+
+
+_flags_of: dict[str, tuple[str, ...]] = {}  # by parameter: those of the command line that this process was given
+
+
+def as_flags(sentence: str) -> str:
+    """A sentence of msi's, which speaks of `parameters`, in the words of this process's command line."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        flags = _flags_of.get(name)
+        if flags is None:
+            return found[0]
+        if value in ("True", "False"):
+            return flags[0] if value == "True" else flags[-1]
+        return flags[0] if value is None else f"{flags[0]} {value}"
+
+    return PARAMETER.sub(flag, sentence)
 
 
 def _no_value(flag: str) -> str:

@@ -12,6 +12,7 @@ from rich.cells import cell_len, set_cell_size
 
 from msi.control.messages import Stats, WorkerStats
 
+from .command_line import as_flags
 from .logs import ERASE_LINE, has_live_terminal, printable, write_error
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class StatusLine:
         """
         if self._is_live:
             # back to the first column, so that whatever another process writes stands alone on its line
-            write_error(f"{ERASE_LINE}{cut(printable(sentence), _columns() - 1)}\r")
+            write_error(f"{ERASE_LINE}{cut(as_flags(printable(sentence)), _columns() - 1)}\r")
         state = "" if is_usual else re.sub(r"\d+", "", sentence)
         if state != self._last:
             self._last = state

@@ -12,6 +12,8 @@ import os
 import sys
 import unicodedata
 
+from .command_line import as_flags
+
 ERASE_LINE = "\x1b[2K"
 MAX_CHARS = 4000  # of a message
 NAMED_FROM = logging.WARNING  # lines of this level and above say their level
@@ -50,7 +52,7 @@ class OneLine(logging.Formatter):
         self._name = name
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        message = printable(record.message).removeprefix(f"{self._name}: ")
+        message = as_flags(printable(record.message)).removeprefix(f"{self._name}: ")
         if len(message) > MAX_CHARS:
             message = f"{message[:MAX_CHARS]}... ({len(message)} characters)"
         named = f"{record.levelname.lower()}: " if record.levelno >= NAMED_FROM else ""

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from msi.errors import ConfigError, shown
 from msi.models.shape import VALUE_BYTES, read_shape
-from msi.options import SLOT_ROWS
 from msi.planner.assumptions import Assumptions
 from msi.planner.hardware import Catalogue, nearest, read_catalogue
 from msi.planner.model_shape import ModelShape
@@ -18,6 +17,7 @@ from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan import Workload
 from msi.planner.profile import Profile, read_profile
 from msi.planner.task import OBJECTIVES, TP_SIZES, Limits, Pool, Task
+from msi.settings import SLOT_ROWS
 
 from .command_line import CommandLine, file_to_ask, file_to_write, integer, number, one_of, quoted
 

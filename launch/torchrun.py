@@ -86,12 +86,12 @@ async def run_world(arguments: LaunchArguments, world: World) -> None:
     coordinator: Child | None = None
     sockets: SocketDir | None = None
     try:
-        store = await _open_store(world, arguments.options.start_timeout_s)
+        store = await _open_store(world, arguments.options.timeouts.start_timeout_s)
         if world.rank == 0:
             sockets = SocketDir() if world.is_one_host else None
             coordinator, address = await _start_coordinator(arguments, world, store, sockets)
         else:
-            address = await _look_up(store, world, arguments.options.start_timeout_s)
+            address = await _look_up(store, world, arguments.options.timeouts.start_timeout_s)
         worker = create_worker(
             arguments.options, address, arguments.role or "worker", arguments.worker_id,
             advertise_host=arguments.advertise_host, trust=arguments.trust,

@@ -74,16 +74,14 @@ class Engine:
         Args:
             model: Hugging Face model directory; None for the bundled demo model.
             report: told what start-up waits for, in sentences.
-            options: see `msi.options.InstanceOptions`.
+            options: the parameters of `msi.options.InstanceOptions` and of its sections.
 
         Raises:
             ConfigError: the options cannot work. Entering the context may raise it too, and Unavailable.
+            TypeError: there is no such option; names the nearest.
         """
-        known = set(InstanceOptions.__dataclass_fields__)
-        if unknown := sorted(set(options) - known):
-            raise TypeError(f"Engine.local has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
         given = with_plan(options if model is None else {**options, "model": Path(model)})
-        return Engine(options=InstanceOptions(**given), report=report or (lambda sentence: None))
+        return Engine(options=InstanceOptions.of(**given), report=report or (lambda sentence: None))
 
     @staticmethod
     def connect(address: str, *, secret: str | None = None) -> Engine:
@@ -129,7 +127,7 @@ class Engine:
         if (tokenizer := self._prompts.tokenizer) is not None:
             self._vocabulary = Vocabulary(tokenizer)
         if options is not None:
-            await self.wait_ready(options.start_timeout_s)
+            await self.wait_ready(options.timeouts.start_timeout_s)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Until requests are taken; a local instance is when its context is entered.

@@ -73,7 +73,7 @@ def shards(path):
 
 
 def assert_equals_transformers(path):
-    check_files(InstanceOptions(model=path))
+    check_files(InstanceOptions.of(model=path))
     with torch.inference_mode():
         expected = load_reference(path)(torch.tensor([PROMPT])).logits[0, -1]
     torch.testing.assert_close(logits_of(path, PROMPT, torch.float32), expected, rtol=1e-4, atol=1e-4)
@@ -82,7 +82,7 @@ def assert_equals_transformers(path):
 def refusal_of(path):
     """What the launcher says; the workers say the same."""
     with pytest.raises(ConfigError) as refusal:
-        check_files(InstanceOptions(model=path))
+        check_files(InstanceOptions.of(model=path))
     sentence = str(refusal.value)
     assert "\n" not in sentence
     assert len(sentence) < 300 + 2 * len(str(path))
@@ -311,7 +311,7 @@ def test_what_is_no_directory_says_what_to_give(tmp_path, monkeypatch):
         "loop": "is a link to what does not exist",
     }.items():
         with pytest.raises(ConfigError) as refusal:
-            check_files(InstanceOptions(model=type(tmp_path)(name)))
+            check_files(InstanceOptions.of(model=type(tmp_path)(name)))
         assert complaint in str(refusal.value)
     with pytest.raises(ConfigError, match="is not a directory"):
         load_config(type(tmp_path)("nul\0byte"))

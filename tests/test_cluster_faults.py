@@ -37,7 +37,7 @@ def reset(sock):
 @contextlib.asynccontextmanager
 async def inside(checkpoint):
     """An instance over TCP whose processes are tasks of this one; time alone loses nobody, however slow the machine."""
-    options = InstanceOptions(
+    options = InstanceOptions.of(
         model=checkpoint, expert_workers=2, micro_batches=2, transport="tcp", threads_per_worker=1, peer_timeout_s=120
     )
     coordinator = create_coordinator(options, "tcp://127.0.0.1:*")

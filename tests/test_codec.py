@@ -33,11 +33,13 @@ from msi.control.messages import (
 )
 from msi.errors import Failure, ProtocolError
 from msi.net.codec import Codec
+from msi.precision import Precision
+from msi.settings import LinkShape, SchedulerLimits, Timeouts
 from msi.types import Placement, Progress, Request, SamplingParams, StageTimes, TokenLogprobs
 
 CODEC = Codec({*FROM_CLIENT, *FROM_WORKER, *TO_CLIENT, *TO_WORKER})
 EXAMPLES = [
-    WorkerHello(1, "expert-0", "expert", 12, "host", "abc", "float32"),
+    WorkerHello(1, "expert-0", "expert", 12, "host", "abc", Precision.of("float32")),
     Assignment(
         "i",
         "expert-0",
@@ -45,18 +47,13 @@ EXAMPLES = [
         0,
         3,
         Placement((0, 0, 1), 2, 4),
-        3,
-        512,
         4,
-        "bfloat16",
-        1024,
-        64,
-        512,
         False,
         0.5,
-        4.0,
-        1.0,
-        3.0,
+        SchedulerLimits(max_model_len=1024, max_num_batched_tokens=512),
+        LinkShape(num_lanes=3),
+        Timeouts(peer_timeout_s=2.5),
+        Precision.of("bfloat16"),
     ),
     Topology((ExpertAddress(0, "expert-0", 1, "shm://x"),), {"expert-1": "it died"}),
     Heartbeat("a", 0, WorkerStatus(1, 2, 3, 4, 5, StageTimes(0.1, 0.2, 0.3, 0.4, 0.5), {"x": 1.5})),
@@ -149,13 +146,15 @@ def assignment(**changes):
     (example,) = [one for one in EXAMPLES if isinstance(one, Assignment)]
     values = [getattr(example, field.name) for field in dataclasses.fields(Assignment)]
     names = [field.name for field in dataclasses.fields(Assignment)]
-    placement = [[0, 0, 1], 2, 4]
-    values[names.index("placement")] = placement
+    sections = {}
+    for section in ("placement", "limits", "link", "timeouts", "precision"):
+        whole = getattr(example, section)
+        inner = [field.name for field in dataclasses.fields(whole)]
+        part = values[names.index(section)] = [getattr(whole, name) for name in inner]
+        sections |= {name: (part, inner.index(name)) for name in inner}
     for name, value in changes.items():
-        if name in ("node_of", "num_nodes", "version"):
-            placement[("node_of", "num_nodes", "version").index(name)] = value
-        else:
-            values[names.index(name)] = value
+        part, at = sections.get(name) or (values, names.index(name))
+        part[at] = value
     return msgpack.packb(["Assignment", *values])
 
 
@@ -167,7 +166,9 @@ def assignment(**changes):
         {"num_lanes": 0}, {"num_lanes": 10**9}, {"num_seats": 2**63}, {"num_seats": -1}, {"slot_rows": 0},
         {"slot_rows": 2**62}, {"max_num_seqs": -5}, {"max_model_len": 2**60}, {"incarnation": -1}, {"index": 1 << 40},
         {"memory_share": float("nan")}, {"memory_share": 7.0}, {"heartbeat_s": float("nan")}, {"lost_after_s": -1},
-        {"peer_timeout_s": float("-inf")}, {"num_kv_blocks": 2**63}, {"is_colocated": 2},
+        {"peer_timeout_s": float("-inf")}, {"num_gpu_blocks_override": 2**63}, {"is_colocated": 2},
+        {"enable_prefix_caching": 1}, {"max_num_waiting": 0}, {"start_timeout_s": 0.0}, {"weights": "float3"},
+        {"kv_cache": 2}, {"rows": "a\nb"}, {"compute": "x" * 10_000},
     ],
     ids=str,
 )  # fmt: skip

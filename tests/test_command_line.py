@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from msi import __version__
 from msi.errors import ConfigError
-from msi.options import FRACTIONS, INTEGERS, InstanceOptions
+from msi.options import PARAMETERS, InstanceOptions, flag_of
 from msi_launch import main, plan, profile, simulate
 from msi_launch.arguments import parse
 from msi_launch.command_line import CommandLine
@@ -26,8 +26,8 @@ from msi_launch.vllm_flags import ANY, FOREIGN
 
 ROOT = Path(__file__).parent.parent
 DIGITS = "9" * 400
-INTEGER_FLAGS = ["--" + name.replace("_", "-") for name, _, _ in INTEGERS]
-NUMBER_FLAGS = ["--" + name.removesuffix("_s").replace("_", "-") for name, _ in FRACTIONS]
+INTEGER_FLAGS = [flag_of(one) for one in PARAMETERS if one.kind is int]
+NUMBER_FLAGS = [flag_of(one) for one in PARAMETERS if one.kind is float]
 
 
 def refused(argv, capsys, monkeypatch, command=main):
@@ -217,8 +217,8 @@ def test_options_survive_the_way_to_a_child(tmp_path):
     given = ["--served-model-name=-m", "--max-num-seqs", "3", "--no-enable-prefix-caching", "--peer-timeout", "0.5"]
     options = parse(given).options
     assert parse(options.flags()).options == options
-    dashed = InstanceOptions(model=Path("-model"))
-    assert parse(dashed.flags()).options.model_dir.name == "-model"
+    dashed = InstanceOptions.of(model=Path("-model"))
+    assert parse(dashed.flags()).options.source.model_dir.name == "-model"
 
 
 @settings(max_examples=300, deadline=None)
@@ -372,6 +372,7 @@ def test_advice_names_flags_that_exist():
     known = {"--help", "--version", "--no-gateway", *OTHERS} | {flag for one in FOREIGN for flag in one.names}
     for path in (*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")):
         known |= flags_of(path)
+    known |= {flag_of(one) for one in PARAMETERS}
     known |= {name.replace("--", "--no-", 1) for name in known}
     unknown = {(where, flag) for where, flag in flags_in_strings() if flag not in known}
     assert not unknown

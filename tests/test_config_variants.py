@@ -182,7 +182,7 @@ def copy_of(tiny_of, tmp_path):
 @pytest.mark.parametrize(("family", "changes"), CASES)
 def test_what_configurations_say_equals_transformers(copy_of, family, changes):
     path = copy_of(family, changes)
-    check_files(InstanceOptions(model=path))
+    check_files(InstanceOptions.of(model=path))
     with torch.inference_mode():
         expected = load_reference(path)(torch.tensor([PROMPT])).logits[0, -1]
     torch.testing.assert_close(logits_of(path, PROMPT, torch.float32), expected, rtol=1e-3, atol=1e-3)
@@ -223,7 +223,7 @@ def test_numbers_that_make_no_sense_are_refused_by_name(copy_of, key, value):
 def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_allocated(copy_of, key, value):
     path = copy_of("mixtral", {key: value})
     with pytest.raises(ConfigError) as refusal:
-        check_files(InstanceOptions(model=path))
+        check_files(InstanceOptions.of(model=path))
     assert len(str(refusal.value)) < 2 * len(str(path)) + 200
 
 

@@ -33,13 +33,15 @@ from msi.net.control import ControlClient
 from msi.net.control_server import ControlServer
 from msi.net.secret import Secret
 from msi.net.socket_dir import SocketDir
+from msi.precision import Precision
 from msi.types import SamplingParams
 from tests.waiting import until
 
 ANYWHERE = "tcp://127.0.0.1:*"
 SECRET, OTHER = Secret("the secret of this test"), Secret("the secret of another")
 SAID = [
-    ClientHello(1), WorkerHello(1, "expert-0", "expert", 1, "h", "f", "d"), StatsRequest(), Cancel("r"),
+    ClientHello(1), WorkerHello(1, "expert-0", "expert", 1, "h", "f", Precision.of("float32")), StatsRequest(),
+    Cancel("r"),
     Submit(Request("r", (1,), SamplingParams(seed=1))),
 ]  # fmt: skip
 TALKATIVE = Codec(TO_CLIENT, [type(one) for one in SAID])  # says what workers say, and clients

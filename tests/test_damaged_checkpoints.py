@@ -112,7 +112,7 @@ def assert_holds(original, logits, path, seed):
     chance.choice(DAMAGES)(path, chance)
     started = time.thread_time()
     try:
-        check_files(InstanceOptions(model=path))
+        check_files(InstanceOptions.of(model=path))
         files = ModelFiles(path)
         files.fingerprint()
         placement = place_evenly(files.config.num_experts, 1)

@@ -143,17 +143,17 @@ def test_parameters_that_make_no_sense_are_named(params, complaint):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"attention_workers": 0}, "--attention-workers 0: give an integer from 1 to 1024"),
-        ({"expert_workers": "two"}, "--expert-workers 'two'"),
-        ({"micro_batches": 5}, "--micro-batches 5: give auto or 1 to 4"),
-        ({"gpu_memory_utilization": 0.0}, r"--gpu-memory-utilization 0\.0"),
+        ({"attention_workers": 0}, "`attention_workers` 0: give an integer from 1 to 1024"),
+        ({"expert_workers": "two"}, "`expert_workers` 'two'"),
+        ({"micro_batches": 5}, "`micro_batches` 5: give auto or 1 to 4"),
+        ({"gpu_memory_utilization": 0.0}, r"`gpu_memory_utilization` 0\.0"),
         ({"max_num_batched_tokens": 600}, "more than a slot's 512 rows"),
         ({"colocated": True, "expert_workers": 2}, "one process with both roles"),
-        ({"device": "tpu"}, "--device 'tpu' is not one"),
-        ({"transport": "rdma"}, "--transport rdma is not built yet"),
-        ({"transport": "pigeon"}, "--transport 'pigeon' is not one"),
-        ({"load_format": "gguf"}, "--load-format 'gguf' is not one; supported: auto, dummy"),
-        ({"dtype": "float8"}, "--dtype 'float8' is not one"),
+        ({"device": "tpu"}, "`device` 'tpu' is not one"),
+        ({"transport": "rdma"}, "`transport` rdma is not built yet"),
+        ({"transport": "pigeon"}, "`transport` 'pigeon' is not one"),
+        ({"load_format": "gguf"}, "`load_format` 'gguf' is not one; supported: auto, dummy"),
+        ({"dtype": "float8"}, "`dtype` 'float8' is not one"),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name(options, complaint):
@@ -162,7 +162,7 @@ def test_options_that_cannot_work_are_refused_by_name(options, complaint):
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(TypeError, match="no option 'experts'"):
+    with pytest.raises(TypeError, match="no option 'experts'; did you mean 'expert_workers'"):
         Engine.local(experts=2)
 
 
@@ -171,7 +171,7 @@ def test_an_unknown_option_is_refused():
     ("options", "complaint"),
     [
         ({"expert_workers": 8}, "8 expert workers for 7 experts; give between 1 and 7"),
-        ({"max_model_len": 4096}, "--max-model-len 4096 is more than the 512 positions"),
+        ({"max_model_len": 4096}, "`max_model_len` 4096 is more than the 512 positions"),
         ({"model": "/nowhere"}, "/nowhere is not a directory"),
     ],
 )

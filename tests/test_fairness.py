@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from msi.attention import admission
 from msi.attention.scheduler import Scheduler
 from msi.attention.sequence import Sequence, share_budget
+from msi.settings import SchedulerLimits
 from msi.types import Request, SamplingParams
 from tests.everyday import mostly_slow
 
@@ -25,9 +26,10 @@ def make_scheduler(**changes) -> Scheduler:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 16,
         "max_model_len": 80,
-        "has_prefix_cache": False,
-    }
-    return Scheduler(**{**values, **changes})
+        "enable_prefix_caching": False,
+    } | changes
+    limits = {name: values.pop(name) for name in SchedulerLimits.__dataclass_fields__ if name in values}
+    return Scheduler(SchedulerLimits(**limits), **values)
 
 
 def request(name: str, num_prompt: int, max_tokens: int, first: int = 10) -> Request:
@@ -86,7 +88,7 @@ def test_whoever_is_first_of_those_that_wait_has_no_room_even_if_none_had_overta
     has_prefix_cache = data.draw(st.booleans())
     scheduler = make_scheduler(
         num_lanes=data.draw(st.integers(1, 3)), max_num_seqs=data.draw(st.integers(1, 6)),
-        has_prefix_cache=has_prefix_cache,
+        enable_prefix_caching=has_prefix_cache,
     )  # fmt: skip
     sizes: dict[str, tuple[int, int]] = {}
     admitted: list[str] = []

@@ -15,10 +15,12 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {
         "msi.errors", "msi.types", "msi.meter", "msi.tracing", "msi.watchdog", "msi.complaints", "msi.control.lateness",
+        "msi.parameters", "msi.precision",
     },
     {
         "msi.experts.waves", "msi.placement", "msi.attention.scheduler", "msi.attention.admission",
         "msi.attention.sequence", "msi.attention.block_pool", "msi.sampling", "msi.kernels", "msi.net", "msi.planner",
+        "msi.settings",
     },
     {  # decisions about an instance, and its messages
         "msi.control.messages", "msi.control.members", "msi.control.formation", "msi.control.membership",

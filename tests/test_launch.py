@@ -19,6 +19,7 @@ import zmq.asyncio
 from msi import Engine, SamplingParams
 from msi.control.messages import FROM_CLIENT, FROM_WORKER, Submit, WorkerHello
 from msi.net.codec import Codec
+from msi.precision import Precision
 from msi_launch.main import run
 
 pytestmark = pytest.mark.timeout(180)
@@ -268,7 +269,7 @@ async def send_garbage(address):
         [b"\xff" * 100],
         [b"two", b"frames"],
         [b"\x91\xa5Hello"],
-        [codec.encode(WorkerHello(99, "x", "expert", 1, "h", "f", "float32"))],
+        [codec.encode(WorkerHello(99, "x", "expert", 1, "h", "f", Precision.of("float32")))],
         [codec.encode(Submit(Request("r", (1, 2), Params(seed=1))))],
     ):
         await socket_.send_multipart(payload)

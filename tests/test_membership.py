@@ -33,10 +33,12 @@ from msi.control.messages import (
     WorkerReady,
 )
 from msi.placement import place_evenly
+from msi.precision import Precision
+from msi.settings import SchedulerLimits, Timeouts
 
-PLAN = InstancePlan("token", 1, 2, False, place_evenly(8, 2), 4, 512, 1024, 64, 512)
+PLAN = InstancePlan("token", 1, 2, False, place_evenly(8, 2), SchedulerLimits(1024, 64, 512))
 CHOICE = "waiting for other workers: the role that they leave is this one's"
-HELLO = WorkerHello(PROTOCOL_VERSION, "", "expert", 100, "here", "print", "float32")
+HELLO = WorkerHello(PROTOCOL_VERSION, "", "expert", 100, "here", "print", Precision.of("float32"))
 
 
 def hello(cluster, route, now=0.0, **changes):
@@ -314,7 +316,7 @@ def test_what_is_waited_for_is_said_by_name():
 
 
 def test_it_gives_up_with_the_same_sentence():
-    cluster = Cluster(replace(PLAN, start_timeout_s=5.0), 0.0)
+    cluster = Cluster(replace(PLAN, timeouts=Timeouts(5.0)), 0.0)
     cluster.tick(4.0)
     assert cluster.failure == ""
     cluster.tick(6.0)
@@ -371,7 +373,7 @@ def test_a_coordinator_that_stood_still_takes_its_own_absence_for_nobodys(stoppe
 
 
 def test_workers_that_are_awaited_get_the_lateness_too():
-    cluster = Cluster(replace(PLAN, start_timeout_s=5.0), 0.0)
+    cluster = Cluster(replace(PLAN, timeouts=Timeouts(5.0)), 0.0)
     say(cluster, b"any", "worker")
     cluster.tick(304.0, late_s=300.0)
     assert cluster.failure == ""

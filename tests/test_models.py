@@ -19,6 +19,8 @@ from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
 from msi.models.families import load_config, parse_config
 from msi.placement import place_evenly
+from msi.precision import Precision
+from msi.settings import LinkShape, SchedulerLimits, Timeouts
 from msi.types import MicroBatch, TokenSampling
 from msi.worker.loading import ModelFiles
 from tests.everyday import mostly_slow
@@ -179,9 +181,9 @@ def test_a_missing_shard_is_named(tmp_path):
 def assignment(role, index, num_expert, **changes) -> Assignment:
     values = {
         "instance": "i", "worker_id": "w", "role": role, "index": index, "incarnation": 0,
-        "placement": place_evenly(7, num_expert), "num_lanes": 1, "slot_rows": 16, "num_seats": 2, "dtype": "float32",
-        "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16, "is_colocated": False,
-        "memory_share": 1.0, "peer_timeout_s": 4.0, "heartbeat_s": 1.0, "lost_after_s": 3.0,
+        "placement": place_evenly(7, num_expert), "num_seats": 2, "is_colocated": False, "memory_share": 1.0,
+        "limits": SchedulerLimits(64, 4, 16), "link": LinkShape(1, 16), "timeouts": Timeouts(),
+        "precision": Precision.of("float32"),
     }  # fmt: skip
     return Assignment(**{**values, **changes})
 

@@ -185,19 +185,21 @@ def test_a_truncated_plan_or_something_else_is_refused(plan_path):
         read_plan_file(plan_path)
 
 
-def test_options_follow_the_plan_and_what_contradicts_it_is_refused(plan_path, checkpoint):
+def test_options_follow_the_plan_and_what_contradicts_it_is_refused(plan_path, checkpoint, capsys):
     plan = read_plan_file(plan_path).plan
-    options = InstanceOptions(**with_plan({"plan": plan_path, "model": checkpoint}))
+    options = InstanceOptions.of(**with_plan({"plan": plan_path, "model": checkpoint}))
     assert (options.attention_workers, options.expert_workers) == (plan.num_attention_nodes, plan.num_expert_nodes)
     assert options.micro_batches == 2
-    assert options.max_num_seqs == plan.micro_batch * 2
+    assert options.limits.max_num_seqs == plan.micro_batch * 2
     launched = parse_launch([str(checkpoint), "--plan", str(plan_path), "--micro-batches", "2"]).options
     assert launched == options
     assert parse_launch(options.flags()).options == options  # as children of the launcher get it
-    with pytest.raises(ConfigError, match=r"--expert-workers 7 contradicts .*plan.json, which has"):
+    with pytest.raises(ConfigError, match=r"`expert_workers` 7 contradicts .*plan.json, which has"):
         parse_launch([str(checkpoint), "--plan", str(plan_path), "--expert-workers", "7"])
-    with pytest.raises(ConfigError, match="--micro-batches auto contradicts"):
+    with pytest.raises(ConfigError, match="`micro_batches` auto contradicts"):
         parse_launch([str(checkpoint), "--plan", str(plan_path), "--micro-batches", "auto"])
+    assert run_launch([str(checkpoint), "--plan", str(plan_path), "--expert-workers", "7"]) == 2
+    assert "msi-launch: --expert-workers 7 contradicts " in capsys.readouterr().err
 
 
 def test_msi_launch_refuses_what_the_runtime_cannot_do_and_plans_for_other_models(

@@ -87,7 +87,7 @@ async def test_a_worker_for_which_the_machine_has_no_room_is_tried_again_and_end
     monkeypatch.setattr(Child, "start", start)
     monkeypatch.setattr(process_instance, "NO_ROOM_AGAIN_S", 0.01)
     failures = []
-    instance = process_instance.ProcessInstance(InstanceOptions(model=tiny_model), failures.append)
+    instance = process_instance.ProcessInstance(InstanceOptions.of(model=tiny_model), failures.append)
     assert await instance._start_again("ipc://x", "expert", "expert-0")
     assert instance._children == {"expert-0": "child"}
     assert failures == []

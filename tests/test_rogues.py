@@ -37,10 +37,13 @@ from msi.control.messages import (
 )
 from msi.errors import ProtocolError
 from msi.placement import place_evenly
+from msi.precision import Precision
 from msi.server.metrics import Metrics
+from msi.settings import SchedulerLimits
 from msi.types import Request, SamplingParams, StageTimes
 
-PLAN = InstancePlan("token", 2, 2, False, place_evenly(8, 2), 4, 512, 1024, 64, 512)
+PLAN = InstancePlan("token", 2, 2, False, place_evenly(8, 2), SchedulerLimits(1024, 64, 512))
+FLOAT32 = Precision.of("float32")
 IDS = ["attention-0", "attention-1", "expert-0", "expert-1"]
 NUMBERS = [0, 1, 2, 3, -1, 64, 2**16 - 1, 2**31, 2**40 - 1, 2**60 - 1, 2**63 - 1, 2**64 - 1]
 FLOATS = [0.0, -0.0, 1.0, -1.0, 1e-310, 1e300, math.inf, -math.inf, math.nan]
@@ -55,6 +58,8 @@ def values(hint, name=""):
         return st.sampled_from([0, 0, 0, 1])
     if name in ("worker_id", "peer"):
         return st.sampled_from(IDS * 2 + TEXTS)
+    if name in ("weights", "kv_cache", "rows", "compute"):
+        return st.sampled_from(["float32"] * 20 + ["auto", *TEXTS])
     if name == "protocol_version":
         return st.sampled_from([PROTOCOL_VERSION] * 5 + NUMBERS)
     if origin is typing.Annotated:
@@ -116,7 +121,7 @@ class Instance:
         self.hear(b"client", ClientHello(PROTOCOL_VERSION, "a secret of its own"))
         for worker_id in IDS:
             role = worker_id.partition("-")[0]
-            hello = WorkerHello(PROTOCOL_VERSION, worker_id, role, 7, "here", "print", "float32", f"of {worker_id}")
+            hello = WorkerHello(PROTOCOL_VERSION, worker_id, role, 7, "here", "print", FLOAT32, f"of {worker_id}")
             self.hear(worker_id.encode(), hello)
             self.hear(worker_id.encode(), WorkerReady(worker_id, 0, "shm://x", 100 * (role == "attention")))
         for worker_id in IDS[:2]:
@@ -199,11 +204,11 @@ def test_a_member_that_counts_no_blocks_and_half_its_stalls_does_not_end_metrics
     assert b"msi_loop_stalls_total" in Metrics().exposition(instance.stats(), {})
 
 
-@pytest.mark.parametrize("field", ["worker_id", "host", "dtype", "fingerprint", "process"])
+@pytest.mark.parametrize("field", ["worker_id", "host", "fingerprint", "process"])
 @pytest.mark.parametrize("text", ["a\nb", "x" * 257, "\x1b[2J"])
 def test_a_hello_with_texts_that_no_log_should_show_is_refused_with_a_sentence(field, text):
     instance = Instance()
-    hello = WorkerHello(PROTOCOL_VERSION, "", "attention", 8, "here", "print", "float32", "p")
+    hello = WorkerHello(PROTOCOL_VERSION, "", "attention", 8, "here", "print", FLOAT32, "p")
     instance.hear(b"new", dataclasses.replace(hello, **{field: text}))
     (answer,) = instance.ears.to(b"new")
     assert isinstance(answer, Refused)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from msi.attention.scheduler import Scheduler
 from msi.errors import InvalidRequest, Unavailable
+from msi.settings import SchedulerLimits
 from msi.types import Progress, Request, SamplingExtras, SamplingParams, TokenLogprobs
 
 EOS = 2
@@ -22,8 +23,9 @@ def make_scheduler(**changes) -> Scheduler:
         "max_num_batched_tokens": 16,
         "max_model_len": 64,
         "eos_token_ids": (EOS,),
-    }
-    return Scheduler(**{**values, **changes})
+    } | changes
+    limits = {name: values.pop(name) for name in SchedulerLimits.__dataclass_fields__ if name in values}
+    return Scheduler(SchedulerLimits(**limits), **values)
 
 
 def request(name: str, num_prompt: int, max_tokens: int = 4, **params) -> Request:
@@ -253,7 +255,7 @@ def test_contents_are_given_up_least_recently_used_first():
 
 
 def test_without_a_prefix_cache_nothing_is_shared():
-    scheduler = make_scheduler(has_prefix_cache=False)
+    scheduler = make_scheduler(enable_prefix_caching=False)
     for name in "ab":
         scheduler.add(request(name, 12))
         finish(scheduler)
@@ -263,7 +265,7 @@ def test_without_a_prefix_cache_nothing_is_shared():
 @pytest.mark.parametrize("has_prefix_cache", [False, True])
 @pytest.mark.parametrize("num_lanes", [1, 2])
 def test_when_blocks_run_out_who_came_last_waits_and_loses_nothing(num_lanes, has_prefix_cache):
-    scheduler = make_scheduler(num_blocks=9, num_lanes=num_lanes, has_prefix_cache=has_prefix_cache)
+    scheduler = make_scheduler(num_blocks=9, num_lanes=num_lanes, enable_prefix_caching=has_prefix_cache)
     prompts = {name: tuple(range(first, first + 4)) for name, first in (("a", 100), ("b", 200), ("c", 300))}
     for name, prompt in prompts.items():
         scheduler.add(Request(name, prompt, SamplingParams(max_tokens=20, seed=1, ignore_eos=True)))

@@ -48,14 +48,14 @@ def test_the_environment_says_who_we_are():
     ],
 )
 def test_the_world_is_shared_out_as_told_or_evenly(options, size, expected):
-    shared = share_out(InstanceOptions(**options), size)
+    shared = share_out(InstanceOptions.of(**options), size)
     assert (shared.attention_workers, shared.expert_workers) == expected
 
 
 @pytest.mark.parametrize(("options", "size"), [({"attention_workers": 2}, 2), ({}, 1), ({"colocated": True}, 2)])
 def test_a_world_that_does_not_fit_is_refused_with_both_numbers(options, size):
     with pytest.raises(ConfigError, match=f"torchrun started {size} processes for"):
-        share_out(InstanceOptions(**options), size)
+        share_out(InstanceOptions.of(**options), size)
 
 
 def children_of(pid):

@@ -121,7 +121,7 @@ def snapshot() -> None:
 
 async def main() -> None:
     arguments = parse()
-    options = InstanceOptions(
+    options = InstanceOptions.of(
         model=arguments.model,
         attention_workers=arguments.attention_workers,
         expert_workers=arguments.expert_workers,

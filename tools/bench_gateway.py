@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 
 from msi.control.messages import InstanceStatus, Welcome
 from msi.engine import Engine
-from msi.options import DEMO_MODEL
 from msi.server.gateway import Gateway
+from msi.settings import DEMO_MODEL
 from msi.types import Output, SamplingParams
 
 TICK_S = 0.01

@@ -25,7 +25,7 @@ from statistics import median, quantiles
 
 from msi import Engine, SamplingParams
 from msi.models.families import load_config
-from msi.options import DEMO_MODEL
+from msi.settings import DEMO_MODEL
 from msi_launch.command_line import ScriptLine
 
 MEDIAN_INPUT, MEDIAN_OUTPUT = 571, 159  # of the paper's production traces

@@ -60,12 +60,12 @@ class AttentionRole:
             hello=link_hello(assignment, model.shape),
             num_nodes=assignment.placement.num_nodes,
             report_loss=self._lost_peer,
-            timeout_s=assignment.peer_timeout_s,
+            timeout_s=assignment.timeouts.peer_timeout_s,
             clock=clock,
         )
         self._half = model.attention_half(self._link, num_blocks)
         self._scheduler = self._new_scheduler(num_lanes=1)
-        self._idle = [Alarm() for _ in range(assignment.num_lanes)]
+        self._idle = [Alarm() for _ in range(assignment.link.num_lanes)]
         self._ended = Alarm()
         self._lanes: list[asyncio.Task[None]] = []
         self._tasks: asyncio.TaskGroup | None = None
@@ -77,18 +77,13 @@ class AttentionRole:
         self._num_passes = self._batch_tokens = self._batch_contexts = 0
 
     def _new_scheduler(self, num_lanes: int) -> Scheduler:
-        assignment = self._assignment
         return Scheduler(
+            self._assignment.limits,
             num_lanes=num_lanes,
             num_blocks=self._num_blocks,
             block_tokens=BLOCK_TOKENS,
-            max_num_seqs=assignment.max_num_seqs,
-            max_num_batched_tokens=assignment.max_num_batched_tokens,
-            max_model_len=assignment.max_model_len,
             vocab_size=self._shape.vocab_size,
             eos_token_ids=self._shape.eos_token_ids,
-            max_num_waiting=assignment.max_num_waiting,
-            has_prefix_cache=assignment.has_prefix_cache,
         )
 
     async def run(self) -> None:
@@ -303,7 +298,7 @@ class AttentionRole:
         return self.times()
 
     def _synthetic(self, num_seqs: int) -> MicroBatch:
-        context = min(CALIBRATION_CONTEXT, self._assignment.max_model_len, (self._num_blocks - 1) * BLOCK_TOKENS)
+        context = min(CALIBRATION_CONTEXT, self._assignment.limits.max_model_len, (self._num_blocks - 1) * BLOCK_TOKENS)
         table = tuple(range(1, 1 + -(-context // BLOCK_TOKENS)))
         spread = range(1, num_seqs + 1)
         return MicroBatch(

@@ -18,6 +18,7 @@ from msi.attention.block_pool import BlockPool
 from msi.attention.sequence import Lane, Sequence, micro_batch, share_budget
 from msi.errors import InvalidRequest, Unavailable, context_exceeded, shown
 from msi.sampling import is_stop_token
+from msi.settings import SchedulerLimits
 from msi.types import MicroBatch, Progress, Request, TokenLogprobs
 
 NO_LOGPROBS: Mapping[int, TokenLogprobs] = {}
@@ -29,38 +30,29 @@ class Scheduler:
     Args:
         num_blocks: KV blocks, block 0 (padding) included.
         block_tokens: tokens per block.
-        max_num_seqs: the most sequences that run at a time.
-        max_num_batched_tokens: the most tokens in one micro-batch; at most the rows of a slot.
-        max_model_len: the most tokens of a sequence, prompt included.
+        limits: without zeros; a micro-batch's tokens are at most the rows of a slot.
         vocab_size: no token outside it gets in; None for any.
-        max_num_waiting: the most requests that wait for admission.
-        has_prefix_cache: whether blocks are found again by their contents.
     """
 
     def __init__(
         self,
+        limits: SchedulerLimits,
         *,
         num_lanes: int,
         num_blocks: int,
         block_tokens: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
         vocab_size: int | None = None,
         eos_token_ids: tuple[int, ...] = (),
-        max_num_waiting: int = 1024,
-        has_prefix_cache: bool = True,
     ) -> None:
         self._num_arrived = 0
         self._pool = BlockPool(num_blocks)
         self._lanes = [Lane() for _ in range(num_lanes)]
         self._admission = Admission(
-            self._lanes, self._pool, block_tokens, max_num_seqs=max_num_seqs, has_prefix_cache=has_prefix_cache
-        )
+            self._lanes, self._pool, block_tokens, max_num_seqs=limits.max_num_seqs,
+            has_prefix_cache=limits.enable_prefix_caching,
+        )  # fmt: skip
         self._cache_len = self._pool.capacity * block_tokens
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_model_len = max_model_len
-        self._max_num_waiting = max_num_waiting
+        self._limits = limits
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(token for token in eos_token_ids if self._is_token(token))
         self._sequences: dict[str, Sequence] = {}
@@ -134,19 +126,19 @@ class Scheduler:
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty; give at least one token")
-        if num_prompt >= self._max_model_len:
-            raise context_exceeded(self._max_model_len, num_prompt, request.params.max_tokens)
+        if num_prompt >= self._limits.max_model_len:
+            raise context_exceeded(self._limits.max_model_len, num_prompt, request.params.max_tokens)
         if num_prompt >= self._cache_len:
             raise InvalidRequest(
                 f"the prompt has {num_prompt} tokens; the whole KV cache holds {self._cache_len}. Shorten it, or give "
                 f"the attention workers more memory"
             )
-        if self.num_waiting >= self._max_num_waiting:
+        if self.num_waiting >= self._limits.max_num_waiting:
             raise Unavailable(f"{self.num_waiting} requests wait here already; try again later")
         if request.request_id in self._sequences:
             raise InvalidRequest(f"request id {shown(request.request_id)} is in use")
         self._check_tokens(request)
-        max_len = min(num_prompt + request.params.max_tokens, self._max_model_len, self._cache_len)
+        max_len = min(num_prompt + request.params.max_tokens, self._limits.max_model_len, self._cache_len)
         sequence = Sequence(request, self._num_arrived, max_len, list(request.prompt_token_ids))
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence
@@ -193,7 +185,7 @@ class Scheduler:
         suspect = next((one for one in lane.sequences if one.is_suspect), None)
         candidates = lane.sequences if suspect is None else [suspect]
         chosen: list[tuple[Sequence, int]] = []
-        for sequence, count in share_budget(candidates, self._max_num_batched_tokens):
+        for sequence, count in share_budget(candidates, self._limits.max_num_batched_tokens):
             # one without blocks was preempted for another of them
             if sequence.blocks and self._admission.make_room(sequence, count, chosen):
                 chosen.append((sequence, count))

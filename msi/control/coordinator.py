@@ -113,12 +113,13 @@ class Coordinator:
         self._watch = watch
         self._cluster = Cluster(plan, clock())
         self._router = Router(
-            max_model_len=plan.max_model_len,
-            max_num_seqs=plan.max_num_seqs,
-            max_waiting=plan.num_attention * plan.max_num_waiting,
+            max_model_len=plan.limits.max_model_len,
+            max_num_seqs=plan.limits.max_num_seqs,
+            max_waiting=plan.num_attention * plan.limits.max_num_waiting,
         )
         self._clients: dict[bytes, _Client] = {}
-        self._calibration = Calibration(min(plan.max_num_seqs, plan.max_num_batched_tokens), num_layers)
+        most_seqs = min(plan.limits.max_num_seqs, plan.limits.max_num_batched_tokens)
+        self._calibration = Calibration(most_seqs, num_layers)
         self._calibration_note = ""
         self._is_ending = False
         self._all_ended = asyncio.Event()

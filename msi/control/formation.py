@@ -43,7 +43,8 @@ class Formation:
 
     def __init__(self, plan: InstancePlan, members: Mapping[str, Member]) -> None:
         self.has_served = False  # then a place is filled by whoever comes
-        self.dtype = "" if plan.dtype == "auto" else plan.dtype
+        asked = plan.precision
+        self.precision = None if asked.is_open else asked.resolved(asked.compute)  # else that of the first worker
         self._plan = plan
         self._members = members
         self._fingerprint = ""
@@ -71,7 +72,7 @@ class Formation:
                 f"worker speaks protocol version {hello.protocol_version}, the coordinator {PROTOCOL_VERSION}; "
                 f"install the same version of msi on all hosts"
             )
-        for name in ("worker_id", "host", "dtype", "fingerprint", "process"):
+        for name in ("worker_id", "host", "fingerprint", "process"):
             text = getattr(hello, name)
             if len(text) > MAX_TEXT_CHARS or not text.isprintable():
                 return f"its {name} {shown(text)} is not one; give at most {MAX_TEXT_CHARS} printable characters"
@@ -82,8 +83,14 @@ class Formation:
         is_anyone_there = any(member.is_live for member in self._members.values())
         if self._fingerprint and hello.fingerprint != self._fingerprint and is_anyone_there:
             return "its model differs from that of the other workers; give all of them the same model directory"
-        if self.dtype and hello.dtype != self.dtype and self._plan.dtype != "auto":
-            return f"it computes in {hello.dtype}, the instance in {self.dtype}; give all workers the same --dtype"
+        if hello.precision != hello.precision.resolved(hello.precision.compute) or hello.precision.is_open:
+            return (
+                f"it leaves open what it computes in ({hello.precision}); install the same version of msi on all hosts"
+            )
+        if not self._plan.precision.is_open and hello.precision != self.precision:
+            return (
+                f"it computes in {hello.precision}, the instance in {self.precision}; give all workers the same `dtype`"
+            )
         return ""
 
     def apply(self, route: bytes, hello: WorkerHello, now: float) -> None:
@@ -134,7 +141,7 @@ class Formation:
                 if isinstance(placed, Member):
                     decision = placed
                     self._fingerprint = self._fingerprint or applicant.hello.fingerprint
-                    self.dtype = self.dtype or applicant.hello.dtype
+                    self.precision = self.precision or applicant.hello.precision
                 elif self._are_heard(placed.holders, since=applicant.asked_at):
                     decision = Refusal(applicant.route, placed.reason)
                 else:
@@ -145,7 +152,7 @@ class Formation:
 
     def _are_heard(self, holders: tuple[Member, ...], since: float) -> bool:
         """What was read with the hello may have lain there as long as it: half a beat later it has not."""
-        return all(holder.heard_at >= since + self._plan.heartbeat_s / 2 for holder in holders)
+        return all(holder.heard_at >= since + self._plan.timeouts.heartbeat_s / 2 for holder in holders)
 
     def _num_free(self) -> dict[str, int]:
         return {role: count - len(self._live(role)) for role, count in self._plan.wanted.items()}

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msi.control.messages import Assignment, WorkerHello, WorkerStatus
+from msi.precision import Precision
+from msi.settings import LinkShape, SchedulerLimits, Timeouts
 from msi.types import Placement, StageTimes
 
 NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes(), {})
@@ -16,8 +18,8 @@ class InstancePlan:
     """The shape of an instance; see `msi.control.messages.Assignment` for what is not said here.
 
     Attributes:
-        num_lanes: lanes that slots are made for.
-        start_timeout_s: how long workers may take to come.
+        limits: without zeros that stand for something else.
+        precision: as it was asked for; "auto" leaves it to the first worker.
     """
 
     instance: str
@@ -25,19 +27,10 @@ class InstancePlan:
     num_expert: int
     is_colocated: bool
     placement: Placement
-    num_lanes: int
-    slot_rows: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    dtype: str = "auto"
-    peer_timeout_s: float = 4.0
-    heartbeat_s: float = 1.0
-    lost_after_s: float = 3.0
-    start_timeout_s: float = 120.0
-    max_num_waiting: int = 1024
-    has_prefix_cache: bool = True
-    num_kv_blocks: int = 0
+    limits: SchedulerLimits
+    link: LinkShape = LinkShape()
+    timeouts: Timeouts = Timeouts()
+    precision: Precision = Precision()
 
     @property
     def wanted(self) -> dict[str, int]:
@@ -119,8 +112,8 @@ class Applicant:
     last_seen: float
 
 
-def assignment(plan: InstancePlan, member: Member, dtype: str) -> Assignment:
-    """What a member is told."""
+def assignment(plan: InstancePlan, member: Member, precision: Precision) -> Assignment:
+    """What a member is told; `precision` has no "auto" left."""
     return Assignment(
         instance=plan.instance,
         worker_id=member.worker_id,
@@ -128,19 +121,11 @@ def assignment(plan: InstancePlan, member: Member, dtype: str) -> Assignment:
         index=member.index,
         incarnation=member.incarnation,
         placement=plan.placement,
-        num_lanes=plan.num_lanes,
-        slot_rows=plan.slot_rows,
         num_seats=2 * plan.num_attention + 2,
-        dtype=dtype,
-        max_model_len=plan.max_model_len,
-        max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens,
         is_colocated=plan.is_colocated,
         memory_share=1 / plan.num_attention,
-        peer_timeout_s=plan.peer_timeout_s,
-        heartbeat_s=plan.heartbeat_s,
-        lost_after_s=plan.lost_after_s,
-        max_num_waiting=plan.max_num_waiting,
-        has_prefix_cache=plan.has_prefix_cache,
-        num_kv_blocks=plan.num_kv_blocks,
+        limits=plan.limits,
+        link=plan.link,
+        timeouts=plan.timeouts,
+        precision=precision,
     )

@@ -271,16 +271,16 @@ class Cluster:
         for member in list(self._members.values()):
             member.last_seen += late_s
             silent_s = now - member.last_seen
-            patience_s = self.plan.lost_after_s * (LOADING_PATIENCE if member.state == "loading" else 1)
+            patience_s = self.plan.timeouts.lost_after_s * (LOADING_PATIENCE if member.state == "loading" else 1)
             if member.is_live and silent_s > patience_s:
                 instructions += self._lose(member, f"no sign of life for {silent_s:.1f} s")
-        self._formation.forget(heard_before=now - self.plan.lost_after_s * LOADING_PATIENCE)
+        self._formation.forget(heard_before=now - self.plan.timeouts.lost_after_s * LOADING_PATIENCE)
         instructions += self._settle(now)
         self._exited = {pid: at for pid, at in self._exited.items() if now - at < EXITS_REMEMBERED_S}
         self._formation.has_served |= bool(self.serving)
         has_served = self._formation.has_served
-        if not has_served and not self.failure and now - self._started_at > self.plan.start_timeout_s:
-            self.failure = f"gave up after {self.plan.start_timeout_s:g} s: {self.sentence(now)}"
+        if not has_served and not self.failure and now - self._started_at > self.plan.timeouts.start_timeout_s:
+            self.failure = f"gave up after {self.plan.timeouts.start_timeout_s:g} s: {self.sentence(now)}"
         return instructions
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -296,7 +296,8 @@ class Cluster:
         return member
 
     def _assignment(self, member: Member) -> Assignment:
-        return assignment(self.plan, member, self._formation.dtype)
+        assert self._formation.precision is not None, "nobody is a member before it is known"
+        return assignment(self.plan, member, self._formation.precision)
 
     def _topology_to(self, *attention: Member) -> Iterator[Instruction]:
         experts = tuple(

@@ -20,12 +20,13 @@ from typing import Annotated
 
 from msi.errors import Failure, shown
 from msi.net.codec import Codec
+from msi.precision import Precision
+from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
 from msi.types import NO_DEFAULTS, Measured, Placement, Progress, Request, SamplingDefaults, StageTimes
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 Count = Annotated[int, range(2**40)]
-Lanes = Annotated[int, range(1, 65)]
 Seats = Annotated[int, range(2**16)]
 Seconds = Annotated[float, (0.0, math.inf)]
 MAX_COUNTERS = 4096  # an expert worker counts waves by their size
@@ -40,7 +41,7 @@ class WorkerHello:
         worker_id: wanted id; "" lets the coordinator choose.
         role: "attention", "expert", or "worker" for whichever is needed.
         fingerprint: of its model; all workers of an instance must have the same.
-        dtype: what its device would compute in.
+        precision: what its device would do, without "auto".
         process: random, one per process: tells a worker whose connection broke from another that wants its id.
     """
 
@@ -50,7 +51,7 @@ class WorkerHello:
     pid: int
     host: str
     fingerprint: str
-    dtype: str
+    precision: Precision
     process: str = ""
 
 
@@ -60,11 +61,10 @@ class Assignment:
 
     Attributes:
         instance: the instance's token; links refuse peers of another.
-        num_lanes: lanes that slots are made for; UseLanes says how many run.
         num_seats: seats of an expert worker.
         is_colocated: an attention worker that hosts all experts too.
         memory_share: of the memory for KV cache, when several attention workers share a host.
-        num_kv_blocks: KV blocks, whatever the memory allows; 0 for what it allows.
+        link: with the lanes that slots are made for; UseLanes says how many run.
     """
 
     instance: str
@@ -73,21 +73,13 @@ class Assignment:
     index: Seats
     incarnation: Count
     placement: Placement
-    num_lanes: Lanes
-    slot_rows: Annotated[int, range(1, 2**24)]
     num_seats: Seats
-    dtype: str
-    max_model_len: Count
-    max_num_seqs: Count
-    max_num_batched_tokens: Count
     is_colocated: bool
     memory_share: Annotated[float, (0.0, 1.0)]
-    peer_timeout_s: Seconds
-    heartbeat_s: Seconds
-    lost_after_s: Seconds
-    max_num_waiting: Count = 1024
-    has_prefix_cache: bool = True
-    num_kv_blocks: Count = 0
+    limits: SchedulerLimits
+    link: LinkShape
+    timeouts: Timeouts
+    precision: Precision
 
 
 @dataclass(frozen=True, slots=True)

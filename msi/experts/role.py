@@ -28,11 +28,11 @@ def link_hello(assignment: Assignment, shape: ServedShape) -> LinkHello:
         rank=0,
         size=1,
         placement_version=assignment.placement.version,
-        num_lanes=assignment.num_lanes,
-        slot_rows=assignment.slot_rows,
+        num_lanes=assignment.link.num_lanes,
+        slot_rows=assignment.link.slot_rows,
         row_bytes=shape.row_bytes,
         answer_row_bytes=shape.answer_row_bytes,
-        next_seqs=(0,) * assignment.num_lanes,
+        next_seqs=(0,) * assignment.link.num_lanes,
     )
 
 
@@ -43,7 +43,7 @@ class ExpertRole:
         self, assignment: Assignment, model: LoadedModel, transport: Transport, *, clock: Callable[[], float]
     ) -> None:
         num_layers = model.shape.num_sparse_layers
-        self._waves = Waves(num_layers=num_layers, num_lanes=assignment.num_lanes, min_wait_s=MIN_WAIT_S)
+        self._waves = Waves(num_layers=num_layers, num_lanes=assignment.link.num_lanes, min_wait_s=MIN_WAIT_S)
         self._link = CombineLink(
             transport,
             expected=link_hello(assignment, model.shape),

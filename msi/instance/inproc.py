@@ -34,7 +34,7 @@ class InprocInstance:
 
     async def start(self) -> str:
         check_files(self._options)
-        check_device(self._options.device)
+        check_device(self._options.host.device)
         self._sockets = SocketDir()
         coordinator = create_coordinator(self._options, self._sockets.address("coordinator"))
         self._start(coordinator.run(), "coordinator")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,13 +39,15 @@ log = logging.getLogger(__name__)
 
 def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
     """Raises ConfigError: the model directory or the options cannot work, or the plan is for another model."""
-    config, values = load_config(options.model_dir)
+    config, values = load_config(options.source.model_dir)
     if options.plan is not None:
-        check_model(read_plan_file(options.plan), options.model_dir.name, config_digest(values), str(options.plan))
-    max_model_len = options.max_model_len or config.max_position_embeddings
+        check_model(
+            read_plan_file(options.plan), options.source.model_dir.name, config_digest(values), str(options.plan)
+        )
+    max_model_len = options.limits.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
         raise ConfigError(
-            f"--max-model-len {max_model_len} is more than the {config.max_position_embeddings} positions of this model"
+            f"`max_model_len` {max_model_len} is more than the {config.max_position_embeddings} positions of this model"
         )
     lanes = 1 if options.colocated and not options.micro_batches else options.micro_batches or MAX_MICRO_BATCHES
     plan = InstancePlan(
@@ -53,17 +56,14 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
         num_expert=options.expert_workers,
         is_colocated=options.colocated,
         placement=place_evenly(config.num_experts, options.expert_workers),
-        num_lanes=lanes,
-        slot_rows=options.slot_rows,
-        max_model_len=max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.batched_tokens,
-        dtype=options.dtype,
-        start_timeout_s=options.start_timeout_s,
-        peer_timeout_s=options.peer_timeout_s,
-        max_num_waiting=options.max_num_waiting,
-        has_prefix_cache=options.enable_prefix_caching,
-        num_kv_blocks=options.num_gpu_blocks_override,
+        limits=replace(
+            options.limits,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=options.limits.max_num_batched_tokens or options.link.slot_rows,
+        ),
+        link=replace(options.link, num_lanes=lanes),
+        timeouts=options.timeouts,
+        precision=options.precision,
     )
     return plan, config
 
@@ -71,8 +71,8 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
 def check_files(options: InstanceOptions) -> None:
     """Looks at all that a local instance will read. Raises ConfigError: some of it cannot work."""
     _, config = build_plan(options)
-    if options.load_format != "dummy":
-        check_weights(options.model_dir, config)
+    if options.source.load_format != "dummy":
+        check_weights(options.source.model_dir, config)
 
 
 def create_coordinator(
@@ -86,12 +86,12 @@ def create_coordinator(
     plan, config = build_plan(options)
     for remark in config.remarks:
         log.warning("%s", remark)
-    model_dir = options.model_dir
-    texts = read_texts(model_dir, read_json(model_dir / "config.json"), options.generation_config)
+    model_dir = options.source.model_dir
+    texts = read_texts(model_dir, read_json(model_dir / "config.json"), options.source.generation_config)
     welcome = Welcome(
-        model_name=options.model_name,
+        model_name=options.source.model_name,
         vocab_size=config.vocab_size,
-        max_model_len=plan.max_model_len,
+        max_model_len=plan.limits.max_model_len,
         tokenizer=texts.tokenizer,
         chat_templates=texts.chat_templates,
         special_tokens=texts.special_tokens,
@@ -130,14 +130,11 @@ def create_worker(
 
     host = HostSettings(
         coordinator=coordinator,
-        model_dir=options.model_dir,
-        device=options.device,
-        dtype=options.dtype,
-        load_format=options.load_format,
-        transport=options.transport,
+        source=options.source,
+        host=options.host,
+        precision=options.precision,
         advertise_host=advertise_host,
         num_threads=options.num_threads,
-        memory_utilization=options.gpu_memory_utilization,
         trust=trust,
     )
     settings = WorkerSettings(
@@ -145,7 +142,7 @@ def create_worker(
         role=role,
         worker_id=worker_id,
         trace_dir=trace_dir,
-        start_timeout_s=options.start_timeout_s,
+        timeouts=options.timeouts,
     )
     return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END, trust.secret), watch)
 

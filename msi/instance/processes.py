@@ -90,7 +90,7 @@ class ProcessInstance:
         trace_dir: Path | None = None,
     ) -> None:
         check_files(options)  # what cannot work is said before anything starts
-        check_device(options.device)
+        check_device(options.host.device)
         self._options = options
         self._report_failure = report_failure
         self._coordinator_flags = coordinator_flags

@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ from msi.net.slots import HEADER_BYTES
 from msi.net.tcp import TcpTransport
 from msi.net.transport import Transport
 from msi.placement import place_evenly
+from msi.precision import Precision
 from msi.profiler.sides import SLOT_ROWS, AttentionSide, ExpertSide, Timed
+from msi.settings import LinkShape, SchedulerLimits, Timeouts
 from msi.types import Request, SamplingParams
 from msi.worker.loading import DTYPES, LoadedPart, ModelFiles
 from msi.worker.torch_host import TorchModel
@@ -137,7 +139,7 @@ class _Host:
         self._placement = place_evenly(self._config.num_experts, 1)
         self._device: CpuDevice | CudaDevice | None = None
         self._loaded: LoadedPart | None = None
-        self._dtype = torch.float32
+        self._precision = Precision()
         self._kv_cache: torch.Tensor | None = None
         self._side: AttentionSide | ExpertSide | None = None
         self._background: asyncio.Task[None] | None = None
@@ -150,12 +152,10 @@ class _Host:
         """Reads the weights; the dtype that they are held in."""
         hosting = self._hosting
         device = self._device = open_device(hosting.device, 0)
-        if hosting.dtype == "auto":
-            self._dtype = device.compute_dtype(DTYPES[self._config.dtype])
-        else:
-            self._dtype = DTYPES[hosting.dtype]
+        fastest = str(device.compute_dtype(DTYPES[self._config.dtype])).removeprefix("torch.")
+        self._precision = Precision(compute=hosting.dtype).resolved(fastest)
         self._loaded = await asyncio.to_thread(self._files.load, self._assignment(), device)
-        return str(self._dtype).removeprefix("torch.")
+        return self._precision.weights
 
     async def use_threads(self, num_threads: int) -> None:
         """From now on measures on a device with so many threads (a GPU has no such choice)."""
@@ -169,13 +169,13 @@ class _Host:
             num_blocks = -(-hosting.max_context // BLOCK_TOKENS)  # of each sequence
             if self._kv_cache is None:
                 shape = kv_cache_shape(config, 1 + hosting.max_seqs * num_blocks)
-                self._kv_cache = self._device.zeros(shape, self._dtype)
+                self._kv_cache = self._device.zeros(shape, DTYPES[self._precision.kv_cache])
                 self._kv_cache.fill_(0.01)  # pages that nothing was written to are all one page, which a cache holds
             self._side = AttentionSide(
                 config, self._loaded, self._kv_cache, num_blocks, self._device, self._placement
             )  # fmt: skip
         elif hosting.role == "expert":
-            self._side = ExpertSide(config, self._loaded, self._device, self._dtype)
+            self._side = ExpertSide(config, self._loaded, self._device, DTYPES[self._precision.rows])
 
     # -- one side ----------------------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class _Host:
                 role.submit(Request(f"{num_seqs}-{index}", prompt, params))
             await role.wait_idle()
             (first_bytes, first_batches), *_, (last_bytes, last_batches) = self._decoding[1]
-            expert_bytes = self._config.expert_values * self._dtype.itemsize
+            expert_bytes = self._config.expert_values * self._precision.weight_bytes
             found.append((last_bytes - first_bytes) / expert_bytes / (last_batches - first_batches))
         return found
 
@@ -280,7 +280,8 @@ class _Host:
 
     async def message_bytes(self, num_seqs: int) -> int:
         """Of one dispatch of so many rows; what comes back has the size of hidden rows, which differs by few bytes."""
-        return HEADER_BYTES + num_seqs * row_bytes(self._config.hidden_size, self._config.top_k, self._dtype)
+        config, dtype = self._config, DTYPES[self._precision.rows]
+        return HEADER_BYTES + num_seqs * row_bytes(config.hidden_size, config.top_k, dtype)
 
     def _model(self) -> TorchModel:
         assert self._loaded is not None
@@ -309,11 +310,12 @@ class _Host:
         return Assignment(
             instance="profile", worker_id=f"{hosting.role}-0",
             role="expert" if hosting.role == "expert" else "attention",
-            index=0, incarnation=0, placement=self._placement, num_lanes=1, slot_rows=SLOT_ROWS, num_seats=1,
-            dtype=str(self._dtype).removeprefix("torch."), max_model_len=self._config.max_position_embeddings,
-            max_num_seqs=hosting.max_seqs, max_num_batched_tokens=SLOT_ROWS,
-            is_colocated=hosting.role == "colocated", memory_share=1.0, peer_timeout_s=LINK_TIMEOUT_S,
-            heartbeat_s=1.0, lost_after_s=LINK_TIMEOUT_S,
+            index=0, incarnation=0, placement=self._placement, num_seats=1,
+            is_colocated=hosting.role == "colocated", memory_share=1.0,
+            limits=SchedulerLimits(self._config.max_position_embeddings, hosting.max_seqs, SLOT_ROWS),
+            link=LinkShape(num_lanes=1, slot_rows=SLOT_ROWS),
+            timeouts=Timeouts(peer_timeout_s=LINK_TIMEOUT_S, lost_after_s=LINK_TIMEOUT_S),
+            precision=self._precision,
         )  # fmt: skip
 
 
@@ -333,12 +335,10 @@ async def _running(role: AttentionRole) -> AsyncIterator[None]:
 def _schedule(assignment: Assignment, num_seqs: int, context_len: int, num_passes: int) -> list[float]:
     """See `_Host.scheduling`."""
     scheduler = Scheduler(
+        replace(assignment.limits, max_num_seqs=num_seqs),
         num_lanes=1,
         num_blocks=1 + num_seqs * (2 + -(-(context_len + num_passes) // BLOCK_TOKENS)),
         block_tokens=BLOCK_TOKENS,
-        max_num_seqs=num_seqs,
-        max_num_batched_tokens=SLOT_ROWS,
-        max_model_len=assignment.max_model_len,
         eos_token_ids=(),
     )
     codec = Codec(FROM_WORKER)

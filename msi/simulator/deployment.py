@@ -10,6 +10,7 @@ from msi.control.members import InstancePlan
 from msi.errors import ConfigError
 from msi.placement import place_evenly
 from msi.planner.pipeline import MAX_MICRO_BATCHES
+from msi.settings import LinkShape, SchedulerLimits
 
 FAULTS = ("slow", "stalled", "dead")
 
@@ -76,14 +77,15 @@ class Deployment:
             num_expert=self.num_expert,
             is_colocated=self.is_colocated,
             placement=place_evenly(self.num_experts, self.num_expert),
-            num_lanes=self.num_micro_batches or MAX_MICRO_BATCHES,
-            slot_rows=self.slot_rows,
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens or self.slot_rows,
-            max_num_waiting=self.max_num_waiting,
-            has_prefix_cache=False,  # a trace has lengths, not prompts
-            num_kv_blocks=self.num_kv_blocks,
+            limits=SchedulerLimits(
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens or self.slot_rows,
+                max_num_waiting=self.max_num_waiting,
+                enable_prefix_caching=False,  # a trace has lengths, not prompts
+                num_gpu_blocks_override=self.num_kv_blocks,
+            ),
+            link=LinkShape(self.num_micro_batches or MAX_MICRO_BATCHES, self.slot_rows),
         )
 
     @property

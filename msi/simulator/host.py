@@ -11,6 +11,7 @@ from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.slots import HEADER_BYTES
 from msi.planner.stage_costs import StageCosts
+from msi.precision import Precision
 from msi.simulator.clock import virtual_loop
 from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts, SimulatedQueue
 from msi.simulator.deployment import Deployment
@@ -57,7 +58,7 @@ class SimulatedModel:
         self._queue = queue
 
     def num_kv_blocks(self) -> int:
-        return 1 + self._assignment.num_kv_blocks
+        return 1 + self._assignment.limits.num_gpu_blocks_override
 
     def attention_half(self, link: DispatchLink, num_blocks: int) -> SimulatedAttention:
         ours, world = self._assignment, self._world
@@ -92,8 +93,8 @@ class SimulatedHost:
     def busy_s(self) -> float:
         return self.queue.busy_s
 
-    def introduce(self) -> tuple[str, str]:
-        return "simulated", "bfloat16"
+    def introduce(self) -> tuple[str, Precision]:
+        return "simulated", Precision.of("bfloat16")
 
     def use_tracer(self, tracer: Tracer) -> None:
         self.queue.tracer = tracer

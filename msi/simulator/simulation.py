@@ -64,7 +64,7 @@ def simulate(
     check_arrivals(arrivals)
     check_faults(faults, deployment)
     plan = deployment.plan
-    most_tokens = plan.max_num_batched_tokens
+    most_tokens = plan.limits.max_num_batched_tokens
     routing = build_routing(popularity, plan.placement, deployment.top_k, most_tokens=most_tokens, seed=seed)
     with tempfile.TemporaryDirectory() as parts:
         simulation = _Simulation(

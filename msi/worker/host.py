@@ -16,6 +16,7 @@ from msi.meter import StageMeter
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.transport import Transport
+from msi.precision import Precision
 from msi.tracing import Tracer
 
 
@@ -89,8 +90,8 @@ class Host(Protocol):
     def loaded(self) -> tuple[int, int]:
         """Bytes of weights read, and how many there are to read (0 until the role is known)."""
 
-    def introduce(self) -> tuple[str, str]:
-        """The model's fingerprint, and the dtype to compute in. Raises ConfigError."""
+    def introduce(self) -> tuple[str, Precision]:
+        """The model's fingerprint, and what to hold, send and compute it in. Raises ConfigError."""
 
     def use_tracer(self, tracer: Tracer) -> None:
         """All work gets a span from now on. Not before `introduce`."""

@@ -21,10 +21,11 @@ from msi.models.checkpoint import Checkpoint, DummyCheckpoint
 from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config
 from msi.models.required import check_tensors
+from msi.precision import VALUE_BYTES
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # names of msi.precision
 
 
 @dataclass
@@ -38,8 +39,8 @@ class LoadedPart:
     def fits(self, other: Assignment) -> bool:
         """Whether another assignment needs the very same weights."""
         ours = self.assignment
-        return (ours.role, ours.index, ours.placement, ours.dtype, ours.is_colocated) == (
-            other.role, other.index, other.placement, other.dtype, other.is_colocated,
+        return (ours.role, ours.index, ours.placement, ours.precision.weights, ours.is_colocated) == (
+            other.role, other.index, other.placement, other.precision.weights, other.is_colocated,
         )  # fmt: skip
 
 
@@ -83,15 +84,16 @@ class ModelFiles:
             CheckpointError: a tensor is missing, truncated or misshapen.
             ConfigError: the memory that is free cannot hold them.
         """
-        dtype, num_values = DTYPES[assignment.dtype], self._part_values(assignment)
+        precision, num_values = assignment.precision, self._part_values(assignment)
+        dtype, num_bytes = DTYPES[precision.weights], num_values * precision.weight_bytes
         free_bytes = device.free_memory_bytes()
-        if num_values * dtype.itemsize > free_bytes:
+        if num_bytes > free_bytes:
             raise ConfigError(
-                f"the weights of {assignment.worker_id} take {num_values * dtype.itemsize / 1e9:.1f} GB as "
-                f"{assignment.dtype}, and {free_bytes / 1e9:.1f} GB of memory are free; give experts more workers, on "
+                f"the weights of {assignment.worker_id} take {num_bytes / 1e9:.1f} GB as "
+                f"{precision.weights}, and {free_bytes / 1e9:.1f} GB of memory are free; give experts more workers, on "
                 f"more machines, or free some memory"
             )
-        self.loaded_bytes, self.total_bytes = 0, num_values * DTYPES[self.config.dtype].itemsize
+        self.loaded_bytes, self.total_bytes = 0, num_values * VALUE_BYTES[self.config.dtype]
         started = time.monotonic()
         source = self.open(self._count)
         attention = experts = None
@@ -102,7 +104,7 @@ class ModelFiles:
             attention = load_attention_weights(self.config, source, device, dtype)
         log.info(
             "%s: %.1f MB of weights read in %.1f s, held as %s",
-            assignment.worker_id, source.bytes_read / 1e6, time.monotonic() - started, assignment.dtype,
+            assignment.worker_id, source.bytes_read / 1e6, time.monotonic() - started, precision.weights,
         )  # fmt: skip
         return LoadedPart(assignment, attention, experts)
 
@@ -112,11 +114,12 @@ class ModelFiles:
         Raises:
             ConfigError: not even one fits.
         """
-        if assignment.num_kv_blocks:
-            return 1 + assignment.num_kv_blocks
-        block_bytes = self.config.kv_values_per_token * BLOCK_TOKENS * DTYPES[assignment.dtype].itemsize
+        limits = assignment.limits
+        if limits.num_gpu_blocks_override:
+            return 1 + limits.num_gpu_blocks_override
+        block_bytes = self.config.kv_values_per_token * BLOCK_TOKENS * assignment.precision.kv_cache_bytes
         budget = device.free_memory_bytes() * memory_utilization * assignment.memory_share
-        useful = assignment.max_num_seqs * -(-assignment.max_model_len // BLOCK_TOKENS)
+        useful = limits.max_num_seqs * -(-limits.max_model_len // BLOCK_TOKENS)
         affordable = int(budget // block_bytes) - 1
         if affordable < 1:
             raise ConfigError(

@@ -6,9 +6,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from msi.attention.half import AttentionHalf, kv_cache_shape
@@ -29,6 +27,8 @@ from msi.net.secret import NO_SECRET, Trust
 from msi.net.shm import ShmTransport
 from msi.net.tcp import TcpTransport, address_towards, split_address
 from msi.net.transport import Transport
+from msi.precision import Precision
+from msi.settings import HostOptions, ModelSource
 from msi.tracing import Tracer
 from msi.worker.host import ServedShape
 from msi.worker.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
@@ -43,24 +43,18 @@ class HostSettings:
     """What a worker is told about what it runs on.
 
     Attributes:
-        device: "cpu", "cuda" or "cuda:N".
-        dtype: "auto" (the checkpoint's, or what the device computes fastest) or a dtype's name.
+        precision: "auto" is the checkpoint's, or what the device computes fastest.
         num_threads: torch's threads for one operator; 0 leaves it to torch.
-        transport: "inproc", "shm", "tcp", or "auto": shared memory within a host, TCP across.
         advertise_host: this host's address for peers on others; "" for the one on the way to `coordinator`.
-        memory_utilization: share of free memory that the host's attention workers may use for KV cache.
         trust: by what peers on the network are known.
     """
 
     coordinator: str
-    model_dir: Path
-    device: str = "cpu"
-    dtype: str = "auto"
-    load_format: str = "auto"
-    transport: str = "shm"
+    source: ModelSource
+    host: HostOptions
+    precision: Precision = Precision()
     advertise_host: str = ""
     num_threads: int = 0
-    memory_utilization: float = 0.9
     trust: Trust = NO_SECRET
 
 
@@ -75,18 +69,18 @@ class TorchModel:
         device: CpuDevice | CudaDevice,
         memory_utilization: float,
     ) -> None:
-        config, dtype = files.config, DTYPES[assignment.dtype]
+        config, precision = files.config, assignment.precision
+        precision.check_is_built()
         self.part = part
         self.shape = ServedShape(
             num_sparse_layers=config.num_sparse_layers,
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
-            row_bytes=row_bytes(config.hidden_size, config.top_k, dtype),
-            answer_row_bytes=config.hidden_size * dtype.itemsize,
+            row_bytes=row_bytes(config.hidden_size, config.top_k, DTYPES[precision.rows]),
+            answer_row_bytes=config.hidden_size * precision.row_bytes,
         )
         self._files = files
         self._assignment = assignment
-        self._dtype = dtype
         self._device = device
         self._memory_utilization = memory_utilization
 
@@ -118,7 +112,8 @@ class TorchModel:
     def _kv_cache(self, num_blocks: int) -> Tensor:
         """Raises ConfigError: there is no such memory."""
         try:
-            return self._device.zeros(kv_cache_shape(self._files.config, num_blocks), self._dtype)
+            shape = kv_cache_shape(self._files.config, num_blocks)
+            return self._device.zeros(shape, DTYPES[self._assignment.precision.kv_cache])
         except (OSError, OverflowError, MemoryError, RuntimeError) as error:
             raise ConfigError(
                 f"there is no memory for {num_blocks} KV blocks ({error}); give a smaller "
@@ -131,7 +126,7 @@ class TorchModel:
             self._files.config,
             self.part.experts,
             self._device,
-            self._dtype,
+            DTYPES[self._assignment.precision.rows],
             dispatch_layout=link.layout,
             answer_layout=link.answer_layout,
             landing=link.landing.memory,
@@ -150,7 +145,7 @@ class TorchHost:
     def __init__(self, settings: HostSettings) -> None:
         self.clock = time.monotonic
         self._settings = settings
-        self._files = ModelFiles(settings.model_dir, settings.load_format)
+        self._files = ModelFiles(settings.source.model_dir, settings.source.load_format)
         self._complain = Complaints(log)
         self._device: CpuDevice | CudaDevice | None = None
         self._part: LoadedPart | None = None
@@ -163,17 +158,14 @@ class TorchHost:
     def loaded(self) -> tuple[int, int]:
         return self._files.loaded_bytes, self._files.total_bytes
 
-    def introduce(self) -> tuple[str, str]:
+    def introduce(self) -> tuple[str, Precision]:
         settings = self._settings
-        if settings.transport in ("tcp", "auto"):
+        if settings.host.transport in ("tcp", "auto"):
             settings.trust.check_listening(self._advertised_host(), "a worker")
         if self._device is None:
-            self._device = open_device(settings.device, settings.num_threads)
-        wanted = self._files.config.dtype if settings.dtype == "auto" else settings.dtype
-        if wanted not in DTYPES:
-            raise ConfigError(f"dtype {wanted!r} is not supported; supported: auto, {', '.join(DTYPES)}")
-        dtype = wanted if settings.dtype != "auto" else _name(self._device.compute_dtype(DTYPES[wanted]))
-        return self._files.fingerprint(), dtype
+            self._device = open_device(settings.host.device, settings.num_threads)
+        fastest = self._device.compute_dtype(DTYPES[self._files.config.dtype])
+        return self._files.fingerprint(), settings.precision.resolved(str(fastest).removeprefix("torch."))
 
     def use_tracer(self, tracer: Tracer) -> None:
         assert self._device is not None
@@ -185,10 +177,10 @@ class TorchHost:
         if self._part is None or not self._part.fits(assignment):
             self._part = None
             self._part = await asyncio.to_thread(self._files.load, assignment, device)
-        return TorchModel(self._files, self._part, assignment, device, self._settings.memory_utilization)
+        return TorchModel(self._files, self._part, assignment, device, self._settings.host.gpu_memory_utilization)
 
     def new_transport(self, assignment: Assignment) -> Transport:
-        name = "inproc" if assignment.is_colocated else self._settings.transport
+        name = "inproc" if assignment.is_colocated else self._settings.host.transport
         if name == "inproc":
             return InprocTransport()
         if name == "shm" or (name == "auto" and self._is_local and shm.is_available() is None):
@@ -216,7 +208,3 @@ class TorchHost:
     async def close(self) -> None:
         if self._device is not None:
             await self._device.close()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

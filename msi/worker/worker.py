@@ -50,6 +50,7 @@ from msi.experts.role import ExpertRole
 from msi.net.alarm import Alarm
 from msi.net.control import MessageClient
 from msi.net.transport import Transport
+from msi.settings import Timeouts
 from msi.tracing import Tracer
 from msi.types import StageTimes
 from msi.watchdog import LoopWatch
@@ -74,7 +75,7 @@ class WorkerSettings:
     role: str = "worker"
     worker_id: str = ""
     trace_dir: Path | None = None
-    start_timeout_s: float = 120.0
+    timeouts: Timeouts = Timeouts()
     reconnect_s: float = 60.0
 
 
@@ -174,10 +175,10 @@ class Worker:
 
     async def _introduce(self) -> Assignment:
         settings = self._settings
-        fingerprint, dtype = self._host.introduce()
+        fingerprint, precision = self._host.introduce()
         hello = WorkerHello(
             PROTOCOL_VERSION, self.worker_id, settings.role, os.getpid(), socket.gethostname(),
-            fingerprint, dtype, self._process,
+            fingerprint, precision, self._process,
         )  # fmt: skip
         answer = await self._answer(hello)
         if isinstance(answer, Refused):
@@ -192,7 +193,7 @@ class Worker:
     async def _answer(self, hello: WorkerHello) -> Assignment | Refused:
         """Says hello until the coordinator has decided. Raises Unavailable when it is silent for too long."""
         settings, loop = self._settings, asyncio.get_running_loop()
-        patience_s = settings.start_timeout_s if self._loaded is None else settings.reconnect_s
+        patience_s = settings.timeouts.start_timeout_s if self._loaded is None else settings.reconnect_s
         was_told = False
         try:
             async with asyncio.timeout(patience_s) as patience:
@@ -323,7 +324,7 @@ class Worker:
         ids = (life.assignment.worker_id, life.assignment.incarnation)
         while not life.is_draining:
             self._control.send(Draining(*ids))
-            await self._drain_wanted.wait(life.assignment.heartbeat_s)
+            await self._drain_wanted.wait(life.assignment.timeouts.heartbeat_s)
         if life.attention is not None:
             await life.attention.wait_idle()
         self._control.send(Goodbye(*ids))
@@ -334,12 +335,12 @@ class Worker:
     async def _heartbeats(self, life: Life) -> None:
         assignment = life.assignment
         ids = (assignment.worker_id, assignment.incarnation)
-        self._control.keep_alive(lambda late_s: self._pulse(assignment, late_s), assignment.heartbeat_s)
+        self._control.keep_alive(lambda late_s: self._pulse(assignment, late_s), assignment.timeouts.heartbeat_s)
         while True:
             self._control.send(Heartbeat(*ids, self._status(life), self._belief(life)))
             if self._tracer is not None:
                 self._tracer.flush()
-            late_s = await sleep_late(assignment.heartbeat_s, self._clock)
+            late_s = await sleep_late(assignment.timeouts.heartbeat_s, self._clock)
             self._last_heard += late_s
             if not await read_first(self._control, self._clock):
                 continue
@@ -353,7 +354,7 @@ class Worker:
     def _pulse(self, assignment: Assignment, late_s: float) -> Pulse:
         """On a thread of its own; `late_s`: that one's lateness is the process's, not the loop's."""
         self._excused_s += late_s
-        silent_s = self._clock() - self._beat_at - assignment.heartbeat_s
+        silent_s = self._clock() - self._beat_at - assignment.timeouts.heartbeat_s
         return Pulse(assignment.worker_id, assignment.incarnation, self._process, max(0.0, silent_s - self._excused_s))
 
     def _belief(self, life: Life) -> WorkerBelief:

@@ -1,0 +1,180 @@
+"""What an instance is told, in frozen sections that travel whole: from the options into the plan, and from there to
+each worker, where the one who needs a value reads it.
+
+A new parameter is one field here, and what reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from msi.errors import ConfigError, shown
+from msi.parameters import check_parameters, parameter
+from msi.planner.pipeline import MAX_MICRO_BATCHES
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+SLOT_ROWS = 512
+TRANSPORTS = ("auto", "inproc", "shm", "tcp")
+LATER_TRANSPORTS = ("rdma",)
+MAX_NAME_CHARS = 256
+MODEL_AND_WORKERS = "model and workers"  # headings of the command line's help
+LIMITS = "limits"
+
+Count = Annotated[int, range(2**31)]
+CountFromOne = Annotated[int, range(1, 2**31)]
+Lanes = Annotated[int, range(1, 65)]
+Seconds = Annotated[float, (0.0, 1e6)]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Which model is served, and from which files.
+
+    Attributes:
+        model: Hugging Face model directory; None for the bundled demo model.
+    """
+
+    model: Path | None = parameter(
+        None, "Hugging Face model directory; the demo model without it", metavar="MODEL", group=MODEL_AND_WORKERS,
+        file="directory",
+    )  # fmt: skip
+    served_model_name: str = parameter(
+        "", "what clients call the model; MODEL by default", metavar="S", group=MODEL_AND_WORKERS,
+        form=(r"[^\x00-\x1f\x7f]{1,256}", "a name of 1 to 256 printable characters"),
+    )  # fmt: skip
+    generation_config: str = parameter(
+        "auto",
+        "sampling parameters for requests that leave them out: auto (the model's own generation_config.json), vllm "
+        "(none), or that of a folder",
+        metavar="G",
+        group=MODEL_AND_WORKERS,
+    )
+    load_format: str = parameter(
+        "auto", "auto, or dummy: random weights from config.json alone", metavar="L", group=MODEL_AND_WORKERS,
+        choices=("auto", "dummy"),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+        served, model = self.served_model_name, self.model
+        if len(served) > MAX_NAME_CHARS or any(not char.isprintable() for char in served):
+            raise ConfigError(f"`served_model_name` {shown(served)}: give up to {MAX_NAME_CHARS} printable characters")
+        if not served and model is not None and not str(model).isprintable():
+            raise ConfigError(f"the directory {shown(str(model))} is no name for clients; give `served_model_name`")
+
+    @property
+    def model_dir(self) -> Path:
+        return DEMO_MODEL if self.model is None else self.model
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or ("demo" if self.model is None else str(self.model))
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """What a worker runs on; told to each by itself.
+
+    Attributes:
+        threads_per_worker: torch threads of each worker; 0 shares the cores among the workers of a role.
+        transport: "inproc" puts all workers into the calling process; "auto" takes shared memory within a host and TCP
+            across hosts.
+        gpu_memory_utilization: share of free memory for KV cache (on a CPU, of free RAM).
+    """
+
+    device: str = parameter("cpu", "cpu, cuda or cuda:N", metavar="D", group=MODEL_AND_WORKERS)
+    threads_per_worker: Annotated[int, range(1025)] = parameter(
+        0, "by default the cores are shared among a role's workers", metavar="N", group=MODEL_AND_WORKERS
+    )
+    transport: str = parameter(
+        "auto",
+        "auto (shared memory within a host, TCP across), shm, tcp, or inproc: all workers in one process",
+        metavar="T",
+        group=MODEL_AND_WORKERS,
+    )
+    gpu_memory_utilization: Annotated[float, (0.0, 1.0)] = parameter(
+        0.9, "share of free memory (on a CPU: of free RAM) for KV cache", metavar="F", group=LIMITS
+    )
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+        if self.device != "cpu" and not re.fullmatch(r"cuda(:\d{1,3})?", self.device):
+            raise ConfigError(f"`device` {shown(self.device)} is not one; supported: cpu, cuda, cuda:N")
+        if self.transport in LATER_TRANSPORTS:
+            raise ConfigError(f"`transport` {self.transport} is not built yet; supported: {', '.join(TRANSPORTS)}")
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"`transport` {shown(self.transport)} is not one; supported: {', '.join(TRANSPORTS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What an attention worker may hold and run at a time.
+
+    Attributes:
+        max_model_len: the longest sequence, prompt included; 0 for what the model was made for.
+        max_num_batched_tokens: tokens per micro-batch; 0 for the rows of a slot.
+        max_num_waiting: requests that wait at an attention worker; the next is refused (503).
+        enable_prefix_caching: requests with a common prefix share its KV blocks.
+        num_gpu_blocks_override: KV blocks, whatever the memory allows; 0 for what it allows.
+    """
+
+    max_model_len: Count = parameter(
+        0, "longest sequence, prompt included; the model's own by default", metavar="N", group=LIMITS
+    )
+    max_num_seqs: Annotated[int, range(1, (1 << 16) + 1)] = parameter(
+        64, "sequences that run at a time, per attention worker", metavar="N", group=LIMITS
+    )
+    max_num_batched_tokens: Count = parameter(
+        0, "tokens per micro-batch; by default the rows of a slot", metavar="N", group=LIMITS
+    )
+    max_num_waiting: CountFromOne = parameter(
+        1024, "requests that wait; the next is refused", metavar="N", group=LIMITS
+    )
+    enable_prefix_caching: bool = parameter(True, "share the KV blocks of common prefixes", group=LIMITS)
+    num_gpu_blocks_override: Count = parameter(0, "KV blocks, whatever the memory allows", metavar="N", group=LIMITS)
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkShape:
+    """The slots between an attention and an expert worker.
+
+    Attributes:
+        num_lanes: lanes that slots are made for.
+    """
+
+    num_lanes: Lanes = MAX_MICRO_BATCHES
+    slot_rows: Annotated[int, range(1, (1 << 16) + 1)] = parameter(
+        SLOT_ROWS, "rows of a landing slot", metavar="N", group=LIMITS
+    )
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long who is waited for.
+
+    Attributes:
+        start_timeout_s: workers may take so long to come.
+        peer_timeout_s: an expert worker that owes an answer for that long is lost.
+        heartbeat_s: between two heartbeats of a worker.
+        lost_after_s: a worker that was not heard of for so long is lost.
+    """
+
+    start_timeout_s: Seconds = parameter(120.0, "seconds that workers may take to come", metavar="S", group=LIMITS)
+    peer_timeout_s: Seconds = parameter(
+        4.0, "seconds after which an expert worker that owes an answer is lost", metavar="S", group=LIMITS
+    )
+    heartbeat_s: Seconds = 1.0
+    lost_after_s: Seconds = 3.0
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
