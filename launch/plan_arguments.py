@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from msi.errors import ConfigError, shown
-from msi.models.shape import VALUE_BYTES, read_shape
+from msi.models.shape import read_shape
 from msi.planner.assumptions import Assumptions
 from msi.planner.hardware import Catalogue, nearest, read_catalogue
 from msi.planner.model_shape import ModelShape
@@ -17,6 +17,7 @@ from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan import Workload
 from msi.planner.profile import Profile, read_profile
 from msi.planner.task import OBJECTIVES, TP_SIZES, Limits, Pool, Task
+from msi.precision import VALUE_BYTES, Precision
 from msi.settings import SLOT_ROWS
 
 from .command_line import CommandLine, file_to_ask, file_to_write, integer, number, one_of, quoted
@@ -92,8 +93,9 @@ def _add_what(parser: CommandLine) -> None:
     )
     add(
         "--tpot-ms",
-        type=number(None, MAX_TPOT_MS),
-        default=150.0,
+        dest="tpot_s",
+        type=milliseconds,
+        default=0.150,
         metavar="MS",
         help="limit on the time per output token; 150",
     )
@@ -142,6 +144,14 @@ def _add_output(parser: CommandLine) -> None:
     add("--plot", type=figure, metavar="FILE", help="draw the Pareto front and the balance of both sides")
 
 
+def milliseconds(word: str) -> float:
+    """In seconds."""
+    given = number(None, MAX_TPOT_MS)(word)
+    if given <= 0:
+        raise argparse.ArgumentTypeError(f"{quoted(word)}: give a time above 0")
+    return given / 1e3
+
+
 def figure(word: str) -> Path:
     """A file to draw into."""
     if Path(word).suffix not in FIGURES:
@@ -162,7 +172,7 @@ def _task(values: argparse.Namespace) -> Task:
         expert = _pools(values.expert_gpu or values.gpu, "--expert-gpu", catalogue)
     return Task(
         model=model,
-        workload=Workload(input_len=values.input_len, output_len=values.output_len, tpot_s=values.tpot_ms / 1e3),
+        workload=Workload(input_len=values.input_len, output_len=values.output_len, tpot_s=values.tpot_s),
         attention=attention,
         expert=expert,
         objective=values.objective,
@@ -184,7 +194,7 @@ def _model(name: str, dtype: str, catalogue: Catalogue) -> ModelShape:
         )
     else:
         model = catalogue.model(name)
-    return replace(model, value_bytes=VALUE_BYTES[dtype]) if dtype else model
+    return replace(model, precision=Precision.of(dtype)) if dtype else model
 
 
 def _profiled(model: ModelShape, profile: Profile, values: argparse.Namespace) -> ModelShape:
@@ -196,7 +206,7 @@ def _profiled(model: ModelShape, profile: Profile, values: argparse.Namespace) -
             f"{values.profile} was measured with {profile.model} (config.json {profile.config_digest[:12]}), and MODEL "
             f"is {model.name} ({model.config_digest[:12] or 'known by name only'}); profile that model's directory"
         )
-    return replace(model, value_bytes=VALUE_BYTES[profile.dtype])
+    return replace(model, precision=profile.precision)
 
 
 def _pools(listed: str | None, flag: str, catalogue: Catalogue) -> tuple[Pool, ...]:

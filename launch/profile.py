@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from msi.models.shape import VALUE_BYTES
 from msi.planner.profile import Profile, to_json
+from msi.precision import VALUE_BYTES, Precision
 
 from .command import open_missing_streams, run_command
 from .command_line import CommandLine, file_to_write, integer, number, one_of, quoted
@@ -94,7 +94,7 @@ def measuring(values: argparse.Namespace) -> Measuring:
     return Measuring(
         model_dir=values.model,
         device=values.device,
-        dtype=values.dtype,
+        precision=Precision(compute=values.dtype),
         load_format=values.load_format,
         threads=values.threads,
         batches=values.batches,

@@ -256,7 +256,7 @@ def only(path, name, content=b"x"):
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("", "holds no safetensors weights; --load-format dummy invents some"),
+        ("", "holds no safetensors weights; `load_format=dummy` invents some"),
         ("pytorch_model.bin", "pytorch_model.bin is pickled, which may run anything when it is opened, so it never is"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin.index.json is pickled"),
         ("weights.pt", "weights.pt is pickled"),

@@ -34,6 +34,6 @@ async def test_tokens_equal_transformers_on_a_gpu(tmp_path, family, transport):
 @pytest.mark.skipif(why_unavailable() is None, reason="there is a GPU")
 @pytest.mark.parametrize("transport", ["inproc", "shm"])
 async def test_without_a_gpu_it_is_said_before_anything_starts(tiny_model, transport):
-    with pytest.raises(ConfigError, match=r"--device cuda cannot work: .*; without one, use --device cpu"):
+    with pytest.raises(ConfigError, match=r"`device` cuda cannot work: .*; without one, use `device=cpu`"):
         async with Engine.local(model=tiny_model, device="cuda", transport=transport):
             pass

@@ -328,7 +328,7 @@ async def test_a_network_address_or_a_key_needs_no_known_host_name():
     for origins in (Origins(host="0.0.0.0"), Origins(host="10.0.0.5"), Origins(has_key=True)):
         assert not origins.refusal({"Host": "llm.example"})
         assert origins.refusal({"Host": "llm.example", "Origin": "https://evil.example"})
-    with pytest.raises(ConfigError, match=r"--allowed-origins 'chat.example' is not one"):
+    with pytest.raises(ConfigError, match=r"`allowed_origins` 'chat.example' is not one"):
         Origins(("chat.example",))
 
 

@@ -195,7 +195,7 @@ async def test_a_port_in_use_is_said(served):
 @pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::7", "no-such-host.invalid"])
 async def test_a_host_that_is_not_this_machines_is_said(served, host):
     other = Gateway(served[0], host=host, port=0)
-    with pytest.raises(ConfigError, match=r"cannot serve HTTP on \S+: .*; (give .* as --host|choose another)"):
+    with pytest.raises(ConfigError, match=r"cannot serve HTTP on \S+: .*; (give .* as `host`|choose another)"):
         await other.start()
     await other.close()
 

@@ -14,13 +14,14 @@ from msi.planner.plan import Workload
 from msi.planner.plan_file import PlanFile, task_from_json, task_to_json
 from msi.planner.profile import Profile, read_profile
 from msi.planner.task import Limits, Pool, Task
+from msi.precision import Precision
 from msi.simulator.planned import deployment_of_plan
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
 
 MODEL = ModelShape(
     name="small", num_layers=4, hidden_size=64, intermediate_size=128, num_experts=4, top_k=2, num_heads=4,
-    num_kv_heads=2, head_dim=16, vocab_size=100, value_bytes=4, config_digest="0" * 64,
+    num_kv_heads=2, head_dim=16, vocab_size=100, precision=Precision.of("float32"), config_digest="0" * 64,
 )  # fmt: skip
 SIZES = (1, 2, 4, 8, 16, 32)
 

@@ -200,7 +200,7 @@ def test_generation_config_says_what_requests_leave_out(tmp_path, tokenizers, ca
     expected = SamplingDefaults(0.6, 0.95, 20, 0, 1.05, 99)
     assert texts_of(folder).sampling_defaults == expected
     assert "temperature 0.6, top_k 20, top_p 0.95, min_p 0, repetition_penalty 1.05, max_tokens 99" in caplog.text
-    assert "--generation-config vllm turns this off" in caplog.text
+    assert "`generation_config=vllm` turns this off" in caplog.text
     assert expected.params() == SamplingParams(
         temperature=0.6, top_p=0.95, top_k=20, repetition_penalty=1.05, max_tokens=99
     )
@@ -215,7 +215,7 @@ def test_no_generation_config_is_no_default_and_a_named_one_must_be_there(tmp_pa
     folder = directory(tmp_path / "model", tokenizers["bytes"])
     assert read_sampling_defaults(folder, "auto") == NO_DEFAULTS
     for named in (folder, tmp_path / "nowhere"):
-        with pytest.raises(ConfigError, match=r"--generation-config .*generation_config\.json does not exist"):
+        with pytest.raises(ConfigError, match=r"`generation_config` .*generation_config\.json does not exist"):
             read_sampling_defaults(folder, str(named))
 
 
@@ -237,6 +237,6 @@ def test_no_generation_config_is_no_default_and_a_named_one_must_be_there(tmp_pa
 def test_values_that_no_request_could_have_are_said_at_start(tmp_path, says, complaint):
     (tmp_path / "generation_config.json").write_text(json.dumps(says))
     with pytest.raises(
-        ConfigError, match=f"generation_config.json: {complaint}.*--generation-config vllm leaves the file"
+        ConfigError, match=f"generation_config.json: {complaint}.*`generation_config=vllm` leaves the file"
     ):
         read_sampling_defaults(tmp_path, "auto")

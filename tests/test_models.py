@@ -165,7 +165,7 @@ def test_a_truncated_file_is_named(checkpoint):
 
 def test_no_weights_at_all(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no safetensors weights; --load-format dummy"):
+    with pytest.raises(CheckpointError, match="no safetensors weights; `load_format=dummy`"):
         load_everything(checkpoint)
 
 

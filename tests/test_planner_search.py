@@ -628,7 +628,7 @@ def test_algorithm_1_never_beats_the_search_by_more_than_its_straight_lines():
 
 
 def test_algorithm_1_says_that_it_needs_a_node_per_expert():
-    with pytest.raises(ConfigError, match=r"128 nodes for experts.*give more GPUs.*leave out --algorithm"):
+    with pytest.raises(ConfigError, match=r"128 nodes for experts.*give more GPUs.*leave out `algorithm`"):
         algorithm1(task_of(CATALOGUE.model("qwen3-30b-a3b")))
 
 
@@ -649,13 +649,13 @@ def test_no_gpus_are_refused(count):
 @pytest.mark.parametrize("length", [0, -5, math.nan, math.inf])
 def test_lengths_that_are_none_are_refused(length):
     said = refusal(Workload, input_len=length, output_len=10, tpot_s=0.1)
-    assert said.startswith(f"--input-len {length:g}: ")
-    assert refusal(Workload, input_len=10, output_len=length, tpot_s=0.1).startswith(f"--output-len {length:g}: ")
+    assert said.startswith(f"`input_len` {length:g}: ")
+    assert refusal(Workload, input_len=10, output_len=length, tpot_s=0.1).startswith(f"`output_len` {length:g}: ")
 
 
 @pytest.mark.parametrize("tpot_s", [0, -0.1, math.nan])
 def test_a_tpot_limit_that_is_none_is_refused(tpot_s):
-    assert refusal(Workload, input_len=10, output_len=10, tpot_s=tpot_s).startswith(f"--tpot-ms {tpot_s * 1e3:g}: ")
+    assert refusal(Workload, input_len=10, output_len=10, tpot_s=tpot_s).startswith(f"`tpot_s` {tpot_s:g}: ")
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_its_size():

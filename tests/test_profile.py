@@ -27,6 +27,7 @@ from msi.planner.profile import (
 )
 from msi.planner.profiled_costs import ProfiledCosts, StageConditions
 from msi.planner.stage_costs import StageCosts
+from msi.precision import Precision
 
 # alone T_a = 1 + b (1 + s/100) ms, T_e = active (2 + rows per expert) ms; overlapped twice and 1.5 times as much
 PROFILE = Profile(
@@ -36,7 +37,7 @@ PROFILE = Profile(
     date="2026-11-22",
     model="mid",
     config_digest="ab" * 32,
-    dtype="float32",
+    precision=Precision.of("float32"),
     attention=tuple(
         AttentionPoint(1, contention, b, s, factor * (1 + b * (1 + s / 100)) / 1e3)
         for contention, factor in (("alone", 1), ("overlapped", 2))
@@ -79,7 +80,7 @@ def test_what_is_written_reads_back(tmp_path):
 def test_the_file_has_the_documented_keys():
     assert list(values()) == [
         "schema_version", "kind", "device", "host", "num_cores", "date", "model", "config_digest", "dtype",
-        "attention", "expert", "pass", "comm", "control",
+        "precision", "attention", "expert", "pass", "comm", "control",
     ]  # fmt: skip
     assert values()["attention"][0] == {
         "threads": 1, "contention": "alone", "num_tokens": 1, "context_len": 100, "seconds": 0.003,
@@ -290,7 +291,7 @@ def test_a_quick_profile_of_this_machine_reads_back_and_predicts(tiny_model, tmp
     path = tmp_path / "profile.json"
     run("-c", MSI_PROFILE, tiny_model, "--quick", "--transport", "inproc,shm", "-o", path)
     profile = read_profile(path)
-    assert (profile.device, profile.dtype, profile.model) == ("cpu", "float32", tiny_model.name)
+    assert (profile.device, profile.precision, profile.model) == ("cpu", Precision.of("float32"), tiny_model.name)
     assert {(one.threads, one.contention) for one in profile.attention} == {(1, "alone"), (1, "overlapped")}
     assert {(one.num_tokens, one.context_len) for one in profile.attention} == {(1, 16), (1, 64), (4, 16), (4, 64)}
     assert {(one.num_experts, one.num_active_experts) for one in profile.expert} == {(7, 1), (7, 7)}

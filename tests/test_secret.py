@@ -86,7 +86,7 @@ def test_only_what_this_machine_alone_reaches_needs_no_secret(host, is_here):
     if is_here:
         Trust(None).check_listening(host, "a worker")
     else:
-        with pytest.raises(ConfigError, match=r"a worker would listen on .*--secret-file FILE .*--insecure-network"):
+        with pytest.raises(ConfigError, match=r"a worker would listen on .*`secret_file` FILE .*`insecure_network`"):
             Trust(None).check_listening(host, "a worker")
 
 

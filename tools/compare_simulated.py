@@ -277,7 +277,7 @@ def main() -> int:
     try:
         profile = read_profile(arguments.profile)
         config, values = load_config(arguments.model)
-        shape = shape_of(config, name=arguments.model.name, digest=config_digest(values), dtype=profile.dtype)
+        shape = shape_of(config, name=arguments.model.name, digest=config_digest(values), precision=profile.precision)
         if shape.config_digest != profile.config_digest:
             print(f"{arguments.profile} is of another model, {profile.model}; measure this one", file=sys.stderr)
             return 2

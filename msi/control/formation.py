@@ -180,7 +180,7 @@ class Formation:
             return _Taken(
                 (former,),
                 f"worker id {hello.worker_id} is live already (pid {former.pid} on {former.host}); "
-                f"give another --worker-id, or end that one",
+                f"give another `worker_id`, or end that one",
             )
         roles = [role for role in ("expert", "attention") if hello.role in (role, "worker")]
         if former is not None:

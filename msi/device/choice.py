@@ -14,7 +14,7 @@ from msi.errors import ConfigError
 def check_device(name: str) -> None:
     """Raises ConfigError where this machine has no such device."""
     if name != "cpu" and (reason := why_unavailable()) is not None:
-        raise ConfigError(f"--device {name} cannot work: {reason}; without one, use --device cpu")
+        raise ConfigError(f"`device` {name} cannot work: {reason}; without one, use `device=cpu`")
 
 
 def open_device(name: str, num_threads: int) -> CpuDevice | CudaDevice:

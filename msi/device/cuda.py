@@ -40,7 +40,7 @@ class CudaDevice(ThreadedDevice):
     def __init__(self, *, index: int = 0) -> None:
         super().__init__()
         if (reason := why_unavailable()) is not None:
-            raise ConfigError(f"--device cuda cannot work: {reason}; without one, use --device cpu")
+            raise ConfigError(f"`device` cuda cannot work: {reason}; without one, use `device=cpu`")
         if not 0 <= index < torch.cuda.device_count():
             raise ConfigError(f"there is no CUDA device {index}; this process sees {torch.cuda.device_count()}")
         self._device = torch.device("cuda", index)

@@ -1,4 +1,4 @@
-"""One instance inside the calling process: what tests use, and `--transport inproc`."""
+"""One instance inside the calling process: what tests use, and `transport="inproc"`."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ class ProcessInstance:
         return self._stopping.is_set()
 
     async def drain(self) -> None:
-        """Until the coordinator has ended as it was told: when its requests have, or after its --shutdown-timeout."""
+        """Until the coordinator has ended as it was told: when its requests have, or when its own patience is over."""
         self._stopping.set()
         coordinator = self._children.get("coordinator")
         if coordinator is not None:

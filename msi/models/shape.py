@@ -10,13 +10,13 @@ from msi.models.config import ConfigReader, ModelConfig, config_digest
 from msi.models.families import FAMILIES, load_config
 from msi.models.files import read_json
 from msi.planner.model_shape import LatentAttention, ModelShape
+from msi.precision import Precision
 
-VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LATENT_ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM")  # planned for, not served
 
 
-def shape_of(config: ModelConfig, *, name: str, digest: str, dtype: str = "") -> ModelShape:
-    """The sizes of a configuration that the runtime serves. `dtype`: computed in; "" for the checkpoint's."""
+def shape_of(config: ModelConfig, *, name: str, digest: str, precision: Precision = Precision()) -> ModelShape:
+    """The sizes of a configuration that the runtime serves; what `precision` leaves open is the checkpoint's."""
     return ModelShape(
         name=name,
         num_layers=config.num_layers,
@@ -32,7 +32,7 @@ def shape_of(config: ModelConfig, *, name: str, digest: str, dtype: str = "") ->
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
         is_tied=config.tie_word_embeddings,
-        value_bytes=VALUE_BYTES[dtype or config.dtype],
+        precision=precision.resolved(config.dtype),
         sliding_window=config.sliding_window or 0,
         config_digest=digest,
     )

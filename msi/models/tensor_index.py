@@ -143,7 +143,7 @@ def why_no_weights(model_dir: Path) -> str:
             f"{model_dir / name} is pickled, which may run anything when it is opened, so it never is; convert it "
             f"where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors"
         )
-    return f"{model_dir} holds no safetensors weights; --load-format dummy invents some"
+    return f"{model_dir} holds no safetensors weights; `load_format=dummy` invents some"
 
 
 def names_in(model_dir: Path) -> list[str]:

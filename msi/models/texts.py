@@ -93,7 +93,7 @@ def _chat_templates(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> dic
     if (template := _if_there(model_dir / "chat_template.jinja", read_text)) is not None:
         found["default"] = template
     if found and "default" not in found:
-        log.warning("the chat templates of %s are named %s, and none default: it has no chat without --chat-template",
+        log.warning("the chat templates of %s are named %s, and none default: it has no chat without `chat_template`",
                     model_dir, ", ".join(sorted(found)))  # fmt: skip
         return {}
     return found
@@ -193,7 +193,7 @@ def read_sampling_defaults(model_dir: Path, generation_config: str) -> SamplingD
     path = (model_dir if is_own else Path(generation_config)) / "generation_config.json"
     if not is_own and not path.exists():
         raise ConfigError(
-            f"--generation-config {generation_config}: {path} does not exist; give a folder that holds it, or auto, or "
+            f"`generation_config` {generation_config}: {path} does not exist; give a folder that holds it, or auto, or "
             "vllm"
         )
     values = _if_there(path, read_json) or {}
@@ -206,10 +206,10 @@ def read_sampling_defaults(model_dir: Path, generation_config: str) -> SamplingD
     try:
         defaults.params()
     except InvalidRequest as error:
-        raise ConfigError(f"{path}: {error}. --generation-config vllm leaves the file out of account") from error
+        raise ConfigError(f"{path}: {error}. `generation_config=vllm` leaves the file out of account") from error
     if found:
         log.info(
-            "requests that leave them out get %s from %s; --generation-config vllm turns this off",
+            "requests that leave them out get %s from %s; `generation_config=vllm` turns this off",
             ", ".join(f"{name} {value:g}" for name, value in found.items()), path,
         )  # fmt: skip
     return defaults

@@ -64,7 +64,7 @@ class AutoTransport:
             return await self._shm.connect(f"shm://{name}", hello, landing, seat, timeout_s=timeout_s)
         if "tcp" in offered:
             return await self._tcp.connect(f"tcp://{offered['tcp']}", hello, landing, seat, timeout_s=timeout_s)
-        raise TransportError(address, "is on another host and offers no TCP address; give it --transport auto or tcp")
+        raise TransportError(address, "is on another host and offers no TCP address; give it `transport=auto` or tcp")
 
     async def close(self) -> None:
         await self._shm.close()

@@ -206,11 +206,11 @@ class ControlClient:
         if self._secret is None:
             return (
                 f"the coordinator at {self._address} asks for a secret, and this process was given none: give it the "
-                f"coordinator's --secret-file (or {VARIABLE}); or it is no coordinator that listens there"
+                f"coordinator's `secret_file` (or {VARIABLE}); or it is no coordinator that listens there"
             )
         return (
             f"the secret differs: the coordinator at {self._address} has another than this process, or none; give all "
-            f"processes of an instance the same --secret-file (or {VARIABLE}); or it is no coordinator that listens "
+            f"processes of an instance the same `secret_file` (or {VARIABLE}); or it is no coordinator that listens "
             "there"
         )
 

@@ -60,28 +60,28 @@ def find_secret(path: Path | None, environment: Mapping[str, str] = os.environ) 
         ConfigError: the file cannot be one that keeps a secret.
     """
     if path is not None:
-        return Secret(read_private(path, "--secret-file"), f"--secret-file {path}")
+        return Secret(read_private(path, "`secret_file`"), f"`secret_file` {path}")
     text = environment.get(VARIABLE)
     return None if text is None else Secret(text)
 
 
-def read_private(path: Path, flag: str) -> str:
-    """A short text that nobody but its owner can read. Raises ConfigError: it is not that; names the flag."""
+def read_private(path: Path, name: str) -> str:
+    """A short text that nobody but its owner can read. Raises ConfigError: it is not that; begins with `name`."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # nobody is waited for, such as at a FIFO
     except OSError as error:
-        raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}; {ADVICE}") from error
+        raise ConfigError(f"{name} {path} cannot be read: {error.strerror}; {ADVICE}") from error
     try:
-        _check_file(f"{flag} {path}", os.fstat(fd))
+        _check_file(f"{name} {path}", os.fstat(fd))
         raw = os.read(fd, MAX_BYTES + 1)
     finally:
         os.close(fd)
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{flag} {path} is longer than {MAX_BYTES} bytes; {ADVICE}")
+        raise ConfigError(f"{name} {path} is longer than {MAX_BYTES} bytes; {ADVICE}")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{flag} {path} is not text; {ADVICE}") from error
+        raise ConfigError(f"{name} {path} is not text; {ADVICE}") from error
 
 
 def _check_file(name: str, status: os.stat_result) -> None:
@@ -115,8 +115,8 @@ class Trust:
         if self.secret is None and not self.is_insecure_allowed and not is_loopback(host):
             raise ConfigError(
                 f"{what} would listen on {host} without a secret, and whoever reaches that could read prompts and "
-                f"take its place: give every process of the instance the same --secret-file FILE (or {VARIABLE}), "
-                f"or --insecure-network where everybody on that network may do so"
+                f"take its place: give every process of the instance the same `secret_file` FILE (or {VARIABLE}), "
+                f"or `insecure_network` where everybody on that network may do so"
             )
 
     def link_key(self, instance: str) -> bytes:

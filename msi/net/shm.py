@@ -186,7 +186,7 @@ class ShmTransport:
 
     def __init__(self, *, complain: Complaints | None = None) -> None:
         if (reason := is_available()) is not None:
-            raise ConfigError(f"{reason}; use --transport inproc")
+            raise ConfigError(f"{reason}; use `transport=inproc`")
         self._deliver = Delivery()
         self._loop = asyncio.get_running_loop()
         self._doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

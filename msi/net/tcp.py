@@ -263,7 +263,7 @@ def address_towards(host: str, port: int) -> str:
     except OSError as error:
         raise ConfigError(
             f"cannot tell by which address others reach this host ({host}: {error.strerror or error}); "
-            f"give --advertise-host"
+            "give `advertise_host`"
         ) from error
 
 

@@ -85,7 +85,7 @@ def algorithm1(
         raise ConfigError(
             f"{model.name}: Algorithm 1 finds no plan on {gpus} with a TPOT of {task.workload.tpot_s * 1e3:g} ms: it "
             f"has one expert per node, so {model.num_experts} nodes for experts, and 3 or 4 micro-batches; give more "
-            "GPUs or a higher --tpot-ms, or leave out --algorithm"
+            "GPUs or a higher `tpot_s`, or leave out `algorithm`"
         )
     return sorted(plans, key=lambda plan: -plan.tokens_per_s_per_cost)[:num_plans]
 
@@ -185,9 +185,9 @@ class _Pair:
         model, gpu, tp, given = self.task.model, self.expert.gpu, self.expert.tp, self.task.given
         ffn_flops = eq.ffn_flops_as_written if self.equations == "paper" else eq.ffn_flops_corrected
         values = ffn_flops(model.hidden_size, model.intermediate_size, 1.0) / 2  # 2 FLOPs per weight and row
-        streamed = b_e * (2 * model.hidden_size + 3 * model.intermediate_size / tp) * model.value_bytes
-        gemm = gemm_s(float(b_e), values / tp, model.value_bytes, streamed, gpu, given)
-        sync_s = 2 * collective_s(float(b_e * model.hidden_size * model.value_bytes), tp, gpu, given)
+        streamed = b_e * (2 * model.hidden_size + 3 * model.intermediate_size / tp) * model.precision.compute_bytes
+        gemm = gemm_s(float(b_e), values / tp, model.precision.weight_bytes, streamed, gpu, given)
+        sync_s = 2 * collective_s(float(b_e * model.row_bytes), tp, gpu, given)
         return float(gemm + sync_s + given.expert_launch_s)
 
     def stages(self, at: _At, fits: Fits) -> Stages:
@@ -225,7 +225,7 @@ class _Pair:
             W_a=W_a,
             W_e=W_e,
             util=util,
-            value_bytes=model.value_bytes,
+            value_bytes=model.precision.row_bytes,
         )
         return (mean_s + given.network_latency_s) * given.tail  # defect 7
 
@@ -243,7 +243,7 @@ class _Pair:
                 h=model.hidden_size,
                 L=model.num_layers,
                 g=model.queries_per_kv_head,
-                attention_values=model.attention_bytes / model.value_bytes,
+                attention_values=model.attention_bytes / model.precision.weight_bytes,
             )
         empty = attention_node_bytes(
             model,

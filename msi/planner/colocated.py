@@ -36,7 +36,7 @@ class Group:
         task, model, gpu, size, given = self.task, self.task.model, self.gpu, self.size, self.task.given
         context = float(context_len(model, task.workload.mean_len))
         attention_s = attention_layer_s(model, gpu, size, float(batch), batch * context, given)
-        head_bytes = model.head_values / size * model.value_bytes + 8 * batch * model.vocab_size / size
+        head_bytes = model.head_values / size * model.precision.weight_bytes + 8 * batch * model.vocab_size / size
         head_s = max(
             2 * batch * model.head_values / size / (gpu.flops_per_s * float(given.compute_at(float(batch)))),
             head_bytes / (gpu.memory_bytes_per_s * given.memory),
@@ -46,7 +46,7 @@ class Group:
         slices = size if self.baseline.experts == "sharded" else max(1, size // model.num_experts)
         holders = size // slices  # GPUs, or groups of them, that have different experts
         expert_s = expert_gemm_s(model, gpu, pairs / holders, active / holders, given, slices=slices)
-        reduce_s = collective_s(float(batch * model.hidden_size * model.value_bytes), size, gpu, given)
+        reduce_s = collective_s(float(batch * model.hidden_size * model.precision.compute_bytes), size, gpu, given)
         return Stages(float(attention_s) + head_s / model.num_sparse_layers, float(expert_s), float(reduce_s))
 
     def memory_bytes(self, batch: int) -> tuple[float, float]:
@@ -61,7 +61,9 @@ class Group:
             mean_len=context_len(model, self.task.workload.mean_len),
             num_expert_nodes=0.0,
         )
-        activations = batch * model.top_k * (2 * model.hidden_size + 3 * model.intermediate_size) * model.value_bytes
+        activations = (
+            batch * model.top_k * (2 * model.hidden_size + 3 * model.intermediate_size) * model.precision.compute_bytes
+        )
         return float(rest), float(model.num_experts * model.expert_bytes + activations)
 
     @property

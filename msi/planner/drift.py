@@ -130,7 +130,7 @@ class DriftWatch:
             drifts.append(Drift(one.worker_id, "attention", planned_s, one.compute_s / one.passes / plan.num_layers))
             if plan.kind == "disaggregated" and one.comm_s > 0:
                 sent = size * float(nodes_per_token(model, float(plan.experts_per_node))) / plan.num_expert_nodes
-                num_bytes = max(1, round(sent * model.hidden_size * model.value_bytes))
+                num_bytes = max(1, round(sent * model.row_bytes))
                 drifts.append(Drift(one.worker_id, "comm", costs.comm_s(num_bytes), one.comm_s))
         elif one.role == "expert" and one.batches > 0:
             tokens = rows * plan.num_attention_nodes

@@ -128,5 +128,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _known(entries: Mapping[str, T], name: str, kind: str) -> T:
     entry = entries.get(name.lower())
     if entry is None:
-        raise ConfigError(f"no {kind} is called {shown(name)}; {nearest(name, entries)} (--catalogue FILE adds others)")
+        raise ConfigError(f"no {kind} is called {shown(name)}; {nearest(name, entries)} (`catalogue` FILE adds others)")
     return entry

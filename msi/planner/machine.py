@@ -99,7 +99,7 @@ class Machine:
         return Stages(
             float(costs.attention_s(micro_batch, context)) * by.attention,
             float(costs.expert_s(rows, active)) * by.expert,
-            float(costs.comm_s(sent * model.hidden_size * model.value_bytes)) * by.comm,
+            float(costs.comm_s(sent * model.row_bytes)) * by.comm,
         )
 
     def pass_s(self, micro_batch: float) -> float:

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from msi.errors import ConfigError
+from msi.precision import Precision
+
+OF_VALUE_BYTES = {2: "bfloat16", 4: "float32"}  # in plans that do not name a precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,7 @@ class ModelShape:
         intermediate_size: h' of one routed expert.
         shared_intermediate_size: of the shared expert of each sparse layer; 0 without one.
         dense_intermediate_size: of the layers without experts.
-        value_bytes: bytes of a weight, a KV value and an activation: 2 in bf16.
+        precision: of weights, KV cache, rows between nodes and activations, without "auto".
         sliding_window: tokens that attention looks back; 0 for all.
         config_digest: of the config.json that it was read from; "" for one known by name.
     """
@@ -52,7 +55,7 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     is_tied: bool = False
-    value_bytes: int = 2
+    precision: Precision = Precision.of("bfloat16")
     sliding_window: int = 0
     latent: LatentAttention | None = None
     config_digest: str = ""
@@ -84,7 +87,7 @@ class ModelShape:
     @property
     def kv_bytes_per_token(self) -> int:
         """Of all layers."""
-        return self.num_layers * self.kv_values * self.value_bytes
+        return self.num_layers * self.kv_values * self.precision.kv_cache_bytes
 
     @property
     def attention_flops(self) -> int:
@@ -123,28 +126,39 @@ class ModelShape:
         """P_a in bytes: all that an attention node holds, embedding and LM head included."""
         values = self.num_layers * self.projection_values + self.num_sparse_layers * self.shared_values
         values += self.num_dense_layers * self.dense_values + (1 if self.is_tied else 2) * self.head_values
-        return values * self.value_bytes
+        return values * self.precision.weight_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """One hidden state on its way between nodes."""
+        return self.hidden_size * self.precision.row_bytes
 
     @property
     def expert_bytes(self) -> int:
         """P_e in bytes: one routed expert, all layers."""
-        return self.num_sparse_layers * self.expert_values * self.value_bytes
+        return self.num_sparse_layers * self.expert_values * self.precision.weight_bytes
 
     @property
     def total_values(self) -> int:
         """Parameters."""
-        return (self.attention_bytes + self.num_experts * self.expert_bytes) // self.value_bytes
+        return (self.attention_bytes + self.num_experts * self.expert_bytes) // self.precision.weight_bytes
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """With `value_bytes`, which is all that plans said of their precision once."""
+        return {**asdict(self), "value_bytes": self.precision.weight_bytes}
 
 
 def model_shape_from_json(values: Mapping[str, Any]) -> ModelShape:
     """The inverse of `ModelShape.to_json`. Raises ConfigError."""
     try:
-        latent = values.get("latent")
-        return ModelShape(**{**values, "latent": LatentAttention(**latent) if latent else None})
-    except TypeError as error:
+        values = dict(values)
+        latent, value_bytes, precision = (values.pop(name, None) for name in ("latent", "value_bytes", "precision"))
+        return ModelShape(
+            **values,
+            latent=LatentAttention(**latent) if latent else None,
+            precision=Precision(**precision) if precision else Precision.of(OF_VALUE_BYTES[value_bytes]),
+        )
+    except (TypeError, KeyError) as error:
         raise ConfigError(f"the plan's model cannot be read: {error}") from error
 
 

@@ -117,7 +117,7 @@ class NodePair:
         attention_s = attention_s + self.costs.pass_s(micro_batch) / model.num_sparse_layers
         expert_s = self.costs.expert_s(expert_rows, active, at.experts_per_node)
         message_rows = micro_batch * at.nodes_per_token / at.num_expert_nodes
-        message_bytes = message_rows * model.hidden_size * model.value_bytes
+        message_bytes = message_rows * model.row_bytes
         comm_s = self.costs.comm_s(message_bytes, at.num_attention_nodes, at.num_expert_nodes)
         if task.factors != UNCHANGED:
             attention_s, expert_s = attention_s * task.factors.attention, expert_s * task.factors.expert

@@ -35,11 +35,11 @@ class PairCosts(Protocol):
 
 
 def gemm_s(
-    rows: Quantity, weight_values: Quantity, value_bytes: int, activation_bytes: Quantity, gpu: Gpu, given: Assumptions
+    rows: Quantity, weight_values: Quantity, weight_bytes: int, activation_bytes: Quantity, gpu: Gpu, given: Assumptions
 ) -> Quantity:
     """(rows, k) x (k, n) with k n = weight_values: the longer of computing and of reading it all once."""
     compute_s = 2 * rows * weight_values / (gpu.flops_per_s * given.compute_at(rows))
-    memory_s = (weight_values * value_bytes + activation_bytes) / (gpu.memory_bytes_per_s * given.memory)
+    memory_s = (weight_values * weight_bytes + activation_bytes) / (gpu.memory_bytes_per_s * given.memory)
     return np.maximum(compute_s, memory_s)
 
 
@@ -78,15 +78,16 @@ def attention_layer_s(
     The shared expert runs while the routed ones are away: it is time of the device, hidden behind 2 T_c + T_e
     (defect 5). Dense layers are spread over the sparse ones, whose turns the pipeline counts.
     """
-    width = model.value_bytes
-    streamed = 4 * tokens * model.hidden_size * width
+    precision = model.precision
+    width, activation_bytes = precision.weight_bytes, precision.compute_bytes
+    streamed = 4 * tokens * model.hidden_size * activation_bytes
     projections_s = gemm_s(tokens, model.projection_values / tp, width, streamed, gpu, given)
-    core_bytes = context_tokens * model.kv_values * width / kv_shards(model, tp)
+    core_bytes = context_tokens * model.kv_values * precision.kv_cache_bytes / kv_shards(model, tp)
     core_flops = context_tokens * model.attention_flops / tp
     core_s = np.maximum(
         core_bytes / (gpu.memory_bytes_per_s * given.memory), core_flops / (gpu.flops_per_s * given.compute_at(tokens))
     )
-    sync_s = 2 * collective_s(tokens * model.hidden_size * width, tp, gpu, given)
+    sync_s = 2 * collective_s(tokens * model.hidden_size * activation_bytes, tp, gpu, given)
     every_layer_s = projections_s + core_s + sync_s + given.attention_launch_s
     sparse_s = gemm_s(tokens, model.shared_values / tp, width, streamed / 2, gpu, given)
     if not model.num_dense_layers:
@@ -109,11 +110,11 @@ def expert_gemm_s(
 
     `slices`: GPUs that share each expert; this is one of them.
     """
-    width = model.value_bytes
+    precision = model.precision
     rows_each = expert_rows / np.maximum(active_experts, 1e-9)
     compute_s = 2 * expert_rows * model.expert_values / slices / (gpu.flops_per_s * given.compute_at(rows_each))
-    streamed = expert_rows * (2 * model.hidden_size + 3 * model.intermediate_size / slices) * width
-    read = active_experts * model.expert_values * width / slices
+    streamed = expert_rows * (2 * model.hidden_size + 3 * model.intermediate_size / slices) * precision.compute_bytes
+    read = active_experts * model.expert_values * precision.weight_bytes / slices
     memory_s = (read + streamed) / (gpu.memory_bytes_per_s * given.memory)
     return np.maximum(compute_s, memory_s) + given.expert_launch_s
 
@@ -133,8 +134,7 @@ def expert_layer_s(
     `rows_per_pair`: rows that travel per (token, expert) pair; a token with two experts on a node comes once.
     """
     gemm = expert_gemm_s(model, gpu, expert_rows, active_experts, given, slices=tp)
-    row_bytes = model.hidden_size * model.value_bytes
-    return gemm + 2 * collective_s(expert_rows * rows_per_pair * row_bytes, tp, gpu, given)
+    return gemm + 2 * collective_s(expert_rows * rows_per_pair * model.row_bytes, tp, gpu, given)
 
 
 def active_experts(model: ModelShape, experts: Quantity, tokens: Quantity) -> Quantity:
@@ -178,8 +178,9 @@ class Roofline:
         model, tp = self.model, self.attention_tp
         logits_bytes = num_logit_rows * model.vocab_size / tp * 4
         head_s = gemm_s(
-            num_logit_rows, model.head_values / tp, model.value_bytes, 2 * logits_bytes, self.attention_gpu, self.given
-        )
+            num_logit_rows, model.head_values / tp, model.precision.weight_bytes, 2 * logits_bytes,
+            self.attention_gpu, self.given,
+        )  # fmt: skip
         return head_s + self.given.attention_launch_s
 
     def expert_s(self, num_expert_rows: Quantity, num_active_experts: Quantity, experts_per_node: Quantity) -> Quantity:
@@ -237,9 +238,9 @@ def attention_node_bytes(
     Corrects Eq 8 (defect 3): KV bytes per token from heads and head_dim, buffers counted.
     """
     kv_bytes = num_micro_batches * micro_batch * mean_len * model.kv_bytes_per_token * (tp / kv_shards(model, tp))
-    slots = 2 * num_expert_nodes * num_micro_batches * micro_batch * model.hidden_size * model.value_bytes
+    slots = 2 * num_expert_nodes * num_micro_batches * micro_batch * model.row_bytes
     widest = 6 * model.hidden_size + 3 * (model.shared_intermediate_size + model.dense_intermediate_size)
-    activations = micro_batch * (widest * model.value_bytes + 4 * model.vocab_size)
+    activations = micro_batch * (widest * model.precision.compute_bytes + 4 * model.vocab_size)
     return model.attention_bytes + kv_bytes + slots + activations + tp * given.reserved_bytes
 
 
@@ -254,8 +255,8 @@ def expert_node_bytes(
     experts_per_node: Quantity,
 ) -> Quantity:
     """What an expert node of tp GPUs holds: its experts, slots for each attention node and lane, activations."""
-    seats = num_attention_nodes * micro_batch * model.hidden_size * model.value_bytes
+    seats = num_attention_nodes * micro_batch * model.row_bytes
     rows = num_attention_nodes * micro_batch * model.top_k * experts_per_node / model.num_experts
-    activations = rows * (2 * model.hidden_size + 3 * model.intermediate_size) * model.value_bytes
+    activations = rows * (2 * model.hidden_size + 3 * model.intermediate_size) * model.precision.compute_bytes
     weights = experts_per_node * model.expert_bytes
     return weights + 2 * num_micro_batches * seats + activations + tp * given.reserved_bytes

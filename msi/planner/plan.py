@@ -31,11 +31,11 @@ class Workload:
     tpot_s: float
 
     def __post_init__(self) -> None:
-        for flag, value in (("--input-len", self.input_len), ("--output-len", self.output_len)):
+        for name, value in (("input_len", self.input_len), ("output_len", self.output_len)):
             if not 0 < value < math.inf:
-                raise ConfigError(f"{flag} {value:g}: give a length above 0 tokens")
+                raise ConfigError(f"`{name}` {value:g}: give a length above 0 tokens")
         if not self.tpot_s > 0:
-            raise ConfigError(f"--tpot-ms {self.tpot_s * 1e3:g}: give a time above 0")
+            raise ConfigError(f"`tpot_s` {self.tpot_s:g}: give a time above 0")
 
     @property
     def mean_len(self) -> float:

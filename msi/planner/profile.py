@@ -5,6 +5,7 @@ says what follows for other sizes and for deployments. Knows no models and no cl
 
     {"schema_version": 1, "kind": "msi-profile", "device": "cpu", "host": "...", "num_cores": 2, "date": "2026-11-22",
      "model": "...", "config_digest": sha256 of its config.json, "dtype": "float32",
+     "precision": {"weights": "float32", "kv_cache": "float32", "rows": "float32", "compute": "float32"},
      "attention": [{"threads": 1, "contention": "alone", "num_tokens": 8, "context_len": 128, "seconds": 0.002}, ...],
      "expert": [{"threads": 1, "contention": "alone", "num_experts": 8, "num_active_experts": 4, "num_expert_rows": 8,
                  "seconds": 0.012}, ...],
@@ -15,8 +16,8 @@ says what follows for other sizes and for deployments. Knows no models and no cl
 
 Contention is "alone", or "overlapped": while a worker of the other side computes all the time. `num_experts` are those
 on the measured node; its times are those of any node with as many *active* experts. Sizes ascend within a list (outer
-first: num_tokens, then context_len; num_active_experts, then num_expert_rows) for each setting. `control` and what is
-in it are optional.
+first: num_tokens, then context_len; num_active_experts, then num_expert_rows) for each setting. `precision`
+(without it, everything is in `dtype`), `control` and what is in that are optional.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import numpy as np
 
 from msi.errors import ConfigError
 from msi.planner.interpolation import Curve, Size, Surface, fit_line, like
+from msi.precision import Precision
 
 SCHEMA_VERSION = 1
 KIND = "msi-profile"
@@ -110,7 +112,7 @@ class Profile:
     date: str
     model: str
     config_digest: str
-    dtype: str
+    precision: Precision
     attention: tuple[AttentionPoint, ...]
     expert: tuple[ExpertPoint, ...]
     passes: tuple[PassPoint, ...]
@@ -193,13 +195,15 @@ def to_json(profile: Profile) -> dict[str, Any]:
     """What `read_profile` takes; `json.dump` it."""
     values = asdict(profile)
     lists = {name: [asdict(point) for point in values_of] for name, values_of in _lists(profile).items()}
-    described = {name: values[name] for name in _DESCRIPTION}
+    described = {name: values[name] for name in _DESCRIPTION} | {"dtype": profile.precision.compute}
     control = {name: [asdict(point) for point in getattr(profile, name)] for name in ("scheduling", "routing")}
-    return {"schema_version": SCHEMA_VERSION, "kind": KIND, **described, **lists, "control": control}
+    return {"schema_version": SCHEMA_VERSION, "kind": KIND, **described, "precision": values["precision"],
+            **lists, "control": control}  # fmt: skip
 
 
+PRECISIONS = tuple(one.name for one in fields(Precision))
 _DESCRIPTION = {
-    "device": str, "host": str, "num_cores": int, "date": str, "model": str, "config_digest": str, "dtype": str,
+    "device": str, "host": str, "num_cores": int, "date": str, "model": str, "config_digest": str,
 }  # fmt: skip
 P = TypeVar("P", AttentionPoint, ExpertPoint, PassPoint, CommPoint, SchedulingPoint, RoutingPoint)
 
@@ -227,6 +231,7 @@ class _Reader:
                 f"{self._where} has schema_version {version!r}, and {SCHEMA_VERSION} is read here; measure it again"
             )
         described = {name: self._value(values, name, type_) for name, type_ in _DESCRIPTION.items()}
+        described["precision"] = self._precision(values)
         control = values.get("control", {})
         if not isinstance(control, Mapping):
             raise ConfigError(f"{self._where}: control is {control!r}; it must be an object")
@@ -239,6 +244,16 @@ class _Reader:
             scheduling=self._points(control, "scheduling", SchedulingPoint) if control.get("scheduling") else (),
             routing=self._points(control, "routing", RoutingPoint) if control.get("routing") else (),
         )
+
+    def _precision(self, values: Mapping[str, Any]) -> Precision:
+        """Profiles had one dtype for everything once."""
+        named = values.get("precision") or dict.fromkeys(PRECISIONS, self._value(values, "dtype", str))
+        if not isinstance(named, Mapping) or set(named) != set(PRECISIONS):
+            raise ConfigError(f"{self._where}: precision is {named!r}; it must name {', '.join(PRECISIONS)}")
+        try:
+            return Precision(**named)
+        except ConfigError as error:
+            raise ConfigError(f"{self._where}: {error}") from error
 
     def _value(self, values: Mapping[str, Any], name: str, type_: type, prefix: str = "") -> Any:
         if name not in values:

@@ -120,11 +120,11 @@ def why_none(task: Task) -> str:
     if "tpot" in tight:
         return (
             f"{model.name}: no plan keeps a TPOT of {workload.tpot_s * 1e3:g} ms; the fastest possible here is "
-            f"{math.ceil(tight['tpot'] * 1e4) / 10:.1f} ms, with one sequence per micro-batch; raise --tpot-ms"
+            f"{math.ceil(tight['tpot'] * 1e4) / 10:.1f} ms, with one sequence per micro-batch; raise `tpot_s`"
         )
     gpus = ", ".join(f"{pool.count} {pool.gpu.name}" for pool in dict.fromkeys((*task.attention, *task.expert)))
     if not is_there:
-        total_gb = model.total_values * model.value_bytes / 1e9
+        total_gb = model.total_values * model.precision.weight_bytes / 1e9
         return f"{model.name} ({total_gb:.0f} GB of weights) does not fit on {gpus}; give more GPUs or larger ones"
     if fits_memory:
         return (

@@ -32,6 +32,7 @@ from msi.planner.profile import (
     RoutingPoint,
     SchedulingPoint,
 )
+from msi.precision import Precision
 from msi.profiler.calm import CALM, Others
 from msi.profiler.process import Hosting, StageProcess
 from msi.profiler.sides import SLOT_ROWS, AttentionSize, ExpertSize, Timed
@@ -60,7 +61,7 @@ class Measuring:
 
     model_dir: Path
     device: str = "cpu"
-    dtype: str = "auto"
+    precision: Precision = Precision()
     load_format: str = "auto"
     threads: tuple[int, ...] = ()
     batches: tuple[int, ...] = ()
@@ -112,12 +113,13 @@ def measure(asked: Measuring, begin: Steps) -> Profile:
 
     def hosting(role: str) -> Hosting:
         return Hosting(
-            asked.model_dir.resolve(), role, asked.device, asked.dtype, asked.load_format, max(batches), max(contexts)
-        )
+            asked.model_dir.resolve(), role, asked.device, asked.precision, asked.load_format, max(batches),
+            max(contexts),
+        )  # fmt: skip
 
     with ExitStack() as stack:
         attention, expert = (stack.enter_context(StageProcess(hosting(role))) for role in ("attention", "expert"))
-        dtype = _load(begin, attention, expert)
+        precision = _load(begin, attention, expert)
         bench = Bench(attention, expert, begin, config.num_experts, 0.0 if quick else asked.patience_s)
         bench.stages(sizes, threads, contentions, repeat)
         for process in (attention, expert):
@@ -142,7 +144,7 @@ def measure(asked: Measuring, begin: Steps) -> Profile:
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         model=asked.model_dir.resolve().name,
         config_digest=config_digest(values),
-        dtype=dtype,
+        precision=precision,
         attention=tuple(bench.attention_points()),
         expert=tuple(bench.expert_points()),
         passes=tuple(bench.pass_points()),
@@ -152,15 +154,15 @@ def measure(asked: Measuring, begin: Steps) -> Profile:
     )
 
 
-def _load(begin: Steps, *processes: StageProcess) -> str:
+def _load(begin: Steps, *processes: StageProcess) -> Precision:
     step = begin("reading weights", len(processes))
-    dtype = ""
+    precision = Precision()
     for process in processes:
         process.start("load")
     for process in processes:
-        dtype = process.result()
+        precision = process.result()
         step()
-    return dtype
+    return precision
 
 
 def sizes_of(config: ModelConfig, batches: tuple[int, ...], contexts: tuple[int, ...], quick: bool) -> Sizes:

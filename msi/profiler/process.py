@@ -63,7 +63,7 @@ class Hosting:
     model_dir: Path
     role: str
     device: str
-    dtype: str
+    precision: Precision
     load_format: str
     max_seqs: int
     max_context: int
@@ -148,14 +148,14 @@ class _Host:
         self._expert_role: ExpertRole | None = None
         self._stack = contextlib.AsyncExitStack()
 
-    async def load(self) -> str:
-        """Reads the weights; the dtype that they are held in."""
+    async def load(self) -> Precision:
+        """Reads the weights; what everything is held and computed in."""
         hosting = self._hosting
         device = self._device = open_device(hosting.device, 0)
         fastest = str(device.compute_dtype(DTYPES[self._config.dtype])).removeprefix("torch.")
-        self._precision = Precision(compute=hosting.dtype).resolved(fastest)
+        self._precision = hosting.precision.resolved(fastest)
         self._loaded = await asyncio.to_thread(self._files.load, self._assignment(), device)
-        return self._precision.weights
+        return self._precision
 
     async def use_threads(self, num_threads: int) -> None:
         """From now on measures on a device with so many threads (a GPU has no such choice)."""

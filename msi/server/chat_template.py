@@ -43,7 +43,7 @@ class ChatTemplates:
         if sources and "default" not in sources:
             raise ConfigError(
                 f"the model has chat templates named {', '.join(sorted(sources))}, and none named default; choose one "
-                "with --chat-template FILE"
+                "with `chat_template` FILE"
             )
         self._templates = {name: ChatTemplate(source, special_tokens) for name, source in sources.items()}
 

@@ -405,11 +405,11 @@ def why_not(host: str, port: int, error: OSError) -> str:
     """A sentence on a socket that cannot listen."""
     where = f"cannot serve HTTP on {url_of(host, port).removeprefix('http://')}"
     if isinstance(error, socket.gaierror):
-        return f"{where}: {error.strerror}; give an address of this machine as --host"
+        return f"{where}: {error.strerror}; give an address of this machine as `host`"
     number = error.errno or 0
     if number == errno.EADDRINUSE:
-        return f"{where}: the port is in use; choose another --port"
+        return f"{where}: the port is in use; choose another `port`"
     if number == errno.EADDRNOTAVAIL:
-        return f"{where}: this machine has no such address; give one of its own as --host"
+        return f"{where}: this machine has no such address; give one of its own as `host`"
     reason = os.strerror(number) if number else str(error)
-    return f"{where}: {reason}; choose another --port or --host"
+    return f"{where}: {reason}; choose another `port` or `host`"

@@ -38,7 +38,7 @@ class Origins:
         for origin in self.allowed:
             parts = urlsplit(origin)
             if origin != ANY and (not parts.scheme or not parts.netloc or parts.path or parts.query):
-                raise ConfigError(f"--allowed-origins {origin!r} is not one; give SCHEME://HOST[:PORT], or *")
+                raise ConfigError(f"`allowed_origins` {origin!r} is not one; give SCHEME://HOST[:PORT], or *")
 
     def refusal(self, headers: Mapping[str, str]) -> str:
         """Why a request is refused, or ""."""
@@ -46,12 +46,12 @@ class Origins:
         if host and not self._is_host_known(host):
             return (
                 f"the Host header names {shown(host)}, by which this server does not know itself; use its address, or "
-                "--api-key, or allow the name with --allowed-origins http://NAME:PORT"
+                "`api_key`, or allow the name with `allowed_origins` http://NAME:PORT"
             )
         origin = headers.get("Origin", "")
         is_own = bool(host) and _netloc(origin) == host.lower()
         if origin and not is_own and not self.is_allowed(origin):
-            return f"web pages from {shown(origin)} may not ask this server; --allowed-origins lets them in"
+            return f"web pages from {shown(origin)} may not ask this server; `allowed_origins` lets them in"
         return ""
 
     def is_allowed(self, origin: str) -> bool:

@@ -143,7 +143,7 @@ class Preparation:
         self._check_model(values)
         asked = parse_chat(values, max_tokens=self._welcome.max_model_len, defaults=self._welcome.sampling_defaults)
         if not self._templates:
-            raise InvalidRequest("this model has no chat template; use /v1/completions, or serve with --chat-template")
+            raise InvalidRequest("this model has no chat template; use /v1/completions, or serve with `chat_template`")
         text = self._templates.choose(has_tools=asked.tools is not None).render(
             asked.messages,
             add_generation_prompt=asked.add_generation_prompt,

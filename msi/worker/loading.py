@@ -124,7 +124,7 @@ class ModelFiles:
         if affordable < 1:
             raise ConfigError(
                 f"{budget / 1e6:.0f} MB for KV cache do not hold one block of {block_bytes / 1e6:.2f} MB; free some "
-                f"memory or raise --gpu-memory-utilization"
+                f"memory or raise `gpu_memory_utilization`"
             )
         return 1 + min(useful, affordable)
 

@@ -117,7 +117,7 @@ class TorchModel:
         except (OSError, OverflowError, MemoryError, RuntimeError) as error:
             raise ConfigError(
                 f"there is no memory for {num_blocks} KV blocks ({error}); give a smaller "
-                "--num-gpu-blocks-override or --gpu-memory-utilization"
+                "`num_gpu_blocks_override` or `gpu_memory_utilization`"
             ) from error
 
     def expert_half(self, link: CombineLink, num_seats: int) -> ExpertHalf:

@@ -159,7 +159,7 @@ class Systems:
         rows = tokens * model.top_k * experts / model.num_experts
         expert_s = costs.expert_s(rows, active_experts(model, experts, tokens), experts)
         message_rows = plan.micro_batch * nodes_per_token(model, experts) / plan.num_expert_nodes
-        message_bytes = message_rows * model.hidden_size * model.value_bytes
+        message_bytes = message_rows * model.row_bytes
         comm_s = costs.comm_s(message_bytes, float(degree), float(plan.num_expert_nodes))
         stages = Stages(plan.t_attention_s, float(expert_s), float(comm_s))
         tpot_s = steady_pass_s(stages, plan.num_micro_batches, plan.num_layers)
