@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from rich.console import Console
 from rich.progress import Progress
@@ -18,7 +18,8 @@ from msi.errors import ConfigError
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan_file import read_plan_file
 from msi.planner.stage_costs import ConstantCosts, StageCosts
-from msi.simulator.deployment import Deployment, parse_fault
+from msi.settings import LinkShape
+from msi.simulator.deployment import LIMITS, Deployment, parse_fault
 from msi.simulator.planned import deployment_of_plan
 from msi.simulator.popularity import read_popularity
 from msi.simulator.report import Percentiles, Report
@@ -144,11 +145,14 @@ def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:
         is_colocated=args.colocated,
         row_bytes=args.row_bytes,
         answer_row_bytes=args.row_bytes,
-        num_kv_blocks=args.kv_blocks,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        slot_rows=args.slot_rows,
-        max_model_len=args.max_model_len,
+        limits=replace(
+            LIMITS,
+            num_gpu_blocks_override=args.kv_blocks,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_model_len=args.max_model_len,
+        ),
+        link=LinkShape(slot_rows=args.slot_rows),
     )
     stages_ms = (args.attention_ms, args.expert_ms, args.comm_ms, args.pass_ms)
     return deployment, ConstantCosts(*(milliseconds / 1e3 for milliseconds in stages_ms))

@@ -9,14 +9,20 @@ import pytest
 
 from msi.planner.stage_costs import ConstantCosts
 from msi.simulator.control import SimulatedClient, SimulatedServer
-from msi.simulator.deployment import Deployment
+from msi.simulator.deployment import LIMITS, Deployment
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
 from tests.everyday import mostly_slow
 
 NUM_TOKENS = 60
 DEPLOYMENT = Deployment(
-    num_layers=4, num_experts=8, top_k=2, num_attention=2, num_expert=2, num_micro_batches=2, num_kv_blocks=400
+    num_layers=4,
+    num_experts=8,
+    top_k=2,
+    num_attention=2,
+    num_expert=2,
+    num_micro_batches=2,
+    limits=replace(LIMITS, num_gpu_blocks_override=400),
 )
 COSTS = ConstantCosts(1e-3, 1e-3, 0.2e-3, 0.3e-3)
 ARRIVALS = [Arrival(index * 0.1, 4, NUM_TOKENS) for index in range(40)]

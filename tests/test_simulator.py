@@ -14,14 +14,27 @@ from msi.errors import ConfigError
 from msi.planner.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.stage_costs import ConstantCosts
 from msi.simulator.clock import SimulationStalled
-from msi.simulator.deployment import Deployment, Fault, parse_fault
+from msi.simulator.deployment import LIMITS, Deployment, Fault, parse_fault
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, fixed_lengths, lognormal_lengths, poisson
 from tests.everyday import mostly_slow
 
 T_F = 1e-3
+
+
+def blocks(count):
+    """So many of KV cache on each attention worker."""
+    return replace(LIMITS, num_gpu_blocks_override=count)
+
+
 SMALL = Deployment(
-    num_layers=6, num_experts=8, top_k=2, num_attention=3, num_expert=2, num_micro_batches=3, num_kv_blocks=400
+    num_layers=6,
+    num_experts=8,
+    top_k=2,
+    num_attention=3,
+    num_expert=2,
+    num_micro_batches=3,
+    limits=blocks(400),
 )
 COSTS = ConstantCosts(T_F, T_F, 0.2 * T_F, 0.3 * T_F)
 
@@ -194,14 +207,14 @@ def test_every_request_gets_its_tokens_and_its_times():
 
 
 def test_long_prompts_are_cut_into_chunks_and_scarce_blocks_are_waited_for():
-    deployment = replace(SMALL, num_attention=1, num_kv_blocks=20, max_num_batched_tokens=32)
+    deployment = replace(SMALL, num_attention=1, limits=replace(blocks(20), max_num_batched_tokens=32))
     report = simulate(deployment, COSTS, [Arrival(0.0, 150, 20)] * 4)
     assert (report.num_failed, report.num_tokens) == (0, 80)
     assert report.ttft_s.p99_s > 5 * 6 * 2 * T_F  # five chunks of six layers
 
 
 def test_a_request_that_the_kv_cache_cannot_hold_fails_as_in_reality():
-    report = simulate(replace(SMALL, num_kv_blocks=10), COSTS, [Arrival(0.0, 500, 5), Arrival(0.0, 20, 5)])
+    report = simulate(replace(SMALL, limits=blocks(10)), COSTS, [Arrival(0.0, 500, 5), Arrival(0.0, 20, 5)])
     (failed,) = report.failed
     assert (failed.input_len, failed.error_kind) == (500, "InvalidRequest")
     assert "the whole KV cache holds 160" in failed.error
@@ -280,7 +293,7 @@ def test_deployments_that_cannot_be_are_refused_with_a_sentence():
         ({"num_expert": 9}, "9 expert workers for 8 experts"),
         ({"top_k": 9}, "top_k is 9"),
         ({"num_micro_batches": 5}, "num_micro_batches is 5; give 1 to 4"),
-        ({"max_num_batched_tokens": 600}, "a slot has 512 rows"),
+        ({"limits": replace(LIMITS, max_num_batched_tokens=600)}, "a slot has 512 rows"),
         ({"is_colocated": True}, "leave the numbers of workers out"),
     ]:
         with pytest.raises(ConfigError, match=sentence):

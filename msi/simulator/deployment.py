@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from msi.control.members import InstancePlan
 from msi.errors import ConfigError
@@ -12,6 +12,13 @@ from msi.placement import place_evenly
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.settings import LinkShape, SchedulerLimits
 
+LIMITS = SchedulerLimits(
+    max_model_len=65_536,
+    max_num_seqs=256,
+    max_num_waiting=1_000_000,
+    enable_prefix_caching=False,  # a trace has lengths, not prompts
+    num_gpu_blocks_override=8192,
+)
 FAULTS = ("slow", "stalled", "dead")
 
 
@@ -24,9 +31,8 @@ class Deployment:
         is_colocated: both roles in one worker, on one compute queue; messages then take no time.
         num_layers: those with experts.
         row_bytes, answer_row_bytes: of a row on its way to the experts and back.
-        num_kv_blocks: blocks of KV cache, 16 tokens each, of one attention worker.
-        max_num_seqs: the most sequences that run on an attention worker.
-        slot_rows: of a landing slot; `max_num_batched_tokens` of a micro-batch are at most that (0: that many).
+        limits: of each attention worker; its KV blocks are `num_gpu_blocks_override`, of 16 tokens each.
+        link: its number of lanes follows from m.
         control_latency_s: of every message to or from the coordinator.
 
     Raises:
@@ -42,29 +48,23 @@ class Deployment:
     is_colocated: bool = False
     row_bytes: int = 2 * 6144
     answer_row_bytes: int = 2 * 6144
-    num_kv_blocks: int = 8192
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 0
-    slot_rows: int = 512
-    max_model_len: int = 65_536
-    max_num_waiting: int = 1_000_000
+    limits: SchedulerLimits = LIMITS
+    link: LinkShape = LinkShape()
     control_latency_s: float = 100e-6
 
     def __post_init__(self) -> None:
-        may_be_zero = ("num_micro_batches", "max_num_batched_tokens", "control_latency_s")
-        for one in fields(self):
-            value = getattr(self, one.name)
-            least = 0 if one.name in may_be_zero else 1
-            if one.name != "is_colocated" and not least <= value < math.inf:
-                raise ConfigError(f"{one.name} is {value!r}; give a number of at least {least}")
+        numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in ("int", "float")}
+        numbers |= {name: getattr(self.limits, name) for name in ("max_model_len", "num_gpu_blocks_override")}
+        for name, value in numbers.items():
+            least = 0 if name in ("num_micro_batches", "control_latency_s") else 1
+            if not least <= value < math.inf:
+                raise ConfigError(f"{name} is {value!r}; give a number of at least {least}")
         if self.num_micro_batches > MAX_MICRO_BATCHES:
             raise ConfigError(f"num_micro_batches is {self.num_micro_batches}; give 1 to {MAX_MICRO_BATCHES}, or 0")
         if self.top_k > self.num_experts:
             raise ConfigError(f"top_k is {self.top_k}; a token cannot have more than the {self.num_experts} experts")
-        if self.max_num_batched_tokens > self.slot_rows:
-            raise ConfigError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}; a slot has {self.slot_rows} rows"
-            )
+        if (most := self.limits.max_num_batched_tokens) > self.link.slot_rows:
+            raise ConfigError(f"max_num_batched_tokens is {most}; a slot has {self.link.slot_rows} rows")
         if self.is_colocated and (self.num_attention, self.num_expert) != (1, 1):
             raise ConfigError("a colocated instance is one worker with both roles; leave the numbers of workers out")
         place_evenly(self.num_experts, self.num_expert)
@@ -77,15 +77,10 @@ class Deployment:
             num_expert=self.num_expert,
             is_colocated=self.is_colocated,
             placement=place_evenly(self.num_experts, self.num_expert),
-            limits=SchedulerLimits(
-                max_model_len=self.max_model_len,
-                max_num_seqs=self.max_num_seqs,
-                max_num_batched_tokens=self.max_num_batched_tokens or self.slot_rows,
-                max_num_waiting=self.max_num_waiting,
-                enable_prefix_caching=False,  # a trace has lengths, not prompts
-                num_gpu_blocks_override=self.num_kv_blocks,
+            limits=replace(
+                self.limits, max_num_batched_tokens=self.limits.max_num_batched_tokens or self.link.slot_rows
             ),
-            link=LinkShape(self.num_micro_batches or MAX_MICRO_BATCHES, self.slot_rows),
+            link=replace(self.link, num_lanes=self.num_micro_batches or MAX_MICRO_BATCHES),
         )
 
     @property

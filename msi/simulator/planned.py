@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from msi.errors import ConfigError
 from msi.kernels import BLOCK_TOKENS
 from msi.planner.choose import costs_of
 from msi.planner.plan_file import PlanFile
 from msi.planner.stage_costs import StageCosts
-from msi.simulator.deployment import Deployment
+from msi.settings import SLOT_ROWS, LinkShape
+from msi.simulator.deployment import LIMITS, Deployment
 
 
 def deployment_of_plan(file: PlanFile) -> tuple[Deployment, StageCosts]:
@@ -38,8 +41,9 @@ def deployment_of_plan(file: PlanFile) -> tuple[Deployment, StageCosts]:
         is_colocated=plan.kind == "colocated",
         row_bytes=model.row_bytes,
         answer_row_bytes=model.row_bytes,
-        num_kv_blocks=max(num_blocks, 2 + longest // BLOCK_TOKENS),
-        max_num_seqs=per_node,
-        slot_rows=max(512, plan.micro_batch),
+        limits=replace(
+            LIMITS, max_num_seqs=per_node, num_gpu_blocks_override=max(num_blocks, 2 + longest // BLOCK_TOKENS)
+        ),
+        link=LinkShape(slot_rows=max(SLOT_ROWS, plan.micro_batch)),
     )
     return deployment, costs_of(file.task, plan)

@@ -105,7 +105,7 @@ class _Simulation:
         latency = (lambda num_bytes: 0.0) if deployment.is_colocated else costs.comm_s
         network = SimulatedNetwork(latency, is_collapsing=is_collapsing)
         server = SimulatedServer(deployment.control_latency_s)
-        welcome = Welcome("simulated", VOCAB_SIZE, deployment.max_model_len)
+        welcome = Welcome("simulated", VOCAB_SIZE, deployment.limits.max_model_len)
         coordinator = Coordinator(
             server,
             deployment.plan,
