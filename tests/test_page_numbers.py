@@ -20,12 +20,12 @@ from tools.check_clients import CLIENTS
 LAUNCH = parse([])
 OPTIONS = LAUNCH.options
 STANDS = [
-    ("launch/README.md", r"sequences that run at an attention worker \((\d+)\)", OPTIONS.max_num_seqs),
-    ("launch/README.md", r"and that wait there \((\d+)\)", OPTIONS.max_num_waiting),
-    ("launch/README.md", r"the rows of a landing slot \((\d+)\)", OPTIONS.slot_rows),
-    ("launch/README.md", r"for KV cache; ([\d.]+) \|", OPTIONS.gpu_memory_utilization),
-    ("launch/README.md", r"workers may take to come \((\d+)\)", OPTIONS.start_timeout_s),
-    ("launch/README.md", r"counts as lost \((\d+)\)", OPTIONS.peer_timeout_s),
+    ("launch/README.md", r"sequences that run at an attention worker \((\d+)\)", OPTIONS.limits.max_num_seqs),
+    ("launch/README.md", r"and that wait there \((\d+)\)", OPTIONS.limits.max_num_waiting),
+    ("launch/README.md", r"the rows of a landing slot \((\d+)\)", OPTIONS.link.slot_rows),
+    ("launch/README.md", r"for KV cache; ([\d.]+) \|", OPTIONS.host.gpu_memory_utilization),
+    ("launch/README.md", r"workers may take to come \((\d+)\)", OPTIONS.timeouts.start_timeout_s),
+    ("launch/README.md", r"counts as lost \((\d+)\)", OPTIONS.timeouts.peer_timeout_s),
     ("launch/README.md", r"plan's by more than F \(([\d.]+)\)", OPTIONS.plan_drift),
     ("launch/README.md", r"127\.0\.0\.1 and (\d+); port 0", LAUNCH.port),
     ("launch/README.md", r"have S seconds \((\d+)\)", LAUNCH.shutdown_timeout_s),
