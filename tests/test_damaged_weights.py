@@ -96,6 +96,6 @@ async def test_what_lies_in_blocks_of_others_before_changes_no_token(tmp_path, f
     options = {"transport": "inproc", "threads_per_worker": 1, "slot_rows": 24, "num_gpu_blocks_override": 40}
     async with Engine.local(model=tmp_path, **options) as engine:
         (attention,) = [one.life.attention for one in engine._instance.workers if one.life.attention is not None]
-        attention._half._kv_cache[:, 1:] = value
+        attention._half.kv_cache.fill(value)
         results = await asyncio.gather(*(tokens_of(engine, one.prompt, max_tokens=5) for one in expected))
         assert results == [one.tokens for one in expected]

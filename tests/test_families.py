@@ -15,12 +15,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import msi.models
 from msi import Engine, SamplingParams
-from msi.attention.half import frequencies_of
 from msi.errors import CheckpointError, ConfigError
 from msi.experts.half import load_expert_weights
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
 from msi.models.families import load_config, parse_config
+from msi.models.rotary import frequencies_of
 from msi.placement import place_evenly
 from msi.worker.loading import ModelFiles
 from tests.reference import references, save_tiny, tiny_config

@@ -9,13 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msi.attention.pass_inputs import PassInputs
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.experts import gated_mlp, moe_experts, sigmoid_gated, silu_and_mul
 from msi.kernels.norm import layer_norm, norm_heads, norm_projections, rms_norm
-from msi.kernels.paged_attention import group_sequences, paged_attention, write_kv
+from msi.kernels.paged_attention import group_sequences, kv_rows, paged_attention, write_kv
 from msi.kernels.rope import apply_rope, rope_frequencies, rope_table
 from msi.kernels.routing import PackedRows, PlacementTables, pack_rows, row_bytes, rows_for_node, topk_softmax
 from msi.placement import place_evenly
+from msi.types import MicroBatch
 
 
 def test_rms_norm_is_its_definition():
@@ -77,20 +79,30 @@ def test_rope_rotates_pairs_by_position_times_frequency():
             )
 
 
+def inputs_of(query_lens, context_lens, tables):
+    """A pass over sequences of these lengths, its tokens all the same."""
+    positions = [
+        at for query, context in zip(query_lens, context_lens, strict=True) for at in range(context - query, context)
+    ]
+    lens = (tuple(query_lens), tuple(context_lens), tuple(map(tuple, tables)))
+    return PassInputs(lambda tensor: tensor).lay_out(MicroBatch((5,) * len(positions), tuple(positions), *lens))
+
+
 @pytest.mark.parametrize("window", [None, 7, 40])
 def test_paged_attention_equals_attention_over_each_sequence_alone(window):
     torch.manual_seed(0)
     num_heads, num_kv_heads, head_dim = 6, 2, 8
     query_lens, context_lens = [1, 1, 5, 1, 20], [3, 40, 33, 90, 20]
-    cache = torch.randn(64, BLOCK_TOKENS, 2, num_kv_heads, head_dim)
+    cache = torch.randn(64, 2, BLOCK_TOKENS, num_kv_heads, head_dim)
     order = iter((torch.randperm(63) + 1).tolist())
     tables = [[next(order) for _ in range(-(-length // BLOCK_TOKENS))] for length in context_lens]
     query = torch.randn(sum(query_lens), num_heads, head_dim)
-    groups = group_sequences(query_lens, context_lens, tables, window, torch.float32)
-    result = paged_attention(query, cache, groups)
+    result = paged_attention(
+        query, cache, group_sequences(inputs_of(query_lens, context_lens, tables), window, torch.float32)
+    )
     row = 0
     for query_len, length, table in zip(query_lens, context_lens, tables, strict=True):
-        kv = cache[table].flatten(0, 1)[:length]
+        kv = cache[table].transpose(1, 2).flatten(0, 1)[:length]
         for offset in range(query_len):
             position = length - query_len + offset
             first = 0 if window is None else max(0, position - window + 1)
@@ -102,13 +114,14 @@ def test_paged_attention_equals_attention_over_each_sequence_alone(window):
 
 
 def test_written_keys_and_values_are_where_the_slots_say():
-    cache = torch.zeros(4, BLOCK_TOKENS, 2, 1, 2)
+    cache = torch.zeros(4, 2, BLOCK_TOKENS, 1, 2)
     kv = torch.randn(3, 2, 1, 2)
-    write_kv(cache, kv, torch.tensor([1 * BLOCK_TOKENS + 15, 2 * BLOCK_TOKENS, 3 * BLOCK_TOKENS + 7]))
-    torch.testing.assert_close(cache[1, 15], kv[0])
-    torch.testing.assert_close(cache[2, 0], kv[1])
-    torch.testing.assert_close(cache[3, 7], kv[2])
-    assert int((cache != 0).any(dim=-1).any(dim=-1).any(dim=-1).sum()) == 3
+    slots = torch.tensor([1 * BLOCK_TOKENS + 15, 2 * BLOCK_TOKENS, 3 * BLOCK_TOKENS + 7], dtype=torch.int32)
+    write_kv(cache, kv, kv_rows(slots))
+    torch.testing.assert_close(cache[1, :, 15], kv[0])
+    torch.testing.assert_close(cache[2, :, 0], kv[1])
+    torch.testing.assert_close(cache[3, :, 7], kv[2])
+    assert int((cache != 0).any(dim=-1).any(dim=-1).sum()) == 6
 
 
 @pytest.mark.parametrize("renormalise", [True, False])

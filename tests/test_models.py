@@ -10,11 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msi import Engine, SamplingParams
-from msi.attention.half import AttentionHalf, kv_cache_shape
+from msi.attention.forward import Forward
+from msi.attention.kv_cache import KvCache
+from msi.attention.pass_inputs import PassInputs
 from msi.control.messages import Assignment
 from msi.errors import CheckpointError, ConfigError
 from msi.experts.half import load_expert_weights
 from msi.kernels import BLOCK_TOKENS
+from msi.kernels.experts import moe_experts
+from msi.kernels.routing import PackedRows, row_bytes
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
 from msi.models.families import load_config, parse_config
@@ -298,6 +302,7 @@ class Inline:
 
     linear = PlainDevice.linear
     upload = PlainDevice.upload
+    zeros = PlainDevice.zeros
 
 
 def logits_of(path, prompt, dtype):
@@ -307,40 +312,27 @@ def logits_of(path, prompt, dtype):
     device = Inline(dtype)
     attention = load_attention_weights(config, source, device, dtype)
     experts = load_expert_weights(config, tuple(range(config.num_experts)), source, device, dtype)
-    from msi.kernels.experts import moe_experts
-    from msi.kernels.routing import PackedRows, row_bytes
-    from msi.net.slots import SlotLayout
-
     rows = len(prompt)
-    dispatch = SlotLayout(1, rows, row_bytes(config.hidden_size, config.top_k, dtype))
-    answers = SlotLayout(1, rows, config.hidden_size * dtype.itemsize)
-    landing = memoryview(bytearray(answers.region_bytes))
     num_blocks = 2 + rows // BLOCK_TOKENS
-    half = AttentionHalf(
-        config, attention, torch.zeros(kv_cache_shape(config, num_blocks), dtype=dtype), place_evenly(7, 1), device,
-        dispatch_layout=dispatch, answer_layout=answers, landing=landing, landing_stride=answers.region_bytes,
-    )  # fmt: skip
-    outbox = memoryview(bytearray(dispatch.region_bytes))
-    half.attach(0, outbox)
+    forward = Forward(config, attention, KvCache(config, num_blocks, device, dtype), place_evenly(7, 1), device)
+    memory = torch.zeros(rows, row_bytes(config.hidden_size, config.top_k, dtype), dtype=torch.uint8)
+    outbox = PackedRows.view(memory, config.hidden_size, config.top_k, dtype)
     batch = MicroBatch(
         tuple(prompt), tuple(range(rows)), (rows,), (rows,), (tuple(range(1, num_blocks)),), (rows - 1,),
         (TokenSampling(0, 1, 0, 0, 0),),
     )  # fmt: skip
     with torch.inference_mode():
-        half._begin(0, batch)
-        for layer in range(config.num_sparse_layers):
-            half._attention_route_pack(0, layer)
-            slot: PackedRows = half._outboxes[0][0]
+        state = forward.begin(batch, PassInputs(device.upload).lay_out(batch))
+        for turn in range(forward.num_turns):
+            forward.route_and_pack(state, turn, [outbox])
             combined, _ = moe_experts(
-                slot.hidden[:rows], slot.topk_ids[:rows], slot.topk_weights[:rows],
-                experts.gate_up[layer], experts.down[layer],
-            )  # fmt: skip
-            half._answers[0, 0, :rows] = combined
-            if config.shared_intermediate_size is not None:
-                half._shared_experts(0, layer)
-        state = half._combined(0)
-        half._dense_layers(state, config.num_sparse_layers)
-        return half._logits(state)[0]
+                outbox.hidden, outbox.topk_ids, outbox.topk_weights, experts.gate_up[turn], experts.down[turn]
+            )
+            if forward.has_shared:
+                forward.shared_experts(state, turn)
+            forward.combine(state, combined.to(dtype)[None])
+        forward.finish_layers(state)
+        return forward.logits(state)[0]
 
 
 def test_bf16_logits_are_as_close_to_float32_as_transformers_bf16(tmp_path):

@@ -1,21 +1,27 @@
 """Attention over a paged KV cache.
 
-The cache of one layer is [num_blocks, BLOCK_TOKENS, 2, num_kv_heads, head_dim], keys before values. A micro-batch's
-sequences are put into groups of equal query length and similar context once per pass; each layer then gathers each
-group's blocks and calls one fused attention on it. Block 0 is never given to a sequence: it pads block tables.
+The cache of one layer is [num_blocks, 2, BLOCK_TOKENS, num_kv_heads, head_dim], a block's keys before its values. A
+micro-batch's sequences are put into groups of equal query length and similar context once per pass; each layer then
+gathers each group's blocks and calls one fused attention on it. Block 0 is never given to a sequence: it pads block
+tables.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from msi.kernels import BLOCK_TOKENS
+from msi.kernels.pass_tensors import PassTensors
+
+Ints = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,62 +30,87 @@ class SequenceGroup:
 
     Attributes:
         rows: [num_seqs * query_len] rows of the micro-batch; None when the group is all of it, in order.
-        blocks: [num_seqs * num_blocks] block ids, tables padded with block 0.
+        halves: [2 * num_seqs * num_blocks], where their blocks' keys lie, and then where their values do, in a cache
+            seen as [2 * num_blocks, ...]; tables are padded with block 0.
         mask: [num_seqs, 1, query_len, num_blocks * BLOCK_TOKENS], 0 where visible and -inf elsewhere.
     """
 
     num_seqs: int
     query_len: int
     rows: Tensor | None
-    blocks: Tensor
+    halves: Tensor
     mask: Tensor
 
 
-def group_sequences(
-    query_lens: Sequence[int],
-    context_lens: Sequence[int],
-    block_tables: Sequence[Sequence[int]],
-    sliding_window: int | None,
-    dtype: torch.dtype,
-) -> list[SequenceGroup]:
+def group_sequences(inputs: PassTensors, sliding_window: int | None, dtype: torch.dtype) -> list[SequenceGroup]:
     """Sequences of equal query length whose number of blocks rounds up to the same power of two go together."""
-    members: dict[tuple[int, int], list[tuple[int, int, Sequence[int]]]] = defaultdict(list)
-    row = 0
-    for query_len, context_len, table in zip(query_lens, context_lens, block_tables, strict=True):
-        first = 0 if sliding_window is None else max(0, context_len - query_len + 1 - sliding_window) // BLOCK_TOKENS
-        visible = table[first : -(-context_len // BLOCK_TOKENS)]
-        size = 1 << (len(visible) - 1).bit_length()
-        members[query_len, size].append((row, context_len - first * BLOCK_TOKENS, visible))
-        row += query_len
+    query_lens, context_lens, tables = (
+        tensor.numpy() for tensor in (inputs.query_lens, inputs.context_lens, inputs.block_tables)
+    )
+    first = np.zeros_like(context_lens)
+    if sliding_window is not None:
+        first = np.maximum(0, context_lens - query_lens + 1 - sliding_window) // BLOCK_TOKENS
+    num_blocks = -(-context_lens // BLOCK_TOKENS) - first
+    query_len, fewest, most = int(query_lens[0]), int(num_blocks.min()), int(num_blocks.max())
+    if query_len == query_lens.max() == query_lens.min() and (fewest - 1).bit_length() == (most - 1).bit_length():
+        return [_group(query_len, None, context_lens, tables, first, num_blocks, sliding_window, dtype)]
+    kinds = query_lens * np.int64(64) + np.ceil(np.log2(num_blocks)).astype(np.int64)
+    starts = np.cumsum(query_lens) - query_lens
     groups = []
-    for (query_len, _), group in members.items():
-        num_blocks = max(len(table) for _, _, table in group)
-        blocks = torch.zeros(len(group), num_blocks, dtype=torch.int64)
-        for index, (_, _, table) in enumerate(group):
-            blocks[index, : len(table)] = torch.tensor(table)
-        rows = None
-        if len(members) > 1:
-            starts = torch.tensor([start for start, _, _ in group])
-            rows = (starts[:, None] + torch.arange(query_len)).flatten()
-        contexts = torch.tensor([context_len for _, context_len, _ in group])
-        mask = _mask(query_len, contexts, num_blocks * BLOCK_TOKENS, sliding_window, dtype)
-        groups.append(SequenceGroup(len(group), query_len, rows, blocks.flatten(), mask))
+    for kind in np.unique(kinds):
+        members = np.flatnonzero(kinds == kind)
+        query_len = int(kind) // 64
+        rows = (starts[members, None] + np.arange(query_len)).ravel()
+        contexts, visible, since, count = (array[members] for array in (context_lens, tables, first, num_blocks))
+        groups.append(_group(query_len, torch.from_numpy(rows), contexts, visible, since, count, sliding_window, dtype))
     return groups
 
 
-def _mask(query_len: int, contexts: Tensor, length: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
+def _group(
+    query_len: int,
+    rows: Tensor | None,
+    context_lens: Ints,
+    tables: Ints,
+    first: Ints,
+    num_blocks: Ints,
+    sliding_window: int | None,
+    dtype: torch.dtype,
+) -> SequenceGroup:
+    """`first` and `num_blocks` say which blocks of each sequence's table it sees."""
+    columns = np.arange(num_blocks.max())
+    if first.any():
+        tables = np.take_along_axis(tables, np.minimum(first[:, None] + columns, tables.shape[1] - 1), axis=1)
+        context_lens = context_lens - first * BLOCK_TOKENS
+        tables = np.where(columns < num_blocks[:, None], tables, 0)
+    halves = np.empty((2, len(context_lens), len(columns)), np.int64)
+    np.multiply(tables[:, : len(columns)], 2, out=halves[0])
+    np.add(halves[0], 1, out=halves[1])
+    mask = _mask(query_len, context_lens, len(columns) * BLOCK_TOKENS, sliding_window, dtype)
+    return SequenceGroup(len(context_lens), query_len, rows, torch.from_numpy(halves.ravel()), mask)
+
+
+def _mask(query_len: int, contexts: Ints, length: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
     """Query i of a sequence of context c stands at position c - query_len + i and sees what is not after it."""
-    at = (contexts[:, None] - query_len + torch.arange(query_len))[:, :, None]
-    keys = torch.arange(length)
+    at = (contexts[:, None] - query_len + np.arange(query_len))[:, None, :, None]
+    keys = np.arange(length)
     hidden = keys > at
     if sliding_window is not None:
         hidden |= keys <= at - sliding_window
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
 
 
-def write_kv(layer_cache: Tensor, kv: Tensor, slot_mapping: Tensor) -> None:
-    """kv [num_tokens, 2, num_kv_heads, head_dim] goes to cache slots [num_tokens], block * BLOCK_TOKENS + offset."""
-    layer_cache.view(-1, *kv.shape[1:]).index_copy_(0, slot_mapping, kv)
+def kv_rows(slot_mapping: Tensor) -> Tensor:
+    """Where keys and values of tokens [n] go: int64 [n, 2] rows of a layer's cache [rows, num_kv_heads, head_dim]."""
+    slots = slot_mapping.numpy().astype(np.int64)
+    rows = np.empty((len(slots), 2), np.int64)
+    np.add(slots, slots - slots % BLOCK_TOKENS, out=rows[:, 0])  # a block's values lie between its keys and the next's
+    np.add(rows[:, 0], BLOCK_TOKENS, out=rows[:, 1])
+    return torch.from_numpy(rows)
+
+
+def write_kv(layer_cache: Tensor, kv: Tensor, rows: Tensor) -> None:
+    """kv [num_tokens, 2, num_kv_heads, head_dim] goes to cache rows [num_tokens, 2] of `kv_rows`."""
+    layer_cache.view(-1, *kv.shape[2:]).index_put_((rows,), kv)
 
 
 def paged_attention(query: Tensor, layer_cache: Tensor, groups: Sequence[SequenceGroup]) -> Tensor:
@@ -98,11 +129,10 @@ def paged_attention(query: Tensor, layer_cache: Tensor, groups: Sequence[Sequenc
 
 def _attend(query: Tensor, layer_cache: Tensor, group: SequenceGroup) -> Tensor:
     num_tokens, num_heads, head_dim = query.shape
-    num_blocks, num_kv_heads = layer_cache.shape[0], layer_cache.shape[3]
+    num_kv_heads = layer_cache.shape[3]
     shared = num_heads // num_kv_heads
-    gathered = layer_cache.view(num_blocks, -1).index_select(0, group.blocks)
-    kv = gathered.view(group.num_seqs, -1, 2, num_kv_heads, head_dim)
-    keys, values = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+    gathered = layer_cache.view(2 * layer_cache.shape[0], -1).index_select(0, group.halves)
+    keys, values = gathered.view(2, group.num_seqs, -1, num_kv_heads, head_dim).transpose(2, 3)
     # the query heads that share a KV head become queries of that head
     query = query.view(group.num_seqs, group.query_len, num_kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
     query = query.reshape(group.num_seqs, num_kv_heads, shared * group.query_len, head_dim)

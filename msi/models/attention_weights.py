@@ -16,11 +16,14 @@ from torch import Tensor
 from msi.device.device import Device
 from msi.kernels.experts import gated_mlp, sigmoid_gated
 from msi.kernels.norm import norm_heads, norm_projections
+from msi.models.attend import Attend, GroupedQueryAttention, GroupedQueryView
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
 from msi.models.family import MlpNames, bias_of
 from msi.models.required import tied_names
+from msi.models.rotary import frequencies_of
+from msi.models.route import Route, SoftmaxRoute
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -30,18 +33,15 @@ class AttentionLayer:
     """Weights of one layer's attention half, in the device's layout.
 
     Attributes:
-        qkv: normed rows [n, h] -> queries, keys and values [n, (num_heads + 2 num_kv_heads) * head_dim], ready for
-            rotary embedding.
-        router: of a sparse layer; None in a dense one.
+        route: of a sparse layer; None in a dense one.
         shared: the shared expert of a sparse layer, its gate applied; None where the model has none.
         mlp: of a dense layer; None in a sparse one.
     """
 
     attention_norm: Tensor
-    qkv: Linear
-    output: Linear
+    attend: Attend
     mlp_norm: Tensor
-    router: Linear | None = None
+    route: Route | None = None
     shared: Linear | None = None
     mlp: Linear | None = None
 
@@ -84,6 +84,9 @@ class _Reader:
         self._source = source
         self._device = device
         self._dtype = dtype
+        self._view = GroupedQueryView(
+            device.upload(frequencies_of(config.rope, config.head_dim)), config.rope.scale, config.sliding_window, dtype
+        )
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         tensor = self._device.upload(self._source.read(name, shape).to(self._dtype))
@@ -101,12 +104,11 @@ class _Reader:
     def layer(self, layer: int) -> AttentionLayer:
         config, names = self._config, self.names
         hidden = config.hidden_size
-        output = names.output.format(layer=layer)
-        output_bias = self.tensor(bias_of(output), hidden) if config.output_bias else None
-        router = shared = mlp = None
+        route = shared = mlp = None
         if layer in config.sparse_layers:
             name = self._source.first_of(*(name.format(layer=layer) for name in names.router))
             router = self._device.linear(self.tensor(name, config.num_experts, hidden))
+            route = SoftmaxRoute(router, config.top_k, config.renormalise_topk)
             if config.shared_intermediate_size is not None:
                 shared = partial(
                     sigmoid_gated,
@@ -118,12 +120,23 @@ class _Reader:
             mlp = self._mlp(names.dense_mlp, layer, config.dense_intermediate_size)
         return AttentionLayer(
             attention_norm=self.tensor(names.attention_norm.format(layer=layer), hidden),
-            qkv=self._qkv(layer),
-            output=self._device.linear(self.tensor(output, hidden, config.query_width), output_bias),
+            attend=self._attend(layer),
             mlp_norm=self.tensor(names.mlp_norm.format(layer=layer), hidden),
-            router=router,
+            route=route,
             shared=shared,
             mlp=mlp,
+        )
+
+    def _attend(self, layer: int) -> GroupedQueryAttention:
+        config, output = self._config, self.names.output.format(layer=layer)
+        bias = self.tensor(bias_of(output), config.hidden_size) if config.output_bias else None
+        return GroupedQueryAttention(
+            self._view,
+            qkv=self._qkv(layer),
+            output=self._device.linear(self.tensor(output, config.hidden_size, config.query_width), bias),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
         )
 
     def _qkv(self, layer: int) -> Linear:

@@ -18,10 +18,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvloop
 
-from msi.attention.half import kv_cache_shape
+from msi.attention.kv_cache import KvCache
 from msi.attention.role import AttentionRole
 from msi.attention.scheduler import Scheduler
 from msi.control.messages import FROM_WORKER, Assignment, ExpertAddress, Linked, PassDone, Topology
@@ -140,7 +139,7 @@ class _Host:
         self._device: CpuDevice | CudaDevice | None = None
         self._loaded: LoadedPart | None = None
         self._precision = Precision()
-        self._kv_cache: torch.Tensor | None = None
+        self._kv_cache: KvCache | None = None
         self._side: AttentionSide | ExpertSide | None = None
         self._background: asyncio.Task[None] | None = None
         self._decoding: tuple[int, list[tuple[float, float]]] = (0, [])  # sequences; bytes and batches after each pass
@@ -168,9 +167,9 @@ class _Host:
         if hosting.role == "attention":
             num_blocks = -(-hosting.max_context // BLOCK_TOKENS)  # of each sequence
             if self._kv_cache is None:
-                shape = kv_cache_shape(config, 1 + hosting.max_seqs * num_blocks)
-                self._kv_cache = self._device.zeros(shape, DTYPES[self._precision.kv_cache])
-                self._kv_cache.fill_(0.01)  # pages that nothing was written to are all one page, which a cache holds
+                dtype = DTYPES[self._precision.kv_cache]
+                self._kv_cache = KvCache(config, 1 + hosting.max_seqs * num_blocks, self._device, dtype)
+                self._kv_cache.fill(0.01)  # pages that nothing was written to are all one page, which a cache holds
             self._side = AttentionSide(
                 config, self._loaded, self._kv_cache, num_blocks, self._device, self._placement
             )  # fmt: skip

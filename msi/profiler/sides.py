@@ -14,6 +14,7 @@ from typing import cast
 import torch
 
 from msi.attention.half import AttentionHalf, slot_rows_view
+from msi.attention.kv_cache import KvCache
 from msi.attention.lanes import run_pass
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
@@ -72,7 +73,7 @@ class AttentionSide:
         self,
         config: ModelConfig,
         loaded: LoadedPart,
-        kv_cache: torch.Tensor,
+        kv_cache: KvCache,
         num_blocks: int,
         device: CpuDevice | CudaDevice,
         placement: Placement,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from msi.attention.kv_cache import KvCache
 from msi.control.messages import Assignment
 from msi.device.device import Device
 from msi.errors import ConfigError
@@ -117,7 +118,7 @@ class ModelFiles:
         limits = assignment.limits
         if limits.num_gpu_blocks_override:
             return 1 + limits.num_gpu_blocks_override
-        block_bytes = self.config.kv_values_per_token * BLOCK_TOKENS * assignment.precision.kv_cache_bytes
+        block_bytes = KvCache.block_bytes(self.config, DTYPES[assignment.precision.kv_cache])
         budget = device.free_memory_bytes() * memory_utilization * assignment.memory_share
         useful = limits.max_num_seqs * -(-limits.max_model_len // BLOCK_TOKENS)
         affordable = int(budget // block_bytes) - 1

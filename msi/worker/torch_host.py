@@ -7,14 +7,12 @@ import logging
 import time
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from msi.attention.half import AttentionHalf, kv_cache_shape
+from msi.attention.half import AttentionHalf
+from msi.attention.kv_cache import KvCache
 from msi.control.messages import Assignment
 from msi.device.choice import open_device
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
-from msi.errors import ConfigError
 from msi.experts.half import ExpertHalf
 from msi.kernels.routing import row_bytes
 from msi.net import shm
@@ -100,7 +98,7 @@ class TorchModel:
         return AttentionHalf(
             self._files.config,
             self.part.attention,
-            self._kv_cache(num_blocks),
+            KvCache(self._files.config, num_blocks, self._device, DTYPES[self._assignment.precision.kv_cache]),
             self._assignment.placement,
             self._device,
             dispatch_layout=link.layout,
@@ -108,17 +106,6 @@ class TorchModel:
             landing=link.landing.memory,
             landing_stride=link.landing.stride,
         )
-
-    def _kv_cache(self, num_blocks: int) -> Tensor:
-        """Raises ConfigError: there is no such memory."""
-        try:
-            shape = kv_cache_shape(self._files.config, num_blocks)
-            return self._device.zeros(shape, DTYPES[self._assignment.precision.kv_cache])
-        except (OSError, OverflowError, MemoryError, RuntimeError) as error:
-            raise ConfigError(
-                f"there is no memory for {num_blocks} KV blocks ({error}); give a smaller "
-                "`num_gpu_blocks_override` or `gpu_memory_utilization`"
-            ) from error
 
     def expert_half(self, link: CombineLink, num_seats: int) -> ExpertHalf:
         assert self.part.experts is not None

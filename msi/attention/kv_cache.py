@@ -1,0 +1,55 @@
+"""The paged KV cache of an attention worker: its shape, its memory, and what is written to it.
+
+A layer's is [num_blocks, 2, BLOCK_TOKENS, num_kv_heads, head_dim], a block's keys before its values. Block 0 belongs to
+no sequence: it pads block tables, and stays zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msi.device.device import Device
+from msi.errors import ConfigError
+from msi.kernels import BLOCK_TOKENS
+from msi.models.config import ModelConfig
+
+
+class KvCache:
+    """Starts as zeros, on memory that costs nothing until it is written where the device has such.
+
+    Attributes:
+        dtype: of keys and values.
+        layers: views of the layers.
+
+    Raises:
+        ConfigError: there is no such memory.
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, device: Device, dtype: torch.dtype) -> None:
+        shape = (config.num_layers, num_blocks, 2, BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
+        try:
+            self._memory = device.zeros(shape, dtype)
+        except (OSError, OverflowError, MemoryError, RuntimeError) as error:
+            raise ConfigError(
+                f"there is no memory for {num_blocks} KV blocks ({error}); give a smaller "
+                "`num_gpu_blocks_override` or `gpu_memory_utilization`"
+            ) from error
+        self.dtype = dtype
+        self.layers: tuple[Tensor, ...] = tuple(self._memory.unbind(0))
+
+    @staticmethod
+    def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        """Of one block in all layers."""
+        return config.kv_values_per_token * BLOCK_TOKENS * dtype.itemsize
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zeroes these blocks [n] in all layers: what lies in the rest of a block may be a NaN of whoever had it
+        before, which no mask of attention hides.
+        """
+        if len(blocks):
+            self._memory.index_fill_(1, blocks.to(torch.int64), 0.0)
+
+    def fill(self, value: float) -> None:
+        """All of it but the padding, as if sequences had been there before."""
+        self._memory[:, 1:].fill_(value)

@@ -1,0 +1,30 @@
+"""The router of one layer, as an object that is built when the layer is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from msi.kernels.routing import topk_softmax
+
+
+class Route(Protocol):
+    """Which experts each token goes to."""
+
+    def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """topk_weights float32 and topk_ids int64, both [n, k], of normed rows [n, h]."""
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxRoute:
+    """The largest of the router's softmax; `renormalise` scales the weights of the chosen to sum to 1."""
+
+    router: Callable[[Tensor], Tensor]  # [n, h] -> [n, num_experts]
+    top_k: int
+    renormalise: bool
+
+    def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        return topk_softmax(self.router(normed), self.top_k, self.renormalise)
