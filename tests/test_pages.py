@@ -26,6 +26,7 @@ from msi_launch import plan as msi_plan
 from msi_launch import profile as msi_profile
 from msi_launch import simulate as msi_simulate
 from tests.test_command_line import flags_of
+from tests.test_imports import LAYERS, layer_of
 from tests.test_launch import free_port, launched
 from tests.test_machine_plans import profile
 
@@ -35,7 +36,6 @@ PAGES = {
     for folder in ("launch", "msi", "tools", "tests")
     for path in sorted([*ROOT.glob("*.md"), *(ROOT / folder).rglob("*.md")])
 }
-LINES = {name: [line for line in text.splitlines() if line.strip()] for name, text in PAGES.items()}
 COMMANDS = {
     "msi-launch": msi_launch.parse,
     "msi-plan": msi_plan.parse,
@@ -101,10 +101,10 @@ def test_paths_that_a_page_names_are_there(page):
         assert resolved is not None, f"{page} names {named}, which is not there"
 
 
-def paths(page: str) -> list[tuple[str, str | None]]:
+def paths(page: str, since: str = "") -> list[tuple[str, str | None]]:
     """Paths in backticks, and where they are: from the root, the page's folder, or one named before."""
     found = []
-    for line in LINES[page]:
+    for line in PAGES[page][PAGES[page].index(since) :].splitlines():
         folders = [ROOT, (ROOT / page).parent]
         for named in re.findall(r"`([\w./-]+)`", line):
             is_path = re.match(r"(msi|launch|tools|tests|\.ci)/", named) or re.search(r"\w\.py$", named)
@@ -119,20 +119,42 @@ def paths(page: str) -> list[tuple[str, str | None]]:
 
 def test_maps_leave_nothing_out():
     """Each folder and module stands on the page nearest to it; where a page lists a folder's files, all of them."""
+    maps = {
+        page: {where for _, where in paths(page, "## Where" if page == "msi/README.md" else "## Files")}
+        for page in PAGES
+        if page.startswith(("msi/", "launch/")) and page != "msi/demo_model/README.md"
+    }
+    maps["msi/README.md"] |= {
+        where for where in maps["msi/planner/README.md"] if str(where).startswith("msi/profiler/")
+    }
     for path in sorted([*(ROOT / "msi").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]):
         folder = path.parent
-        while not (folder / "README.md").exists() or folder.name == "demo_model":
+        while (folder / "README.md").relative_to(ROOT).as_posix() not in maps:
             folder = folder.parent
         page = (folder / "README.md").relative_to(ROOT).as_posix()
-        named = {where for _, where in paths(page)} | {where for _, where in paths("msi/planner/README.md")}
+        named = maps[page]
         relative = path.relative_to(ROOT)
         wing = relative.parent.as_posix()
         is_listed = wing in named and not any(one and one.startswith(f"{wing}/") for one in named)
         if not path.name.startswith("__"):
             assert is_listed or relative.as_posix() in named, f"{page} leaves out {relative}: add it to the map"
-    assert {where for _, where in paths("msi/README.md")} >= {
+    assert maps["msi/README.md"] >= {
         path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "msi").glob("*/__init__.py")
     }
+
+
+def test_the_import_table_is_that_of_the_test():
+    """From top to bottom; each row is one layer of tests/test_imports.py, or its neighbours."""
+    table = PAGES["CONTRIBUTING.md"].split("## Imports")[1].split("\n\nEach library")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
+    layers = []
+    for row in rows:
+        named = re.findall(r"`([\w/.]+)`", row.split(", and what ")[0])
+        modules = [name.removesuffix(".py").strip("/").replace("/", ".") for name in named]
+        layers.append({layer_of(module) for module in modules})
+        assert len(layers[-1]) == 1, f"{row} is {layers[-1]}"
+    assert [layer for (layer,) in layers] == sorted((layer for (layer,) in layers), reverse=True)
+    assert {layer for (layer,) in layers} == set(range(len(LAYERS))) - {LAYERS.index({"msi"})}
 
 
 # -- flags and commands ----------------------------------------------------------------------------------------------
