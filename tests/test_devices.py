@@ -12,6 +12,8 @@ from msi.device.compute_thread import ComputeThread, Program
 from msi.device.contract import CHECKS, Checked
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice, why_unavailable
+from msi.device.fake.device import FakeDevice
+from msi.device.fake.world import FakeWorld
 from msi.device.host_words import HostWords
 from msi.meter import StageMeter
 from tests.waiting import until
@@ -19,6 +21,7 @@ from tests.waiting import until
 DEVICES = {
     "cpu": lambda: CpuDevice(num_threads=1),
     "cuda": CudaDevice,
+    "fake": lambda: FakeDevice(FakeWorld(seed=1)),
 }
 
 
@@ -40,6 +43,21 @@ async def test_a_device_keeps_the_contract(name, check):
 async def cpu():
     device = CpuDevice(num_threads=1)
     yield device
+    await device.close()
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+async def test_threads_tell_followers_before_what_comes_behind_the_signal_starts(name):
+    if name == "cuda" and why_unavailable() is not None:
+        pytest.skip(str(why_unavailable()))
+    device = DEVICES[name]()
+    on, word, queue, seen = Checked(device, program), device.words.take(), device.queue("followed"), []
+    device.follow(word, lambda value: seen.append(len(on.log)))
+    for value in (1, 2, 3):
+        queue.run(on.raises(ValueError(value)) if value == 1 else on.says(value))
+        queue.signal(word, value)
+    await on.through(queue)
+    assert seen == [1, 2, 3]
     await device.close()
 
 

@@ -204,12 +204,12 @@ class ComputeThread:
 
     def _tell(self, program: Program, error: BaseException) -> None:
         try:
-            program.failed(_awaitable(error))
+            program.failed(as_failure(error))
         except Exception as second:
             self._complaints.say(second, "failed work could not be reported")
 
 
-def _awaitable(error: BaseException) -> Exception:
+def as_failure(error: BaseException) -> Exception:
     """As it is, unless an await would take it for its own end, its cancellation or that of the process."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error

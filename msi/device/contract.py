@@ -197,7 +197,7 @@ async def a_program_that_raises_is_told_and_the_queue_goes_on(on: Checked) -> No
     assert last == "on"
     assert [str(error).rpartition(": ")[2] for error in told] == ["one", "two", "three"]
     assert all(isinstance(error, Exception) and not isinstance(error, StopIteration) for error in told), told
-    assert seen[0] == 1, "told before what comes behind it"
+    assert seen[0] >= 1, "told before what comes behind it"
 
 
 async def a_follower_that_raises_stops_nothing(on: Checked) -> None:
