@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # models are tiny, and the threads of the workers under test want the cores
 
 VOCAB_SIZE = 199
 COMMON = {
