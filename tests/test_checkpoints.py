@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msi.errors import CheckpointError, ConfigError
-from msi.experts.half import load_expert_weights
 from msi.instance.instance import check_files
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
+from msi.models.expert_weights import load_expert_bank
 from msi.models.families import load_config
 from msi.models.required import check_weights, required_tensors
 from msi.models.tensor_index import TensorIndex
@@ -236,7 +236,7 @@ def test_what_is_checked_beforehand_is_what_the_loaders_read(tmp_path, family, i
     original = source.read
     source.read = lambda name, shape, rows=None: (read.update({name: shape}), original(name, shape, rows))[1]
     load_attention_weights(config, source, PlainDevice(), torch.float32)
-    load_expert_weights(config, tuple(range(config.num_experts)), source, PlainDevice(), torch.float32)
+    load_expert_bank(config, tuple(range(config.num_experts)), source, PlainDevice().kernels, torch.float32)
     assert dict(required_tensors(config, TensorIndex(tmp_path))) == read
     assert set(read) == set(source.index.tensors), "and all there is"
 

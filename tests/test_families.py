@@ -16,9 +16,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import msi.models
 from msi import Engine, SamplingParams
 from msi.errors import CheckpointError, ConfigError
-from msi.experts.half import load_expert_weights
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
+from msi.models.expert_weights import load_expert_bank
 from msi.models.families import load_config, parse_config
 from msi.models.rotary import frequencies_of
 from msi.placement import place_evenly
@@ -111,7 +111,7 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path, family, name, complain
     def load():
         source = Checkpoint(tmp_path)
         load_attention_weights(config, source, PlainDevice(), torch.float32)
-        load_expert_weights(config, (0, 6), source, PlainDevice(), torch.float32)
+        load_expert_bank(config, (0, 6), source, PlainDevice().kernels, torch.float32)
 
     load()
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)

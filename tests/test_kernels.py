@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 
 from msi.attention.pass_inputs import PassInputs
 from msi.kernels import BLOCK_TOKENS
-from msi.kernels.experts import gated_mlp, moe_experts, sigmoid_gated, silu_and_mul
-from msi.kernels.norm import layer_norm, norm_heads, norm_projections, rms_norm
-from msi.kernels.paged_attention import group_sequences, kv_rows, paged_attention, write_kv
+from msi.kernels.cpu import CpuKernels
+from msi.kernels.experts import gated_mlp, sigmoid_gated, silu_and_mul
+from msi.kernels.kernels import Outboxes
+from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms_norm
+from msi.kernels.paged_attention import kv_rows, write_kv
+from msi.kernels.plain import PlainKernels
 from msi.kernels.rope import apply_rope, rope_frequencies, rope_table
-from msi.kernels.routing import PackedRows, PlacementTables, pack_rows, row_bytes, rows_for_node, topk_softmax
+from msi.kernels.routing import PackedRows, row_bytes, topk_softmax
 from msi.placement import place_evenly
 from msi.types import MicroBatch
+
+PLAIN, CPU = PlainKernels(torch.device("cpu")), CpuKernels()
 
 
 def test_rms_norm_is_its_definition():
@@ -85,11 +90,12 @@ def inputs_of(query_lens, context_lens, tables):
         at for query, context in zip(query_lens, context_lens, strict=True) for at in range(context - query, context)
     ]
     lens = (tuple(query_lens), tuple(context_lens), tuple(map(tuple, tables)))
-    return PassInputs(lambda tensor: tensor).lay_out(MicroBatch((5,) * len(positions), tuple(positions), *lens))
+    return PassInputs(lambda tensor: tensor).lay_out(MicroBatch((5,) * len(positions), tuple(positions), *lens))[1]
 
 
+@pytest.mark.parametrize("kernels", [PLAIN, CPU], ids=["plain", "cpu"])
 @pytest.mark.parametrize("window", [None, 7, 40])
-def test_paged_attention_equals_attention_over_each_sequence_alone(window):
+def test_paged_attention_equals_attention_over_each_sequence_alone(kernels, window):
     torch.manual_seed(0)
     num_heads, num_kv_heads, head_dim = 6, 2, 8
     query_lens, context_lens = [1, 1, 5, 1, 20], [3, 40, 33, 90, 20]
@@ -97,9 +103,8 @@ def test_paged_attention_equals_attention_over_each_sequence_alone(window):
     order = iter((torch.randperm(63) + 1).tolist())
     tables = [[next(order) for _ in range(-(-length // BLOCK_TOKENS))] for length in context_lens]
     query = torch.randn(sum(query_lens), num_heads, head_dim)
-    result = paged_attention(
-        query, cache, group_sequences(inputs_of(query_lens, context_lens, tables), window, torch.float32)
-    )
+    plan = kernels.plan_attention(inputs_of(query_lens, context_lens, tables), window, torch.float32)
+    result = kernels.paged_attention(query, cache, plan)
     row = 0
     for query_len, length, table in zip(query_lens, context_lens, tables, strict=True):
         kv = cache[table].transpose(1, 2).flatten(0, 1)[:length]
@@ -146,9 +151,9 @@ def dense_moe(hidden, topk_ids, topk_weights, gate_up, down):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_combining_what_was_dispatched_equals_the_dense_computation(data):
-    """For any placement: rows packed per node, experts run there, partial sums added back."""
+@given(st.data(), st.sampled_from([PLAIN, CPU]), st.sampled_from([PLAIN, CPU]))
+def test_combining_what_was_dispatched_equals_the_dense_computation(data, attention, experts):
+    """For any placement, and whoever computes: rows packed per node, experts run there, partial sums added back."""
     num_experts = data.draw(st.integers(1, 9), "experts")
     num_nodes = data.draw(st.integers(1, num_experts), "nodes")
     k = data.draw(st.integers(1, min(4, num_experts)), "k")
@@ -158,7 +163,7 @@ def test_combining_what_was_dispatched_equals_the_dense_computation(data):
     hidden = torch.randn(num_tokens, hidden_size)
     gate_up = torch.randn(num_experts, 2 * inner, hidden_size)
     down = torch.randn(num_experts, hidden_size, inner)
-    topk_weights, topk_ids = topk_softmax(torch.randn(num_tokens, num_experts), k, renormalise=True)
+    topk_weights, topk_ids = attention.topk_softmax(torch.randn(num_tokens, num_experts), k, renormalise=True)
 
     placement = place_evenly(num_experts, num_nodes)
     assert sorted(expert for node in range(num_nodes) for expert in placement.experts_of(node)) == [*range(num_experts)]
@@ -166,28 +171,49 @@ def test_combining_what_was_dispatched_equals_the_dense_computation(data):
     for node in range(num_nodes):
         for local, expert in enumerate(placement.experts_of(node)):
             local_ids[node, expert] = local
-    tables = PlacementTables(local_ids)
 
-    result = torch.zeros_like(hidden)
-    rows_sent = 0
-    for node in range(num_nodes):
-        memory = torch.zeros(num_tokens, row_bytes(hidden_size, k, torch.float32), dtype=torch.uint8)
-        slot = PackedRows.view(memory, hidden_size, k, torch.float32)
-        token_index, ids = rows_for_node(topk_ids, tables, node)
-        count = pack_rows(hidden, topk_weights, ids, token_index, slot)
-        rows_sent += count
+    seat, lane = 1, 2  # of slots whose other rows hold what no result may
+    memory = torch.full((num_nodes, 2, 3, num_tokens, row_bytes(hidden_size, k, torch.float32)), 255, dtype=torch.uint8)
+    slots = [PackedRows.view(of_node, hidden_size, k, torch.float32) for of_node in memory]
+    outboxes = [PackedRows.view(of_node[seat, lane], hidden_size, k, torch.float32) for of_node in memory]
+    answers = torch.full((num_nodes, 3, num_tokens, hidden_size), torch.nan)
+    counts = torch.full((num_nodes,), -1, dtype=torch.int32)
+    sent = attention.pack(hidden, topk_weights, topk_ids, local_ids, Outboxes(outboxes, counts))
+    for node, count in enumerate(counts.tolist()):
+        members = placement.experts_of(node)
+        bank = experts.expert_bank(
+            num_layers=2, num_experts=len(members), hidden_size=hidden_size, inner_size=inner, dtype=torch.float32
+        )
+        for local, expert in enumerate(members):
+            bank.put(1, local, gate_up[expert], down[expert])
         if count:
-            experts = placement.experts_of(node)
-            combined, num_hit = moe_experts(
-                slot.hidden[:count],
-                slot.topk_ids[:count],
-                slot.topk_weights[:count],
-                [lambda x, e=expert: x @ gate_up[e].T for expert in experts],
-                [lambda x, e=expert: x @ down[e].T for expert in experts],
-            )
-            assert num_hit == len(set(topk_ids.flatten().tolist()) & set(experts))
-            index = slice(None) if token_index is None else token_index
-            result[index] += combined
-    torch.testing.assert_close(result, dense_moe(hidden, topk_ids, topk_weights, gate_up, down), atol=1e-4, rtol=1e-4)
+            num_bytes = bank.run(1, lane, [(seat, count)], slots[node], {seat: answers[node]})
+            num_hit = len(set(topk_ids.flatten().tolist()) & set(members))
+            assert num_bytes == (num_hit if experts is CPU else len(members)) * 3 * inner * hidden_size * 4
+    result = torch.zeros_like(hidden)
+    ones = Norm(rms_norm, torch.ones(hidden_size), 1e-6)
+    normed = attention.combine_norm(result, answers[:, lane], sent, ones)
+    expected = dense_moe(hidden, topk_ids, topk_weights, gate_up, down)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(normed, rms_norm(result, ones.weight, 1e-6))
     nodes_per_token = [len({placement.node_of[expert] for expert in row}) for row in topk_ids.tolist()]
-    assert rows_sent == sum(nodes_per_token), "a token travels once to each node that it needs"
+    assert counts.sum() == sum(nodes_per_token), "a token travels once to each node that it needs"
+
+
+@pytest.mark.parametrize("kernels", [PLAIN, CPU], ids=["plain", "cpu"])
+def test_rows_of_several_seats_are_computed_together_and_go_back_to_their_own(kernels):
+    torch.manual_seed(0)
+    gate_up, down = torch.randn(3, 12, 8), torch.randn(3, 8, 6)
+    bank = kernels.expert_bank(num_layers=1, num_experts=3, hidden_size=8, inner_size=6, dtype=torch.float32)
+    for expert in range(3):
+        bank.put(0, expert, gate_up[expert], down[expert])
+    topk_ids = torch.randint(0, 3, (4, 2, 5, 2)).to(torch.int32)
+    slots = PackedRows(torch.randn(4, 2, 5, 8), torch.rand(4, 2, 5, 2), topk_ids)
+    answers = {seat: torch.zeros(2, 5, 8) for seat in range(4)}
+    bank.run(0, 1, [(3, 2), (0, 5)], slots, answers)
+    for seat, num_rows in ((0, 5), (1, 0), (2, 0), (3, 2)):
+        rows = (slots.hidden[seat, 1], slots.topk_ids[seat, 1], slots.topk_weights[seat, 1])
+        expected = dense_moe(*rows, gate_up, down)
+        torch.testing.assert_close(answers[seat][1, :num_rows], expected[:num_rows], atol=1e-4, rtol=1e-4)
+        assert not answers[seat][1, num_rows:].any()
+        assert not answers[seat][0].any()

@@ -15,12 +15,13 @@ from msi.attention.kv_cache import KvCache
 from msi.attention.pass_inputs import PassInputs
 from msi.control.messages import Assignment
 from msi.errors import CheckpointError, ConfigError
-from msi.experts.half import load_expert_weights
 from msi.kernels import BLOCK_TOKENS
-from msi.kernels.experts import moe_experts
+from msi.kernels.kernels import Outboxes
+from msi.kernels.plain import PlainKernels
 from msi.kernels.routing import PackedRows, row_bytes
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
+from msi.models.expert_weights import load_expert_bank
 from msi.models.families import load_config, parse_config
 from msi.placement import place_evenly
 from msi.precision import Precision
@@ -34,8 +35,8 @@ from tests.reference import VOCAB_SIZE, greedy, load_reference, references, save
 class PlainDevice:
     """Weights as they are, nothing queued."""
 
-    def linear(self, weight, bias=None):
-        return lambda rows: torch.nn.functional.linear(rows, weight, bias)
+    def __init__(self, kernels=None):
+        self.kernels = kernels or PlainKernels(torch.device("cpu"))
 
     def zeros(self, shape, dtype):
         return torch.zeros(shape, dtype=dtype)
@@ -135,7 +136,8 @@ def load_everything(path):
     config, _ = load_config(path)
     source = Checkpoint(path)
     attention = load_attention_weights(config, source, PlainDevice(), torch.float32)
-    experts = load_expert_weights(config, tuple(range(config.num_experts)), source, PlainDevice(), torch.float32)
+    kernels = PlainKernels(torch.device("cpu"))
+    experts = load_expert_bank(config, tuple(range(config.num_experts)), source, kernels, torch.float32)
     return attention, experts
 
 
@@ -244,12 +246,10 @@ def test_the_fused_expert_layout_gives_the_same_weights(checkpoint, tmp_path_fac
             tensors[f"model.layers.{layer}.mlp.gate.weight"] = tensors.pop(f"{old}.gate.weight")
 
     rewrite(fused_path, fuse)
-    rows = torch.randn(4, 32)
     _, classic = load_everything(checkpoint)
     _, fused = load_everything(fused_path)
-    for layer in range(3):
-        for expert in range(7):
-            assert torch.equal(classic.gate_up[layer][expert](rows), fused.gate_up[layer][expert](rows))
+    assert torch.equal(classic.gate_up, fused.gate_up)
+    assert torch.equal(classic.down, fused.down)
     files = ModelFiles(fused_path)
     files.load(assignment("expert", 1, 3), PlainDevice())
     assert files.loaded_bytes == 2 * 3 * 3 * 48 * 32 * 4, "of a fused tensor only the rows of its own experts"
@@ -294,45 +294,34 @@ async def test_dummy_weights_need_nothing_but_the_configuration(tmp_path):
     assert results[0] == results[1]
 
 
-class Inline:
-    """A device that computes when asked, for looking at logits."""
-
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-    linear = PlainDevice.linear
-    upload = PlainDevice.upload
-    zeros = PlainDevice.zeros
-
-
-def logits_of(path, prompt, dtype):
+def logits_of(path, prompt, dtype, kernels=None):
     """float32 logits at the last position of a prompt, computed in `dtype` with one expert node."""
     config, _ = load_config(path)
     source = Checkpoint(path)
-    device = Inline(dtype)
+    device = PlainDevice(kernels)
     attention = load_attention_weights(config, source, device, dtype)
-    experts = load_expert_weights(config, tuple(range(config.num_experts)), source, device, dtype)
-    rows = len(prompt)
-    num_blocks = 2 + rows // BLOCK_TOKENS
+    bank = load_expert_bank(config, tuple(range(config.num_experts)), source, device.kernels, dtype)
+    num_rows = len(prompt)
+    num_blocks = 2 + num_rows // BLOCK_TOKENS
     forward = Forward(config, attention, KvCache(config, num_blocks, device, dtype), place_evenly(7, 1), device)
-    memory = torch.zeros(rows, row_bytes(config.hidden_size, config.top_k, dtype), dtype=torch.uint8)
-    outbox = PackedRows.view(memory, config.hidden_size, config.top_k, dtype)
+    memory = torch.zeros(1, 1, num_rows, row_bytes(config.hidden_size, config.top_k, dtype), dtype=torch.uint8)
+    landed = PackedRows.view(memory, config.hidden_size, config.top_k, dtype)
+    counts = torch.zeros(1, dtype=torch.int32)
+    outboxes = Outboxes([PackedRows.view(memory[0, 0], config.hidden_size, config.top_k, dtype)], counts)
+    answers = torch.zeros(1, num_rows, config.hidden_size, dtype=dtype)
     batch = MicroBatch(
-        tuple(prompt), tuple(range(rows)), (rows,), (rows,), (tuple(range(1, num_blocks)),), (rows - 1,),
-        (TokenSampling(0, 1, 0, 0, 0),),
+        tuple(prompt), tuple(range(num_rows)), (num_rows,), (num_rows,), (tuple(range(1, num_blocks)),),
+        (num_rows - 1,), (TokenSampling(0, 1, 0, 0, 0),),
     )  # fmt: skip
     with torch.inference_mode():
-        state = forward.begin(batch, PassInputs(device.upload).lay_out(batch))
+        state = forward.begin(batch, *PassInputs(device.upload).lay_out(batch))
         for turn in range(forward.num_turns):
-            forward.route_and_pack(state, turn, [outbox])
-            combined, _ = moe_experts(
-                outbox.hidden, outbox.topk_ids, outbox.topk_weights, experts.gate_up[turn], experts.down[turn]
-            )
+            forward.route_and_pack(state, turn, answers, outboxes)
+            assert outboxes.counts.tolist() == [num_rows]
+            bank.run(turn, 0, [(0, num_rows)], landed, {0: answers})
             if forward.has_shared:
                 forward.shared_experts(state, turn)
-            forward.combine(state, combined.to(dtype)[None])
-        forward.finish_layers(state)
-        return forward.logits(state)[0]
+        return forward.logits(state, answers)[0]
 
 
 def test_bf16_logits_are_as_close_to_float32_as_transformers_bf16(tmp_path):

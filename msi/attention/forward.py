@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,8 @@ from msi.attention.kv_cache import KvCache
 from msi.attention.sampler import sample, sample_each
 from msi.complaints import Complaints
 from msi.device.device import Device
-from msi.kernels.norm import layer_norm, rms_norm
+from msi.kernels.kernels import Outboxes
 from msi.kernels.pass_tensors import PassTensors
-from msi.kernels.routing import PackedRows, PlacementTables, pack_rows, rows_for_node
 from msi.models.attend import PassView
 from msi.models.attention_weights import AttentionLayer, AttentionWeights
 from msi.models.config import ModelConfig
@@ -39,15 +38,16 @@ class PassState:
     Attributes:
         hidden: the residual stream, [num_tokens, hidden_size].
         plans: of each of the model's views of a pass.
-        sent: (node, token_index, count) of the rows that are away.
+        sent: what the kernels say of the rows that are away; None before the first turn.
         normed: what a shared expert is still to see.
     """
 
     micro_batch: MicroBatch
     inputs: PassTensors
+    host_inputs: PassTensors
     hidden: Tensor
     plans: list[Any]
-    sent: list[tuple[int, Tensor | None, int]] = field(default_factory=list)
+    sent: Any = None
     normed: Tensor | None = None
 
 
@@ -67,8 +67,7 @@ class Forward:
         self._config = config
         self._weights = weights
         self._kv_cache = kv_cache
-        self._upload = device.upload
-        self._norm = rms_norm if config.norm == "rms" else layer_norm
+        self._kernels = device.kernels
         self._views: list[PassView] = list(dict.fromkeys(layer.attend.view for layer in weights.layers))
         self._view_of = [self._views.index(layer.attend.view) for layer in weights.layers]
         ends = (*config.sparse_layers, config.num_layers)
@@ -78,37 +77,31 @@ class Forward:
         for node in range(placement.num_nodes):
             for local, expert in enumerate(placement.experts_of(node)):
                 local_ids[node, expert] = local
-        self._placement = PlacementTables(device.upload(local_ids))
+        self._local_ids = device.upload(local_ids)
+        self._entry_norms = [*(layer.attention_norm for layer in weights.layers), weights.final_norm]
         self._complaints = Complaints(log)
 
-    def begin(self, micro_batch: MicroBatch, inputs: PassTensors) -> PassState:
-        """Embeds the tokens and makes ready what all layers read."""
+    def begin(self, micro_batch: MicroBatch, inputs: PassTensors, host_inputs: PassTensors) -> PassState:
+        """Embeds the tokens and makes ready what all layers read. `host_inputs`: `inputs` in host memory."""
         self._kv_cache.clear(inputs.begun_blocks)
         return PassState(
             micro_batch,
             inputs,
+            host_inputs,
             hidden=self._weights.embed.index_select(0, inputs.token_ids),
-            plans=[view.plan(inputs) for view in self._views],
+            plans=[view.plan(inputs, host_inputs) for view in self._views],
         )
 
-    def route_and_pack(self, state: PassState, turn: int, outboxes: Sequence[PackedRows]) -> list[int]:
-        """Layers up to the turn's, whose rows go into the outbox of each node; how many these are."""
-        self._dense_layers(state, turn)
+    def route_and_pack(self, state: PassState, turn: int, answers: Tensor, outboxes: Outboxes) -> None:
+        """From the answers [num_nodes, slot_rows, h] of the turn before to the rows of this one, in its outboxes."""
         layer = self._config.sparse_layers[turn]
         weights = self._weights.layers[layer]
-        normed = self._attention(state, weights, layer)
+        normed = self._attention(state, self._enter(state, turn, answers), weights, layer)
         assert weights.route is not None, f"layer {layer} has no router"
         topk_weights, topk_ids = weights.route(normed)
-        counts = []
-        for node, outbox in enumerate(outboxes):
-            token_index, local_ids = rows_for_node(topk_ids, self._placement, node)
-            count = pack_rows(normed, topk_weights, local_ids, token_index, outbox) if len(local_ids) else 0
-            counts.append(count)
-            if count:
-                state.sent.append((node, token_index, count))
+        state.sent = self._kernels.pack(normed, topk_weights, topk_ids, self._local_ids, outboxes)
         if self.has_shared:
             state.normed = normed
-        return counts
 
     def shared_experts(self, state: PassState, turn: int) -> None:
         """Added to the residual stream at once: the rows that are away are copies, and nothing else reads it now."""
@@ -119,60 +112,51 @@ class Forward:
         normed, state.normed = state.normed, None
         state.hidden.add_(shared(normed))
 
-    def combine(self, state: PassState, answers: Tensor) -> None:
-        """Adds what the expert nodes sent back, [num_nodes, rows, h], to the residual stream."""
-        for node, token_index, count in state.sent:
-            rows = self._upload(answers[node, :count])
-            if token_index is None:
-                state.hidden.add_(rows)
-            else:
-                state.hidden.index_add_(0, token_index, rows)
-        state.sent = []
-
-    def sample(self, state: PassState) -> Sampled:
+    def sample(self, state: PassState, answers: Tensor) -> Sampled:
         """What follows the last turn: layers, head and sampler."""
-        self.finish_layers(state)
-        sampling = state.micro_batch.sampling
+        normed = self._enter(state, self.num_turns, answers)
+        sampling, draw = state.micro_batch.sampling, self._kernels.draw
         try:
-            sampled = sample(self.logits(state), sampling)
+            sampled = sample(self._head(state, normed), sampling, draw)
         except Exception as error:
             self._complaints.say(error, "choosing tokens failed; each sequence's is chosen alone")
-            sampled = sample_each(self.logits(state), sampling)
+            sampled = sample_each(self._head(state, normed), sampling, draw)
         # a row's NaN or infinity stays in its residual stream, whichever layer, expert or cached key it came from
         if not sampled.failures and math.isfinite(state.hidden.sum(dtype=torch.float32).item()):
             return sampled
         return replace(sampled, failures=self._failures(state, sampled.failures))
 
-    def finish_layers(self, state: PassState) -> None:
-        """The layers after the last turn's."""
-        self._dense_layers(state, self.num_turns)
+    def logits(self, state: PassState, answers: Tensor) -> Tensor:
+        """float32 [num_logits, vocab_size], once the last turn is over."""
+        return self._head(state, self._enter(state, self.num_turns, answers))
 
-    def logits(self, state: PassState) -> Tensor:
-        """float32 [len(logit_rows), vocab_size], once the last layer is through."""
-        hidden = state.hidden
-        if len(state.inputs.logit_rows) < len(hidden):
-            hidden = hidden.index_select(0, state.inputs.logit_rows)
-        normed = self._norm(hidden, self._weights.final_norm, self._config.norm_eps)
-        return self._weights.lm_head(normed).to(torch.float32)
+    def _head(self, state: PassState, normed: Tensor) -> Tensor:
+        return self._kernels.logits(normed, state.inputs.logit_rows, self._weights.lm_head)
 
-    def _dense_layers(self, state: PassState, turn: int) -> None:
-        """Those between this turn's layer and that of the turn before."""
-        for layer in self._dense_before[turn]:
+    def _enter(self, state: PassState, turn: int, answers: Tensor) -> Tensor:
+        """Combines what came back, computes the dense layers that precede this turn's, and norms for what follows."""
+        kernels, hidden, dense = self._kernels, state.hidden, self._dense_before[turn]
+        norm = self._entry_norms[dense.start]
+        if state.sent is None:
+            normed = kernels.norm(hidden, norm)
+        else:
+            normed = kernels.combine_norm(hidden, answers, state.sent, norm)
+        for layer in dense:
             weights = self._weights.layers[layer]
             assert weights.mlp is not None, f"layer {layer} has no MLP"
-            state.hidden.add_(weights.mlp(self._attention(state, weights, layer)))
+            added = weights.mlp(self._attention(state, normed, weights, layer))
+            normed = kernels.add_norm(hidden, added, self._entry_norms[layer + 1])
+        return normed
 
-    def _attention(self, state: PassState, weights: AttentionLayer, layer: int) -> Tensor:
+    def _attention(self, state: PassState, normed: Tensor, weights: AttentionLayer, layer: int) -> Tensor:
         """Attention is added to the residual stream; returns that normed, for the layer's MLP or experts."""
-        eps, hidden = self._config.norm_eps, state.hidden
-        normed = self._norm(hidden, weights.attention_norm, eps)
-        hidden.add_(weights.attend(normed, state.plans[self._view_of[layer]], self._kv_cache.layers[layer]))
-        return self._norm(hidden, weights.mlp_norm, eps)
+        added = weights.attend(normed, state.plans[self._view_of[layer]], self._kv_cache.layers[layer])
+        return self._kernels.add_norm(state.hidden, added, weights.mlp_norm)
 
     def _failures(self, state: PassState, by_logit_row: Mapping[int, str]) -> dict[int, str]:
         """Why sequences of the micro-batch cannot go on, by index; those whose values are not finite, too."""
         batch = state.micro_batch
-        sequence_of = state.inputs.sequence_of.tolist()
+        sequence_of = state.host_inputs.sequence_of.tolist()
         failures = {sequence_of[batch.logit_rows[row]]: reason for row, reason in by_logit_row.items()}
         damaged = ~self._weights.embed.index_select(0, state.inputs.token_ids).isfinite().all(dim=-1)
         for row in (~state.hidden.isfinite().all(dim=-1)).nonzero().flatten().tolist():

@@ -19,6 +19,7 @@ from msi.attention.forward import Forward, PassState
 from msi.attention.kv_cache import KvCache
 from msi.attention.pass_inputs import PassInputs
 from msi.device.device import Device
+from msi.kernels.kernels import Outboxes
 from msi.kernels.routing import PackedRows
 from msi.meter import StageMeter
 from msi.models.attention_weights import AttentionWeights
@@ -74,7 +75,9 @@ class AttentionHalf:
         nowhere = PackedRows.view(
             torch.empty(0, dispatch_layout.row_bytes, dtype=torch.uint8), config.hidden_size, config.top_k, self._dtype
         )
-        self._outboxes = [[nowhere] * placement.num_nodes for _ in range(dispatch_layout.num_lanes)]
+        counts = torch.zeros(dispatch_layout.num_lanes, placement.num_nodes, dtype=torch.int32)
+        self._outboxes = [Outboxes([nowhere] * placement.num_nodes, of_lane) for of_lane in counts]
+        self._counts = counts.numpy()
         answers = slot_rows_view(landing, placement.num_nodes, landing_stride, answer_layout)
         answers = answers[..., : config.hidden_size * self._dtype.itemsize].view(self._dtype)
         self._answers = answers.unbind(1)  # by lane: [num_nodes, slot_rows, hidden_size]
@@ -84,7 +87,7 @@ class AttentionHalf:
         slots = slot_rows_view(outbox, 1, len(outbox), self._layout)[0]
         config = self._config
         for lane, outboxes in enumerate(self._outboxes):
-            outboxes[node] = PackedRows.view(slots[lane], config.hidden_size, config.top_k, self._dtype)
+            outboxes.rows[node] = PackedRows.view(slots[lane], config.hidden_size, config.top_k, self._dtype)
 
     # -- msi.attention.lanes.AttentionCompute --------------------------------------------------------------------------
 
@@ -119,30 +122,30 @@ class AttentionHalf:
     # -- work --------------------------------------------------------------------------------------------------------
 
     def _begin(self, lane: int, batch: MicroBatch) -> None:
-        self._lanes[lane] = _InFlight(self._forward.begin(batch, self._inputs[lane].lay_out(batch)))
+        self._lanes[lane] = _InFlight(self._forward.begin(batch, *self._inputs[lane].lay_out(batch)))
 
     def _turn(self, lane: int, layer: int) -> list[int]:
         """The number of rows that lie in each node's outbox."""
-        return self._forward.route_and_pack(self._combined(lane), layer, self._outboxes[lane])
+        self._forward.route_and_pack(self._state(lane), layer, self._answers[lane], self._outboxes[lane])
+        counts: list[int] = self._counts[lane].tolist()
+        return counts
 
     def _shared(self, lane: int, layer: int) -> None:
         in_flight = self._lanes[lane]
         assert in_flight is not None, f"lane {lane} has not begun"
         self._forward.shared_experts(in_flight.state, layer)
 
-    def _combined(self, lane: int) -> PassState:
-        """The lane's state, with what the expert nodes sent back added to the residual stream."""
+    def _state(self, lane: int) -> PassState:
         in_flight = self._lanes[lane]
         assert in_flight is not None, f"lane {lane} has not begun"
         if in_flight.error is not None:
             raise in_flight.error
-        self._forward.combine(in_flight.state, self._answers[lane])
         return in_flight.state
 
     def _sample(self, lane: int) -> Sampled:
-        state, self._lanes[lane] = self._combined(lane), None
+        state, self._lanes[lane] = self._state(lane), None
         self.weight_bytes_read += self._forward.weight_bytes
-        return self._forward.sample(state)
+        return self._forward.sample(state, self._answers[lane])
 
 
 def slot_rows_view(memory: memoryview, num_seats: int, stride: int, layout: SlotLayout) -> Tensor:

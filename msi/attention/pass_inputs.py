@@ -28,7 +28,8 @@ class PassInputs:
         self._buffer = np.empty(1024, np.int32)
         self._block = torch.from_numpy(self._buffer)
 
-    def lay_out(self, batch: MicroBatch) -> PassTensors:
+    def lay_out(self, batch: MicroBatch) -> tuple[PassTensors, PassTensors]:
+        """The device's, and the same in host memory."""
         tables = batch.block_tables
         fields = (batch.token_ids, batch.positions, batch.query_lens, batch.context_lens, batch.logit_rows)
         given = np.frombuffer(array("i", chain(*fields)), np.int32)
@@ -48,14 +49,21 @@ class PassInputs:
         sizes = [*map(len, fields), *map(len, derived)]
         self._fit(sum(sizes))
         np.concatenate((given, *derived), out=self._buffer[: sum(sizes)])
-        views = [*torch.split(self._upload(self._block[: sum(sizes)]), sizes)]
-        views[-1] = views[-1].view(block_tables.shape)
-        return PassTensors(*views)
+        block = self._block[: sum(sizes)]
+        on_device = self._upload(block)
+        host = _views(block, sizes, block_tables.shape)
+        return host if on_device is block else _views(on_device, sizes, block_tables.shape), host
 
     def _fit(self, size: int) -> None:
         if size > len(self._buffer):
             self._buffer = np.empty(2 * size, np.int32)
             self._block = torch.from_numpy(self._buffer)
+
+
+def _views(block: Tensor, sizes: list[int], table_shape: tuple[int, ...]) -> PassTensors:
+    views = [*torch.split(block, sizes)]
+    views[-1] = views[-1].view(table_shape)
+    return PassTensors(*views)
 
 
 def _padded(tables: Sequence[Sequence[int]], num_used: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

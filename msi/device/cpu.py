@@ -1,4 +1,4 @@
-"""The CPU as a device: one compute thread with torch's own threads under it, weights packed once."""
+"""The CPU as a device: one compute thread with torch's own threads under it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from msi.device.compute_thread import ComputeQueue, ComputeThread, ThreadedDevice
+from msi.kernels.cpu import CpuKernels
 
 log = logging.getLogger(__name__)
-PACKED_BYTES = 1 << 20  # a call of oneDNN costs 80 us before it computes, one of MKL 14: smaller weights are not packed
-PACKING_ROWS = 32  # a hint of how many rows a product will have; the packed layout does not depend on it much
 
 
 def has_bf16_units() -> bool:
@@ -38,19 +36,6 @@ def free_host_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _packing() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
-    """oneDNN's packed linear as torch's own CPU compiler calls it (private names, so checked by use)."""
-    try:
-        pack, apply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-        weight, rows = torch.eye(16), torch.ones(2, 16)
-        with torch.inference_mode():
-            if torch.equal(apply(rows, pack(weight, 2), None, "none", [], ""), rows):
-                return pack, apply
-    except (AttributeError, RuntimeError, TypeError) as error:
-        log.info("weights are not packed: this torch has no oneDNN linear (%s)", error)
-    return None
-
-
 class CpuDevice(ThreadedDevice):
     """One thread for all queues.
 
@@ -61,7 +46,7 @@ class CpuDevice(ThreadedDevice):
     def __init__(self, *, num_threads: int) -> None:
         super().__init__()
         self._num_threads = num_threads
-        self._packing = _packing()
+        self.kernels = CpuKernels()
         self._thread = ComputeThread("msi-compute", self.words, self._entered, self._through)
         self._queue = self._thread.queue()
 
@@ -92,13 +77,3 @@ class CpuDevice(ThreadedDevice):
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # torch.zeros would touch every page
         return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        is_small = weight.numel() * weight.element_size() < PACKED_BYTES
-        if self._packing is None or weight.dtype is torch.float16 or is_small:
-            kept = weight.contiguous()
-            return lambda rows: functional.linear(rows, kept, bias)
-        pack, apply = self._packing
-        with torch.inference_mode():
-            packed = pack(weight, PACKING_ROWS)
-        return lambda rows: apply(rows, packed, bias, "none", [], "")

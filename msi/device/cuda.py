@@ -8,14 +8,14 @@ captured graphs and gates on the stream itself come later.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from msi.device.compute_thread import ComputeQueue, ComputeThread, ThreadedDevice
 from msi.errors import ConfigError
+from msi.kernels.plain import PlainKernels
 
 
 def why_unavailable() -> str | None:
@@ -44,6 +44,7 @@ class CudaDevice(ThreadedDevice):
         if not 0 <= index < torch.cuda.device_count():
             raise ConfigError(f"there is no CUDA device {index}; this process sees {torch.cuda.device_count()}")
         self._device = torch.device("cuda", index)
+        self.kernels = PlainKernels(self._device)
         self._threads: dict[str, ComputeThread] = {}
 
     def queue(self, name: str) -> ComputeQueue:
@@ -65,9 +66,9 @@ class CudaDevice(ThreadedDevice):
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
-        """What is created without saying where is created on the GPU, and runs on the lane's stream."""
+        """Work runs on the lane's stream."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.inference_mode(), self._device, torch.cuda.stream(stream):
+        with torch.inference_mode(), torch.cuda.stream(stream):
             yield
 
     def compute_dtype(self, wanted: torch.dtype) -> torch.dtype:
@@ -81,8 +82,3 @@ class CudaDevice(ThreadedDevice):
 
     def upload(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device)
-
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        on_device = weight.contiguous().to(self._device)
-        bias_on_device = None if bias is None else bias.to(self._device)
-        return lambda rows: functional.linear(rows, on_device, bias_on_device)

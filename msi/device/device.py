@@ -11,6 +11,7 @@ from torch import Tensor
 
 from msi.device.compute_thread import Program
 from msi.device.queues import QueueDevice
+from msi.kernels.kernels import Kernels
 from msi.meter import StageMeter
 
 T = TypeVar("T")
@@ -18,6 +19,10 @@ T = TypeVar("T")
 
 class Device(QueueDevice[Program], Protocol):
     """Queues, and memory. Used from one event loop; programs run elsewhere and must not touch the loop."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """What it computes with."""
 
     def submit(self, work: Callable[[], T], meter: StageMeter, name: str, lane: int) -> asyncio.Future[T]:
         """Enqueues work; the future has its result. `name` and `lane` label it in traces."""
@@ -32,9 +37,6 @@ class Device(QueueDevice[Program], Protocol):
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory that costs nothing until it is written, where the device has such."""
-
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        """x [rows, in] -> [rows, out] for weight [out, in] and bias [out], kept in the device's own layout."""
 
     def upload(self, tensor: Tensor) -> Tensor:
         """The tensor in the device's memory."""

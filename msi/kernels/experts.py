@@ -57,5 +57,5 @@ def moe_experts(
             outputs.append(down[expert](silu_and_mul(gate_up[expert](rows[start : start + count]))))
             start += count
     weighted = torch.cat(outputs).to(torch.float32).mul_(weights[:, None])
-    combined = torch.zeros(hidden.shape, dtype=torch.float32).index_add_(0, token_index, weighted)
+    combined = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).index_add_(0, token_index, weighted)
     return combined, len(outputs)

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm of the residual stream: `rms_norm` or `layer_norm` with a weight [h]."""
+
+    apply: Callable[[Tensor, Tensor, float], Tensor]
+    weight: Tensor
+    eps: float
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -42,10 +42,33 @@ class SequenceGroup:
     mask: Tensor
 
 
-def group_sequences(inputs: PassTensors, sliding_window: int | None, dtype: torch.dtype) -> list[SequenceGroup]:
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What every layer reads of a pass.
+
+    Attributes:
+        kv_rows: int64 [num_tokens, 2] rows of a layer's cache [rows, num_kv_heads, head_dim] that each token's keys and
+            values go to.
+    """
+
+    kv_rows: Tensor
+    groups: list[SequenceGroup]
+
+
+def plan_attention(
+    host: PassTensors, sliding_window: int | None, dtype: torch.dtype, device: torch.device
+) -> AttentionPlan:
+    """From what the host knows of a pass, for a device."""
+    rows = kv_rows(host.slot_mapping).to(device)
+    return AttentionPlan(rows, group_sequences(host, sliding_window, dtype, device))
+
+
+def group_sequences(
+    host: PassTensors, sliding_window: int | None, dtype: torch.dtype, device: torch.device
+) -> list[SequenceGroup]:
     """Sequences of equal query length whose number of blocks rounds up to the same power of two go together."""
     query_lens, context_lens, tables = (
-        tensor.numpy() for tensor in (inputs.query_lens, inputs.context_lens, inputs.block_tables)
+        tensor.numpy() for tensor in (host.query_lens, host.context_lens, host.block_tables)
     )
     first = np.zeros_like(context_lens)
     if sliding_window is not None:
@@ -53,7 +76,7 @@ def group_sequences(inputs: PassTensors, sliding_window: int | None, dtype: torc
     num_blocks = -(-context_lens // BLOCK_TOKENS) - first
     query_len, fewest, most = int(query_lens[0]), int(num_blocks.min()), int(num_blocks.max())
     if query_len == query_lens.max() == query_lens.min() and (fewest - 1).bit_length() == (most - 1).bit_length():
-        return [_group(query_len, None, context_lens, tables, first, num_blocks, sliding_window, dtype)]
+        return [_group(query_len, None, context_lens, tables, first, num_blocks, sliding_window, dtype, device)]
     kinds = query_lens * np.int64(64) + np.ceil(np.log2(num_blocks)).astype(np.int64)
     starts = np.cumsum(query_lens) - query_lens
     groups = []
@@ -62,7 +85,9 @@ def group_sequences(inputs: PassTensors, sliding_window: int | None, dtype: torc
         query_len = int(kind) // 64
         rows = (starts[members, None] + np.arange(query_len)).ravel()
         contexts, visible, since, count = (array[members] for array in (context_lens, tables, first, num_blocks))
-        groups.append(_group(query_len, torch.from_numpy(rows), contexts, visible, since, count, sliding_window, dtype))
+        groups.append(
+            _group(query_len, torch.from_numpy(rows), contexts, visible, since, count, sliding_window, dtype, device)
+        )
     return groups
 
 
@@ -75,6 +100,7 @@ def _group(
     num_blocks: Ints,
     sliding_window: int | None,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> SequenceGroup:
     """`first` and `num_blocks` say which blocks of each sequence's table it sees."""
     columns = np.arange(num_blocks.max())
@@ -86,7 +112,10 @@ def _group(
     np.multiply(tables[:, : len(columns)], 2, out=halves[0])
     np.add(halves[0], 1, out=halves[1])
     mask = _mask(query_len, context_lens, len(columns) * BLOCK_TOKENS, sliding_window, dtype)
-    return SequenceGroup(len(context_lens), query_len, rows, torch.from_numpy(halves.ravel()), mask)
+    rows = None if rows is None else rows.to(device)
+    return SequenceGroup(
+        len(context_lens), query_len, rows, torch.from_numpy(halves.ravel()).to(device), mask.to(device)
+    )
 
 
 def _mask(query_len: int, contexts: Ints, length: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:

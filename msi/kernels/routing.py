@@ -6,6 +6,7 @@ An id of -1 marks an expert of another node.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,26 +48,29 @@ class PackedRows:
             rows[..., at + 4 * k : at + 8 * k].view(torch.int32),
         )
 
+    def gather(self, lane: int, seats: Sequence[tuple[int, int]]) -> PackedRows:
+        """Of rows [seats, lanes, slot_rows], those of a lane's slots behind one another; `seats`: (seat, num_rows)."""
+        fields = (self.hidden, self.topk_weights, self.topk_ids)
+        if len(seats) == 1:
+            ((seat, num_rows),) = seats
+            return PackedRows(*(field[seat, lane, :num_rows] for field in fields))
+        return PackedRows(*(torch.cat([field[seat, lane, :num_rows] for seat, num_rows in seats]) for field in fields))
 
-@dataclass(frozen=True, slots=True)
-class PlacementTables:
-    """A placement as tensors: `local_ids` [num_nodes, num_experts] int32, -1 where a node lacks the expert."""
-
-    local_ids: Tensor
-
-    @property
-    def num_nodes(self) -> int:
-        return int(self.local_ids.shape[0])
+    def to(self, device: torch.device) -> PackedRows:
+        return PackedRows(self.hidden.to(device), self.topk_weights.to(device), self.topk_ids.to(device))
 
 
-def rows_for_node(topk_ids: Tensor, tables: PlacementTables, node: int) -> tuple[Tensor | None, Tensor]:
+def rows_for_node(topk_ids: Tensor, local_ids: Tensor, node: int) -> tuple[Tensor | None, Tensor]:
     """Which tokens have an expert on a node, and their local ids there.
+
+    Args:
+        local_ids: int32 [num_nodes, num_experts], -1 where a node lacks the expert.
 
     Returns:
         (token_index [n] or None for all tokens in order, local ids [n, k] int32).
     """
-    local = tables.local_ids[node][topk_ids]
-    if tables.num_nodes == 1:
+    local = local_ids[node][topk_ids]
+    if len(local_ids) == 1:
         return None, local
     token_index = (local >= 0).any(dim=-1).nonzero().flatten()
     return token_index, local.index_select(0, token_index)

@@ -6,25 +6,22 @@ pass and read by all of its layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from msi.kernels.paged_attention import SequenceGroup, group_sequences, kv_rows, paged_attention, write_kv
+from msi.kernels.kernels import Kernels, Linear
+from msi.kernels.paged_attention import AttentionPlan
 from msi.kernels.pass_tensors import PassTensors
-from msi.kernels.rope import apply_rope, rope_table
-
-Linear = Callable[[Tensor], Tensor]
 
 
 class PassView(Protocol):
     """How layers see a pass."""
 
-    def plan(self, inputs: PassTensors) -> Any:
-        """What every layer of this view reads of a pass; only they know what is in it."""
+    def plan(self, inputs: PassTensors, host: PassTensors) -> Any:
+        """What every layer of this view reads of a pass; only they know what is in it. `host`: `inputs` there."""
 
 
 class Attend(Protocol):
@@ -38,21 +35,6 @@ class Attend(Protocol):
         """What attention adds to the residual stream: [n, h] of normed rows [n, h]; writes their keys and values."""
 
 
-@dataclass(frozen=True, slots=True)
-class GroupedQueryPlan:
-    """What a pass is to layers of grouped-query attention.
-
-    Attributes:
-        cos, sin: of `msi.kernels.rope.rope_table`.
-        kv_rows: rows of the cache that keys and values go to.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    kv_rows: Tensor
-    groups: list[SequenceGroup]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupedQueryView:
     """Rotary positions, and how far back attention looks.
@@ -63,15 +45,16 @@ class GroupedQueryView:
         sliding_window: tokens, itself included; None for all.
     """
 
+    kernels: Kernels
     frequencies: Tensor
     rope_scale: float
     sliding_window: int | None
     dtype: torch.dtype
 
-    def plan(self, inputs: PassTensors) -> GroupedQueryPlan:
-        cos, sin = rope_table(inputs.positions, self.frequencies, self.dtype, self.rope_scale)
-        groups = group_sequences(inputs, self.sliding_window, self.dtype)
-        return GroupedQueryPlan(cos, sin, kv_rows(inputs.slot_mapping), groups)
+    def plan(self, inputs: PassTensors, host: PassTensors) -> tuple[Any, AttentionPlan]:
+        """The rotary table, and attention's plan."""
+        rope = self.kernels.rope_table(inputs.positions, self.frequencies, self.dtype, self.rope_scale)
+        return rope, self.kernels.plan_attention(host, self.sliding_window, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +67,7 @@ class GroupedQueryAttention:
         output: [n, num_heads * head_dim] -> [n, h].
     """
 
+    kernels: Kernels
     view: GroupedQueryView
     qkv: Linear
     output: Linear
@@ -91,10 +75,9 @@ class GroupedQueryAttention:
     num_kv_heads: int
     head_dim: int
 
-    def __call__(self, normed: Tensor, plan: GroupedQueryPlan, layer_cache: Tensor) -> Tensor:
-        num_tokens, num_q, num_kv, head_dim = len(normed), self.num_heads, self.num_kv_heads, self.head_dim
-        heads = self.qkv(normed).view(num_tokens, num_q + 2 * num_kv, head_dim)
-        apply_rope(heads[:, : num_q + num_kv], plan.cos, plan.sin)
-        write_kv(layer_cache, heads[:, num_q:].view(num_tokens, 2, num_kv, head_dim), plan.kv_rows)
-        attended = paged_attention(heads[:, :num_q], layer_cache, plan.groups)
-        return self.output(attended.reshape(num_tokens, num_q * head_dim))
+    def __call__(self, normed: Tensor, plan: tuple[Any, AttentionPlan], layer_cache: Tensor) -> Tensor:
+        rope, attention = plan
+        heads = self.qkv(normed).view(len(normed), self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        self.kernels.rope_and_write(heads, self.num_heads, rope, layer_cache, attention)
+        attended = self.kernels.paged_attention(heads[:, : self.num_heads], layer_cache, attention)
+        return self.output(attended.reshape(len(normed), self.num_heads * self.head_dim))

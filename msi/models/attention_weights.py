@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from msi.device.device import Device
-from msi.kernels.experts import gated_mlp, sigmoid_gated
-from msi.kernels.norm import norm_heads, norm_projections
+from msi.kernels.experts import sigmoid_gated
+from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms_norm
 from msi.models.attend import Attend, GroupedQueryAttention, GroupedQueryView
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
@@ -38,9 +38,9 @@ class AttentionLayer:
         mlp: of a dense layer; None in a sparse one.
     """
 
-    attention_norm: Tensor
+    attention_norm: Norm
     attend: Attend
-    mlp_norm: Tensor
+    mlp_norm: Norm
     route: Route | None = None
     shared: Linear | None = None
     mlp: Linear | None = None
@@ -52,7 +52,7 @@ class AttentionWeights:
 
     embed: Tensor
     layers: tuple[AttentionLayer, ...]
-    final_norm: Tensor
+    final_norm: Norm
     lm_head: Linear
     num_bytes: int
 
@@ -64,14 +64,14 @@ def load_attention_weights(
     reader = _Reader(config, source, device, dtype)
     names = reader.names
     layers = tuple(reader.layer(layer) for layer in range(config.num_layers))
-    final_norm = reader.tensor(names.final_norm, config.hidden_size)
+    final_norm = reader.norm(names.final_norm)
     table = (config.vocab_size, config.hidden_size)
     if config.tie_word_embeddings:
         embed, head = reader.tied_tables(*table)
     else:
         embed = device.upload(source.read(names.embed, table).to(dtype))  # a pass reads only some of its rows
         head = reader.tensor(names.lm_head, *table)
-    return AttentionWeights(embed, layers, final_norm, device.linear(head), reader.num_bytes)
+    return AttentionWeights(embed, layers, final_norm, device.kernels.linear(head), reader.num_bytes)
 
 
 class _Reader:
@@ -83,15 +83,24 @@ class _Reader:
         self._config = config
         self._source = source
         self._device = device
+        self._kernels = device.kernels
+        self._apply_norm = rms_norm if config.norm == "rms" else layer_norm
         self._dtype = dtype
         self._view = GroupedQueryView(
-            device.upload(frequencies_of(config.rope, config.head_dim)), config.rope.scale, config.sliding_window, dtype
+            device.kernels,
+            device.upload(frequencies_of(config.rope, config.head_dim)),
+            config.rope.scale,
+            config.sliding_window,
+            dtype,
         )
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         tensor = self._device.upload(self._source.read(name, shape).to(self._dtype))
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
+
+    def norm(self, name: str) -> Norm:
+        return Norm(self._apply_norm, self.tensor(name, self._config.hidden_size), self._config.norm_eps)
 
     def tied_tables(self, *shape: int) -> tuple[Tensor, Tensor]:
         """Embedding and head where the configuration calls them one: two after all if the checkpoint holds two that
@@ -107,21 +116,21 @@ class _Reader:
         route = shared = mlp = None
         if layer in config.sparse_layers:
             name = self._source.first_of(*(name.format(layer=layer) for name in names.router))
-            router = self._device.linear(self.tensor(name, config.num_experts, hidden))
-            route = SoftmaxRoute(router, config.top_k, config.renormalise_topk)
+            router = self._kernels.linear(self.tensor(name, config.num_experts, hidden))
+            route = SoftmaxRoute(self._kernels, router, config.top_k, config.renormalise_topk)
             if config.shared_intermediate_size is not None:
                 shared = partial(
                     sigmoid_gated,
-                    gate=self._device.linear(self.tensor(names.shared_gate.format(layer=layer), 1, hidden)),
+                    gate=self._kernels.linear(self.tensor(names.shared_gate.format(layer=layer), 1, hidden)),
                     mlp=self._mlp(names.shared_mlp, layer, config.shared_intermediate_size),
                 )
         else:
             assert config.dense_intermediate_size is not None, f"layer {layer} has neither experts nor an MLP"
             mlp = self._mlp(names.dense_mlp, layer, config.dense_intermediate_size)
         return AttentionLayer(
-            attention_norm=self.tensor(names.attention_norm.format(layer=layer), hidden),
+            attention_norm=self.norm(names.attention_norm.format(layer=layer)),
             attend=self._attend(layer),
-            mlp_norm=self.tensor(names.mlp_norm.format(layer=layer), hidden),
+            mlp_norm=self.norm(names.mlp_norm.format(layer=layer)),
             route=route,
             shared=shared,
             mlp=mlp,
@@ -131,9 +140,10 @@ class _Reader:
         config, output = self._config, self.names.output.format(layer=layer)
         bias = self.tensor(bias_of(output), config.hidden_size) if config.output_bias else None
         return GroupedQueryAttention(
+            self._kernels,
             self._view,
             qkv=self._qkv(layer),
-            output=self._device.linear(self.tensor(output, config.hidden_size, config.query_width), bias),
+            output=self._kernels.linear(self.tensor(output, config.hidden_size, config.query_width), bias),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -150,7 +160,7 @@ class _Reader:
         bias = None
         if config.qkv_bias:
             bias = torch.cat([self.tensor(bias_of(name), width) for name, width in zip(names, widths, strict=True)])
-        project = self._device.linear(weight, bias)
+        project = self._kernels.linear(weight, bias)
         if config.qk_norm is not None:
             is_per_head = config.qk_norm == "head"
             query_norm, key_norm = (
@@ -170,8 +180,8 @@ class _Reader:
         gate, up, down = (name.format(layer=layer) for name in (names.gate, names.up, names.down))
         hidden = self._config.hidden_size
         gate_up = torch.cat([self.tensor(gate, inner, hidden), self.tensor(up, inner, hidden)])
-        down_weight = self.tensor(down, hidden, inner)
-        return partial(gated_mlp, gate_up=self._device.linear(gate_up), down=self._device.linear(down_weight))
+        kernels, down_weight = self._kernels, self.tensor(down, hidden, inner)
+        return partial(kernels.gated_mlp, gate_up=kernels.linear(gate_up), down=kernels.linear(down_weight))
 
 
 def _then(project: Linear, in_place: Callable[[Tensor], object]) -> Linear:

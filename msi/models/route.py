@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from msi.kernels.routing import topk_softmax
+from msi.kernels.kernels import Kernels, Linear
 
 
 class Route(Protocol):
@@ -22,9 +21,10 @@ class Route(Protocol):
 class SoftmaxRoute:
     """The largest of the router's softmax; `renormalise` scales the weights of the chosen to sum to 1."""
 
-    router: Callable[[Tensor], Tensor]  # [n, h] -> [n, num_experts]
+    kernels: Kernels
+    router: Linear  # [n, h] -> [n, num_experts]
     top_k: int
     renormalise: bool
 
     def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        return topk_softmax(self.router(normed), self.top_k, self.renormalise)
+        return self.kernels.topk_softmax(self.router(normed), self.top_k, self.renormalise)

@@ -15,11 +15,12 @@ from msi.attention.kv_cache import KvCache
 from msi.control.messages import Assignment
 from msi.device.device import Device
 from msi.errors import ConfigError
-from msi.experts.half import ExpertWeights, load_expert_weights
 from msi.kernels import BLOCK_TOKENS
+from msi.kernels.kernels import ExpertBank
 from msi.models.attention_weights import AttentionWeights, load_attention_weights
 from msi.models.checkpoint import Checkpoint, DummyCheckpoint
 from msi.models.config import ModelConfig, config_digest
+from msi.models.expert_weights import load_expert_bank
 from msi.models.families import load_config
 from msi.models.required import check_tensors
 from msi.precision import VALUE_BYTES
@@ -35,7 +36,7 @@ class LoadedPart:
 
     assignment: Assignment
     attention: AttentionWeights | None
-    experts: ExpertWeights | None
+    experts: ExpertBank | None
 
     def fits(self, other: Assignment) -> bool:
         """Whether another assignment needs the very same weights."""
@@ -100,7 +101,7 @@ class ModelFiles:
         attention = experts = None
         if assignment.role == "expert" or assignment.is_colocated:
             ids = self._experts_of(assignment)
-            experts = load_expert_weights(self.config, ids, source, device, dtype)
+            experts = load_expert_bank(self.config, ids, source, device.kernels, dtype)
         if assignment.role == "attention":
             attention = load_attention_weights(self.config, source, device, dtype)
         log.info(

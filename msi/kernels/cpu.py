@@ -1,0 +1,113 @@
+"""The CPU's own: matrices packed for oneDNN, and nothing computed that no row needs, since reading a value is free."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from msi.kernels.experts import moe_experts
+from msi.kernels.kernels import ExpertBank, Linear, Outboxes
+from msi.kernels.norm import Norm
+from msi.kernels.plain import PlainKernels, scatter_answers
+from msi.kernels.routing import PackedRows, pack_rows, rows_for_node
+
+log = logging.getLogger(__name__)
+PACKED_BYTES = 1 << 20  # a call of oneDNN costs 80 us before it computes, one of MKL 14: smaller weights are not packed
+PACKING_ROWS = 32  # a hint of how many rows a product will have; the packed layout does not depend on it much
+
+
+class CpuKernels(PlainKernels):
+    """Implements `msi.kernels.kernels.Kernels`."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self._packing = _packing()
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        is_small = weight.numel() * weight.element_size() < PACKED_BYTES
+        if self._packing is None or weight.dtype is torch.float16 or is_small:
+            kept = weight.contiguous()
+            return lambda rows: functional.linear(rows, kept, bias)
+        pack, apply = self._packing
+        with torch.inference_mode():
+            packed = pack(weight, PACKING_ROWS)
+        return lambda rows: apply(rows, packed, bias, "none", [], "")
+
+    def expert_bank(
+        self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
+    ) -> ExpertBank:
+        return CpuExpertBank(self.linear, num_layers, num_experts)
+
+    def pack(
+        self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes
+    ) -> Any:
+        """(node, token_index or None for all tokens in order, count) of each node that gets rows."""
+        sent: list[tuple[int, Tensor | None, int]] = []
+        counts = outboxes.counts.numpy()
+        for node, out in enumerate(outboxes.rows):
+            token_index, local = rows_for_node(topk_ids, local_ids, node)
+            counts[node] = count = len(local)
+            if count:
+                pack_rows(normed, topk_weights, local, token_index, out)
+                sent.append((node, token_index, count))
+        return sent
+
+    def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Any, norm: Norm) -> Tensor:
+        for node, token_index, count in sent:
+            rows = answers[node, :count]
+            if token_index is None:
+                hidden.add_(rows)
+            else:
+                hidden.index_add_(0, token_index, rows)
+        return self.norm(hidden, norm)
+
+
+class CpuExpertBank:
+    """Implements `msi.kernels.kernels.ExpertBank` with a packed matrix product for each expert that has rows.
+
+    Args:
+        linear: packs a matrix.
+    """
+
+    def __init__(self, linear: Callable[[Tensor], Linear], num_layers: int, num_experts: int) -> None:
+        self._linear = linear
+        self._expert_bytes = 0
+        self._gate_up: list[list[Linear]] = [[_no_weights] * num_experts for _ in range(num_layers)]
+        self._down: list[list[Linear]] = [[_no_weights] * num_experts for _ in range(num_layers)]
+
+    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        self._gate_up[layer][expert] = self._linear(gate_up)
+        self._down[layer][expert] = self._linear(down)
+        self._expert_bytes = (gate_up.numel() + down.numel()) * down.itemsize
+
+    def run(
+        self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
+    ) -> int:
+        rows = landed.gather(lane, seats)
+        combined, num_hit = moe_experts(
+            rows.hidden, rows.topk_ids, rows.topk_weights, self._gate_up[layer], self._down[layer]
+        )
+        scatter_answers(combined, lane, seats, answers)
+        return num_hit * self._expert_bytes
+
+
+def _no_weights(rows: Tensor) -> Tensor:
+    raise AssertionError("an expert has no weights yet")
+
+
+def _packing() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+    """oneDNN's packed linear as torch's own CPU compiler calls it (private names, so checked by use)."""
+    try:
+        pack, apply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+        weight, rows = torch.eye(16), torch.ones(2, 16)
+        with torch.inference_mode():
+            if torch.equal(apply(rows, pack(weight, 2), None, "none", [], ""), rows):
+                return pack, apply
+    except (AttributeError, RuntimeError, TypeError) as error:
+        log.info("weights are not packed: this torch has no oneDNN linear (%s)", error)
+    return None

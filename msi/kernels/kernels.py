@@ -1,0 +1,122 @@
+"""What a device computes with: one object that has every operation of both halves of a model.
+
+`PlainKernels` (`plain.py`) has all of them in plain torch, on any device, without a value that the host would have to
+wait for; it is the truth that others are tested against. A device's own object may do better: `CpuKernels` packs
+matrices and leaves out what no row needs. Nothing here is told what a model, a lane or a request is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from msi.kernels.norm import Norm
+from msi.kernels.paged_attention import AttentionPlan
+from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.routing import PackedRows
+
+Linear = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
+
+
+@dataclass(frozen=True, slots=True)
+class Outboxes:
+    """Where the rows of one micro-batch leave.
+
+    Attributes:
+        rows: one for each expert node, of at least as many rows as the micro-batch has.
+        counts: int32 [num_nodes], in memory that the host sees: how many of each are filled.
+    """
+
+    rows: list[PackedRows]
+    counts: Tensor
+
+
+class ExpertBank(Protocol):
+    """Stacked weights of the experts of one node, in the device's layout: [layer, expert]."""
+
+    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """One expert's matrices, gate_up [2 h', h] (gate first) and down [h, h']."""
+
+    def run(
+        self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
+    ) -> int:
+        """The weighted sum over each row's experts here, of a lane's rows from several seats together.
+
+        Returns how many bytes of weights it read.
+
+        Args:
+            seats: (seat, num_rows) of the lane's slot.
+            landed: [seats, lanes, slot_rows].
+            answers: of each seat, [lanes, slot_rows, h]; as many rows are written as landed.
+        """
+
+
+class Kernels(Protocol):
+    """`hidden` is the residual stream, [num_tokens, h]; `normed` the rows that come out of a norm of it."""
+
+    device: torch.device
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """x [rows, in] -> [rows, out] for weight [out, in] and bias [out], kept in the device's own layout."""
+
+    def expert_bank(
+        self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
+    ) -> ExpertBank:
+        """Without weights yet."""
+
+    # -- norms and MLPs ------------------------------------------------------------------------------------------------
+
+    def norm(self, hidden: Tensor, norm: Norm) -> Tensor: ...
+
+    def add_norm(self, hidden: Tensor, added: Tensor, norm: Norm) -> Tensor:
+        """Adds to the residual stream in place, and norms it."""
+
+    def gated_mlp(self, rows: Tensor, gate_up: Linear, down: Linear) -> Tensor:
+        """SwiGLU, of a dense layer or a shared expert: [n, h] -> [n, h]."""
+
+    # -- attention -----------------------------------------------------------------------------------------------------
+
+    def rope_table(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float) -> Any:
+        """What `rope_and_write` wants of a pass's positions."""
+
+    def plan_attention(self, host: PassTensors, sliding_window: int | None, dtype: torch.dtype) -> AttentionPlan:
+        """What every layer's attention reads of a pass, from what the host knows of it."""
+
+    def rope_and_write(self, heads: Tensor, num_q: int, rope: Any, layer_cache: Tensor, plan: AttentionPlan) -> None:
+        """Rotates queries and keys of heads [num_tokens, num_q + 2 num_kv, head_dim] in place; keys and values go to
+        the cache.
+        """
+
+    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan) -> Tensor:
+        """Attention of query [num_tokens, num_heads, head_dim] to its sequences' cache; same shape."""
+
+    # -- routing -------------------------------------------------------------------------------------------------------
+
+    def topk_softmax(self, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+        """topk_weights float32 and topk_ids int64, both [num_tokens, k]."""
+
+    def pack(
+        self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes
+    ) -> Any:
+        """Counts and writes the rows for every node; returns what `combine_norm` wants to find their answers.
+
+        Args:
+            local_ids: int32 [num_nodes, num_experts], -1 where a node lacks the expert.
+        """
+
+    def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Any, norm: Norm) -> Tensor:
+        """Adds the answers [num_nodes, slot_rows, h] to what was sent to the residual stream in place, and norms it."""
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def logits(self, normed: Tensor, rows: Tensor, lm_head: Linear) -> Tensor:
+        """float32 [num_logits, vocab_size] of these rows."""
+
+    def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """One token per row, as `msi.kernels.sampling.draw` says."""

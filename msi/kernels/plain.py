@@ -1,0 +1,154 @@
+"""Every operation in plain torch, on whatever device: the truth, and what a device without kernels of its own runs.
+
+No value goes back to the host: shapes follow from what the host knows before. So rows are packed by sorting, not by
+counting, and every expert computes every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from msi.kernels.experts import gated_mlp, silu_and_mul
+from msi.kernels.kernels import ExpertBank, Linear, Outboxes
+from msi.kernels.norm import Norm
+from msi.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, write_kv
+from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.rope import apply_rope, rope_table
+from msi.kernels.routing import PackedRows, topk_softmax
+from msi.kernels.sampling import draw
+
+RopeTable = tuple[Tensor, Tensor]
+
+
+class PlainKernels:
+    """Implements `msi.kernels.kernels.Kernels`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        on_device = weight.contiguous().to(self.device)
+        bias_on_device = None if bias is None else bias.to(self.device)
+        return lambda rows: functional.linear(rows, on_device, bias_on_device)
+
+    def expert_bank(
+        self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
+    ) -> ExpertBank:
+        gate_up = torch.empty(num_layers, num_experts, 2 * inner_size, hidden_size, dtype=dtype, device=self.device)
+        down = torch.empty(num_layers, num_experts, hidden_size, inner_size, dtype=dtype, device=self.device)
+        return PlainExpertBank(gate_up, down)
+
+    # -- norms and MLPs ------------------------------------------------------------------------------------------------
+
+    def norm(self, hidden: Tensor, norm: Norm) -> Tensor:
+        return norm.apply(hidden, norm.weight, norm.eps)
+
+    def add_norm(self, hidden: Tensor, added: Tensor, norm: Norm) -> Tensor:
+        return norm.apply(hidden.add_(added), norm.weight, norm.eps)
+
+    def gated_mlp(self, rows: Tensor, gate_up: Linear, down: Linear) -> Tensor:
+        return gated_mlp(rows, gate_up, down)
+
+    # -- attention -----------------------------------------------------------------------------------------------------
+
+    def rope_table(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float) -> RopeTable:
+        return rope_table(positions, frequencies, dtype, scale)
+
+    def plan_attention(self, host: PassTensors, sliding_window: int | None, dtype: torch.dtype) -> AttentionPlan:
+        return plan_attention(host, sliding_window, dtype, self.device)
+
+    def rope_and_write(
+        self, heads: Tensor, num_q: int, rope: RopeTable, layer_cache: Tensor, plan: AttentionPlan
+    ) -> None:
+        num_tokens, num_heads, head_dim = heads.shape
+        num_kv = (num_heads - num_q) // 2
+        apply_rope(heads[:, : num_q + num_kv], *rope)
+        write_kv(layer_cache, heads[:, num_q:].view(num_tokens, 2, num_kv, head_dim), plan.kv_rows)
+
+    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan) -> Tensor:
+        return paged_attention(query, layer_cache, plan.groups)
+
+    # -- routing -------------------------------------------------------------------------------------------------------
+
+    def topk_softmax(self, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+        return topk_softmax(logits, k, renormalise)
+
+    def pack(
+        self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes
+    ) -> Any:
+        """int64 [num_nodes, num_tokens]: the row of each token in each node's outbox, -1 for none."""
+        num_tokens = normed.shape[0]
+        local = local_ids[:, topk_ids]  # [num_nodes, num_tokens, k]
+        goes = (local >= 0).any(dim=-1)
+        first = torch.argsort(goes.to(torch.int32), dim=-1, descending=True, stable=True)  # those that go, in order
+        for node, out in enumerate(outboxes.rows):
+            order = first[node]
+            out.hidden[:num_tokens] = normed[order]
+            out.topk_weights[:num_tokens] = topk_weights[order]
+            out.topk_ids[:num_tokens] = local[node, order]
+        outboxes.counts.copy_(goes.sum(dim=-1))
+        return torch.where(goes, goes.cumsum(dim=-1) - 1, -1)
+
+    def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Any, norm: Norm) -> Tensor:
+        for rows, of_token in zip(answers.to(self.device), sent, strict=True):
+            there = rows.index_select(0, of_token.clamp(min=0))
+            hidden += torch.where(of_token[:, None] >= 0, there, 0.0)  # other rows may hold anything
+        return self.norm(hidden, norm)
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def logits(self, normed: Tensor, rows: Tensor, lm_head: Linear) -> Tensor:
+        if len(rows) < len(normed):
+            normed = normed.index_select(0, rows)
+        return lm_head(normed).to(torch.float32)
+
+    def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        return draw(logits, numbers)
+
+
+class PlainExpertBank:
+    """Implements `msi.kernels.kernels.ExpertBank`.
+
+    Args:
+        gate_up: [num_layers, num_experts, 2 h', h], gate first.
+        down: [num_layers, num_experts, h, h'].
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        self.gate_up = gate_up
+        self.down = down
+
+    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        self.gate_up[layer, expert] = gate_up
+        self.down[layer, expert] = down
+
+    def run(
+        self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
+    ) -> int:
+        rows = landed.gather(lane, seats).to(self.down.device)
+        combined = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=self.down.device)
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up[layer], self.down[layer], strict=True)):
+            outputs = functional.linear(silu_and_mul(functional.linear(rows.hidden, gate_up)), down)
+            chosen = rows.topk_ids == expert
+            weights = torch.where(chosen, rows.topk_weights, 0.0).sum(dim=-1)
+            weighted = outputs.to(torch.float32) * weights[:, None]
+            combined += torch.where(chosen.any(dim=-1)[:, None], weighted, 0.0)
+        scatter_answers(combined, lane, seats, answers)
+        return (self.gate_up[layer].numel() + self.down[layer].numel()) * self.down.itemsize
+
+
+def scatter_answers(
+    combined: Tensor, lane: int, seats: Sequence[tuple[int, int]], answers: Mapping[int, Tensor]
+) -> None:
+    """Rows of several seats behind one another, [n, h], each to where its seat's answers leave."""
+    start = 0
+    for seat, num_rows in seats:
+        answers[seat][lane, :num_rows] = combined[start : start + num_rows]
+        start += num_rows

@@ -1,0 +1,32 @@
+"""Drawing one token per row from logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+    """int64 [n] of logits float32 [n, vocab_size], each row's best finite.
+
+    Temperature, then min_p, top_k and top_p over what is left, then one draw. The best token of a row is never left
+    out, so one can always be drawn.
+
+    Args:
+        numbers: float64 [5, n]: temperature, top_k (at least 1), top_p, min_p, and a number in [0, 1).
+    """
+    temperature, top_k, top_p, min_p, uniform = (numbers[row, :, None] for row in range(5))
+    values, order = logits.sort(dim=-1, descending=True, stable=True)
+    scaled = (values - values[:, :1]) / temperature.to(logits.dtype)
+    probabilities = torch.softmax(scaled, dim=-1, dtype=torch.float64)
+    rest = probabilities[:, 1:]
+    rest.masked_fill_(rest < min_p * probabilities[:, :1], 0.0)
+    ranks = torch.arange(1, logits.shape[-1], device=logits.device)
+    rest.masked_fill_(ranks >= top_k, 0.0)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    total = probabilities.sum(dim=-1, keepdim=True)
+    rest.masked_fill_(before[:, 1:] >= top_p * total, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    num_left = (probabilities > 0).sum(dim=-1, keepdim=True)
+    return order.gather(1, picked.minimum(num_left - 1)).flatten()

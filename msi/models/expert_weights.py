@@ -1,0 +1,57 @@
+"""Reading the routed experts of one node, expert by expert: no more than one lies here beside those in the bank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msi.kernels.kernels import ExpertBank, Kernels
+from msi.models.checkpoint import TensorSource
+from msi.models.config import ModelConfig
+from msi.models.families import family_of
+from msi.models.family import StackedExpertNames
+
+
+def load_expert_bank(
+    config: ModelConfig, experts: tuple[int, ...], source: TensorSource, kernels: Kernels, dtype: torch.dtype
+) -> ExpertBank:
+    """Reads the matrices of these experts, and no others, however they lie on disk.
+
+    Raises:
+        CheckpointError: a tensor is missing, truncated or misshapen.
+    """
+    bank = kernels.expert_bank(
+        num_layers=config.num_sparse_layers,
+        num_experts=len(experts),
+        hidden_size=config.hidden_size,
+        inner_size=config.intermediate_size,
+        dtype=dtype,
+    )
+    for index, layer in enumerate(config.sparse_layers):
+        for local, expert in enumerate(experts):
+            gate_up, down = _read_expert(config, source, layer, expert)
+            bank.put(index, local, gate_up.to(dtype), down.to(dtype))
+    return bank
+
+
+def _read_expert(config: ModelConfig, source: TensorSource, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+    """gate_up [2 h', h] (gate first) and down [h, h']."""
+    names = family_of(config).names.experts
+    num_experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+    if isinstance(names, StackedExpertNames):
+        rows = (expert * inner, (expert + 1) * inner)
+        gate, up, down = (
+            source.read(name.format(layer=layer), (num_experts * inner, hidden), rows)
+            for name in (names.gate, names.up, names.down)
+        )
+        return torch.cat([gate, up]), down.T.contiguous()
+    fused = names.fused_gate_up.format(layer=layer)
+    if source.has(fused):
+        rows = (expert, expert + 1)
+        gate_up = source.read(fused, (num_experts, 2 * inner, hidden), rows)
+        return gate_up[0], source.read(names.fused_down.format(layer=layer), (num_experts, hidden, inner), rows)[0]
+    gate_name, up_name, down_name = (
+        name.format(layer=layer, expert=expert) for name in (names.each.gate, names.each.up, names.each.down)
+    )
+    gate, up = source.read(gate_name, (inner, hidden)), source.read(up_name, (inner, hidden))
+    return torch.cat([gate, up]), source.read(down_name, (hidden, inner))
