@@ -9,14 +9,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.reference import VOCAB_SIZE, save_tiny
-
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must be in want."
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A random checkpoint with a byte-pair tokenizer of its own size."""
+    from tests.tiny import VOCAB_SIZE, save_tiny  # loads torch, which many tests do without
+
     path = tmp_path_factory.mktemp("tiny-model")
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

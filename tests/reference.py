@@ -4,37 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    DbrxConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-)
-from transformers.utils import logging
 
-logging.disable_progress_bar()
-torch.set_num_threads(1)  # models are tiny, and the threads of the workers under test want the cores
+from tests.installed import transformers
+from tests.tiny import COMMON, MIXTRAL, VOCAB_SIZE
 
-VOCAB_SIZE = 199
-COMMON = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.35,
-    "rope_theta": 1e4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
 QWEN = {
     **COMMON,
     "num_hidden_layers": 6,
@@ -46,17 +26,17 @@ QWEN = {
 }
 FAMILIES = {
     "mixtral": (
-        MixtralConfig,
-        {**COMMON, "intermediate_size": 48, "head_dim": 16, "num_local_experts": 7, "num_experts_per_tok": 2},
+        "MixtralConfig",
+        MIXTRAL,
     ),
-    "qwen3": (Qwen3MoeConfig, {**QWEN, "head_dim": 16, "norm_topk_prob": True}),
-    "qwen2": (Qwen2MoeConfig, {**QWEN, "shared_expert_intermediate_size": 56}),
+    "qwen3": ("Qwen3MoeConfig", {**QWEN, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen2": ("Qwen2MoeConfig", {**QWEN, "shared_expert_intermediate_size": 56}),
     "olmoe": (
-        OlmoeConfig,
+        "OlmoeConfig",
         {**COMMON, "intermediate_size": 24, "num_experts": 7, "num_experts_per_tok": 3, "clip_qkv": 1.5},
     ),
     "dbrx": (
-        DbrxConfig,
+        "DbrxConfig",
         {
             "vocab_size": VOCAB_SIZE,
             "d_model": 32,
@@ -75,7 +55,8 @@ FAMILIES = {
 
 def tiny_config(family: str = "mixtral", **changes) -> PreTrainedConfig:
     kind, values = FAMILIES[family]
-    return kind(**{**values, **changes})
+    config: PreTrainedConfig = getattr(transformers(), kind)(**{**values, **changes})
+    return config
 
 
 def save_tiny(
@@ -87,7 +68,7 @@ def save_tiny(
         is_fused: whether experts are saved as tensors that hold all of them, where the family knows both layouts.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).to(dtype)
+    model = transformers().AutoModelForCausalLM.from_config(tiny_config(family, **changes)).to(dtype)
     if family != "mixtral":  # whose fixture is older than families that have biases
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms start as ones, biases as zeros: nothing would be noticed
@@ -98,7 +79,7 @@ def save_tiny(
 
 def load_reference(path: Path, dtype=torch.float32) -> PreTrainedModel:
     """Loaded anew: casting a model in memory would round its rotary frequencies too."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    return transformers().AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
 @dataclass(frozen=True)

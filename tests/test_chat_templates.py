@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from msi.errors import ConfigError, InvalidRequest
 from msi.server.chat import parse_chat
 from msi.server.chat_template import ChatTemplate, ChatTemplates
+from tests.installed import transformers
 
 FOLDER = Path(__file__).parent / "chat_templates"
 SOURCES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.jinja"))}
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "image_token": "<img>"}
 TAKE_PARTS = ("glm", "parts")
 OURS = {name: ChatTemplate(source, SPECIAL) for name, source in SOURCES.items()}
-THEIRS = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **SPECIAL)
 
 TOOL = {"type": "function", "function": {"name": "look", "description": "see", "parameters": {"type": "object"}}}
 
@@ -47,8 +47,13 @@ def expected_of(name, messages):
     return result
 
 
+@cache
+def their_tokenizer():
+    return transformers().PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **SPECIAL)
+
+
 def theirs(name, messages, *, tools=None, documents=None, prompt=True, continues=False, **values):
-    return THEIRS.apply_chat_template(
+    return their_tokenizer().apply_chat_template(
         messages, tools=tools, documents=documents, chat_template=SOURCES[name], tokenize=False,
         add_generation_prompt=prompt, continue_final_message=continues, **values,
     )  # fmt: skip

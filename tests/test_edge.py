@@ -10,7 +10,6 @@ import aiohttp
 import pytest
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import PreTrainedTokenizerFast
 
 from msi import ConfigError, Engine, InvalidRequest, SamplingParams
 from msi.control.messages import Stats
@@ -22,6 +21,7 @@ from msi.server.metrics import Metrics
 from msi.types import Output
 from tests.conftest import TEXT
 from tests.edge import TEMPLATE, gateway, with_template
+from tests.installed import transformers
 from tests.test_engine import collect, idle
 
 KEY = "a-key-ü"
@@ -159,7 +159,7 @@ TEMPLATES = [
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_templates_render_as_in_transformers(tiny_model, template, add_generation_prompt):
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers().PreTrainedTokenizerFast(
         tokenizer_file=str(tiny_model / "tokenizer.json"), bos_token="<s>", eos_token="</s>", chat_template=template
     )
     expected = tokenizer.apply_chat_template(

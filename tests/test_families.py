@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import msi.models
 from msi import Engine, SamplingParams
@@ -23,6 +22,7 @@ from msi.models.families import load_config, parse_config
 from msi.models.rotary import frequencies_of
 from msi.placement import place_evenly
 from msi.worker.loading import ModelFiles
+from tests.installed import transformers
 from tests.reference import references, save_tiny, tiny_config
 from tests.test_models import PlainDevice, assignment, edit
 
@@ -182,7 +182,8 @@ ROPES = [
 @pytest.mark.parametrize("parameters", ROPES, ids=lambda parameters: parameters["rope_type"])
 def test_stretched_rotary_frequencies_are_those_of_transformers(parameters):
     config = tiny_config("qwen3", rope_parameters={**parameters, "rope_theta": 1e4})
-    frequencies, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)
+    theirs = transformers("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
+    frequencies, scale = theirs[parameters["rope_type"]](config)
     values = values_of("qwen3")
     del values["rope_parameters"]
     ours = parse_config({**values, "rope_theta": 1e4, "rope_scaling": parameters}, "config.json")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from msi import Engine, RequestFailed, SamplingParams, Unavailable
-from tests.reference import save_tiny
+from tests.tiny import save_tiny
 
 ENDS_WITHIN_S = 20
 RETURNS_WITHIN_S = 60

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from msi import Engine, InvalidRequest, SamplingParams
 from tests.conftest import TEXT
 from tests.everyday import mostly_slow
-from tests.reference import save_tiny
 from tests.test_engine import collect, idle
+from tests.tiny import save_tiny
 
 LIVE = {"max_tokens": 60, "temperature": 0, "ignore_eos": True}
 ABSURD = [

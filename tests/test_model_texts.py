@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
 
 from msi import ConfigError, SamplingParams
 from msi.models.texts import read_sampling_defaults, read_texts, tokenizers_end
 from msi.types import NO_DEFAULTS, SamplingDefaults
+from tests.installed import transformers
 
 ADDED = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 
@@ -89,7 +89,7 @@ FILES = {
 @pytest.mark.parametrize("files", FILES)
 def test_templates_name_the_special_tokens_that_transformers_knows(tmp_path, tokenizers, files, model_type, kind):
     folder = directory(tmp_path / "model", tokenizers[kind], model_type, **json.loads(json.dumps(FILES[files])))
-    expected = AutoTokenizer.from_pretrained(folder).special_tokens_map
+    expected = transformers().AutoTokenizer.from_pretrained(folder).special_tokens_map
     assert texts_of(folder).special_tokens == expected
 
 

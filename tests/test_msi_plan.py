@@ -18,7 +18,6 @@ from msi_launch import plan as msi_plan
 from msi_launch.arguments import parse as parse_launch
 from msi_launch.main import run as run_launch
 from msi_launch.plan_arguments import parse
-from tests.reference import save_tiny
 
 KEYS = """
     t_attention_s t_expert_s t_comm_s num_micro_batches num_layers tp_attention tp_expert num_attention_nodes
@@ -35,6 +34,8 @@ def planned(capsys, *arguments: str) -> dict:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
+    from tests.tiny import save_tiny  # loads torch, which planning does without
+
     path: Path = tmp_path_factory.mktemp("plan") / "tiny"
     save_tiny(path)
     return path

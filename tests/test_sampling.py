@@ -7,14 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from transformers import LogitsProcessorList
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from msi import Engine, InvalidRequest, SamplingParams
 from msi.attention.sampler import _change, sample
@@ -23,6 +15,7 @@ from msi.text.text_stream import TextStream
 from msi.text.vocabulary import Vocabulary
 from msi.types import LogitChanges, SamplingExtras, TokenLogprobs, TokenSampling
 from tests.conftest import TEXT
+from tests.installed import transformers
 from tests.test_engine import collect, idle
 
 VOCAB = 40
@@ -70,7 +63,7 @@ def test_the_repetition_penalty_is_transformers():
     torch.manual_seed(0)
     logits = torch.randn(2, VOCAB)
     tokens = [[1, 5, 5, 9], [7, 7, 8, 0]]
-    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor(tokens), logits.clone())
+    expected = transformers().RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor(tokens), logits.clone())
     changes = [LogitChanges(1.7, prompt_token_ids=tuple(one[:2]), output_token_ids=tuple(one[2:])) for one in tokens]
     _change(logits, list(enumerate(changes)))
     torch.testing.assert_close(logits, expected)
@@ -83,13 +76,14 @@ def test_the_repetition_penalty_is_transformers():
 def test_what_can_be_drawn_is_what_transformers_warpers_leave(temperature, top_p, top_k, min_p):
     torch.manual_seed(1)
     logits = torch.randn(VOCAB) * 1.5
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    theirs = transformers()
+    warpers = theirs.LogitsProcessorList([theirs.TemperatureLogitsWarper(temperature)])
     if min_p:
-        warpers.append(MinPLogitsWarper(min_p))
+        warpers.append(theirs.MinPLogitsWarper(min_p))
     if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
+        warpers.append(theirs.TopKLogitsWarper(top_k))
     if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
+        warpers.append(theirs.TopPLogitsWarper(top_p))
     left = torch.softmax(warpers(None, logits[None].clone()), dim=-1)[0]
     count = 4000
     extras = SamplingExtras(min_p=min_p)

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models
 from msi.errors import RequestFailed
 from tests.edge import gateway, with_template
 from tests.everyday import mostly_slow
-from tests.reference import save_tiny
 from tests.test_engine import collect, idle
+from tests.tiny import save_tiny
 from tests.vocabularies import tokenizer_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from msi import SamplingParams
 from msi.errors import ConfigError, InvalidRequest, RequestFailed
@@ -20,6 +19,7 @@ from msi.text.tokenizer import encode, load_tokenizer
 from msi.text.vocabulary import REPLACEMENT, Vocabulary
 from msi.types import Output, TokenLogprobs, TokenText
 from tests.everyday import mostly_slow
+from tests.installed import transformers
 from tests.vocabularies import CORPUS, KINDS, tokenizer_of
 
 TEXTS = [
@@ -265,7 +265,7 @@ def test_prompts_are_tokenised_as_in_transformers_whatever_truncation_and_paddin
     tokenizer.enable_truncation(4, stride=1)
     tokenizer.enable_padding(length=30, pad_id=0, pad_token=tokenizer.id_to_token(0))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    reference = transformers().PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer((tmp_path / "tokenizer.json").read_bytes(), [tokenizer.id_to_token(0)])  # it pads, so it is
     for text in [*TEXTS, CORPUS[0] * 20, ""]:
         for special in (True, False):
@@ -282,7 +282,7 @@ def test_tokens_that_the_model_names_are_special_whatever_tokenizer_json_says(ki
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     config = {"bos_token": names[0], "eos_token": names[1], "image_token": names[2], "pad_token": names[3]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    reference = AutoTokenizer.from_pretrained(tmp_path)
+    reference = transformers().AutoTokenizer.from_pretrained(tmp_path)
     ours = load_tokenizer((tmp_path / "tokenizer.json").read_bytes(), names)
     for text in [*TEXTS, names[0] + "x" + names[1], f"a{names[2]} b {names[3]} c{names[0]}"]:
         expected = reference(text)["input_ids"]

@@ -10,7 +10,6 @@ how late the ticker was (worst, 99th percentile), time to the first token, and p
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import multiprocessing
@@ -33,6 +32,7 @@ from msi.engine import Engine
 from msi.server.gateway import Gateway
 from msi.settings import DEMO_MODEL
 from msi.types import Output, SamplingParams
+from msi_launch.command_line import ScriptLine
 
 TICK_S = 0.01
 NUM_STREAMS = 8
@@ -195,8 +195,8 @@ def _serve_apart(pipe: Connection) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser = ScriptLine(__doc__)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each half; 10")
     seconds: float = parser.parse_args().seconds
     for in_process in (False, True):
         measure(in_process, seconds)

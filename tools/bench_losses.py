@@ -9,7 +9,6 @@ until the instance serves again. One line per kind: median and worst.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import signal
@@ -17,6 +16,7 @@ import statistics
 import time
 
 from msi import Engine, RequestFailed, SamplingParams, Unavailable
+from msi_launch.command_line import ScriptLine
 
 LONG = SamplingParams(max_tokens=900, temperature=0, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
@@ -58,7 +58,7 @@ async def loss_s(engine: Engine, worker_id: str, num_streams: int) -> tuple[floa
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=8)
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ and prints a table: client, version, what was run, what came of it. Status 1 if 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -27,6 +26,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from msi_launch.command_line import ScriptLine, integer, one_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".clients"
@@ -224,12 +225,12 @@ def serve(port: int) -> subprocess.Popen[bytes]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clients", nargs="*", metavar="CLIENT", help=f"of {', '.join(CLIENTS)}")
-    parser.add_argument("--port", type=int, default=8765)
+    parser = ScriptLine(__doc__)
+    parser.add_argument("clients", nargs="*", metavar="CLIENT", type=one_of(*CLIENTS), help=f"of {', '.join(CLIENTS)}")
+    parser.add_argument(
+        "--port", type=integer(1, 65535), default=8765, metavar="P", help="where the model is served; 8765"
+    )
     arguments = parser.parse_args()
-    if unknown := sorted(set(arguments.clients) - set(CLIENTS)):
-        parser.error(f"{unknown[0]} is not one of {', '.join(CLIENTS)}")
     chosen = {name: CLIENTS[name] for name in arguments.clients or CLIENTS}
     pythons = {name: environment(name, client) for name, client in chosen.items()}
     server = serve(arguments.port)

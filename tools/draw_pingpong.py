@@ -62,12 +62,12 @@ class Recording:
 
     Attributes:
         tokens_per_s: of the whole run, while all sequences decode.
-        others_share: of all cores' time in that run, what other processes took.
+        others_share: of all cores' time in that run, what other processes took; None where it was not measured.
     """
 
     num_micro_batches: int
     tokens_per_s: float
-    others_share: float
+    others_share: float | None
     spans: tuple[Span, ...]
 
 
@@ -105,13 +105,16 @@ async def record(patience_s: float) -> dict[str, Any]:
 async def calmest(num_lanes: int, load: argparse.Namespace, patience_s: float) -> Recording:
     """The first run that others hardly disturb, or the least disturbed one."""
     ends_at = time.monotonic() + patience_s
-    found: list[Recording] = []
-    while not found or (found[-1].others_share > CALM and time.monotonic() < ends_at):
-        found.append(await traced(num_lanes, load))
-    return min(found, key=lambda one: one.others_share)
+    best, least = await traced(num_lanes, load)
+    while least > CALM and time.monotonic() < ends_at:
+        recording, share = await traced(num_lanes, load)
+        if share < least:
+            best, least = recording, share
+    return best
 
 
-async def traced(num_lanes: int, load: argparse.Namespace) -> Recording:
+async def traced(num_lanes: int, load: argparse.Namespace) -> tuple[Recording, float]:
+    """A run, and of all cores' time what other processes took meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         (Path(folder) / "config.json").write_text(json.dumps(bench_pingpong.config(load)))
@@ -125,7 +128,8 @@ async def traced(num_lanes: int, load: argparse.Namespace) -> Recording:
             measured = await bench_pingpong.run(engine, num_lanes, load)
             share = others.share_since(mark)
         events = json.loads(trace.read_text())["traceEvents"]
-    return Recording(num_lanes, measured["decode_tokens_per_s"], round(share, 3), usual_pass(events))
+    recording = Recording(num_lanes, measured["decode_tokens_per_s"], round(share, 3), usual_pass(events))
+    return recording, share
 
 
 def usual_pass(events: list[dict[str, Any]]) -> tuple[Span, ...]:

@@ -35,6 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 
+from msi_launch.command_line import ScriptLine, integer, number, one_of
 from tools.hostility.attacker import NAMES
 from tools.hostility.machines import Fault, strike
 from tools.hostility.processes import family, held
@@ -52,19 +53,20 @@ API_KEY = "hostile"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptLine(__doc__)
     parser.add_argument("model", nargs="?", help="the demo model without it")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--attention-workers", type=int, default=1)
-    parser.add_argument("--expert-workers", type=int, default=1)
-    parser.add_argument("--delay-ms", type=float, default=100.0)
+    parser.add_argument("--minutes", type=number(0, 1e5), default=10.0, metavar="N", help="10")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="0")
+    parser.add_argument("--attention-workers", type=integer(1, 64), default=1, metavar="N", help="1")
+    parser.add_argument("--expert-workers", type=integer(1, 64), default=1, metavar="N", help="1")
+    parser.add_argument("--delay-ms", type=number(0, 1e6), default=100.0, metavar="MS", help="allowed of a piece; 100")
     parser.add_argument("--no-faults", action="store_true", help="no process is killed or stopped")
-    parser.add_argument("--only", nargs="+", default=[], choices=NAMES, metavar="ATTACK")
+    parser.add_argument("--only", nargs="+", default=[], type=one_of(*NAMES), metavar="ATTACK", help="some alone")
     parser.add_argument("--list", action="store_true", help="name the attacks, and end")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was seen")
     parser.add_argument("--log", type=Path, default=Path("/dev/null"), metavar="FILE", help="what the server says")
-    return parser.parse_args()
+    values: argparse.Namespace = parser.parse_args()
+    return values
 
 
 class Server:

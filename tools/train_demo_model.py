@@ -41,6 +41,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
+from msi_launch.command_line import ScriptLine
+
 PACKAGE = "r-cran-janeaustenr"
 RDB_PATH = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 HELD_OUT = "PERSUASION"
@@ -623,12 +625,19 @@ def samples(model: Mixtral, tokenizer: Tokenizer) -> str:
 
 
 def parse_args() -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "msi" / "demo_model")
+    parser = ScriptLine(__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent.parent / "msi" / "demo_model", help="folder; the bundled one"
+    )
     parser.add_argument("--deb", type=Path, help="the package file, if already downloaded")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of torch; 1")
     for field in fields(Settings):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help=f"{field.default}",
+        )
     args = parser.parse_args()
     return args, Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
