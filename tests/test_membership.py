@@ -315,6 +315,21 @@ def test_what_is_waited_for_is_said_by_name():
     assert formed().sentence(1.0) == "ready"
 
 
+def test_all_workers_hold_and_compute_in_what_the_instance_was_told_or_the_first_of_them_does():
+    """Whoever comes first decides where nobody said it; each is told, whatever it would have done by itself."""
+    first, other = Precision.of("float32"), Precision.of("bfloat16")
+    cluster = Cluster(PLAN, 0.0)
+    assert hello(cluster, b"e0", precision=first).precision == first
+    assert hello(cluster, b"e1", precision=other).precision == first
+    told = Cluster(replace(PLAN, precision=Precision(compute="float32")), 0.0)
+    assert hello(told, b"e0", precision=first).precision == first
+    assert hello(told, b"e1", precision=other).reason == (
+        "it computes in bfloat16, the instance in float32; give all workers the same `dtype`"
+    )
+    for unsaid in (Precision(), replace(first, rows="auto")):
+        assert "it leaves open what it computes in" in hello(told, b"e1", precision=unsaid).reason
+
+
 def test_it_gives_up_with_the_same_sentence():
     cluster = Cluster(replace(PLAN, timeouts=Timeouts(5.0)), 0.0)
     cluster.tick(4.0)
