@@ -41,7 +41,7 @@ from msi.planner.task import Pool, Task
 from msi.profiler.calm import CALM, Others
 from msi.simulator.clock import run_virtual
 from msi.simulator.instance import Shape, SimulatedInstance
-from msi_launch.command_line import ScriptLine
+from msi_launch.command_line import ScriptLine, as_flags
 from tools import bench_decode
 
 SIMULATED_PASSES = 40
@@ -283,7 +283,7 @@ def main() -> int:
             return 2
         compared = compare(arguments, profile, shape)
     except EngineError as error:
-        print(f"compare_simulated: {error}", file=sys.stderr)
+        print(f"compare_simulated: {as_flags(str(error))}", file=sys.stderr)
         return 2
     figures = {} if arguments.predict_only else verdict(compared, arguments.best)
     if arguments.json:
