@@ -41,6 +41,7 @@ class AttentionHalf:
     """Implements `msi.attention.lanes.AttentionCompute`.
 
     Args:
+        row_dtype: of rows on their way to the experts and back.
         landing: where combined rows land: uint8 [num_nodes, stride] of `answer_layout` slots.
         dispatch_layout, answer_layout: the slots on either side of the link.
     """
@@ -52,6 +53,7 @@ class AttentionHalf:
         kv_cache: KvCache,
         placement: Placement,
         device: Device,
+        row_dtype: torch.dtype,
         *,
         dispatch_layout: SlotLayout,
         answer_layout: SlotLayout,
@@ -66,7 +68,7 @@ class AttentionHalf:
         self.kv_cache = kv_cache
         self._forward = Forward(config, weights, kv_cache, placement, device)
         self._config = config
-        self._dtype = kv_cache.dtype
+        self._dtype = row_dtype
         self._device = device
         self._layout = dispatch_layout
         self._fresh: dict[int, MicroBatch] = {}  # by lane, until its first layer is enqueued

@@ -58,10 +58,18 @@ class AttentionWeights:
 
 
 def load_attention_weights(
-    config: ModelConfig, source: TensorSource, device: Device, dtype: torch.dtype
+    config: ModelConfig,
+    source: TensorSource,
+    device: Device,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None = None,
 ) -> AttentionWeights:
-    """Reads the attention side's tensors, and no others. Raises CheckpointError."""
-    reader = _Reader(config, source, device, dtype)
+    """Reads the attention side's tensors, and no others, to be held in `dtype`, and computed with in that or another.
+
+    Raises:
+        CheckpointError: a tensor is missing, truncated or misshapen.
+    """
+    reader = _Reader(config, source, device, dtype, compute_dtype or dtype)
     names = reader.names
     layers = tuple(reader.layer(layer) for layer in range(config.num_layers))
     final_norm = reader.norm(names.final_norm)
@@ -77,7 +85,14 @@ def load_attention_weights(
 class _Reader:
     """Reads what belongs together, and counts the bytes that a pass reads of it."""
 
-    def __init__(self, config: ModelConfig, source: TensorSource, device: Device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: TensorSource,
+        device: Device,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+    ) -> None:
         self.names = family_of(config).names
         self.num_bytes = 0
         self._config = config
@@ -91,7 +106,7 @@ class _Reader:
             device.upload(frequencies_of(config.rope, config.head_dim)),
             config.rope.scale,
             config.sliding_window,
-            dtype,
+            compute_dtype,
         )
 
     def tensor(self, name: str, *shape: int) -> Tensor:

@@ -163,7 +163,7 @@ class _Host:
         if isinstance(self._device, CpuDevice):
             await self._device.close()
             self._device = open_device(self._hosting.device, num_threads)
-        config, hosting = self._config, self._hosting
+        config, hosting, row_dtype = self._config, self._hosting, DTYPES[self._precision.rows]
         if hosting.role == "attention":
             num_blocks = -(-hosting.max_context // BLOCK_TOKENS)  # of each sequence
             if self._kv_cache is None:
@@ -171,10 +171,10 @@ class _Host:
                 self._kv_cache = KvCache(config, 1 + hosting.max_seqs * num_blocks, self._device, dtype)
                 self._kv_cache.fill(0.01)  # pages that nothing was written to are all one page, which a cache holds
             self._side = AttentionSide(
-                config, self._loaded, self._kv_cache, num_blocks, self._device, self._placement
+                config, self._loaded, self._kv_cache, num_blocks, self._device, self._placement, row_dtype
             )  # fmt: skip
         elif hosting.role == "expert":
-            self._side = ExpertSide(config, self._loaded, self._device, DTYPES[self._precision.rows])
+            self._side = ExpertSide(config, self._loaded, self._device, row_dtype)
 
     # -- one side ----------------------------------------------------------------------------------------------------
 

@@ -77,9 +77,9 @@ class AttentionSide:
         num_blocks: int,
         device: CpuDevice | CudaDevice,
         placement: Placement,
+        dtype: torch.dtype,
     ) -> None:
         assert loaded.attention is not None
-        dtype = kv_cache.dtype
         layout = SlotLayout(1, SLOT_ROWS, row_bytes(config.hidden_size, config.top_k, dtype))
         answers = SlotLayout(1, SLOT_ROWS, config.hidden_size * dtype.itemsize)
         self._config = config
@@ -92,6 +92,7 @@ class AttentionSide:
             kv_cache,
             placement,
             device,
+            dtype,
             dispatch_layout=layout,
             answer_layout=answers,
             landing=memoryview(bytearray(answers.region_bytes)),

@@ -41,8 +41,8 @@ class LoadedPart:
     def fits(self, other: Assignment) -> bool:
         """Whether another assignment needs the very same weights."""
         ours = self.assignment
-        return (ours.role, ours.index, ours.placement, ours.precision.weights, ours.is_colocated) == (
-            other.role, other.index, other.placement, other.precision.weights, other.is_colocated,
+        return (ours.role, ours.index, ours.placement, ours.precision, ours.is_colocated) == (
+            other.role, other.index, other.placement, other.precision, other.is_colocated,
         )  # fmt: skip
 
 
@@ -103,7 +103,8 @@ class ModelFiles:
             ids = self._experts_of(assignment)
             experts = load_expert_bank(self.config, ids, source, device.kernels, dtype)
         if assignment.role == "attention":
-            attention = load_attention_weights(self.config, source, device, dtype)
+            compute_dtype = DTYPES[precision.compute]
+            attention = load_attention_weights(self.config, source, device, dtype, compute_dtype)
         log.info(
             "%s: %.1f MB of weights read in %.1f s, held as %s",
             assignment.worker_id, source.bytes_read / 1e6, time.monotonic() - started, precision.weights,

@@ -101,6 +101,7 @@ class TorchModel:
             KvCache(self._files.config, num_blocks, self._device, DTYPES[self._assignment.precision.kv_cache]),
             self._assignment.placement,
             self._device,
+            DTYPES[self._assignment.precision.rows],
             dispatch_layout=link.layout,
             answer_layout=link.answer_layout,
             landing=link.landing.memory,
