@@ -50,6 +50,21 @@ FAMILIES = {
             "eos_token_id": 2,
         },
     ),
+    "glm4": (
+        "Glm4MoeConfig",
+        {
+            **COMMON,
+            "head_dim": 16,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 7,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
 }
 
 
@@ -73,6 +88,9 @@ def save_tiny(
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms start as ones, biases as zeros: nothing would be noticed
                 parameter.data += torch.empty_like(parameter).uniform_(-0.5, 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.5, 0.5)
     model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=not is_fused)
     return load_reference(path)
 

@@ -123,6 +123,16 @@ VARIANTS = {
         "norm_topk_prob true": {"norm_topk_prob": True},
         "fewer layers": {"num_hidden_layers": 2},
     },
+    "glm4": {
+        **MOST_FAMILIES,
+        "experts by the other name": {"n_routed_experts": ABSENT, "num_local_experts": 7},
+        "a quarter of each head rotates": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+        "rotation as transformers 4": {"rope_parameters": ABSENT, "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        "norm_topk_prob absent": {"norm_topk_prob": ABSENT},
+        "scale absent": {"routed_scaling_factor": ABSENT},
+        "no guesses": {"num_nextn_predict_layers": 0},
+        "fewer layers": {"num_hidden_layers": 2},
+    },
     "dbrx": {
         "heads by common names": {"hidden_size": 32, "num_attention_heads": 4},
         "layers by the common name": {"n_layers": ABSENT, "num_hidden_layers": 3},

@@ -14,7 +14,7 @@ needs_gpu = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_una
 
 
 @needs_gpu
-@pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3", "olmoe", "dbrx"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3", "olmoe", "dbrx", "glm4"])
 @pytest.mark.parametrize("transport", ["inproc", "shm"])
 async def test_tokens_equal_transformers_on_a_gpu(tmp_path, family, transport):
     expected = references(save_tiny(tmp_path, family=family), [1, 17, 64, 129], 12)

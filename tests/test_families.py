@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 import msi.models
 from msi import Engine, SamplingParams
 from msi.errors import CheckpointError, ConfigError
+from msi.kernels import SigmoidRouting
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
 from msi.models.expert_weights import load_expert_bank
 from msi.models.families import load_config, parse_config
 from msi.models.rotary import frequencies_of
+from msi.models.shape import read_shape
 from msi.placement import place_evenly
 from msi.worker.loading import ModelFiles
 from tests.installed import transformers
@@ -32,7 +34,7 @@ SCALED_MOE = Path(msi.models.__file__).parent / "configs" / "scaled_moe"
 def values_of(family, **changes):
     """config.json as transformers writes it, parsed."""
     values = tiny_config(family, **changes).to_dict()
-    name = {"qwen3": "Qwen3Moe", "qwen2": "Qwen2Moe", "olmoe": "Olmoe", "dbrx": "Dbrx"}[family]
+    name = {"qwen3": "Qwen3Moe", "qwen2": "Qwen2Moe", "olmoe": "Olmoe", "dbrx": "Dbrx", "glm4": "Glm4Moe"}[family]
     return {**json.loads(json.dumps(values, default=str)), "architectures": [f"{name}ForCausalLM"]}
 
 
@@ -40,8 +42,8 @@ def values_of(family, **changes):
 
 
 def test_what_differs_between_families_is_data():
-    qwen3, qwen2, olmoe, dbrx = (
-        parse_config(values_of(family), "config.json") for family in ("qwen3", "qwen2", "olmoe", "dbrx")
+    qwen3, qwen2, olmoe, dbrx, glm4 = (
+        parse_config(values_of(family), "config.json") for family in ("qwen3", "qwen2", "olmoe", "dbrx", "glm4")
     )
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.renormalise_topk, qwen3.head_dim) == ("head", False, True, 16)
     assert (qwen3.sparse_layers, qwen3.dense_intermediate_size, qwen3.intermediate_size) == ((1, 2, 4), 40, 24)
@@ -50,9 +52,12 @@ def test_what_differs_between_families_is_data():
     assert (olmoe.qk_norm, olmoe.clip_qkv, olmoe.renormalise_topk, olmoe.norm_eps) == ("projection", 1.5, False, 1e-5)
     assert (dbrx.norm, dbrx.clip_qkv, dbrx.renormalise_topk, dbrx.num_kv_heads) == ("layer", 1.5, True, 2)
     assert (dbrx.intermediate_size, dbrx.num_experts, dbrx.top_k, dbrx.head_dim) == (24, 7, 3, 8)
+    assert (glm4.sigmoid, glm4.rope.share, glm4.qk_norm) == (SigmoidRouting(1, 1, 1.5), 0.5, "head")
+    assert (glm4.qkv_bias, glm4.output_bias, glm4.renormalise_topk, glm4.has_shared_gate) == (True, False, True, False)
+    assert (glm4.sparse_layers, glm4.dense_intermediate_size, glm4.shared_intermediate_size) == ((1, 2), 40, 48)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx", "glm4"])
 def test_transformers_4_and_5_write_the_same_model(family):
     newer = values_of(family)
     older = {key: value for key, value in newer.items() if key not in ("rope_parameters", "dtype", "layer_types")}
@@ -82,6 +87,13 @@ def test_transformers_4_and_5_write_the_same_model(family):
         ("dbrx", {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_config: ffn_act_fn: name is 'gelu'"),
         ("dbrx", {"ffn_config": {"moe_normalize_expert_weights": 2.0}}, "moe_normalize_expert_weights is 2.0; suppor"),
         ("dbrx", {"ffn_config": {}}, "ffn_config: ffn_hidden_size is None"),
+        ("glm4", {"n_group": 2}, "n_group is 2; 7 experts must fall into that many equal groups of at least 2"),
+        ("glm4", {"n_group": 7}, "n_group is 7; 7 experts must fall into that many equal groups of at least 2"),
+        ("glm4", {"topk_group": 2}, "topk_group is 2; a token chooses 3 experts of that many groups of 7, of which th"),
+        ("glm4", {"first_k_dense_replace": 3}, "none of the 3 layers has experts"),
+        ("glm4", {"n_shared_experts": 0}, "n_shared_experts is 0; it must be an integer from 1"),
+        ("glm4", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5; it must be a"),
+        ("glm4", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "0.2 of head_dim 16 is 3 values, which are not"),
         ("dbrx", {"quantization_config": {"bits": 4}}, "quantization_config is set; quantised checkpoints are not"),
     ],
 )
@@ -100,6 +112,8 @@ def test_what_cannot_be_served_is_refused_by_name(family, changes, complaint):
         ("olmoe", "model.layers.0.self_attn.q_norm.weight", "[32]"),
         ("dbrx", "transformer.blocks.1.norm_attn_norm.attn.Wqkv.weight", "[64, 32]"),
         ("dbrx", "transformer.blocks.2.ffn.experts.mlp.v1", "[168, 32]"),
+        ("glm4", "model.layers.2.mlp.gate.e_score_correction_bias", "[7]"),
+        ("glm4", "model.layers.1.mlp.shared_experts.down_proj.weight", "[32, 48]"),
     ],
 )
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path, family, name, complaint):
@@ -137,6 +151,12 @@ async def tokens_of(path, prompts, **options):
     return results
 
 
+GLM_YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+}  # fmt: skip
+
+
 def slow(family, **changes):
     return pytest.param(family, changes, marks=pytest.mark.slow)
 
@@ -151,6 +171,15 @@ def slow(family, **changes):
         slow("qwen2", mlp_only_layers=None, num_experts_per_tok=1, max_shard_size="40KB"),
         slow("olmoe", clip_qkv=None, norm_topk_prob=True, num_key_value_heads=4, is_fused=True),
         slow("olmoe", attention_bias=True, num_key_value_heads=1),
+        (
+            "glm4",
+            {
+                "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 2,
+                "use_qk_norm": False, "attention_bias": False, "partial_rotary_factor": 0.25,
+            },
+        ),
+        slow("glm4", first_k_dense_replace=0, norm_topk_prob=False, n_shared_experts=1, is_fused=True),
+        slow("glm4", rope_parameters=GLM_YARN, tie_word_embeddings=True, num_key_value_heads=4),
         slow(
             "dbrx",
             attn_config={"clip_qkv": 1, "kv_n_heads": 4, "rope_theta": 1e4},  # transformers itself needs a limit
@@ -165,6 +194,31 @@ async def test_variants_equal_transformers(tmp_path, family, changes):
     model = save_tiny(tmp_path, seed=3, family=family, **changes)
     expected = references(model, [1, 30, 70], 10)
     assert await tokens_of(tmp_path, [one.prompt for one in expected]) == [one.tokens for one in expected]
+
+
+def test_the_planner_is_told_of_dense_layers_and_shared_experts(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values_of("glm4")))
+    shape = read_shape(tmp_path)
+    assert (shape.num_layers, shape.num_dense_layers, shape.num_experts, shape.top_k) == (3, 1, 7, 3)
+    sizes = (shape.intermediate_size, shape.shared_intermediate_size, shape.dense_intermediate_size)
+    assert sizes == (24, 48, 40)
+
+
+async def test_what_guesses_further_tokens_is_said_and_not_read(tmp_path):
+    expected = references(save_tiny(tmp_path, family="glm4"), [30], 10)
+    tensors = load_file(tmp_path / "model.safetensors")
+    more = {
+        name.replace("layers.2.", "layers.3."): tensor + 1 for name, tensor in tensors.items() if "layers.2." in name
+    }
+    save_file({**tensors, **more, "model.layers.3.eh_proj.weight": torch.ones(32, 64)}, tmp_path / "model.safetensors")
+    edit(tmp_path, num_nextn_predict_layers=1)
+    (remark,) = load_config(tmp_path)[0].remarks
+    assert remark.endswith(
+        "num_nextn_predict_layers is 1; what guesses further tokens (model.layers.3.* and on) is not read"
+    )
+    assert await tokens_of(tmp_path, [expected[0].prompt]) == [expected[0].tokens]
+    edit(tmp_path, num_nextn_predict_layers=0)
+    assert not load_config(tmp_path)[0].remarks
 
 
 ROPES = [
@@ -200,7 +254,7 @@ async def test_stretched_contexts_equal_transformers(tmp_path, parameters):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx", "glm4"])
 async def test_a_colocated_instance_equals_transformers(tmp_path, family):
     expected = references(save_tiny(tmp_path, family=family), [30], 10)
     options = {"colocated": True, "expert_workers": 1, "micro_batches": 1, "transport": "auto"}
@@ -251,7 +305,7 @@ async def test_scaled_moe_runs_on_dummy_weights(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx", "glm4"])
 async def test_every_family_runs_on_dummy_weights(tmp_path, family):
     (tmp_path / "config.json").write_text(json.dumps(values_of(family)))
     (one,) = await tokens_of(tmp_path, [(3, 4, 5)], load_format="dummy")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msi.attention.pass_inputs import PassInputs
-from msi.kernels import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS, SigmoidRouting
 from msi.kernels.cpu import CpuKernels
 from msi.kernels.experts import gated_mlp, sigmoid_gated, silu_and_mul
 from msi.kernels.kernels import Outboxes
@@ -18,7 +18,7 @@ from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms
 from msi.kernels.paged_attention import kv_rows, write_kv
 from msi.kernels.plain import PlainKernels
 from msi.kernels.rope import apply_rope, rope_frequencies, rope_table
-from msi.kernels.routing import PackedRows, row_bytes, topk_softmax
+from msi.kernels.routing import PackedRows, row_bytes, topk_sigmoid, topk_softmax
 from msi.placement import place_evenly
 from msi.types import MicroBatch
 
@@ -93,6 +93,17 @@ def inputs_of(query_lens, context_lens, tables):
     return PassInputs(lambda tensor: tensor).lay_out(MicroBatch((5,) * len(positions), tuple(positions), *lens))[1]
 
 
+def test_rope_leaves_what_lies_beyond_its_table_alone():
+    heads = torch.randn(3, 2, 8)
+    original = heads.clone()
+    table = rope_table(torch.tensor([0, 5, 9]), rope_frequencies(4, 1e4), torch.float32)
+    apply_rope(heads, *table)
+    alone = original[..., :4].clone()
+    apply_rope(alone, *table)
+    assert torch.equal(heads[..., :4], alone)
+    assert torch.equal(heads[..., 4:], original[..., 4:])
+
+
 @pytest.mark.parametrize("kernels", [PLAIN, CPU], ids=["plain", "cpu"])
 @pytest.mark.parametrize("window", [None, 7, 40])
 def test_paged_attention_equals_attention_over_each_sequence_alone(kernels, window):
@@ -138,6 +149,26 @@ def test_topk_softmax_is_softmax_then_topk(renormalise):
         expected = expected / expected.sum(-1, keepdim=True)
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("routing", [SigmoidRouting(), SigmoidRouting(4, 2, 2.5), SigmoidRouting(3, 3, 0.5)], ids=str)
+def test_topk_sigmoid_chooses_by_the_bias_and_weighs_without(routing, renormalise):
+    torch.manual_seed(0)
+    logits, bias, k = torch.randn(9, 12), torch.randn(12), 4
+    weights, ids = topk_sigmoid(logits, bias, k, renormalise, routing)
+    for token in range(9):
+        scores = [1 / (1 + math.exp(-float(logit))) for logit in logits[token]]
+        choice = [score + float(one) for score, one in zip(scores, bias, strict=True)]
+        size = 12 // routing.num_groups
+        groups = [choice[start : start + size] for start in range(0, 12, size)]
+        best = sorted(range(len(groups)), key=lambda group: -sum(sorted(groups[group])[-2:]))
+        inside = [expert for expert in range(12) if expert // size in best[: routing.num_chosen_groups]]
+        chosen = sorted(inside, key=lambda expert: -choice[expert])[:k]
+        assert ids[token].tolist() == chosen
+        total = sum(scores[expert] for expert in chosen) if renormalise else 1.0
+        expected = torch.tensor([scores[expert] / total * routing.scale for expert in chosen])
+        torch.testing.assert_close(weights[token], expected)
 
 
 def dense_moe(hidden, topk_ids, topk_weights, gate_up, down):

@@ -214,7 +214,7 @@ def test_each_worker_reads_only_the_tensors_of_its_role_and_placement(tmp_path, 
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx", "glm4"])
 def test_workers_of_every_family_read_only_what_is_theirs(tmp_path, family, is_fused):
     save_tiny(tmp_path, family=family, is_fused=is_fused, dtype=torch.bfloat16)
     tensors = load_file(tmp_path / "model.safetensors")

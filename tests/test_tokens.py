@@ -110,7 +110,7 @@ async def settled(engine):
 
 # -- the other families ------------------------------------------------------------------------------------------------
 
-FAMILIES = ["qwen3", "qwen2", "olmoe", "dbrx"]
+FAMILIES = ["qwen3", "qwen2", "olmoe", "dbrx", "glm4"]
 
 
 @pytest.fixture(scope="module", params=mostly_slow(FAMILIES[::-1], keep=2))

@@ -3,4 +3,22 @@
 These run on the CPU and are the truth that faster kernels for other devices are tested against.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 BLOCK_TOKENS = 16  # of a block of the KV cache; here, without torch, for those who only count blocks
+
+
+@dataclass(frozen=True, slots=True)
+class SigmoidRouting:
+    """Experts are chosen by the sigmoids of their logits and a learned bias, which does not count in their weights.
+
+    Attributes:
+        num_groups, num_chosen_groups: experts lie in groups, of which a token chooses those whose two best are best.
+        scale: of the weights.
+    """
+
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    scale: float = 1.0

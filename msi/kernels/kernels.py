@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from msi.kernels import SigmoidRouting
 from msi.kernels.norm import Norm
 from msi.kernels.paged_attention import AttentionPlan
 from msi.kernels.pass_tensors import PassTensors
@@ -100,6 +101,11 @@ class Kernels(Protocol):
 
     def topk_softmax(self, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
         """topk_weights float32 and topk_ids int64, both [num_tokens, k]."""
+
+    def topk_sigmoid(
+        self, logits: Tensor, bias: Tensor, k: int, renormalise: bool, routing: SigmoidRouting
+    ) -> tuple[Tensor, Tensor]:
+        """The same, as `msi.kernels.routing.topk_sigmoid` says."""
 
     def pack(
         self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from msi.kernels import SigmoidRouting
 from msi.kernels.experts import gated_mlp, silu_and_mul
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
 from msi.kernels.norm import Norm
 from msi.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, write_kv
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.rope import apply_rope, rope_table
-from msi.kernels.routing import PackedRows, topk_softmax
+from msi.kernels.routing import PackedRows, topk_sigmoid, topk_softmax
 from msi.kernels.sampling import draw
 
 RopeTable = tuple[Tensor, Tensor]
@@ -79,6 +80,11 @@ class PlainKernels:
 
     def topk_softmax(self, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
         return topk_softmax(logits, k, renormalise)
+
+    def topk_sigmoid(
+        self, logits: Tensor, bias: Tensor, k: int, renormalise: bool, routing: SigmoidRouting
+    ) -> tuple[Tensor, Tensor]:
+        return topk_sigmoid(logits, bias, k, renormalise, routing)
 
     def pack(
         self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes

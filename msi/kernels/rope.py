@@ -68,7 +68,8 @@ def rope_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale
 
 
 def apply_rope(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotates heads [num_tokens, num_heads, head_dim] in place."""
+    """Rotates heads [num_tokens, num_heads, head_dim] in place, each as far as the table is wide."""
+    heads = heads[..., : cos.shape[-1]]
     half = heads.shape[-1] // 2
     rotated = heads.roll(half, dims=-1).mul_(sin)
     heads.mul_(cos).add_(rotated)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msi.kernels import SigmoidRouting
+
 
 def topk_softmax(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     """topk_weights float32 and topk_ids int64, both [num_tokens, k], of router logits [num_tokens, num_experts].
@@ -23,6 +25,28 @@ def topk_softmax(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Ten
         chosen, topk_ids = torch.topk(logits, k, dim=-1)
         return torch.softmax(chosen, dim=-1), topk_ids
     return torch.topk(torch.softmax(logits, dim=-1), k, dim=-1)
+
+
+def topk_sigmoid(
+    logits: Tensor, bias: Tensor, k: int, renormalise: bool, routing: SigmoidRouting
+) -> tuple[Tensor, Tensor]:
+    """topk_weights float32 and topk_ids int64, both [num_tokens, k], of float32 logits [num_tokens, num_experts].
+
+    Experts are chosen by sigmoid + bias [num_experts], among the groups whose two best are the largest together;
+    weights are the sigmoids alone, which with `renormalise` sum to 1 before the scale.
+    """
+    scores = torch.sigmoid(logits)
+    choice = scores + bias
+    if routing.num_chosen_groups < routing.num_groups:
+        groups = choice.view(len(choice), routing.num_groups, -1)
+        best = groups.topk(2, dim=-1).values.sum(dim=-1).topk(routing.num_chosen_groups, dim=-1).indices
+        is_out = torch.ones(groups.shape[:2], dtype=torch.bool, device=logits.device).scatter_(1, best, False)
+        choice = groups.masked_fill(is_out[..., None], float("-inf")).view_as(choice)
+    topk_ids = choice.topk(k, dim=-1).indices
+    weights = scores.gather(1, topk_ids)
+    if renormalise:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * routing.scale, topk_ids
 
 
 def row_bytes(hidden_size: int, k: int, dtype: torch.dtype) -> int:

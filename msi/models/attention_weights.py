@@ -23,7 +23,7 @@ from msi.models.families import family_of
 from msi.models.family import MlpNames, bias_of
 from msi.models.required import tied_names
 from msi.models.rotary import frequencies_of
-from msi.models.route import Route, SoftmaxRoute
+from msi.models.route import Route, SigmoidRoute, SoftmaxRoute
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -103,14 +103,14 @@ class _Reader:
         self._dtype = dtype
         self._view = GroupedQueryView(
             device.kernels,
-            device.upload(frequencies_of(config.rope, config.head_dim)),
+            device.upload(frequencies_of(config.rope, config.rope.num_rotated(config.head_dim))),
             config.rope.scale,
             config.sliding_window,
             compute_dtype,
         )
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
-        tensor = self._device.upload(self._source.read(name, shape).to(self._dtype))
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        tensor = self._device.upload(self._source.read(name, shape).to(dtype or self._dtype))
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
@@ -130,15 +130,12 @@ class _Reader:
         hidden = config.hidden_size
         route = shared = mlp = None
         if layer in config.sparse_layers:
-            name = self._source.first_of(*(name.format(layer=layer) for name in names.router))
-            router = self._kernels.linear(self.tensor(name, config.num_experts, hidden))
-            route = SoftmaxRoute(self._kernels, router, config.top_k, config.renormalise_topk)
+            route = self._route(layer)
             if config.shared_intermediate_size is not None:
-                shared = partial(
-                    sigmoid_gated,
-                    gate=self._kernels.linear(self.tensor(names.shared_gate.format(layer=layer), 1, hidden)),
-                    mlp=self._mlp(names.shared_mlp, layer, config.shared_intermediate_size),
-                )
+                shared = self._mlp(names.shared_mlp, layer, config.shared_intermediate_size)
+                if config.has_shared_gate:
+                    gate = self._kernels.linear(self.tensor(names.shared_gate.format(layer=layer), 1, hidden))
+                    shared = partial(sigmoid_gated, gate=gate, mlp=shared)
         else:
             assert config.dense_intermediate_size is not None, f"layer {layer} has neither experts nor an MLP"
             mlp = self._mlp(names.dense_mlp, layer, config.dense_intermediate_size)
@@ -150,6 +147,16 @@ class _Reader:
             shared=shared,
             mlp=mlp,
         )
+
+    def _route(self, layer: int) -> Route:
+        config, kernels = self._config, self._kernels
+        name = self._source.first_of(*(name.format(layer=layer) for name in self.names.router))
+        weight = self.tensor(name, config.num_experts, config.hidden_size)
+        if config.sigmoid is None:
+            return SoftmaxRoute(kernels, kernels.linear(weight), config.top_k, config.renormalise_topk)
+        bias = self.tensor(self.names.router_bias.format(layer=layer), config.num_experts, dtype=torch.float32)
+        router = kernels.linear(weight.to(torch.float32))
+        return SigmoidRoute(kernels, router, bias, config.top_k, config.renormalise_topk, config.sigmoid)
 
     def _attend(self, layer: int) -> GroupedQueryAttention:
         config, output = self._config, self.names.output.format(layer=layer)

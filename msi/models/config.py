@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from msi.errors import ConfigError, shown
+from msi.kernels import SigmoidRouting
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
@@ -32,6 +33,7 @@ class Rope:
     Attributes:
         original_len: positions of the context before it was stretched.
         scale: of cosines and sines.
+        share: of each head that rotates.
     """
 
     theta: float
@@ -44,6 +46,11 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     scale: float = 1.0
+    share: float = 1.0
+
+    def num_rotated(self, head_dim: int) -> int:
+        """The first values of each head, which rotate; the others stay as they are."""
+        return int(head_dim * self.share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +71,8 @@ class ModelConfig:
         clip_qkv: queries, keys and values are cut to [-clip_qkv, clip_qkv]; None for no limit.
         sliding_window: tokens that attention looks back, itself included; None for all.
         renormalise_topk: whether the weights of the chosen experts are scaled to sum to 1.
+        sigmoid: how experts are chosen where it is not by softmax.
+        has_shared_gate: whether a gate scales what the shared expert adds.
         eos_token_ids: tokens that end a sequence.
         dtype: of the checkpoint.
         max_position_embeddings: the longest context the model was made for.
@@ -94,7 +103,9 @@ class ModelConfig:
     qk_norm: Literal["head", "projection"] | None = None
     clip_qkv: float | None = None
     sliding_window: int | None = None
+    sigmoid: SigmoidRouting | None = None
     shared_intermediate_size: int | None = None
+    has_shared_gate: bool = True
     dense_intermediate_size: int | None = None
     remarks: tuple[str, ...] = field(default=(), compare=False)
 
@@ -129,9 +140,9 @@ class ModelConfig:
         every_layer = hidden * (2 * query + 2 * kv + 2)  # projections and two norms
         every_layer += (query + 2 * kv) * self.qkv_bias + hidden * self.output_bias
         every_layer += {"head": 2 * self.head_dim, "projection": query + kv, None: 0}[self.qk_norm]
-        sparse_layer = hidden * self.num_experts
+        sparse_layer = hidden * self.num_experts + (0 if self.sigmoid is None else self.num_experts)
         if self.shared_intermediate_size is not None:
-            sparse_layer += hidden * (3 * self.shared_intermediate_size + 1)
+            sparse_layer += hidden * (3 * self.shared_intermediate_size + self.has_shared_gate)
         dense_layer = 3 * hidden * (self.dense_intermediate_size or 0)
         num_sparse, num_tables = self.num_sparse_layers, 1 if self.tie_word_embeddings else 2
         layers = self.num_layers * every_layer + num_sparse * sparse_layer
@@ -173,8 +184,8 @@ class ConfigReader:
         """`default` where it is absent, none where it is null."""
         return None if self.values.get(key, default) is None else self.integer(key, default=default)
 
-    def number(self, key: str, default: float, at_least: float = MIN_NUMBER) -> float:
-        return self.required_number(key, at_least) if key in self.values else default
+    def number(self, key: str, default: float, at_least: float = MIN_NUMBER, at_most: float = MAX_NUMBER) -> float:
+        return self.required_number(key, at_least, at_most) if key in self.values else default
 
     def required_number(self, key: str, at_least: float = MIN_NUMBER, at_most: float = MAX_NUMBER) -> float:
         value = self.values.get(key)
@@ -237,24 +248,34 @@ class ConfigReader:
         return ConfigError(f"{self.source}: {key} is {shown(value)}; it {rule}")
 
 
-def read_rope(reader: ConfigReader, default_theta: float, max_position_embeddings: int) -> Rope:
-    """Transformers 5 writes all of it into rope_parameters; 4 the base beside rope_scaling. Other kinds are refused."""
+def read_rope(
+    reader: ConfigReader, default_theta: float, max_position_embeddings: int, default_share: float | None = None
+) -> Rope:
+    """Transformers 5 writes all of it into rope_parameters; 4 the base beside rope_scaling. Other kinds are refused.
+
+    Args:
+        default_share: of each head that rotates; None where the family rotates whole heads.
+    """
     newer, older = reader.section("rope_parameters").values, reader.section("rope_scaling").values
     if newer and older:
         raise ConfigError(f"{reader.source} holds both rope_parameters and rope_scaling; remove one")
     parameters = newer or older
     rope = ConfigReader({**reader.values, **parameters}, reader.source)
-    rope.require("partial_rotary_factor", None, 1)
+    if default_share is None:
+        rope.require("partial_rotary_factor", None, 1)
+        share = 1.0
+    else:
+        share = rope.number("partial_rotary_factor", default_share, at_most=1.0)
     theta = rope.number("rope_theta", default_theta, MIN_ROPE_THETA)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ROPE_KINDS:
         supported = ", ".join(repr(known) for known in ROPE_KINDS)
         raise ConfigError(f"{reader.source}: rope_type {shown(kind)} is not supported; supported: {supported}")
     if kind == "default":
-        return Rope(theta)
+        return Rope(theta, share=share)
     factor = ConfigReader(parameters, f"{reader.source}: {kind} rope").required_number("factor", *ROPE_FACTORS)
     if kind == "linear":
-        return Rope(theta, "linear", factor)
+        return Rope(theta, "linear", factor, share=share)
     # as in transformers, a value outside the section goes before one inside
     original = ConfigReader({**parameters, **reader.values}, reader.source)
     original_len = original.integer("original_max_position_embeddings", default=max_position_embeddings)
@@ -262,7 +283,7 @@ def read_rope(reader: ConfigReader, default_theta: float, max_position_embedding
         low, high = (rope.required_number(key, *ROPE_FACTORS) for key in ("low_freq_factor", "high_freq_factor"))
         if low >= high:
             raise ConfigError(f"{reader.source}: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
-        return Rope(theta, "llama3", factor, original_len, low_freq_factor=low, high_freq_factor=high)
+        return Rope(theta, "llama3", factor, original_len, low_freq_factor=low, high_freq_factor=high, share=share)
     scale = rope.optional_number("attention_factor", *ROPE_FACTORS)
     scales = [rope.optional_number(key, *ROPE_FACTORS) for key in ("mscale", "mscale_all_dim")]
     return Rope(
@@ -274,6 +295,7 @@ def read_rope(reader: ConfigReader, default_theta: float, max_position_embedding
         beta_slow=rope.optional_number("beta_slow", *ROPE_FACTORS) or 1.0,
         truncate=rope.flag("truncate", True),
         scale=_yarn_scale(factor, scales) if scale is None else scale,
+        share=share,
     )
 
 
@@ -298,11 +320,12 @@ def read_common(
     num_kv_heads: int | None,
     max_position_embeddings: int,
     renormalise_topk: bool,
+    rotary_share: float | None = None,
 ) -> ModelConfig:
     """What most families write under the same keys.
 
     `norm_eps` and those below are the family's defaults, used where the key is absent; no `num_kv_heads`, or one that
-    cannot be, is as many as there are heads.
+    cannot be, is as many as there are heads; no `rotary_share` is all of them, always.
     """
     reader.require("hidden_act", "silu", "swish")
     hidden_size, num_layers = reader.integer("hidden_size"), reader.integer("num_hidden_layers", at_most=MAX_LAYERS)
@@ -324,7 +347,7 @@ def read_common(
         num_experts=num_experts,
         top_k=top_k,
         norm_eps=reader.number("rms_norm_eps", norm_eps),
-        rope=read_rope(reader, rope_theta, max_position_embeddings),
+        rope=read_rope(reader, rope_theta, max_position_embeddings, rotary_share),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
         max_position_embeddings=max_position_embeddings,
         renormalise_topk=renormalise_topk,
@@ -339,6 +362,12 @@ def check_config(config: ModelConfig, source: str) -> None:
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(
             f"{source}: {config.num_heads} attention heads are not a multiple of {config.num_kv_heads} key-value heads"
+        )
+    rotated = config.rope.num_rotated(config.head_dim)
+    if config.rope.share != 1 and (rotated < 2 or rotated % 2):
+        raise ConfigError(
+            f"{source}: partial_rotary_factor {config.rope.share:g} of head_dim {config.head_dim} is {rotated} values, "
+            "which are not pairs"
         )
     if config.top_k > config.num_experts:
         raise ConfigError(f"{source}: each token is to choose {config.top_k} of {config.num_experts} experts")

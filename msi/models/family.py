@@ -60,6 +60,7 @@ class TensorNames:
     output: str = "model.layers.{layer}.self_attn.o_proj.weight"
     mlp_norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
     router: tuple[str, ...] = ("model.layers.{layer}.mlp.gate.weight",)  # the first that exists
+    router_bias: str = ""  # of a sigmoid router
     experts: ExpertNames | StackedExpertNames = ExpertNames(
         each=MlpNames(
             gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",

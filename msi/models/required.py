@@ -45,8 +45,11 @@ def required_tensors(config: ModelConfig, index: TensorIndex) -> Iterator[tuple[
             yield from _mlp(names.dense_mlp, layer, config.dense_intermediate_size or 0, hidden)
             continue
         yield index.first_of(*(name.format(layer=layer) for name in names.router)), (config.num_experts, hidden)
+        if config.sigmoid is not None:
+            yield names.router_bias.format(layer=layer), (config.num_experts,)
         if config.shared_intermediate_size is not None:
-            yield names.shared_gate.format(layer=layer), (1, hidden)
+            if config.has_shared_gate:
+                yield names.shared_gate.format(layer=layer), (1, hidden)
             yield from _mlp(names.shared_mlp, layer, config.shared_intermediate_size, hidden)
         yield from _experts(config, names.experts, index, layer)
 

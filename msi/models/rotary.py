@@ -8,9 +8,9 @@ from msi.kernels.rope import llama3_frequencies, rope_frequencies, yarn_frequenc
 from msi.models.config import Rope
 
 
-def frequencies_of(rope: Rope, head_dim: int) -> Tensor:
-    """float32 [head_dim / 2] radians per position."""
-    frequencies = rope_frequencies(head_dim, rope.theta)
+def frequencies_of(rope: Rope, num_rotated: int) -> Tensor:
+    """float32 [num_rotated / 2] radians per position."""
+    frequencies = rope_frequencies(num_rotated, rope.theta)
     if rope.kind == "linear":
         return frequencies / rope.factor
     if rope.kind == "llama3":
