@@ -16,6 +16,7 @@ from msi.attention.pass_inputs import PassInputs
 from msi.control.messages import Assignment
 from msi.errors import CheckpointError, ConfigError
 from msi.kernels import BLOCK_TOKENS
+from msi.kernels.cpu import CpuKernels
 from msi.kernels.kernels import Outboxes
 from msi.kernels.plain import PlainKernels
 from msi.kernels.routing import PackedRows, row_bytes
@@ -29,7 +30,7 @@ from msi.settings import LinkShape, SchedulerLimits, Timeouts
 from msi.types import MicroBatch, TokenSampling
 from msi.worker.loading import ModelFiles
 from tests.everyday import mostly_slow
-from tests.reference import VOCAB_SIZE, greedy, load_reference, references, save_tiny, tiny_config
+from tests.reference import FAMILIES, VOCAB_SIZE, greedy, load_reference, references, save_tiny, tiny_config
 
 
 class PlainDevice:
@@ -294,21 +295,24 @@ async def test_dummy_weights_need_nothing_but_the_configuration(tmp_path):
     assert results[0] == results[1]
 
 
-def logits_of(path, prompt, dtype, kernels=None):
+def logits_of(path, prompt, dtype, device=None):
     """float32 logits at the last position of a prompt, computed in `dtype` with one expert node."""
     config, _ = load_config(path)
     source = Checkpoint(path)
-    device = PlainDevice(kernels)
+    device = device or PlainDevice()
+    at = device.kernels.device
     attention = load_attention_weights(config, source, device, dtype)
     bank = load_expert_bank(config, tuple(range(config.num_experts)), source, device.kernels, dtype)
     num_rows = len(prompt)
     num_blocks = 2 + num_rows // BLOCK_TOKENS
     forward = Forward(config, attention, KvCache(config, num_blocks, device, dtype), place_evenly(7, 1), device)
-    memory = torch.zeros(1, 1, num_rows, row_bytes(config.hidden_size, config.top_k, dtype), dtype=torch.uint8)
+    memory = torch.zeros(
+        1, 1, num_rows, row_bytes(config.hidden_size, config.top_k, dtype), dtype=torch.uint8, device=at
+    )
     landed = PackedRows.view(memory, config.hidden_size, config.top_k, dtype)
-    counts = torch.zeros(1, dtype=torch.int32)
+    counts = torch.zeros(1, dtype=torch.int32, device=at)
     outboxes = Outboxes([PackedRows.view(memory[0, 0], config.hidden_size, config.top_k, dtype)], counts)
-    answers = torch.zeros(1, num_rows, config.hidden_size, dtype=dtype)
+    answers = torch.zeros(1, num_rows, config.hidden_size, dtype=dtype, device=at)
     batch = MicroBatch(
         tuple(prompt), tuple(range(num_rows)), (num_rows,), (num_rows,), (tuple(range(1, num_blocks)),),
         (num_rows - 1,), (TokenSampling(0, 1, 0, 0, 0),),
@@ -317,11 +321,41 @@ def logits_of(path, prompt, dtype, kernels=None):
         state = forward.begin(batch, *PassInputs(device.upload).lay_out(batch))
         for turn in range(forward.num_turns):
             forward.route_and_pack(state, turn, answers, outboxes)
-            assert outboxes.counts.tolist() == [num_rows]
+            assert at.type == "meta" or counts.tolist() == [num_rows]
             bank.run(turn, 0, [(0, num_rows)], landed, {0: answers})
             if forward.has_shared:
                 forward.shared_experts(state, turn)
         return forward.logits(state, answers)[0]
+
+
+class MetaDevice(PlainDevice):
+    """Has shapes and no values: whoever asks it for one, or mixes its tensors with those of another device, fails."""
+
+    def __init__(self):
+        super().__init__(PlainKernels(torch.device("meta")))
+
+    def upload(self, tensor):
+        return tensor.to("meta")
+
+    def zeros(self, shape, dtype):
+        return torch.zeros(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_layer_waits_for_a_value_or_makes_a_tensor_somewhere_else(tmp_path, family):
+    save_tiny(tmp_path, family=family)
+    logits = logits_of(tmp_path, range(3, 40), torch.float32, MetaDevice())
+    assert (logits.device.type, logits.shape) == ("meta", (VOCAB_SIZE,))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cpus_own_kernels_compute_what_the_plain_ones_do(tmp_path, family):
+    save_tiny(tmp_path, family=family)
+    plain, own = (
+        logits_of(tmp_path, range(3, 40), torch.float32, PlainDevice(kernels))
+        for kernels in (PlainKernels(torch.device("cpu")), CpuKernels())
+    )
+    torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_bf16_logits_are_as_close_to_float32_as_transformers_bf16(tmp_path):
