@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from msi.control.coordinator import Coordinator
 from msi.errors import EngineError
 from msi.instance.children import follow_launcher, tell_launcher
-from msi.instance.instance import create_coordinator, create_worker
+from msi.instance.instance import create_coordinator, create_worker, listen
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
@@ -126,7 +126,7 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
     watch = LoopWatch("coordinator")
     try:
         where = arguments.coordinator or "tcp://127.0.0.1:*"
-        coordinator = create_coordinator(arguments.options, where, watch, arguments.trust)
+        coordinator = create_coordinator(arguments.options, listen(where, arguments.trust), watch)
         watch.start()
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(coordinator.run())

@@ -21,11 +21,12 @@ from typing import Any
 
 from msi import tracing
 from msi.control.client import CoordinatorClient
-from msi.control.messages import Stats, Welcome
+from msi.control.messages import CLIENT_END, Stats, Welcome
 from msi.errors import EngineError, Failure, Unavailable
 from msi.instance.inproc import InprocInstance
 from msi.instance.instance import LocalInstance, new_trace_dir
 from msi.instance.processes import ProcessInstance
+from msi.net.control import ControlClient
 from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
 from msi.sampling import choices_of
@@ -117,8 +118,11 @@ class Engine:
                 self._instance = InprocInstance(options, self.fail, self._trace_dir)
             else:
                 self._instance = ProcessInstance(options, self.fail, trace_dir=self._trace_dir, **self._process_flags)
-            self._address = await self._instance.start()
-        self._client = CoordinatorClient(self._address, secret=self._secret)
+            control = await self._instance.start()
+        else:
+            control = ControlClient(self._address, CLIENT_END, self._secret)
+        self._address = control.address
+        self._client = CoordinatorClient(control)
         self._welcome = await self._client.start()
         welcome = self._welcome
         self._prompts = Prompts.of(

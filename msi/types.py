@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated
 
-from msi.errors import Failure, InvalidRequest, shown
+from msi.errors import ConfigError, Failure, InvalidRequest, shown
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 4096
@@ -351,35 +351,74 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Which expert node holds which experts.
+class Place:
+    """Where a worker stands in its role. The ranks of a node share the work of every layer.
 
     Attributes:
-        node_of: [num_experts], the node of each expert.
-        num_nodes: expert nodes; each holds at least one expert.
+        size: ranks of the node.
+
+    Raises:
+        ValueError: the node has no such rank.
+    """
+
+    node: Annotated[int, range(2**16)]
+    rank: Annotated[int, range(2**8)] = 0
+    size: Annotated[int, range(1, 2**8 + 1)] = 1
+
+    def __post_init__(self) -> None:
+        if self.rank >= self.size:
+            raise ValueError(f"node {self.node} has {self.size} ranks, so none is rank {self.rank}")
+
+    @staticmethod
+    def at(index: int, size: int) -> Place:
+        """The place with this number among all ranks of a role, whose nodes have `size` each."""
+        return Place(index // size, index % size, size)
+
+    @property
+    def index(self) -> int:
+        return self.node * self.size + self.rank
+
+    def check_is_built(self) -> None:
+        """Raises ConfigError: tensor parallelism is to come."""
+        if self.size != 1:
+            raise ConfigError(
+                f"this worker is to be rank {self.rank} of {self.size} of node {self.node}; nodes of more than one "
+                "rank (tensor parallelism) are not built yet: give every node one worker"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which expert nodes hold which experts; an expert may be on several.
+
+    Rows name experts by their local ids, so a node can take rows of two placements at a time as long as one of them
+    only adds experts behind those that it has in the other.
+
+    Attributes:
+        experts: [num_nodes] the experts of each node; the index into a node's is the local expert id.
+        num_experts: of the model; each is on one node at least.
         version: rises with every change.
     """
 
-    node_of: tuple[int, ...]
-    num_nodes: Annotated[int, range(1, 2**16)]
-    version: int = 0
+    experts: tuple[tuple[int, ...], ...]
+    num_experts: Annotated[int, range(1, 2**16)]
+    version: Annotated[int, range(2**32)] = 0
 
     def __post_init__(self) -> None:
-        assert set(self.node_of) == set(range(self.num_nodes)), self
-
-    def experts_of(self, node: int) -> tuple[int, ...]:
-        """The experts of a node in ascending order; the index is the local expert id."""
-        return tuple(expert for expert, owner in enumerate(self.node_of) if owner == node)
+        assert all(experts and len(set(experts)) == len(experts) for experts in self.experts), self
+        assert {expert for experts in self.experts for expert in experts} == set(range(self.num_experts)), self
 
     @property
-    def local_ids(self) -> tuple[int, ...]:
-        """[num_experts], the local id of each expert on its node."""
-        counts = [0] * self.num_nodes
-        local = []
-        for owner in self.node_of:
-            local.append(counts[owner])
-            counts[owner] += 1
-        return tuple(local)
+    def num_nodes(self) -> int:
+        return len(self.experts)
+
+    @property
+    def has_replicas(self) -> bool:
+        return sum(map(len, self.experts)) > self.num_experts
+
+    def nodes_of(self, expert: int) -> tuple[int, ...]:
+        """The nodes that hold an expert, in ascending order."""
+        return tuple(node for node, experts in enumerate(self.experts) if expert in experts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ SAID_EVERY_S = 10.0
 SHOWN_FRAMES = 8
 LOOPS = ("runners.py", "selectors.py", "base_events.py")  # where a loop is that runs nothing
 BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-COUNTER_PREFIX = "loop_"  # of `counters`
 
 
 class LoopWatch:

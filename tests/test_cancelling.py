@@ -24,7 +24,7 @@ async def served(tiny_model):
         await idle(engine)
         for worker in engine._instance.workers:
             if worker.life.attention is not None:
-                worker.life.attention.check_integrity()
+                worker.life.attention.requests.check_integrity()
 
 
 @contextlib.asynccontextmanager

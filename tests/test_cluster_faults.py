@@ -13,7 +13,7 @@ import time
 import pytest
 
 from msi import Engine
-from msi.instance.instance import create_coordinator, create_worker
+from msi.instance.instance import create_coordinator, create_worker, listen
 from msi.net.tcp import TcpTransport
 from msi.options import InstanceOptions
 from tests import waiting
@@ -40,7 +40,7 @@ async def inside(checkpoint):
     options = InstanceOptions.of(
         model=checkpoint, expert_workers=2, micro_batches=2, transport="tcp", threads_per_worker=1, peer_timeout_s=120
     )
-    coordinator = create_coordinator(options, "tcp://127.0.0.1:*")
+    coordinator = create_coordinator(options, listen("tcp://127.0.0.1:*"))
     workers = {
         worker_id: create_worker(options, coordinator.address, worker_id.partition("-")[0], worker_id)
         for worker_id in ("expert-0", "expert-1", "attention-0")
@@ -83,14 +83,14 @@ async def test_a_connection_that_is_reset_ends_what_runs_and_the_peer_is_taken_b
         assert incarnations["attention-0"] == 0
 
 
-@pytest.mark.parametrize("work", ["_attention_route_pack", "_sample"])
+@pytest.mark.parametrize("work", ["route_and_pack", "sample"])
 async def test_a_connection_that_breaks_and_is_back_while_the_device_is_busy_ends_what_runs_for_that_reason(
     checkpoint, work
 ):
     """Rows for a life that is over went to the next one, which did not answer; tokens were sampled without answers."""
     async with inside(checkpoint) as (engine, workers):
         attention = workers["attention-0"].life.attention
-        compute, is_held, may_go_on = getattr(attention._half, work), threading.Event(), threading.Event()
+        compute, is_held, may_go_on = getattr(attention.half.forward, work), threading.Event(), threading.Event()
 
         def held(*arguments):
             is_held.set()
@@ -98,12 +98,12 @@ async def test_a_connection_that_breaks_and_is_back_while_the_device_is_busy_end
             return compute(*arguments)
 
         tasks = await running_requests(engine, 3)
-        setattr(attention._half, work, held)
+        setattr(attention.half.forward, work, held)
         try:
             assert await asyncio.to_thread(is_held.wait, RETURNS_WITHIN_S)
             reset(next(iter(workers["attention-0"].life.transports[0]._endpoints))._sock)
             await waiting.until(
-                lambda: sum(expert_lives(workers)) and not attention._link.missing_nodes, RETURNS_WITHIN_S
+                lambda: sum(expert_lives(workers)) and not attention.links.link.missing_nodes, RETURNS_WITHIN_S
             )
         finally:
             may_go_on.set()

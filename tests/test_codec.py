@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msi.control.counters import AttentionCounters, ExpertCounters, ProcessCounters
 from msi.control.messages import (
     CLIENT_END,
     COORDINATOR_END,
@@ -35,7 +36,7 @@ from msi.errors import Failure, ProtocolError
 from msi.net.codec import Codec
 from msi.precision import Precision
 from msi.settings import LinkShape, SchedulerLimits, Timeouts
-from msi.types import Placement, Progress, Request, SamplingParams, StageTimes, TokenLogprobs
+from msi.types import Place, Placement, Progress, Request, SamplingParams, StageTimes, TokenLogprobs
 
 CODEC = Codec({*FROM_CLIENT, *FROM_WORKER, *TO_CLIENT, *TO_WORKER})
 EXAMPLES = [
@@ -44,9 +45,9 @@ EXAMPLES = [
         "i",
         "expert-0",
         "expert",
-        0,
+        Place(1),
         3,
-        Placement((0, 0, 1), 2, 4),
+        Placement(((0, 1), (2,)), 3, 4),
         4,
         False,
         0.5,
@@ -55,8 +56,23 @@ EXAMPLES = [
         Timeouts(peer_timeout_s=2.5),
         Precision.of("bfloat16"),
     ),
-    Topology((ExpertAddress(0, "expert-0", 1, "shm://x"),), {"expert-1": "it died"}),
-    Heartbeat("a", 0, WorkerStatus(1, 2, 3, 4, 5, StageTimes(0.1, 0.2, 0.3, 0.4, 0.5), {"x": 1.5})),
+    Topology((ExpertAddress(Place(0), "expert-0", 1, "shm://x"),), {"expert-1": "it died"}),
+    Heartbeat("a", 0, WorkerStatus(1, 2, 3, 4, 5, StageTimes(0.1, 0.2, 0.3, 0.4, 0.5), loop={"x": 1.5})),
+    Heartbeat(
+        "e",
+        0,
+        WorkerStatus(
+            1,
+            2,
+            3,
+            4,
+            5,
+            StageTimes(),
+            ProcessCounters(1.5, cut_off={"a_b": 2}),
+            AttentionCounters(7, dropped={"stale": 1}),
+            ExpertCounters(3, wave_sizes={2: 9}, expert_rows={0: 2**61}),
+        ),
+    ),
     PassDone("a", 0, 7, (Progress("r", (1, 2)), Progress("s", (3,), "stop"))),
     Submit(Request("r", (1, 2, 3), SamplingParams(max_tokens=3, seed=2**64 - 1, stop=("a", "b")))),
     Submit(Request("r", (1,), SamplingParams(seed=1, logit_bias={5: -100, 7: 0.5}, stop_token_ids=(3,), logprobs=2))),
@@ -152,6 +168,7 @@ def assignment(**changes):
         inner = [field.name for field in dataclasses.fields(whole)]
         part = values[names.index(section)] = [getattr(whole, name) for name in inner]
         sections |= {name: (part, inner.index(name)) for name in inner}
+    values[names.index("place")] = [1, 0, 1]
     for name, value in changes.items():
         part, at = sections.get(name) or (values, names.index(name))
         part[at] = value
@@ -161,10 +178,14 @@ def assignment(**changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_nodes": 2**40}, {"num_nodes": 2**64 - 1}, {"num_nodes": -1}, {"num_nodes": 0}, {"num_nodes": 3},
-        {"node_of": []}, {"node_of": [0, 5]}, {"node_of": [[]]}, {"node_of": b"\0" * 7}, {"node_of": b"\1" * 4000},
+        {"num_experts": 2**40}, {"num_experts": 2**64 - 1}, {"num_experts": -1}, {"num_experts": 0}, {"num_experts": 4},
+        {"experts": []}, {"experts": [0, 5]}, {"experts": [[], [0, 1, 2]]}, {"experts": [b"\0" * 7, [0, 1, 2]]},
+        {"experts": [[0, 1, 2], b"\1" * 4000]}, {"experts": [[0, 1, 1], [2]]}, {"experts": [[0, 1, 2], [7]]},
+        {"version": -1}, {"version": 2**40},
         {"num_lanes": 0}, {"num_lanes": 10**9}, {"num_seats": 2**63}, {"num_seats": -1}, {"slot_rows": 0},
-        {"slot_rows": 2**62}, {"max_num_seqs": -5}, {"max_model_len": 2**60}, {"incarnation": -1}, {"index": 1 << 40},
+        {"slot_rows": 2**62}, {"max_num_seqs": -5}, {"max_model_len": 2**60}, {"incarnation": -1},
+        {"place": [1 << 40, 0, 1]}, {"place": [0, 1, 1]},
+        {"place": [0, -1, 1]}, {"place": [0, 0, 0]}, {"place": [0, 0, 1 << 20]}, {"place": 0},
         {"memory_share": float("nan")}, {"memory_share": 7.0}, {"heartbeat_s": float("nan")}, {"lost_after_s": -1},
         {"peer_timeout_s": float("-inf")}, {"num_gpu_blocks_override": 2**63}, {"is_colocated": 2},
         {"enable_prefix_caching": 1}, {"max_num_waiting": 0}, {"start_timeout_s": 0.0}, {"weights": "float3"},

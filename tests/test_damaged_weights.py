@@ -46,7 +46,7 @@ async def failure_of(engine, prompt, **params):
 
 
 def schedulers(engine):
-    return [one.life.attention._scheduler for one in engine._instance.workers if one.life.attention is not None]
+    return [one.life.attention.requests.scheduler for one in engine._instance.workers if one.life.attention is not None]
 
 
 @pytest.mark.parametrize("temperature", mostly_slow([0, 0.8]))
@@ -96,6 +96,6 @@ async def test_what_lies_in_blocks_of_others_before_changes_no_token(tmp_path, f
     options = {"transport": "inproc", "threads_per_worker": 1, "slot_rows": 24, "num_gpu_blocks_override": 40}
     async with Engine.local(model=tmp_path, **options) as engine:
         (attention,) = [one.life.attention for one in engine._instance.workers if one.life.attention is not None]
-        attention._half.kv_cache.fill(value)
+        attention.half.kv_cache.fill(value)
         results = await asyncio.gather(*(tokens_of(engine, one.prompt, max_tokens=5) for one in expected))
         assert results == [one.tokens for one in expected]

@@ -72,8 +72,11 @@ async def test_metrics_tell_requests_and_workers(tiny_model):
             await response.content.readline()
         await idle(engine)
         async with asyncio.timeout(30):
-            wanted = ("msi_kv_cache_blocks", "attention", "attention-0")
-            while wanted not in (samples := await scrape(session, url)):  # noqa: ASYNC110
+            wanted, rows = (
+                ("msi_kv_cache_blocks", "attention", "attention-0"),
+                ("msi_expert_rows_total", "6", "expert-0"),
+            )
+            while wanted not in (samples := await scrape(session, url)) or not samples.get(rows):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)  # the next heartbeat brings it
     assert samples["msi_requests_total", "length"] == 2
     assert samples["msi_requests_total", "error"] == 1
@@ -88,6 +91,7 @@ async def test_metrics_tell_requests_and_workers(tiny_model):
         assert samples[name, "attention", "attention-0"] >= 0
     for name in ("msi_expert_seconds", "msi_busy_ratio", "msi_worker_evictions_total"):
         assert samples[name, "expert", "expert-0"] >= 0
+    assert all(samples["msi_expert_rows_total", str(expert), "expert-0"] > 0 for expert in range(7))
 
 
 @pytest.mark.parametrize(

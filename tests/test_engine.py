@@ -19,13 +19,14 @@ async def engine(tiny_model):
         await idle(engine)
         for worker in engine._instance.workers:
             if worker.life.attention is not None:
-                worker.life.attention.check_integrity()
+                worker.life.attention.requests.check_integrity()
 
 
 async def idle(engine, within_s=10):
     for _ in range(int(within_s * 20)):
         if (await engine.stats()).num_requests == 0 and all(
-            worker.life.attention is None or worker.life.attention.is_idle for worker in engine._instance.workers
+            worker.life.attention is None or worker.life.attention.requests.is_idle
+            for worker in engine._instance.workers
         ):
             return
         await asyncio.sleep(0.05)

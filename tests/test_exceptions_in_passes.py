@@ -56,34 +56,32 @@ async def serves_as_before(engine, expected):
     results = await asyncio.gather(*(tokens_of(engine, one.prompt, max_tokens=NUM_TOKENS) for one in expected))
     assert results == [one.tokens for one in expected]
     for attention in attentions(engine):
-        await attention.wait_idle()
-        attention.check_integrity()
-        assert attention.counters()["kv_blocks_lost"] == 0
+        await attention.requests.wait_idle()
+        attention.requests.check_integrity()
+        assert attention.counters().kv_blocks_lost == 0
 
 
-PLACES = ["_begin", "_attention_route_pack", "_shared_experts", "_combined", "_logits"]
+PLACES = ["begin", "route_and_pack", "shared_experts", "_enter", "_head"]
 
 
 @pytest.mark.parametrize(
     ("place", "error"),
-    [*((place, "RuntimeError") for place in PLACES), *(("_attention_route_pack", error) for error in ERRORS)],
+    [*((place, "RuntimeError") for place in PLACES), *(("route_and_pack", error) for error in ERRORS)],
 )
 async def test_the_request_that_makes_a_computation_raise_ends_alone(checkpoint, place, error, caplog):
     path, expected = checkpoint
     async with local(path) as engine:
         (attention,) = attentions(engine)
-        half = attention._half
-        compute = getattr(half, place)
+        forward = attention.half.forward
+        compute = getattr(forward, place)
 
         def poisoned(first, *others):
-            batch = others[0] if place == "_begin" else getattr(first, "micro_batch", None)
-            if batch is None and half._lanes[first] is not None:
-                batch = half._lanes[first].micro_batch
-            if batch is not None and POISON in batch.token_ids:
+            batch = first if place == "begin" else first.micro_batch
+            if POISON in batch.token_ids:
                 raise ERRORS[error]
             return compute(first, *others)
 
-        setattr(half, place, poisoned)
+        setattr(forward, place, poisoned)
         bad = [(*one.prompt, POISON) for one in expected[:2]]
         for _ in range(2):
             good = asyncio.gather(*(tokens_of(engine, one.prompt, max_tokens=NUM_TOKENS) for one in expected))
@@ -94,19 +92,21 @@ async def test_the_request_that_makes_a_computation_raise_ends_alone(checkpoint,
                 assert str(end).startswith("attention-0: ")
                 assert error in str(end) or "ValueError" in str(end)
                 assert "\n" not in str(end)
-        setattr(half, place, compute)
+        setattr(forward, place, compute)
         await serves_as_before(engine, expected)
         traces = [one for one in caplog.records if one.exc_info and one.name.startswith("msi")]
         assert 1 <= len(traces) <= 3, "each kind is said once"
 
 
-@pytest.mark.parametrize("place", ["_begin", "_attention_route_pack", "_sample", "expert"])
+@pytest.mark.parametrize("place", ["begin", "route_and_pack", "sample", "expert"])
 async def test_what_raises_once_ends_nothing(checkpoint, place):
     path, expected = checkpoint
     async with local(path, attention_workers=1) as engine:
         (attention,) = attentions(engine)
         target = (
-            attention._half if place != "expert" else next(one.experts for one in lives(engine) if one.experts)._half
+            attention.half.forward
+            if place != "expert"
+            else next(one.experts for one in lives(engine) if one.experts).half
         )
         name = "_run" if place == "expert" else place
         compute, num_calls = getattr(target, name), 0
@@ -133,7 +133,7 @@ async def test_an_expert_worker_that_cannot_compute_the_rows_of_one_attention_wo
     path, expected = checkpoint
     async with local(path, attention_workers=2) as engine:
         experts = [life.experts for life in lives(engine) if life.experts is not None]
-        compute = experts[0]._half._run
+        compute = experts[0].half._run
         bad_seat = next(seat for seat, peer in experts[0]._link.peers.items() if peer == "attention-0")
 
         def partial(batch):
@@ -141,7 +141,7 @@ async def test_an_expert_worker_that_cannot_compute_the_rows_of_one_attention_wo
                 raise ValueError("rows of seat")
             return compute(batch)
 
-        experts[0]._half._run = partial
+        experts[0].half._run = partial
         results = await asyncio.gather(
             *(tokens_of(engine, one.prompt, max_tokens=NUM_TOKENS) for one in expected * 3), return_exceptions=True
         )
@@ -152,7 +152,7 @@ async def test_an_expert_worker_that_cannot_compute_the_rows_of_one_attention_wo
         }
         for one, result in zip(expected * 3, results, strict=True):
             assert isinstance(result, RequestFailed) or result == one.tokens
-        experts[0]._half._run = compute
+        experts[0].half._run = compute
         await serves_as_before(engine, expected)
         assert [life.assignment.incarnation for life in lives(engine)] == [0] * 4, "nobody was given up"
 
@@ -162,7 +162,7 @@ async def test_a_scheduler_that_raises_ends_the_requests_of_its_lane(checkpoint,
     path, expected = checkpoint
     async with local(path, micro_batches=1) as engine:
         (attention,) = attentions(engine)
-        scheduler = attention._scheduler
+        scheduler = attention.requests.scheduler
         compute, num_calls = getattr(scheduler, place), 0
 
         def shaky(*arguments):

@@ -54,7 +54,7 @@ async def test_live_streams_keep_their_tokens_beside_absurd_requests(tiny_model,
         assert [one.life.assignment.incarnation for one in workers] == [0] * 3
         for worker in workers:
             if worker.life.attention is not None:
-                worker.life.attention.check_integrity()
+                worker.life.attention.requests.check_integrity()
 
 
 @pytest.fixture(scope="module")

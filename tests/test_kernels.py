@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from msi.kernels.kernels import Outboxes
 from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms_norm
 from msi.kernels.paged_attention import kv_rows, write_kv
 from msi.kernels.plain import PlainKernels
+from msi.kernels.replicas import PlacementTables, choose_replicas
 from msi.kernels.rope import apply_rope, rope_frequencies, rope_table
 from msi.kernels.routing import PackedRows, row_bytes, topk_sigmoid, topk_softmax
 from msi.placement import place_evenly
-from msi.types import MicroBatch
+from msi.types import MicroBatch, Placement
 
 PLAIN, CPU = PlainKernels(torch.device("cpu")), CpuKernels()
 
@@ -181,6 +183,30 @@ def dense_moe(hidden, topk_ids, topk_weights, gate_up, down):
     return result
 
 
+def with_replica(placement, expert, node):
+    """The placement with this expert on that node, too."""
+    held = placement.experts[node]
+    grown = held if expert in held else (*held, expert)
+    experts = (*placement.experts[:node], grown, *placement.experts[node + 1 :])
+    return Placement(experts, placement.num_experts, placement.version + 1)
+
+
+def chosen_in_words(topk_ids, placement):
+    """The node of each expert of each row: its nodes in turn, beginning at the sum of the row's number and its ids."""
+    chosen = []
+    for number, ids in enumerate(topk_ids):
+        nodes = [placement.nodes_of(expert) for expert in ids]
+        chosen.append([one[(number + sum(ids)) % len(one)] for one in nodes])
+    return chosen
+
+
+def nodes_of(replicas, tables):
+    """The one node that holds each replica."""
+    holds = tables.local_ids[:, replicas] >= 0
+    assert (holds.sum(dim=0) == 1).all()
+    return holds.to(torch.int32).argmax(dim=0).tolist()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([PLAIN, CPU]), st.sampled_from([PLAIN, CPU]))
 def test_combining_what_was_dispatched_equals_the_dense_computation(data, attention, experts):
@@ -197,11 +223,14 @@ def test_combining_what_was_dispatched_equals_the_dense_computation(data, attent
     topk_weights, topk_ids = attention.topk_softmax(torch.randn(num_tokens, num_experts), k, renormalise=True)
 
     placement = place_evenly(num_experts, num_nodes)
-    assert sorted(expert for node in range(num_nodes) for expert in placement.experts_of(node)) == [*range(num_experts)]
-    local_ids = torch.full((num_nodes, num_experts), -1, dtype=torch.int32)
-    for node in range(num_nodes):
-        for local, expert in enumerate(placement.experts_of(node)):
-            local_ids[node, expert] = local
+    assert [expert for node in range(num_nodes) for expert in placement.experts[node]] == [*range(num_experts)]
+    extra = data.draw(st.lists(st.tuples(st.integers(0, num_nodes - 1), st.integers(0, num_experts - 1))), "replicas")
+    for node, expert in extra:
+        placement = with_replica(placement, expert, node)
+    tables = PlacementTables.of(placement.experts, num_experts)
+    node_of = chosen_in_words(topk_ids.tolist(), placement)
+    replicas = choose_replicas(topk_ids, tables)
+    assert nodes_of(replicas, tables) == node_of
 
     seat, lane = 1, 2  # of slots whose other rows hold what no result may
     memory = torch.full((num_nodes, 2, 3, num_tokens, row_bytes(hidden_size, k, torch.float32)), 255, dtype=torch.uint8)
@@ -209,9 +238,9 @@ def test_combining_what_was_dispatched_equals_the_dense_computation(data, attent
     outboxes = [PackedRows.view(of_node[seat, lane], hidden_size, k, torch.float32) for of_node in memory]
     answers = torch.full((num_nodes, 3, num_tokens, hidden_size), torch.nan)
     counts = torch.full((num_nodes,), -1, dtype=torch.int32)
-    sent = attention.pack(hidden, topk_weights, topk_ids, local_ids, Outboxes(outboxes, counts))
+    sent = attention.pack(hidden, topk_weights, replicas, tables.local_ids, Outboxes(outboxes, counts))
     for node, count in enumerate(counts.tolist()):
-        members = placement.experts_of(node)
+        members = placement.experts[node]
         bank = experts.expert_bank(
             num_layers=2, num_experts=len(members), hidden_size=hidden_size, inner_size=inner, dtype=torch.float32
         )
@@ -219,7 +248,10 @@ def test_combining_what_was_dispatched_equals_the_dense_computation(data, attent
             bank.put(1, local, gate_up[expert], down[expert])
         if count:
             num_bytes = bank.run(1, lane, [(seat, count)], slots[node], {seat: answers[node]})
-            num_hit = len(set(topk_ids.flatten().tolist()) & set(members))
+            all_sent = zip(topk_ids.flatten().tolist(), (one for nodes in node_of for one in nodes), strict=True)
+            came = Counter(expert for expert, its_node in all_sent if its_node == node)
+            assert bank.num_rows.tolist() == [came[expert] for expert in members]
+            num_hit = len(came)
             assert num_bytes == (num_hit if experts is CPU else len(members)) * 3 * inner * hidden_size * 4
     result = torch.zeros_like(hidden)
     ones = Norm(rms_norm, torch.ones(hidden_size), 1e-6)
@@ -227,8 +259,7 @@ def test_combining_what_was_dispatched_equals_the_dense_computation(data, attent
     expected = dense_moe(hidden, topk_ids, topk_weights, gate_up, down)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(normed, rms_norm(result, ones.weight, 1e-6))
-    nodes_per_token = [len({placement.node_of[expert] for expert in row}) for row in topk_ids.tolist()]
-    assert counts.sum() == sum(nodes_per_token), "a token travels once to each node that it needs"
+    assert counts.sum() == sum(len(set(nodes)) for nodes in node_of), "a token travels once to each node that it needs"
 
 
 @pytest.mark.parametrize("kernels", [PLAIN, CPU], ids=["plain", "cpu"])
@@ -248,3 +279,56 @@ def test_rows_of_several_seats_are_computed_together_and_go_back_to_their_own(ke
         torch.testing.assert_close(answers[seat][1, :num_rows], expected[:num_rows], atol=1e-4, rtol=1e-4)
         assert not answers[seat][1, num_rows:].any()
         assert not answers[seat][0].any()
+
+
+EVERYWHERE = Placement(((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2)), 4)
+
+
+@pytest.mark.parametrize(
+    "topk_ids",
+    [torch.tensor([[0]] * 300), torch.arange(300)[:, None] % 4, torch.tensor([[1, 3]] * 300)],
+    ids=["one expert alone", "each in turn", "one pair alone"],
+)
+def test_rows_spread_evenly_over_the_nodes_of_their_experts(topk_ids):
+    tables = PlacementTables.of(EVERYWHERE.experts, 4)
+    replicas = choose_replicas(topk_ids, tables)
+    assert torch.equal(replicas, choose_replicas(topk_ids, tables)), "the same every time"
+    nodes = nodes_of(replicas, tables)
+    assert all(len(set(row)) == 1 for row in nodes), "experts on the same nodes meet at one"
+    assert Counter(row[0] for row in nodes) == {0: 100, 1: 100, 2: 100}
+
+
+def test_one_row_a_pass_spreads_by_what_it_chose():
+    tables = PlacementTables.of(EVERYWHERE.experts, 4)
+    chosen = [nodes_of(choose_replicas(torch.tensor([pair]), tables), tables) for pair in ([0, 1], [0, 2], [0, 3])]
+    assert sorted(row[0] for (row,) in chosen) == [0, 1, 2]
+
+
+def test_without_replicas_there_is_nothing_to_choose():
+    tables, topk_ids = PlacementTables.of(place_evenly(7, 3).experts, 7), torch.tensor([[0, 6], [2, 3], [5, 1]])
+    assert tables.most_replicas == 1
+    assert torch.equal(choose_replicas(topk_ids, tables), topk_ids)
+
+
+@pytest.mark.parametrize("kernels", [PLAIN, CPU], ids=["plain", "cpu"])
+def test_a_bank_that_is_arranged_anew_keeps_its_experts(kernels):
+    torch.manual_seed(0)
+    gate_up, down = torch.randn(3, 12, 8), torch.randn(3, 8, 6)
+    bank = kernels.expert_bank(num_layers=2, num_experts=2, hidden_size=8, inner_size=6, dtype=torch.float32)
+    for layer in range(2):
+        for expert in range(2):
+            bank.put(layer, expert, gate_up[expert], down[expert])
+    grown = bank.arranged([1, None, 0])
+    for layer in range(2):
+        grown.put(layer, 1, gate_up[2], down[2])
+    order = torch.tensor([1, 2, 0])
+    slots = PackedRows(
+        torch.randn(1, 1, 5, 8), torch.rand(1, 1, 5, 2), torch.randint(0, 3, (1, 1, 5, 2)).to(torch.int32)
+    )
+    answers = {0: torch.zeros(1, 5, 8)}
+    grown.run(1, 0, [(0, 5)], slots, answers)
+    expected = dense_moe(
+        slots.hidden[0, 0], slots.topk_ids[0, 0], slots.topk_weights[0, 0], gate_up[order], down[order]
+    )
+    torch.testing.assert_close(answers[0][0], expected, atol=1e-4, rtol=1e-4)
+    assert not bank.num_rows.any()

@@ -320,6 +320,8 @@ async def test_a_new_life_of_a_peer_fences_the_old_one_and_an_older_one_is_refus
         ({"protocol_version": 9}, "protocol_version 9, ours is 1"),
         ({"instance": "other"}, "x belongs to another instance"),
         ({"placement_version": 3}, "placement_version 3, ours is 2"),
+        ({"rank": 1, "size": 2}, "x is rank 1 of 2 of its node; only nodes of one rank are built"),
+        ({"size": 2}, "x is rank 0 of 2"),
         ({"row_bytes": 32}, "row_bytes 32, ours is 16"),
         ({"slot_rows": 8}, "slot_rows 8, ours is 4"),
     ],
@@ -355,3 +357,35 @@ async def test_garbage_as_a_hello_is_refused():
     with pytest.raises(TransportError, match=r"not msgpack|array"):
         await transport.connect(address, b"GET / HTTP/1.1", transport.register(1, 64), 0)
     await transport.close()
+
+
+async def test_rows_are_taken_of_every_placement_that_a_node_uses_and_a_pass_keeps_to_its_own(pair):
+    pair.link.placement_version = 3
+    before = pair.exchange(0, (1, 0))  # a pass that had begun
+    assert await pair.landed(0) == [(0, 0, 0, 1, True)]
+    pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)
+    await asyncio.wait_for(before, 5)
+    pair.link.begin(0)
+    early = pair.exchange(0, (1, 0))
+    await until(lambda: pair.nodes[0].counters.dropped["header"])
+    assert not pair.recorders[0].events, "this node does not use it yet"
+    early.cancel()
+    for node in pair.nodes:
+        node.use_placement(3)
+    pair.link.begin(1)
+    for lane, seq in ((1, 0), (1, 1)):
+        turn = pair.exchange(lane, (1, 0))
+        assert await pair.landed(0) == [(0, lane, seq, 1, True)]
+        pair.nodes[0].answer(0, lane, seq, 1, compute_s=0.0)
+        await asyncio.wait_for(turn, 5)
+    for version, is_taken in ((2, True), (3, True), (4, False)):
+        link = DispatchLink(
+            InprocTransport(), hello=replace(HELLO, worker_id="x", incarnation=version, placement_version=version),
+            num_nodes=2, report_loss=lambda *loss: None,
+        )  # fmt: skip
+        if is_taken:
+            await link.connect(0, pair.addresses[0])
+        else:
+            with pytest.raises(TransportError, match="placement_version 4, ours is 3"):
+                await link.connect(0, pair.addresses[0])
+        link.drop(0, "enough")

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from msi.net.control_inproc import InprocClient, InprocServer
 from msi.planner.stage_costs import ConstantCosts
-from msi.simulator.control import SimulatedClient, SimulatedServer
 from msi.simulator.deployment import LIMITS, Deployment
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
@@ -40,7 +40,7 @@ def lose(monkeypatch, seed, share, names=None):
     def is_lost(message):
         return (names is None or type(message).__name__ in names) and chance.random() < share
 
-    for end in (SimulatedServer, SimulatedClient):
+    for end in (InprocServer, InprocClient):
         send = end.send
 
         def lossy(self, *words, send=send):

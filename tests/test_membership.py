@@ -27,14 +27,17 @@ from msi.control.messages import (
     Topology,
     Undecided,
     UseLanes,
+    UsePlacement,
     WorkerBelief,
     WorkerFailed,
     WorkerHello,
     WorkerReady,
 )
+from msi.errors import ConfigError
 from msi.placement import place_evenly
 from msi.precision import Precision
 from msi.settings import SchedulerLimits, Timeouts
+from msi.types import Place, Placement
 
 PLAN = InstancePlan("token", 1, 2, False, place_evenly(8, 2), SchedulerLimits(1024, 64, 512))
 CHOICE = "waiting for other workers: the role that they leave is this one's"
@@ -70,7 +73,7 @@ def beat(cluster, route, worker_id, now, incarnation=0):
 def test_places_are_given_in_order_and_then_refused():
     cluster = Cluster(PLAN, 0.0)
     first, second = hello(cluster, b"1"), hello(cluster, b"2")
-    assert [(one.worker_id, one.role, one.index, one.incarnation) for one in (first, second)] == [
+    assert [(one.worker_id, one.role, one.place.node, one.incarnation) for one in (first, second)] == [
         ("expert-0", "expert", 0, 0),
         ("expert-1", "expert", 1, 0),
     ]
@@ -158,8 +161,8 @@ def test_once_the_instance_has_served_whoever_comes_fills_a_place_at_once():
 
 def test_a_default_id_says_its_place():
     cluster = Cluster(PLAN, 0.0)
-    assert hello(cluster, b"1", worker_id="expert-1").index == 1
-    assert hello(cluster, b"2", worker_id="mine").index == 0
+    assert hello(cluster, b"1", worker_id="expert-1").place == Place(1)
+    assert hello(cluster, b"2", worker_id="mine").place == Place(0)
 
 
 def test_a_live_id_refuses_a_second():
@@ -237,7 +240,7 @@ def test_attention_workers_learn_of_expert_workers_as_they_become_ready():
     assert send == Send(b"a0", Topology((), {}))
     hello(cluster, b"e0")
     (send,) = cluster.ready(b"e0", WorkerReady("expert-0", 0, "shm://e0", 0))
-    assert [(expert.node, expert.address) for expert in send.message.experts] == [(0, "shm://e0")]
+    assert [(expert.place.node, expert.address) for expert in send.message.experts] == [(0, "shm://e0")]
     assert not cluster.serving
 
 
@@ -260,7 +263,7 @@ def test_a_silent_expert_worker_is_lost_fenced_and_comes_back_as_its_next_incarn
     (again,) = beat(cluster, b"e1", "expert-1", 3.6)
     assert isinstance(again.message, HelloAgain)
     back = hello(cluster, b"e1", worker_id="expert-1")
-    assert (back.index, back.incarnation) == (1, 1)
+    assert (back.place, back.incarnation) == (Place(1), 1)
     (again,) = beat(cluster, b"e1", "expert-1", 3.7)
     assert isinstance(again.message, HelloAgain), "the old life's heartbeats count no more"
     assert beat(cluster, b"e1", "expert-1", 3.7, incarnation=1) == [Send(b"e1", HeartbeatAck(1))]
@@ -499,3 +502,70 @@ def test_tokens_that_miss_others_before_them_end_the_life_that_lost_them():
     assert cluster.passed(b"a0", PassDone("attention-0", 0, 1, ())) == []
     _, lost, *_ = cluster.passed(b"a0", PassDone("attention-0", 0, 3, ()))
     assert lost == Lost("attention-0", "tokens of its were lost on the way")
+
+
+# -- nodes of several ranks --------------------------------------------------------------------------------------------
+
+
+def test_a_node_is_ready_when_all_its_ranks_are():
+    plan = replace(PLAN, num_expert=2, expert_ranks=2, attention_ranks=2)
+    cluster = Cluster(plan, 0.0)
+    routes = (b"e0", b"e1", b"e2", b"e3")
+    given = [hello(cluster, route, role="expert") for route in routes]
+    assert [(one.worker_id, one.place) for one in given] == [
+        ("expert-0", Place(0, 0, 2)), ("expert-1", Place(0, 1, 2)), ("expert-2", Place(1, 0, 2)),
+        ("expert-3", Place(1, 1, 2)),
+    ]  # fmt: skip
+    for route in (b"a0", b"a1"):
+        name = hello(cluster, route, role="attention").worker_id
+        cluster.ready(route, WorkerReady(name, 0, "", 100))
+    assert cluster.ready(b"e2", WorkerReady("expert-2", 0, "shm://2", 0)) == [
+        Send(route, Topology((), {})) for route in (b"a0", b"a1")
+    ]
+    cluster.ready(b"e0", WorkerReady("expert-0", 0, "shm://0", 0))
+    (told, _) = cluster.ready(b"e1", WorkerReady("expert-1", 0, "shm://1", 0))
+    assert [(one.place, one.address) for one in told.message.experts] == [
+        (Place(0, 0, 2), "shm://0"), (Place(0, 1, 2), "shm://1"),
+    ]  # fmt: skip
+    cluster.ready(b"e3", WorkerReady("expert-3", 0, "shm://3", 0))
+    cluster.use_lanes(1)
+    cluster.linked(b"a0", Linked("attention-0", 0, True))
+    assert cluster.serving == {}
+    cluster.linked(b"a1", Linked("attention-1", 0, True))
+    assert list(cluster.serving) == ["attention-0"], "requests go to the first rank of a node"
+    lost = [one for one in cluster.tick(100.0) if isinstance(one, Lost)]
+    assert [one.worker_id for one in lost] == ["attention-0", "attention-1"]
+
+
+def test_nodes_of_more_than_one_rank_are_refused_by_name_where_work_would_begin():
+    Place(3).check_is_built()
+    with pytest.raises(ConfigError, match=r"rank 1 of 2 of node 0; nodes of more than one rank \(tensor parallelism\)"):
+        Place(0, 1, 2).check_is_built()
+
+
+# -- placements that change --------------------------------------------------------------------------------------------
+
+
+def says(cluster, route, worker_id, version, now=1.0):
+    """The placements that a worker is told of when it says that it uses this one."""
+    member = cluster._members[worker_id]
+    belief = WorkerBelief(0, None, member.is_linked, cluster.num_lanes, placement_version=version)
+    instructions = cluster.heartbeat(route, Heartbeat(worker_id, member.incarnation, NO_STATUS, belief), now)
+    return [one.message.placement for one in instructions if isinstance(one.message, UsePlacement)]
+
+
+def test_attention_workers_hear_of_a_placement_once_all_expert_workers_use_it():
+    cluster = formed()
+    grown = Placement(((*range(4), 7), tuple(range(4, 8))), 8, version=1)
+    assert cluster.use_placement(grown) == [Send(route, UsePlacement(grown)) for route in (b"e0", b"e1")]
+    assert says(cluster, b"a0", "attention-0", 0) == []
+    assert says(cluster, b"e0", "expert-0", 0) == [grown], "told again: it may have been lost"
+    assert says(cluster, b"e0", "expert-0", 1) == []
+    assert says(cluster, b"a0", "attention-0", 0) == []
+    assert says(cluster, b"e1", "expert-1", 1) == []
+    assert says(cluster, b"a0", "attention-0", 0) == [grown]
+    assert says(cluster, b"a0", "attention-0", 1) == []
+    cluster.hello(b"e2", replace(HELLO, worker_id="expert-1", role="expert", pid=7), 1.0)
+    lost = cluster.worker_exited("expert-1", cluster._members["expert-1"].pid, "it crashed", 2.0)
+    (assigned,) = [one.message for one in lost if isinstance(one.message, Assignment)]
+    assert assigned.placement == grown

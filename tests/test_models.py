@@ -27,7 +27,7 @@ from msi.models.families import load_config, parse_config
 from msi.placement import place_evenly
 from msi.precision import Precision
 from msi.settings import LinkShape, SchedulerLimits, Timeouts
-from msi.types import MicroBatch, TokenSampling
+from msi.types import MicroBatch, Place, TokenSampling
 from msi.worker.loading import ModelFiles
 from tests.everyday import mostly_slow
 from tests.reference import FAMILIES, VOCAB_SIZE, greedy, load_reference, references, save_tiny, tiny_config
@@ -187,7 +187,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def assignment(role, index, num_expert, **changes) -> Assignment:
     values = {
-        "instance": "i", "worker_id": "w", "role": role, "index": index, "incarnation": 0,
+        "instance": "i", "worker_id": "w", "role": role, "place": Place(index), "incarnation": 0,
         "placement": place_evenly(7, num_expert), "num_seats": 2, "is_colocated": False, "memory_share": 1.0,
         "limits": SchedulerLimits(64, 4, 16), "link": LinkShape(1, 16), "timeouts": Timeouts(),
         "precision": Precision.of("float32"),

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 
+from msi.control.counters import AttentionCounters
 from msi.control.messages import StageTimes, Stats, WorkerStats, WorkerStatus
 from msi.server.request_log import LoadLog, RequestLog
 from msi.types import Output
@@ -108,10 +109,10 @@ async def test_requests_are_counted_when_they_are_not_told(caplog):
     assert requests.num_tokens == 3
 
 
-def stats(num_requests, running=0, waiting=0, free=0, blocks=0.0, **counters):
-    counters = {**counters, **({"blocks": blocks} if blocks else {})}
+def stats(num_requests, running=0, waiting=0, free=0, blocks=0, **counters):
+    attention = AttentionCounters(blocks=blocks, **counters) if blocks else None
     times = StageTimes(*([0.0] * len(StageTimes.__dataclass_fields__)))
-    status = WorkerStatus(0, 0, running, waiting, free, times, counters)
+    status = WorkerStatus(0, 0, running, waiting, free, times, attention=attention)
     return Stats(1, num_requests, (WorkerStats("attention-0", "attention", 1, "h", 0, "ready", status),))
 
 
@@ -120,7 +121,7 @@ def test_load_is_a_line_while_something_happens_and_none_when_nothing_did():
     load = LoadLog(None, requests)
     assert load.line(stats(0), 10.0) == ""
     requests.num_prompt_tokens, requests.num_tokens = 120, 456
-    now = stats(5, running=3, waiting=2, free=75, blocks=100.0, prompt_tokens=200.0, prefix_hit_tokens=50.0)
+    now = stats(5, running=3, waiting=2, free=75, blocks=100, prompt_tokens=200, prefix_hit_tokens=50)
     assert load.line(now, 10.0) == (
         "12.0 prompt tokens/s, 45.6 generated tokens/s, 5 requests (3 running, 2 waiting), KV cache 25.0 % used, "
         "prefix hits 25 %"

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from msi.control.coordinator import Coordinator
-from msi.control.members import InstancePlan
+from msi.control.counters import AttentionCounters, ExpertCounters, ProcessCounters
+from msi.control.members import NO_STATUS, InstancePlan
 from msi.control.messages import (
     CLIENT_END,
     COORDINATOR_END,
@@ -33,14 +34,13 @@ from msi.control.messages import (
     Welcome,
     WorkerHello,
     WorkerReady,
-    WorkerStatus,
 )
 from msi.errors import ProtocolError
 from msi.placement import place_evenly
 from msi.precision import Precision
 from msi.server.metrics import Metrics
 from msi.settings import SchedulerLimits
-from msi.types import Request, SamplingParams, StageTimes
+from msi.types import Request, SamplingParams
 
 PLAN = InstancePlan("token", 2, 2, False, place_evenly(8, 2), SchedulerLimits(1024, 64, 512))
 FLOAT32 = Precision.of("float32")
@@ -48,7 +48,7 @@ IDS = ["attention-0", "attention-1", "expert-0", "expert-1"]
 NUMBERS = [0, 1, 2, 3, -1, 64, 2**16 - 1, 2**31, 2**40 - 1, 2**60 - 1, 2**63 - 1, 2**64 - 1]
 FLOATS = [0.0, -0.0, 1.0, -1.0, 1e-310, 1e300, math.inf, -math.inf, math.nan]
 TEXTS = [*IDS, "", "attention", "expert", "worker", "print", "float32", "a\nb", 'a"} 1', "\0", "x" * 300, "ü"]
-COUNTERS = ["blocks", "passes", "batches", "batch_tokens", "loop_stalls", "wave_size_", "rss_bytes", "attention_s"]
+COUNTERS = ["loop_stalls", "loop_stall_le_inf", "loop_stall_sum_s", "stale", "header", "a_b"]
 
 
 def values(hint, name=""):
@@ -193,13 +193,38 @@ def test_a_report_of_a_lost_link_counts_only_where_links_lead(reporter, peer):
     [{"a\nb": 1.0}, {'a"} 1': 1.0}, {"": 1.0}, {"x" * 65: 1.0}, {"a": math.nan}, {"a": -1.0}, {"a": math.inf}],
 )
 def test_counters_that_metrics_could_not_show_are_no_message(counters):
-    status = [0, 0, 0, 0, 0, [0.0] * 5, counters]
-    assert said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, []]]) is None
+    assert heartbeat_said() is not None
+    assert heartbeat_said(loop=counters) is None
+    whole = {name: int(count) if math.isfinite(count) else count for name, count in counters.items()}
+    for kind in ("process", "attention", "experts"):
+        assert heartbeat_said(**{kind: {("cut_off" if kind == "process" else "dropped"): whole}}) is None
+
+
+@pytest.mark.parametrize("name", ["expert_rows", "wave_sizes"])
+@pytest.mark.parametrize(
+    "counts", [{-1: 1}, {4096: 1}, {1 << 40: 1}, {0: -1}, {0: 1 << 63}, {0: 1.5}, {"0": 1}, {False: 1}, [[0, 1]]]
+)
+def test_counts_by_expert_or_size_that_metrics_could_not_show_are_no_message(name, counts):
+    assert heartbeat_said(experts={name: {0: 5, 4095: 2**61}}) is not None
+    assert heartbeat_said(experts={name: counts}) is None
+
+
+def heartbeat_said(process=None, attention=None, experts=None, loop=None):
+    def plain(kind, changes):
+        values = {**dataclasses.asdict(kind()), **(changes or {})}
+        return [values[field.name] for field in dataclasses.fields(kind)]
+
+    status = [
+        0, 0, 0, 0, 0, [0.0] * 5, plain(ProcessCounters, process), plain(AttentionCounters, attention),
+        plain(ExpertCounters, experts), loop or {},
+    ]  # fmt: skip
+    return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0]])
 
 
 def test_a_member_that_counts_no_blocks_and_half_its_stalls_does_not_end_metrics():
     instance = Instance()
-    status = WorkerStatus(0, 0, 0, 0, 5, StageTimes(), {"blocks": 0.0, "loop_stalls": 1.0, "a.b": 1.0})
+    counters = AttentionCounters(dropped={"a.b": 1})
+    status = dataclasses.replace(NO_STATUS, attention=counters, loop={"loop_stalls": 1.0, "a.b": 1.0})
     instance.hear(b"attention-0", Heartbeat("attention-0", 0, status))
     assert b"msi_loop_stalls_total" in Metrics().exposition(instance.stats(), {})
 

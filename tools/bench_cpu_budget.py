@@ -84,7 +84,7 @@ def counted(owner: type, name: str) -> None:
 def work(arguments: list[str]) -> int:
     """Runs msi-launch with its stages timed; SIGUSR1 prints a snapshot."""
     from msi.attention.half import AttentionHalf
-    from msi.attention.role import AttentionRole
+    from msi.attention.requests import Requests
     from msi.attention.scheduler import Scheduler
     from msi.experts.server import ExpertServer
     from msi.experts.waves import Waves
@@ -94,7 +94,7 @@ def work(arguments: list[str]) -> int:
 
     timed(ShmTransport, "_rung", "read rings, check what landed")
     timed(AttentionHalf, "attention_route_pack", "enqueue attention")
-    timed(AttentionRole, "finish", "end passes")
+    timed(Requests, "finish", "end passes")
     timed(Scheduler, "plan", "plan passes")
     timed(DispatchLink, "post", "post rows")
     timed(ExpertServer, "_finished", "take the next batch, post answers")
@@ -129,9 +129,9 @@ async def main() -> None:
         threads_per_worker=1,
         load_format=arguments.load_format,
     )
-    from msi.instance.instance import create_coordinator, worker_ids
+    from msi.instance.instance import create_coordinator, listen, worker_ids
 
-    coordinator = create_coordinator(options, "tcp://127.0.0.1:*")
+    coordinator = create_coordinator(options, listen("tcp://127.0.0.1:*"))
     running = asyncio.ensure_future(coordinator.run())
     workers = {}
     for role, worker_id in worker_ids(options):

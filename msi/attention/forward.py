@@ -21,6 +21,7 @@ from msi.complaints import Complaints
 from msi.device.device import Device
 from msi.kernels.kernels import Outboxes
 from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.replicas import PlacementTables, choose_replicas
 from msi.models.attend import PassView
 from msi.models.attention_weights import AttentionLayer, AttentionWeights
 from msi.models.config import ModelConfig
@@ -45,6 +46,7 @@ class PassState:
     micro_batch: MicroBatch
     inputs: PassTensors
     host_inputs: PassTensors
+    tables: PlacementTables
     hidden: Tensor
     plans: list[Any]
     sent: Any = None
@@ -56,6 +58,7 @@ class Forward:
 
     Attributes:
         weight_bytes: what a pass reads of the weights.
+        tables: of the placement that is used now.
     """
 
     def __init__(
@@ -73,21 +76,34 @@ class Forward:
         ends = (*config.sparse_layers, config.num_layers)
         starts = (0, *(layer + 1 for layer in config.sparse_layers))
         self._dense_before = [range(start, end) for start, end in zip(starts, ends, strict=True)]
-        local_ids = torch.full((placement.num_nodes, config.num_experts), -1, dtype=torch.int32)
-        for node in range(placement.num_nodes):
-            for local, expert in enumerate(placement.experts_of(node)):
-                local_ids[node, expert] = local
-        self._local_ids = device.upload(local_ids)
         self._entry_norms = [*(layer.attention_norm for layer in weights.layers), weights.final_norm]
         self._complaints = Complaints(log)
+        self._upload = device.upload
+        self.use_placement(placement)
 
-    def begin(self, micro_batch: MicroBatch, inputs: PassTensors, host_inputs: PassTensors) -> PassState:
-        """Embeds the tokens and makes ready what all layers read. `host_inputs`: `inputs` in host memory."""
+    def use_placement(self, placement: Placement) -> None:
+        """For passes that begin from now on with `tables`."""
+        self.tables = PlacementTables.of(placement.experts, placement.num_experts, self._upload)
+
+    def begin(
+        self,
+        micro_batch: MicroBatch,
+        inputs: PassTensors,
+        host_inputs: PassTensors,
+        tables: PlacementTables | None = None,
+    ) -> PassState:
+        """Embeds the tokens and makes ready what all layers read.
+
+        Args:
+            host_inputs: `inputs` in host memory.
+            tables: where the pass's rows go; by default as is used now.
+        """
         self._kv_cache.clear(inputs.begun_blocks)
         return PassState(
             micro_batch,
             inputs,
             host_inputs,
+            tables or self.tables,
             hidden=self._weights.embed.index_select(0, inputs.token_ids),
             plans=[view.plan(inputs, host_inputs) for view in self._views],
         )
@@ -99,7 +115,9 @@ class Forward:
         normed = self._attention(state, self._enter(state, turn, answers), weights, layer)
         assert weights.route is not None, f"layer {layer} has no router"
         topk_weights, topk_ids = weights.route(normed)
-        state.sent = self._kernels.pack(normed, topk_weights, topk_ids, self._local_ids, outboxes)
+        tables = state.tables
+        replicas = topk_ids if tables.most_replicas == 1 else choose_replicas(topk_ids, tables)
+        state.sent = self._kernels.pack(normed, topk_weights, replicas, tables.local_ids, outboxes)
         if self.has_shared:
             state.normed = normed
 

@@ -66,11 +66,12 @@ class AttentionHalf:
         self.pass_meter = StageMeter()  # head and sampling, once per pass
         self.weight_bytes_read = 0
         self.kv_cache = kv_cache
-        self._forward = Forward(config, weights, kv_cache, placement, device)
+        self.forward = Forward(config, weights, kv_cache, placement, device)
         self._config = config
         self._dtype = row_dtype
         self._device = device
         self._layout = dispatch_layout
+        self._tables = [self.forward.tables] * dispatch_layout.num_lanes  # of each lane's pass
         self._fresh: dict[int, MicroBatch] = {}  # by lane, until its first layer is enqueued
         self._inputs = [PassInputs(device.upload) for _ in range(dispatch_layout.num_lanes)]
         self._lanes: list[_InFlight | None] = [None] * dispatch_layout.num_lanes
@@ -91,11 +92,16 @@ class AttentionHalf:
         for lane, outboxes in enumerate(self._outboxes):
             outboxes.rows[node] = PackedRows.view(slots[lane], config.hidden_size, config.top_k, self._dtype)
 
+    def use_placement(self, placement: Placement) -> None:
+        """Passes that begin from now on send rows where it says."""
+        self.forward.use_placement(placement)
+
     # -- msi.attention.lanes.AttentionCompute --------------------------------------------------------------------------
 
     def begin(self, lane: int, micro_batch: MicroBatch) -> None:
         """The embedding is looked up at the start of the first layer's work."""
         self._fresh[lane] = micro_batch
+        self._tables[lane] = self.forward.tables
 
     def attention_route_pack(self, lane: int, layer: int, turn: Turn) -> None:
         fresh = self._fresh.pop(lane, None)
@@ -106,7 +112,7 @@ class AttentionHalf:
             turn.post(self._turn(lane, layer))
 
         self._device.enqueue(work, turn.fail, self.meter, "attention", lane)
-        if self._forward.has_shared:
+        if self.forward.has_shared:
 
             def failed(error: Exception) -> None:
                 if (in_flight := self._lanes[lane]) is not None:
@@ -124,18 +130,19 @@ class AttentionHalf:
     # -- work --------------------------------------------------------------------------------------------------------
 
     def _begin(self, lane: int, batch: MicroBatch) -> None:
-        self._lanes[lane] = _InFlight(self._forward.begin(batch, *self._inputs[lane].lay_out(batch)))
+        inputs, host_inputs = self._inputs[lane].lay_out(batch)
+        self._lanes[lane] = _InFlight(self.forward.begin(batch, inputs, host_inputs, self._tables[lane]))
 
     def _turn(self, lane: int, layer: int) -> list[int]:
         """The number of rows that lie in each node's outbox."""
-        self._forward.route_and_pack(self._state(lane), layer, self._answers[lane], self._outboxes[lane])
+        self.forward.route_and_pack(self._state(lane), layer, self._answers[lane], self._outboxes[lane])
         counts: list[int] = self._counts[lane].tolist()
         return counts
 
     def _shared(self, lane: int, layer: int) -> None:
         in_flight = self._lanes[lane]
         assert in_flight is not None, f"lane {lane} has not begun"
-        self._forward.shared_experts(in_flight.state, layer)
+        self.forward.shared_experts(in_flight.state, layer)
 
     def _state(self, lane: int) -> PassState:
         in_flight = self._lanes[lane]
@@ -146,8 +153,8 @@ class AttentionHalf:
 
     def _sample(self, lane: int) -> Sampled:
         state, self._lanes[lane] = self._state(lane), None
-        self.weight_bytes_read += self._forward.weight_bytes
-        return self._forward.sample(state, self._answers[lane])
+        self.weight_bytes_read += self.forward.weight_bytes
+        return self.forward.sample(state, self._answers[lane])
 
 
 def slot_rows_view(memory: memoryview, num_seats: int, stride: int, layout: SlotLayout) -> Tensor:

@@ -20,7 +20,7 @@ class AttentionCompute(Protocol):
     num_layers: int
 
     def begin(self, lane: int, micro_batch: MicroBatch) -> None:
-        """Embeds the tokens."""
+        """A pass begins: its tokens are embedded, and it uses the placement that is used now to its end."""
 
     def attention_route_pack(self, lane: int, layer: int, turn: Turn) -> None:
         """Attention and router of one layer; the rows for each expert node go straight into its outbox.
@@ -82,6 +82,7 @@ async def run_pass(
     """
     last = compute.num_layers - 1
     compute.begin(lane, micro_batch)
+    link.begin(lane)
     for layer in range(compute.num_layers):
         turn = link.open(lane, more=layer < last or may_continue(lane))
         compute.attention_route_pack(lane, layer, turn)

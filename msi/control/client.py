@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 from msi.control.lateness import read_first, sleep_late
 from msi.control.messages import (
-    CLIENT_END,
     PROTOCOL_VERSION,
     Cancel,
     ClientHeartbeat,
@@ -26,8 +25,7 @@ from msi.control.messages import (
     Welcome,
 )
 from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
-from msi.net.control import ControlClient, MessageClient
-from msi.net.secret import Secret
+from msi.net.control import MessageClient
 from msi.types import Progress, Request
 
 HEARTBEAT_S = 1.0
@@ -43,22 +41,14 @@ class CoordinatorClient:
     """One connection to a coordinator. `start` before anything else, `close` after everything.
 
     Args:
-        control: the way there; by default a socket.
-        secret: the instance's, where it listens on a network and has one.
+        control: the way there; closed with this.
         clock: seconds, monotonic.
     """
 
-    def __init__(
-        self,
-        address: str,
-        control: MessageClient | None = None,
-        *,
-        secret: Secret | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.address = address
+    def __init__(self, control: MessageClient, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.address = control.address
         self.status = InstanceStatus(False, "connecting", "")
-        self._control = control or ControlClient(address, CLIENT_END, secret)
+        self._control = control
         self._clock = clock
         self._queues: dict[str, asyncio.Queue[Progress]] = {}
         self._status_changed = asyncio.Condition()
@@ -69,7 +59,7 @@ class CoordinatorClient:
         self._must_greet = False  # the coordinator does not know us
         self._num_outputs = 0
         self._num_submits = 0
-        self._lost_after_s = LOCAL_LOST_AFTER_S if address.startswith("ipc://") else LOST_AFTER_S
+        self._lost_after_s = LOST_AFTER_S if self.address.startswith("tcp://") else LOCAL_LOST_AFTER_S
         self._failure: EngineError | None = None  # why nothing works any more, or for the moment
 
     async def start(self, timeout_s: float = HELLO_TIMEOUT_S) -> Welcome:

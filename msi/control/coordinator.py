@@ -1,7 +1,7 @@
-"""The coordinator: the shell around `Cluster` and `Router` that talks to workers and clients.
+"""The coordinator: the shell around `Cluster`, `Router`, `Clients` and `LaneChoice` that sends, receives and waits.
 
-Assigns roles, notices who comes and goes, carries requests to attention workers and tokens back to clients. Every
-decision is made in `msi.control.membership`, `msi.control.request_routing` and `msi.planner.pipeline`.
+Carries requests to attention workers and tokens back to clients. Every decision is made by those four, in
+`msi.control.membership`, `request_routing`, `clients` and `lane_choice`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from msi.control.calibration import Calibration
+from msi.control.clients import Clients
+from msi.control.counters import AttentionCounters, ExpertCounters
+from msi.control.lane_choice import LaneChoice
 from msi.control.lateness import read_first, sleep_late
 from msi.control.members import InstancePlan, Instruction, Lost, Send
 from msi.control.membership import Cluster
 from msi.control.messages import (
     FROM_WORKER,
-    PROTOCOL_VERSION,
     Calibrated,
     CalibrationCutShort,
     Cancel,
@@ -29,10 +29,8 @@ from msi.control.messages import (
     Draining,
     Goodbye,
     Heartbeat,
-    HeartbeatAck,
     InstanceStatus,
     Linked,
-    Outputs,
     PassDone,
     PeerLost,
     Pulse,
@@ -53,29 +51,13 @@ from msi.errors import Failure, InvalidRequest, Unavailable
 from msi.kernels import BLOCK_TOKENS
 from msi.net.control import MessageServer
 from msi.planner.drift import DriftWatch, Observation
-from msi.types import Progress
+from msi.types import Placement, Progress
 from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
-CLIENT_LOST_AFTER_S = 10.0
-MAX_CLIENTS = 1024
 MESSAGES_AT_ONCE = 64  # before others get their turn on the loop
-
-
-@dataclass
-class _Client:
-    """Attributes:
-    token: as in its hello.
-    status: as last told.
-    """
-
-    last_seen: float
-    token: str
-    num_outputs: int = 0
-    num_submits: int = 0
-    status: InstanceStatus | None = None
 
 
 class Coordinator:
@@ -105,10 +87,6 @@ class Coordinator:
         self._server = server
         self.address = server.address
         self._clock = clock
-        self._plan = plan
-        self._welcome = welcome
-        self._num_micro_batches = num_micro_batches
-        self._num_layers = num_layers
         self._drift = drift
         self._watch = watch
         self._cluster = Cluster(plan, clock())
@@ -117,10 +95,8 @@ class Coordinator:
             max_num_seqs=plan.limits.max_num_seqs,
             max_waiting=plan.num_attention * plan.limits.max_num_waiting,
         )
-        self._clients: dict[bytes, _Client] = {}
-        most_seqs = min(plan.limits.max_num_seqs, plan.limits.max_num_batched_tokens)
-        self._calibration = Calibration(most_seqs, num_layers)
-        self._calibration_note = ""
+        self._clients = Clients(welcome)
+        self._lane_choice = LaneChoice(plan, num_micro_batches, num_layers)
         self._is_ending = False
         self._all_ended = asyncio.Event()
 
@@ -176,16 +152,16 @@ class Coordinator:
                 self._let_experts_end()
             case Goodbye():
                 self._carry_out(cluster.goodbye(route, message))
-            case Calibrated() if cluster.knows(route, message.worker_id, message.incarnation):
-                self._calibration.answered(message)
-            case CalibrationCutShort() if cluster.knows(route, message.worker_id, message.incarnation):
-                self._calibration.cut_short(message, now)
+            case Calibrated() | CalibrationCutShort() if cluster.knows(route, message.worker_id, message.incarnation):
+                self._lane_choice.hear(message, now)
             case RequestsFailed() | WorkerFailed() | Calibrated() | CalibrationCutShort():
                 log.debug("dropped %s: not from the member that it names", type(message).__name__)
             case ClientHello() if not cluster.has_route(route):
-                self._greet(route, message, now)
+                answer, gone = self._clients.hello(route, message, now)
+                self._forget_clients(gone)
+                self._carry_out([answer])
             case ClientPulse():
-                self._pulse(message, now)
+                self._clients.pulse(message, now)
             case Submit() | Cancel() | ClientHeartbeat() | StatsRequest() if not is_client:
                 self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
             case Submit():
@@ -194,7 +170,7 @@ class Coordinator:
                 if (given := self._router.cancel(route, message.request_id)) is not None:
                     self._cancel(*given)
             case ClientHeartbeat():
-                self._client_beats(route, self._clients[route], message, now)
+                self._client_beats(route, message, now)
             case StatsRequest():
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
                 dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
@@ -238,46 +214,29 @@ class Coordinator:
                 self._server.send(route, Cancel(request_id))
             self._tell(found.updates)
 
+    def use_placement(self, placement: Placement) -> None:
+        """From now on experts are placed like this. What runs goes on; workers load what they lack."""
+        self._carry_out(self._cluster.use_placement(placement))
+
     # -- clients' messages -------------------------------------------------------------------------------------------
 
-    def _greet(self, route: bytes, hello: ClientHello, now: float) -> None:
-        if hello.protocol_version != PROTOCOL_VERSION:
-            reason = f"client speaks protocol version {hello.protocol_version}, the coordinator {PROTOCOL_VERSION}"
-            self._server.send(route, Refused(reason))
-            return
-        for former, client in list(self._clients.items()):
-            if former != route and hello.client and client.token == hello.client:
-                self._forget_client(former)  # its connection broke
-        if route not in self._clients and len(self._clients) >= MAX_CLIENTS:
-            self._server.send(route, Refused(f"{MAX_CLIENTS} clients are connected already"))
-            return
-        self._forget_client(route)
-        self._clients[route] = _Client(now, hello.client)
-        self._server.send(route, self._welcome)
-
-    def _forget_client(self, route: bytes) -> None:
-        if self._clients.pop(route, None) is not None:
+    def _forget_clients(self, routes: Iterable[bytes]) -> None:
+        """They are gone: nobody waits for their requests."""
+        for route in routes:
             for worker_id, request_id in self._router.client_lost(route):
                 self._cancel(worker_id, request_id)
 
-    def _client_beats(self, route: bytes, client: _Client, heartbeat: ClientHeartbeat, now: float) -> None:
-        client.last_seen = now
-        if heartbeat.num_submits != client.num_submits:
-            self._forget_client(route)
+    def _client_beats(self, route: bytes, heartbeat: ClientHeartbeat, now: float) -> None:
+        if not self._clients.beats(route, heartbeat.num_submits, now):
+            self._forget_clients([route])
             self._server.send(route, Refused("requests were lost on the way to the coordinator"))
             return
-        client.status = None  # it may have been lost, and nothing else says it again
-        self._say_status(route, client, now)
-        self._server.send(route, HeartbeatAck(num_outputs=client.num_outputs))
-
-    def _pulse(self, pulse: ClientPulse, now: float) -> None:
-        for client in self._clients.values():
-            if client.token and client.token == pulse.client:
-                client.last_seen = now
+        self._say_status(now)
+        self._carry_out([self._clients.acknowledged(route)])
 
     def _submit(self, route: bytes, message: Submit, now: float) -> None:
         request = message.request
-        self._clients[route].num_submits += 1
+        self._clients.submits(route)
         if request.params.seed is None:
             failure = Failure.of(InvalidRequest("give every request a seed"))
             refusal: Progress | None = Progress(request.request_id, failure=failure)
@@ -314,7 +273,7 @@ class Coordinator:
 
     # -- acting ------------------------------------------------------------------------------------------------------
 
-    def _carry_out(self, instructions: list[Instruction]) -> None:
+    def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
             match instruction:
                 case Send():
@@ -328,10 +287,7 @@ class Coordinator:
                     )
 
     def _tell(self, updates: Updates) -> None:
-        for route, items in updates.items():
-            if (client := self._clients.get(route)) is not None:
-                client.num_outputs += 1
-                self._server.send(route, Outputs(client.num_outputs, tuple(items)))
+        self._carry_out(self._clients.outputs(updates))
 
     def _cancel(self, worker_id: str, request_id: str) -> None:
         member = next((m for m in self._cluster.live("attention") if m.worker_id == worker_id), None)
@@ -346,32 +302,25 @@ class Coordinator:
         acks = {worker_id: member.num_acks for worker_id, member in serving.items()}
         for worker_id, request in self._router.route(capacities, acks):
             self._server.send(serving[worker_id].route, Submit(request))
-        if not cluster.num_lanes:
-            self._choose_lanes(now)
+        self._carry_out(self._lane_choice.next(cluster, now))
         if self._is_ending and not len(self._router):
             self._all_ended.set()
-        is_ready = self._is_ready
-        for route, client in self._clients.items():
-            if client.status is None or client.status.is_ready != is_ready:
-                self._say_status(route, client, now)
+        if not self._clients.are_told(self._is_ready):
+            self._say_status(now)
 
     @property
     def _is_ready(self) -> bool:
         return bool(self._cluster.serving) and not self._is_ending
 
-    def _say_status(self, route: bytes, client: _Client, now: float) -> None:
+    def _say_status(self, now: float) -> None:
+        """To the clients that do not know it."""
         status = InstanceStatus(self._is_ready, self._sentence(now), self._cluster.failure)
-        if status != client.status:
-            client.status = status
-            self._server.send(route, status)
+        self._carry_out(self._clients.statuses(status))
 
     def _sentence(self, now: float) -> str:
         if self._is_ending:
             return f"ending, {len(self._router)} requests run"
-        sentence = self._cluster.sentence(now)
-        if note := self._calibration.note:
-            sentence += f" (cut short: {note}; asked again)"
-        return sentence
+        return self._cluster.sentence(now) + self._lane_choice.remark
 
     async def _tick(self) -> None:
         while True:
@@ -380,15 +329,10 @@ class Coordinator:
             if not has_read_all:
                 late_s += TICK_S  # whoever seems silent may have spoken
             now = self._clock()
-            for client in self._clients.values():
-                client.last_seen += late_s
             self._carry_out(self._cluster.tick(now, late_s))
             self._tell(self._router.expire(now, self._cluster.sentence(now)))
-            for route, client in list(self._clients.items()):
-                if now - client.last_seen > CLIENT_LOST_AFTER_S:
-                    self._forget_client(route)
-                else:
-                    self._say_status(route, client, now)
+            self._forget_clients(self._clients.tick(now, late_s))
+            self._say_status(now)
             self._let_experts_end()
             self._advance(now)
             if self._drift is not None:
@@ -402,33 +346,6 @@ class Coordinator:
         if found:
             self._tasks.create_task(_say_choice(watch), name="choice")
 
-    # -- the number of micro-batches ---------------------------------------------------------------------------------
-
-    def _choose_lanes(self, now: float) -> None:
-        """Once every worker is connected: m as given, or by measurement."""
-        cluster = self._cluster
-        if not cluster.is_linked:
-            self._calibration.interrupt("a worker was lost", now)
-            return
-        chosen = self._num_micro_batches
-        if self._plan.is_colocated and not chosen:
-            log.info("1 micro-batch: both roles share one compute queue, so nothing could overlap")
-            chosen = 1
-        if not chosen and self._calibration.is_done:
-            chosen, why = self._calibration.choice()
-            log.info("%s", why)
-        if chosen:
-            self._carry_out(cluster.use_lanes(chosen))
-            return
-        members = {member.worker_id: member for member in cluster.live("attention")}
-        lives = {worker_id: member.incarnation for worker_id, member in members.items()}
-        for worker_id, order in self._calibration.ask(lives, now):
-            self._server.send(members[worker_id].route, order)
-        if self._calibration.note != self._calibration_note:
-            self._calibration_note = self._calibration.note
-            if self._calibration_note:
-                log.warning("measuring stages was cut short (%s) and is asked again", self._calibration_note)
-
 
 async def _say_choice(watch: DriftWatch) -> None:
     log.warning("drift: %s", await asyncio.to_thread(watch.choice_now))  # a search may take a second
@@ -436,12 +353,16 @@ async def _say_choice(watch: DriftWatch) -> None:
 
 def observed(worker: WorkerStats) -> Observation:
     """What a worker's last heartbeat says of its stages."""
-    counters = worker.status.counters
-    computing = ("attention_s", "shared_experts_s") if worker.role == "attention" else ("expert_batches_s",)
+    status = worker.status
+    attention, experts = status.attention or AttentionCounters(), status.experts or ExpertCounters()
+    is_attention = worker.role == "attention"
     return Observation(
         worker_id=worker.worker_id,
         role=worker.role,
-        compute_s=sum(counters.get(name, 0.0) for name in computing),
-        comm_s=worker.status.times.comm_s,
-        **{name: counters.get(name, 0.0) for name in ("batches", "passes", "batch_tokens", "batch_contexts")},
+        compute_s=attention.attention_s + attention.shared_experts_s if is_attention else experts.expert_batches_s,
+        comm_s=status.times.comm_s,
+        batches=experts.batches,
+        passes=attention.passes,
+        batch_tokens=attention.batch_tokens,
+        batch_contexts=attention.batch_contexts,
     )

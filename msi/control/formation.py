@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from msi.control.members import Applicant, InstancePlan, Member
 from msi.control.messages import PROTOCOL_VERSION, WorkerHello
 from msi.errors import shown
+from msi.types import Place
 
 MAX_APPLICANTS = 1024
 MAX_TEXT_CHARS = 256  # of each that a hello brings: they stand in logs and sentences
@@ -187,10 +188,10 @@ class Formation:
             roles = [role for role in roles if role == former.role]
         roles.sort(key=lambda role: _index_in(hello.worker_id, role) is None)
         for role in roles:
-            taken = {member.index for member in self._live(role) if member is not former}
+            taken = {member.place.index for member in self._live(role) if member is not former}
             free = [index for index in range(self._plan.wanted[role]) if index not in taken]
-            if former is not None and former.index in free:
-                free = [former.index]
+            if former is not None and former.place.index in free:
+                free = [former.place.index]
             if not free:
                 continue
             named = _index_in(hello.worker_id, role)
@@ -198,8 +199,9 @@ class Formation:
             worker_id = hello.worker_id or f"{role}-{index}"
             former = self._members.get(worker_id)
             incarnation = 0 if former is None else former.incarnation + 1
+            place = Place.at(index, self._plan.ranks[role])
             return Member(
-                worker_id, role, index, incarnation, route, hello.pid, hello.host, now, hello.process, heard_at=now
+                worker_id, role, place, incarnation, route, hello.pid, hello.host, now, hello.process, heard_at=now
             )
         wanted = self._plan.wanted.get(hello.role, sum(self._plan.wanted.values()))
         kind = "" if hello.role == "worker" else f"{hello.role} "

@@ -8,9 +8,9 @@ from typing import Any
 from msi.control.messages import Assignment, WorkerHello, WorkerStatus
 from msi.precision import Precision
 from msi.settings import LinkShape, SchedulerLimits, Timeouts
-from msi.types import Placement, StageTimes
+from msi.types import Place, Placement, StageTimes
 
-NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes(), {})
+NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes())
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,8 @@ class InstancePlan:
     """The shape of an instance; see `msi.control.messages.Assignment` for what is not said here.
 
     Attributes:
+        num_attention, num_expert: nodes.
+        attention_ranks, expert_ranks: workers of each node.
         limits: without zeros that stand for something else.
         precision: as it was asked for; "auto" leaves it to the first worker.
     """
@@ -31,11 +33,19 @@ class InstancePlan:
     link: LinkShape = LinkShape()
     timeouts: Timeouts = Timeouts()
     precision: Precision = Precision()
+    attention_ranks: int = 1
+    expert_ranks: int = 1
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Workers per node, by role."""
+        return {"attention": self.attention_ranks, "expert": self.expert_ranks}
 
     @property
     def wanted(self) -> dict[str, int]:
         """Workers per role."""
-        return {"attention": self.num_attention, "expert": 0 if self.is_colocated else self.num_expert}
+        num_expert = 0 if self.is_colocated else self.num_expert
+        return {"attention": self.num_attention * self.attention_ranks, "expert": num_expert * self.expert_ranks}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +83,12 @@ class Member:
         has_lanes: it was told how many to run.
         num_acks: HeartbeatAcks that were sent to it.
         num_passes: PassDones that came from it.
+        placement_version: of what it uses, as it last said.
     """
 
     worker_id: str
     role: str
-    index: int
+    place: Place
     incarnation: int
     route: bytes
     pid: int
@@ -94,6 +105,7 @@ class Member:
     has_beaten: bool = False
     num_acks: int = 0
     num_passes: int = 0
+    placement_version: int = 0
     loop_lag_s: float = 0.0
     status: WorkerStatus = field(default=NO_STATUS)
 
@@ -118,12 +130,12 @@ def assignment(plan: InstancePlan, member: Member, precision: Precision) -> Assi
         instance=plan.instance,
         worker_id=member.worker_id,
         role=member.role,
-        index=member.index,
+        place=member.place,
         incarnation=member.incarnation,
         placement=plan.placement,
-        num_seats=2 * plan.num_attention + 2,
+        num_seats=2 * plan.wanted["attention"] + 2,
         is_colocated=plan.is_colocated,
-        memory_share=1 / plan.num_attention,
+        memory_share=1 / plan.wanted["attention"],
         limits=plan.limits,
         link=plan.link,
         timeouts=plan.timeouts,

@@ -8,7 +8,9 @@ from its own connection and its present life, or from the launcher, which sees i
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from msi.control.formation import Formation, Refusal
 from msi.control.members import InstancePlan, Instruction, Lost, Member, Send, assignment
@@ -29,12 +31,14 @@ from msi.control.messages import (
     Topology,
     Undecided,
     UseLanes,
+    UsePlacement,
     WorkerFailed,
     WorkerHello,
     WorkerReady,
     WorkerStats,
     WorkerStatus,
 )
+from msi.types import Placement
 
 LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
 STUCK_AFTER_S = 30.0  # a process that lives, but whose loop stands still for so long, is given up
@@ -56,9 +60,9 @@ class Cluster:
     # -- what is -----------------------------------------------------------------------------------------------------
 
     def live(self, role: str) -> list[Member]:
-        """Live members of a role, by index."""
+        """Live members of a role, by place."""
         members = [member for member in self._members.values() if member.role == role and member.is_live]
-        return sorted(members, key=lambda member: member.index)
+        return sorted(members, key=lambda member: member.place.index)
 
     @property
     def routes(self) -> list[bytes]:
@@ -79,11 +83,18 @@ class Cluster:
 
     @property
     def serving(self) -> dict[str, Member]:
-        """Attention workers that requests may go to, by id."""
+        """Attention workers that requests may go to, by id: the first rank of each node whose every rank can serve."""
         if not self.num_lanes or any(member.state == "draining" for member in self.live("expert")):
             return {}
-        members = self.live("attention")
-        return {member.worker_id: member for member in members if member.is_linked and member.state == "ready"}
+        serving = (member for member in self.live("attention") if member.is_linked and member.state == "ready")
+        return {member.worker_id: member for member in self._whole_nodes(serving) if not member.place.rank}
+
+    @staticmethod
+    def _whole_nodes(members: Iterable[Member]) -> list[Member]:
+        """Those whose node's other ranks are among them, too."""
+        given = list(members)
+        num_ranks = Counter(member.place.node for member in given)
+        return [member for member in given if num_ranks[member.place.node] == member.place.size]
 
     def stats(self) -> tuple[WorkerStats, ...]:
         return tuple(
@@ -95,7 +106,7 @@ class Cluster:
         """What is waited for, by name."""
         waited = f"{now - self._started_at:.0f} s"
         for role, count in self.plan.wanted.items():
-            there = {member.index for member in self.live(role)}
+            there = {member.place.index for member in self.live(role)}
             missing = next((index for index in range(count) if index not in there), None)
             if missing is not None:
                 lost = self._members.get(f"{role}-{missing}")
@@ -180,6 +191,8 @@ class Cluster:
                 instructions += self._topology_to(member)
             elif member.has_lanes and not belief.num_lanes:
                 instructions.append(Send(route, UseLanes(self.num_lanes)))
+        member.placement_version = belief.placement_version
+        instructions += self._placement_to(member)
         member.num_acks += 1
         return [*instructions, Send(route, HeartbeatAck(member.num_acks))]
 
@@ -259,6 +272,15 @@ class Cluster:
         self.num_lanes = num_lanes
         return [one for member in self.live("attention") if member.is_linked for one in self._lanes_to(member)]
 
+    def use_placement(self, placement: Placement) -> list[Instruction]:
+        """From now on experts are placed like this: expert workers are told, and attention workers once those have it.
+
+        Each is told again with its heartbeats until it says that it has.
+        """
+        assert placement.version > self.plan.placement.version, f"{placement} follows {self.plan.placement}"
+        self.plan = replace(self.plan, placement=placement)
+        return [one for member in self.live("expert") for one in self._placement_to(member)]
+
     def tick(self, now: float, late_s: float = 0.0) -> list[Instruction]:
         """Time has passed.
 
@@ -300,15 +322,25 @@ class Cluster:
         return assignment(self.plan, member, self._formation.precision)
 
     def _topology_to(self, *attention: Member) -> Iterator[Instruction]:
+        members = [*self.live("expert"), *(attention if self.plan.is_colocated else ())]
         experts = tuple(
-            ExpertAddress(m.index, m.worker_id, m.incarnation, m.address)
-            for m in [*self.live("expert"), *(attention if self.plan.is_colocated else ())]
-            if m.state != "loading"
+            ExpertAddress(m.place, m.worker_id, m.incarnation, m.address)
+            for m in self._whole_nodes(member for member in members if member.state != "loading")
         )
         lost = {m.worker_id: m.reason for m in self._members.values() if not m.is_live}
         for member in attention:
             if member.state != "loading":
                 yield Send(member.route, Topology(experts, lost))
+
+    def _placement_to(self, member: Member) -> list[Instruction]:
+        """The placement, where a member does not use it yet and nothing keeps it from that."""
+        wanted = self.plan.placement
+        if member.state == "loading" or member.placement_version >= wanted.version:
+            return []
+        experts = self.live("expert")
+        if member.role == "attention" and any(one.placement_version < wanted.version for one in experts):
+            return []
+        return [Send(member.route, UsePlacement(wanted))]
 
     def _lanes_to(self, member: Member) -> list[Instruction]:
         if not self.num_lanes or member.has_lanes:

@@ -2,8 +2,8 @@
 
 worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
                         Calibrated, CalibrationCutShort, WorkerFailed, Draining, Goodbye; Pulse, by a socket of its own
-coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate,
-                        UseLanes, HeartbeatAck, Drain, Shutdown
+coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, Topology, UsePlacement, Fence, Submit, Cancel,
+                        Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown
 client -> coordinator   ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest; ClientPulse, by a socket of its own
 coordinator -> client   Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck
 
@@ -14,23 +14,21 @@ far the other side has come, so that what is missing is said again, and what can
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from msi.errors import Failure, shown
+from msi.control.counters import NOT_COUNTED, AttentionCounters, ExpertCounters, ProcessCounters, by_name, check_names
+from msi.errors import Failure
 from msi.net.codec import Codec
 from msi.precision import Precision
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
-from msi.types import NO_DEFAULTS, Measured, Placement, Progress, Request, SamplingDefaults, StageTimes
+from msi.types import NO_DEFAULTS, Measured, Place, Placement, Progress, Request, SamplingDefaults, StageTimes
 
 PROTOCOL_VERSION = 5
 
 Count = Annotated[int, range(2**40)]
 Seats = Annotated[int, range(2**16)]
 Seconds = Annotated[float, (0.0, math.inf)]
-MAX_COUNTERS = 4096  # an expert worker counts waves by their size
-COUNTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ class Assignment:
     instance: str
     worker_id: str
     role: str
-    index: Seats
+    place: Place
     incarnation: Count
     placement: Placement
     num_seats: Seats
@@ -80,6 +78,18 @@ class Assignment:
     link: LinkShape
     timeouts: Timeouts
     precision: Precision
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether this worker computes attention."""
+        return self.role == "attention"
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Those that this worker holds, by their local ids; () for none."""
+        if self.is_colocated:
+            return tuple(range(self.placement.num_experts))
+        return self.placement.experts[self.place.node] if self.role == "expert" else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +138,9 @@ class WorkerFailed:
 
 @dataclass(frozen=True, slots=True)
 class ExpertAddress:
-    node: Seats
+    """Where one rank of an expert node is reached."""
+
+    place: Place
     worker_id: str
     incarnation: int
     address: str
@@ -136,10 +148,17 @@ class ExpertAddress:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The expert workers that are there now; `lost` says why others are not, by worker id."""
+    """The expert nodes that are there now, every rank of each; `lost` says why others are not, by worker id."""
 
     experts: tuple[ExpertAddress, ...]
     lost: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class UsePlacement:
+    """From now on experts are placed like this. Expert workers are told first, attention workers once those have it."""
+
+    placement: Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +183,11 @@ class WorkerStatus:
 
     Attributes:
         loaded_bytes: of `total_bytes` of weights, while loading.
-        counters: everything countable, by name.
+        attention, experts: of the roles that run.
+        loop: what `msi.watchdog` measured, by name.
 
     Raises:
-        ValueError: a counter's name is none that /metrics could show.
+        ValueError: /metrics could not show a name of `loop`.
     """
 
     loaded_bytes: Annotated[int, range(2**60)]
@@ -176,14 +196,18 @@ class WorkerStatus:
     num_waiting: Count
     num_free_blocks: Count
     times: StageTimes
-    counters: dict[str, Measured]
+    process: ProcessCounters = NOT_COUNTED
+    attention: AttentionCounters | None = None
+    experts: ExpertCounters | None = None
+    loop: dict[str, Measured] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if len(self.counters) > MAX_COUNTERS:
-            raise ValueError(f"{len(self.counters)} counters; at most {MAX_COUNTERS} are told")
-        for name in self.counters:
-            if not COUNTER_NAME.fullmatch(name):
-                raise ValueError(f"{shown(name)} is no counter's name")
+        check_names(self.loop)
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Everything countable, by name."""
+        return {**by_name(self.attention), **by_name(self.experts), **by_name(self.process), **self.loop}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +219,7 @@ class WorkerBelief:
         ready: weights are loaded; repeats the WorkerReady that may have been lost.
         is_linked: as in Linked.
         num_lanes: that run; 0 before UseLanes.
+        placement_version: of the placement that it uses.
         request_ids: all that it holds.
     """
 
@@ -203,6 +228,7 @@ class WorkerBelief:
     is_linked: bool = False
     num_lanes: Count = 0
     request_ids: tuple[str, ...] = ()
+    placement_version: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,8 +469,8 @@ FROM_WORKER = (
     CalibrationCutShort, WorkerFailed, Draining, Goodbye,
 )  # fmt: skip
 TO_WORKER = (
-    Assignment, Undecided, Refused, HelloAgain, Topology, Fence, Submit, Cancel, Calibrate, UseLanes, HeartbeatAck,
-    Drain, Shutdown,
+    Assignment, Undecided, Refused, HelloAgain, Topology, UsePlacement, Fence, Submit, Cancel, Calibrate, UseLanes,
+    HeartbeatAck, Drain, Shutdown,
 )  # fmt: skip
 FROM_CLIENT = (ClientHello, Submit, Cancel, ClientHeartbeat, ClientPulse, StatsRequest)
 TO_CLIENT = (Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck)

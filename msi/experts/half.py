@@ -26,6 +26,7 @@ class ExpertHalf:
     Args:
         landing: where rows land: uint8 [num_seats, stride] of `dispatch_layout` slots.
         dispatch_layout, answer_layout: the slots on either side of the link.
+        experts: of the bank, by local id.
     """
 
     def __init__(
@@ -40,17 +41,28 @@ class ExpertHalf:
         landing: memoryview,
         landing_stride: int,
         num_seats: int,
+        experts: tuple[int, ...] = (),
     ) -> None:
         self.meter = StageMeter()  # T_e
         self.weight_bytes_read = 0
         self._config = config
         self._bank = bank
+        self._experts = experts
         self._device = device
         self._dtype = dtype
         self._answer_layout = answer_layout
         rows = slot_rows_view(landing, num_seats, landing_stride, dispatch_layout)
         self._rows = PackedRows.view(rows, config.hidden_size, config.top_k, dtype)
         self._outboxes: dict[int, Tensor] = {}
+
+    def use_bank(self, bank: ExpertBank, experts: tuple[int, ...]) -> None:
+        """Computes with this one from now on: its experts are those of before, by the same local ids, and others."""
+        had = self._experts
+        assert experts[: len(had)] == had, f"{experts} do not begin with {had}"
+        self._bank, self._experts = bank, experts
+
+    def expert_rows(self) -> dict[int, int]:
+        return dict(zip(self._experts, self._bank.num_rows.tolist(), strict=False))
 
     # -- msi.experts.server.ExpertCompute -----------------------------------------------------------------------------
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from msi.control.counters import ExpertCounters, by_reason
 from msi.control.messages import Assignment
 from msi.experts.server import ExpertServer
 from msi.experts.waves import Waves
@@ -11,7 +13,7 @@ from msi.net.combine_link import CombineLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
 from msi.net.secret import public_name
 from msi.net.transport import Transport
-from msi.types import StageTimes
+from msi.types import Placement, StageTimes
 from msi.worker.host import LoadedModel, ServedShape
 
 MIN_WAIT_S = 0.005  # W on a real host is never less: its scheduler takes a core away for longer than a short turn
@@ -24,9 +26,9 @@ def link_hello(assignment: Assignment, shape: ServedShape) -> LinkHello:
         instance=public_name(assignment.instance),
         worker_id=assignment.worker_id,
         incarnation=assignment.incarnation,
-        node=assignment.index,
-        rank=0,
-        size=1,
+        node=assignment.place.node,
+        rank=assignment.place.rank,
+        size=assignment.place.size,
         placement_version=assignment.placement.version,
         num_lanes=assignment.link.num_lanes,
         slot_rows=assignment.link.slot_rows,
@@ -43,6 +45,9 @@ class ExpertRole:
         self, assignment: Assignment, model: LoadedModel, transport: Transport, *, clock: Callable[[], float]
     ) -> None:
         num_layers = model.shape.num_sparse_layers
+        self.placement = assignment.placement
+        self._assignment = assignment
+        self._held = assignment.experts  # by their local ids
         self._waves = Waves(num_layers=num_layers, num_lanes=assignment.link.num_lanes, min_wait_s=MIN_WAIT_S)
         self._link = CombineLink(
             transport,
@@ -53,8 +58,8 @@ class ExpertRole:
             max_skip=2 * num_layers,
             clock=clock,
         )
-        self._half = model.expert_half(self._link, assignment.num_seats)
-        self._server = ExpertServer(self._link, self._waves, self._half, clock=clock)
+        self.half = model.expert_half(self._link, assignment.num_seats)
+        self._server = ExpertServer(self._link, self._waves, self.half, clock=clock)
 
     async def listen(self) -> str:
         """Takes attention workers from now on; the address to give them."""
@@ -70,23 +75,46 @@ class ExpertRole:
             if peer == worker_id:
                 self._link.fence(seat)
 
-    def times(self) -> StageTimes:
-        return StageTimes(expert_s=self._half.meter.median_s)
+    def can_use(self, placement: Placement) -> bool:
+        """Whether experts that are here keep their local ids under a placement, so that it can come while rows do."""
+        return all(held == wanted for held, wanted in zip(self._held, self._wanted(placement), strict=False))
 
-    def counters(self) -> dict[str, float]:
+    def holds(self, placement: Placement) -> bool:
+        """Whether all of its experts under a placement are here."""
+        return len(self._wanted(placement)) <= len(self._held)
+
+    def use_placement(self, placement: Placement, grown: LoadedModel | None) -> None:
+        """Takes rows of it and of those before. See `can_use`.
+
+        Args:
+            grown: with the experts that were loaded for it; None where it `holds` them.
+        """
+        if grown is not None:
+            grown.lend_experts(self.half)
+            self._held = self._wanted(placement)
+        self._link.use_placement(placement.version)
+        self.placement = placement
+
+    def _wanted(self, placement: Placement) -> tuple[int, ...]:
+        return replace(self._assignment, placement=placement).experts
+
+    def times(self) -> StageTimes:
+        return StageTimes(expert_s=self.half.meter.median_s)
+
+    def counters(self) -> ExpertCounters:
         waves, link = self._waves.counters, self._link.counters
-        counters: dict[str, float] = {
-            "batches": waves.batches,
-            "alone_batches": waves.alone_batches,
-            "evictions": waves.evictions,
-            "readmissions": waves.readmissions,
-            "wait_s": self._waves.wait_s,
-            "rows_landed": link.rows,
-            "answers": link.answers,
-            "seats": len(self._link.peers),
-            "expert_batches_s": self._half.meter.total_s,
-            "weight_bytes_read": self._half.weight_bytes_read,
-        }
-        counters |= {f"wave_size_{size}": count for size, count in waves.wave_sizes.items()}
-        counters |= {f"dropped_{reason.replace(' ', '_')}": count for reason, count in link.dropped.items()}
-        return counters
+        return ExpertCounters(
+            batches=waves.batches,
+            alone_batches=waves.alone_batches,
+            evictions=waves.evictions,
+            readmissions=waves.readmissions,
+            wait_s=self._waves.wait_s,
+            rows_landed=link.rows,
+            answers=link.answers,
+            seats=len(self._link.peers),
+            expert_batches_s=self.half.meter.total_s,
+            weight_bytes_read=self.half.weight_bytes_read,
+            wave_sizes=dict(waves.wave_sizes),
+            expert_rows=self.half.expert_rows(),
+            dropped=by_reason(link.dropped),
+        )

@@ -21,11 +21,11 @@ from msi.models.families import load_config
 from msi.models.files import read_json
 from msi.models.required import check_weights
 from msi.models.texts import read_texts
-from msi.net.control import ControlClient
+from msi.net.control import ControlClient, MessageClient, MessageServer
 from msi.net.control_server import ControlServer
 from msi.net.secret import NO_SECRET, Trust
 from msi.options import InstanceOptions
-from msi.placement import place_evenly
+from msi.placement import PlaceExperts, place_evenly
 from msi.planner.drift import DriftWatch
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan_file import check_model, read_plan_file
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
+def build_plan(options: InstanceOptions, place: PlaceExperts = place_evenly) -> tuple[InstancePlan, ModelConfig]:
     """Raises ConfigError: the model directory or the options cannot work, or the plan is for another model."""
     config, values = load_config(options.source.model_dir)
     if options.plan is not None:
@@ -55,7 +55,7 @@ def build_plan(options: InstanceOptions) -> tuple[InstancePlan, ModelConfig]:
         num_attention=options.attention_workers,
         num_expert=options.expert_workers,
         is_colocated=options.colocated,
-        placement=place_evenly(config.num_experts, options.expert_workers),
+        placement=place(config.num_experts, options.expert_workers),
         limits=replace(
             options.limits,
             max_model_len=max_model_len,
@@ -75,36 +75,55 @@ def check_files(options: InstanceOptions) -> None:
         check_weights(options.source.model_dir, config)
 
 
-def create_coordinator(
-    options: InstanceOptions, bind: str, watch: LoopWatch | None = None, trust: Trust = NO_SECRET
-) -> Coordinator:
-    """Raises ConfigError: the model directory or the options cannot work, or the port is in use, or open to others."""
+def listen(bind: str, trust: Trust = NO_SECRET) -> ControlServer:
+    """Where a coordinator is reached. Raises ConfigError: the port is in use, or open to others."""
     if bind.startswith("tcp://"):
         trust.check_listening(bind.removeprefix("tcp://").rpartition(":")[0], "the coordinator")
         if trust.secret is None:
             log.warning("no secret: whoever connects to %s is taken for one of this instance, and can read it", bind)
-    plan, config = build_plan(options)
-    for remark in config.remarks:
-        log.warning("%s", remark)
-    model_dir = options.source.model_dir
-    texts = read_texts(model_dir, read_json(model_dir / "config.json"), options.source.generation_config)
-    welcome = Welcome(
-        model_name=options.source.model_name,
+    return ControlServer(bind, COORDINATOR_END, trust.secret)
+
+
+def create_coordinator(
+    options: InstanceOptions,
+    server: MessageServer,
+    watch: LoopWatch | None = None,
+    place: PlaceExperts = place_evenly,
+) -> Coordinator:
+    """Takes the server over, and closes it where this raises.
+
+    Raises:
+        ConfigError: the model directory or the options cannot work.
+    """
+    try:
+        plan, config = build_plan(options, place)
+        for remark in config.remarks:
+            log.warning("%s", remark)
+        return Coordinator(
+            server,
+            plan,
+            _welcome(options, plan, config),
+            num_micro_batches=options.micro_batches,
+            num_layers=config.num_sparse_layers,
+            drift=_drift_watch(options),
+            watch=watch,
+        )
+    except BaseException:
+        server.close()
+        raise
+
+
+def _welcome(options: InstanceOptions, plan: InstancePlan, config: ModelConfig) -> Welcome:
+    source = options.source
+    texts = read_texts(source.model_dir, read_json(source.model_dir / "config.json"), source.generation_config)
+    return Welcome(
+        model_name=source.model_name,
         vocab_size=config.vocab_size,
         max_model_len=plan.limits.max_model_len,
         tokenizer=texts.tokenizer,
         chat_templates=texts.chat_templates,
         special_tokens=texts.special_tokens,
         sampling_defaults=texts.sampling_defaults,
-    )
-    return Coordinator(
-        ControlServer(bind, COORDINATOR_END, trust.secret),
-        plan,
-        welcome,
-        num_micro_batches=options.micro_batches,
-        num_layers=config.num_sparse_layers,
-        drift=_drift_watch(options),
-        watch=watch,
     )
 
 
@@ -123,8 +142,12 @@ def create_worker(
     advertise_host: str = "",
     watch: LoopWatch | None = None,
     trust: Trust = NO_SECRET,
+    control: MessageClient | None = None,
 ) -> Worker:
-    """Raises ConfigError: the model directory or the settings cannot work."""
+    """A worker, and its way to the coordinator, a socket by default.
+
+    Raises ConfigError: the model directory or the settings cannot work.
+    """
     from msi.worker.torch_host import HostSettings, TorchHost  # torch takes a second, and only workers need it
     from msi.worker.worker import Worker, WorkerSettings
 
@@ -144,7 +167,8 @@ def create_worker(
         trace_dir=trace_dir,
         timeouts=options.timeouts,
     )
-    return Worker(settings, TorchHost(host), ControlClient(coordinator, WORKER_END, trust.secret), watch)
+    control = control or ControlClient(coordinator, WORKER_END, trust.secret)
+    return Worker(settings, TorchHost(host), control, watch)
 
 
 def check_device(name: str) -> None:
@@ -166,8 +190,8 @@ def worker_ids(options: InstanceOptions) -> list[tuple[str, str]]:
 class LocalInstance(Protocol):
     """A coordinator and its workers, started and stopped together; their sockets are for this user alone."""
 
-    async def start(self) -> str:
-        """Starts everything and returns the coordinator's address; raises EngineError if it cannot."""
+    async def start(self) -> MessageClient:
+        """Starts everything and returns a client's way to the coordinator; raises EngineError if it cannot."""
 
     async def stop(self) -> None:
         """Ends everything; nothing is left behind. Idempotent."""

@@ -11,10 +11,12 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from msi.control.messages import CLIENT_END
 from msi.control.restarts import Restarts
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.instance.children import Child
 from msi.instance.instance import check_device, check_files, worker_ids
+from msi.net.control import ControlClient, MessageClient
 from msi.net.secret import Secret
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
@@ -115,7 +117,7 @@ class ProcessInstance:
                 pids["gateway"] = child.gateway_pid
         return pids
 
-    async def start(self) -> str:
+    async def start(self) -> MessageClient:
         self._sockets = SocketDir()
         bind = self._sockets.address("coordinator")
         coordinator, address = await start_coordinator(self._options, bind, self._coordinator_flags)
@@ -124,7 +126,7 @@ class ProcessInstance:
         for role, worker_id in worker_ids(self._options):
             await self._start_worker(address, role, worker_id)
             self._watch(self._keep_alive(address, role, worker_id))
-        return address
+        return ControlClient(address, CLIENT_END)
 
     def _watch(self, running: Coroutine[Any, Any, None]) -> None:
         async def watched() -> None:

@@ -77,8 +77,20 @@ class CpuExpertBank:
     def __init__(self, linear: Callable[[Tensor], Linear], num_layers: int, num_experts: int) -> None:
         self._linear = linear
         self._expert_bytes = 0
+        self.num_rows = torch.zeros(num_experts, dtype=torch.int64)
         self._gate_up: list[list[Linear]] = [[_no_weights] * num_experts for _ in range(num_layers)]
         self._down: list[list[Linear]] = [[_no_weights] * num_experts for _ in range(num_layers)]
+
+    def arranged(self, places: Sequence[int | None]) -> CpuExpertBank:
+        bank = CpuExpertBank(self._linear, len(self._gate_up), len(places))
+        bank._expert_bytes = self._expert_bytes
+        for local, place in enumerate(places):
+            if place is not None:
+                bank.num_rows[local] = self.num_rows[place]
+                for layer in range(len(self._gate_up)):
+                    bank._gate_up[layer][local] = self._gate_up[layer][place]
+                    bank._down[layer][local] = self._down[layer][place]
+        return bank
 
     def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
         self._gate_up[layer][expert] = self._linear(gate_up)
@@ -89,11 +101,12 @@ class CpuExpertBank:
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
     ) -> int:
         rows = landed.gather(lane, seats)
-        combined, num_hit = moe_experts(
+        combined, num_rows = moe_experts(
             rows.hidden, rows.topk_ids, rows.topk_weights, self._gate_up[layer], self._down[layer]
         )
         scatter_answers(combined, lane, seats, answers)
-        return num_hit * self._expert_bytes
+        self.num_rows += num_rows
+        return int(num_rows.count_nonzero()) * self._expert_bytes
 
 
 def _no_weights(rows: Tensor) -> Tensor:

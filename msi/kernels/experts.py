@@ -33,29 +33,33 @@ def moe_experts(
     topk_weights: Tensor,
     gate_up: Sequence[Linear],
     down: Sequence[Linear],
-) -> tuple[Tensor, int]:
-    """The weighted sum over each row's experts here: float32 [rows, h] of hidden [rows, h], and how many experts ran.
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum over each row's experts here, of hidden [rows, h], and how many rows each expert had.
 
     Args:
         topk_ids: [rows, k], local; -1 for an expert of another node.
         topk_weights: [rows, k] float32.
         gate_up: per local expert, [n, h] -> [n, 2 h'] (gate first).
         down: per local expert, [n, h'] -> [n, h].
+
+    Returns:
+        (float32 [rows, h], int64 [local experts]).
     """
     k = topk_ids.shape[-1]
     flat_ids = topk_ids.flatten()
     order = torch.argsort(flat_ids, stable=True)
-    counts = torch.bincount(flat_ids + 1, minlength=len(gate_up) + 1).tolist()
-    order = order[counts[0] :]  # without those of other nodes
+    counts = torch.bincount(flat_ids + 1, minlength=len(gate_up) + 1)
+    num_elsewhere, *num_rows = counts.tolist()
+    order = order[num_elsewhere:]
     token_index = torch.div(order, k, rounding_mode="floor")
     rows = hidden.index_select(0, token_index)
     weights = topk_weights.flatten().index_select(0, order)
     outputs = []
     start = 0
-    for expert, count in enumerate(counts[1:]):
+    for expert, count in enumerate(num_rows):
         if count:
             outputs.append(down[expert](silu_and_mul(gate_up[expert](rows[start : start + count]))))
             start += count
     weighted = torch.cat(outputs).to(torch.float32).mul_(weights[:, None])
     combined = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).index_add_(0, token_index, weighted)
-    return combined, len(outputs)
+    return combined, counts[1:]

@@ -37,7 +37,16 @@ class Outboxes:
 
 
 class ExpertBank(Protocol):
-    """Stacked weights of the experts of one node, in the device's layout: [layer, expert]."""
+    """Stacked weights of the experts of one node, in the device's layout: [layer, expert].
+
+    Attributes:
+        num_rows: int64 [num_experts], rows that each expert has computed in all layers together.
+    """
+
+    num_rows: Tensor
+
+    def arranged(self, places: Sequence[int | None]) -> ExpertBank:
+        """A bank whose experts are these of this one's, None for one without weights yet; this one stays as it is."""
 
     def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
         """One expert's matrices, gate_up [2 h', h] (gate first) and down [h, h']."""

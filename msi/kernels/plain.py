@@ -130,6 +130,21 @@ class PlainExpertBank:
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
         self.gate_up = gate_up
         self.down = down
+        self.num_rows = torch.zeros(gate_up.shape[1], dtype=torch.int64, device=gate_up.device)
+
+    def arranged(self, places: Sequence[int | None]) -> PlainExpertBank:
+        weights = []
+        for old in (self.gate_up, self.down):
+            new = old.new_empty((old.shape[0], len(places), *old.shape[2:]))
+            for local, place in enumerate(places):
+                if place is not None:
+                    new[:, local] = old[:, place]
+            weights.append(new)
+        bank = PlainExpertBank(*weights)
+        for local, place in enumerate(places):
+            if place is not None:
+                bank.num_rows[local] = self.num_rows[place]
+        return bank
 
     def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
         self.gate_up[layer, expert] = gate_up
@@ -143,6 +158,7 @@ class PlainExpertBank:
         for expert, (gate_up, down) in enumerate(zip(self.gate_up[layer], self.down[layer], strict=True)):
             outputs = functional.linear(silu_and_mul(functional.linear(rows.hidden, gate_up)), down)
             chosen = rows.topk_ids == expert
+            self.num_rows[expert] += chosen.any(dim=-1).sum()
             weights = torch.where(chosen, rows.topk_weights, 0.0).sum(dim=-1)
             weighted = outputs.to(torch.float32) * weights[:, None]
             combined += torch.where(chosen.any(dim=-1)[:, None], weighted, 0.0)

@@ -13,22 +13,37 @@ from msi.models.family import StackedExpertNames
 
 
 def load_expert_bank(
-    config: ModelConfig, experts: tuple[int, ...], source: TensorSource, kernels: Kernels, dtype: torch.dtype
+    config: ModelConfig,
+    experts: tuple[int, ...],
+    source: TensorSource,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    had: tuple[ExpertBank, tuple[int, ...]] | None = None,
 ) -> ExpertBank:
     """Reads the matrices of these experts, and no others, however they lie on disk.
+
+    Args:
+        had: a bank of these kernels and this dtype, and its experts: what is wanted of them is not read again.
 
     Raises:
         CheckpointError: a tensor is missing, truncated or misshapen.
     """
-    bank = kernels.expert_bank(
-        num_layers=config.num_sparse_layers,
-        num_experts=len(experts),
-        hidden_size=config.hidden_size,
-        inner_size=config.intermediate_size,
-        dtype=dtype,
-    )
+    known: dict[int, int] = {}
+    if had is None:
+        bank = kernels.expert_bank(
+            num_layers=config.num_sparse_layers,
+            num_experts=len(experts),
+            hidden_size=config.hidden_size,
+            inner_size=config.intermediate_size,
+            dtype=dtype,
+        )
+    else:
+        known = {expert: local for local, expert in enumerate(had[1])}
+        bank = had[0].arranged([known.get(expert) for expert in experts])
     for index, layer in enumerate(config.sparse_layers):
         for local, expert in enumerate(experts):
+            if expert in known:
+                continue
             gate_up, down = _read_expert(config, source, layer, expert)
             bank.put(index, local, gate_up.to(dtype), down.to(dtype))
     return bank

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from msi.errors import ProtocolError, TransportError
@@ -95,6 +95,7 @@ class CombineLink:
         self._incarnation = incarnation
         self._seats: list[_Seat | None] = [None] * num_seats
         self._seat_of: dict[Endpoint, int] = {}
+        self._placement_versions = {expected.placement_version}  # whose rows are taken
         self._incarnations: dict[str, int] = {}  # the latest of each worker id
         self._max_skip = max_skip
         self._clock = clock
@@ -116,7 +117,7 @@ class CombineLink:
         return await self._transport.listen(self._accept)
 
     def _accept(self, payload: bytes) -> Admission:
-        hello = decode_hello(payload, self._expected)
+        hello = decode_hello(payload, self._expected, self._placement_versions)
         latest = self._incarnations.get(hello.worker_id, -1)
         if hello.incarnation < latest:
             raise ProtocolError(
@@ -146,6 +147,11 @@ class CombineLink:
             seat.endpoint.close()
             assert self._listener is not None
             self._listener.left(seat_index)
+
+    def use_placement(self, version: int) -> None:
+        """Rows of this placement are taken from now on, and of those before it: local ids mean the same under all."""
+        self._expected = replace(self._expected, placement_version=version)
+        self._placement_versions.add(version)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -234,7 +240,7 @@ class CombineLink:
                 or its_lane != lane
                 or its_seq != seq
                 or its_incarnation != incarnation
-                or placement_version != self._expected.placement_version
+                or placement_version not in self._placement_versions
             ):
                 dropped["header"] += 1
                 return

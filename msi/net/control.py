@@ -63,6 +63,7 @@ class MessageServer(Protocol):
 class MessageClient(Protocol):
     """A worker's or client's end."""
 
+    address: str  # the coordinator's
     num_sent: int
 
     def send(self, message: Any) -> None:
@@ -108,7 +109,7 @@ class ControlClient:
 
     def __init__(self, address: str, codec: Codec, secret: Secret | None = None) -> None:
         self.num_sent = 0
-        self._address = address
+        self.address = address
         self._codec = codec
         self._secret = secret
         self._complain = Complaints(log)
@@ -138,7 +139,7 @@ class ControlClient:
         try:
             self._socket.send([self._codec.encode(message)])
         except zmq.Again:
-            self._complain("unsent", f"the coordinator at {self._address} takes no more messages; one is lost")
+            self._complain("unsent", f"the coordinator at {self.address} takes no more messages; one is lost")
 
     async def receive(self) -> Any:
         """The next message. Cancellation loses nothing.
@@ -177,7 +178,7 @@ class ControlClient:
                 return
 
     def _prove(self, raw: zmq.Socket[bytes]) -> None:
-        if self._secret is not None and self._address.startswith("tcp://"):
+        if self._secret is not None and self.address.startswith("tcp://"):
             raw.curve_serverkey = curve_pair(self._secret, "server")[0]
             raw.curve_publickey, raw.curve_secretkey = curve_pair(self._secret, "client")
 
@@ -192,24 +193,24 @@ class ControlClient:
         raw.setsockopt(zmq.LINGER, 0)
         raw.setsockopt(zmq.IMMEDIATE, 1)  # none is kept for later: an old sign of life is none
         self._prove(raw)
-        raw.connect(self._address)
+        raw.connect(self.address)
         self._pulse = PulseThread(raw, lambda late_s: self._codec.encode(message(late_s)), every_s)
 
     def _connect_again(self) -> None:
         if not self._socket.raw.closed:
             with contextlib.suppress(zmq.ZMQError):
-                self._socket.raw.disconnect(self._address)
+                self._socket.raw.disconnect(self.address)
             with contextlib.suppress(zmq.ZMQError):
-                self._socket.raw.connect(self._address)
+                self._socket.raw.connect(self.address)
 
     def _why_refused(self) -> str:
         if self._secret is None:
             return (
-                f"the coordinator at {self._address} asks for a secret, and this process was given none: give it the "
+                f"the coordinator at {self.address} asks for a secret, and this process was given none: give it the "
                 f"coordinator's `secret_file` (or {VARIABLE}); or it is no coordinator that listens there"
             )
         return (
-            f"the secret differs: the coordinator at {self._address} has another than this process, or none; give all "
+            f"the secret differs: the coordinator at {self.address} has another than this process, or none; give all "
             f"processes of an instance the same `secret_file` (or {VARIABLE}); or it is no coordinator that listens "
             "there"
         )

@@ -118,6 +118,8 @@ class DispatchLink:
         self._nodes: tuple[_Node | None, ...] = (None,) * num_nodes
         self._node_of: dict[Endpoint, int] = {}
         self._gone: dict[int, tuple[str, str]] = {}  # worker id and reason of the one lost last, by node
+        self.placement_version = hello.placement_version  # of hellos, and of passes that begin
+        self._placement_versions = [hello.placement_version] * hello.num_lanes  # of the passes in flight
         self._turns: list[Turn | None] = [None] * hello.num_lanes
         self._next_seqs = list(hello.next_seqs)
         self._posted_seqs = [seq - 1 for seq in hello.next_seqs]  # the last that any node may have seen
@@ -140,7 +142,7 @@ class DispatchLink:
     async def connect(self, node: int, address: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> memoryview:
         """Connects a node and returns its outbox. Raises TransportError."""
         assert self._nodes[node] is None, f"node {node} is connected already"
-        hello = LINK_CODEC.encode(replace(self._hello, next_seqs=tuple(self._next_seqs)))
+        hello = LINK_CODEC.encode(self._own_hello())
         endpoint = await self._transport.connect(address, hello, self.landing, node, timeout_s=timeout_s)
         try:
             welcome = decode_welcome(endpoint.peer)
@@ -153,6 +155,9 @@ class DispatchLink:
         if all(self._nodes):
             self._complete.set()
         return endpoint.outbox
+
+    def _own_hello(self) -> LinkHello:
+        return replace(self._hello, next_seqs=tuple(self._next_seqs), placement_version=self.placement_version)
 
     def drop(self, node: int, reason: str) -> None:
         """Fences a node: connection closed, its seat revoked, all turns in flight fail. Idempotent."""
@@ -186,6 +191,10 @@ class DispatchLink:
         await self._complete.wait()
 
     # -- the layer loop ----------------------------------------------------------------------------------------------
+
+    def begin(self, lane: int) -> None:
+        """A pass begins: its rows are of the placement that is used now, to its end."""
+        self._placement_versions[lane] = self.placement_version
 
     def open(self, lane: int, more: bool) -> Turn:
         """The next turn of a lane, to be posted and then awaited with `landed`.
@@ -239,7 +248,7 @@ class DispatchLink:
                         continue
                     HEADER.pack_into(
                         peer.endpoint.outbox, offset, MAGIC, Kind.DISPATCH, lane, 0, more,
-                        incarnation, self._hello.placement_version, seq, count, row_bytes, 0, 0,
+                        incarnation, self._placement_versions[lane], seq, count, row_bytes, 0, 0,
                     )  # fmt: skip
                     peer.endpoint.post(full, offset, HEADER_BYTES + count * row_bytes)
                     self.counters.rows += count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from msi.errors import ProtocolError
@@ -51,8 +52,11 @@ class LinkWelcome:
 LINK_CODEC = Codec((LinkHello, LinkWelcome), max_bytes=MAX_HELLO_BYTES)
 
 
-def decode_hello(payload: bytes, ours: LinkHello) -> LinkHello:
+def decode_hello(payload: bytes, ours: LinkHello, placement_versions: Collection[int] = ()) -> LinkHello:
     """Checks a hello against what we expect: `ours`, with the peer's names and numbers left open.
+
+    Args:
+        placement_versions: that are as good as ours.
 
     Raises:
         ProtocolError: says what differs, with both values.
@@ -63,9 +67,15 @@ def decode_hello(payload: bytes, ours: LinkHello) -> LinkHello:
     must_match = (
         "protocol_version", "placement_version", "num_lanes", "slot_rows", "row_bytes", "answer_row_bytes",
     )  # fmt: skip
+    if (hello.rank, hello.size) != (0, 1):
+        raise ProtocolError(
+            f"{hello.worker_id[:64]} is rank {hello.rank} of {hello.size} of its node; only nodes of one rank are built"
+        )
     if hello.instance != ours.instance:
         raise ProtocolError(f"{hello.worker_id[:64]} belongs to another instance")
     for name in must_match:
+        if name == "placement_version" and hello.placement_version in placement_versions:
+            continue
         if getattr(hello, name) != getattr(ours, name):
             raise ProtocolError(
                 f"{hello.worker_id[:64]} has {name} {getattr(hello, name)}, ours is {getattr(ours, name)}"

@@ -41,7 +41,7 @@ from msi.placement import place_evenly
 from msi.precision import Precision
 from msi.profiler.sides import SLOT_ROWS, AttentionSide, ExpertSide, Timed
 from msi.settings import LinkShape, SchedulerLimits, Timeouts
-from msi.types import Request, SamplingParams
+from msi.types import Place, Request, SamplingParams
 from msi.worker.loading import DTYPES, LoadedPart, ModelFiles
 from msi.worker.torch_host import TorchModel
 
@@ -225,7 +225,7 @@ class _Host:
             self._assignment(), self._model(), self._open(transport), num_blocks, report, clock=time.monotonic
         )
         await self._stack.enter_async_context(_running(role))
-        role.use_topology(Topology((ExpertAddress(0, "expert-0", 0, address),), {}))
+        role.links.use_topology(Topology((ExpertAddress(Place(0), "expert-0", 0, address),), {}))
         async with asyncio.timeout(LINK_TIMEOUT_S):
             await linked.wait()
 
@@ -233,7 +233,7 @@ class _Host:
         """Seconds that passes of one micro-batch over the link take, and T_c as the link itself sees it."""
         assert self._attention_role is not None
         started = time.monotonic()
-        times = await self._attention_role.calibrate(1, num_seqs, num_passes)
+        times = await self._attention_role.measuring.calibrate(1, num_seqs, num_passes)
         return time.monotonic() - started, times.comm_s
 
     async def routing(self, batches: tuple[int, ...]) -> list[float]:
@@ -250,8 +250,8 @@ class _Host:
             self._decoding = (num_seqs, [])
             for index in range(num_seqs):
                 prompt = tuple(chance.randrange(self._config.vocab_size) for _ in range(ROUTING_CONTEXT))
-                role.submit(Request(f"{num_seqs}-{index}", prompt, params))
-            await role.wait_idle()
+                role.requests.submit(Request(f"{num_seqs}-{index}", prompt, params))
+            await role.requests.wait_idle()
             (first_bytes, first_batches), *_, (last_bytes, last_batches) = self._decoding[1]
             expert_bytes = self._config.expert_values * self._precision.weight_bytes
             found.append((last_bytes - first_bytes) / expert_bytes / (last_batches - first_batches))
@@ -262,15 +262,17 @@ class _Host:
         num_seqs, seen = self._decoding
         if self._expert_role is not None and num_tokens == num_seqs:
             counters = self._expert_role.counters()
-            seen.append((counters["weight_bytes_read"], counters["batches"]))
+            seen.append((counters.weight_bytes_read, counters.batches))
 
     async def computed_s(self) -> float:
         """Seconds that the roles hosted here have spent on layers, heads and sampling since they started."""
-        counters: dict[str, float] = {}
-        for role in (self._attention_role, self._expert_role):
-            counters |= {} if role is None else role.counters()
-        names = ("attention_s", "shared_experts_s", "sample_s", "expert_batches_s")
-        return sum(counters.get(name, 0.0) for name in names)
+        computed_s = 0.0
+        if self._attention_role is not None:
+            counters = self._attention_role.counters()
+            computed_s += counters.attention_s + counters.shared_experts_s + counters.sample_s
+        if self._expert_role is not None:
+            computed_s += self._expert_role.counters().expert_batches_s
+        return computed_s
 
     async def unlink(self) -> None:
         """Ends the roles."""
@@ -309,7 +311,7 @@ class _Host:
         return Assignment(
             instance="profile", worker_id=f"{hosting.role}-0",
             role="expert" if hosting.role == "expert" else "attention",
-            index=0, incarnation=0, placement=self._placement, num_seats=1,
+            place=Place(0), incarnation=0, placement=self._placement, num_seats=1,
             is_colocated=hosting.role == "colocated", memory_share=1.0,
             limits=SchedulerLimits(self._config.max_position_embeddings, hosting.max_seqs, SLOT_ROWS),
             link=LinkShape(num_lanes=1, slot_rows=SLOT_ROWS),

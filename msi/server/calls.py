@@ -182,7 +182,9 @@ class Calls:
         outputs = [
             self._metrics.observed(engine.generate(tokens_of(one), asked.params), num_choices) for one in asked.prompts
         ]
-        followed = self._requests.followed(merged(outputs, num_choices), answer.request_id, num_choices)
+        followed = self._requests.followed(
+            outputs[0] if len(outputs) == 1 else merged(outputs, num_choices), answer.request_id, num_choices
+        )
         return Call(followed, answer, asked.streaming, has_logprobs)
 
     def _log_ignored(self, names: Sequence[str]) -> None:

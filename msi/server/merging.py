@@ -9,17 +9,13 @@ from dataclasses import replace
 from msi.types import Output
 
 
-def merged(outputs: Sequence[AsyncGenerator[Output, None]], num_choices: int) -> AsyncGenerator[Output, None]:
+async def merged(outputs: Sequence[AsyncGenerator[Output, None]], num_choices: int) -> AsyncGenerator[Output, None]:
     """Outputs as they come, choices numbered prompt by prompt. Closing it closes all; so does the failure of one.
 
     Args:
         outputs: of each prompt.
         num_choices: of each prompt.
     """
-    return outputs[0] if len(outputs) == 1 else _merged(outputs, num_choices)
-
-
-async def _merged(outputs: Sequence[AsyncGenerator[Output, None]], num_choices: int) -> AsyncGenerator[Output, None]:
     queue: asyncio.Queue[Output | BaseException | None] = asyncio.Queue()
 
     async def forward(prompt: int) -> None:

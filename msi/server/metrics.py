@@ -9,6 +9,7 @@ msi_busy_ratio, msi_bubble_ratio            compute time over wall time; 1 - bus
 msi_running, msi_waiting                    sequences of each attention worker
 msi_kv_cache_used_ratio, msi_kv_cache_blocks
 msi_wave_size_total{size}                   batches of each expert worker by the seats in them
+msi_expert_rows_total{expert}               rows that an expert has computed on each worker that holds it, all layers
 msi_plan_drift_ratio{stage}, msi_plan_drift_alarms_total      where a plan runs: stage times measured over planned
 msi_connections, msi_connections_cut_total, msi_connections_refused_total
                                             of HTTP: open, cut for being late or not reading, without a place
@@ -30,17 +31,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from msi.control.counters import by_name
 from msi.control.messages import Stats, WorkerStats
 from msi.types import Output
-from msi.watchdog import BUCKETS_S, COUNTER_PREFIX
+from msi.watchdog import BUCKETS_S
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
 
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 10)
 # counters that are told in a form of their own
-TOLD_APART = ("blocks", "seats", "at_s", "rss_bytes")
-WAVE_SIZE = "wave_size_"
+TOLD_APART = ("blocks", "seats", "at_s", "rss_bytes", "wave_sizes_", "expert_rows_")
 
 
 class Metrics:
@@ -130,19 +131,20 @@ def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Me
         yield _gauge(name, meaning, values)
     yield _gauge("running", "Sequences that run.", [(one, one.status.num_running) for one in attention])
     yield _gauge("waiting", "Requests that wait.", [(one, one.status.num_waiting) for one in attention])
-    counted = [one for one in attention if one.status.counters.get("blocks")]  # not while it loads
-    blocks = [(one, one.status.counters["blocks"]) for one in counted]
+    counts = ((one, one.status.attention) for one in attention)
+    blocks = [(one, float(count.blocks)) for one, count in counts if count is not None and count.blocks]
     yield _gauge("kv_cache_blocks", "KV blocks.", blocks)
     used = [(one, 1 - one.status.num_free_blocks / count) for one, count in blocks]
     yield _gauge("kv_cache_used_ratio", "Share of the KV blocks in use.", used)
-    rss = [(one, one.status.counters.get("rss_bytes", 0.0)) for one in stats.workers]
+    rss = [(one, float(one.status.process.rss_bytes)) for one in stats.workers]
     yield _gauge("resident_memory_bytes", "Memory of the process.", rss)
     yield from _counters(stats.workers)
+    yield _expert_rows(stats.workers)
     dropped = CounterMetricFamily("msi_dropped", "What the coordinator did not take from its sockets.", labels=["kind"])
     for kind, count in stats.dropped.items():
         dropped.add_metric([kind], count)
     yield dropped
-    watched = {one.worker_id: one.status.counters for one in stats.workers}
+    watched = {one.worker_id: one.status.loop for one in stats.workers}
     yield from _stalls({**watched, "coordinator": stats.counters, "gateway": gateway})
     yield from _door(gateway)
     if stats.drift:
@@ -170,10 +172,11 @@ def _counters(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
     waves = CounterMetricFamily("msi_wave_size", "Batches by the seats in them.", labels=["worker", "size"])
     others: dict[str, CounterMetricFamily] = {}
     for worker in workers:
-        for name, value in worker.status.counters.items():
-            if name.startswith(WAVE_SIZE):
-                waves.add_metric([worker.worker_id, name.removeprefix(WAVE_SIZE)], value)
-            elif name not in TOLD_APART and not name.startswith(COUNTER_PREFIX) and name.isidentifier():
+        status = worker.status
+        for size, count in status.experts.wave_sizes.items() if status.experts is not None else ():
+            waves.add_metric([worker.worker_id, str(size)], count)
+        for name, value in (by_name(status.attention) | by_name(status.experts) | by_name(status.process)).items():
+            if not name.startswith(TOLD_APART) and name.isidentifier():
                 if name not in others:
                     others[name] = CounterMetricFamily(
                         f"msi_worker_{name}", f"The worker's count {name}.", labels=["worker", "role"]
@@ -181,6 +184,14 @@ def _counters(workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
                 others[name].add_metric([worker.worker_id, worker.role], value)
     yield waves
     yield from others.values()
+
+
+def _expert_rows(workers: tuple[WorkerStats, ...]) -> Metric:
+    rows = CounterMetricFamily("msi_expert_rows", "Rows that an expert has computed.", labels=["worker", "expert"])
+    for worker in workers:
+        for expert, count in worker.status.experts.expert_rows.items() if worker.status.experts is not None else ():
+            rows.add_metric([worker.worker_id, str(expert)], count)
+    return rows
 
 
 def _door(gateway: Mapping[str, float]) -> Iterator[Metric]:

@@ -128,10 +128,11 @@ class LoadLog:
 
 def load_sentence(stats: Stats, prompt_per_s: float, tokens_per_s: float) -> str:
     attention = [worker.status for worker in stats.workers if worker.role == "attention"]
-    num_blocks = sum(one.counters.get("blocks", 0.0) for one in attention)
-    num_free = sum(one.num_free_blocks for one in attention if "blocks" in one.counters)
-    num_asked = sum(one.counters.get("prompt_tokens", 0.0) for one in attention)
-    num_hit = sum(one.counters.get("prefix_hit_tokens", 0.0) for one in attention)
+    counters = [one.attention for one in attention if one.attention is not None]  # not of those that load
+    num_blocks = sum(one.blocks for one in counters)
+    num_free = sum(one.num_free_blocks for one in attention if one.attention is not None)
+    num_asked = sum(one.prompt_tokens for one in counters)
+    num_hit = sum(one.prefix_hit_tokens for one in counters)
     return (
         f"{prompt_per_s:.1f} prompt tokens/s, {tokens_per_s:.1f} generated tokens/s, {stats.num_requests} requests "
         f"({sum(one.num_running for one in attention)} running, {sum(one.num_waiting for one in attention)} waiting), "

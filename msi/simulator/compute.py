@@ -17,7 +17,7 @@ from msi.planner.stage_costs import StageCosts
 from msi.simulator.clock import virtual_loop
 from msi.simulator.popularity import Routing
 from msi.tracing import Tracer
-from msi.types import MicroBatch, Sampled
+from msi.types import MicroBatch, Placement, Sampled
 
 ROW_BYTES = 16  # of a simulated row, either way
 DRAW = struct.Struct("<II")  # lies where the first row would: the mark of the draw, and the tokens it was for
@@ -119,6 +119,9 @@ class SimulatedAttention:
     def attach(self, node: int, outbox: memoryview) -> None:
         self._outboxes[node] = outbox
 
+    def use_placement(self, placement: Placement) -> None:
+        """Rows go where `routing` says."""
+
     def begin(self, lane: int, micro_batch: MicroBatch) -> None:
         self._lanes[lane] = micro_batch, micro_batch.num_tokens, sum(micro_batch.context_lens)
 
@@ -173,6 +176,9 @@ class SimulatedExperts:
 
     def attach(self, seat: int, outbox: memoryview) -> None:
         pass
+
+    def expert_rows(self) -> dict[int, int]:
+        return {}
 
     def run(self, batch: WaveBatch, finished: Finished) -> None:
         at, stride, landing = self._draw_at[batch.lane], self._stride, self._landing

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
+from msi.control.counters import ProcessCounters
 from msi.control.messages import Assignment
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
@@ -18,7 +19,7 @@ from msi.simulator.deployment import Deployment
 from msi.simulator.popularity import Routing
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from msi.tracing import Tracer
-from msi.worker.host import ServedShape
+from msi.worker.host import ExpertPart, ServedShape
 
 VOCAB_SIZE = 32_000  # only calibration asks
 COSTS_REMEMBERED = 4096
@@ -74,8 +75,11 @@ class SimulatedModel:
     def expert_half(self, link: CombineLink, num_seats: int) -> SimulatedExperts:
         world = self._world
         return SimulatedExperts(
-            link, self._queue, node=self._assignment.index, costs=world.costs, routing=world.routing
+            link, self._queue, node=self._assignment.place.node, costs=world.costs, routing=world.routing
         )
+
+    def lend_experts(self, half: ExpertPart) -> None:
+        """Experts weigh nothing here."""
 
 
 class SimulatedHost:
@@ -112,8 +116,8 @@ class SimulatedHost:
         num_rows = max(0, num_bytes - HEADER_BYTES) // ROW_BYTES
         return num_bytes if not num_rows else HEADER_BYTES + num_rows * self._row_bytes
 
-    def counters(self) -> dict[str, float]:
-        return {}
+    def counters(self) -> ProcessCounters:
+        return ProcessCounters()
 
     async def close(self) -> None:
         self.queue.close()

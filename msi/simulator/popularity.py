@@ -36,8 +36,8 @@ class ExpectedRouting:
     """Every expert as popular as the next, and every draw the mean of all: the rows of symmetric peers are equal."""
 
     def __init__(self, placement: Placement, top_k: int) -> None:
-        self._num_experts = len(placement.node_of)
-        self._local = [len(placement.experts_of(node)) for node in range(placement.num_nodes)]
+        self._num_experts = placement.num_experts
+        self._local = [len(placement.experts[node]) for node in range(placement.num_nodes)]
         self._top_k = top_k
         self._rows: dict[int, tuple[int, ...]] = {}
         self._loads: dict[tuple[int, int], tuple[float, int]] = {}
@@ -85,7 +85,7 @@ class DrawnRouting:
         has = np.zeros(noisy.shape, dtype=np.int32)
         np.put_along_axis(has, chosen, 1, axis=1)
         nodes = range(placement.num_nodes)
-        on_node = [has[:, list(placement.experts_of(node))] for node in nodes]
+        on_node = [has[:, list(placement.experts[node])] for node in nodes]
         hits = np.stack([counts.any(axis=1) for counts in on_node], axis=1).astype(np.int32)
         self._rows_before = _before(hits)  # [tokens + 1, num_nodes]
         self._pairs_before = [_before(counts) for counts in on_node]  # by node: [tokens + 1, its experts]
@@ -121,7 +121,8 @@ def build_routing(
     Raises:
         ConfigError: says what is allowed.
     """
-    num_experts = len(placement.node_of)
+    num_experts = placement.num_experts
+    assert not placement.has_replicas, "which of its nodes an expert's rows go to is not simulated yet"
     if popularity == "uniform":
         return ExpectedRouting(placement, top_k)
     weights = _weights(popularity, num_experts)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from msi.control.client import CoordinatorClient
 from msi.control.coordinator import Coordinator
 from msi.control.messages import Welcome
-from msi.errors import EngineError, Unavailable
+from msi.errors import EngineError, Failure, Unavailable
+from msi.net.control_inproc import InprocServer
 from msi.planner.drift import DriftWatch
 from msi.planner.stage_costs import StageCosts
 from msi.simulator.clock import run_virtual, virtual_loop
-from msi.simulator.control import SimulatedServer
 from msi.simulator.deployment import Deployment, Fault, check_faults
 from msi.simulator.host import VOCAB_SIZE, RememberedCosts, SimulatedHost, World
 from msi.simulator.popularity import Routing, build_routing
@@ -104,7 +105,7 @@ class _Simulation:
         costs = RememberedCosts(costs)
         latency = (lambda num_bytes: 0.0) if deployment.is_colocated else costs.comm_s
         network = SimulatedNetwork(latency, is_collapsing=is_collapsing)
-        server = SimulatedServer(deployment.control_latency_s)
+        server = InprocServer(hand_over=partial(loop.call_later, deployment.control_latency_s))
         welcome = Welcome("simulated", VOCAB_SIZE, deployment.limits.max_model_len)
         coordinator = Coordinator(
             server,
@@ -115,7 +116,7 @@ class _Simulation:
             drift=self._drift,
             clock=loop.time,
         )
-        client = CoordinatorClient(server.address, server.connect("client"), clock=loop.time)
+        client = CoordinatorClient(server.connect("client"), clock=loop.time)
         world = World(deployment, costs, self._routing, network, seed)
         async with asyncio.TaskGroup() as tasks:
             coordinating = tasks.create_task(coordinator.run(), name="coordinator")
@@ -139,9 +140,7 @@ class _Simulation:
         self._check_integrity()
         return build_report(results, busy_s, num_messages=num_messages, num_micro_batches=num_lanes)
 
-    def _start(
-        self, tasks: asyncio.TaskGroup, world: World, server: SimulatedServer, role: str, worker_id: str
-    ) -> None:
+    def _start(self, tasks: asyncio.TaskGroup, world: World, server: InprocServer, role: str, worker_id: str) -> None:
         host = self._hosts[worker_id] = SimulatedHost(world, role)
         control = server.connect(worker_id)
         settings = WorkerSettings(server.address, role, worker_id, trace_dir=self._trace_dir)
@@ -194,7 +193,7 @@ class _Simulation:
                 self._num_tokens += len(update.token_ids)
                 self._report_progress(self._num_tokens, self._num_wanted)
         except EngineError as failure:
-            kind, error = type(failure).__name__, str(failure)
+            kind, error = Failure.of(failure).kind, str(failure)
         self._num_wanted -= arrival.output_len - num_tokens
         return RequestResult(
             request.request_id, arrival.arrival_s, first_at, clock() - started_at, arrival.input_len, num_tokens, kind,
@@ -206,7 +205,7 @@ class _Simulation:
     def _check_integrity(self) -> None:
         for worker in self._workers.values():
             if worker.life is not None and worker.life.attention is not None:
-                worker.life.attention.check_integrity()
+                worker.life.attention.requests.check_integrity()
 
 
 async def _ready(client: CoordinatorClient) -> None:

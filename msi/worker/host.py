@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from msi.attention.lanes import AttentionCompute
+from msi.control.counters import ProcessCounters
 from msi.control.messages import Assignment
 from msi.experts.server import ExpertCompute
 from msi.meter import StageMeter
@@ -18,6 +19,7 @@ from msi.net.dispatch_link import DispatchLink
 from msi.net.transport import Transport
 from msi.precision import Precision
 from msi.tracing import Tracer
+from msi.types import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +50,18 @@ class AttentionPart(AttentionCompute, Protocol):
     def attach(self, node: int, outbox: memoryview) -> None:
         """Rows for this expert node go into `outbox` from now on."""
 
+    def use_placement(self, placement: Placement) -> None:
+        """Passes that begin from now on send rows where it says."""
+
 
 class ExpertPart(ExpertCompute, Protocol):
     """The experts of one node, and what they measure."""
 
     meter: StageMeter  # T_e
     weight_bytes_read: int
+
+    def expert_rows(self) -> dict[int, int]:
+        """Rows that each expert has computed in all layers together, by its id in the model; {} where nobody counts."""
 
 
 class LoadedModel(Protocol):
@@ -75,6 +83,9 @@ class LoadedModel(Protocol):
 
     def expert_half(self, link: CombineLink, num_seats: int) -> ExpertPart:
         """Reads rows from the link's landing; outboxes are attached as seats are taken."""
+
+    def lend_experts(self, half: ExpertPart) -> None:
+        """To a half that runs: it computes with these experts from now on. Those it had have the same local ids."""
 
 
 class Host(Protocol):
@@ -106,8 +117,8 @@ class Host(Protocol):
 
     def new_transport(self, assignment: Assignment) -> Transport: ...
 
-    def counters(self) -> dict[str, float]:
-        """What else is countable here, by name."""
+    def counters(self) -> ProcessCounters:
+        """What is countable here; the rest of them is the worker's to fill in."""
 
     async def close(self) -> None:
         """Idempotent."""

@@ -23,26 +23,36 @@ from msi.models.config import ModelConfig, config_digest
 from msi.models.expert_weights import load_expert_bank
 from msi.models.families import load_config
 from msi.models.required import check_tensors
-from msi.precision import VALUE_BYTES
+from msi.precision import VALUE_BYTES, Precision
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # names of msi.precision
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoadedPart:
     """The weights of one role and placement, on a device."""
 
-    assignment: Assignment
-    attention: AttentionWeights | None
-    experts: ExpertBank | None
+    precision: Precision
+    attention: AttentionWeights | None = None
+    experts: ExpertBank | None = None
+    expert_ids: tuple[int, ...] = ()  # by local id
 
-    def fits(self, other: Assignment) -> bool:
-        """Whether another assignment needs the very same weights."""
-        ours = self.assignment
-        return (ours.role, ours.index, ours.placement, ours.precision, ours.is_colocated) == (
-            other.role, other.index, other.placement, other.precision, other.is_colocated,
+    def kept_for(self, assignment: Assignment) -> LoadedPart:
+        """What of it an assignment has a use for; the rest may go."""
+        if self.precision != assignment.precision:
+            return LoadedPart(assignment.precision)
+        attention = self.attention if assignment.has_attention else None
+        if not set(self.expert_ids) & set(assignment.experts):
+            return LoadedPart(self.precision, attention)
+        return LoadedPart(self.precision, attention, self.experts, self.expert_ids)
+
+    def fits(self, assignment: Assignment) -> bool:
+        """Whether it is the very weights that an assignment needs."""
+        has_attention = self.attention is not None
+        return (self.precision, has_attention, self.expert_ids) == (
+            assignment.precision, assignment.has_attention, assignment.experts,
         )  # fmt: skip
 
 
@@ -79,14 +89,19 @@ class ModelFiles:
         """sha256 of the canonical config.json and of the names, shapes and dtypes of all tensors."""
         return f"{self._digest}/{self.open().fingerprint()}"
 
-    def load(self, assignment: Assignment, device: Device) -> LoadedPart:
+    def load(self, assignment: Assignment, device: Device, had: LoadedPart | None = None) -> LoadedPart:
         """Reads this role's tensors, and no others, into the device's layout. Slow: call it in a thread of its own.
+
+        Args:
+            had: what is on the device already (see `LoadedPart.kept_for`); none of it is read again.
 
         Raises:
             CheckpointError: a tensor is missing, truncated or misshapen.
             ConfigError: the memory that is free cannot hold them.
         """
-        precision, num_values = assignment.precision, self._part_values(assignment)
+        precision = assignment.precision
+        had = had or LoadedPart(precision)
+        num_values = self._values_to_read(assignment, had)
         dtype, num_bytes = DTYPES[precision.weights], num_values * precision.weight_bytes
         free_bytes = device.free_memory_bytes()
         if num_bytes > free_bytes:
@@ -98,18 +113,18 @@ class ModelFiles:
         self.loaded_bytes, self.total_bytes = 0, num_values * VALUE_BYTES[self.config.dtype]
         started = time.monotonic()
         source = self.open(self._count)
-        attention = experts = None
-        if assignment.role == "expert" or assignment.is_colocated:
-            ids = self._experts_of(assignment)
-            experts = load_expert_bank(self.config, ids, source, device.kernels, dtype)
-        if assignment.role == "attention":
+        attention, experts = had.attention, had.experts
+        if assignment.experts:
+            kept = None if experts is None else (experts, had.expert_ids)
+            experts = load_expert_bank(self.config, assignment.experts, source, device.kernels, dtype, kept)
+        if assignment.has_attention and attention is None:
             compute_dtype = DTYPES[precision.compute]
             attention = load_attention_weights(self.config, source, device, dtype, compute_dtype)
         log.info(
             "%s: %.1f MB of weights read in %.1f s, held as %s",
             assignment.worker_id, source.bytes_read / 1e6, time.monotonic() - started, precision.weights,
         )  # fmt: skip
-        return LoadedPart(assignment, attention, experts)
+        return LoadedPart(precision, attention, experts, assignment.experts)
 
     def num_kv_blocks(self, assignment: Assignment, device: Device, memory_utilization: float) -> int:
         """As many as the share of free memory allows but no more than could ever be used, and the padding block.
@@ -131,18 +146,12 @@ class ModelFiles:
             )
         return 1 + min(useful, affordable)
 
-    def _experts_of(self, assignment: Assignment) -> tuple[int, ...]:
-        if assignment.is_colocated:
-            return tuple(range(self.config.num_experts))
-        return assignment.placement.experts_of(assignment.index)
-
-    def _part_values(self, assignment: Assignment) -> int:
+    def _values_to_read(self, assignment: Assignment, had: LoadedPart) -> int:
         """Elements of what `load` will read."""
         config = self.config
-        num_values = 0
-        if assignment.role == "expert" or assignment.is_colocated:
-            num_values += len(self._experts_of(assignment)) * config.num_sparse_layers * config.expert_values
-        if assignment.role == "attention":
+        num_new = len(set(assignment.experts) - set(had.expert_ids))
+        num_values = num_new * config.num_sparse_layers * config.expert_values
+        if assignment.has_attention and had.attention is None:
             num_values += config.attention_values
         return num_values
 

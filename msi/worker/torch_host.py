@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from msi.attention.half import AttentionHalf
 from msi.attention.kv_cache import KvCache
+from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
 from msi.device.choice import open_device
 from msi.device.cpu import CpuDevice
@@ -28,7 +29,7 @@ from msi.net.transport import Transport
 from msi.precision import Precision
 from msi.settings import HostOptions, ModelSource
 from msi.tracing import Tracer
-from msi.worker.host import ServedShape
+from msi.worker.host import ExpertPart, ServedShape
 from msi.worker.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,13 @@ class TorchModel:
             landing=link.landing.memory,
             landing_stride=link.landing.stride,
             num_seats=num_seats,
+            experts=self.part.expert_ids,
         )
+
+    def lend_experts(self, half: ExpertPart) -> None:
+        assert isinstance(half, ExpertHalf), half
+        assert self.part.experts is not None
+        half.use_bank(self.part.experts, self.part.expert_ids)
 
 
 class TorchHost:
@@ -163,8 +170,9 @@ class TorchHost:
         device = self._device
         assert device is not None
         if self._part is None or not self._part.fits(assignment):
+            had = None if self._part is None else self._part.kept_for(assignment)
             self._part = None
-            self._part = await asyncio.to_thread(self._files.load, assignment, device)
+            self._part = await asyncio.to_thread(self._files.load, assignment, device, had)
         return TorchModel(self._files, self._part, assignment, device, self._settings.host.gpu_memory_utilization)
 
     def new_transport(self, assignment: Assignment) -> Transport:
@@ -189,9 +197,10 @@ class TorchHost:
             return settings.advertise_host or address_towards(*split_address(settings.coordinator))
         return LOOPBACK
 
-    def counters(self) -> dict[str, float]:
-        cut_off = {f"cut_off_{kind.replace(' ', '_')}": float(count) for kind, count in self._complain.counts.items()}
-        return {"loop_cpu_s": time.thread_time(), "rss_bytes": resident_memory_bytes(), **cut_off}
+    def counters(self) -> ProcessCounters:
+        return ProcessCounters(
+            loop_cpu_s=time.thread_time(), rss_bytes=resident_memory_bytes(), cut_off=by_reason(self._complain.counts)
+        )
 
     async def close(self) -> None:
         if self._device is not None:

@@ -39,6 +39,7 @@ from msi.control.messages import (
     Topology,
     Undecided,
     UseLanes,
+    UsePlacement,
     WorkerBelief,
     WorkerFailed,
     WorkerHello,
@@ -52,7 +53,7 @@ from msi.net.control import MessageClient
 from msi.net.transport import Transport
 from msi.settings import Timeouts
 from msi.tracing import Tracer
-from msi.types import StageTimes
+from msi.types import Placement, StageTimes
 from msi.watchdog import LoopWatch
 from msi.worker.host import Host, LoadedModel
 
@@ -95,6 +96,7 @@ class Life:
         ready: what was said once the weights were loaded.
         acked: number of the last HeartbeatAck.
         calibrating: what is being measured, or was last.
+        placing: held while a new placement is taken into use.
     """
 
     assignment: Assignment
@@ -105,6 +107,7 @@ class Life:
     ready: WorkerReady | None = None
     acked: int = -1
     calibrating: asyncio.Task[None] | None = None
+    placing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Worker:
@@ -183,6 +186,7 @@ class Worker:
         answer = await self._answer(hello)
         if isinstance(answer, Refused):
             raise ConfigError(answer.reason)
+        answer.place.check_is_built()
         self.worker_id = answer.worker_id
         self._last_heard = self._clock()
         if settings.trace_dir is not None and self._tracer is None:
@@ -273,11 +277,13 @@ class Worker:
             attention, experts = life.attention, life.experts
             match message:
                 case Submit() if attention is not None:
-                    attention.submit(message.request)
+                    attention.requests.submit(message.request)
                 case Cancel() if attention is not None:
-                    attention.cancel(message.request_id)
+                    attention.requests.cancel(message.request_id)
                 case Topology() if attention is not None:
-                    attention.use_topology(message)
+                    attention.links.use_topology(message)
+                case UsePlacement():
+                    tasks.create_task(self._use_placement(life, message.placement), name="placement")
                 case UseLanes() if attention is not None:
                     await _ended(life.calibrating)
                     attention.use_lanes(message.num_lanes)
@@ -302,6 +308,23 @@ class Worker:
                 case _:
                     log.warning("%s: %s came at the wrong time", self.worker_id, type(message).__name__)
 
+    async def _use_placement(self, life: Life, placement: Placement) -> None:
+        """Loads what is new of it, if it is new. Where experts would change their local ids a new life begins."""
+        attention, experts = life.attention, life.experts
+        try:
+            async with life.placing:
+                if experts is not None and placement.version > experts.placement.version:
+                    if not experts.can_use(placement):
+                        raise _LifeEnds("a placement gives its experts other local ids")
+                    grown = None
+                    if not experts.holds(placement):
+                        grown = self._loaded = await self._host.load(replace(life.assignment, placement=placement))
+                    experts.use_placement(placement, grown)
+                if attention is not None:
+                    attention.use_placement(placement)
+        except ConfigError as error:
+            log.error("%s: placement %d cannot be used: %s", self.worker_id, placement.version, error)
+
     async def _calibrate(
         self,
         attention: AttentionRole,
@@ -312,7 +335,7 @@ class Worker:
         await _ended(after)
         ids = (assignment.worker_id, assignment.incarnation, order.order)
         try:
-            times = await attention.calibrate(order.num_lanes, order.num_seqs, order.num_passes)
+            times = await attention.measuring.calibrate(order.num_lanes, order.num_seqs, order.num_passes)
         except EngineError as error:
             self._control.send(CalibrationCutShort(*ids, str(error)))
             return
@@ -326,7 +349,7 @@ class Worker:
             self._control.send(Draining(*ids))
             await self._drain_wanted.wait(life.assignment.timeouts.heartbeat_s)
         if life.attention is not None:
-            await life.attention.wait_idle()
+            await life.attention.requests.wait_idle()
         self._control.send(Goodbye(*ids))
         raise _WorkerEnds
 
@@ -362,38 +385,38 @@ class Worker:
         return WorkerBelief(
             acked=life.acked,
             ready=life.ready,
-            is_linked=attention is not None and attention.is_linked,
+            is_linked=attention is not None and attention.links.is_complete,
             num_lanes=0 if attention is None else attention.num_lanes,
-            request_ids=() if attention is None else attention.request_ids,
+            request_ids=() if attention is None else attention.requests.ids,
+            placement_version=_placement_version(life),
         )
 
     def _status(self, life: Life) -> WorkerStatus:
         attention, experts = life.attention, life.experts
         times = StageTimes()
-        counters: dict[str, float] = {}
         if attention is not None:
-            times, counters = attention.times(), attention.counters()
-        if experts is not None:
-            counters |= experts.counters()
-            if attention is None:
-                times = experts.times()
+            times = attention.measuring.times()
+        elif experts is not None:
+            times = experts.times()
         busy = self._busy_share()
-        counters |= self._host.counters()
-        if self._watch is not None:
-            counters |= self._watch.counters()
-        counters["at_s"] = self._clock()
-        counters["busy_s"] = self._host.busy_s
-        counters["control_messages_sent"] = self._control.num_sent
-        has_work = attention is None or not attention.is_idle
+        has_work = attention is None or not attention.requests.is_idle
         loaded_bytes, total_bytes = self._host.loaded
         return WorkerStatus(
             loaded_bytes=loaded_bytes,
             total_bytes=total_bytes,
-            num_running=0 if attention is None else attention.num_running,
-            num_waiting=0 if attention is None else attention.num_waiting,
-            num_free_blocks=0 if attention is None else attention.num_free_blocks,
+            num_running=0 if attention is None else attention.requests.scheduler.num_running,
+            num_waiting=0 if attention is None else attention.requests.scheduler.num_waiting,
+            num_free_blocks=0 if attention is None else attention.requests.scheduler.num_free_blocks,
             times=replace(times, busy=busy, bubble=1 - busy if has_work else 0.0),
-            counters=counters,
+            process=replace(
+                self._host.counters(),
+                at_s=self._clock(),
+                busy_s=self._host.busy_s,
+                control_messages_sent=self._control.num_sent,
+            ),
+            attention=None if attention is None else attention.counters(),
+            experts=None if experts is None else experts.counters(),
+            loop={} if self._watch is None else self._watch.counters(),
         )
 
     def _busy_share(self) -> float:
@@ -402,6 +425,11 @@ class Worker:
         self._excused_s = 0.0
         computed, self._busy_at_beat = busy_s - self._busy_at_beat, busy_s
         return min(1.0, computed / elapsed) if elapsed > 0 else 0.0
+
+
+def _placement_version(life: Life) -> int:
+    hosted = life.experts or life.attention
+    return 0 if hosted is None else hosted.placement.version
 
 
 async def _ended(task: asyncio.Task[None] | None) -> None:

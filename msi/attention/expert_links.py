@@ -1,0 +1,111 @@
+"""The links of an attention worker to the expert workers: connected as they come, dropped as they go, and reported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from msi.complaints import Complaints
+from msi.control.messages import Assignment, ExpertAddress, Linked, PeerLost, Topology
+from msi.errors import TransportError, one_line
+from msi.experts.role import link_hello
+from msi.net.alarm import Alarm
+from msi.net.dispatch_link import DispatchLink
+from msi.net.transport import Transport
+from msi.worker.host import AttentionPart, ServedShape
+
+log = logging.getLogger(__name__)
+
+CONNECT_AGAIN_S = 0.25
+
+
+class ExpertLinks:
+    """Of one life.
+
+    Args:
+        report: takes the messages for the coordinator.
+        clock: seconds, monotonic.
+
+    Attributes:
+        link: what lanes post to; it is complete once every expert node is connected.
+    """
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        shape: ServedShape,
+        transport: Transport,
+        report: Callable[[Any], None],
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self.link = DispatchLink(
+            transport,
+            hello=link_hello(assignment, shape),
+            num_nodes=assignment.placement.num_nodes,
+            report_loss=self._lost_peer,
+            timeout_s=assignment.timeouts.peer_timeout_s,
+            clock=clock,
+        )
+        self._assignment = assignment
+        self._report = report
+        self._wanted: dict[int, ExpertAddress] = {}
+        self._connected: dict[int, ExpertAddress] = {}
+        self._topology_changed = Alarm()
+        self._complaints = Complaints(log)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every expert worker is connected."""
+        return len(self._connected) == self._assignment.placement.num_nodes
+
+    def use_topology(self, topology: Topology) -> None:
+        """These expert workers are there now. Others are dropped, new ones connected."""
+        self._wanted = {expert.place.node: expert for expert in topology.experts}
+        for node, connected in list(self._connected.items()):
+            if self._wanted.get(node) != connected:
+                self.link.drop(node, topology.lost.get(connected.worker_id, "replaced"))
+        self._topology_changed.ring()
+
+    async def keep_connected(self, half: AttentionPart) -> None:
+        """For ever; `half` gets the outboxes."""
+        while True:
+            failed = False
+            for node, expert in sorted(self._wanted.items()):
+                if node not in self._connected and not await self._connect(node, expert, half):
+                    failed = True
+            await self._topology_changed.wait(CONNECT_AGAIN_S if failed else float("inf"))
+
+    async def _connect(self, node: int, expert: ExpertAddress, half: AttentionPart) -> bool:
+        try:
+            half.attach(node, await self.link.connect(node, expert.address))
+        except TransportError as error:
+            log.warning("%s: %s", expert.worker_id, error.reason)
+            return False
+        except Exception as error:
+            self._complaints.say(error, f"{expert.worker_id} could not be connected")
+            self.link.drop(node, one_line(error))
+            return False
+        if self._wanted.get(node) != expert:  # changed while connecting
+            self.link.drop(node, "replaced")
+            return False
+        self._connected[node] = expert
+        if not self.link.missing_nodes:
+            self._say_linked(True)
+        return True
+
+    def _lost_peer(self, node: int, worker_id: str, reason: str) -> None:
+        expert = self._connected.pop(node, None)
+        if expert is None:
+            return
+        was_complete = len(self._connected) + 1 == self._assignment.placement.num_nodes
+        if self._wanted.get(node) == expert:  # we noticed first; it comes back under a new incarnation
+            del self._wanted[node]
+            ours = self._assignment
+            self._report(PeerLost(ours.worker_id, ours.incarnation, expert.worker_id, expert.incarnation, reason))
+        if was_complete:
+            self._say_linked(False)
+
+    def _say_linked(self, is_complete: bool) -> None:
+        self._report(Linked(self._assignment.worker_id, self._assignment.incarnation, is_complete))

@@ -1,0 +1,177 @@
+"""The requests of an attention worker: from the coordinator into the scheduler, from there onto lanes and back.
+
+What is new of them, and why they ended, goes out through `report`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from msi.attention.scheduler import Scheduler
+from msi.complaints import Complaints
+from msi.control.messages import Assignment, PassDone, RequestsFailed
+from msi.errors import BatchRefused, EngineError, Failure, RequestFailed, TransportError, one_line
+from msi.kernels import BLOCK_TOKENS
+from msi.net.alarm import Alarm
+from msi.types import MicroBatch, Request, Sampled
+from msi.worker.host import ServedShape
+
+log = logging.getLogger(__name__)
+
+
+class Requests:
+    """Of one life. Implements `msi.attention.lanes.MicroBatches`.
+
+    Args:
+        num_blocks: KV blocks, the padding block included.
+        report: takes the messages for the coordinator.
+    """
+
+    def __init__(
+        self, assignment: Assignment, shape: ServedShape, num_blocks: int, report: Callable[[Any], None]
+    ) -> None:
+        self.num_passes = self.batch_tokens = self.batch_contexts = 0
+        self._assignment = assignment
+        self._shape = shape
+        self._num_blocks = num_blocks
+        self._report = report
+        self.scheduler = self._new_scheduler(num_lanes=1)
+        self._idle = [Alarm() for _ in range(assignment.link.num_lanes)]
+        self._ended = Alarm()
+        self._num_reports = 0
+        self._complaints = Complaints(log)
+
+    def _new_scheduler(self, num_lanes: int) -> Scheduler:
+        return Scheduler(
+            self._assignment.limits,
+            num_lanes=num_lanes,
+            num_blocks=self._num_blocks,
+            block_tokens=BLOCK_TOKENS,
+            vocab_size=self._shape.vocab_size,
+            eos_token_ids=self._shape.eos_token_ids,
+        )
+
+    def spread_over(self, num_lanes: int) -> None:
+        """Before lanes run: so many there will be."""
+        came_early = self.scheduler.requests  # whoever told how many was heard late
+        self.scheduler = self._new_scheduler(num_lanes)
+        for request in came_early:
+            self.submit(request)
+
+    # -- the coordinator's side --------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Takes a request, or reports why it cannot."""
+        try:
+            self.scheduler.add(request)
+        except EngineError as error:
+            self._fail([request.request_id], error)
+        except Exception as error:
+            self._complaints.say(error, "a request could not be taken")
+            self.scheduler.cancel(request.request_id)
+            self._fail([request.request_id], self._failed(one_line(error)))
+        self._wake()
+
+    def cancel(self, request_id: str) -> None:
+        self.scheduler.cancel(request_id)
+        self._wake()
+
+    @property
+    def is_idle(self) -> bool:
+        return self.scheduler.is_idle
+
+    async def wait_idle(self) -> None:
+        """Until no request is left."""
+        while not self.scheduler.is_idle:
+            await self._ended.wait()
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of all that are here."""
+        return self.scheduler.request_ids
+
+    def _fail(self, request_ids: list[str], error: EngineError) -> None:
+        if not request_ids:
+            return
+        if isinstance(error, RequestFailed):
+            log.warning("%s ended: %s", ", ".join(request_ids), error)
+        ours = self._assignment
+        self._report(RequestsFailed(ours.worker_id, ours.incarnation, tuple(request_ids), Failure.of(error)))
+
+    def _failed(self, reason: str) -> RequestFailed:
+        return RequestFailed(f"{self._assignment.worker_id}: {reason}")
+
+    def _wake(self) -> None:
+        for lane in range(self.scheduler.num_lanes):
+            if self.scheduler.has_work(lane):
+                self._idle[lane].ring()
+        if self.scheduler.is_idle:
+            self._ended.ring()
+
+    # -- the lanes' side ---------------------------------------------------------------------------------------------
+
+    async def next(self, lane: int) -> MicroBatch:
+        while True:
+            seen = self.scheduler.num_admissions
+            try:
+                micro_batch = self.scheduler.plan(lane)
+            except Exception as error:
+                self._end_lane(lane, error)
+                continue
+            if self.scheduler.num_admissions > seen:
+                self._wake()  # onto other lanes
+            if micro_batch is not None:
+                return micro_batch
+            await self._idle[lane].wait()
+
+    def may_continue(self, lane: int) -> bool:
+        return self.scheduler.may_continue(lane)
+
+    def finish(self, lane: int, micro_batch: MicroBatch, sampled: Sampled) -> None:
+        self.num_passes += 1
+        self.batch_tokens += micro_batch.num_tokens
+        self.batch_contexts += sum(micro_batch.context_lens)
+        try:
+            for index, reason in sampled.failures.items():
+                self._fail(self.scheduler.fail(lane, (index,)), self._failed(reason))
+            progress = self.scheduler.update(lane, sampled.token_ids, sampled.logprobs)
+        except Exception as error:
+            self._end_lane(lane, error)
+            return
+        if progress:
+            ours = self._assignment
+            self._report(PassDone(ours.worker_id, ours.incarnation, self._num_reports, tuple(progress)))
+            self._num_reports += 1
+        self._wake()
+
+    def fail(self, lane: int, micro_batch: MicroBatch, error: Exception) -> None:
+        scheduler = self.scheduler
+        if isinstance(error, TransportError) and not isinstance(error, BatchRefused):
+            scheduler.give_up(lane)
+            lost = RequestFailed(f"expert worker {error.peer} was lost: {error.reason}")
+            self._fail(scheduler.fail_running(), lost)
+        elif isinstance(error, TimeoutError):
+            self._complaints.say(error, "a pass was given up")
+            failed = scheduler.fail(lane, range(len(micro_batch.query_lens)))
+            scheduler.give_up(lane)
+            self._fail(failed, self._failed(one_line(error)))
+        else:
+            self._complaints.say(error, "a pass failed; each of its sequences is tried alone")
+            if isinstance(error, BatchRefused):
+                cause = RequestFailed(f"expert worker {error.peer} {error.reason}")
+            else:
+                cause = self._failed(f"could not compute it: {one_line(error)}")
+            self._fail(scheduler.suspect(lane), cause)
+        self._wake()
+
+    def _end_lane(self, lane: int, error: Exception) -> None:
+        """The scheduler itself went wrong with this lane. If that goes beyond the lane, the worker ends."""
+        self._complaints.say(error, "the scheduler failed; the requests of a lane end")
+        self._fail(self.scheduler.fail_lane(lane), self._failed(one_line(error)))
+        self.scheduler.check_integrity()
+        self._wake()

@@ -1,0 +1,148 @@
+"""What workers count and tell with their heartbeats. A field's name is its name in /metrics: msi_worker_FIELD_total.
+
+Counts are since the start of a life; times are in seconds, `*_s`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Annotated
+
+from msi.errors import shown
+from msi.types import Measured
+
+MAX_KEYS = 4096  # of a map: an expert worker counts waves by their size, and rows by their expert
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
+
+Count = Annotated[int, range(2**62)]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCounters:
+    """Attributes:
+    batch_tokens, batch_contexts: of the passes; see `msi.types.MicroBatch`.
+    blocks, kv_blocks: KV blocks; those of sequences that are missing while none runs are `kv_blocks_lost`.
+    prompt_tokens: of sequences that were admitted; `prefix_hit_tokens` of them were known.
+    readmitted_tokens, readmission_hit_tokens: the same for sequences that were admitted again.
+    dropped: immediates that were not used, by reason.
+    """
+
+    passes: Count = 0
+    batch_tokens: Count = 0
+    batch_contexts: Count = 0
+    blocks: Count = 0
+    posts: Count = 0
+    rows_sent: Count = 0
+    answers: Count = 0
+    attention_s: Measured = 0.0
+    shared_experts_s: Measured = 0.0
+    sample_s: Measured = 0.0
+    weight_bytes_read: Count = 0
+    kv_blocks: Count = 0
+    kv_blocks_lost: Count = 0
+    kv_blocks_evicted: Count = 0
+    sequences_failed: Count = 0
+    prompt_tokens: Count = 0
+    prefix_hit_tokens: Count = 0
+    readmitted_tokens: Count = 0
+    readmission_hit_tokens: Count = 0
+    preemptions: Count = 0
+    overtakings: Count = 0
+    dropped: dict[str, Count] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounters:
+    """Attributes:
+    alone_batches: of the batches, those of rows that were out of step.
+    wait_s: W as it is now.
+    seats: that are taken now.
+    wave_sizes: batches by the seats in them.
+    expert_rows: rows that each expert here has computed in all layers together, by its id in the model.
+    dropped: immediates that were not used, by reason.
+    """
+
+    batches: Count = 0
+    alone_batches: Count = 0
+    evictions: Count = 0
+    readmissions: Count = 0
+    wait_s: Measured = 0.0
+    rows_landed: Count = 0
+    answers: Count = 0
+    seats: Count = 0
+    expert_batches_s: Measured = 0.0
+    weight_bytes_read: Count = 0
+    wave_sizes: dict[int, Count] = field(default_factory=dict, hash=False)
+    expert_rows: dict[int, Count] = field(default_factory=dict, hash=False)
+    dropped: dict[str, Count] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessCounters:
+    """Attributes:
+    at_s: when these were read, by the worker's clock.
+    busy_s: that its device computed.
+    loop_cpu_s: of the thread that the loop runs on.
+    cut_off: connections that were, by reason.
+    """
+
+    at_s: Measured = 0.0
+    busy_s: Measured = 0.0
+    control_messages_sent: Count = 0
+    loop_cpu_s: Measured = 0.0
+    rss_bytes: Count = 0
+    cut_off: dict[str, Count] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+Counters = AttentionCounters | ExpertCounters | ProcessCounters
+
+
+def by_name(counters: Counters | None) -> dict[str, float]:
+    """All of them flat; what is counted by a key is called FIELD_KEY."""
+    values: dict[str, float] = {}
+    for one in fields(counters) if counters is not None else ():
+        value = getattr(counters, one.name)
+        if isinstance(value, dict):
+            values |= {f"{one.name}_{key}": count for key, count in value.items()}
+        else:
+            values[one.name] = value
+    return values
+
+
+def by_reason(counts: dict[str, int]) -> dict[str, int]:
+    """Counts of reasons that are words, as /metrics can name them."""
+    return {reason.replace(" ", "_"): count for reason, count in counts.items()}
+
+
+def check_names(names: dict[str, float] | dict[str, int]) -> None:
+    """Raises ValueError: /metrics could not show these."""
+    if len(names) > MAX_KEYS:
+        raise ValueError(f"{len(names)} counters; at most {MAX_KEYS} are told")
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{shown(name)} is no counter's name")
+
+
+def _check(counters: Counters) -> None:
+    for one in fields(counters):
+        value = getattr(counters, one.name)
+        if not isinstance(value, dict):
+            continue
+        words = {key: count for key, count in value.items() if isinstance(key, str)}
+        check_names(words)
+        numbers = value.keys() - words.keys()
+        if len(numbers) > MAX_KEYS or not all(0 <= number < MAX_KEYS for number in numbers):
+            raise ValueError(f"{one.name} has {len(numbers)} keys; at most {MAX_KEYS} are told of, from 0 on")
+
+
+NOT_COUNTED = ProcessCounters()
