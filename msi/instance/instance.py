@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -32,6 +33,8 @@ from msi.planner.plan_file import check_model, read_plan_file
 from msi.watchdog import LoopWatch
 
 if TYPE_CHECKING:
+    from msi.worker.host import Host
+    from msi.worker.torch_host import HostSettings
     from msi.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -143,8 +146,9 @@ def create_worker(
     watch: LoopWatch | None = None,
     trust: Trust = NO_SECRET,
     control: MessageClient | None = None,
+    make_host: Callable[[HostSettings], Host] | None = None,
 ) -> Worker:
-    """A worker, and its way to the coordinator, a socket by default.
+    """A worker, and its way to the coordinator, a socket by default; by default its devices and transports are real.
 
     Raises ConfigError: the model directory or the settings cannot work.
     """
@@ -168,7 +172,8 @@ def create_worker(
         timeouts=options.timeouts,
     )
     control = control or ControlClient(coordinator, WORKER_END, trust.secret)
-    return Worker(settings, TorchHost(host), control, watch)
+    made = TorchHost(host) if make_host is None else make_host(host)
+    return Worker(settings, made, control, watch)
 
 
 def check_device(name: str) -> None:

@@ -158,9 +158,13 @@ class TorchHost:
         if settings.host.transport in ("tcp", "auto"):
             settings.trust.check_listening(self._advertised_host(), "a worker")
         if self._device is None:
-            self._device = open_device(settings.host.device, settings.num_threads)
+            self._device = self.open_device()
         fastest = self._device.compute_dtype(DTYPES[self._files.config.dtype])
         return self._files.fingerprint(), settings.precision.resolved(str(fastest).removeprefix("torch."))
+
+    def open_device(self) -> CpuDevice | CudaDevice:
+        """What this worker computes on. Raises ConfigError."""
+        return open_device(self._settings.host.device, self._settings.num_threads)
 
     def use_tracer(self, tracer: Tracer) -> None:
         assert self._device is not None

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from msi.complaints import Complaints
 from msi.device.compute_thread import Program, as_failure
+from msi.device.fake.kernels import FakeKernels
 from msi.device.fake.memory import DeviceMemory
 from msi.device.fake.world import Actor, FakeWorld
 from msi.device.queues import Changed
@@ -123,6 +123,7 @@ class FakeDevice:
         self.world = world
         self.memory = DeviceMemory(world.chance)
         self.words = FakeWords(world.poke)
+        self.kernels = FakeKernels(self.upload, self.zeros)
         self.busy_s = 0.0
         self.num_flushes = 0
         self.tracer: Tracer | None = None
@@ -201,8 +202,3 @@ class FakeDevice:
             return tensor.clone()
         with self.memory.opened():
             return self.zeros(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        on_device = self.upload(weight)
-        bias_on_device = None if bias is None else self.upload(bias)
-        return lambda rows: functional.linear(rows, on_device, bias_on_device)

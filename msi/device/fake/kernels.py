@@ -1,0 +1,36 @@
+"""What a fake device computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from msi.kernels.kernels import ExpertBank, Linear
+from msi.kernels.plain import PlainExpertBank, PlainKernels
+
+Upload = Callable[[Tensor], Tensor]
+Zeros = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+class FakeKernels(PlainKernels):
+    """The plain ones, over weights in the device's memory."""
+
+    def __init__(self, upload: Upload, zeros: Zeros) -> None:
+        super().__init__(torch.device("cpu"))
+        self._upload = upload
+        self._zeros = zeros
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        on_device = self._upload(weight)
+        bias_on_device = None if bias is None else self._upload(bias)
+        return lambda rows: functional.linear(rows, on_device, bias_on_device)
+
+    def expert_bank(
+        self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
+    ) -> ExpertBank:
+        gate_up = self._zeros((num_layers, num_experts, 2 * inner_size, hidden_size), dtype)
+        down = self._zeros((num_layers, num_experts, hidden_size, inner_size), dtype)
+        return PlainExpertBank(gate_up, down)
