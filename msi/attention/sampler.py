@@ -128,7 +128,8 @@ def _rows_and_tokens(
     rows = torch.tensor([row for row, _ in tokens]).repeat_interleave(counts)
     flat = array("q", chain.from_iterable(one for _, one in tokens))  # torch.tensor takes five times as long
     columns = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
-    numbers = [torch.tensor(one).repeat_interleave(counts).to(device) for one in of_row]
+    # a client's numbers may be integers
+    numbers = [torch.tensor(one, dtype=torch.float32).repeat_interleave(counts).to(device) for one in of_row]
     return (rows.to(device), columns.to(device)), numbers
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from msi.control.client import CoordinatorClient
 from msi.control.coordinator import Coordinator
 from msi.control.messages import Welcome
-from msi.errors import EngineError, Failure, Unavailable
+from msi.errors import EngineError, Unavailable
 from msi.net.control_inproc import InprocServer
 from msi.planner.drift import DriftWatch
 from msi.planner.stage_costs import StageCosts
@@ -193,7 +193,7 @@ class _Simulation:
                 self._num_tokens += len(update.token_ids)
                 self._report_progress(self._num_tokens, self._num_wanted)
         except EngineError as failure:
-            kind, error = Failure.of(failure).kind, str(failure)
+            kind, error = type(failure).__name__, str(failure)
         self._num_wanted -= arrival.output_len - num_tokens
         return RequestResult(
             request.request_id, arrival.arrival_s, first_at, clock() - started_at, arrival.input_len, num_tokens, kind,
