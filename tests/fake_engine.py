@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 
 from msi import Engine
-from msi.device.compute_thread import Program
 from msi.device.fake.device import FakeDevice
 from msi.device.fake.world import FakeWorld
 from msi.instance.instance import create_coordinator, create_worker, listen, worker_ids
@@ -16,40 +15,12 @@ from msi.options import InstanceOptions
 from msi.worker.torch_host import TorchHost
 
 
-class LaneDevice(FakeDevice):
-    """With a queue for each lane, in which work may be given as closures."""
-
-    def __init__(self, world):
-        super().__init__(world)
-        self._lanes = {}
-
-    def submit(self, work, meter, name, lane):
-        done = asyncio.get_running_loop().create_future()
-
-        def resolve():
-            result = work()
-            if not done.done():
-                done.set_result(result)
-
-        def failed(error):
-            if not done.done():
-                done.set_exception(error)
-
-        self.enqueue(resolve, failed, meter, name, lane)
-        return done
-
-    def enqueue(self, work, failed, meter, name, lane):
-        if lane not in self._lanes:
-            self._lanes[lane] = self.queue(f"lane {lane}")
-        self._lanes[lane].run(Program(work, failed, meter, name, lane))
-
-
 class FakeHost(TorchHost):
     """The host of a real worker, on a device of a world."""
 
     def __init__(self, settings, world):
         super().__init__(settings)
-        self.device = LaneDevice(world)
+        self.device = FakeDevice(world)
 
     def open_device(self):
         return self.device

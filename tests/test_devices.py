@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from msi.device.compute_thread import ComputeThread, Program
+from msi.device.compute_thread import ComputeThread, Program, as_failure
 from msi.device.contract import CHECKS, Checked
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice, why_unavailable
@@ -16,6 +16,9 @@ from msi.device.fake.device import FakeDevice
 from msi.device.fake.world import FakeWorld
 from msi.device.host_words import HostWords
 from msi.meter import StageMeter
+from msi.simulator.clock import run_virtual
+from msi.simulator.device import SimulatedDevice, SimulatedProgram
+from tests.inline_device import InlineDevice
 from tests.waiting import until
 
 DEVICES = {
@@ -29,7 +32,10 @@ def program(run, failed):
     return Program(run, failed, StageMeter(), "checked", 0)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+
+
+@each_check
 @pytest.mark.parametrize("name", DEVICES)
 async def test_a_device_keeps_the_contract(name, check):
     if name == "cuda" and why_unavailable() is not None:
@@ -37,6 +43,28 @@ async def test_a_device_keeps_the_contract(name, check):
     device = DEVICES[name]()
     await asyncio.wait_for(check(Checked(device, program)), 20)
     await device.close()
+
+
+@each_check
+async def test_a_device_that_computes_where_it_is_told_to_keeps_the_contract(check):
+    await asyncio.wait_for(check(Checked(InlineDevice(), program)), 20)
+
+
+@each_check
+def test_a_simulated_device_keeps_the_contract(check):
+    def simulated(run, failed):
+        def through(duration_s):
+            try:
+                run()
+            except BaseException as error:
+                failed(as_failure(error))
+
+        return SimulatedProgram(lambda: 1e-4, through, "checked", 0)
+
+    async def main():
+        await check(Checked(SimulatedDevice(), simulated))
+
+    run_virtual(main(), limit_s=20)
 
 
 @pytest.fixture

@@ -38,6 +38,22 @@ class Recorder:
         self.events.append((seat, lane, seq, num_rows, more))
 
 
+class Gates:
+    """The queues of two lanes that compute nothing: what is in `counts` is packed, and gates that open are noted."""
+
+    def __init__(self, num_layers=1):
+        self.num_layers = num_layers
+        self.counts = memoryview(bytearray(4 * 2 * 2)).cast("i", (2, 2))
+        self.opened = {0: [], 1: []}
+
+    def open(self, lane, turn):
+        self.opened[lane].append(turn)
+
+    def pack(self, lane, num_rows):
+        for node, count in enumerate(num_rows):
+            self.counts[lane, node] = count
+
+
 class Pair:
     """A dispatching node that is connected to two combining ones."""
 
@@ -62,15 +78,26 @@ class Pair:
             recorder.events.clear()
         return self
 
-    def exchange(self, lane, num_rows, more=True):
-        """A turn, posted from a thread as the device does it; a task that ends when its answers have landed."""
+    def begin(self, lane, num_layers=1, more=True):
+        """A pass of a lane, nothing of it packed yet; its gates and its first turn."""
+        self.gates = Gates(num_layers)
+        return self.gates, self.link.begin(lane, self.gates, lambda lane: more)
 
-        async def turn():
-            turn = self.link.open(lane, more)
-            await asyncio.to_thread(turn.post, num_rows)
-            await self.link.landed(turn)
+    def exchange(self, lane, num_rows, more=True, num_layers=1):
+        """A pass whose first turn is posted from a thread, as the device does it; a task that ends with the pass."""
 
-        return asyncio.create_task(turn())
+        async def exchange():
+            gates, turn = self.begin(lane, num_layers, more)
+            try:
+                gates.pack(lane, num_rows)
+                await asyncio.to_thread(self.link.packed, lane, turn)
+                await self.link.passed(lane)
+                self.link.end(lane)
+            except BaseException:
+                self.link.give_up(lane)
+                raise
+
+        return asyncio.create_task(exchange())
 
     async def landed(self, node, count=1):
         """What landed at a node since the last look, once it is `count` posts."""
@@ -227,19 +254,22 @@ async def lose_and_return(pair):
 
 
 async def test_rows_that_were_packed_for_a_node_that_was_lost_do_not_go_to_its_next_life(pair):
-    turn = pair.link.open(0, True)
+    gates, turn = pair.begin(0)
     await lose_and_return(pair)
-    turn.post((0, 1))
+    gates.pack(0, (0, 1))
+    pair.link.packed(0, turn)
     with pytest.raises(TransportError, match=LOST):
-        await asyncio.wait_for(pair.link.landed(turn), 5)
+        await asyncio.wait_for(pair.link.passed(0), 5)
+    pair.link.give_up(0)
     again = pair.exchange(0, (0, 1))
-    assert await pair.landed(1) == [(0, 0, 1, 1, True)]
-    pair.nodes[1].answer(0, 0, 1, 1, compute_s=0.0)
+    ((_, lane, _, num_rows, _),) = await pair.landed(1)
+    assert (lane, num_rows) == (0, 1)
+    pair.nodes[1].answer(0, 0, pair.link.next_seq(0) - 1, 1, compute_s=0.0)
     await asyncio.wait_for(again, 5)
     assert not pair.nodes[1].counters.dropped
 
 
-async def test_a_turn_that_a_lost_node_had_answered_fails_too_for_its_answer_went_with_its_seat(pair):
+async def test_a_pass_that_a_lost_node_had_answered_fails_too_for_its_answer_went_with_its_seat(pair):
     turn = pair.exchange(0, (1, 1))
     await pair.landed(1)
     pair.nodes[1].answer(0, 0, 0, 1, compute_s=0.0)
@@ -250,14 +280,17 @@ async def test_a_turn_that_a_lost_node_had_answered_fails_too_for_its_answer_wen
         await asyncio.wait_for(turn, 5)
 
 
-async def test_a_turn_that_is_over_is_found_out_when_a_node_was_lost_since(pair):
-    turn = pair.link.open(0, False)
-    turn.post((0, 0))
-    await asyncio.wait_for(pair.link.landed(turn), 5)
-    pair.link.check(turn)
+async def test_a_pass_that_is_over_is_found_out_when_a_node_was_lost_since(pair):
+    _, turn = pair.begin(0, more=False)
+    pair.link.packed(0, turn)
+    await asyncio.wait_for(pair.link.passed(0), 5)
+    pair.link.end(0)
+    _, turn = pair.begin(0, more=False)
+    pair.link.packed(0, turn)
+    await asyncio.wait_for(pair.link.passed(0), 5)
     await lose_and_return(pair)
     with pytest.raises(TransportError, match=LOST):
-        pair.link.check(turn)
+        pair.link.end(0)
 
 
 async def test_a_connection_that_takes_no_post_is_a_loss_of_the_worker_and_not_of_an_address(pair):
@@ -271,32 +304,179 @@ async def test_a_connection_that_takes_no_post_is_a_loss_of_the_worker_and_not_o
 async def test_the_time_that_a_turn_was_computed_for_is_not_held_against_those_who_answer():
     now = 0.0
     pair = await Pair().start(timeout_s=0.16, clock=lambda: now)
-    turn = pair.link.open(0, True)
-    landing = asyncio.create_task(pair.link.landed(turn))
+    gates, turn = pair.begin(0)
+    passed = asyncio.create_task(pair.link.passed(0))
     now = 0.15
-    turn.post((1, 0))
+    gates.pack(0, (1, 0))
+    pair.link.packed(0, turn)
     now = 0.30
     await asyncio.sleep(0.05)  # looks at it every hundredth of a second
-    assert not landing.done()
+    assert not passed.done()
     now = 0.32
     with pytest.raises(TransportError, match=r"expert-0: no answer for 0\.16 s"):
-        await asyncio.wait_for(landing, 5)
+        await asyncio.wait_for(passed, 5)
     await pair.stop()
 
 
 async def test_a_lane_that_gave_up_a_pass_goes_on_at_the_next(pair):
-    turn = pair.exchange(0, (1, 0))
+    turn = pair.exchange(0, (1, 0), num_layers=8)
     await pair.landed(0)
     turn.cancel()
     await asyncio.gather(turn, return_exceptions=True)
-    pair.link.skip_to(0, 8)
     await pair.landed(1)
-    turn = pair.exchange(0, (1, 1))
+    turn = pair.exchange(0, (1, 1), num_layers=8)
     assert await pair.landed(0) == [(0, 0, 8, 1, True)]
     assert await pair.landed(1) == [(0, 0, 8, 1, True)]
     pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)  # for the pass that was given up
     assert pair.nodes[0].counters.dropped == {"answer to a peer that is gone": 1}
     turn.cancel()
+
+
+async def test_passes_that_fail_without_a_post_do_not_run_away_from_what_the_nodes_have_seen(pair):
+    for _ in range(100):
+        _, turn = pair.begin(0, num_layers=8)
+        pair.link.failed(0, turn, ValueError("boom"))
+        with pytest.raises(ValueError, match="boom"):
+            await asyncio.wait_for(pair.link.passed(0), 5)
+        pair.link.give_up(0)
+    turn = pair.exchange(0, (1, 1), num_layers=8)
+    assert await pair.landed(0) == [(0, 0, 0, 1, True)]
+    turn.cancel()
+
+
+# -- a turn is a row of numbers, and gates open ------------------------------------------------------------------------
+
+
+async def test_the_last_answer_opens_the_gate_of_its_turn_and_the_last_turn_ends_the_pass(pair):
+    asked = []
+    gates = Gates(num_layers=3)
+    first = pair.link.begin(0, gates, lambda lane: asked.append(lane) or False)
+    for turn in range(first, first + 3):
+        gates.pack(0, (1, 1))
+        pair.link.packed(0, turn)
+        ((_, _, seq, _, more),) = await pair.landed(0)
+        assert more == (turn < first + 2)
+        for node in range(2):
+            assert turn not in gates.opened[0]
+            pair.nodes[node].answer(0, 0, seq, 1, compute_s=0.0)
+            await until(lambda count=2 * (turn - first) + node + 1: pair.link.counters.answers == count)
+        assert gates.opened[0] == list(range(first, turn + 1))
+        assert asked == [0] * (turn >= first + 1), "asked when the last turn is about to be computed, and not before"
+    await asyncio.wait_for(pair.link.passed(0), 5)
+    pair.link.end(0)
+    assert pair.link.begin(0, gates, lambda lane: True) == first + 3, "a turn's number is not used twice"
+
+
+async def test_a_turn_without_rows_opens_its_gate_by_itself(pair):
+    gates, turn = pair.begin(0, num_layers=2)
+    pair.link.packed(0, turn)
+    await until(lambda: gates.opened[0] == [turn])
+    pair.link.packed(0, turn + 1)
+    await asyncio.wait_for(pair.link.passed(0), 5)
+
+
+async def lost(pair, turn):
+    await pair.transports[2].close()
+
+
+async def takes_no_post(pair, turn):
+    pair.link._nodes[1].endpoint.close()
+    pair.link.packed(0, turn + 1)
+
+
+async def refused(pair, turn):
+    pair.nodes[1].refuse(0, 0, turn - 1, "out of luck")
+
+
+async def raised(pair, turn):
+    await asyncio.to_thread(pair.link.failed, 0, turn + 1, ValueError("boom"))
+
+
+async def replaced(pair, turn):
+    pair.link.drop(1, "replaced")
+
+
+async def nobody_answers(pair, turn):
+    """The time-out does it."""
+
+
+async def cancelled(pair, turn):
+    """The test does it."""
+
+
+async def cannot_say_whether_more_follows(pair, turn):
+    for node in range(2):
+        pair.nodes[node].answer(0, 0, turn - 1, 1, compute_s=0.0)
+
+
+FAILURES = [lost, takes_no_post, refused, raised, replaced, nobody_answers, cancelled, cannot_say_whether_more_follows]
+
+
+@pytest.mark.parametrize("cause", FAILURES, ids=lambda cause: cause.__name__)
+async def test_gates_open_on_failure_and_nothing_of_the_pass_is_posted_or_used_any_more(cause):
+    pair = await Pair().start(timeout_s=0.2 if cause is nobody_answers else 5.0)
+
+    def may_continue(lane):
+        raise KeyError("the scheduler's own fault")
+
+    gates = Gates(num_layers=2 if cause is cannot_say_whether_more_follows else 4)
+    first = pair.link.begin(0, gates, may_continue)
+    gates.pack(0, (1, 1))
+    pair.link.packed(0, first)
+    await pair.landed(0)
+    await pair.landed(1)
+    await cause(pair, first)
+    passed = asyncio.create_task(pair.link.passed(0))
+    if cause is cancelled:
+        await asyncio.sleep(0)
+        passed.cancel()
+    with pytest.raises((TransportError, ValueError, KeyError, asyncio.CancelledError)):
+        await asyncio.wait_for(passed, 5)
+    pair.link.give_up(0)
+    assert gates.opened[0][-1] == first + gates.num_layers - 1, "all that was launched runs out"
+    num_posts = pair.link.counters.posts
+    for turn in range(first, first + gates.num_layers):
+        pair.link.packed(0, turn)
+        pair.link.failed(0, turn, ValueError("late"))
+    assert pair.link.counters.posts == num_posts
+    await is_served_again(pair)
+    await pair.stop()
+
+
+async def is_served_again(pair):
+    """The lane's next pass goes through, and late answers to the one before are none of its own."""
+    for node in pair.link.missing_nodes:
+        await pair.come_back(node)
+    again = pair.exchange(0, (1, 1))
+    for node in range(2):
+        events = pair.recorders[node].events
+        await until(lambda events=events: events and events[-1][2] == pair.link.next_seq(0) - 1)
+        seat, lane, seq, num_rows, _ = events[-1]
+        late = pack_immediate(Kind.COMBINE, False, 0, 0, seq - 1, pair.link._nodes[node].welcome.incarnation)
+        pair.nodes[node]._seats[seat].endpoint.post(late)
+        pair.nodes[node].answer(seat, lane, seq, num_rows, compute_s=0.0)
+    await asyncio.wait_for(again, 5)
+    assert pair.link.counters.dropped["stale"] >= 2
+
+
+async def test_a_late_answer_of_a_given_up_pass_is_never_used(pair):
+    exchange = pair.exchange(0, (1, 1), num_layers=4)
+    await pair.landed(0)
+    exchange.cancel()
+    await asyncio.gather(exchange, return_exceptions=True)
+    pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)  # nothing is in flight
+    await until(lambda: pair.link.counters.dropped["stale"] == 1)
+    await pair.landed(1)
+    gates, turn = pair.begin(0, num_layers=4)
+    pair.nodes[1].answer(0, 0, 0, 1, compute_s=0.0)  # the next pass computes its first layer
+    await until(lambda: pair.link.counters.dropped["stale"] == 2)
+    gates.pack(0, (1, 1))
+    pair.link.packed(0, turn)
+    await pair.landed(0)
+    for node in range(2):  # the next pass's first turn is away
+        pair.nodes[node]._seats[0].endpoint.post(pack_immediate(Kind.COMBINE, False, 0, 0, 0, 9))
+    await until(lambda: pair.link.counters.dropped["stale"] == 4)
+    assert gates.opened[0] == []
 
 
 async def test_a_new_life_of_a_peer_fences_the_old_one_and_an_older_one_is_refused(pair):
@@ -360,19 +540,20 @@ async def test_garbage_as_a_hello_is_refused():
 
 
 async def test_rows_are_taken_of_every_placement_that_a_node_uses_and_a_pass_keeps_to_its_own(pair):
+    gates, before = pair.begin(0)
     pair.link.placement_version = 3
-    before = pair.exchange(0, (1, 0))  # a pass that had begun
+    gates.pack(0, (1, 0))
+    pair.link.packed(0, before)  # of a pass that had begun
     assert await pair.landed(0) == [(0, 0, 0, 1, True)]
     pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)
-    await asyncio.wait_for(before, 5)
-    pair.link.begin(0)
+    await asyncio.wait_for(pair.link.passed(0), 5)
+    pair.link.end(0)
     early = pair.exchange(0, (1, 0))
     await until(lambda: pair.nodes[0].counters.dropped["header"])
     assert not pair.recorders[0].events, "this node does not use it yet"
     early.cancel()
     for node in pair.nodes:
         node.use_placement(3)
-    pair.link.begin(1)
     for lane, seq in ((1, 0), (1, 1)):
         turn = pair.exchange(lane, (1, 0))
         assert await pair.landed(0) == [(0, lane, seq, 1, True)]

@@ -63,12 +63,12 @@ async def staggered_start(instance):
 async def one_stall(instance):
     started = await start(instance, 0, 1, 2, 3)
     await asyncio.sleep(some_passes(instance, 0.3))
-    instance.attention[3].compute.queue.stall(8 * T_F)
+    instance.attention[3].compute.device.stall(8 * T_F)
     return started[:3]
 
 
 async def one_ten_times_slow(instance):
-    instance.attention[3].compute.queue.slowness = 10
+    instance.attention[3].compute.device.slowness = 10
     return (await start(instance, 0, 1, 2, 3))[:3]
 
 
@@ -94,7 +94,7 @@ async def one_dies(instance):
 async def one_freezes(instance):
     started = await start(instance, 0, 1, 2, 3)
     await asyncio.sleep(some_passes(instance, 0.3))
-    instance.attention[3].compute.queue.stall(1e4)
+    instance.attention[3].compute.device.stall(1e4)
     return started[:3]
 
 
@@ -206,11 +206,11 @@ async def weather(shape: Shape, fates) -> None:
 
         async def live(worker, fate):
             await asyncio.sleep(fate["starts_at"])
-            worker.compute.queue.slowness = fate["slowness"]
+            worker.compute.device.slowness = fate["slowness"]
             passes = await worker.start(fate["num_passes"], gap_s=lambda: fate["gap_s"])
             if fate["stalls_at"] is not None:
                 await asyncio.sleep(fate["stalls_at"])
-                worker.compute.queue.stall(30 * T_F)
+                worker.compute.device.stall(30 * T_F)
             if fate["dies_at"] is None:
                 await passes.done.wait()
                 assert passes.failures == []

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -68,14 +69,14 @@ def timed(owner: type, name: str, stage: str) -> None:
     setattr(owner, name, measured)
 
 
-def counted(owner: type, name: str) -> None:
-    """Counts the calls of a method that return something as units."""
+def counted(owner: type, name: str, counts: Callable[[Any], bool]) -> None:
+    """Counts the calls of a method whose result counts as units."""
     method = getattr(owner, name)
 
     @functools.wraps(method)
     def measured(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        units["units"] += result is not None
+        units["units"] += counts(result)
         return result
 
     setattr(owner, name, measured)
@@ -83,7 +84,7 @@ def counted(owner: type, name: str) -> None:
 
 def work(arguments: list[str]) -> int:
     """Runs msi-launch with its stages timed; SIGUSR1 prints a snapshot."""
-    from msi.attention.half import AttentionHalf
+    from msi.attention.launching import LaneQueues
     from msi.attention.requests import Requests
     from msi.attention.scheduler import Scheduler
     from msi.experts.server import ExpertServer
@@ -93,13 +94,13 @@ def work(arguments: list[str]) -> int:
     from msi.worker.worker import Worker
 
     timed(ShmTransport, "_rung", "read rings, check what landed")
-    timed(AttentionHalf, "attention_route_pack", "enqueue attention")
+    timed(LaneQueues, "launch", "launch passes")
     timed(Requests, "finish", "end passes")
     timed(Scheduler, "plan", "plan passes")
-    timed(DispatchLink, "post", "post rows")
+    timed(LaneQueues, "_packed", "post rows, launch the next layer")
     timed(ExpertServer, "_finished", "take the next batch, post answers")
-    counted(DispatchLink, "open")
-    counted(Waves, "take")
+    counted(DispatchLink, "packed", lambda result: True)
+    counted(Waves, "take", lambda batch: batch is not None)
     original = Worker.run
 
     async def run_with_snapshots(worker: Worker) -> None:

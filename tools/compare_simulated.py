@@ -150,12 +150,10 @@ def simulated_pass_s(layout: Layout, num_layers: int, stages: Stages, pass_s: fl
 
     async def simulate() -> float:
         shape = Shape(
-            layout.num_attention, layout.num_expert, layout.num_micro_batches, num_layers, stages, pass_s=pass_s
-        )
+            layout.num_attention, layout.num_expert, layout.num_micro_batches, num_layers, stages, pass_s=pass_s,
+            is_colocated=layout.is_colocated,
+        )  # fmt: skip
         async with SimulatedInstance(shape) as instance:
-            for worker in instance.attention:
-                if layout.is_colocated:
-                    worker.compute.queue = instance.experts[0].compute.queue
             passes = [await worker.start(SIMULATED_PASSES) for worker in instance.attention]
             await asyncio.gather(*(one.done.wait() for one in passes))
             return sum(one.log.mean_pass_s(SIMULATED_SKIP) for one in passes) / len(passes)

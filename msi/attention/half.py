@@ -4,27 +4,31 @@ A lane takes one turn with the expert nodes per sparse layer; turns are numbered
 is computed once the turn is posted, while the routed ones are away.
 
 Owns what each lane has in flight and the slots' memory as typed rows. Methods named with a leading underscore run as
-work on the device; the others only enqueue. Knows no arithmetic, sockets or requests.
+programs on the device; the others only enqueue. Knows no arithmetic, sockets or requests.
 """
 
 from __future__ import annotations
 
-import asyncio
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from msi.attention.forward import Forward, PassState
 from msi.attention.kv_cache import KvCache
+from msi.attention.launching import LanePrograms, LaneQueues
 from msi.attention.pass_inputs import PassInputs
+from msi.device.compute_thread import Program
 from msi.device.device import Device
 from msi.kernels.kernels import Outboxes
+from msi.kernels.replicas import PlacementTables
 from msi.kernels.routing import PackedRows
 from msi.meter import StageMeter
 from msi.models.attention_weights import AttentionWeights
 from msi.models.config import ModelConfig
-from msi.net.dispatch_link import Turn
+from msi.net.dispatch_link import DispatchLink
 from msi.net.slots import HEADER_BYTES, SlotLayout
 from msi.types import MicroBatch, Placement, Sampled
 
@@ -35,6 +39,16 @@ class _InFlight:
 
     state: PassState
     error: Exception | None = None  # of a computation whose turn may have been over before
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Launched:
+    """A pass as it was launched."""
+
+    micro_batch: MicroBatch
+    tables: PlacementTables
+    first: int  # turn
+    link: DispatchLink
 
 
 class AttentionHalf:
@@ -71,16 +85,19 @@ class AttentionHalf:
         self._dtype = row_dtype
         self._device = device
         self._layout = dispatch_layout
-        self._tables = [self.forward.tables] * dispatch_layout.num_lanes  # of each lane's pass
-        self._fresh: dict[int, MicroBatch] = {}  # by lane, until its first layer is enqueued
-        self._inputs = [PassInputs(device.upload) for _ in range(dispatch_layout.num_lanes)]
-        self._lanes: list[_InFlight | None] = [None] * dispatch_layout.num_lanes
+        lanes = range(dispatch_layout.num_lanes)
+        self._inputs = [PassInputs(device.upload) for _ in lanes]
+        self._launched: list[deque[_Launched]] = [deque() for _ in lanes]  # passes whose first layer has not run yet
+        self._current: list[_Launched | None] = [None for _ in lanes]
+        self._lanes: list[_InFlight | None] = [None for _ in lanes]
+        self._sampled: list[Sampled | Exception | None] = [None for _ in lanes]
+        self._queues = LaneQueues(device, placement.num_nodes, [self._programs(lane) for lane in lanes])
+        self.counts = self._queues.counts
         nowhere = PackedRows.view(
             torch.empty(0, dispatch_layout.row_bytes, dtype=torch.uint8), config.hidden_size, config.top_k, self._dtype
         )
-        counts = torch.zeros(dispatch_layout.num_lanes, placement.num_nodes, dtype=torch.int32)
+        counts = torch.frombuffer(self.counts, dtype=torch.int32).view(len(lanes), placement.num_nodes)
         self._outboxes = [Outboxes([nowhere] * placement.num_nodes, of_lane) for of_lane in counts]
-        self._counts = counts.numpy()
         answers = slot_rows_view(landing, placement.num_nodes, landing_stride, answer_layout)
         answers = answers[..., : config.hidden_size * self._dtype.itemsize].view(self._dtype)
         self._answers = answers.unbind(1)  # by lane: [num_nodes, slot_rows, hidden_size]
@@ -98,46 +115,78 @@ class AttentionHalf:
 
     # -- msi.attention.lanes.AttentionCompute --------------------------------------------------------------------------
 
-    def begin(self, lane: int, micro_batch: MicroBatch) -> None:
-        """The embedding is looked up at the start of the first layer's work."""
-        self._fresh[lane] = micro_batch
-        self._tables[lane] = self.forward.tables
+    def launch(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
+        self._launched[lane].append(_Launched(micro_batch, self.forward.tables, first, link))
+        self._queues.launch(lane, first, link)
 
-    def attention_route_pack(self, lane: int, layer: int, turn: Turn) -> None:
-        fresh = self._fresh.pop(lane, None)
+    def open(self, lane: int, turn: int) -> None:
+        self._queues.open(lane, turn)
 
-        def work() -> None:
-            if fresh is not None:
-                self._begin(lane, fresh)
-            turn.post(self._turn(lane, layer))
+    async def sampled(self, lane: int) -> Sampled:
+        await self._queues.sampled(lane)
+        sampled, self._sampled[lane] = self._sampled[lane], None
+        if isinstance(sampled, Exception):
+            raise sampled
+        assert sampled is not None, f"lane {lane} has sampled nothing"
+        return sampled
 
-        self._device.enqueue(work, turn.fail, self.meter, "attention", lane)
-        if self.forward.has_shared:
+    def close(self) -> None:
+        self._queues.close()
 
-            def failed(error: Exception) -> None:
-                if (in_flight := self._lanes[lane]) is not None:
-                    in_flight.error = error
-                turn.fail(error)
+    # -- programs ----------------------------------------------------------------------------------------------------
 
-            self._device.enqueue(lambda: self._shared(lane, layer), failed, self.shared_meter, "shared experts", lane)
+    def _programs(self, lane: int) -> LanePrograms[Program]:
+        failed = partial(self._failed, lane)
+        layers: list[tuple[Program, Program | None]] = []
+        for layer in range(self.num_layers):
+            attention = Program(partial(self._layer, lane, layer), failed, self.meter, "attention", lane)
+            shared = None
+            if self.forward.has_shared:
+                run = partial(self._shared_layer, lane, layer)
+                shared = Program(run, failed, self.shared_meter, "shared experts", lane)
+            layers.append((attention, shared))
+        return LanePrograms(layers, Program(partial(self._end, lane), failed, self.pass_meter, "sample", lane))
 
-    def combine(self, lane: int, layer: int) -> None:
-        """The answers are added at the start of the lane's next work, which reads them in any case."""
+    def _layer(self, lane: int, layer: int) -> None:
+        """One turn; the embedding is looked up at the start of the first."""
+        if layer == 0:
+            self._current[lane], self._lanes[lane] = self._launched[lane].popleft(), None
+        launched = self._current[lane]
+        assert launched is not None, f"lane {lane} was not launched"
+        if self._queues.is_given_up(lane, launched.first + layer):
+            self._lanes[lane] = None
+            return
+        if layer == 0:
+            self._begin(lane, launched)
+        self._turn(lane, layer)
 
-    def sample(self, lane: int) -> asyncio.Future[Sampled]:
-        return self._device.submit(lambda: self._sample(lane), self.pass_meter, "sample", lane)
+    def _shared_layer(self, lane: int, layer: int) -> None:
+        in_flight = self._lanes[lane]
+        if in_flight is not None and in_flight.error is None:  # else there was no turn
+            self._shared(lane, layer)
+
+    def _end(self, lane: int) -> None:
+        self._sampled[lane] = None
+        if self._lanes[lane] is not None:  # else the pass was given up
+            self._sampled[lane] = self._sample(lane)
+
+    def _failed(self, lane: int, error: Exception) -> None:
+        """The pass of a program that raised ends with what it raised."""
+        launched, in_flight = self._current[lane], self._lanes[lane]
+        assert launched is not None, f"lane {lane} was not launched"
+        if in_flight is not None:
+            in_flight.error = error
+        self._sampled[lane] = error
+        launched.link.failed(lane, launched.first, error)
 
     # -- work --------------------------------------------------------------------------------------------------------
 
-    def _begin(self, lane: int, batch: MicroBatch) -> None:
-        inputs, host_inputs = self._inputs[lane].lay_out(batch)
-        self._lanes[lane] = _InFlight(self.forward.begin(batch, inputs, host_inputs, self._tables[lane]))
+    def _begin(self, lane: int, launched: _Launched) -> None:
+        inputs, host_inputs = self._inputs[lane].lay_out(launched.micro_batch)
+        self._lanes[lane] = _InFlight(self.forward.begin(launched.micro_batch, inputs, host_inputs, launched.tables))
 
-    def _turn(self, lane: int, layer: int) -> list[int]:
-        """The number of rows that lie in each node's outbox."""
+    def _turn(self, lane: int, layer: int) -> None:
         self.forward.route_and_pack(self._state(lane), layer, self._answers[lane], self._outboxes[lane])
-        counts: list[int] = self._counts[lane].tolist()
-        return counts
 
     def _shared(self, lane: int, layer: int) -> None:
         in_flight = self._lanes[lane]

@@ -1,39 +1,31 @@
-"""Lanes: m coroutines over one compute queue are the ping-pong pipeline.
+"""Lanes: m coroutines over one device's queues are the ping-pong pipeline.
 
-A lane takes its next micro-batch, runs it through all layers, samples, reports, again. While its rows are away at the
-experts the other lanes compute; nothing schedules this by hand, and there is no barrier across lanes. Knows how a pass
-goes; knows no sequences, tensors or sockets.
+A lane takes its next micro-batch, launches its pass through all layers, waits for the tokens, reports, again. While its
+rows are away at the experts the other lanes compute; nothing schedules this by hand, and there is no barrier across
+lanes. Between the layers no coroutine runs: the device packs rows, the link posts them and opens the lane's gate when
+the answers have landed. Knows how a pass goes; knows no sequences, tensors or sockets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Protocol
 
-from msi.net.dispatch_link import DispatchLink, Turn
+from msi.net.dispatch_link import DispatchLink, Gates
 from msi.types import MicroBatch, Sampled
 
 
-class AttentionCompute(Protocol):
-    """The attention half of the model on a device. Calls enqueue work, which runs in order."""
+class AttentionCompute(Gates, Protocol):
+    """The attention half of the model on a device, whose queues it keeps a few layers ahead."""
 
-    num_layers: int
-
-    def begin(self, lane: int, micro_batch: MicroBatch) -> None:
-        """A pass begins: its tokens are embedded, and it uses the placement that is used now to its end."""
-
-    def attention_route_pack(self, lane: int, layer: int, turn: Turn) -> None:
-        """Attention and router of one layer; the rows for each expert node go straight into its outbox.
-
-        Then `turn.post` is called where the work ran: a post that waited for the event loop would wake it once more
-        per layer. Where the work failed, `turn.fail`.
+    def launch(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
+        """A pass whose turns are numbered from `first`: of each layer, once the answers to the turn before have landed,
+        attention and router, whose rows go straight into the outboxes; then `link.packed`, and `link.failed` where it
+        raised. After the last layer the tokens are chosen. It uses the placement that is used now to its end.
         """
 
-    def combine(self, lane: int, layer: int) -> None:
-        """Adds what the expert nodes sent back, from the landing slots of the lane."""
-
-    def sample(self, lane: int) -> Awaitable[Sampled]:
-        """The next token of each of the micro-batch's `logit_rows`."""
+    async def sampled(self, lane: int) -> Sampled:
+        """The next token of each of the micro-batch's `logit_rows`; raises what choosing them raised."""
 
 
 class MicroBatches(Protocol):
@@ -60,7 +52,6 @@ async def run_lane(lane: int, batches: MicroBatches, compute: AttentionCompute, 
         try:
             sampled = await run_pass(lane, micro_batch, compute, link, batches.may_continue)
         except Exception as error:  # whatever it is, this lane and the others go on
-            link.skip_to(lane, compute.num_layers)
             batches.fail(lane, micro_batch, error)
         else:
             batches.finish(lane, micro_batch, sampled)
@@ -73,21 +64,20 @@ async def run_pass(
     link: DispatchLink,
     may_continue: Callable[[int], bool],
 ) -> Sampled:
-    """One micro-batch through the model.
+    """One micro-batch through the model. When it raises, or is cancelled, the lane is ready for another pass.
 
     Raises:
         TransportError: an expert node was lost on the way, or refused.
         TimeoutError: this device computed nothing for too long.
         Exception: what a computation raised.
     """
-    last = compute.num_layers - 1
-    compute.begin(lane, micro_batch)
-    link.begin(lane)
-    for layer in range(compute.num_layers):
-        turn = link.open(lane, more=layer < last or may_continue(lane))
-        compute.attention_route_pack(lane, layer, turn)
-        await link.landed(turn)
-        compute.combine(lane, layer)
-    sampled = await compute.sample(lane)
-    link.check(turn)  # the last answers were read only now
+    first = link.begin(lane, compute, may_continue)
+    try:
+        compute.launch(lane, micro_batch, first, link)
+        await link.passed(lane)
+        sampled = await compute.sampled(lane)
+        link.end(lane)
+    except BaseException:
+        link.give_up(lane)
+        raise
     return sampled

@@ -54,7 +54,6 @@ class Measuring:
                 try:
                     await run_pass(lane, micro_batch, self._half, self._link, partial(_has_left, left))
                 except Exception as error:
-                    self._link.skip_to(lane, self._half.num_layers)
                     if isinstance(error, TransportError):
                         raise
                     self._complaints.say(error, "a pass of the calibration failed")

@@ -59,6 +59,10 @@ class AttentionRole:
             self._tasks = tasks
             tasks.create_task(self.links.keep_connected(self.half), name="connector")
 
+    def close(self) -> None:
+        """Lets go of the device, once `run` has ended. Idempotent."""
+        self.half.close()
+
     def use_lanes(self, num_lanes: int) -> None:
         """Serves with this many micro-batches in flight, until this life ends; a second time is the same."""
         if self.num_lanes:

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
-from typing import TypeVar
 
 from msi.complaints import Complaints
 from msi.device.host_words import HostWords
@@ -24,8 +23,6 @@ from msi.meter import StageMeter
 from msi.tracing import Tracer
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Program:
@@ -176,15 +173,19 @@ class ComputeThread:
 
     def _serve(self, do: Callable[[Program], None]) -> None:
         while (queue := self._ready.get()) is not None:
-            stretch = queue.take()
-            steps = stretch.steps
-            while self._is_open and (steps or not queue.is_over(stretch)):
-                step = steps.popleft()
-                if type(step) is tuple:
-                    self._words.signal(*step)
-                else:
-                    assert isinstance(step, Program)
-                    do(step)
+            self._run_through(queue, do)
+            del queue  # while nothing is to be done, nothing is held
+
+    def _run_through(self, queue: ComputeQueue, do: Callable[[Program], None]) -> None:
+        stretch = queue.take()
+        steps = stretch.steps
+        while self._is_open and (steps or not queue.is_over(stretch)):
+            step = steps.popleft()
+            if type(step) is tuple:
+                self._words.signal(*step)
+            else:
+                assert isinstance(step, Program)
+                do(step)
 
     def _do(self, program: Program) -> None:
         started = time.monotonic()
@@ -231,7 +232,6 @@ class ThreadedDevice:
         self.tracer: Tracer | None = None
         self.words = HostWords()
         self._is_closed = False
-        self._loop = asyncio.get_running_loop()
 
     def queue(self, name: str) -> ComputeQueue:
         raise NotImplementedError
@@ -259,33 +259,3 @@ class ThreadedDevice:
         program.meter.add(ended - started)
         if self.tracer is not None:
             self.tracer.span(program.name, program.lane, started, ended)
-
-    def submit(self, work: Callable[[], T], meter: StageMeter, name: str, lane: int) -> asyncio.Future[T]:
-        done: asyncio.Future[T] = self._loop.create_future()
-
-        def resolve() -> None:
-            self._loop.call_soon_threadsafe(_resolve, done, work())
-
-        def failed(error: Exception) -> None:
-            self._loop.call_soon_threadsafe(_fail, done, error)
-
-        self.enqueue(resolve, failed, meter, name, lane)
-        return done
-
-    def enqueue(
-        self, work: Callable[[], None], failed: Callable[[Exception], None], meter: StageMeter, name: str, lane: int
-    ) -> None:
-        self._queue_of(lane).run(Program(work, failed, meter, name, lane))
-
-    def _queue_of(self, lane: int) -> ComputeQueue:
-        raise NotImplementedError
-
-
-def _resolve(done: asyncio.Future[T], result: T) -> None:
-    if not done.done():
-        done.set_result(result)
-
-
-def _fail(done: asyncio.Future[T], error: Exception) -> None:
-    if not done.done():
-        done.set_exception(error)

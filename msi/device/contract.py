@@ -136,6 +136,26 @@ async def nothing_behind_a_closed_gate_runs_and_nobody_waits_for_it(on: Checked)
     assert on.log == ["free", 1, 2, "free again", 3, 4, 5, 6, 7, 8, 9]
 
 
+async def nobody_is_told_within_a_call(on: Checked) -> None:
+    """Whoever launches may hold what the told need."""
+    word, gate, queue, lock = on.words.take(), on.words.take(), on.device.queue("calls"), threading.Lock()
+
+    def changed(value: int) -> None:
+        with lock:
+            on.log.append(value)
+
+    on.device.follow(word, changed)
+    with lock:
+        queue.signal(word, 1)
+        queue.wait(gate, 1)
+        queue.signal(word, 2)
+        on.words.open(gate, 1)
+        queue.run(on.says("run"))
+        queue.signal(word, 3)
+    await on.through(queue)
+    assert on.log == [1, 2, "run", 3]
+
+
 async def a_gate_that_is_open_already_holds_nothing(on: Checked) -> None:
     gate, queue = on.words.take(), on.device.queue("open")
     on.words.open(gate, 7)
@@ -229,6 +249,18 @@ async def work_can_be_launched_by_a_follower(on: Checked) -> None:
     assert on.log == list(range(1, 50))
 
 
+async def a_word_that_was_given_back_tells_nobody(on: Checked) -> None:
+    followed, watched, queue = on.words.take(), on.words.take(), on.device.queue("given back")
+    on.device.follow(followed, on.log.append)
+    on.device.watch(watched, on.log.append)
+    on.words.give_back(followed)
+    on.words.give_back(watched)
+    queue.signal(followed, 1)
+    queue.signal(watched, 1)
+    await on.through(queue)
+    assert on.log == []
+
+
 CHECKS = (
     words_start_at_zero_and_only_rise,
     words_go_on_at_zero_after_32_bits,
@@ -236,6 +268,7 @@ CHECKS = (
     a_signal_is_seen_after_all_before_it,
     a_watcher_is_called_on_the_loop_and_sees_the_last_value,
     nothing_behind_a_closed_gate_runs_and_nobody_waits_for_it,
+    nobody_is_told_within_a_call,
     a_gate_that_is_open_already_holds_nothing,
     a_gate_that_opens_wide_drains_the_queue,
     queues_that_opened_run_whatever_the_order_of_their_launch,
@@ -243,4 +276,5 @@ CHECKS = (
     a_program_that_raises_is_told_and_the_queue_goes_on,
     a_follower_that_raises_stops_nothing,
     work_can_be_launched_by_a_follower,
+    a_word_that_was_given_back_tells_nobody,
 )

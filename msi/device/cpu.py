@@ -48,16 +48,12 @@ class CpuDevice(ThreadedDevice):
         self._num_threads = num_threads
         self.kernels = CpuKernels()
         self._thread = ComputeThread("msi-compute", self.words, self._entered, self._through)
-        self._queue = self._thread.queue()
 
     def queue(self, name: str) -> ComputeQueue:
         return self._thread.queue()
 
     def threads(self) -> Iterable[ComputeThread]:
         return [self._thread]
-
-    def _queue_of(self, lane: int) -> ComputeQueue:
-        return self._queue
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:

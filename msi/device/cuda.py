@@ -57,9 +57,6 @@ class CudaDevice(ThreadedDevice):
     def threads(self) -> Iterable[ComputeThread]:
         return list(self._threads.values())
 
-    def _queue_of(self, lane: int) -> ComputeQueue:
-        return self.queue(f"lane {lane}")
-
     def _synchronize(self) -> None:
         """Until the stream of this thread is through."""
         torch.cuda.current_stream(self._device).synchronize()

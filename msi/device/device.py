@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +10,6 @@ from torch import Tensor
 from msi.device.compute_thread import Program
 from msi.device.queues import QueueDevice
 from msi.kernels.kernels import Kernels
-from msi.meter import StageMeter
-
-T = TypeVar("T")
 
 
 class Device(QueueDevice[Program], Protocol):
@@ -23,14 +18,6 @@ class Device(QueueDevice[Program], Protocol):
     @property
     def kernels(self) -> Kernels:
         """What it computes with."""
-
-    def submit(self, work: Callable[[], T], meter: StageMeter, name: str, lane: int) -> asyncio.Future[T]:
-        """Enqueues work; the future has its result. `name` and `lane` label it in traces."""
-
-    def enqueue(
-        self, work: Callable[[], None], failed: Callable[[Exception], None], meter: StageMeter, name: str, lane: int
-    ) -> None:
-        """Enqueues work that passes its results on itself; should it raise, `failed` is called where it ran."""
 
     def compute_dtype(self, wanted: torch.dtype) -> torch.dtype:
         """The dtype to hold and compute weights in, for a checkpoint of dtype `wanted`."""

@@ -40,6 +40,12 @@ class HostWords:
             self._waiting.append([])
             return len(self._waiting) - 1
 
+    def give_back(self, word: int) -> None:
+        with self.lock:
+            self._waiting[word] = []
+        self._followers.pop(word, None)
+        self._watchers.pop(word, None)
+
     def is_there(self, word: int, at_least: int) -> bool:
         return (self._values[word * _STRIDE] - at_least) % _RANGE < _HALF
 

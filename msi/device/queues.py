@@ -29,6 +29,9 @@ class Words(Protocol):
     def take(self) -> int:
         """A word of one's own."""
 
+    def give_back(self, word: int) -> None:
+        """Nobody is told of it any more, and whatever waits for it is forgotten."""
+
     def is_there(self, word: int, at_least: int) -> bool:
         """Whether the word has come to a value, or past it."""
 
@@ -37,7 +40,9 @@ class Words(Protocol):
 
 
 class Queue(Protocol[P]):
-    """Ordered work of one lane, or of the experts. Calls return at once, on whatever device, from any thread."""
+    """Ordered work of one lane, or of the experts. Calls return at once, on whatever device, from any thread; nobody is
+    told of anything within them.
+    """
 
     def wait(self, word: int, at_least: int) -> None:
         """What follows starts once the word is there."""

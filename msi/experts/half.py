@@ -5,14 +5,17 @@ Owns weights, never requests. Reads rows where they landed and writes answers wh
 
 from __future__ import annotations
 
-import time
+from collections import deque
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from msi.attention.half import slot_rows_view
+from msi.device.compute_thread import Program
 from msi.device.device import Device
-from msi.experts.waves import Finished, WaveBatch
+from msi.experts.server import Finished
+from msi.experts.waves import WaveBatch
 from msi.kernels.kernels import ExpertBank
 from msi.kernels.routing import PackedRows
 from msi.meter import StageMeter
@@ -54,6 +57,15 @@ class ExpertHalf:
         rows = slot_rows_view(landing, num_seats, landing_stride, dispatch_layout)
         self._rows = PackedRows.view(rows, config.hidden_size, config.top_k, dtype)
         self._outboxes: dict[int, Tensor] = {}
+        self._batches: deque[WaveBatch] = deque()  # launched, not yet run
+        self._programs = [
+            Program(partial(self._run_next, lane), self._failed, self.meter, "experts", lane)
+            for lane in range(dispatch_layout.num_lanes)
+        ]
+        self._running = self._programs[0]  # ran last
+        self._error: Exception | None = None  # of that
+        self._queue = device.queue("experts")
+        self._done = device.words.take()
 
     def use_bank(self, bank: ExpertBank, experts: tuple[int, ...]) -> None:
         """Computes with this one from now on: its experts are those of before, by the same local ids, and others."""
@@ -70,19 +82,30 @@ class ExpertHalf:
         rows = slot_rows_view(outbox, 1, len(outbox), self._answer_layout)[0]
         self._outboxes[seat] = rows[..., : self._config.hidden_size * self._dtype.itemsize].view(self._dtype)
 
-    def run(self, batch: WaveBatch, finished: Finished) -> None:
-        def work() -> None:
-            finished(batch, self._run(batch), None)
+    def run(self, batch: WaveBatch, ticket: int) -> None:
+        self._batches.append(batch)
+        self._queue.run(self._programs[batch.lane])
+        self._queue.signal(self._done, ticket)
 
-        def failed(error: Exception) -> None:
-            finished(batch, 0.0, error)
+    def tell(self, finished: Finished) -> None:
+        def seen(ticket: int) -> None:
+            error, self._error = self._error, None
+            finished(ticket, self._running.spent_s, error)
 
-        self._device.enqueue(work, failed, self.meter, "experts", batch.lane)
+        self._device.follow(self._done, seen)
+
+    def close(self) -> None:
+        self._device.words.give_back(self._done)
 
     # -- work --------------------------------------------------------------------------------------------------------
 
-    def _run(self, batch: WaveBatch) -> float:
-        started = time.perf_counter()
+    def _run_next(self, lane: int) -> None:
+        self._running = self._programs[lane]
+        self._run(self._batches.popleft())
+
+    def _failed(self, error: Exception) -> None:
+        self._error = error
+
+    def _run(self, batch: WaveBatch) -> None:
         seats = [(rows.seat, rows.num_rows) for rows in batch.rows]
         self.weight_bytes_read += self._bank.run(batch.layer, batch.lane, seats, self._rows, self._outboxes)
-        return time.perf_counter() - started

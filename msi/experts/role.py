@@ -68,6 +68,7 @@ class ExpertRole:
     def close(self) -> None:
         """Computes nothing more. Idempotent."""
         self._server.close()
+        self.half.close()
 
     def fence(self, worker_id: str) -> None:
         """Frees the seat of an attention worker that was lost."""

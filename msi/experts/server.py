@@ -1,7 +1,8 @@
 """The expert half's course: take a closed wave for a layer, run its experts, write back, take the next.
 
-What lands is told by the link on the event loop; what is finished is told by the device on its own thread, which takes
-and enqueues the next batch and then posts the answers without going through the loop. A lock keeps the waves whole.
+What lands is told by the link on the event loop; what is finished is a word that the device raises, seen first on its
+own thread, where it has one: there the next batch is taken and launched, and then the answers are posted, without going
+through the loop. A lock keeps the waves whole.
 Knows seats, waves and answers; knows no requests, weights or sockets.
 """
 
@@ -19,10 +20,13 @@ from typing import Protocol
 
 from msi.complaints import Complaints
 from msi.errors import one_line
-from msi.experts.waves import Finished, WaveBatch, Waves
+from msi.experts.waves import WaveBatch, Waves
 from msi.net.combine_link import CombineLink
 
 log = logging.getLogger(__name__)
+
+
+Finished = Callable[[int, float, Exception | None], None]  # a ticket, seconds of the device's time, an error if any
 
 
 class ExpertCompute(Protocol):
@@ -31,12 +35,11 @@ class ExpertCompute(Protocol):
     def attach(self, seat: int, outbox: memoryview) -> None:
         """Answers to this seat go into `outbox` from now on."""
 
-    def run(self, batch: WaveBatch, finished: Finished) -> None:
-        """Enqueues one layer's experts over the batch's rows.
+    def run(self, batch: WaveBatch, ticket: int) -> None:
+        """Launches one layer's experts over the batch's rows, and a signal of the ticket behind them. Tickets rise."""
 
-        Calls `finished(batch, seconds computed, error or None)` on the device's thread once the answers lie in the
-        outboxes, before anything else runs there.
-        """
+    def tell(self, finished: Finished) -> None:
+        """Calls `finished` as soon as a ticket is seen, on whatever thread sees it: the answers lie in the outboxes."""
 
 
 class ExpertServer:
@@ -54,12 +57,14 @@ class ExpertServer:
         self._compute = compute
         self._clock = clock
         self._lock = threading.Lock()  # over the waves and what follows
-        self._is_busy = False
+        self._num_tickets = 0
+        self._out: dict[int, WaveBatch] = {}  # by ticket, on the device
         self._again: deque[WaveBatch] = deque()  # to run before what the waves say
         self._is_closed = False
         self._timer_at = math.inf
         self._loop = asyncio.get_running_loop()
         self._complaints = Complaints(log)
+        compute.tell(self._finished)
 
     def close(self) -> None:
         """Starts no more batches. Idempotent."""
@@ -103,23 +108,25 @@ class ExpertServer:
 
         Deadlines mostly move on before they come, so a timer that is set already is let run out and set anew then.
         """
-        if self._is_busy or self._is_closed:
+        if self._out or self._is_closed:
             return
         batch = self._again.popleft() if self._again else self._waves.take(self._clock())
         if batch is not None:
-            self._is_busy = True
-            self._compute.run(batch, self._finished)
+            self._num_tickets += 1
+            self._out[self._num_tickets] = batch
+            self._compute.run(batch, self._num_tickets)
         elif (deadline := self._waves.deadline()) < self._timer_at:
             self._timer_at = deadline
             self._loop.call_soon_threadsafe(self._set_timer)
 
-    def _finished(self, batch: WaveBatch, compute_s: float, error: Exception | None) -> None:
+    def _finished(self, ticket: int, compute_s: float, error: Exception | None) -> None:
         """Must not raise: the device's thread calls it. A batch of several seats that failed runs again seat by seat,
         so that only the one whose rows are to blame is refused.
         """
+        batch = self._out[ticket]
         try:
             with self._lock:
-                self._is_busy = False
+                del self._out[ticket]
                 if error is not None and len(batch.rows) > 1:
                     self._again += [replace(batch, rows=(rows,)) for rows in batch.rows]
                 self._start_next()

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
@@ -57,9 +56,6 @@ class WaveBatch:
     layer: int
     rows: tuple[Rows, ...]
     is_alone: bool = False
-
-
-Finished = Callable[[WaveBatch, float, Exception | None], None]  # a batch is through: seconds it computed, or an error
 
 
 @dataclass(slots=True)

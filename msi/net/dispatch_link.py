@@ -2,8 +2,10 @@
 
 For each turn of a lane every connected node gets exactly one post: rows in its slot, or the bare word that there are
 none. A lane has one turn in flight; its slots are free again when the answers have landed, so there are no credits.
+A turn is a row of numbers: the last answer opens the gate that the lane's queue waits at, and only the end of the pass
+wakes a coroutine. Whatever goes wrong, the gates open, and what is computed behind them is dropped.
 A pass lives and dies with the connections that it was begun with: when a node is lost, what it had answered is wiped
-with its seat, so that every turn in flight fails, and none that was opened before goes to a node that came after.
+with its seat, so that every pass in flight fails, and none that was begun before goes to a node that came after.
 Rows themselves are written into the nodes' outboxes and read from `landing` by whoever computes, on the thread that
 computes; that thread posts them, too. Everything else here happens on the event loop.
 """
@@ -16,8 +18,9 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from msi.errors import BatchRefused, ProtocolError, TransportError
 from msi.meter import StageMeter
@@ -31,48 +34,57 @@ WATCH_SHARE = 16  # of the time-out: how often turns are checked against it
 ABSENCE_SHARE = 4  # of the time-out: who checks so late has been away, and everybody's time starts anew
 
 
-class Turn:
-    """One turn of a lane: opened on the event loop, posted by the thread that fills the outboxes, then awaited."""
+class Gates(Protocol):
+    """The queues of lanes, as a link sees them.
 
-    __slots__ = (
-        "_link", "done", "is_over", "lane", "more", "nodes", "num_rows", "opened_at", "posted_at", "seq", "waiting",
-    )  # fmt: skip
+    Attributes:
+        num_layers: turns of a pass.
+        counts: int32 [num_lanes, num_nodes]: the rows that lie in each outbox, once `packed` is called for a turn.
+    """
 
-    def __init__(
-        self,
-        link: DispatchLink,
-        nodes: tuple[_Node | None, ...],
-        lane: int,
-        seq: int,
-        more: bool,
-        opened_at: float,
-        done: asyncio.Future[None],
-    ):
-        self.lane = lane
-        self.seq = seq
-        self.more = more
-        self.opened_at = opened_at
-        self.done = done
-        self.nodes = nodes  # connected when it was opened: its rows are in their outboxes
-        self.waiting = 0  # bit per node that owes an answer
-        self.num_rows: Sequence[int] = ()
-        self.posted_at = 0.0
-        self.is_over = False  # nobody waits for it any more
-        self._link = link
+    num_layers: int
+    counts: memoryview
 
-    def post(self, num_rows: Sequence[int]) -> None:
-        """The rows lie in the outboxes, so many for each node. From any thread; does not raise."""
-        self._link.post(self, num_rows)
-
-    def fail(self, error: Exception) -> None:
-        """There will be no rows; the await raises `error`. From any thread."""
-        self._link.fail(self, error)
+    def open(self, lane: int, turn: int) -> None:
+        """What waits for the answers to that turn of a lane, or to one before, may go on. From any thread."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Node:
     endpoint: Endpoint
     welcome: LinkWelcome
+
+
+class _Pass:
+    """One pass of a lane; which of its turns is away is told by the lane's row in the link's table."""
+
+    __slots__ = (
+        "done", "first", "gates", "is_over", "last", "may_continue", "nodes", "placement_version", "seq_of_turn_0",
+        "since", "turn",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        gates: Gates,
+        nodes: tuple[_Node | None, ...],
+        placement_version: int,
+        first: int,
+        first_seq: int,
+        may_continue: Callable[[int], bool],
+        since: float,
+        done: asyncio.Future[None],
+    ) -> None:
+        self.gates = gates
+        self.nodes = nodes  # connected when it was begun: its rows are in their outboxes
+        self.placement_version = placement_version  # that its rows are of, to its end
+        self.first = first
+        self.last = first + gates.num_layers - 1
+        self.seq_of_turn_0 = first_seq - first
+        self.may_continue = may_continue
+        self.since = since  # when something happened to it last
+        self.done = done
+        self.turn = first - 1  # posted last
+        self.is_over = False  # nothing of it is posted any more
 
 
 @dataclass
@@ -93,7 +105,7 @@ class DispatchLink:
         num_nodes: nodes of the other side; node i answers into landing seat i.
         report_loss: called with (node, worker id, reason) when a connected node is lost.
         timeout_s: a turn that has been posted and lacks answers for that long loses the nodes that owe them; one that
-            is not posted within that time fails.
+            is not packed within that time fails its pass.
         clock: seconds, monotonic.
     """
 
@@ -119,10 +131,14 @@ class DispatchLink:
         self._node_of: dict[Endpoint, int] = {}
         self._gone: dict[int, tuple[str, str]] = {}  # worker id and reason of the one lost last, by node
         self.placement_version = hello.placement_version  # of hellos, and of passes that begin
-        self._placement_versions = [hello.placement_version] * hello.num_lanes  # of the passes in flight
-        self._turns: list[Turn | None] = [None] * hello.num_lanes
+        self._passes: list[_Pass | None] = [None] * hello.num_lanes
+        self._next_turns = [1] * hello.num_lanes
         self._next_seqs = list(hello.next_seqs)
+        # a row for each lane's turn that is away:
         self._posted_seqs = [seq - 1 for seq in hello.next_seqs]  # the last that any node may have seen
+        self._posted_at = [0.0] * hello.num_lanes
+        self._waiting = [0] * hello.num_lanes  # bit per node that owes an answer
+        self._more = [True] * hello.num_lanes  # whether the lane goes on after it
         self._complete = asyncio.Event()
         self._report_loss = report_loss
         self._timeout_s = timeout_s
@@ -157,10 +173,12 @@ class DispatchLink:
         return endpoint.outbox
 
     def _own_hello(self) -> LinkHello:
-        return replace(self._hello, next_seqs=tuple(self._next_seqs), placement_version=self.placement_version)
+        return replace(
+            self._hello, next_seqs=tuple(seq + 1 for seq in self._posted_seqs), placement_version=self.placement_version
+        )
 
     def drop(self, node: int, reason: str) -> None:
-        """Fences a node: connection closed, its seat revoked, all turns in flight fail. Idempotent."""
+        """Fences a node: connection closed, its seat revoked, all passes in flight fail. Idempotent."""
         peer = self._nodes[node]
         if peer is None:
             return
@@ -171,9 +189,9 @@ class DispatchLink:
         self._complete.clear()
         peer.endpoint.close()
         self.landing.revoke(node)
-        for turn in self._turns:
-            if turn is not None:
-                _fail(turn, TransportError(peer.welcome.worker_id, reason))
+        for lane, passing in enumerate(self._passes):
+            if passing is not None:
+                self._fail(lane, passing, TransportError(peer.welcome.worker_id, reason))
         self._report_loss(node, peer.welcome.worker_id, reason)
 
     def _set(self, node: int, peer: _Node | None) -> None:
@@ -181,6 +199,10 @@ class DispatchLink:
 
     def _lost(self, node: int) -> TransportError:
         return TransportError(*self._gone.get(node, (f"node {node}", "is not connected")))
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self._nodes)
 
     @property
     def missing_nodes(self) -> list[int]:
@@ -192,98 +214,158 @@ class DispatchLink:
 
     # -- the layer loop ----------------------------------------------------------------------------------------------
 
-    def begin(self, lane: int) -> None:
-        """A pass begins: its rows are of the placement that is used now, to its end."""
-        self._placement_versions[lane] = self.placement_version
+    def begin(self, lane: int, gates: Gates, may_continue: Callable[[int], bool]) -> int:
+        """The next pass of a lane, over the connections and of the placement that are there now; its first turn.
 
-    def open(self, lane: int, more: bool) -> Turn:
-        """The next turn of a lane, to be posted and then awaited with `landed`.
+        Turns of a lane are counted from 1, and no number is used twice. Each is posted by `packed`; when its answers
+        have landed, its gate opens.
 
         Args:
-            more: whether the lane goes on after it; the nodes need not expect it otherwise.
+            may_continue: asked, with the lane, just before the last turn: whether the nodes may expect more after it.
         """
-        seq = self._next_seqs[lane]
-        self._next_seqs[lane] = seq + 1
-        turn = self._turns[lane] = Turn(self, self._nodes, lane, seq, more, self._clock(), self._loop.create_future())
-        return turn
+        assert self._passes[lane] is None, f"lane {lane} has a pass in flight"
+        first, num_layers = self._next_turns[lane], gates.num_layers
+        more = num_layers > 1 or may_continue(lane)
+        passing = _Pass(
+            gates, self._nodes, self.placement_version, first, self._next_seqs[lane], may_continue, self._clock(),
+            self._loop.create_future(),
+        )  # fmt: skip
+        self._next_turns[lane] = first + num_layers
+        self._next_seqs[lane] += num_layers
+        self._more[lane] = more
+        self._passes[lane] = passing
+        return first
 
-    async def landed(self, turn: Turn) -> None:
-        """Until every answer to a turn has landed.
+    async def passed(self, lane: int) -> None:
+        """Until the answers to the last turn of a lane's pass have landed. Cancelled or not, call `end` or `give_up`.
 
         Raises:
-            TransportError: a node was lost; `peer` names it. Cancelling, too, leaves the lane's slots in use until
-                `skip_to`.
-            BatchRefused: a node is there, but has no answer to this turn.
-            TimeoutError: the turn was not posted in time.
-            Exception: what `Turn.fail` was given.
+            TransportError: a node was lost; `peer` names it.
+            BatchRefused: a node is there, but has no answer to a turn.
+            TimeoutError: a turn was not packed in time.
+            Exception: what `failed` was given.
         """
+        passing = self._passes[lane]
+        assert passing is not None, f"lane {lane} has no pass"
         if not self._is_watching:
             self._is_watching = True
             self._watch_later()
-        try:
-            await turn.done
-        finally:
-            turn.is_over = True
+        await passing.done
 
-    def post(self, turn: Turn, num_rows: Sequence[int]) -> None:
-        """See `Turn.post`: one post to every node; the turn then waits for those that got rows."""
-        lane, seq, more, incarnation = turn.lane, turn.seq, turn.more, self._incarnation
-        offset, row_bytes = self._offsets[lane], self.layout.row_bytes
+    def end(self, lane: int) -> None:
+        """A pass is through, its last answers read. Raises TransportError if a node was lost since it was begun, and
+        what it had answered with it.
+        """
+        passing = self._passes[lane]
+        assert passing is not None, f"lane {lane} has no pass"
+        for node, peer in enumerate(self._nodes):
+            if peer is not passing.nodes[node]:
+                raise self._lost(node)
+        self._passes[lane] = None
+
+    def give_up(self, lane: int) -> None:
+        """Ends a pass that failed, wherever it was: its gates open, nothing of it is posted, answers are late.
+
+        The lane goes on at the next multiple of a pass's turns that nobody has been told of, so that passes that fail
+        one after the other without a post do not run away from what the nodes have seen. Idempotent.
+        """
+        passing = self._passes[lane]
+        if passing is None:
+            return
+        num_layers = passing.gates.num_layers
         with self._posting:
-            if turn.is_over:
-                return  # its pass was given up while the rows were computed
+            passing.is_over = True
+            self._next_seqs[lane] = -(-(self._posted_seqs[lane] + 1) // num_layers) * num_layers
+        self._waiting[lane] = 0
+        self._passes[lane] = None
+        passing.gates.open(lane, passing.last)
+        if passing.done.done() and not passing.done.cancelled():
+            passing.done.exception()  # whoever gave up has another reason
+
+    def packed(self, lane: int, turn: int) -> None:
+        """The rows of a turn lie in the outboxes: one post to every node; the turn then waits for those that got rows.
+
+        From any thread; does not raise. Does nothing for a pass that was given up while its rows were computed.
+        """
+        passing = self._passes[lane]
+        if passing is None or not passing.first <= turn <= passing.last:
+            return
+        seq, more, incarnation = passing.seq_of_turn_0 + turn, self._more[lane], self._incarnation
+        offset, row_bytes, counts = self._offsets[lane], self.layout.row_bytes, passing.gates.counts
+        with self._posting:
+            if passing.is_over:
+                return
             self._posted_seqs[lane] = seq
-            turn.num_rows, turn.posted_at = num_rows, self._clock()
-            turn.waiting = sum(1 << node for node, count in enumerate(num_rows) if count)
+            self._posted_at[lane] = passing.since = self._clock()
+            passing.turn = turn
+            waiting = 0
+            for node in range(len(self._nodes)):
+                if counts[lane, node]:
+                    waiting |= 1 << node
+            self._waiting[lane] = waiting
             empty = pack_immediate(Kind.EMPTY, more, lane, 0, seq, incarnation)
             full = pack_immediate(Kind.DISPATCH, more, lane, 0, seq, incarnation)
             try:
                 for node, peer in enumerate(self._nodes):
-                    if peer is None or peer is not turn.nodes[node]:
-                        self.fail(turn, self._lost(node))
+                    if peer is None or peer is not passing.nodes[node]:
+                        self.failed(lane, turn, self._lost(node))
                         return
-                    count = num_rows[node]
+                    count = counts[lane, node]
                     if not count:
                         peer.endpoint.post(empty)
                         continue
                     HEADER.pack_into(
                         peer.endpoint.outbox, offset, MAGIC, Kind.DISPATCH, lane, 0, more,
-                        incarnation, self._placement_versions[lane], seq, count, row_bytes, 0, 0,
+                        incarnation, passing.placement_version, seq, count, row_bytes, 0, 0,
                     )  # fmt: skip
                     peer.endpoint.post(full, offset, HEADER_BYTES + count * row_bytes)
                     self.counters.rows += count
             except TransportError as error:
-                self._loop.call_soon_threadsafe(self._not_posted, turn, node, error)
+                self._loop.call_soon_threadsafe(self._not_posted, lane, passing, node, error)
                 return
             self.counters.posts += len(self._nodes)
-        if not turn.waiting:
-            self._loop.call_soon_threadsafe(_succeed, turn)
+        if not waiting:
+            self._loop.call_soon_threadsafe(self._landed, lane, passing, self._posted_at[lane])
 
-    def fail(self, turn: Turn, error: Exception) -> None:
-        """See `Turn.fail`."""
-        self._loop.call_soon_threadsafe(_fail, turn, error)
-
-    def _not_posted(self, turn: Turn, node: int, error: TransportError) -> None:
-        """A connection that takes no post is lost, whether or not the transport has said so, and the turn with it."""
-        if self._nodes[node] is turn.nodes[node]:
-            self.drop(node, f"connection lost ({error.reason})")
-        _fail(turn, self._lost(node))
-
-    def check(self, turn: Turn) -> None:
-        """Raises TransportError if a node was lost since the turn was opened, and what it had answered with it."""
-        for node, peer in enumerate(self._nodes):
-            if peer is not turn.nodes[node]:
-                raise self._lost(node)
-
-    def skip_to(self, lane: int, multiple: int) -> None:
-        """After a turn that failed: the lane goes on at the next multiple of `multiple` that nobody has been told of.
-
-        So passes that fail one after the other without a post do not run away from what the nodes have seen.
+    def failed(self, lane: int, turn: int, error: Exception) -> None:
+        """The pass that a turn belongs to cannot go on: nothing more of it is posted, its await raises `error`. From
+        any thread.
         """
-        with self._posting:
-            if (turn := self._turns[lane]) is not None:
-                turn.is_over = True
-            self._next_seqs[lane] = -(-(self._posted_seqs[lane] + 1) // multiple) * multiple
+        passing = self._passes[lane]
+        if passing is not None and passing.first <= turn <= passing.last:
+            passing.is_over = True
+            self._loop.call_soon_threadsafe(self._fail, lane, passing, error)
+
+    def _fail(self, lane: int, passing: _Pass, error: Exception) -> None:
+        """Whatever the reason, the lane's queue must run out: behind a closed gate it would be stuck for ever."""
+        passing.is_over = True
+        if not passing.done.done():
+            passing.done.set_exception(error)
+        if self._passes[lane] is passing:
+            self._waiting[lane] = 0
+        passing.gates.open(lane, passing.last)
+
+    def _not_posted(self, lane: int, passing: _Pass, node: int, error: TransportError) -> None:
+        """A connection that takes no post is lost, whether or not the transport has said so, and the pass with it."""
+        if self._nodes[node] is passing.nodes[node]:
+            self.drop(node, f"connection lost ({error.reason})")
+        self._fail(lane, passing, self._lost(node))
+
+    def _landed(self, lane: int, passing: _Pass, now: float) -> None:
+        """All answers to the turn that is away are here."""
+        turn = passing.turn
+        if passing.is_over:
+            return
+        if turn + 1 == passing.last:
+            try:
+                self._more[lane] = passing.may_continue(lane)
+            except Exception as error:
+                self._fail(lane, passing, error)
+                return
+        passing.since = now
+        passing.gates.open(lane, turn)
+        if turn == passing.last and not passing.done.done():
+            passing.done.set_result(None)
 
     def next_seq(self, lane: int) -> int:
         return self._next_seqs[lane]
@@ -303,11 +385,15 @@ class DispatchLink:
         lane = immediate >> 26 & 7
         peer = self._nodes[node]
         dropped = self.counters.dropped
-        if peer is None or lane >= len(self._turns):
+        if peer is None or lane >= len(self._waiting):
             dropped["lane"] += 1
             return
-        turn = self._turns[lane]
-        if turn is None or not turn.waiting >> node & 1 or (immediate >> 12 & SEQ_MASK) != turn.seq & SEQ_MASK:
+        passing, posted_seq = self._passes[lane], self._posted_seqs[lane]
+        if (
+            passing is None
+            or not self._waiting[lane] >> node & 1
+            or (immediate >> 12 & SEQ_MASK) != posted_seq & SEQ_MASK
+        ):
             dropped["stale"] += 1
             return
         incarnation = peer.welcome.incarnation
@@ -322,7 +408,7 @@ class DispatchLink:
             magic != MAGIC
             or kind != immediate >> 30
             or its_lane != lane
-            or seq != turn.seq
+            or seq != posted_seq
             or its_incarnation != incarnation
         ):
             dropped["header"] += 1
@@ -330,16 +416,17 @@ class DispatchLink:
             start = at + HEADER_BYTES
             length = min(num_rows, self.answer_layout.slot_bytes - HEADER_BYTES)
             reason = bytes(self.landing.memory[start : start + length]).decode(errors="replace")
-            _fail(turn, BatchRefused(peer.welcome.worker_id, reason))
-        elif kind != Kind.COMBINE or num_rows != turn.num_rows[node]:
+            self._fail(lane, passing, BatchRefused(peer.welcome.worker_id, reason))
+        elif kind != Kind.COMBINE or num_rows != passing.gates.counts[lane, node]:
             dropped["rows"] += 1
         else:
-            turn.waiting &= ~(1 << node)
+            waiting = self._waiting[lane] = self._waiting[lane] & ~(1 << node)
             self.counters.answers += 1
-            if not turn.waiting:
-                self.comm_meter.add(max(0.0, (self._clock() - turn.posted_at - service_ns * 1e-9) / 2))
+            if not waiting:
+                now = self._clock()
+                self.comm_meter.add(max(0.0, (now - self._posted_at[lane] - service_ns * 1e-9) / 2))
                 self.compute_meter.add(compute_ns * 1e-9)
-                _succeed(turn)
+                self._landed(lane, passing, now)
 
     def _watch_later(self) -> None:
         delay_s = self._timeout_s / WATCH_SHARE
@@ -347,32 +434,29 @@ class DispatchLink:
         self._loop.call_later(delay_s, self._watch)
 
     def _watch(self) -> None:
-        """Ends turns that took too long; comes again while any is in flight. A timer per turn would cost more."""
-        in_flight = [turn for turn in self._turns if turn is not None and not turn.is_over]
+        """Ends passes that took too long for a turn; comes again while any is in flight. A timer per turn would cost
+        more.
+        """
+        in_flight = [
+            (lane, passing)
+            for lane, passing in enumerate(self._passes)
+            if passing is not None and not passing.done.done()
+        ]
         self._is_watching = bool(in_flight)
         late_s = self._clock() - self._watch_due
         if late_s >= self._timeout_s / ABSENCE_SHARE:  # we were away ourselves: answers may lie here unread
             self._back_at = self._clock()
         if in_flight:
             self._watch_later()
-        for turn in in_flight:
+        for lane, passing in in_flight:
             # our own computing is not held against those who answer
-            if self._clock() - max(turn.opened_at, turn.posted_at, self._back_at) >= self._timeout_s:
-                self._expire(turn)
+            if self._clock() - max(passing.since, self._back_at) >= self._timeout_s:
+                self._expire(lane, passing)
 
-    def _expire(self, turn: Turn) -> None:
+    def _expire(self, lane: int, passing: _Pass) -> None:
+        waiting = self._waiting[lane]
         for node in range(len(self._nodes)):
-            if turn.waiting >> node & 1:
+            if waiting >> node & 1:
                 self.drop(node, f"no answer for {self._timeout_s:g} s")
-        if not turn.done.done():
-            _fail(turn, TimeoutError(f"nothing was computed for {self._timeout_s:g} s"))
-
-
-def _succeed(turn: Turn) -> None:
-    if not turn.done.done():
-        turn.done.set_result(None)
-
-
-def _fail(turn: Turn, error: Exception) -> None:
-    if not turn.done.done():
-        turn.done.set_exception(error)
+        if not passing.done.done():
+            self._fail(lane, passing, TimeoutError(f"nothing was computed for {self._timeout_s:g} s"))

@@ -23,9 +23,8 @@ from msi.experts.half import ExpertHalf
 from msi.experts.waves import Rows, WaveBatch
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.routing import PackedRows, row_bytes
-from msi.meter import StageMeter
 from msi.models.config import ModelConfig
-from msi.net.dispatch_link import DispatchLink
+from msi.net.dispatch_link import DispatchLink, Gates
 from msi.net.slots import SlotLayout
 from msi.types import MicroBatch, Placement, TokenSampling
 from msi.worker.loading import LoadedPart
@@ -54,11 +53,6 @@ class Timed:
     once_s: float = 0.0
 
 
-async def _drained(device: CpuDevice | CudaDevice) -> None:
-    """Until all work is through and metered: results are there a moment earlier."""
-    await device.submit(lambda: None, StageMeter(), "drained", 0)
-
-
 # -- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +78,6 @@ class AttentionSide:
         answers = SlotLayout(1, SLOT_ROWS, config.hidden_size * dtype.itemsize)
         self._config = config
         self._num_blocks = num_blocks
-        self._device = device
         self._link = _NoExperts()
         self._half = AttentionHalf(
             config,
@@ -105,7 +98,6 @@ class AttentionSide:
         shared_s, once_s = half.shared_meter.total_s, half.pass_meter.total_s
         half.meter.clear_recent()
         await run_pass(0, self._micro_batch(size), half, cast(DispatchLink, self._link), lambda lane: True)
-        await _drained(self._device)
         first, *others = half.meter.recent  # the first layer's work looks up embeddings and lays out the pass as well
         layer_s = sum(others) / len(others) if others else first
         return Timed(
@@ -129,33 +121,33 @@ class AttentionSide:
 
 
 class _NoExperts:
-    """What `run_pass` needs of a link, with nobody at the other end."""
+    """What `run_pass` needs of a link, with nobody at the other end: a turn is answered as soon as it is packed."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._next = 1
 
-    def open(self, lane: int, more: bool) -> _Turn:
-        return _Turn(self._loop)
+    def begin(self, lane: int, gates: Gates, may_continue: Callable[[int], bool]) -> int:
+        self._gates, self._done = gates, self._loop.create_future()
+        first, self._next = self._next, self._next + gates.num_layers
+        return first
 
-    async def landed(self, turn: _Turn) -> None:
-        await turn.done
+    async def passed(self, lane: int) -> None:
+        await self._done
 
-    def check(self, turn: _Turn) -> None:
+    def packed(self, lane: int, turn: int) -> None:
+        self._gates.open(lane, turn)
+        if turn == self._next - 1:
+            self._loop.call_soon_threadsafe(_resolve, self._done, None)
+
+    def failed(self, lane: int, turn: int, error: Exception) -> None:
+        self._loop.call_soon_threadsafe(_resolve, self._done, error)
+
+    def end(self, lane: int) -> None:
         """Nobody is ever lost."""
 
-
-class _Turn:
-    """A turn that is over once it is posted."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.done: asyncio.Future[None] = loop.create_future()
-
-    def post(self, num_rows: object) -> None:
-        self._loop.call_soon_threadsafe(_resolve, self.done, None)
-
-    def fail(self, error: Exception) -> None:
-        self._loop.call_soon_threadsafe(_resolve, self.done, error)
+    def give_up(self, lane: int) -> None:
+        self._gates.open(lane, self._next - 1)
 
 
 def _resolve(done: asyncio.Future[None], error: Exception | None) -> None:
@@ -187,7 +179,6 @@ class ExpertSide:
         self._rows.hidden.normal_(generator=torch.Generator().manual_seed(0))
         self._rows.topk_weights.fill_(1 / config.top_k)
         self._config = config
-        self._device = device
         self._num_layers = config.num_sparse_layers
         self._half = ExpertHalf(
             config,
@@ -201,17 +192,22 @@ class ExpertSide:
             num_seats=1,
         )
         self._half.attach(0, memoryview(bytearray(answers.region_bytes)))
+        self._half.tell(self._tell)
+        self._loop = asyncio.get_running_loop()
+        self._num_batches = 0
 
     async def one_pass(self, size: ExpertSize) -> Timed:
-        loop = asyncio.get_running_loop()
         num_rows = self._route(size)
         before_s = self._half.meter.total_s
         for layer in range(self._num_layers):
-            done: asyncio.Future[None] = loop.create_future()
-            self._half.run(WaveBatch(0, layer, (Rows(0, layer, num_rows),)), _finishing(loop, done))
-            await done
-        await _drained(self._device)
+            self._num_batches += 1
+            self._finished = self._loop.create_future()
+            self._half.run(WaveBatch(0, layer, (Rows(0, layer, num_rows),)), self._num_batches)
+            await self._finished
         return Timed((self._half.meter.total_s - before_s) / self._num_layers)
+
+    def _tell(self, ticket: int, compute_s: float, error: Exception | None) -> None:
+        self._loop.call_soon_threadsafe(_resolve, self._finished, error)
 
     def _route(self, size: ExpertSize) -> int:
         """Deals the pairs out to tokens, each active expert in turn; how many tokens that makes."""
@@ -226,12 +222,3 @@ class ExpertSide:
         ids[:, :each] = dealt.view(num_rows, each).to(torch.int32)
         self._rows.topk_ids[:num_rows] = ids
         return num_rows
-
-
-def _finishing(
-    loop: asyncio.AbstractEventLoop, done: asyncio.Future[None]
-) -> Callable[[WaveBatch, float, Exception | None], None]:
-    def finished(batch: WaveBatch, compute_s: float, error: Exception | None) -> None:
-        loop.call_soon_threadsafe(_resolve, done, error)
-
-    return finished

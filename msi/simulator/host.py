@@ -14,8 +14,9 @@ from msi.net.slots import HEADER_BYTES
 from msi.planner.stage_costs import StageCosts
 from msi.precision import Precision
 from msi.simulator.clock import virtual_loop
-from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts, SimulatedQueue
+from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts
 from msi.simulator.deployment import Deployment
+from msi.simulator.device import SimulatedDevice
 from msi.simulator.popularity import Routing
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from msi.tracing import Tracer
@@ -50,13 +51,13 @@ class World:
 class SimulatedModel:
     """Implements `msi.worker.host.LoadedModel`."""
 
-    def __init__(self, world: World, assignment: Assignment, queue: SimulatedQueue) -> None:
+    def __init__(self, world: World, assignment: Assignment, device: SimulatedDevice) -> None:
         self.shape = ServedShape(world.deployment.num_layers, VOCAB_SIZE, (), ROW_BYTES, ROW_BYTES)
         self.has_attention = assignment.role == "attention"
         self.has_experts = assignment.role == "expert" or assignment.is_colocated
         self._world = world
         self._assignment = assignment
-        self._queue = queue
+        self._device = device
 
     def num_kv_blocks(self) -> int:
         return 1 + self._assignment.limits.num_gpu_blocks_override
@@ -65,7 +66,7 @@ class SimulatedModel:
         ours, world = self._assignment, self._world
         return SimulatedAttention(
             link,
-            self._queue,
+            self._device,
             num_layers=world.deployment.num_layers,
             costs=world.costs,
             routing=world.routing,
@@ -75,7 +76,7 @@ class SimulatedModel:
     def expert_half(self, link: CombineLink, num_seats: int) -> SimulatedExperts:
         world = self._world
         return SimulatedExperts(
-            link, self._queue, node=self._assignment.place.node, costs=world.costs, routing=world.routing
+            link, self._device, node=self._assignment.place.node, costs=world.costs, routing=world.routing
         )
 
     def lend_experts(self, half: ExpertPart) -> None:
@@ -87,7 +88,7 @@ class SimulatedHost:
 
     def __init__(self, world: World, role: str) -> None:
         self.clock = virtual_loop().time
-        self.queue = SimulatedQueue()
+        self.device = SimulatedDevice()
         self.loaded = (0, 0)
         self._world = world
         self._row_bytes = world.deployment.row_bytes if role == "attention" else world.deployment.answer_row_bytes
@@ -95,17 +96,17 @@ class SimulatedHost:
 
     @property
     def busy_s(self) -> float:
-        return self.queue.busy_s
+        return self.device.busy_s
 
     def introduce(self) -> tuple[str, Precision]:
         return "simulated", Precision.of("bfloat16")
 
     def use_tracer(self, tracer: Tracer) -> None:
-        self.queue.tracer = tracer
+        self.device.tracer = tracer
 
     async def load(self, assignment: Assignment) -> SimulatedModel:
         self._id = assignment.worker_id
-        return SimulatedModel(self._world, assignment, self.queue)
+        return SimulatedModel(self._world, assignment, self.device)
 
     def new_transport(self, assignment: Assignment) -> SimulatedTransport:
         self._num_transports += 1
@@ -120,4 +121,4 @@ class SimulatedHost:
         return ProcessCounters()
 
     async def close(self) -> None:
-        self.queue.close()
+        self.device.close()

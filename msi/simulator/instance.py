@@ -18,7 +18,8 @@ from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
 from msi.planner.pipeline import Stages
-from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts, SimulatedQueue
+from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts
+from msi.simulator.device import SimulatedDevice
 from msi.simulator.popularity import Draw
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from msi.types import MicroBatch, Sampled
@@ -37,6 +38,7 @@ class Shape:
         jitter: each stage's duration is multiplied by a factor drawn from [1 - jitter, 1 + jitter].
         empty: share of dispatches without rows for a node.
         wait_for_all: W without end: nobody is ever evicted.
+        is_colocated: the attention workers compute on the device of the first expert worker.
     """
 
     num_attention: int
@@ -49,6 +51,7 @@ class Shape:
     empty: float = 0.0
     seed: int = 0
     wait_for_all: bool = False
+    is_colocated: bool = False
 
 
 @dataclass
@@ -118,7 +121,7 @@ class SimulatedAttentionWorker:
         )
         self.compute = SimulatedAttention(
             self.link,
-            SimulatedQueue(),
+            instance.experts[0].compute.device if shape.is_colocated else SimulatedDevice(),
             num_layers=shape.num_layers,
             costs=instance,
             routing=instance,
@@ -173,7 +176,7 @@ class SimulatedExpertWorker:
             max_skip=2 * shape.num_layers,
             clock=clock,
         )
-        self.compute = SimulatedExperts(self.link, SimulatedQueue(), node=index, costs=instance, routing=instance)
+        self.compute = SimulatedExperts(self.link, SimulatedDevice(), node=index, costs=instance, routing=instance)
         self._server = ExpertServer(self.link, self.waves, self.compute, clock=clock)
 
     async def start(self) -> None:
@@ -194,8 +197,8 @@ class SimulatedInstance:
         self.shape = shape
         self.random = random.Random(shape.seed)
         self.network = SimulatedNetwork(self.comm_s)
-        self.attention = [SimulatedAttentionWorker(self, index) for index in range(shape.num_attention)]
         self.experts = [SimulatedExpertWorker(self, index) for index in range(shape.num_experts)]
+        self.attention = [SimulatedAttentionWorker(self, index) for index in range(shape.num_attention)]
 
     async def __aenter__(self) -> SimulatedInstance:
         for expert in self.experts:

@@ -157,9 +157,9 @@ class _Simulation:
     def _cause(self, fault: Fault) -> None:
         match fault.kind:
             case "slow":
-                self._hosts[fault.worker].queue.slowness = fault.amount
+                self._hosts[fault.worker].device.slowness = fault.amount
             case "stalled":
-                self._hosts[fault.worker].queue.stall(fault.amount)
+                self._hosts[fault.worker].device.stall(fault.amount)
             case "dead":
                 self._kill[fault.worker]()
 

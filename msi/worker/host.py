@@ -53,6 +53,9 @@ class AttentionPart(AttentionCompute, Protocol):
     def use_placement(self, placement: Placement) -> None:
         """Passes that begin from now on send rows where it says."""
 
+    def close(self) -> None:
+        """The device, which outlives it, lets go of it. No pass is in flight any more."""
+
 
 class ExpertPart(ExpertCompute, Protocol):
     """The experts of one node, and what they measure."""
@@ -62,6 +65,9 @@ class ExpertPart(ExpertCompute, Protocol):
 
     def expert_rows(self) -> dict[int, int]:
         """Rows that each expert has computed in all layers together, by its id in the model; {} where nobody counts."""
+
+    def close(self) -> None:
+        """The device, which outlives it, lets go of it; of a batch in progress nothing is heard."""
 
 
 class LoadedModel(Protocol):

@@ -238,6 +238,8 @@ class Worker:
         finally:
             if life.experts is not None:
                 life.experts.close()
+            if life.attention is not None:
+                life.attention.close()
             for transport in life.transports:
                 await transport.close()
 
