@@ -107,7 +107,7 @@ class Node:
     def say_nothing(self, seat, lane, seq, num_rows):
         self.does = self.answer
 
-    def joined(self, seat, node, outbox):
+    def joined(self, seat, node, out_rows):
         """Nothing to attach."""
 
     def left(self, seat):

@@ -13,12 +13,13 @@ from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.inproc import InprocTransport
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
+from msi.net.regions import HOST_MEMORY
 from msi.net.slots import HEADER, HEADER_BYTES, MAGIC, Header, Kind, pack_immediate, unpack_immediate
 from tests.waiting import until
 
 HELLO = LinkHello(
     protocol_version=PROTOCOL_VERSION, instance="token", worker_id="attention-0", incarnation=5, node=3, rank=0, size=1,
-    placement_version=2, num_lanes=2, slot_rows=4, row_bytes=16, answer_row_bytes=8, next_seqs=(0, 0),
+    placement_version=2, num_lanes=2, slot_rows=4, row_bytes=256, answer_row_bytes=128, next_seqs=(0, 0),
 )  # fmt: skip
 
 
@@ -28,7 +29,7 @@ class Recorder:
     def __init__(self):
         self.events = []
 
-    def joined(self, seat, node, outbox):
+    def joined(self, seat, node, out_rows):
         self.events.append(("joined", seat, node))
 
     def left(self, seat):
@@ -72,7 +73,7 @@ class Pair:
             self.transports[0], hello=hello, num_nodes=2, report_loss=lambda *loss: self.losses.append(loss),
             timeout_s=timeout_s, clock=clock,
         )  # fmt: skip
-        self.outboxes = [await self.link.connect(node, self.addresses[node]) for node in range(2)]
+        self.out_rows = [await self.link.connect(node, self.addresses[node]) for node in range(2)]
         for recorder in self.recorders:
             assert recorder.events == [("joined", 0, 3)]
             recorder.events.clear()
@@ -172,15 +173,15 @@ HEADERS = [
     ("header", {"placement_version": 1}),
     ("rows", {"num_rows": 0}),
     ("rows", {"num_rows": 5}),
-    ("rows", {"row_bytes": 32}),
+    ("rows", {"row_bytes": 128}),
 ]
-GOOD = Header(MAGIC, Kind.DISPATCH, 0, 0, 1, 5, 2, 0, 3, 16, 0, 0)
+GOOD = Header(MAGIC, Kind.DISPATCH, 0, 0, 1, 5, 2, 0, 3, 256, 0, 0)
 
 
 @pytest.mark.parametrize(("reason", "immediate"), GARBAGE)
 async def test_a_foreign_or_stale_immediate_is_dropped_and_counted(pair, reason, immediate):
     endpoint = pair.link._nodes[0].endpoint
-    endpoint.post(immediate)
+    endpoint.post(0, immediate)
     assert await pair.nothing_landed(0)
     assert pair.nodes[0].counters.dropped == {reason: 1}
 
@@ -188,12 +189,12 @@ async def test_a_foreign_or_stale_immediate_is_dropped_and_counted(pair, reason,
 @pytest.mark.parametrize(("reason", "changes"), HEADERS)
 async def test_a_header_that_does_not_match_its_immediate_is_dropped_and_counted(pair, reason, changes):
     endpoint = pair.link._nodes[0].endpoint
-    HEADER.pack_into(endpoint.outbox, 0, *GOOD._replace(**changes))
-    endpoint.post(pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5), 0, HEADER_BYTES)
+    HEADER.pack_into(endpoint.out_headers[0], 0, *GOOD._replace(**changes))
+    endpoint.post(0, pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5), num_rows=1)
     assert await pair.nothing_landed(0)
     assert pair.nodes[0].counters.dropped == {reason: 1}
-    HEADER.pack_into(endpoint.outbox, 0, *GOOD)
-    endpoint.post(pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5), 0, HEADER_BYTES)
+    HEADER.pack_into(endpoint.out_headers[0], 0, *GOOD)
+    endpoint.post(0, pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5), num_rows=1)
     assert await pair.landed(0) == [(0, 0, 0, 3, True)]
 
 
@@ -207,7 +208,7 @@ async def test_answers_that_nobody_waits_for_are_dropped_and_counted(pair):
         pack_immediate(Kind.COMBINE, False, 0, 0, 0, 8),  # another life
         pack_immediate(Kind.COMBINE, False, 0, 0, 0, 9),  # no header
     ):
-        endpoint.post(immediate)
+        endpoint.post(0, immediate)
     await asyncio.sleep(0.05)
     assert not turn.done()
     assert pair.link.counters.dropped == {"stale": 2, "incarnation": 1, "header": 1}
@@ -453,7 +454,7 @@ async def is_served_again(pair):
         await until(lambda events=events: events and events[-1][2] == pair.link.next_seq(0) - 1)
         seat, lane, seq, num_rows, _ = events[-1]
         late = pack_immediate(Kind.COMBINE, False, 0, 0, seq - 1, pair.link._nodes[node].welcome.incarnation)
-        pair.nodes[node]._seats[seat].endpoint.post(late)
+        pair.nodes[node]._seats[seat].endpoint.post(lane, late)
         pair.nodes[node].answer(seat, lane, seq, num_rows, compute_s=0.0)
     await asyncio.wait_for(again, 5)
     assert pair.link.counters.dropped["stale"] >= 2
@@ -474,7 +475,7 @@ async def test_a_late_answer_of_a_given_up_pass_is_never_used(pair):
     pair.link.packed(0, turn)
     await pair.landed(0)
     for node in range(2):  # the next pass's first turn is away
-        pair.nodes[node]._seats[0].endpoint.post(pack_immediate(Kind.COMBINE, False, 0, 0, 0, 9))
+        pair.nodes[node]._seats[0].endpoint.post(0, pack_immediate(Kind.COMBINE, False, 0, 0, 0, 9))
     await until(lambda: pair.link.counters.dropped["stale"] == 4)
     assert gates.opened[0] == []
 
@@ -497,12 +498,12 @@ async def test_a_new_life_of_a_peer_fences_the_old_one_and_an_older_one_is_refus
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"protocol_version": 9}, "protocol_version 9, ours is 1"),
+        ({"protocol_version": 9}, f"protocol_version 9, ours is {PROTOCOL_VERSION}"),
         ({"instance": "other"}, "x belongs to another instance"),
         ({"placement_version": 3}, "placement_version 3, ours is 2"),
         ({"rank": 1, "size": 2}, "x is rank 1 of 2 of its node; only nodes of one rank are built"),
         ({"size": 2}, "x is rank 0 of 2"),
-        ({"row_bytes": 32}, "row_bytes 32, ours is 16"),
+        ({"row_bytes": 128}, "row_bytes 128, ours is 256"),
         ({"slot_rows": 8}, "slot_rows 8, ours is 4"),
     ],
 )
@@ -535,7 +536,7 @@ async def test_garbage_as_a_hello_is_refused():
     node = CombineLink(transport, expected=HELLO, worker_id="expert-0", incarnation=0, num_seats=1, max_skip=10)
     address = await node.listen(Recorder())
     with pytest.raises(TransportError, match=r"not msgpack|array"):
-        await transport.connect(address, b"GET / HTTP/1.1", transport.register(1, 64), 0)
+        await transport.connect(address, b"GET / HTTP/1.1", transport.register(1, HELLO.combine_layout, HOST_MEMORY), 0)
     await transport.close()
 
 

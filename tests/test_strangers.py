@@ -20,16 +20,21 @@ from hypothesis import strategies as st
 from msi import Engine, SamplingParams
 from msi.errors import ConfigError, ProtocolError, TransportError
 from msi.net import acceptor, shm, tcp
+from msi.net.landing import seat_rows
 from msi.net.link_proof import CHALLENGE_BYTES, PROOF_BYTES, PROVED_BYTES, Proofs
+from msi.net.regions import HOST_MEMORY
 from msi.net.secret import Secret, Trust
 from msi.net.shm import ShmTransport
+from msi.net.slots import SlotLayout
 from msi.net.tcp import ACCEPTED, CHALLENGE, GREETING, GREETING_MAGIC, HELLO, TcpTransport, split_address
 from msi.net.transport import Admission, CompletionKind
 from tests.everyday import mostly_slow
 from tests.test_launch import free_port, launched
 from tests.waiting import until
 
-SEAT_BYTES = 4096
+LAYOUT = SlotLayout(1, 32, 128)
+LARGE = SlotLayout(8, 1 << 20, 1 << 17).encode()  # a terabyte, the most that is taken for a seat
+THEIRS, OURS = SlotLayout(1, 7, 128).encode(), SlotLayout(1, 9, 128).encode()
 KEY, OTHER = Trust(Secret("the secret of this test")).link_key("token"), Trust(None).link_key("token")
 
 
@@ -38,7 +43,7 @@ class Listening:
 
     def __init__(self, transport):
         self.transport = transport
-        self.landing = transport.register(1, SEAT_BYTES)
+        self.landing = transport.register(1, LAYOUT, HOST_MEMORY)
         self.admitted = []
         self.delivered = []
         transport.deliver(lambda *completion: self.delivered.append(completion))
@@ -60,11 +65,11 @@ async def listening(transport):
 
 async def link(one, transport):
     """A peer of the instance's can connect, and its bytes land."""
-    endpoint = await transport.connect(one.address, b"anna", transport.register(1, SEAT_BYTES), 0)
-    endpoint.outbox[:4] = b"fine"
-    endpoint.post(5, 0, 4)
+    endpoint = await transport.connect(one.address, b"anna", transport.register(1, LAYOUT, HOST_MEMORY), 0)
+    endpoint.out_rows.host()[:4] = b"fine"
+    endpoint.post(0, 5, num_rows=1)
     await until(lambda: any(kind is CompletionKind.IMMEDIATE for _, kind, _, _ in one.delivered))
-    assert bytes(one.landing.seat(0)[:4]) == b"fine"
+    assert bytes(seat_rows(one.landing, 0)[:4]) == b"fine"
     await transport.close()
 
 
@@ -74,10 +79,10 @@ async def link(one, transport):
 def test_who_holds_the_key_is_believed_and_says_what_it_said():
     ours, theirs = Proofs(KEY), Proofs(KEY)
     challenge = ours.challenge()
-    said = theirs.hello(challenge, b"hello", 7)
-    assert ours.check_hello(challenge, said, 7) == b"hello"
-    answer = ours.welcome(challenge, said, b"welcome", 9)
-    assert theirs.check_welcome(challenge, said, answer, 9) == b"welcome"
+    said = theirs.hello(challenge, b"hello", THEIRS)
+    assert ours.check_hello(challenge, said, THEIRS) == b"hello"
+    answer = ours.welcome(challenge, said, b"welcome", OURS)
+    assert theirs.check_welcome(challenge, said, answer, OURS) == b"welcome"
     assert KEY not in challenge + said + answer
 
 
@@ -85,28 +90,28 @@ def test_who_holds_the_key_is_believed_and_says_what_it_said():
 def test_nothing_that_differs_anywhere_is_believed(data):
     ours, theirs = Proofs(KEY), Proofs(KEY)
     challenge, said = ours.challenge(), b""
-    said = theirs.hello(challenge, b"hello", 7)
-    answer = ours.welcome(challenge, said, b"welcome", 9)
+    said = theirs.hello(challenge, b"hello", THEIRS)
+    answer = ours.welcome(challenge, said, b"welcome", OURS)
 
     def changed(text):
         at, by = data.draw(st.integers(0, len(text) - 1)), data.draw(st.integers(1, 255))
         return text[:at] + bytes([text[at] ^ by]) + text[at + 1 :]
 
     for check in (
-        lambda: ours.check_hello(changed(challenge), said, 7),
-        lambda: ours.check_hello(challenge, changed(said), 7),
-        lambda: ours.check_hello(challenge, said, data.draw(st.integers(8, 2**40))),
-        lambda: ours.check_hello(challenge, said[: data.draw(st.integers(0, len(said) - 1))], 7),
-        lambda: ours.check_hello(ours.challenge(), said, 7),  # said once, and again
-        lambda: theirs.check_welcome(changed(challenge), said, answer, 9),
-        lambda: theirs.check_welcome(challenge, changed(said), answer, 9),
-        lambda: theirs.check_welcome(challenge, said, changed(answer), 9),
-        lambda: theirs.check_welcome(challenge, said, answer, data.draw(st.integers(10, 2**40))),
-        lambda: theirs.check_welcome(challenge, said, said, 9),  # its own words sent back
-        lambda: ours.check_hello(challenge, answer, 9),
-        lambda: Proofs(OTHER).check_hello(challenge, said, 7),
-        lambda: Proofs(None).check_hello(challenge, said, 7),
-        lambda: ours.check_hello(challenge, Proofs(None).hello(challenge, b"hello", 7), 7),
+        lambda: ours.check_hello(changed(challenge), said, THEIRS),
+        lambda: ours.check_hello(challenge, changed(said), THEIRS),
+        lambda: ours.check_hello(challenge, said, changed(THEIRS)),
+        lambda: ours.check_hello(challenge, said[: data.draw(st.integers(0, len(said) - 1))], THEIRS),
+        lambda: ours.check_hello(ours.challenge(), said, THEIRS),  # said once, and again
+        lambda: theirs.check_welcome(changed(challenge), said, answer, OURS),
+        lambda: theirs.check_welcome(challenge, changed(said), answer, OURS),
+        lambda: theirs.check_welcome(challenge, said, changed(answer), OURS),
+        lambda: theirs.check_welcome(challenge, said, answer, changed(OURS)),
+        lambda: theirs.check_welcome(challenge, said, said, OURS),  # its own words sent back
+        lambda: ours.check_hello(challenge, answer, OURS),
+        lambda: Proofs(OTHER).check_hello(challenge, said, THEIRS),
+        lambda: Proofs(None).check_hello(challenge, said, THEIRS),
+        lambda: ours.check_hello(challenge, Proofs(None).hello(challenge, b"hello", THEIRS), THEIRS),
     ):
         with pytest.raises(ProtocolError):
             check()
@@ -115,7 +120,7 @@ def test_nothing_that_differs_anywhere_is_believed(data):
 def test_a_challenge_of_another_length_is_none():
     for length in (0, CHALLENGE_BYTES - 1, CHALLENGE_BYTES + 1):
         with pytest.raises(ProtocolError, match="a challenge of"):
-            Proofs(KEY).hello(bytes(length), b"hello", 7)
+            Proofs(KEY).hello(bytes(length), b"hello", THEIRS)
 
 
 # -- TCP --------------------------------------------------------------------------------------------------------------
@@ -126,7 +131,7 @@ async def test_a_dialler_without_the_secret_is_not_admitted_and_told_why(key, ca
     async with listening(TcpTransport(key=KEY)) as one:
         stranger = TcpTransport(key=key)
         with pytest.raises(TransportError, match="refused: it does not prove that it is of this instance"):
-            await stranger.connect(one.address, b"anna", stranger.register(1, SEAT_BYTES), 0)
+            await stranger.connect(one.address, b"anna", stranger.register(1, LAYOUT, HOST_MEMORY), 0)
         await stranger.close()
         assert (one.admitted, one.delivered) == ([], [])
         assert one.transport.num_cut_off == {"refused": 1}
@@ -138,10 +143,10 @@ async def test_a_dialler_without_the_secret_is_not_admitted_and_told_why(key, ca
 async def test_a_listener_without_the_secret_gets_neither_seat_nor_rows(key):
     """A stranger took the address of a worker that is gone."""
     async with listening(TcpTransport(key=key)) as stranger:
-        stranger.transport._proofs.check_hello = lambda challenge, said, seat_bytes: said[PROVED_BYTES:]
+        stranger.transport._proofs.check_hello = lambda challenge, said, layout: said[PROVED_BYTES:]
         ours = TcpTransport(key=KEY)
         with pytest.raises(TransportError, match="does not prove that it is of this instance"):
-            await ours.connect(stranger.address, b"anna", ours.register(1, SEAT_BYTES), 0)
+            await ours.connect(stranger.address, b"anna", ours.register(1, LAYOUT, HOST_MEMORY), 0)
         assert not ours._endpoints
         await ours.close()
 
@@ -151,8 +156,8 @@ async def test_a_proof_that_was_overheard_is_of_no_use():
         heard = []
 
         class Overheard(Proofs):
-            def hello(self, challenge, hello, seat_bytes):
-                heard.append(super().hello(challenge, hello, seat_bytes))
+            def hello(self, challenge, hello, layout):
+                heard.append(super().hello(challenge, hello, layout))
                 return heard[-1]
 
         member = TcpTransport(key=KEY)
@@ -160,7 +165,7 @@ async def test_a_proof_that_was_overheard_is_of_no_use():
         await link(one, member)
         reader, writer = await asyncio.open_connection(*split_address(one.address))
         await reader.readexactly(GREETING.size + CHALLENGE_BYTES)
-        writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, len(heard[0]), SEAT_BYTES) + heard[0])
+        writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, len(heard[0]), LAYOUT.encode()) + heard[0])
         answer = await asyncio.wait_for(reader.read(), 5)
         assert b"does not prove" in answer
         assert one.admitted == [b"anna"]
@@ -175,7 +180,7 @@ async def test_nothing_is_made_for_a_stranger_that_claims_a_large_seat():
         for kind in (HELLO, ACCEPTED, CHALLENGE):
             said = bytes(PROVED_BYTES) + b"anna"
             with socket.create_connection(split_address(one.address), timeout=5) as sock:
-                sock.sendall(GREETING.pack(GREETING_MAGIC, tcp.VERSION, kind, len(said), 1 << 40) + said)
+                sock.sendall(GREETING.pack(GREETING_MAGIC, tcp.VERSION, kind, len(said), LARGE) + said)
                 with contextlib.suppress(ConnectionError):
                     while await asyncio.to_thread(sock.recv, 1000):
                         pass
@@ -189,9 +194,9 @@ async def test_a_listener_that_claims_a_large_seat_without_proof_costs_nothing()
         sock, _ = listener.accept()
         with sock, contextlib.suppress(OSError):
             sock.settimeout(5)
-            head = GREETING.pack(GREETING_MAGIC, tcp.VERSION, CHALLENGE, CHALLENGE_BYTES, 0)
+            head = GREETING.pack(GREETING_MAGIC, tcp.VERSION, CHALLENGE, CHALLENGE_BYTES, bytes(12))
             sock.sendall(head + bytes(CHALLENGE_BYTES))
-            head = GREETING.pack(GREETING_MAGIC, tcp.VERSION, ACCEPTED, PROOF_BYTES, 1 << 40)
+            head = GREETING.pack(GREETING_MAGIC, tcp.VERSION, ACCEPTED, PROOF_BYTES, LARGE)
             sock.sendall(head + bytes(PROOF_BYTES))
             while sock.recv(1000):
                 pass
@@ -201,7 +206,7 @@ async def test_a_listener_that_claims_a_large_seat_without_proof_costs_nothing()
         claiming = asyncio.create_task(asyncio.to_thread(claim, listener))
         address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(TransportError, match="does not prove"):
-            await ours.connect(address, b"anna", ours.register(1, SEAT_BYTES), 0)
+            await ours.connect(address, b"anna", ours.register(1, LAYOUT, HOST_MEMORY), 0)
         await claiming
     await ours.close()
 
@@ -340,7 +345,7 @@ async def test_a_listener_of_another_user_gets_none_of_our_memory():
     assert await asyncio.to_thread(pipe.recv) == "listening"
     ours = ShmTransport()
     with pytest.raises(TransportError, match="runs as user 65534, not 0"):
-        await ours.connect(f"shm://{name}", b"anna", ours.register(1, SEAT_BYTES), 0)
+        await ours.connect(f"shm://{name}", b"anna", ours.register(1, LAYOUT, HOST_MEMORY), 0)
     assert await asyncio.to_thread(pipe.recv) == (0, 0)
     await asyncio.to_thread(child.join, 10)
     await ours.close()
@@ -403,7 +408,7 @@ async def test_a_local_instance_listens_on_no_port_and_leaves_no_socket(tiny_mod
         for port in ports:  # the instance's token is needed there, which only its own processes are told
             stranger = TcpTransport(key=OTHER)
             with pytest.raises(TransportError, match="does not prove"):
-                await stranger.connect(f"tcp://127.0.0.1:{port}", b"anna", stranger.register(1, SEAT_BYTES), 0)
+                await stranger.connect(f"tcp://127.0.0.1:{port}", b"anna", stranger.register(1, LAYOUT, HOST_MEMORY), 0)
             await stranger.close()
         async with Engine.connect(engine.address) as other:
             params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)

@@ -13,13 +13,18 @@ import uvloop
 
 from msi.errors import ProtocolError, TransportError
 from msi.net import tcp, tcp_endpoint
+from msi.net.landing import seat_rows, seat_slots
 from msi.net.link_proof import CHALLENGE_BYTES, PROOF_BYTES, PROVED_BYTES, Proofs
+from msi.net.regions import HOST_MEMORY
+from msi.net.slots import HEADER_BYTES, NOTE_BYTES, SlotLayout
 from msi.net.tcp import GREETING, GREETING_MAGIC, HELLO, TcpTransport, split_address
 from msi.net.tcp_endpoint import FRAME, FRAME_BYTES, FRAME_MAGIC
 from msi.net.transport import Admission, CompletionKind
 from tests.waiting import until
 
-SEAT_BYTES = 8 << 20
+LAYOUT = SlotLayout(2, 64, 1 << 16)  # of 8 MB
+SMALL = SlotLayout(1, 1, 128)
+SLOT_BYTES = LAYOUT.slot_bytes
 
 
 class Listening:
@@ -27,7 +32,7 @@ class Listening:
 
     async def start(self):
         self.transport = TcpTransport()
-        self.landing = self.transport.register(1, SEAT_BYTES)
+        self.landing = self.transport.register(1, LAYOUT, HOST_MEMORY)
         self.delivered = []
         self.transport.deliver(lambda endpoint, *what: self.delivered.append((endpoint, *what)))
         self.address = await self.transport.listen(self.accept)
@@ -73,8 +78,8 @@ async def raw_peer(listening):
     """A peer of bytes: through the handshake, whatever it writes now are frames."""
     reader, writer = await stranger(listening)
     challenge = (await reader.readexactly(GREETING.size + CHALLENGE_BYTES))[GREETING.size :]
-    said = Proofs(None).hello(challenge, b"anna", SEAT_BYTES)
-    writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, len(said), SEAT_BYTES) + said)
+    said = Proofs(None).hello(challenge, b"anna", LAYOUT.encode())
+    writer.write(GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, len(said), LAYOUT.encode()) + said)
     await reader.readexactly(GREETING.size + PROOF_BYTES + len(b"welcome"))
     return reader, writer
 
@@ -90,8 +95,9 @@ async def test_frames_in_pieces_of_every_size_land_whole(listening):
     writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     stream = b""
     for number in range(40):
-        body = bytes([number]) * (number * number * 13 % 20000)
-        stream += FRAME.pack(FRAME_MAGIC, number, number * 64, len(body)) + body
+        rows = number * 7 % 4
+        body = bytes([number]) * (HEADER_BYTES + number + rows * LAYOUT.row_bytes)
+        stream += FRAME.pack(FRAME_MAGIC, number, number % 2, HEADER_BYTES + number, rows) + body
     at, size = 0, 1
     while at < len(stream):
         writer.write(stream[at : at + size])
@@ -101,8 +107,11 @@ async def test_frames_in_pieces_of_every_size_land_whole(listening):
         at, size = at + size, size * 7 % 4099 + 1
     await until(lambda: len(listening.immediates) == 40)
     assert listening.immediates == list(range(40))
-    last = bytes([39]) * (39 * 39 * 13 % 20000)
-    assert listening.landing.seat(0)[39 * 64 : 39 * 64 + len(last)] == last
+    for number in (38, 39):
+        lane, rows = number % 2, number * 7 % 4
+        assert bytes(listening.landing.headers[0][lane][: HEADER_BYTES + number]) == bytes([number]) * (128 + number)
+        landed = seat_slots(listening.landing, 0)[lane][: rows * LAYOUT.row_bytes]
+        assert bytes(landed) == bytes([number]) * len(landed)
     await hang_up(writer)
     await until(lambda: listening.closed)
     assert listening.closed == ["its process is gone or closed the connection"]
@@ -110,7 +119,7 @@ async def test_frames_in_pieces_of_every_size_land_whole(listening):
 
 async def test_an_end_in_mid_frame_is_said_and_its_immediate_never_delivered(listening):
     _, writer = await raw_peer(listening)
-    writer.write(FRAME.pack(FRAME_MAGIC, 1, 0, 1000) + b"x" * 999)
+    writer.write(FRAME.pack(FRAME_MAGIC, 1, 0, 200, 1) + b"x" * (199 + LAYOUT.row_bytes))
     await hang_up(writer)
     await until(lambda: listening.closed)
     assert listening.closed == ["its process is gone or closed the connection, in mid-frame"]
@@ -121,47 +130,51 @@ async def test_an_end_in_mid_frame_is_said_and_its_immediate_never_delivered(lis
     ("frame", "reason"),
     [
         (b"x" * FRAME_BYTES, "not a frame"),
-        (FRAME.pack(FRAME_MAGIC, 1, SEAT_BYTES - 10, 11), "out of bounds"),
-        (FRAME.pack(FRAME_MAGIC, 1, 2**64 - 1, 2**64 - 1), "out of bounds"),
+        (FRAME.pack(FRAME_MAGIC, 1, 2, HEADER_BYTES, 0), "out of bounds"),
+        (FRAME.pack(FRAME_MAGIC, 1, 0, HEADER_BYTES - 1, 1), "out of bounds"),
+        (FRAME.pack(FRAME_MAGIC, 1, 0, HEADER_BYTES + NOTE_BYTES + 1, 1), "out of bounds"),
+        (FRAME.pack(FRAME_MAGIC, 1, 0, HEADER_BYTES, 65), "out of bounds"),
+        (FRAME.pack(FRAME_MAGIC, 1, 2**32 - 1, 2**32 - 1, 2**32 - 1), "out of bounds"),
     ],
 )
 async def test_what_is_no_frame_cuts_its_sender_off_and_is_counted(listening, frame, reason):
     reader, writer = await raw_peer(listening)
-    writer.write(FRAME.pack(FRAME_MAGIC, 7, 0, 2) + b"ok" + frame + b"y" * 100)
+    writer.write(FRAME.pack(FRAME_MAGIC, 7, 0, HEADER_BYTES, 0) + b"ok" * 64 + frame + b"y" * 100)
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await reader.readexactly(1)
     assert listening.immediates == [7]
     assert listening.closed == [f"it sent what is {reason}"]
     assert listening.cut_off == {reason: 1}
-    assert bytes(listening.landing.seat(0)[:4]) == b"ok\0\0"
+    assert bytes(listening.landing.headers[0][0]) == b"ok" * 64 + bytes(NOTE_BYTES)
+    assert not any(seat_rows(listening.landing, 0)[:1000])
     await hang_up(writer)
 
 
 async def test_several_megabytes_both_ways_at_once_through_full_sockets(listening, dialling):
-    landing = dialling.register(1, SEAT_BYTES)
+    landing = dialling.register(1, LAYOUT, HOST_MEMORY)
     came = []
     dialling.deliver(lambda endpoint, kind, immediate, reason: came.append(immediate))
     ours = await dialling.connect(listening.address, b"anna", landing, 0)
     await until(lambda: listening.delivered)
     theirs = listening.delivered[0][0]
-    there, back = os.urandom(SEAT_BYTES), os.urandom(SEAT_BYTES)
-    ours.outbox[:SEAT_BYTES] = there
-    theirs.outbox[:SEAT_BYTES] = back
+    there, back = os.urandom(SLOT_BYTES), os.urandom(SLOT_BYTES)
+    ours.out_rows.host()[:SLOT_BYTES] = there
+    theirs.out_rows.host()[:SLOT_BYTES] = back
 
     def post():
         for number in range(3):
-            ours.post(number, 0, SEAT_BYTES)
-            ours.post(100 + number)  # kept in its place behind what the socket could not take
+            ours.post(0, number, LAYOUT.slot_rows)
+            ours.post(0, 100 + number)  # kept in its place behind what the socket could not take
 
     posting = asyncio.create_task(asyncio.to_thread(post))
     for number in range(3):
-        theirs.post(number, 0, SEAT_BYTES)
+        theirs.post(0, number, LAYOUT.slot_rows)
     await posting
     await until(lambda: len(listening.immediates) == 6 and len(came) == 3, 30)
     assert listening.immediates == [0, 100, 1, 101, 2, 102]
     assert came == [0, 1, 2]
-    assert bytes(listening.landing.seat(0)[:SEAT_BYTES]) == there
-    assert bytes(landing.seat(0)[:SEAT_BYTES]) == back
+    assert bytes(seat_slots(listening.landing, 0)[0]) == there
+    assert bytes(seat_slots(landing, 0)[0]) == back
 
 
 async def test_a_peer_that_stops_reading_never_blocks_a_post_and_is_given_up_at_a_limit(listening, monkeypatch):
@@ -173,7 +186,7 @@ async def test_a_peer_that_stops_reading_never_blocks_a_post_and_is_given_up_at_
 
     def post():
         for number in range(100):
-            endpoint.post(number, 0, SEAT_BYTES)
+            endpoint.post(0, number, LAYOUT.slot_rows)
 
     with pytest.raises(TransportError, match="writes behind"):
         post()
@@ -186,13 +199,17 @@ async def test_a_peer_that_stops_reading_never_blocks_a_post_and_is_given_up_at_
     [
         (b"GET / HTTP/1.1\r\nHost: somebody\r\n\r\n", "refused"),
         (os.urandom(1000), "refused"),
-        (GREETING.pack(GREETING_MAGIC, 99, HELLO, 0, 1), "refused"),
-        (GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 1 << 30, 1), "refused"),
-        (GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 0, 1 << 50), "refused"),
-        (GREETING.pack(GREETING_MAGIC, tcp.VERSION, 77, 0, 1), "refused"),
-        (GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 7, 1) + b"go away", "refused"),
+        (GREETING.pack(GREETING_MAGIC, 99, HELLO, 0, SMALL.encode()), "refused"),
+        (GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 1 << 30, SMALL.encode()), "refused"),
+        (GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 0, bytes(12)), "refused"),
+        (GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 0, b"\x08\0\0\0" + b"\x80\xff\xff\xff" * 2), "refused"),
+        (GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 0, b"\x01\0\0\0" * 3), "refused"),
+        (GREETING.pack(GREETING_MAGIC, tcp.VERSION, 77, 0, SMALL.encode()), "refused"),
+        (GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, 7, SMALL.encode()) + b"go away", "refused"),
         (
-            GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, PROVED_BYTES + 7, 1) + bytes(PROVED_BYTES) + b"go away",
+            GREETING.pack(GREETING_MAGIC, tcp.VERSION, HELLO, PROVED_BYTES + 7, SMALL.encode())
+            + bytes(PROVED_BYTES)
+            + b"go away",
             "refused",
         ),
         (b"", "no hello"),
@@ -208,11 +225,11 @@ async def test_strangers_are_cut_off_counted_and_change_nothing(listening, diall
     assert next(iter(listening.cut_off)).startswith(reason)
     await hang_up(writer)
     assert not listening.delivered
-    ours = await dialling.connect(listening.address, b"anna", dialling.register(1, 64), 0)
-    ours.outbox[:4] = b"fine"
-    ours.post(5, 0, 4)
+    ours = await dialling.connect(listening.address, b"anna", dialling.register(1, SMALL, HOST_MEMORY), 0)
+    ours.out_rows.host()[:4] = b"fine"
+    ours.post(0, 5, num_rows=1)
     await until(lambda: listening.immediates == [5])
-    assert listening.landing.seat(0)[:4] == b"fine"
+    assert seat_rows(listening.landing, 0)[:4] == b"fine"
 
 
 async def test_whoever_never_answers_is_named_within_the_time_limit(dialling):
@@ -221,13 +238,13 @@ async def test_whoever_never_answers_is_named_within_the_time_limit(dialling):
         silent.listen()
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(TransportError, match=rf"{address}: did not answer within 0\.2 s"):
-            await dialling.connect(address, b"anna", dialling.register(1, 64), 0, timeout_s=0.2)
+            await dialling.connect(address, b"anna", dialling.register(1, SMALL, HOST_MEMORY), 0, timeout_s=0.2)
 
 
 @pytest.mark.parametrize("address", ["shm://x", "tcp://", "tcp://host", "tcp://host:99999", "nonsense"])
 async def test_what_is_no_address_is_said(dialling, address):
     with pytest.raises(TransportError, match="is not a TCP address"):
-        await dialling.connect(address, b"anna", dialling.register(1, 64), 0)
+        await dialling.connect(address, b"anna", dialling.register(1, SMALL, HOST_MEMORY), 0)
 
 
 async def test_a_reset_connection_is_closed_with_a_reason(listening):
@@ -240,23 +257,23 @@ async def test_a_reset_connection_is_closed_with_a_reason(listening):
 
 
 async def test_a_revoked_peer_is_cut_off_with_its_next_frame(listening, dialling):
-    ours = await dialling.connect(listening.address, b"anna", dialling.register(1, 64), 0)
-    ours.outbox[:4] = b"seen"
-    ours.post(1, 0, 4)
+    ours = await dialling.connect(listening.address, b"anna", dialling.register(1, SMALL, HOST_MEMORY), 0)
+    ours.out_rows.host()[:4] = b"seen"
+    ours.post(0, 1, num_rows=1)
     await until(lambda: listening.immediates)
     listening.landing.revoke(0)
-    ours.post(2, 0, 4)
+    ours.post(0, 2, num_rows=1)
     await until(lambda: listening.closed)
     assert listening.immediates == [1]
     assert listening.closed == ["its seat was revoked"]
-    assert bytes(listening.landing.seat(0)[:4]) == bytes(4)
+    assert bytes(seat_rows(listening.landing, 0)[:4]) == bytes(4)
 
 
 async def test_no_descriptor_is_left_behind():
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         one, other = await Listening().start(), TcpTransport()
-        await other.connect(one.address, b"anna", other.register(1, 64), 0)
+        await other.connect(one.address, b"anna", other.register(1, SMALL, HOST_MEMORY), 0)
         await other.close()
         await one.transport.close()
         await one.transport.close()  # idempotent

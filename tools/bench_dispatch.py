@@ -31,6 +31,7 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from msi.net.slots import SlotLayout
     from msi.net.transport import Transport
 
 from msi_launch.command_line import ScriptLine
@@ -65,11 +66,21 @@ def new_transport(kind: str) -> Transport:
     return ShmTransport() if kind == "shm" else TcpTransport("127.0.0.1")
 
 
+def layout_of(size: int) -> SlotLayout:
+    """One slot of one row."""
+    from msi.net.slots import SlotLayout, aligned_row_bytes
+
+    return SlotLayout(num_lanes=1, slot_rows=1, row_bytes=aligned_row_bytes(size))
+
+
 async def receiver(arguments: argparse.Namespace) -> list[float]:
+    from msi.net.landing import seat_rows
+    from msi.net.regions import HOST_MEMORY
     from msi.net.transport import Admission, CompletionKind, Endpoint
 
     transport = new_transport(arguments.kind)
-    landing = transport.register(arguments.senders, arguments.size)
+    landing = transport.register(arguments.senders, layout_of(arguments.size), HOST_MEMORY)
+    rows = [seat_rows(landing, seat) for seat in range(arguments.senders)]
     seats = iter(range(arguments.senders))
     address = await transport.listen(lambda hello: Admission(landing, next(seats), b""))
     publish(arguments, address)
@@ -80,10 +91,10 @@ async def receiver(arguments: argparse.Namespace) -> list[float]:
         if kind is not CompletionKind.IMMEDIATE:
             return
         now = time.monotonic()
-        started, stamped = STAMP.unpack_from(landing.memory, endpoint.seat * landing.stride)
-        check(stamped == round_number, landing.seat(endpoint.seat)[arguments.size - 1], round_number)
+        started, stamped = STAMP.unpack_from(rows[endpoint.seat])
+        check(stamped == round_number, rows[endpoint.seat][arguments.size - 1], round_number)
         times.append(now - started)
-        endpoint.post(ACKNOWLEDGED)
+        endpoint.post(0, ACKNOWLEDGED)
         if len(times) == arguments.senders * arguments.rounds:
             is_over.set()
 
@@ -95,13 +106,16 @@ async def receiver(arguments: argparse.Namespace) -> list[float]:
 
 
 async def sender(arguments: argparse.Namespace) -> list[float]:
+    from msi.net.regions import HOST_MEMORY
+
     is_mapped = arguments.kind == "shm"
     transport = new_transport(arguments.kind)
-    landing = transport.register(arguments.receivers, 64)
-    endpoints = []
+    landing = transport.register(arguments.receivers, layout_of(1), HOST_MEMORY)
+    endpoints, outboxes = [], []
     for index in range(arguments.receivers):
         address = await published(arguments, arguments.senders + index)
         endpoints.append(await transport.connect(address, b"sender", landing, index))
+        outboxes.append(endpoints[-1].out_rows.host())
     payload = bytearray(arguments.size)
     missing = 0
     acknowledged = asyncio.Event()
@@ -118,13 +132,13 @@ async def sender(arguments: argparse.Namespace) -> list[float]:
         missing = len(endpoints)
         started = time.monotonic()
         STAMP.pack_into(payload, 0, started, round_number)
-        for endpoint in endpoints:
+        for endpoint, outbox in zip(endpoints, outboxes, strict=True):
             if is_mapped:
-                endpoint.outbox[: arguments.size] = payload
+                outbox[: arguments.size] = payload
             else:
-                endpoint.outbox[: STAMP.size] = payload[: STAMP.size]
-                endpoint.outbox[arguments.size - 1] = payload[-1]
-            endpoint.post(round_number, 0, arguments.size)
+                outbox[: STAMP.size] = payload[: STAMP.size]
+                outbox[arguments.size - 1] = payload[-1]
+            endpoint.post(0, round_number, num_rows=1)
         await acknowledged.wait()
         acknowledged.clear()
     await transport.close()

@@ -12,6 +12,7 @@ from msi.errors import TransportError, one_line
 from msi.experts.role import link_hello
 from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
+from msi.net.regions import Allocator
 from msi.net.transport import Transport
 from msi.worker.host import AttentionPart, ServedShape
 
@@ -38,6 +39,7 @@ class ExpertLinks:
         transport: Transport,
         report: Callable[[Any], None],
         *,
+        allocator: Allocator,
         clock: Callable[[], float],
     ) -> None:
         self.link = DispatchLink(
@@ -45,6 +47,7 @@ class ExpertLinks:
             hello=link_hello(assignment, shape),
             num_nodes=assignment.placement.num_nodes,
             report_loss=self._lost_peer,
+            allocator=allocator,
             timeout_s=assignment.timeouts.peer_timeout_s,
             clock=clock,
         )

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from msi.attention.forward import Forward, PassState
 from msi.attention.kv_cache import KvCache
@@ -22,6 +21,7 @@ from msi.attention.launching import LanePrograms, LaneQueues
 from msi.attention.pass_inputs import PassInputs
 from msi.device.compute_thread import Program
 from msi.device.device import Device
+from msi.device.regions import slot_rows
 from msi.kernels.kernels import Outboxes
 from msi.kernels.replicas import PlacementTables
 from msi.kernels.routing import PackedRows
@@ -29,7 +29,8 @@ from msi.meter import StageMeter
 from msi.models.attention_weights import AttentionWeights
 from msi.models.config import ModelConfig
 from msi.net.dispatch_link import DispatchLink
-from msi.net.slots import HEADER_BYTES, SlotLayout
+from msi.net.regions import Region
+from msi.net.slots import SlotLayout
 from msi.types import MicroBatch, Placement, Sampled
 
 
@@ -56,7 +57,7 @@ class AttentionHalf:
 
     Args:
         row_dtype: of rows on their way to the experts and back.
-        landing: where combined rows land: uint8 [num_nodes, stride] of `answer_layout` slots.
+        landing: where combined rows land: [num_nodes, stride] of `answer_layout` slots' rows.
         dispatch_layout, answer_layout: the slots on either side of the link.
     """
 
@@ -71,8 +72,7 @@ class AttentionHalf:
         *,
         dispatch_layout: SlotLayout,
         answer_layout: SlotLayout,
-        landing: memoryview,
-        landing_stride: int,
+        landing: Region,
     ) -> None:
         self.num_layers = config.num_sparse_layers
         self.meter = StageMeter()  # T_a, without shared experts
@@ -98,13 +98,13 @@ class AttentionHalf:
         )
         counts = torch.frombuffer(self.counts, dtype=torch.int32).view(len(lanes), placement.num_nodes)
         self._outboxes = [Outboxes([nowhere] * placement.num_nodes, of_lane) for of_lane in counts]
-        answers = slot_rows_view(landing, placement.num_nodes, landing_stride, answer_layout)
+        answers = slot_rows(landing, placement.num_nodes, answer_layout)
         answers = answers[..., : config.hidden_size * self._dtype.itemsize].view(self._dtype)
         self._answers = answers.unbind(1)  # by lane: [num_nodes, slot_rows, hidden_size]
 
-    def attach(self, node: int, outbox: memoryview) -> None:
-        """Rows for this expert node go into `outbox` from now on."""
-        slots = slot_rows_view(outbox, 1, len(outbox), self._layout)[0]
+    def attach(self, node: int, out_rows: Region) -> None:
+        """Rows for this expert node go into `out_rows` from now on."""
+        slots = slot_rows(out_rows, 1, self._layout)[0]
         config = self._config
         for lane, outboxes in enumerate(self._outboxes):
             outboxes.rows[node] = PackedRows.view(slots[lane], config.hidden_size, config.top_k, self._dtype)
@@ -204,13 +204,3 @@ class AttentionHalf:
         state, self._lanes[lane] = self._state(lane), None
         self.weight_bytes_read += self.forward.weight_bytes
         return self.forward.sample(state, self._answers[lane])
-
-
-def slot_rows_view(memory: memoryview, num_seats: int, stride: int, layout: SlotLayout) -> Tensor:
-    """The rows of a region's slots: uint8 [num_seats, num_lanes, slot_rows, row_bytes], sharing its memory."""
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
-    return flat.as_strided(
-        (num_seats, layout.num_lanes, layout.slot_rows, layout.row_bytes),
-        (stride, layout.slot_bytes, layout.row_bytes, 1),
-        HEADER_BYTES,
-    )

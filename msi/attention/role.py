@@ -45,7 +45,7 @@ class AttentionRole:
         clock: Callable[[], float],
     ) -> None:
         self.requests = Requests(assignment, model.shape, num_blocks, report)
-        self.links = ExpertLinks(assignment, model.shape, transport, report, clock=clock)
+        self.links = ExpertLinks(assignment, model.shape, transport, report, allocator=model.memory, clock=clock)
         self.half = model.attention_half(self.links.link, num_blocks)
         self.measuring = Measuring(assignment, model.shape, num_blocks, self.half, self.links.link)
         self.num_lanes = 0

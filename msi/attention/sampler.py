@@ -127,7 +127,7 @@ def _rows_and_tokens(
     counts = torch.tensor([len(one) for _, one in tokens])
     rows = torch.tensor([row for row, _ in tokens]).repeat_interleave(counts)
     flat = array("q", chain.from_iterable(one for _, one in tokens))  # torch.tensor takes five times as long
-    columns = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
+    columns = torch.asarray(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
     # a client's numbers may be integers
     numbers = [torch.tensor(one, dtype=torch.float32).repeat_interleave(counts).to(device) for one in of_row]
     return (rows.to(device), columns.to(device)), numbers

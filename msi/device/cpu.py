@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from msi.device.compute_thread import ComputeQueue, ComputeThread, ThreadedDevice
+from msi.device.regions import HostTensors
 from msi.kernels.cpu import CpuKernels
+from msi.net.regions import Region
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class CpuDevice(ThreadedDevice):
         super().__init__()
         self._num_threads = num_threads
         self.kernels = CpuKernels()
+        self._memory = HostTensors()
         self._thread = ComputeThread("msi-compute", self.words, self._entered, self._through)
 
     def queue(self, name: str) -> ComputeQueue:
@@ -63,6 +66,12 @@ class CpuDevice(ThreadedDevice):
 
     def free_memory_bytes(self) -> int:
         return free_host_memory_bytes()
+
+    def region(self, num_bytes: int) -> Region:
+        return self._memory.region(num_bytes)
+
+    def adopt(self, memory: memoryview) -> Region:
+        return self._memory.adopt(memory)
 
     def upload(self, tensor: Tensor) -> Tensor:
         return tensor

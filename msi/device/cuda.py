@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from msi.device.compute_thread import ComputeQueue, ComputeThread, ThreadedDevice
+from msi.device.regions import HostTensors
 from msi.errors import ConfigError
 from msi.kernels.plain import PlainKernels
+from msi.net.regions import Region
 
 
 def why_unavailable() -> str | None:
@@ -46,6 +48,7 @@ class CudaDevice(ThreadedDevice):
         self._device = torch.device("cuda", index)
         self.kernels = PlainKernels(self._device)
         self._threads: dict[str, ComputeThread] = {}
+        self._memory = HostTensors()  # rows are copied up and down, as every transport of today writes host memory
 
     def queue(self, name: str) -> ComputeQueue:
         if name not in self._threads:
@@ -76,6 +79,12 @@ class CudaDevice(ThreadedDevice):
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._device)
+
+    def region(self, num_bytes: int) -> Region:
+        return self._memory.region(num_bytes)
+
+    def adopt(self, memory: memoryview) -> Region:
+        return self._memory.adopt(memory)
 
     def upload(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from msi.device.compute_thread import Program
 from msi.device.queues import QueueDevice
 from msi.kernels.kernels import Kernels
+from msi.net.regions import Region
 
 
 class Device(QueueDevice[Program], Protocol):
@@ -24,6 +25,12 @@ class Device(QueueDevice[Program], Protocol):
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory that costs nothing until it is written, where the device has such."""
+
+    def region(self, num_bytes: int) -> Region:
+        """As `msi.net.regions.Allocator` says: a device is one."""
+
+    def adopt(self, memory: memoryview) -> Region:
+        """As `msi.net.regions.Allocator` says."""
 
     def upload(self, tensor: Tensor) -> Tensor:
         """The tensor in the device's memory."""

@@ -11,15 +11,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from msi.attention.half import slot_rows_view
 from msi.device.compute_thread import Program
 from msi.device.device import Device
+from msi.device.regions import slot_rows
 from msi.experts.server import Finished
 from msi.experts.waves import WaveBatch
 from msi.kernels.kernels import ExpertBank
 from msi.kernels.routing import PackedRows
 from msi.meter import StageMeter
 from msi.models.config import ModelConfig
+from msi.net.regions import Region
 from msi.net.slots import SlotLayout
 
 
@@ -27,7 +28,7 @@ class ExpertHalf:
     """Implements `msi.experts.server.ExpertCompute`.
 
     Args:
-        landing: where rows land: uint8 [num_seats, stride] of `dispatch_layout` slots.
+        landing: where rows land: [num_seats, stride] of `dispatch_layout` slots' rows.
         dispatch_layout, answer_layout: the slots on either side of the link.
         experts: of the bank, by local id.
     """
@@ -41,8 +42,7 @@ class ExpertHalf:
         *,
         dispatch_layout: SlotLayout,
         answer_layout: SlotLayout,
-        landing: memoryview,
-        landing_stride: int,
+        landing: Region,
         num_seats: int,
         experts: tuple[int, ...] = (),
     ) -> None:
@@ -54,7 +54,7 @@ class ExpertHalf:
         self._device = device
         self._dtype = dtype
         self._answer_layout = answer_layout
-        rows = slot_rows_view(landing, num_seats, landing_stride, dispatch_layout)
+        rows = slot_rows(landing, num_seats, dispatch_layout)
         self._rows = PackedRows.view(rows, config.hidden_size, config.top_k, dtype)
         self._outboxes: dict[int, Tensor] = {}
         self._batches: deque[WaveBatch] = deque()  # launched, not yet run
@@ -78,8 +78,8 @@ class ExpertHalf:
 
     # -- msi.experts.server.ExpertCompute -----------------------------------------------------------------------------
 
-    def attach(self, seat: int, outbox: memoryview) -> None:
-        rows = slot_rows_view(outbox, 1, len(outbox), self._answer_layout)[0]
+    def attach(self, seat: int, out_rows: Region) -> None:
+        rows = slot_rows(out_rows, 1, self._answer_layout)[0]
         self._outboxes[seat] = rows[..., : self._config.hidden_size * self._dtype.itemsize].view(self._dtype)
 
     def run(self, batch: WaveBatch, ticket: int) -> None:

@@ -56,6 +56,7 @@ class ExpertRole:
             incarnation=assignment.incarnation,
             num_seats=assignment.num_seats,
             max_skip=2 * num_layers,
+            allocator=model.memory,
             clock=clock,
         )
         self.half = model.expert_half(self._link, assignment.num_seats)

@@ -22,6 +22,7 @@ from msi.complaints import Complaints
 from msi.errors import one_line
 from msi.experts.waves import WaveBatch, Waves
 from msi.net.combine_link import CombineLink
+from msi.net.regions import Region
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +33,14 @@ Finished = Callable[[int, float, Exception | None], None]  # a ticket, seconds o
 class ExpertCompute(Protocol):
     """The experts of one node on a device."""
 
-    def attach(self, seat: int, outbox: memoryview) -> None:
-        """Answers to this seat go into `outbox` from now on."""
+    def attach(self, seat: int, out_rows: Region) -> None:
+        """Answers to this seat go into `out_rows` from now on."""
 
     def run(self, batch: WaveBatch, ticket: int) -> None:
         """Launches one layer's experts over the batch's rows, and a signal of the ticket behind them. Tickets rise."""
 
     def tell(self, finished: Finished) -> None:
-        """Calls `finished` as soon as a ticket is seen, on whatever thread sees it: the answers lie in the outboxes."""
+        """Calls `finished` as soon as a ticket is seen, on whatever thread sees it: answers lie where they leave."""
 
 
 class ExpertServer:
@@ -73,8 +74,8 @@ class ExpertServer:
 
     # -- on the event loop -------------------------------------------------------------------------------------------
 
-    def joined(self, seat: int, node: int, outbox: memoryview) -> None:
-        self._compute.attach(seat, outbox)
+    def joined(self, seat: int, node: int, out_rows: Region) -> None:
+        self._compute.attach(seat, out_rows)
         with self._lock:
             self._waves.connect(seat, node)
 

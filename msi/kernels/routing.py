@@ -50,8 +50,17 @@ def topk_sigmoid(
 
 
 def row_bytes(hidden_size: int, k: int, dtype: torch.dtype) -> int:
-    """Bytes of a packed row, rounded up so that every row's values are aligned."""
-    return -(-(hidden_size * dtype.itemsize + 8 * k) // 16) * 16
+    """Bytes of a packed row: whole lines of 128 bytes, so that every row starts on one."""
+    return _lines(hidden_size * dtype.itemsize + 8 * k)
+
+
+def answer_row_bytes(hidden_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a row that comes back, which is a hidden row alone."""
+    return _lines(hidden_size * dtype.itemsize)
+
+
+def _lines(num_bytes: int) -> int:
+    return -(-num_bytes // 128) * 128
 
 
 @dataclass(frozen=True, slots=True)

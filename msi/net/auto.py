@@ -13,7 +13,9 @@ from pathlib import Path
 
 from msi.errors import TransportError
 from msi.net.complaints import Complaints
+from msi.net.regions import Allocator
 from msi.net.shm import ShmLanding, ShmTransport
+from msi.net.slots import SlotLayout
 from msi.net.tcp import TcpTransport
 from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Endpoint, Handler, Landing
 
@@ -44,8 +46,8 @@ class AutoTransport:
         self._tcp = TcpTransport(host, key=key, complain=complain)
         self._identity = host_identity()
 
-    def register(self, num_seats: int, seat_bytes: int) -> ShmLanding:
-        return self._shm.register(num_seats, seat_bytes)
+    def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> ShmLanding:
+        return self._shm.register(num_seats, layout, allocator)
 
     def deliver(self, handler: Handler) -> None:
         self._shm.deliver(handler)

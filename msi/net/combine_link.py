@@ -2,7 +2,7 @@
 
 Seats are given to peers as they come. What lands is checked against its header and turned into events for whoever
 batches rows; stale and foreign immediates are dropped and counted. Rows are read from `landing` and answers written
-into the seats' outboxes by whoever computes.
+where the seats' rows leave by whoever computes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Protocol
 
 from msi.errors import ProtocolError, TransportError
 from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_hello
+from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import (
     HEADER,
     HEADER_BYTES,
     INCARNATION_MASK,
     MAGIC,
+    NOTE_BYTES,
     SEQ_MASK,
     Kind,
     pack_immediate,
@@ -33,8 +35,8 @@ log = logging.getLogger(__name__)
 class Listener(Protocol):
     """Who batches rows. Called on the event loop; must not raise."""
 
-    def joined(self, seat: int, node: int, outbox: memoryview) -> None:
-        """A peer, `node` among its kind, has taken a seat; answers to it go into `outbox`."""
+    def joined(self, seat: int, node: int, out_rows: Region) -> None:
+        """A peer, `node` among its kind, has taken a seat; answers to it go into `out_rows`."""
 
     def left(self, seat: int) -> None:
         """A peer is gone; its seat may be given away."""
@@ -70,6 +72,7 @@ class CombineLink:
         worker_id, incarnation: who we are.
         num_seats: the most peers at a time.
         max_skip: how far a peer's sequence number may jump when it gives up a pass.
+        allocator: of the memory that rows land in and leave from.
         clock: seconds, monotonic.
     """
 
@@ -82,12 +85,13 @@ class CombineLink:
         incarnation: int,
         num_seats: int,
         max_skip: int,
+        allocator: Allocator = HOST_MEMORY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert max_skip <= SEQ_MASK, f"a jump of {max_skip} does not fit the immediate's {SEQ_MASK}"
         self.layout = expected.dispatch_layout
         self.answer_layout = expected.combine_layout
-        self.landing = transport.register(num_seats, self.layout.region_bytes)
+        self.landing = transport.register(num_seats, self.layout, allocator)
         self.counters = CombineCounters()
         self._transport = transport
         self._expected = expected
@@ -100,8 +104,6 @@ class CombineLink:
         self._max_skip = max_skip
         self._clock = clock
         self._listener: Listener | None = None
-        self._offsets = [self.layout.offset(lane) for lane in range(expected.num_lanes)]
-        self._answer_offsets = [self.answer_layout.offset(lane) for lane in range(expected.num_lanes)]
 
     @property
     def peers(self) -> dict[int, str]:
@@ -170,42 +172,40 @@ class CombineLink:
             self._seat_of[endpoint] = endpoint.seat
             admitted.endpoint = endpoint
             assert self._listener is not None
-            self._listener.joined(endpoint.seat, admitted.hello.node, endpoint.outbox)
+            self._listener.joined(endpoint.seat, admitted.hello.node, endpoint.out_rows)
         elif seat_index is not None:
             log.info("%s left: %s", self.peers[seat_index], reason)
             self.fence(seat_index)
 
     def answer(self, seat_index: int, lane: int, seq: int, num_rows: int, compute_s: float) -> None:
-        """Posts the rows that lie in the seat's outbox. From any thread; does nothing when the peer is gone."""
-        num_bytes = HEADER_BYTES + num_rows * self.answer_layout.row_bytes
-        self._post(seat_index, Kind.COMBINE, lane, seq, num_rows, num_bytes, compute_s)
+        """Posts the seat's rows, which lie where they leave. From any thread; does nothing when the peer is gone."""
+        self._post(seat_index, Kind.COMBINE, lane, seq, num_rows, 0, compute_s)
 
     def refuse(self, seat_index: int, lane: int, seq: int, reason: str) -> None:
         """Tells the peer that no answer will come, and why. From any thread; does nothing when the peer is gone."""
         seat = self._seats[seat_index]
         if seat is None or seat.endpoint is None:
             return
-        text = reason.encode(errors="replace")[: self.answer_layout.slot_bytes - HEADER_BYTES]
-        at = self._answer_offsets[lane] + HEADER_BYTES
-        seat.endpoint.outbox[at : at + len(text)] = text
-        self._post(seat_index, Kind.ERROR, lane, seq, len(text), HEADER_BYTES + len(text), 0.0)
+        note = reason.encode(errors="replace")[:NOTE_BYTES]
+        seat.endpoint.out_headers[lane][HEADER_BYTES : HEADER_BYTES + len(note)] = note
+        self._post(seat_index, Kind.ERROR, lane, seq, 0, len(note), 0.0)
 
     def _post(
-        self, seat_index: int, kind: Kind, lane: int, seq: int, count: int, num_bytes: int, compute_s: float
+        self, seat_index: int, kind: Kind, lane: int, seq: int, num_rows: int, note_bytes: int, compute_s: float
     ) -> None:
         seat = self._seats[seat_index]
         if seat is None or seat.endpoint is None or seat.seqs[lane] != seq:
             self.counters.dropped["answer to a peer that is gone"] += 1
             return
-        offset = self._answer_offsets[lane]
         service_ns = int((self._clock() - seat.landed_at[lane]) * 1e9)
         HEADER.pack_into(
-            seat.endpoint.outbox, offset, MAGIC, kind, lane, 0, 0,
-            self._incarnation, self._expected.placement_version, seq, count, self.answer_layout.row_bytes, service_ns,
+            seat.endpoint.out_headers[lane], 0, MAGIC, kind, lane, 0, 0, self._incarnation,
+            self._expected.placement_version, seq, num_rows or note_bytes, self.answer_layout.row_bytes, service_ns,
             int(compute_s * 1e9),
         )  # fmt: skip
         try:
-            seat.endpoint.post(pack_immediate(kind, False, lane, 0, seq, self._incarnation), offset, num_bytes)
+            immediate = pack_immediate(kind, False, lane, 0, seq, self._incarnation)
+            seat.endpoint.post(lane, immediate, num_rows, note_bytes)
             self.counters.answers += 1
         except TransportError as error:  # its CLOSED completion is on the way and frees the seat
             log.debug("answer not sent: %s", error)
@@ -215,7 +215,7 @@ class CombineLink:
         seat = self._seats[seat_index]
         lane = immediate >> 26 & 7
         dropped = self.counters.dropped
-        if seat is None or lane >= len(self._offsets):
+        if seat is None or lane >= self.layout.num_lanes:
             dropped["lane"] += 1
             return
         incarnation = seat.hello.incarnation
@@ -230,9 +230,8 @@ class CombineLink:
         kind = immediate >> 30
         num_rows = 0
         if kind == Kind.DISPATCH:
-            at = seat_index * self.landing.stride + self._offsets[lane]
             magic, its_kind, its_lane, _, _, its_incarnation, placement_version, its_seq, num_rows, row_bytes, _, _ = (
-                HEADER.unpack_from(self.landing.memory, at)
+                HEADER.unpack_from(self.landing.headers[seat_index][lane])
             )
             if (
                 magic != MAGIC

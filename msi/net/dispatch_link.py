@@ -6,8 +6,8 @@ A turn is a row of numbers: the last answer opens the gate that the lane's queue
 wakes a coroutine. Whatever goes wrong, the gates open, and what is computed behind them is dropped.
 A pass lives and dies with the connections that it was begun with: when a node is lost, what it had answered is wiped
 with its seat, so that every pass in flight fails, and none that was begun before goes to a node that came after.
-Rows themselves are written into the nodes' outboxes and read from `landing` by whoever computes, on the thread that
-computes; that thread posts them, too. Everything else here happens on the event loop.
+Rows themselves are written where they leave to the nodes and read from `landing` by whoever computes, on the thread
+that computes; that thread posts them, too. Everything else here happens on the event loop.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Protocol
 from msi.errors import BatchRefused, ProtocolError, TransportError
 from msi.meter import StageMeter
 from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_welcome
+from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import HEADER, HEADER_BYTES, INCARNATION_MASK, MAGIC, SEQ_MASK, Kind, pack_immediate
 from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Transport
 
@@ -39,7 +40,7 @@ class Gates(Protocol):
 
     Attributes:
         num_layers: turns of a pass.
-        counts: int32 [num_lanes, num_nodes]: the rows that lie in each outbox, once `packed` is called for a turn.
+        counts: int32 [num_lanes, num_nodes]: the rows that lie ready for each node, once `packed` is called for a turn.
     """
 
     num_layers: int
@@ -75,7 +76,7 @@ class _Pass:
         done: asyncio.Future[None],
     ) -> None:
         self.gates = gates
-        self.nodes = nodes  # connected when it was begun: its rows are in their outboxes
+        self.nodes = nodes  # connected when it was begun: its rows lie where they leave to these
         self.placement_version = placement_version  # that its rows are of, to its end
         self.first = first
         self.last = first + gates.num_layers - 1
@@ -103,6 +104,7 @@ class DispatchLink:
     Args:
         hello: who we are; its `next_seqs` are filled in at each connect.
         num_nodes: nodes of the other side; node i answers into landing seat i.
+        allocator: of the memory that rows leave from and answers land in.
         report_loss: called with (node, worker id, reason) when a connected node is lost.
         timeout_s: a turn that has been posted and lacks answers for that long loses the nodes that owe them; one that
             is not packed within that time fails its pass.
@@ -116,12 +118,13 @@ class DispatchLink:
         hello: LinkHello,
         num_nodes: int,
         report_loss: Callable[[int, str, str], None],
+        allocator: Allocator = HOST_MEMORY,
         timeout_s: float = 4.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.layout = hello.dispatch_layout
         self.answer_layout = hello.combine_layout
-        self.landing = transport.register(num_nodes, self.answer_layout.region_bytes)
+        self.landing = transport.register(num_nodes, self.answer_layout, allocator)
         self.counters = DispatchCounters()
         self.comm_meter = StageMeter()  # T_c: half of a turn that was not the other side's service
         self.compute_meter = StageMeter()  # T_e, as the other side measures it
@@ -149,14 +152,12 @@ class DispatchLink:
         self._back_at = -math.inf
         self._posting = threading.Lock()  # held while a turn is posted, and while nodes come and go
         self._incarnation = hello.incarnation
-        self._offsets = [self.layout.offset(lane) for lane in range(hello.num_lanes)]
-        self._answer_offsets = [self.answer_layout.offset(lane) for lane in range(hello.num_lanes)]
         transport.deliver(self._completed)
 
     # -- connections -------------------------------------------------------------------------------------------------
 
-    async def connect(self, node: int, address: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> memoryview:
-        """Connects a node and returns its outbox. Raises TransportError."""
+    async def connect(self, node: int, address: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Region:
+        """Connects a node and returns where rows to it leave. Raises TransportError."""
         assert self._nodes[node] is None, f"node {node} is connected already"
         hello = LINK_CODEC.encode(self._own_hello())
         endpoint = await self._transport.connect(address, hello, self.landing, node, timeout_s=timeout_s)
@@ -170,7 +171,7 @@ class DispatchLink:
         self._node_of[endpoint] = node
         if all(self._nodes):
             self._complete.set()
-        return endpoint.outbox
+        return endpoint.out_rows
 
     def _own_hello(self) -> LinkHello:
         return replace(
@@ -283,7 +284,7 @@ class DispatchLink:
             passing.done.exception()  # whoever gave up has another reason
 
     def packed(self, lane: int, turn: int) -> None:
-        """The rows of a turn lie in the outboxes: one post to every node; the turn then waits for those that got rows.
+        """The rows of a turn lie where they leave: one post to every node; the turn then waits for those that got rows.
 
         From any thread; does not raise. Does nothing for a pass that was given up while its rows were computed.
         """
@@ -291,7 +292,7 @@ class DispatchLink:
         if passing is None or not passing.first <= turn <= passing.last:
             return
         seq, more, incarnation = passing.seq_of_turn_0 + turn, self._more[lane], self._incarnation
-        offset, row_bytes, counts = self._offsets[lane], self.layout.row_bytes, passing.gates.counts
+        row_bytes, counts = self.layout.row_bytes, passing.gates.counts
         with self._posting:
             if passing.is_over:
                 return
@@ -312,13 +313,13 @@ class DispatchLink:
                         return
                     count = counts[lane, node]
                     if not count:
-                        peer.endpoint.post(empty)
+                        peer.endpoint.post(lane, empty)
                         continue
                     HEADER.pack_into(
-                        peer.endpoint.outbox, offset, MAGIC, Kind.DISPATCH, lane, 0, more,
+                        peer.endpoint.out_headers[lane], 0, MAGIC, Kind.DISPATCH, lane, 0, more,
                         incarnation, passing.placement_version, seq, count, row_bytes, 0, 0,
                     )  # fmt: skip
-                    peer.endpoint.post(full, offset, HEADER_BYTES + count * row_bytes)
+                    peer.endpoint.post(lane, full, count)
                     self.counters.rows += count
             except TransportError as error:
                 self._loop.call_soon_threadsafe(self._not_posted, lane, passing, node, error)
@@ -400,9 +401,9 @@ class DispatchLink:
         if (immediate & INCARNATION_MASK) != incarnation & INCARNATION_MASK:
             dropped["incarnation"] += 1
             return
-        at = node * self.landing.stride + self._answer_offsets[lane]
+        header = self.landing.headers[node][lane]
         magic, kind, its_lane, _, _, its_incarnation, _, seq, num_rows, _, service_ns, compute_ns = HEADER.unpack_from(
-            self.landing.memory, at
+            header
         )
         if (
             magic != MAGIC
@@ -413,9 +414,7 @@ class DispatchLink:
         ):
             dropped["header"] += 1
         elif kind == Kind.ERROR:
-            start = at + HEADER_BYTES
-            length = min(num_rows, self.answer_layout.slot_bytes - HEADER_BYTES)
-            reason = bytes(self.landing.memory[start : start + length]).decode(errors="replace")
+            reason = bytes(header[HEADER_BYTES : HEADER_BYTES + num_rows]).decode(errors="replace")
             self._fail(lane, passing, BatchRefused(peer.welcome.worker_id, reason))
         elif kind != Kind.COMBINE or num_rows != passing.gates.counts[lane, node]:
             dropped["rows"] += 1

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import mmap
 from collections import deque
 from collections.abc import Callable
 
 from msi.errors import EngineError, TransportError
 from msi.net.delivery import Delivery
-from msi.net.landing import PlainLanding
+from msi.net.landing import Outbox, PlainLanding, seat_slots
+from msi.net.regions import Allocator
+from msi.net.slots import HEADER_BYTES, SlotLayout
 from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
 
 _listeners: dict[str, InprocTransport] = {}
@@ -22,26 +23,33 @@ _names = itertools.count()
 
 
 class InprocEndpoint:
-    def __init__(self, transport: InprocTransport, peer: bytes, landing: PlainLanding, seat: int, peer_bytes: int):
+    def __init__(self, transport: InprocTransport, peer: bytes, landing: PlainLanding, seat: int, layout: SlotLayout):
         self.peer = peer
         self.seat = seat
-        self.outbox = memoryview(mmap.mmap(-1, peer_bytes))
         self.landing = landing
         self.transport = transport
+        self._outbox = Outbox(layout, landing.allocator)
+        self.out_headers = self._outbox.headers
+        self.out_rows = self._outbox.rows
+        self._row_bytes = layout.row_bytes
+        self._in_headers = landing.headers[seat]
+        self._in_slots = seat_slots(landing, seat)
         self._generation = landing.generation(seat)
         self._other: InprocEndpoint | None = None
 
     def join(self, other: InprocEndpoint) -> None:
         self._other, other._other = other, self
 
-    def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
+    def post(self, lane: int, immediate: int, num_rows: int = 0, note_bytes: int = 0) -> None:
         other = self._other
         if other is None:
             raise TransportError(f"in-process peer at seat {self.seat}", "the connection is closed")
         if other._generation != other.landing.generation(other.seat):
             return  # revoked: the peer's memory is no longer ours to write
-        if num_bytes:
-            other.landing.seat(other.seat)[offset : offset + num_bytes] = self.outbox[offset : offset + num_bytes]
+        if num_rows or note_bytes:
+            header_bytes, num_bytes = HEADER_BYTES + note_bytes, num_rows * self._row_bytes
+            other._in_slots[lane][:num_bytes] = self._outbox.slots[lane][:num_bytes]
+            other._in_headers[lane][:header_bytes] = self.out_headers[lane][:header_bytes]
         other.transport.land(other, immediate)
 
     def close(self) -> None:
@@ -62,8 +70,8 @@ class InprocTransport:
         self._address = f"inproc://{next(_names)}"
         self._accept: Callable[[bytes], Admission] | None = None
 
-    def register(self, num_seats: int, seat_bytes: int) -> PlainLanding:
-        return PlainLanding(num_seats, seat_bytes)
+    def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> PlainLanding:
+        return PlainLanding(num_seats, layout, allocator)
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         self._accept = accept
@@ -83,8 +91,8 @@ class InprocTransport:
         assert isinstance(landing, PlainLanding)
         theirs = admission.landing
         assert isinstance(theirs, PlainLanding)
-        ours = InprocEndpoint(self, admission.welcome, landing, seat, theirs.stride)
-        other = InprocEndpoint(listener, hello, theirs, admission.seat, landing.stride)
+        ours = InprocEndpoint(self, admission.welcome, landing, seat, theirs.layout)
+        other = InprocEndpoint(listener, hello, theirs, admission.seat, landing.layout)
         ours.join(other)
         self.endpoints.add(ours)
         listener.endpoints.add(other)

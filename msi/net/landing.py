@@ -1,31 +1,56 @@
-"""Landing memory that peers reach through an endpoint of ours alone, never by a mapping of their own."""
+"""Landing memory that peers reach through an endpoint of ours alone, and the outboxes that such endpoints copy from."""
 
 from __future__ import annotations
 
-import mmap
-
-from msi.errors import ConfigError
+from msi.net.regions import Allocator, Region, map_zeroed
+from msi.net.slots import SlotLayout
+from msi.net.transport import Landing
 
 
 class PlainLanding:
-    """Plain memory. An endpoint remembers its seat's generation and writes no more once it has changed."""
+    """An endpoint remembers its seat's generation and writes no more once it has changed.
 
-    def __init__(self, num_seats: int, seat_bytes: int) -> None:
+    Raises ConfigError: there is not enough memory, or it is not the host's.
+    """
+
+    def __init__(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> None:
         self.num_seats = num_seats
-        self.stride = -(-seat_bytes // 64) * 64
-        size = num_seats * self.stride
-        try:
-            self.memory = memoryview(mmap.mmap(-1, size))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(f"cannot map {size} bytes: {error}; use fewer or smaller slots") from error
+        self.layout = layout
+        self.allocator = allocator
+        self.rows = allocator.region(num_seats * layout.rows_bytes)
+        self.rows.host()  # or it refuses
+        self._headers = map_zeroed(num_seats * layout.headers_bytes)
+        self.headers = tuple(layout.split_headers(self._seat_headers(seat)) for seat in range(num_seats))
         self._generations = [0] * num_seats
 
-    def seat(self, index: int) -> memoryview:
-        return self.memory[index * self.stride : (index + 1) * self.stride]
+    def _seat_headers(self, index: int) -> memoryview:
+        size = self.layout.headers_bytes
+        return self._headers[index * size : (index + 1) * size]
 
     def revoke(self, index: int) -> None:
         self._generations[index] += 1
-        self.seat(index)[:] = bytes(self.stride)
+        for memory in (self._seat_headers(index), seat_rows(self, index)):
+            memory[:] = bytes(memory.nbytes)
 
     def generation(self, index: int) -> int:
         return self._generations[index]
+
+
+class Outbox:
+    """Memory laid out as a peer's seat, from which posts are copied to it."""
+
+    def __init__(self, layout: SlotLayout, allocator: Allocator) -> None:
+        self.headers = layout.split_headers(memoryview(bytearray(layout.headers_bytes)))
+        self.rows: Region = allocator.region(layout.rows_bytes)
+        self.slots = layout.split_rows(self.rows.host())
+
+
+def seat_rows(landing: Landing, index: int) -> memoryview:
+    """The rows of one seat, in host memory. Raises ConfigError where they are a device's."""
+    stride = landing.rows.num_bytes // landing.num_seats
+    return landing.rows.host()[index * stride : index * stride + landing.layout.rows_bytes]
+
+
+def seat_slots(landing: Landing, index: int) -> tuple[memoryview, ...]:
+    """Each lane's rows of one seat, in host memory. Raises ConfigError where they are a device's."""
+    return landing.layout.split_rows(seat_rows(landing, index))

@@ -10,7 +10,7 @@ from msi.net.codec import Codec
 from msi.net.slots import SlotLayout
 from msi.net.transport import MAX_HELLO_BYTES
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,37 +31,37 @@ class Proofs:
     def challenge(self) -> bytes:
         return os.urandom(NONCE_BYTES)
 
-    def hello(self, challenge: bytes, hello: bytes, seat_bytes: int) -> bytes:
+    def hello(self, challenge: bytes, hello: bytes, layout: bytes) -> bytes:
         """What the dialling end answers to a challenge. Raises ProtocolError: it is none."""
         if len(challenge) != CHALLENGE_BYTES:
             raise ProtocolError(f"a challenge of {len(challenge)} bytes")
         nonce = os.urandom(NONCE_BYTES)
-        return nonce + self._proof(b"dial", challenge, nonce, seat_bytes, hello) + hello
+        return nonce + self._proof(b"dial", challenge, nonce, layout, hello) + hello
 
-    def check_hello(self, challenge: bytes, said: bytes, seat_bytes: int) -> bytes:
+    def check_hello(self, challenge: bytes, said: bytes, layout: bytes) -> bytes:
         """The hello, once it is proved. Raises ProtocolError."""
         if len(said) < PROVED_BYTES:
             raise ProtocolError("a hello without proof")
         nonce, proof, hello = said[:NONCE_BYTES], said[NONCE_BYTES:PROVED_BYTES], said[PROVED_BYTES:]
-        if not hmac.compare_digest(proof, self._proof(b"dial", challenge, nonce, seat_bytes, hello)):
+        if not hmac.compare_digest(proof, self._proof(b"dial", challenge, nonce, layout, hello)):
             raise ProtocolError(DIFFERS)
         return hello
 
-    def welcome(self, challenge: bytes, said: bytes, welcome: bytes, seat_bytes: int) -> bytes:
+    def welcome(self, challenge: bytes, said: bytes, welcome: bytes, layout: bytes) -> bytes:
         """What the accepting end answers to the hello that `said`."""
-        return self._proof(b"accept", challenge, said, seat_bytes, welcome) + welcome
+        return self._proof(b"accept", challenge, said, layout, welcome) + welcome
 
-    def check_welcome(self, challenge: bytes, said: bytes, answer: bytes, seat_bytes: int) -> bytes:
+    def check_welcome(self, challenge: bytes, said: bytes, answer: bytes, layout: bytes) -> bytes:
         """The welcome, once it is proved. Raises ProtocolError."""
         proof, welcome = answer[:PROOF_BYTES], answer[PROOF_BYTES:]
-        if not hmac.compare_digest(proof, self._proof(b"accept", challenge, said, seat_bytes, welcome)):
+        if not hmac.compare_digest(proof, self._proof(b"accept", challenge, said, layout, welcome)):
             raise ProtocolError(DIFFERS)
         return welcome
 
-    def _proof(self, end: bytes, challenge: bytes, said: bytes, seat_bytes: int, text: bytes) -> bytes:
+    def _proof(self, end: bytes, challenge: bytes, said: bytes, layout: bytes, text: bytes) -> bytes:
         """Each part goes in with its length, so that none can be taken for another."""
         if self._key is None:
             return bytes(PROOF_BYTES)
-        parts = (end, challenge, said, seat_bytes.to_bytes(8, "little"), text)
+        parts = (end, challenge, said, layout, text)
         joined = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
         return hmac.digest(self._key, joined, "sha256")

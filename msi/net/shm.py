@@ -1,9 +1,10 @@
 """The shared-memory transport: workers on one host write straight into each other's slots.
 
-Each seat is a memfd of its own, mapped here into the landing's address range and at the peer as its outbox; a post
-moves nothing but an immediate, through a ring in front of the seat, and one eventfd write wakes the peer's loop. The
-handshake passes descriptors over an abstract Unix socket (nothing is left in the file system), which stays open: its
-end is how the death of a peer is seen at once. Only processes of the same user are taken.
+Each seat is a memfd of its own (a ring, headers, rows), mapped here into the landing's address ranges and at the peer
+as its outbox, where the allocator adopts the rows; a post moves nothing but an immediate, through the ring, and one
+eventfd write wakes the peer's loop. The handshake passes descriptors over an abstract Unix socket (nothing is left in
+the file system), which stays open: its end is how the death of a peer is seen at once. Only processes of the same user
+are taken.
 
 The ring relies on stores becoming visible in order (x86-64); elsewhere the constructor says so.
 """
@@ -12,24 +13,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
-import fcntl
 import logging
-import mmap
 import os
 import platform
 import secrets
 import socket
 import struct
 import threading
-import weakref
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from msi.errors import ConfigError, EngineError, TransportError
+from msi.errors import ConfigError, EngineError, ProtocolError, TransportError
 from msi.net.acceptor import Acceptor
 from msi.net.complaints import Complaints
 from msi.net.delivery import Delivery
+from msi.net.regions import Allocator
+from msi.net.shared_memory import AddressRange, SharedRegion, pages
+from msi.net.slots import HEADER_BYTES, LAYOUT, MAX_LANES, NOTE_BYTES, SlotLayout
 from msi.net.transport import (
     CONNECT_TIMEOUT_S,
     MAX_HELLO_BYTES,
@@ -42,28 +43,12 @@ from msi.net.transport import (
 
 log = logging.getLogger(__name__)
 
-PAGE = mmap.PAGESIZE
 RING_ENTRIES = 8191
-RING_BYTES = -(-(RING_ENTRIES + 1) * 8 // PAGE) * PAGE  # the entries, and the reader's count in the last word
-MAX_REGION_BYTES = 1 << 40
+RING_BYTES = pages((RING_ENTRIES + 1) * 8)  # the entries, and the reader's count in the last word
+HEADERS_BYTES = pages(MAX_LANES * (HEADER_BYTES + NOTE_BYTES))  # behind the ring
+ROWS_AT = RING_BYTES + HEADERS_BYTES
 ACCEPTED, REFUSED = b"\x01", b"\x00"
 CONNECT_AGAIN_S = 0.02
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
-_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
-_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-
-
-def _map(address: int | None, size: int, flags: int, fd: int = -1, offset: int = 0) -> int:
-    mapped = _libc.mmap(address, size, _READ_WRITE, flags, fd, offset)
-    if mapped is None or mapped == ctypes.c_void_p(-1).value:
-        code = ctypes.get_errno()
-        raise ConfigError(f"cannot map {size} bytes: {os.strerror(code)}; use fewer or smaller slots")
-    return int(mapped)
 
 
 def is_available() -> str | None:
@@ -106,65 +91,74 @@ class _Ring:
 class ShmLanding:
     """Seats side by side in one address range; an unused or revoked seat is private zero memory."""
 
-    def __init__(self, num_seats: int, seat_bytes: int) -> None:
+    def __init__(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> None:
         self.num_seats = num_seats
-        self.stride = -(-seat_bytes // PAGE) * PAGE
-        size = num_seats * self.stride
-        self._base = _map(None, size, _ANONYMOUS)
-        array = (ctypes.c_char * size).from_address(self._base)
-        weakref.finalize(array, _libc.munmap, self._base, size)  # once no view of it is left
-        self.memory = memoryview(array).cast("B")
+        self.layout = layout
+        self.allocator = allocator
+        self._stride = pages(layout.rows_bytes)
+        self._headers_at = AddressRange(num_seats * HEADERS_BYTES)
+        self._rows_at = AddressRange(num_seats * self._stride)
+        starts = range(0, num_seats * HEADERS_BYTES, HEADERS_BYTES)
+        self.headers = tuple(layout.split_headers(self._headers_at.memory[start:]) for start in starts)
+        self.rows = allocator.adopt(self._rows_at.memory)
         self._generations = [0] * num_seats
-
-    def seat(self, index: int) -> memoryview:
-        return self.memory[index * self.stride : (index + 1) * self.stride]
 
     def revoke(self, index: int) -> None:
         self._generations[index] += 1
-        _map(self._base + index * self.stride, self.stride, _ANONYMOUS | _MAP_FIXED)
+        self._headers_at.clear(index * HEADERS_BYTES, HEADERS_BYTES)
+        self._rows_at.clear(index * self._stride, self._stride)
 
     def generation(self, index: int) -> int:
         return self._generations[index]
 
-    def open(self, index: int) -> tuple[int, memoryview]:
-        """Fresh shared memory for a seat: its descriptor (the caller closes it) and the ring in front of it."""
-        fd = os.memfd_create("msi-seat", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, RING_BYTES + self.stride)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        _map(self._base + index * self.stride, self.stride, mmap.MAP_SHARED | _MAP_FIXED, fd, RING_BYTES)
-        return fd, memoryview(mmap.mmap(fd, RING_BYTES))
+    def open(self, index: int) -> SharedRegion:
+        """Fresh shared memory for a seat, with a ring and the headers in front of the rows."""
+        region = SharedRegion.create(seat_bytes(self.layout))
+        region.map_into(self._headers_at, index * HEADERS_BYTES, RING_BYTES, HEADERS_BYTES)
+        region.map_into(self._rows_at, index * self._stride, ROWS_AT, self._stride)
+        return region
 
 
-def _open_peer(fd: int, peer: str) -> tuple[memoryview, memoryview]:
-    """A peer's seat: its ring, and the outbox behind it. Raises TransportError for a descriptor that could fail us."""
-    size = os.fstat(fd).st_size
-    try:
-        is_sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-    except OSError:
-        is_sealed = 0
-    if not is_sealed or not RING_BYTES < size <= MAX_REGION_BYTES:
-        raise TransportError(peer, f"offered {size} bytes that are not a sealed seat")
-    memory = memoryview(mmap.mmap(fd, size))
-    return memory[:RING_BYTES], memory[RING_BYTES:]
+def seat_bytes(layout: SlotLayout) -> int:
+    """Of a seat's memory: ring, headers, rows."""
+    return ROWS_AT + pages(layout.rows_bytes)
+
+
+class _PeerSeat(NamedTuple):
+    """Where our posts land: the peer's own memory."""
+
+    ring: memoryview
+    headers: tuple[memoryview, ...]  # by lane
+    rows: memoryview
+
+    @classmethod
+    def open(cls, offered: bytes, fd: int, peer: str) -> _PeerSeat:
+        """Raises ProtocolError, TransportError: what the peer offers could fail us."""
+        layout = SlotLayout.decode(offered)
+        with SharedRegion.of_peer(fd, seat_bytes(layout), peer) as region:
+            memory = region.host()
+        headers, rows = memory[RING_BYTES:ROWS_AT], memory[ROWS_AT : ROWS_AT + layout.rows_bytes]
+        return cls(memory[:RING_BYTES], layout.split_headers(headers), rows)
 
 
 class ShmEndpoint:
     def __init__(
-        self, transport: ShmTransport, sock: socket.socket, peer: bytes, seat: int,
-        outbox: memoryview, out_ring: memoryview, in_ring: memoryview, doorbell: int,
+        self, transport: ShmTransport, sock: socket.socket, peer: bytes, landing: ShmLanding, seat: int,
+        peers: _PeerSeat, in_ring: memoryview, doorbell: int,
     ) -> None:  # fmt: skip
         self.peer = peer
         self.seat = seat
-        self.outbox = outbox
+        self.out_headers = peers.headers
+        self.out_rows = landing.allocator.adopt(peers.rows)
         self.in_ring = _Ring(in_ring)
         self.sock = sock
         self._transport = transport
-        self._out_ring = _Ring(out_ring)
+        self._out_ring = _Ring(peers.ring)
         self._doorbell = doorbell
         self._is_open = True
         self._posting = threading.Lock()  # the doorbell is not closed, and its number reused, under a post
 
-    def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
+    def post(self, lane: int, immediate: int, num_rows: int = 0, note_bytes: int = 0) -> None:
         with self._posting:
             if not self._is_open:
                 raise TransportError(f"shared-memory peer at seat {self.seat}", "the connection is closed")
@@ -197,8 +191,8 @@ class ShmTransport:
         self._accept: Callable[[bytes], Admission] | None = None
         self._is_open = True
 
-    def register(self, num_seats: int, seat_bytes: int) -> ShmLanding:
-        return ShmLanding(num_seats, seat_bytes)
+    def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> ShmLanding:
+        return ShmLanding(num_seats, layout, allocator)
 
     # -- connections -------------------------------------------------------------------------------------------------
 
@@ -219,19 +213,20 @@ class ShmTransport:
             raise TransportError(address, "is not a shared-memory address (shm://...)")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.setblocking(False)
-        fd, in_ring = landing.open(seat)
         try:
-            async with asyncio.timeout(timeout_s):
-                await _connect(sock, "\0" + address.removeprefix("shm://"))
-                if why_not := _why_not(sock):  # before it gets any of our memory
-                    raise TransportError(address, why_not)
-                socket.send_fds(sock, [hello], [fd, self._doorbell])
-                reply, fds = await self._receive(sock)
+            with landing.open(seat) as ours:
+                async with asyncio.timeout(timeout_s):
+                    await _connect(sock, "\0" + address.removeprefix("shm://"))
+                    if why_not := _why_not(sock):  # before it gets any of our memory
+                        raise TransportError(address, why_not)
+                    socket.send_fds(sock, [landing.layout.encode() + hello], [ours.fd, self._doorbell])
+                    reply, fds = await self._receive(sock)
             with _closing(fds):
                 if reply[:1] != ACCEPTED or len(fds) != 2:
                     reason = reply[1:].decode(errors="replace") or "closed the connection"
                     raise TransportError(address, f"refused: {reason}")
-                out_ring, outbox = _open_peer(fds[0], address)
+                offered, welcome = reply[1 : 1 + LAYOUT.size], reply[1 + LAYOUT.size :]
+                peers = _PeerSeat.open(offered, fds[0], address)
                 doorbell = os.dup(fds[1])
         except TimeoutError as error:
             sock.close()
@@ -239,12 +234,13 @@ class ShmTransport:
         except OSError as error:
             sock.close()
             raise TransportError(address, f"cannot be reached: {error.strerror or error}") from error
+        except ProtocolError as error:
+            sock.close()
+            raise TransportError(address, str(error)) from error
         except BaseException:
             sock.close()
             raise
-        finally:
-            os.close(fd)
-        endpoint = ShmEndpoint(self, sock, reply[1:], seat, outbox, out_ring, in_ring, doorbell)
+        endpoint = ShmEndpoint(self, sock, welcome, landing, seat, peers, ours.host()[:RING_BYTES], doorbell)
         self._add(endpoint)
         return endpoint
 
@@ -253,19 +249,20 @@ class ShmTransport:
         assert self._accept is not None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                hello, fds = await self._receive(sock)
+                said, fds = await self._receive(sock)
+            hello = said[LAYOUT.size :]
             with _closing(fds):
                 if len(fds) != 2:
                     raise TransportError("peer", "sent no descriptors with its hello")
-                out_ring, outbox = _open_peer(fds[0], "peer")
+                peers = _PeerSeat.open(said[: LAYOUT.size], fds[0], "peer")
                 admission = self._accept(hello)
-                assert isinstance(admission.landing, ShmLanding)
+                landing = admission.landing
+                assert isinstance(landing, ShmLanding)
                 doorbell = os.dup(fds[1])
-            fd, in_ring = admission.landing.open(admission.seat)
-            try:
-                socket.send_fds(sock, [ACCEPTED + admission.welcome], [fd, self._doorbell])
-            finally:
-                os.close(fd)
+            with landing.open(admission.seat) as ours:
+                socket.send_fds(
+                    sock, [ACCEPTED + landing.layout.encode() + admission.welcome], [ours.fd, self._doorbell]
+                )
         except (EngineError, OSError, TimeoutError) as error:
             self._complain("refused", f"cut {name} off: {error or 'no hello in time'}")
             with contextlib.suppress(OSError):
@@ -275,7 +272,7 @@ class ShmTransport:
         except BaseException:
             sock.close()
             raise
-        endpoint = ShmEndpoint(self, sock, hello, admission.seat, outbox, out_ring, in_ring, doorbell)
+        endpoint = ShmEndpoint(self, sock, hello, landing, admission.seat, peers, ours.host()[:RING_BYTES], doorbell)
         self._add(endpoint)
         self._deliver(endpoint, CompletionKind.CONNECTED)
         self._read_rings()  # it may have posted already
@@ -288,7 +285,7 @@ class ShmTransport:
             await readable.wait()
         finally:
             self._loop.remove_reader(sock)
-        message, fds, _, _ = socket.recv_fds(sock, MAX_HELLO_BYTES + 1, 2)
+        message, fds, _, _ = socket.recv_fds(sock, LAYOUT.size + MAX_HELLO_BYTES + 1, 2)
         return message, fds
 
     def _add(self, endpoint: ShmEndpoint) -> None:

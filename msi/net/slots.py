@@ -1,7 +1,8 @@
 """Slots: where rows land, and the header and immediate that announce them.
 
-A peer's landing memory is one region of `num_lanes` slots; a slot is a header and `slot_rows` rows. Rows and header
-travel in one post; the 32-bit immediate that the receiver is woken with says what landed where:
+A peer has a slot for each of its lanes. A slot is two things: a *header*, always in host memory, with room behind it
+for a note, and `slot_rows` *rows* in whatever memory computes. Both travel in one post; the 32-bit immediate that the
+receiver is woken with says what landed where:
 
     kind 2 | more 1 | lane 3 | attempt 2 | sequence number, low 12 bits | incarnation, low 12 bits
 
@@ -15,12 +16,16 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-HEADER_BYTES = 64
+from msi.errors import ProtocolError
+
+HEADER_BYTES = 128
+NOTE_BYTES = 384  # behind a header: the reason of an ERROR
+ROW_ALIGNMENT = 128  # rows are whole lines of a GPU's memory and start on one
 MAX_LANES = 8
 SEQ_BITS = 12
 SEQ_MASK = (1 << SEQ_BITS) - 1
 INCARNATION_MASK = (1 << 12) - 1
-MAGIC = b"MSI1"
+MAGIC = b"MSI2"
 # magic, kind, lane, attempt, more, incarnation, placement version, sequence number, rows, bytes per row, two times
 HEADER = struct.Struct("<4sBBBBIIQIIQQ")
 
@@ -31,7 +36,7 @@ class Kind(IntEnum):
     DISPATCH = 0  # rows in the lane's slot, to be answered
     COMBINE = 1  # the answer, in the lane's slot
     EMPTY = 2  # no rows for you at this sequence number: no slot, no answer
-    ERROR = 3  # no answer will come; the slot's rows hold the reason, UTF-8
+    ERROR = 3  # no answer will come; the slot's note is the reason, UTF-8
 
 
 class Immediate(NamedTuple):
@@ -63,7 +68,7 @@ def unpack_immediate(immediate: int) -> Immediate:
 
 
 class Header(NamedTuple):
-    """The first 64 bytes of a slot, as `HEADER` packs them.
+    """What a slot's header begins with, as `HEADER` packs it.
 
     In an answer `service_ns` is the time from the landing of the rows to the post of their answer, and `compute_ns`
     what of it the device computed; else both are 0.
@@ -77,15 +82,24 @@ class Header(NamedTuple):
     incarnation: int
     placement_version: int
     seq: int
-    num_rows: int
+    num_rows: int  # of an ERROR: bytes of its note
     row_bytes: int
     service_ns: int
     compute_ns: int
 
 
+def aligned_row_bytes(num_bytes: int) -> int:
+    """Bytes of a row that holds so many."""
+    return -(-num_bytes // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+LAYOUT = struct.Struct("<III")
+MAX_SEAT_BYTES = 1 << 40
+
+
 @dataclass(frozen=True, slots=True)
 class SlotLayout:
-    """The slots of one peer: `num_lanes` of them behind one another, each a header and `slot_rows` rows."""
+    """The slots of one peer: `num_lanes` of them, each a header and `slot_rows` rows of `row_bytes`."""
 
     num_lanes: int
     slot_rows: int
@@ -95,15 +109,45 @@ class SlotLayout:
         assert 1 <= self.num_lanes <= MAX_LANES, self
         assert self.slot_rows >= 1, self
         assert self.row_bytes >= 1, self
+        assert self.row_bytes % ROW_ALIGNMENT == 0, self
 
     @property
     def slot_bytes(self) -> int:
-        """Header and rows, rounded up so that every slot starts on a cache line."""
-        return -(-(HEADER_BYTES + self.slot_rows * self.row_bytes) // 64) * 64
+        """Of the rows of one slot."""
+        return self.slot_rows * self.row_bytes
 
     @property
-    def region_bytes(self) -> int:
+    def rows_bytes(self) -> int:
+        """Of the rows of all slots."""
         return self.num_lanes * self.slot_bytes
 
-    def offset(self, lane: int) -> int:
-        return lane * self.slot_bytes
+    @property
+    def headers_bytes(self) -> int:
+        """Of the headers of all slots, notes included."""
+        return self.num_lanes * (HEADER_BYTES + NOTE_BYTES)
+
+    def split_headers(self, memory: memoryview) -> tuple[memoryview, ...]:
+        """Each lane's header with its note, of a peer's."""
+        return _split(memory, self.num_lanes, HEADER_BYTES + NOTE_BYTES)
+
+    def split_rows(self, memory: memoryview) -> tuple[memoryview, ...]:
+        """Each lane's rows, of a peer's."""
+        return _split(memory, self.num_lanes, self.slot_bytes)
+
+    def encode(self) -> bytes:
+        return LAYOUT.pack(self.num_lanes, self.slot_rows, self.row_bytes)
+
+    @staticmethod
+    def decode(payload: bytes) -> SlotLayout:
+        """Raises ProtocolError: it is no layout that we could serve."""
+        if len(payload) != LAYOUT.size:
+            raise ProtocolError(f"offers a layout of {len(payload)} bytes, not {LAYOUT.size}")
+        num_lanes, slot_rows, row_bytes = LAYOUT.unpack(payload)
+        is_sound = 1 <= num_lanes <= MAX_LANES and slot_rows and row_bytes and not row_bytes % ROW_ALIGNMENT
+        if not is_sound or num_lanes * slot_rows * row_bytes > MAX_SEAT_BYTES:
+            raise ProtocolError(f"offers a seat of {num_lanes} lanes of {slot_rows} rows of {row_bytes} bytes")
+        return SlotLayout(num_lanes, slot_rows, row_bytes)
+
+
+def _split(memory: memoryview, count: int, size: int) -> tuple[memoryview, ...]:
+    return tuple(memory[index * size : (index + 1) * size] for index in range(count))

@@ -1,6 +1,6 @@
 """The TCP transport: workers on different hosts, one connection per pair.
 
-    magic 4 | version 2 | kind 2 | bytes that follow 4 | bytes of my seat 8 | challenge, hello, welcome or refusal
+    magic 4 | version 2 | kind 2 | bytes that follow 4 | layout of my seat 12 | challenge, hello, welcome or refusal
 
 The accepting end challenges, the other says hello, and is welcomed or refused, within a time limit and a length limit;
 both prove that they are of one instance (`msi.net.link_proof`) before anything is made for them. Then frames
@@ -27,6 +27,8 @@ from msi.net.complaints import Complaints
 from msi.net.delivery import Delivery
 from msi.net.landing import PlainLanding
 from msi.net.link_proof import PROOF_BYTES, PROVED_BYTES, Proofs
+from msi.net.regions import Allocator
+from msi.net.slots import LAYOUT, SlotLayout
 from msi.net.tcp_endpoint import TcpEndpoint
 from msi.net.transport import (
     CONNECT_TIMEOUT_S,
@@ -41,10 +43,10 @@ from msi.net.transport import (
 log = logging.getLogger(__name__)
 
 GREETING_MAGIC = b"MSIT"
-VERSION = 2
-GREETING = struct.Struct("<4sHHIQ")  # magic, version, kind, bytes that follow, bytes of the sender's seat
+VERSION = 3
+GREETING = struct.Struct("<4sHHI12s")  # magic, version, kind, bytes that follow, layout of the sender's seat
 HELLO, ACCEPTED, REFUSED, CHALLENGE = 1, 2, 3, 4
-MAX_SEAT_BYTES = 1 << 40
+NO_LAYOUT = bytes(LAYOUT.size)  # of who offers no seat
 MAX_GREETING_BYTES = MAX_HELLO_BYTES + max(PROVED_BYTES, PROOF_BYTES)
 BUFFER_BYTES = 4 << 20  # of a socket, each way: a large post leaves in one write
 SILENT_MS = 10_000  # the kernel gives up a peer that acknowledges nothing for so long; links give up sooner
@@ -76,8 +78,8 @@ class TcpTransport:
         """Connections, by reason."""
         return self._complain.counts
 
-    def register(self, num_seats: int, seat_bytes: int) -> PlainLanding:
-        return PlainLanding(num_seats, seat_bytes)
+    def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> PlainLanding:
+        return PlainLanding(num_seats, layout, allocator)
 
     def deliver(self, handler: Handler) -> None:
         self._deliver.start(handler)
@@ -124,12 +126,12 @@ class TcpTransport:
                 _size_buffers(sock)
                 await self._loop.sock_connect(sock, at)
                 challenge = await self._expect(CHALLENGE, sock, address)
-                said = self._proofs.hello(challenge.text, hello, landing.stride)
-                await self._loop.sock_sendall(sock, _greeting(HELLO, said, landing.stride))
+                offered = landing.layout.encode()
+                said = self._proofs.hello(challenge.text, hello, offered)
+                await self._loop.sock_sendall(sock, _greeting(HELLO, said, offered))
                 answer = await self._expect(ACCEPTED, sock, address)
-            outbox_bytes = answer.seat_bytes
-            welcome = self._proofs.check_welcome(challenge.text, said, answer.text, outbox_bytes)
-            endpoint = self._endpoint(sock, address, welcome, landing, seat, outbox_bytes)
+            welcome = self._proofs.check_welcome(challenge.text, said, answer.text, answer.layout)
+            endpoint = self._endpoint(sock, address, welcome, landing, seat, SlotLayout.decode(answer.layout))
         except TimeoutError as error:
             _close(sock)
             raise TransportError(address, f"did not answer within {timeout_s:g} s") from error
@@ -139,7 +141,7 @@ class TcpTransport:
         except ProtocolError as error:
             if sock is not None:  # the other end is to know why, too
                 with contextlib.suppress(OSError):
-                    sock.send(_greeting(REFUSED, str(error).encode(), 0))
+                    sock.send(_greeting(REFUSED, str(error).encode()))
             _close(sock)
             raise TransportError(address, str(error)) from error
         except BaseException:
@@ -153,12 +155,13 @@ class TcpTransport:
         assert self._accept is not None
         try:
             challenge = self._proofs.challenge()
-            sock.send(_greeting(CHALLENGE, challenge, 0))  # a few bytes, into a socket that is empty
+            sock.send(_greeting(CHALLENGE, challenge))  # a few bytes, into a socket that is empty
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 said = await self._expect(HELLO, sock, name)
-            hello = self._proofs.check_hello(challenge, said.text, said.seat_bytes)
+            hello = self._proofs.check_hello(challenge, said.text, said.layout)
+            layout = SlotLayout.decode(said.layout)
             admission = self._accept(hello)
-            endpoint = self._endpoint(sock, name, hello, admission.landing, admission.seat, said.seat_bytes)
+            endpoint = self._endpoint(sock, name, hello, admission.landing, admission.seat, layout)
         except TimeoutError:
             self._cut_off(name, "no hello", f"no hello within {CONNECT_TIMEOUT_S:g} s")
             sock.close()
@@ -166,22 +169,22 @@ class TcpTransport:
         except (EngineError, OSError) as error:
             self._cut_off(name, "refused" if isinstance(error, EngineError) else "connection lost", str(error))
             with contextlib.suppress(OSError):
-                sock.send(_greeting(REFUSED, str(error).encode()[:4096], 0))
+                sock.send(_greeting(REFUSED, str(error).encode()[:4096]))
             sock.close()
             return
         except BaseException:
             sock.close()
             raise
         # From here on the seat is taken: a connection that is broken already ends like any other.
-        seat_bytes = admission.landing.stride
-        welcome = self._proofs.welcome(challenge, said.text, admission.welcome, seat_bytes)
+        ours = admission.landing.layout.encode()
+        welcome = self._proofs.welcome(challenge, said.text, admission.welcome, ours)
         with contextlib.suppress(TransportError):
-            endpoint.write(_greeting(ACCEPTED, welcome, seat_bytes))
+            endpoint.write((_greeting(ACCEPTED, welcome, ours),))
         self._deliver(endpoint, CompletionKind.CONNECTED)
         endpoint.start()
 
     def _endpoint(
-        self, sock: socket.socket, name: str, peer: bytes, landing: Landing, seat: int, outbox_bytes: int
+        self, sock: socket.socket, name: str, peer: bytes, landing: Landing, seat: int, layout: SlotLayout
     ) -> TcpEndpoint:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -189,7 +192,7 @@ class TcpTransport:
             if hasattr(socket, option):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         endpoint = TcpEndpoint(
-            sock, name=name, peer=peer, landing=landing, seat=seat, outbox_bytes=outbox_bytes,
+            sock, name=name, peer=peer, landing=landing, seat=seat, out_layout=layout,
             deliver=self._deliver, forget=self._endpoints.discard, cut_off=self._cut_off,
         )  # fmt: skip
         self._endpoints.add(endpoint)
@@ -202,21 +205,21 @@ class TcpTransport:
 
     async def _expect(self, expected: int, sock: socket.socket, name: str) -> Greeting:
         """The peer's next greeting, which has to be of this kind. Raises TransportError: it is not, or a refusal."""
-        magic, version, kind, num_bytes, seat_bytes = GREETING.unpack(await self._receive(sock, GREETING.size, name))
+        magic, version, kind, num_bytes, layout = GREETING.unpack(await self._receive(sock, GREETING.size, name))
         if magic != GREETING_MAGIC:
             raise TransportError(name, "does not speak our protocol")
         if version != VERSION:
             raise TransportError(name, f"speaks version {version} of the protocol, we speak {VERSION}")
         if num_bytes > MAX_GREETING_BYTES:
             raise TransportError(name, f"greets with {num_bytes} bytes; at most {MAX_GREETING_BYTES} are allowed")
-        if kind in (HELLO, ACCEPTED) and not 0 < seat_bytes <= MAX_SEAT_BYTES:
-            raise TransportError(name, f"offers a seat of {seat_bytes} bytes")
+        if kind in (HELLO, ACCEPTED):
+            SlotLayout.decode(layout)  # before anything follows
         if kind not in (expected, REFUSED):
             raise TransportError(name, f"sent greeting {kind} instead of {expected}")
         text = await self._receive(sock, num_bytes, name)
         if kind != expected:
             raise TransportError(name, f"refused: {text.decode(errors='replace')}")
-        return Greeting(text, seat_bytes)
+        return Greeting(text, layout)
 
     async def _receive(self, sock: socket.socket, num_bytes: int, name: str) -> bytes:
         buffer = bytearray(num_bytes)
@@ -238,7 +241,7 @@ class TcpTransport:
 
 class Greeting(NamedTuple):
     text: bytes
-    seat_bytes: int  # of the sender's seat
+    layout: bytes  # of the sender's seat
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -271,8 +274,8 @@ def _address(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-def _greeting(kind: int, text: bytes, seat_bytes: int) -> bytes:
-    return GREETING.pack(GREETING_MAGIC, VERSION, kind, len(text), seat_bytes) + text
+def _greeting(kind: int, text: bytes, layout: bytes = NO_LAYOUT) -> bytes:
+    return GREETING.pack(GREETING_MAGIC, VERSION, kind, len(text), layout) + text
 
 
 def _size_buffers(sock: socket.socket) -> None:

@@ -1,6 +1,8 @@
 """One end of a TCP connection: frames out of an outbox, frames into a seat.
 
-A post is one vectored write of a frame's head and the outbox's bytes, from whichever thread posts. What the socket
+    magic 4 | immediate 4 | lane 4 | bytes of header and note 4 | rows 4 | header and note | rows
+
+A post is one vectored write of a frame's head and what lies in the outbox, from whichever thread posts. What the socket
 does not take at once the event loop writes later, from the same memory: a slot is not written again before its answer
 has landed, so nothing is copied. What comes goes straight to where it lands; only heads, and the first few kilobytes
 behind one, pass through a small buffer, so that a short frame costs one read.
@@ -9,7 +11,6 @@ behind one, pass through a small buffer, so that a short frame costs one read.
 from __future__ import annotations
 
 import asyncio
-import mmap
 import socket
 import struct
 import threading
@@ -17,13 +18,15 @@ from collections import deque
 from collections.abc import Callable
 
 from msi.errors import TransportError
+from msi.net.landing import Outbox, seat_slots
+from msi.net.slots import HEADER_BYTES, NOTE_BYTES, SlotLayout
 from msi.net.transport import CompletionKind, Endpoint, Landing
 
 FRAME_MAGIC = b"MSIF"
-FRAME = struct.Struct("<4sIQQ")  # magic, immediate, offset in the seat, bytes that follow
+FRAME = struct.Struct("<4sIIII")  # magic, immediate, lane, bytes of header and note, rows
 FRAME_BYTES = FRAME.size
 HEADS_BYTES = 8192  # of the buffer that heads pass through
-MAX_BACKLOG = 2 * 8192  # pieces that a peer may be behind; a frame is one or two
+MAX_BACKLOG = 3 * 8192  # pieces that a peer may be behind; a frame is at most three
 MAX_PIECES = 64  # of one write
 READS_PER_TURN = 16  # before other connections get theirs
 
@@ -36,7 +39,7 @@ class TcpEndpoint:
     Args:
         name: of the peer, for sentences.
         peer: what it said.
-        outbox_bytes: of its seat.
+        out_layout: of its seat.
         forget: called once, on the event loop, when the connection is closed.
         cut_off: told why, when the peer sent what is not a frame.
     """
@@ -49,14 +52,13 @@ class TcpEndpoint:
         peer: bytes,
         landing: Landing,
         seat: int,
-        outbox_bytes: int,
+        out_layout: SlotLayout,
         deliver: Deliver,
         forget: Callable[[TcpEndpoint], None],
         cut_off: Callable[[str, str], None],
     ) -> None:
         self.peer = peer
         self.seat = seat
-        self.outbox = memoryview(mmap.mmap(-1, outbox_bytes))
         self._name = name
         self._sock = sock
         self._loop = asyncio.get_running_loop()
@@ -65,10 +67,16 @@ class TcpEndpoint:
         self._cut_off = cut_off
         self._landing = landing
         self._generation = landing.generation(seat)
-        self._inbox = landing.seat(seat)
+        self._in_headers = landing.headers[seat]
+        self._in_slots = seat_slots(landing, seat)
+        self._in_layout = landing.layout
+        self._outbox = Outbox(out_layout, landing.allocator)
+        self.out_headers = self._outbox.headers
+        self.out_rows = self._outbox.rows
+        self._out_row_bytes = out_layout.row_bytes
         self._heads = memoryview(bytearray(HEADS_BYTES))
         self._num_heads = 0  # bytes in `_heads`, less than a head
-        self._rest = self._heads[:0]  # where the rest of the frame in progress goes
+        self._rest: list[memoryview] = []  # where the rest of the frame in progress goes
         self._immediate = 0  # its immediate
         self._posting = threading.Lock()  # held while writing, and while the connection ends
         self._backlog: deque[memoryview] = deque()
@@ -76,17 +84,24 @@ class TcpEndpoint:
 
     # -- out ---------------------------------------------------------------------------------------------------------
 
-    def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
-        head = FRAME.pack(FRAME_MAGIC, immediate, offset, num_bytes)
-        self.write(head, self.outbox[offset : offset + num_bytes])
+    def post(self, lane: int, immediate: int, num_rows: int = 0, note_bytes: int = 0) -> None:
+        if not num_rows and not note_bytes:
+            self.write((FRAME.pack(FRAME_MAGIC, immediate, 0, 0, 0),))
+            return
+        header_bytes = HEADER_BYTES + note_bytes
+        head = FRAME.pack(FRAME_MAGIC, immediate, lane, header_bytes, num_rows)
+        header = self.out_headers[lane][:header_bytes]
+        if num_rows:
+            self.write((head, header, self._outbox.slots[lane][: num_rows * self._out_row_bytes]))
+        else:
+            self.write((head, header))
 
-    def write(self, head: bytes, body: memoryview | None = None) -> None:
-        """These bytes go out after all earlier ones; `body` stays as it is until they have. As `post`, from any thread.
+    def write(self, pieces: tuple[bytes | memoryview, ...]) -> None:
+        """These bytes go out after all earlier ones, and stay as they are until they have. As `post`, from any thread.
 
         Raises:
             TransportError: the connection is closed.
         """
-        pieces = (head, body) if body else (head,)
         with self._posting:
             if not self._is_open:
                 raise TransportError(self._name, "the connection is closed")
@@ -97,12 +112,12 @@ class TcpEndpoint:
                 backlog.extend(memoryview(piece) for piece in pieces)
                 return
             try:
-                sent = self._sock.sendmsg(pieces) if body else self._sock.send(head)
+                sent = self._sock.sendmsg(pieces) if len(pieces) > 1 else self._sock.send(pieces[0])
             except BlockingIOError:
                 sent = 0
             except OSError as error:  # the event loop sees it, too, and says CLOSED
                 raise TransportError(self._name, f"the connection is closed ({error.strerror or error})") from error
-            if sent < len(head) + len(body or b""):
+            if sent < sum(map(len, pieces)):
                 backlog.extend(memoryview(piece) for piece in pieces)
                 _skip(backlog, sent)
                 self._loop.call_soon_threadsafe(self._wait_writable)
@@ -149,8 +164,9 @@ class TcpEndpoint:
             return False
         rest, heads = self._rest, self._heads
         if rest:
-            num_read = self._sock.recvmsg_into((rest, heads))[0]
-            wanted = len(rest) + HEADS_BYTES
+            num_read = self._sock.recvmsg_into((*rest, heads))[0]
+            num_rest = sum(map(len, rest))
+            wanted = num_rest + HEADS_BYTES
         else:
             num_read = self._sock.recv_into(heads[self._num_heads :])
             wanted = HEADS_BYTES - self._num_heads
@@ -160,33 +176,39 @@ class TcpEndpoint:
             return False
         if not rest:
             self._take(self._num_heads + num_read)
-        elif num_read < len(rest):
-            self._rest = rest[num_read:]
+        elif num_read < num_rest:
+            self._rest = _after(rest, num_read)
         else:
-            self._rest = heads[:0]
+            self._rest = []
             self._deliver(self, CompletionKind.IMMEDIATE, self._immediate, "")
-            self._take(num_read - len(rest))
+            self._take(num_read - num_rest)
         return num_read == wanted
 
     def _take(self, num_bytes: int) -> None:
         """So many bytes lie in `_heads`, the first of a head at its beginning."""
-        heads, inbox, at = self._heads, self._inbox, 0
+        heads, at, layout = self._heads, 0, self._in_layout
         while num_bytes - at >= FRAME_BYTES and self._is_open:
-            magic, immediate, offset, length = FRAME.unpack_from(heads, at)
+            magic, immediate, lane, header_bytes, num_rows = FRAME.unpack_from(heads, at)
             at += FRAME_BYTES
             if magic != FRAME_MAGIC:
                 self._refuse("not a frame")
                 return
-            if length:
-                end = offset + length
-                if end > len(inbox):
+            if header_bytes or num_rows:
+                if (
+                    lane >= layout.num_lanes
+                    or num_rows > layout.slot_rows
+                    or not HEADER_BYTES <= header_bytes <= HEADER_BYTES + NOTE_BYTES
+                ):
                     self._refuse("out of bounds")
                     return
-                here = min(length, num_bytes - at)
-                inbox[offset : offset + here] = heads[at : at + here]
+                where = [self._in_headers[lane][:header_bytes]]
+                if num_rows:
+                    where.append(self._in_slots[lane][: num_rows * layout.row_bytes])
+                here = min(sum(map(len, where)), num_bytes - at)
+                _scatter(heads[at : at + here], where)
                 at += here
-                if here < length:
-                    self._rest, self._immediate = inbox[offset + here : end], immediate
+                if rest := _after(where, here):
+                    self._rest, self._immediate = rest, immediate
                     break
             self._deliver(self, CompletionKind.IMMEDIATE, immediate, "")
         self._num_heads = num_bytes - at
@@ -213,6 +235,21 @@ class TcpEndpoint:
             self._loop.remove_writer(self._sock)
             self._sock.close()
             self._forget(self)
+
+
+def _after(pieces: list[memoryview], num_bytes: int) -> list[memoryview]:
+    """What is left of them behind so many bytes."""
+    left = deque(pieces)
+    _skip(left, num_bytes)
+    return list(left)
+
+
+def _scatter(source: memoryview, pieces: list[memoryview]) -> None:
+    """Copies all of `source` into the pieces, one after the other."""
+    for piece in pieces:
+        here = min(len(piece), len(source))
+        piece[:here] = source[:here]
+        source = source[here:]
 
 
 def _skip(pieces: deque[memoryview], num_bytes: int) -> None:

@@ -1,14 +1,16 @@
 """The verbs-shaped interface of every transport: register memory, connect, write with an immediate, completions.
 
-    landing   = transport.register(num_seats, seat_bytes)        # memory in which peers' writes land
-    transport.deliver(handler)                                   # completions: what happens at our endpoints
+    landing   = transport.register(num_seats, layout, allocator)  # where peers' writes land
+    transport.deliver(handler)                                    # completions: what happens at our endpoints
     endpoint  = await transport.connect(address, hello, landing, seat)
-    endpoint.outbox[offset:...] = ...                            # laid out as the peer's landing seat
-    endpoint.post(immediate, offset, num_bytes)                  # those bytes, then the immediate
+    endpoint.out_headers[lane][:] = ...; endpoint.out_rows ...    # laid out as the peer's landing seat
+    endpoint.post(lane, immediate, num_rows)                      # header and rows, then the immediate
 
-Bytes posted before an immediate are there when the immediate is; immediates of one endpoint arrive in order. Where
-the peer's memory is mapped here (shared memory) the outbox *is* that memory and a post moves nothing; elsewhere it is
-a staging buffer. Nobody above asks which. A seat is one peer's region: revoking it shuts that peer out for good.
+Headers are host memory, rows whatever the allocator gives: a transport that cannot write into that says so when it is
+to register it. What is posted before an immediate is there when the immediate is; immediates of one endpoint arrive in
+order. Where the peer's memory is mapped here (shared memory) the outbox *is* that memory and a post moves nothing;
+elsewhere it is a staging buffer. Nobody above asks which, or computes an offset. A seat is one peer's: revoking it
+shuts that peer out for good. `msi.net.contract` says all this as checks that any transport can be put to.
 
 Completions are handed to a callback, not awaited: a future and a task step per wake-up cost as much as everything
 else that a layer needs of the loop thread (tools/bench_cpu_budget.py).
@@ -16,9 +18,12 @@ else that a layer needs of the loop thread (tools/bench_cpu_budget.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
+
+from msi.net.regions import Allocator, Region
+from msi.net.slots import SlotLayout
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_HELLO_BYTES = 64 * 1024
@@ -39,14 +44,19 @@ class Admission(NamedTuple):
 
 
 class Landing(Protocol):
-    """Registered memory: `num_seats` regions, `stride` bytes apart in one address range."""
+    """Registered memory: `num_seats` seats of `layout`, each a peer's. Addresses never change."""
 
     num_seats: int
-    stride: int
-    memory: memoryview  # all seats, writable
+    layout: SlotLayout
+    allocator: Allocator  # whose memory the rows are
 
-    def seat(self, index: int) -> memoryview:
-        """The region of one seat."""
+    @property
+    def headers(self) -> Sequence[Sequence[memoryview]]:
+        """[seat][lane]: a header with its note, in host memory."""
+
+    @property
+    def rows(self) -> Region:
+        """[num_seats, stride]: the seats' rows, lane after lane, `num_bytes // num_seats` from seat to seat."""
 
     def revoke(self, index: int) -> None:
         """From now on nothing that the seat's peer writes is seen here; the seat reads zero and can be given away."""
@@ -60,12 +70,20 @@ class Endpoint(Protocol):
 
     peer: bytes  # what the peer said: its hello if we accepted it, its welcome if it accepted us
     seat: int
-    outbox: memoryview  # writable, laid out as the peer's landing seat
 
-    def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
-        """Outbox bytes [offset, offset + num_bytes) land at the peer, then the immediate. Never blocks.
+    @property
+    def out_headers(self) -> Sequence[memoryview]:
+        """[lane]: a header with its note, as the peer will have it."""
 
-        One thread at a time, but any thread; closing meanwhile is safe.
+    @property
+    def out_rows(self) -> Region:
+        """[num_lanes, slot_rows, row_bytes] of the peer's layout: ours, or the peer's own memory."""
+
+    def post(self, lane: int, immediate: int, num_rows: int = 0, note_bytes: int = 0) -> None:
+        """A lane's header, so much of its note, and its first rows land at the peer, then the immediate. Never blocks.
+
+        With neither rows nor note the immediate goes alone, and the header is not looked at. One thread at a time, but
+        any thread; closing meanwhile is safe.
 
         Raises:
             TransportError: the connection is closed.
@@ -82,8 +100,11 @@ Handler = Callable[[Endpoint, CompletionKind, int, str], None]
 class Transport(Protocol):
     """One per worker, used from its event loop alone; only `Endpoint.post` may be called from another thread."""
 
-    def register(self, num_seats: int, seat_bytes: int) -> Landing:
-        """Memory for peers to write into, zeroed. Raises ConfigError where there is not enough."""
+    def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> Landing:
+        """Memory for peers to write into, zeroed; its rows are the allocator's.
+
+        Raises ConfigError where there is not enough, or it is none that this transport can write into.
+        """
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         """Takes peers from now on and returns the address to give them.

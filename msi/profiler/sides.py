@@ -13,16 +13,17 @@ from typing import cast
 
 import torch
 
-from msi.attention.half import AttentionHalf, slot_rows_view
+from msi.attention.half import AttentionHalf
 from msi.attention.kv_cache import KvCache
 from msi.attention.lanes import run_pass
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
+from msi.device.regions import slot_rows
 from msi.errors import ConfigError
 from msi.experts.half import ExpertHalf
 from msi.experts.waves import Rows, WaveBatch
 from msi.kernels import BLOCK_TOKENS
-from msi.kernels.routing import PackedRows, row_bytes
+from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
 from msi.models.config import ModelConfig
 from msi.net.dispatch_link import DispatchLink, Gates
 from msi.net.slots import SlotLayout
@@ -75,7 +76,7 @@ class AttentionSide:
     ) -> None:
         assert loaded.attention is not None
         layout = SlotLayout(1, SLOT_ROWS, row_bytes(config.hidden_size, config.top_k, dtype))
-        answers = SlotLayout(1, SLOT_ROWS, config.hidden_size * dtype.itemsize)
+        answers = SlotLayout(1, SLOT_ROWS, answer_row_bytes(config.hidden_size, dtype))
         self._config = config
         self._num_blocks = num_blocks
         self._link = _NoExperts()
@@ -88,10 +89,9 @@ class AttentionSide:
             dtype,
             dispatch_layout=layout,
             answer_layout=answers,
-            landing=memoryview(bytearray(answers.region_bytes)),
-            landing_stride=answers.region_bytes,
+            landing=device.region(answers.rows_bytes),
         )
-        self._half.attach(0, memoryview(bytearray(layout.region_bytes)))
+        self._half.attach(0, device.region(layout.rows_bytes))
 
     async def one_pass(self, size: AttentionSize) -> Timed:
         half, num_layers = self._half, self._half.num_layers
@@ -170,11 +170,9 @@ class ExpertSide:
     ) -> None:
         assert loaded.experts is not None
         layout = SlotLayout(1, SLOT_ROWS, row_bytes(config.hidden_size, config.top_k, dtype))
-        answers = SlotLayout(1, SLOT_ROWS, config.hidden_size * dtype.itemsize)
-        landing = memoryview(bytearray(layout.region_bytes))
-        rows = PackedRows.view(
-            slot_rows_view(landing, 1, layout.region_bytes, layout), config.hidden_size, config.top_k, dtype
-        )
+        answers = SlotLayout(1, SLOT_ROWS, answer_row_bytes(config.hidden_size, dtype))
+        landing = device.region(layout.rows_bytes)
+        rows = PackedRows.view(slot_rows(landing, 1, layout), config.hidden_size, config.top_k, dtype)
         self._rows = PackedRows(rows.hidden[0, 0], rows.topk_weights[0, 0], rows.topk_ids[0, 0])
         self._rows.hidden.normal_(generator=torch.Generator().manual_seed(0))
         self._rows.topk_weights.fill_(1 / config.top_k)
@@ -188,10 +186,9 @@ class ExpertSide:
             dispatch_layout=layout,
             answer_layout=answers,
             landing=landing,
-            landing_stride=layout.region_bytes,
             num_seats=1,
         )
-        self._half.attach(0, memoryview(bytearray(answers.region_bytes)))
+        self._half.attach(0, device.region(answers.rows_bytes))
         self._half.tell(self._tell)
         self._loop = asyncio.get_running_loop()
         self._num_batches = 0

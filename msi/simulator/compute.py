@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,13 +15,15 @@ from msi.experts.waves import WaveBatch
 from msi.meter import StageMeter
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
-from msi.net.slots import HEADER_BYTES
+from msi.net.landing import seat_slots
+from msi.net.regions import Region
+from msi.net.slots import ROW_ALIGNMENT
 from msi.planner.stage_costs import StageCosts
 from msi.simulator.device import SimulatedDevice, SimulatedProgram
 from msi.simulator.popularity import Routing
 from msi.types import MicroBatch, Placement, Sampled
 
-ROW_BYTES = 16  # of a simulated row, either way
+ROW_BYTES = ROW_ALIGNMENT  # of a simulated row, either way
 DRAW = struct.Struct("<II")  # lies where the first row would: the mark of the draw, and the tokens it was for
 
 TOKEN_ID = 0  # what every simulated sequence says, again and again
@@ -64,16 +67,16 @@ class SimulatedAttention:
         self._costs = costs
         self._routing = routing
         self._chance = chance
-        self._draw_at = [link.layout.offset(lane) + HEADER_BYTES for lane in range(link.layout.num_lanes)]
-        self._outboxes: dict[int, memoryview] = {}
+        self._layout = link.layout
+        self._slots: dict[int, Sequence[memoryview]] = {}  # by node, each lane's rows
         lanes = range(link.layout.num_lanes)
         self._launched: list[deque[_Launched]] = [deque() for _ in lanes]  # whose first layer has not opened yet
         self._lanes = [NO_PASS for _ in lanes]
         self._queues = LaneQueues(device, link.num_nodes, [self._programs(lane) for lane in lanes])
         self.counts = self._queues.counts
 
-    def attach(self, node: int, outbox: memoryview) -> None:
-        self._outboxes[node] = outbox
+    def attach(self, node: int, out_rows: Region) -> None:
+        self._slots[node] = self._layout.split_rows(out_rows.host())
 
     def use_placement(self, placement: Placement) -> None:
         """Rows go where `routing` says."""
@@ -118,11 +121,10 @@ class SimulatedAttention:
         self.meter.add(duration_s)
         num_tokens = self._lanes[lane].num_tokens
         mark, num_rows = self._routing.draw(num_tokens, self._chance)
-        at = self._draw_at[lane]
-        for node, outbox in self._outboxes.items():
+        for node, slots in self._slots.items():
             self.counts[lane, node] = num_rows[node]
             if num_rows[node]:
-                DRAW.pack_into(outbox, at, mark, num_tokens)
+                DRAW.pack_into(slots[lane], 0, mark, num_tokens)
 
 
 class SimulatedExperts:
@@ -137,14 +139,12 @@ class SimulatedExperts:
         self._node = node
         self._costs = costs
         self._routing = routing
-        self._landing = link.landing.memory
-        self._stride = link.landing.stride
-        self._draw_at = [link.layout.offset(lane) + HEADER_BYTES for lane in range(link.layout.num_lanes)]
+        self._slots = [seat_slots(link.landing, seat) for seat in range(link.landing.num_seats)]
         self._queue = device.queue("experts")
         self._done = device.words.take()
         self._spent_s = 0.0
 
-    def attach(self, seat: int, outbox: memoryview) -> None:
+    def attach(self, seat: int, out_rows: Region) -> None:
         pass
 
     def expert_rows(self) -> dict[int, int]:
@@ -162,8 +162,8 @@ class SimulatedExperts:
         self.device.words.give_back(self._done)
 
     def _experts_s(self, batch: WaveBatch) -> float:
-        at, stride, landing = self._draw_at[batch.lane], self._stride, self._landing
-        draws = [DRAW.unpack_from(landing, rows.seat * stride + at) for rows in batch.rows]
+        lane, slots = batch.lane, self._slots
+        draws = [DRAW.unpack_from(slots[rows.seat][lane]) for rows in batch.rows]
         return self._costs.expert_s(*self._routing.load(self._node, draws))
 
     def _through(self, duration_s: float) -> None:

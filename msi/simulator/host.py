@@ -10,6 +10,7 @@ from msi.control.counters import ProcessCounters
 from msi.control.messages import Assignment
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
+from msi.net.regions import HOST_MEMORY, Allocator
 from msi.net.slots import HEADER_BYTES
 from msi.planner.stage_costs import StageCosts
 from msi.precision import Precision
@@ -53,6 +54,7 @@ class SimulatedModel:
 
     def __init__(self, world: World, assignment: Assignment, device: SimulatedDevice) -> None:
         self.shape = ServedShape(world.deployment.num_layers, VOCAB_SIZE, (), ROW_BYTES, ROW_BYTES)
+        self.memory: Allocator = HOST_MEMORY
         self.has_attention = assignment.role == "attention"
         self.has_experts = assignment.role == "expert" or assignment.is_colocated
         self._world = world
@@ -112,10 +114,9 @@ class SimulatedHost:
         self._num_transports += 1
         return SimulatedTransport(self._world.network, f"{self._id}/{self._num_transports}", self._wire_bytes)
 
-    def _wire_bytes(self, num_bytes: int) -> int:
-        """Of a post: its header, and its rows as long as they would be in reality."""
-        num_rows = max(0, num_bytes - HEADER_BYTES) // ROW_BYTES
-        return num_bytes if not num_rows else HEADER_BYTES + num_rows * self._row_bytes
+    def _wire_bytes(self, num_rows: int) -> int:
+        """Of a post: its header, and its rows as long as they would be in reality; nothing without rows."""
+        return HEADER_BYTES + num_rows * self._row_bytes if num_rows else 0
 
     def counters(self) -> ProcessCounters:
         return ProcessCounters()

@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 from msi.errors import EngineError, TransportError
 from msi.net.delivery import Delivery
-from msi.net.landing import PlainLanding
+from msi.net.landing import PlainLanding, seat_rows
+from msi.net.regions import Allocator
+from msi.net.slots import SlotLayout
 from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
 from msi.simulator.clock import virtual_loop
 
@@ -54,7 +56,8 @@ class SimulatedEndpoint:
     ):
         self.peer = peer
         self.seat = seat
-        self.outbox = peers_landing.seat(its_seat)
+        self.out_headers = peers_landing.headers[its_seat]
+        self.out_rows = peers_landing.allocator.adopt(seat_rows(peers_landing, its_seat))
         self._transport = transport
         self._network = transport.network
         self._latencies = transport.latencies
@@ -64,14 +67,14 @@ class SimulatedEndpoint:
     def join(self, other: SimulatedEndpoint) -> None:
         self._other, other._other = other, self
 
-    def post(self, immediate: int, offset: int = 0, num_bytes: int = 0) -> None:
+    def post(self, lane: int, immediate: int, num_rows: int = 0, note_bytes: int = 0) -> None:
         other = self._other
         if other is None:
             raise TransportError(f"simulated peer at seat {self.seat}", "the connection is closed")
         network = self._network
-        latency = self._latencies.get(num_bytes)
+        latency = self._latencies.get(num_rows)
         if latency is None:
-            latency = self._transport.latency(num_bytes)
+            latency = self._transport.latency(num_rows)
         at = network.loop.time() + latency
         if at < self._last_at:
             at = self._last_at
@@ -93,26 +96,26 @@ class SimulatedTransport:
     """One worker's.
 
     Args:
-        wire_bytes: what a post of so many bytes would be with rows of their true size.
+        wire_bytes: what a post of so many rows would be with rows of their true size.
     """
 
     def __init__(
-        self, network: SimulatedNetwork, address: str, wire_bytes: Callable[[int], int] = lambda num_bytes: num_bytes
+        self, network: SimulatedNetwork, address: str, wire_bytes: Callable[[int], int] = lambda num_rows: num_rows
     ) -> None:
         self.network = network
         self.completed = Delivery()
-        self.latencies: dict[int, float] = {}  # by bytes of a post
+        self.latencies: dict[int, float] = {}  # by rows of a post
         self._wire_bytes = wire_bytes
         self._address = address
         self._accept: Callable[[bytes], Admission] | None = None
         self._endpoints: list[SimulatedEndpoint] = []
 
-    def latency(self, num_bytes: int) -> float:
-        latency = self.latencies[num_bytes] = self.network.latency(self._wire_bytes(num_bytes))
+    def latency(self, num_rows: int) -> float:
+        latency = self.latencies[num_rows] = self.network.latency(self._wire_bytes(num_rows))
         return latency
 
-    def register(self, num_seats: int, seat_bytes: int) -> PlainLanding:
-        return PlainLanding(num_seats, seat_bytes)
+    def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> PlainLanding:
+        return PlainLanding(num_seats, layout, allocator)
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         self._accept = accept

@@ -16,6 +16,7 @@ from msi.experts.server import ExpertCompute
 from msi.meter import StageMeter
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
+from msi.net.regions import Allocator, Region
 from msi.net.transport import Transport
 from msi.precision import Precision
 from msi.tracing import Tracer
@@ -47,8 +48,8 @@ class AttentionPart(AttentionCompute, Protocol):
     pass_meter: StageMeter  # head and sampling, once per pass
     weight_bytes_read: int
 
-    def attach(self, node: int, outbox: memoryview) -> None:
-        """Rows for this expert node go into `outbox` from now on."""
+    def attach(self, node: int, out_rows: Region) -> None:
+        """Rows for this expert node go into `out_rows` from now on."""
 
     def use_placement(self, placement: Placement) -> None:
         """Passes that begin from now on send rows where it says."""
@@ -74,6 +75,7 @@ class LoadedModel(Protocol):
     """The weights of one assignment on a device."""
 
     shape: ServedShape
+    memory: Allocator  # of rows on their way
 
     @property
     def has_attention(self) -> bool: ...

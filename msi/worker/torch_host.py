@@ -15,13 +15,14 @@ from msi.device.choice import open_device
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
 from msi.experts.half import ExpertHalf
-from msi.kernels.routing import row_bytes
+from msi.kernels.routing import answer_row_bytes, row_bytes
 from msi.net import shm
 from msi.net.auto import AutoTransport
 from msi.net.combine_link import CombineLink
 from msi.net.complaints import Complaints
 from msi.net.dispatch_link import DispatchLink
 from msi.net.inproc import InprocTransport
+from msi.net.regions import Allocator
 from msi.net.secret import NO_SECRET, Trust
 from msi.net.shm import ShmTransport
 from msi.net.tcp import TcpTransport, address_towards, split_address
@@ -76,8 +77,9 @@ class TorchModel:
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
             row_bytes=row_bytes(config.hidden_size, config.top_k, DTYPES[precision.rows]),
-            answer_row_bytes=config.hidden_size * precision.row_bytes,
+            answer_row_bytes=answer_row_bytes(config.hidden_size, DTYPES[precision.rows]),
         )
+        self.memory: Allocator = device
         self._files = files
         self._assignment = assignment
         self._device = device
@@ -105,8 +107,7 @@ class TorchModel:
             DTYPES[self._assignment.precision.rows],
             dispatch_layout=link.layout,
             answer_layout=link.answer_layout,
-            landing=link.landing.memory,
-            landing_stride=link.landing.stride,
+            landing=link.landing.rows,
         )
 
     def expert_half(self, link: CombineLink, num_seats: int) -> ExpertHalf:
@@ -118,8 +119,7 @@ class TorchModel:
             DTYPES[self._assignment.precision.rows],
             dispatch_layout=link.layout,
             answer_layout=link.answer_layout,
-            landing=link.landing.memory,
-            landing_stride=link.landing.stride,
+            landing=link.landing.rows,
             num_seats=num_seats,
             experts=self.part.expert_ids,
         )

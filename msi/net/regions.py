@@ -1,0 +1,96 @@
+"""Memory with an owner: a device allocates regions, a transport registers what it is given.
+
+A region may be memory that no host instruction reaches. So nothing above a transport slices bytes: work on the device
+gets a tensor, and what the host must read (headers, counts) never lies in a region of a device's.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from msi.errors import ConfigError
+
+
+class Region(Protocol):
+    """A run of bytes whose address never changes."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def is_host(self) -> bool:
+        """Whether `host` gives it."""
+
+    def host(self) -> memoryview:
+        """Its bytes, writable. Raises ConfigError for a device's memory: nothing is copied by accident."""
+
+    def tensor(self) -> Any:
+        """uint8 [num_bytes], sharing its memory; of a device's memory, for work on that device alone.
+
+        Raises ConfigError where its allocator knows no tensors.
+        """
+
+    def export(self) -> int:
+        """A descriptor of it for another process or a card, closed by the caller. Raises ConfigError: there is none."""
+
+
+class Allocator(Protocol):
+    """A device, or plain host memory where nothing computes."""
+
+    def region(self, num_bytes: int) -> Region:
+        """Memory of the device's, zeroed; costs nothing until it is written, where there is such memory.
+
+        Raises ConfigError where there is not enough.
+        """
+
+    def adopt(self, memory: memoryview) -> Region:
+        """Host memory that a transport maps, as work on the device sees it."""
+
+
+class HostRegion:
+    """A region in host memory.
+
+    Args:
+        as_tensor: what `tensor` calls with the memory.
+    """
+
+    is_host = True
+
+    def __init__(self, memory: memoryview, as_tensor: Callable[[memoryview], Any] | None = None) -> None:
+        self.num_bytes = memory.nbytes
+        self._memory = memory
+        self._as_tensor = as_tensor
+
+    def host(self) -> memoryview:
+        return self._memory
+
+    def tensor(self) -> Any:
+        if self._as_tensor is None:
+            raise ConfigError(f"these {self.num_bytes} bytes belong to no device; ask a device for a region of its own")
+        return self._as_tensor(self._memory)
+
+    def export(self) -> int:
+        raise ConfigError(f"these {self.num_bytes} bytes of host memory have no descriptor; a memfd's region has one")
+
+
+class HostMemory:
+    """An allocator of plain host memory, for those who compute nothing."""
+
+    def region(self, num_bytes: int) -> HostRegion:
+        return HostRegion(map_zeroed(num_bytes))
+
+    def adopt(self, memory: memoryview) -> HostRegion:
+        return HostRegion(memory)
+
+
+HOST_MEMORY = HostMemory()
+
+
+def map_zeroed(num_bytes: int) -> memoryview:
+    """Host memory that starts on a page and takes none until it is written. Raises ConfigError: there is not enough."""
+    try:
+        return memoryview(mmap.mmap(-1, num_bytes))
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot map {num_bytes} bytes: {error}; use fewer or smaller slots") from error
