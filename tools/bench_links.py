@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""What links and waves cost the loop thread, alone: nothing is computed, nobody is woken, no bytes move.
+
+    tools/bench_links.py --seats 8 64 --nodes 8 32 --json
+
+Expert side: a wave of so many seats lands, is batched and answered. Attention side: a turn is posted to so many nodes
+and their answers land. Endpoints only remember what was posted; headers are written before the clock runs. Times are
+of this thread's CPU, medians over all waves or turns of `--passes` passes once caches are warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+
+from msi.experts.server import ExpertServer
+from msi.experts.waves import Finished, WaveBatch, Waves
+from msi.net.combine_link import CombineLink
+from msi.net.dispatch_link import DispatchLink
+from msi.net.landing import Outbox, PlainLanding
+from msi.net.link_hello import LINK_CODEC, PROTOCOL_VERSION, LinkHello, LinkWelcome
+from msi.net.regions import HOST_MEMORY, Allocator, Region
+from msi.net.slots import HEADER, MAGIC, Kind, SlotLayout, pack_immediate
+from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
+from msi_launch.command_line import ScriptLine
+
+NUM_ROWS = 4
+WARM_TURNS = 60
+ENDLESS_S = 1e9  # nothing is late here
+
+
+def parse() -> argparse.Namespace:
+    parser = ScriptLine(__doc__)
+    parser.add_argument(
+        "--seats", type=int, nargs="*", default=[1, 8, 16, 32, 64], help="attention nodes, at an expert"
+    )
+    parser.add_argument("--nodes", type=int, nargs="*", default=[1, 2, 8, 16, 32], help="expert nodes of a turn")
+    parser.add_argument("--lanes", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=60)
+    parser.add_argument("--passes", type=int, default=4)
+    parser.add_argument("--json", action="store_true", help="a JSON line for each size, with its parts")
+    values: argparse.Namespace = parser.parse_args()
+    return values
+
+
+# -- a network without bytes ----------------------------------------------------------------------------------------
+
+
+class StubEndpoint:
+    def __init__(self, peer: bytes, seat: int, layout: SlotLayout) -> None:
+        outbox = Outbox(layout, HOST_MEMORY)
+        self.peer = peer
+        self.seat = seat
+        self.out_headers = outbox.headers
+        self.out_rows = outbox.rows
+        self.posted = 0
+
+    def post(self, lane: int, immediate: int, num_rows: int = 0, note_bytes: int = 0) -> None:
+        self.posted = immediate
+
+    def close(self) -> None:
+        pass
+
+
+class StubTransport:
+    """Whoever drives it says what lands."""
+
+    landing: PlainLanding
+    accept: Callable[[bytes], Admission]
+    handler: Handler
+
+    def __init__(self) -> None:
+        self.endpoints: list[StubEndpoint] = []
+
+    def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> PlainLanding:
+        self.landing = PlainLanding(num_seats, layout, allocator)
+        return self.landing
+
+    async def listen(self, accept: Callable[[bytes], Admission]) -> str:
+        self.accept = accept
+        return "stub"
+
+    async def connect(
+        self, address: str, hello: bytes, landing: Landing, seat: int, *, timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> Endpoint:
+        welcome = LINK_CODEC.encode(LinkWelcome(f"expert-{seat}", 0, 0))
+        self.endpoints.append(StubEndpoint(welcome, seat, landing.layout))
+        return self.endpoints[-1]
+
+    def deliver(self, handler: Handler) -> None:
+        self.handler = handler
+
+    async def close(self) -> None:
+        pass
+
+
+class StubCompute:
+    """Keeps what it is to run."""
+
+    depth = 1
+
+    def __init__(self) -> None:
+        self.running: list[tuple[WaveBatch, Finished]] = []
+
+    def attach(self, seat: int, out_rows: Region) -> None:
+        pass
+
+    def run(self, batch: WaveBatch, finished: Finished) -> None:
+        self.running.append((batch, finished))
+
+
+def hello(index: int, num_lanes: int) -> LinkHello:
+    return LinkHello(
+        protocol_version=PROTOCOL_VERSION, instance="bench", worker_id=f"attention-{index}", incarnation=0, node=index,
+        rank=0, size=1, placement_version=0, num_lanes=num_lanes, slot_rows=NUM_ROWS, row_bytes=128,
+        answer_row_bytes=128, next_seqs=(0,) * num_lanes,
+    )  # fmt: skip
+
+
+def write_header(landing: PlainLanding, seat: int, kind: Kind, lane: int, seq: int) -> None:
+    more = kind is Kind.DISPATCH
+    HEADER.pack_into(landing.headers[seat][lane], 0, MAGIC, kind, lane, 0, more, 0, 0, seq, NUM_ROWS, 128, 1000, 1000)
+
+
+# -- either side ----------------------------------------------------------------------------------------------------
+
+
+async def expert_side(num_seats: int, num_lanes: int, num_layers: int, num_passes: int) -> dict[str, float]:
+    transport, compute = StubTransport(), StubCompute()
+    link = CombineLink(
+        transport, expected=hello(0, num_lanes), worker_id="expert-0", incarnation=0, num_seats=num_seats,
+        max_skip=2 * num_layers,
+    )  # fmt: skip
+    waves = Waves(num_layers=num_layers, num_lanes=num_lanes, min_wait_s=ENDLESS_S)
+    server = ExpertServer(link, waves, compute)
+    await link.listen(server)
+    endpoints = []
+    for index in range(num_seats):
+        payload = LINK_CODEC.encode(hello(index, num_lanes))
+        endpoints.append(StubEndpoint(payload, transport.accept(payload).seat, link.answer_layout))
+        transport.handler(endpoints[-1], CompletionKind.CONNECTED, 0, "")
+    landing_s, answer_s = [], []
+    for seq in range(num_layers * num_passes):
+        for lane in range(num_lanes):
+            for endpoint in endpoints:
+                write_header(transport.landing, endpoint.seat, Kind.DISPATCH, lane, seq)
+            immediate = pack_immediate(Kind.DISPATCH, True, lane, 0, seq, 0)
+            handler, kind = transport.handler, CompletionKind.IMMEDIATE
+            started = time.thread_time()
+            for endpoint in endpoints:
+                handler(endpoint, kind, immediate, "")
+            landed = time.thread_time()
+            ((batch, finished),) = compute.running
+            compute.running.clear()
+            assert len(batch.rows) == num_seats, batch
+            computed = time.thread_time()
+            finished(batch, 1e-4, None)
+            answered = time.thread_time()
+            assert endpoints[-1].posted == pack_immediate(Kind.COMBINE, False, lane, 0, seq, 0)
+            landing_s.append(landed - started)
+            answer_s.append(answered - computed)
+    server.close()
+    return _medians(landing_s, answer_s)
+
+
+async def attention_side(num_nodes: int, num_lanes: int, num_layers: int, num_passes: int) -> dict[str, float]:
+    transport = StubTransport()
+    link = DispatchLink(
+        transport, hello=hello(0, num_lanes), num_nodes=num_nodes, report_loss=lambda *loss: None, timeout_s=ENDLESS_S
+    )
+    for node in range(num_nodes):
+        await link.connect(node, "stub")
+    num_rows = (NUM_ROWS,) * num_nodes
+    posting_s, landing_s = [], []
+    for seq in range(num_layers * num_passes):
+        for lane in range(num_lanes):
+            for node in range(num_nodes):
+                write_header(transport.landing, node, Kind.COMBINE, lane, seq)
+            immediate = pack_immediate(Kind.COMBINE, False, lane, 0, seq, 0)
+            handler, kind = transport.handler, CompletionKind.IMMEDIATE
+            started = time.thread_time()
+            turn = link.open(lane, True)
+            turn.post(num_rows)
+            posted = time.thread_time()
+            for endpoint in transport.endpoints:
+                handler(endpoint, kind, immediate, "")
+            await link.landed(turn)
+            landed = time.thread_time()
+            posting_s.append(posted - started)
+            landing_s.append(landed - posted)
+    return _medians(posting_s, landing_s)
+
+
+def _medians(first_s: list[float], second_s: list[float]) -> dict[str, float]:
+    """Microseconds: of both parts together, and of each."""
+    pairs = list(zip(first_s, second_s, strict=True))[WARM_TURNS:]
+    both, first, second = (median(times) for times in zip(*((a + b, a, b) for a, b in pairs), strict=True))
+    return {"us": both * 1e6, "first_us": first * 1e6, "second_us": second * 1e6}
+
+
+SIDES = {
+    "expert": (expert_side, "seats", "wave", ("landed_us", "answered_us")),
+    "attention": (attention_side, "nodes", "turn", ("posted_us", "landed_us")),
+}
+
+
+def main() -> None:
+    arguments = parse()
+    for name, (side, what, unit, parts) in SIDES.items():
+        for size in getattr(arguments, what):
+            times = asyncio.run(side(size, arguments.lanes, arguments.layers, arguments.passes))
+            found = dict(zip((f"{unit}_us", *parts), times.values(), strict=True))
+            if arguments.json:
+                rounded = {key: round(value, 2) for key, value in found.items()}
+                print(json.dumps({"side": name, what: size, **rounded}), flush=True)
+            else:
+                each = ", ".join(f"{part.removesuffix('_us')} {found[part]:.1f}" for part in parts)
+                print(f"{name}: {found[f'{unit}_us']:6.1f} us per {unit} of {size} {what} ({each})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
