@@ -137,7 +137,7 @@ async def test_an_expert_worker_that_cannot_compute_the_rows_of_one_attention_wo
         bad_seat = next(seat for seat, peer in experts[0]._link.peers.items() if peer == "attention-0")
 
         def partial(batch):
-            if any(rows.seat == bad_seat for rows in batch.rows):
+            if any(seat == bad_seat for seat, _, _ in batch.rows):
                 raise ValueError("rows of seat")
             return compute(batch)
 

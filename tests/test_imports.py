@@ -18,7 +18,8 @@ LAYERS = [
         "msi.parameters", "msi.precision",
     },
     {
-        "msi.experts.waves", "msi.placement", "msi.attention.scheduler", "msi.attention.admission",
+        "msi.experts.waves", "msi.experts.wave", "msi.experts.pace", "msi.experts.batches", "msi.placement",
+        "msi.attention.scheduler", "msi.attention.admission",
         "msi.attention.sequence", "msi.attention.block_pool", "msi.sampling", "msi.kernels", "msi.net", "msi.planner",
         "msi.settings",
     },

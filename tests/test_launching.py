@@ -98,7 +98,7 @@ class Node:
         self.seen = []
 
     def answer(self, seat, lane, seq, num_rows):
-        self.link.answer(seat, lane, seq, num_rows, compute_s=0.0)
+        self.link.answer(lane, [(seat, seq, num_rows)], compute_s=0.0)
 
     def refuse(self, seat, lane, seq, num_rows):
         self.does = self.answer
@@ -113,7 +113,7 @@ class Node:
     def left(self, seat):
         """Nothing to detach."""
 
-    def landed(self, seat, lane, seq, num_rows, more):
+    def landed(self, seat, lane, seq, num_rows, more, now):
         self.seen.append((lane, seq, more))
         if num_rows:
             self.does(seat, lane, seq, num_rows)

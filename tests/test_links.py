@@ -35,7 +35,7 @@ class Recorder:
     def left(self, seat):
         self.events.append(("left", seat))
 
-    def landed(self, seat, lane, seq, num_rows, more):
+    def landed(self, seat, lane, seq, num_rows, more, now):
         self.events.append((seat, lane, seq, num_rows, more))
 
 
@@ -141,13 +141,13 @@ async def test_a_turn_is_one_post_per_node_and_an_answer_from_those_that_had_row
     assert await pair.landed(1) == [(0, 1, 0, 0, True)]
     await asyncio.sleep(0)
     assert not turn.done()
-    pair.nodes[0].answer(0, 1, 0, 2, compute_s=0.001)
+    pair.nodes[0].answer(1, [(0, 0, 2)], compute_s=0.001)
     await asyncio.wait_for(turn, 5)
     assert pair.link.compute_meter.median_s == pytest.approx(0.001)
     turn = pair.exchange(1, (0, 1), more=False)
     assert await pair.landed(0) == [(0, 1, 1, 0, False)]
     assert await pair.landed(1) == [(0, 1, 1, 1, False)]
-    pair.nodes[1].answer(0, 1, 1, 1, compute_s=0.0)
+    pair.nodes[1].answer(1, [(0, 1, 1)], compute_s=0.0)
     await asyncio.wait_for(turn, 5)
 
 
@@ -175,7 +175,7 @@ HEADERS = [
     ("rows", {"num_rows": 5}),
     ("rows", {"row_bytes": 128}),
 ]
-GOOD = Header(MAGIC, Kind.DISPATCH, 0, 0, 1, 5, 2, 0, 3, 256, 0, 0)
+GOOD = Header(MAGIC, Kind.DISPATCH, 0, 0, 1, 5, 2, 0, 3, 256, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("reason", "immediate"), GARBAGE)
@@ -212,7 +212,7 @@ async def test_answers_that_nobody_waits_for_are_dropped_and_counted(pair):
     await asyncio.sleep(0.05)
     assert not turn.done()
     assert pair.link.counters.dropped == {"stale": 2, "incarnation": 1, "header": 1}
-    pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)
+    pair.nodes[0].answer(0, [(0, 0, 1)], compute_s=0.0)
     await asyncio.wait_for(turn, 5)
 
 
@@ -265,7 +265,7 @@ async def test_rows_that_were_packed_for_a_node_that_was_lost_do_not_go_to_its_n
     again = pair.exchange(0, (0, 1))
     ((_, lane, _, num_rows, _),) = await pair.landed(1)
     assert (lane, num_rows) == (0, 1)
-    pair.nodes[1].answer(0, 0, pair.link.next_seq(0) - 1, 1, compute_s=0.0)
+    pair.nodes[1].answer(0, [(0, pair.link.next_seq(0) - 1, 1)], compute_s=0.0)
     await asyncio.wait_for(again, 5)
     assert not pair.nodes[1].counters.dropped
 
@@ -273,10 +273,10 @@ async def test_rows_that_were_packed_for_a_node_that_was_lost_do_not_go_to_its_n
 async def test_a_pass_that_a_lost_node_had_answered_fails_too_for_its_answer_went_with_its_seat(pair):
     turn = pair.exchange(0, (1, 1))
     await pair.landed(1)
-    pair.nodes[1].answer(0, 0, 0, 1, compute_s=0.0)
+    pair.nodes[1].answer(0, [(0, 0, 1)], compute_s=0.0)
     await until(lambda: pair.link.counters.answers == 1)
     await lose_and_return(pair)
-    pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)
+    pair.nodes[0].answer(0, [(0, 0, 1)], compute_s=0.0)
     with pytest.raises(TransportError, match=LOST):
         await asyncio.wait_for(turn, 5)
 
@@ -328,7 +328,7 @@ async def test_a_lane_that_gave_up_a_pass_goes_on_at_the_next(pair):
     turn = pair.exchange(0, (1, 1), num_layers=8)
     assert await pair.landed(0) == [(0, 0, 8, 1, True)]
     assert await pair.landed(1) == [(0, 0, 8, 1, True)]
-    pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)  # for the pass that was given up
+    pair.nodes[0].answer(0, [(0, 0, 1)], compute_s=0.0)  # for the pass that was given up
     assert pair.nodes[0].counters.dropped == {"answer to a peer that is gone": 1}
     turn.cancel()
 
@@ -359,7 +359,7 @@ async def test_the_last_answer_opens_the_gate_of_its_turn_and_the_last_turn_ends
         assert more == (turn < first + 2)
         for node in range(2):
             assert turn not in gates.opened[0]
-            pair.nodes[node].answer(0, 0, seq, 1, compute_s=0.0)
+            pair.nodes[node].answer(0, [(0, seq, 1)], compute_s=0.0)
             await until(lambda count=2 * (turn - first) + node + 1: pair.link.counters.answers == count)
         assert gates.opened[0] == list(range(first, turn + 1))
         assert asked == [0] * (turn >= first + 1), "asked when the last turn is about to be computed, and not before"
@@ -407,7 +407,7 @@ async def cancelled(pair, turn):
 
 async def cannot_say_whether_more_follows(pair, turn):
     for node in range(2):
-        pair.nodes[node].answer(0, 0, turn - 1, 1, compute_s=0.0)
+        pair.nodes[node].answer(0, [(0, turn - 1, 1)], compute_s=0.0)
 
 
 FAILURES = [lost, takes_no_post, refused, raised, replaced, nobody_answers, cancelled, cannot_say_whether_more_follows]
@@ -455,7 +455,7 @@ async def is_served_again(pair):
         seat, lane, seq, num_rows, _ = events[-1]
         late = pack_immediate(Kind.COMBINE, False, 0, 0, seq - 1, pair.link._nodes[node].welcome.incarnation)
         pair.nodes[node]._seats[seat].endpoint.post(lane, late)
-        pair.nodes[node].answer(seat, lane, seq, num_rows, compute_s=0.0)
+        pair.nodes[node].answer(lane, [(seat, seq, num_rows)], compute_s=0.0)
     await asyncio.wait_for(again, 5)
     assert pair.link.counters.dropped["stale"] >= 2
 
@@ -465,11 +465,11 @@ async def test_a_late_answer_of_a_given_up_pass_is_never_used(pair):
     await pair.landed(0)
     exchange.cancel()
     await asyncio.gather(exchange, return_exceptions=True)
-    pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)  # nothing is in flight
+    pair.nodes[0].answer(0, [(0, 0, 1)], compute_s=0.0)  # nothing is in flight
     await until(lambda: pair.link.counters.dropped["stale"] == 1)
     await pair.landed(1)
     gates, turn = pair.begin(0, num_layers=4)
-    pair.nodes[1].answer(0, 0, 0, 1, compute_s=0.0)  # the next pass computes its first layer
+    pair.nodes[1].answer(0, [(0, 0, 1)], compute_s=0.0)  # the next pass computes its first layer
     await until(lambda: pair.link.counters.dropped["stale"] == 2)
     gates.pack(0, (1, 1))
     pair.link.packed(0, turn)
@@ -546,7 +546,7 @@ async def test_rows_are_taken_of_every_placement_that_a_node_uses_and_a_pass_kee
     gates.pack(0, (1, 0))
     pair.link.packed(0, before)  # of a pass that had begun
     assert await pair.landed(0) == [(0, 0, 0, 1, True)]
-    pair.nodes[0].answer(0, 0, 0, 1, compute_s=0.0)
+    pair.nodes[0].answer(0, [(0, 0, 1)], compute_s=0.0)
     await asyncio.wait_for(pair.link.passed(0), 5)
     pair.link.end(0)
     early = pair.exchange(0, (1, 0))
@@ -558,7 +558,7 @@ async def test_rows_are_taken_of_every_placement_that_a_node_uses_and_a_pass_kee
     for lane, seq in ((1, 0), (1, 1)):
         turn = pair.exchange(lane, (1, 0))
         assert await pair.landed(0) == [(0, lane, seq, 1, True)]
-        pair.nodes[0].answer(0, lane, seq, 1, compute_s=0.0)
+        pair.nodes[0].answer(lane, [(0, seq, 1)], compute_s=0.0)
         await asyncio.wait_for(turn, 5)
     for version, is_taken in ((2, True), (3, True), (4, False)):
         link = DispatchLink(

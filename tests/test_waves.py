@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from msi.experts.waves import Rows, WaveBatch, Waves
+from msi.experts.batches import WaveBatch
+from msi.experts.waves import Waves
 
 LAYERS = 4
 W = 1.0
@@ -22,7 +23,7 @@ def land(waves, seat, seq, now, rows=2, more=True, lane=0):
 
 
 def batch(layer, *rows, lane=0, alone=False):
-    return WaveBatch(lane, layer, tuple(Rows(*item) for item in rows), alone)
+    return WaveBatch(lane, layer, rows, alone)
 
 
 def start_together(waves, seats=(0, 1, 2), now=0.0):

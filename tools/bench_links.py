@@ -14,11 +14,13 @@ import argparse
 import asyncio
 import json
 import time
+from array import array
 from collections.abc import Callable
 from statistics import median
 
-from msi.experts.server import ExpertServer
-from msi.experts.waves import Finished, WaveBatch, Waves
+from msi.experts.batches import WaveBatch
+from msi.experts.server import ExpertServer, Finished
+from msi.experts.waves import Waves
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.landing import Outbox, PlainLanding
@@ -104,13 +106,17 @@ class StubCompute:
     depth = 1
 
     def __init__(self) -> None:
-        self.running: list[tuple[WaveBatch, Finished]] = []
+        self.running: list[tuple[WaveBatch, int]] = []
+        self.finished: Finished
 
     def attach(self, seat: int, out_rows: Region) -> None:
         pass
 
-    def run(self, batch: WaveBatch, finished: Finished) -> None:
-        self.running.append((batch, finished))
+    def run(self, batch: WaveBatch, ticket: int) -> None:
+        self.running.append((batch, ticket))
+
+    def tell(self, finished: Finished) -> None:
+        self.finished = finished
 
 
 def hello(index: int, num_lanes: int) -> LinkHello:
@@ -123,7 +129,7 @@ def hello(index: int, num_lanes: int) -> LinkHello:
 
 def write_header(landing: PlainLanding, seat: int, kind: Kind, lane: int, seq: int) -> None:
     more = kind is Kind.DISPATCH
-    HEADER.pack_into(landing.headers[seat][lane], 0, MAGIC, kind, lane, 0, more, 0, 0, seq, NUM_ROWS, 128, 1000, 1000)
+    HEADER.pack_into(landing.headers[seat][lane], 0, MAGIC, kind, lane, 0, more, 0, 0, seq, NUM_ROWS, 128, 1e-6, 1e-6)
 
 
 # -- either side ----------------------------------------------------------------------------------------------------
@@ -154,17 +160,29 @@ async def expert_side(num_seats: int, num_lanes: int, num_layers: int, num_passe
             for endpoint in endpoints:
                 handler(endpoint, kind, immediate, "")
             landed = time.thread_time()
-            ((batch, finished),) = compute.running
+            ((batch, ticket),) = compute.running
             compute.running.clear()
             assert len(batch.rows) == num_seats, batch
             computed = time.thread_time()
-            finished(batch, 1e-4, None)
+            compute.finished(ticket, 1e-4, None)
             answered = time.thread_time()
             assert endpoints[-1].posted == pack_immediate(Kind.COMBINE, False, lane, 0, seq, 0)
             landing_s.append(landed - started)
             answer_s.append(answered - computed)
     server.close()
     return _medians(landing_s, answer_s)
+
+
+class StubGates:
+    """A lane's queue that opens at once."""
+
+    def __init__(self, num_lanes: int, num_layers: int, num_nodes: int) -> None:
+        self.num_layers = num_layers
+        flat = array("i", [NUM_ROWS] * (num_lanes * num_nodes))
+        self.counts = memoryview(flat).cast("B").cast("i", (num_lanes, num_nodes))
+
+    def open(self, lane: int, turn: int) -> None:
+        pass
 
 
 async def attention_side(num_nodes: int, num_lanes: int, num_layers: int, num_passes: int) -> dict[str, float]:
@@ -174,24 +192,28 @@ async def attention_side(num_nodes: int, num_lanes: int, num_layers: int, num_pa
     )
     for node in range(num_nodes):
         await link.connect(node, "stub")
-    num_rows = (NUM_ROWS,) * num_nodes
+    gates = StubGates(num_lanes, num_layers, num_nodes)
     posting_s, landing_s = [], []
-    for seq in range(num_layers * num_passes):
+    for number in range(num_passes):
+        firsts = [link.begin(lane, gates, lambda lane: True) for lane in range(num_lanes)]
+        for layer in range(num_layers):
+            for lane, first in enumerate(firsts):
+                seq = number * num_layers + layer
+                for node in range(num_nodes):
+                    write_header(transport.landing, node, Kind.COMBINE, lane, seq)
+                immediate = pack_immediate(Kind.COMBINE, False, lane, 0, seq, 0)
+                handler, kind = transport.handler, CompletionKind.IMMEDIATE
+                started = time.thread_time()
+                link.packed(lane, first + layer)
+                posted = time.thread_time()
+                for endpoint in transport.endpoints:
+                    handler(endpoint, kind, immediate, "")
+                landed = time.thread_time()
+                posting_s.append(posted - started)
+                landing_s.append(landed - posted)
         for lane in range(num_lanes):
-            for node in range(num_nodes):
-                write_header(transport.landing, node, Kind.COMBINE, lane, seq)
-            immediate = pack_immediate(Kind.COMBINE, False, lane, 0, seq, 0)
-            handler, kind = transport.handler, CompletionKind.IMMEDIATE
-            started = time.thread_time()
-            turn = link.open(lane, True)
-            turn.post(num_rows)
-            posted = time.thread_time()
-            for endpoint in transport.endpoints:
-                handler(endpoint, kind, immediate, "")
-            await link.landed(turn)
-            landed = time.thread_time()
-            posting_s.append(posted - started)
-            landing_s.append(landed - posted)
+            await link.passed(lane)
+            link.end(lane)
     return _medians(posting_s, landing_s)
 
 

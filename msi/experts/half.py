@@ -14,8 +14,8 @@ from torch import Tensor
 from msi.device.compute_thread import Program
 from msi.device.device import Device
 from msi.device.regions import slot_rows
+from msi.experts.batches import WaveBatch
 from msi.experts.server import Finished
-from msi.experts.waves import WaveBatch
 from msi.kernels.kernels import ExpertBank
 from msi.kernels.routing import PackedRows
 from msi.meter import StageMeter
@@ -46,6 +46,7 @@ class ExpertHalf:
         num_seats: int,
         experts: tuple[int, ...] = (),
     ) -> None:
+        self.depth = 1
         self.meter = StageMeter()  # T_e
         self.weight_bytes_read = 0
         self._config = config
@@ -107,5 +108,5 @@ class ExpertHalf:
         self._error = error
 
     def _run(self, batch: WaveBatch) -> None:
-        seats = [(rows.seat, rows.num_rows) for rows in batch.rows]
+        seats = [(seat, num_rows) for seat, _, num_rows in batch.rows]
         self.weight_bytes_read += self._bank.run(batch.layer, batch.lane, seats, self._rows, self._outboxes)

@@ -20,7 +20,8 @@ from typing import Protocol
 
 from msi.complaints import Complaints
 from msi.errors import one_line
-from msi.experts.waves import WaveBatch, Waves
+from msi.experts.batches import WaveBatch
+from msi.experts.waves import Waves
 from msi.net.combine_link import CombineLink
 from msi.net.regions import Region
 
@@ -32,6 +33,8 @@ Finished = Callable[[int, float, Exception | None], None]  # a ticket, seconds o
 
 class ExpertCompute(Protocol):
     """The experts of one node on a device."""
+
+    depth: int  # batches that may be out: more than 1 where the device would stand still from one to the next
 
     def attach(self, seat: int, out_rows: Region) -> None:
         """Answers to this seat go into `out_rows` from now on."""
@@ -58,6 +61,8 @@ class ExpertServer:
         self._compute = compute
         self._clock = clock
         self._lock = threading.Lock()  # over the waves and what follows
+        self._acquire, self._release = self._lock.acquire, self._lock.release  # `with` costs twice as much
+        self._landed = waves.landings
         self._num_tickets = 0
         self._out: dict[int, WaveBatch] = {}  # by ticket, on the device
         self._again: deque[WaveBatch] = deque()  # to run before what the waves say
@@ -84,11 +89,14 @@ class ExpertServer:
             self._waves.disconnect(seat, self._clock())
             self._start_next()
 
-    def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool) -> None:
+    def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool, now: float) -> None:
         try:
-            with self._lock:
-                if self._waves.landed(seat, lane, seq, num_rows, more, self._clock()):
+            self._acquire()
+            try:
+                if self._landed[lane](seat, seq, num_rows, more, now):
                     self._start_next()
+            finally:
+                self._release()
         except Exception as error:
             self._complaints.say(error, "rows that landed could not be taken")
             self._refuse(seat, lane, seq, error)
@@ -105,18 +113,21 @@ class ExpertServer:
     # -- on either thread --------------------------------------------------------------------------------------------
 
     def _start_next(self) -> None:
-        """Gives a free device its next batch, or sees to it that this is called when there may be one. Needs the lock.
+        """Gives the device what it may have, or sees to it that this is called when there may be more. Needs the lock.
 
-        Deadlines mostly move on before they come, so a timer that is set already is let run out and set anew then.
+        A device that is busy gets only what all have landed for: time evicts nobody before it is free. Deadlines mostly
+        move on before they come, so a timer that is set already is let run out and set anew then.
         """
-        if self._out or self._is_closed:
+        if self._is_closed:
             return
-        batch = self._again.popleft() if self._again else self._waves.take(self._clock())
-        if batch is not None:
+        while len(self._out) < self._compute.depth:
+            batch = self._again.popleft() if self._again else self._waves.take(self._clock(), bool(self._out))
+            if batch is None:
+                break
             self._num_tickets += 1
             self._out[self._num_tickets] = batch
             self._compute.run(batch, self._num_tickets)
-        elif (deadline := self._waves.deadline()) < self._timer_at:
+        if not self._out and (deadline := self._waves.deadline()) < self._timer_at:
             self._timer_at = deadline
             self._loop.call_soon_threadsafe(self._set_timer)
 
@@ -137,14 +148,14 @@ class ExpertServer:
             self._complaints.say(error, f"layer {batch.layer} failed")
             if len(batch.rows) > 1:
                 return
-        for rows in batch.rows:
-            try:
-                if error is None:
-                    self._link.answer(rows.seat, batch.lane, rows.seq, rows.num_rows, compute_s)
-                else:
-                    self._refuse(rows.seat, batch.lane, rows.seq, error)
-            except Exception as second:
-                self._complaints.say(second, "an answer could not be given")
+        try:
+            if error is None:
+                self._link.answer(batch.lane, batch.rows, compute_s)
+            else:
+                for seat, seq, _ in batch.rows:
+                    self._refuse(seat, batch.lane, seq, error)
+        except Exception as second:
+            self._complaints.say(second, "an answer could not be given")
 
     def _refuse(self, seat: int, lane: int, seq: int, error: Exception) -> None:
         self._link.refuse(seat, lane, seq, f"could not compute its experts: {one_line(error)}")

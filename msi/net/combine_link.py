@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -21,15 +21,27 @@ from msi.net.slots import (
     HEADER,
     HEADER_BYTES,
     INCARNATION_MASK,
+    KIND_WORD_FIXED,
+    LANE_SHIFT,
     MAGIC,
+    MAX_LANES,
     NOTE_BYTES,
+    OPENING,
     SEQ_MASK,
+    SEQ_SHIFT,
+    WORDS,
     Kind,
+    kind_word,
+    life_word,
     pack_immediate,
+    split_life_word,
 )
 from msi.net.transport import Admission, CompletionKind, Endpoint, Transport
 
 log = logging.getLogger(__name__)
+
+IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as its header
+GONE = "answer to a peer that is gone"
 
 
 class Listener(Protocol):
@@ -41,17 +53,38 @@ class Listener(Protocol):
     def left(self, seat: int) -> None:
         """A peer is gone; its seat may be given away."""
 
-    def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool) -> None:
-        """Rows, or (num_rows 0) the word that there are none."""
+    def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool, now: float) -> None:
+        """Rows, or (num_rows 0) the word that there are none. `now` is the link's clock."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One lane of a seat: what landed there last, and what would be next if the peer goes on as it does."""
+
+    header: memoryview
+    out_header: memoryview
+    seq: int
+    immediate: int  # of sequence number 0
+    kind_word: int
+    post: Callable[[int, int, int], None]
+    landed_at: float = 0.0
+
+
+def _no_post(lane: int, immediate: int, num_rows: int) -> None:
+    raise AssertionError(f"lane {lane} is none")
+
+
+NO_SLOT = _Slot(memoryview(b""), memoryview(b""), 0, -1, 0, _no_post)  # of lanes that there are not
 
 
 @dataclass(slots=True)
 class _Seat:
+    index: int
     hello: LinkHello
     payload: bytes  # the hello as it came
-    seqs: list[int]  # last landed, per lane
-    landed_at: list[float]
+    life_word: int  # of what it sent last: its life, and the placement
     endpoint: Endpoint | None = None  # None between the admission and the connection
+    slots: tuple[_Slot, ...] = ()  # for every lane that an immediate can name; from the connection on
 
 
 @dataclass
@@ -98,12 +131,19 @@ class CombineLink:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._seats: list[_Seat | None] = [None] * num_seats
-        self._seat_of: dict[Endpoint, int] = {}
+        self._slots: list[list[_Slot | None]] = [[None] * num_seats for _ in range(expected.num_lanes)]
+        self._seat_of: dict[Endpoint, _Seat] = {}
         self._placement_versions = {expected.placement_version}  # whose rows are taken
         self._incarnations: dict[str, int] = {}  # the latest of each worker id
         self._max_skip = max_skip
         self._clock = clock
         self._listener: Listener | None = None
+        self._tell = _nobody_listens
+        lanes = range(expected.num_lanes)
+        self._life_word = life_word(incarnation, expected.placement_version)
+        self._row_bytes, self._slot_rows = self.layout.row_bytes, self.layout.slot_rows
+        self._answer_words = [kind_word(Kind.COMBINE, lane, False) for lane in lanes]
+        self._answer_bases = [pack_immediate(Kind.COMBINE, False, lane, 0, 0, incarnation) for lane in lanes]
 
     @property
     def peers(self) -> dict[int, str]:
@@ -115,6 +155,7 @@ class CombineLink:
     async def listen(self, listener: Listener) -> str:
         """Takes peers from now on and tells `listener` of them and their rows; the address to give to peers."""
         self._listener = listener
+        self._tell = listener.landed
         self._transport.deliver(self._completed)
         return await self._transport.listen(self._accept)
 
@@ -132,8 +173,8 @@ class CombineLink:
         if free is None:
             raise ProtocolError(f"all {len(self._seats)} seats of {self._worker_id} are taken")
         self._incarnations[hello.worker_id] = hello.incarnation
-        lanes = range(hello.num_lanes)
-        self._seats[free] = _Seat(hello, payload, [seq - 1 for seq in hello.next_seqs], [0.0 for _ in lanes])
+        life = life_word(hello.incarnation, hello.placement_version)
+        self._seats[free] = _Seat(free, hello, payload, life)
         welcome = LinkWelcome(worker_id=self._worker_id, incarnation=self._incarnation, seat=free)
         return Admission(self.landing, free, LINK_CODEC.encode(welcome))
 
@@ -143,6 +184,8 @@ class CombineLink:
         if seat is None:
             return
         self._seats[seat_index] = None
+        for slots in self._slots:
+            slots[seat_index] = None
         self.landing.revoke(seat_index)
         if seat.endpoint is not None:
             del self._seat_of[seat.endpoint]
@@ -153,104 +196,160 @@ class CombineLink:
     def use_placement(self, version: int) -> None:
         """Rows of this placement are taken from now on, and of those before it: local ids mean the same under all."""
         self._expected = replace(self._expected, placement_version=version)
+        self._life_word = life_word(self._incarnation, version)
         self._placement_versions.add(version)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def _completed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
-        seat_index = self._seat_of.get(endpoint)
-        if kind is CompletionKind.IMMEDIATE:
-            if seat_index is None:
+        seat = self._seat_of.get(endpoint)
+        if kind is IMMEDIATE:
+            if seat is None:
                 self.counters.dropped["closed endpoint"] += 1
-            else:
-                self._landed(seat_index, immediate)
-        elif kind is CompletionKind.CONNECTED:
-            admitted = self._seats[endpoint.seat]
-            if admitted is None or admitted.payload != endpoint.peer:
-                endpoint.close()  # fenced between its admission and now
                 return
-            self._seat_of[endpoint] = endpoint.seat
-            admitted.endpoint = endpoint
-            assert self._listener is not None
-            self._listener.joined(endpoint.seat, admitted.hello.node, endpoint.out_rows)
-        elif seat_index is not None:
-            log.info("%s left: %s", self.peers[seat_index], reason)
-            self.fence(seat_index)
+            self.counters.immediates += 1
+            lane = immediate >> LANE_SHIFT & 7
+            slot = seat.slots[lane]
+            seq = slot.seq + 1
+            if immediate != slot.immediate | (seq & SEQ_MASK) << SEQ_SHIFT:
+                self._landed_otherwise(seat, lane, immediate)
+                return
+            # nearly always: the peer's next dispatch, which a few comparisons tell
+            word, life, its_seq, num_rows, row_bytes = OPENING.unpack_from(slot.header)
+            if (
+                word == slot.kind_word
+                and its_seq == seq
+                and life == seat.life_word
+                and row_bytes == self._row_bytes
+                and 0 < num_rows <= self._slot_rows
+            ):
+                slot.seq, slot.landed_at = seq, (now := self._clock())
+                self.counters.rows += num_rows
+                self._tell(seat.index, lane, seq, num_rows, True, now)
+            else:
+                self._landed_otherwise(seat, lane, immediate)
+        elif kind is CompletionKind.CONNECTED:
+            self._connected(endpoint)
+        elif seat is not None:
+            log.info("%s left: %s", seat.hello.worker_id, reason)
+            self.fence(seat.index)
 
-    def answer(self, seat_index: int, lane: int, seq: int, num_rows: int, compute_s: float) -> None:
-        """Posts the seat's rows, which lie where they leave. From any thread; does nothing when the peer is gone."""
-        self._post(seat_index, Kind.COMBINE, lane, seq, num_rows, 0, compute_s)
+    def _connected(self, endpoint: Endpoint) -> None:
+        seat = self._seats[endpoint.seat]
+        if seat is None or seat.payload != endpoint.peer:
+            endpoint.close()  # fenced between its admission and now
+            return
+        slots = []
+        for lane, next_seq in enumerate(seat.hello.next_seqs):
+            slot = _Slot(
+                header=self.landing.headers[seat.index][lane],
+                out_header=endpoint.out_headers[lane],
+                seq=next_seq - 1,
+                immediate=pack_immediate(Kind.DISPATCH, True, lane, 0, 0, seat.hello.incarnation),
+                kind_word=kind_word(Kind.DISPATCH, lane, True),
+                post=endpoint.post,
+            )
+            slots.append(slot)
+            self._slots[lane][seat.index] = slot
+        seat.slots = (*slots, *[NO_SLOT] * (MAX_LANES - len(slots)))
+        seat.endpoint = endpoint
+        self._seat_of[endpoint] = seat
+        assert self._listener is not None
+        self._listener.joined(seat.index, seat.hello.node, endpoint.out_rows)
+
+    def _landed_otherwise(self, seat: _Seat, lane: int, immediate: int) -> None:
+        """Whatever it is: checked against the header field by field, and dropped for the first that does not match."""
+        slot = seat.slots[lane]
+        if lane >= self.layout.num_lanes:
+            reason = "lane"
+        elif (immediate ^ seat.hello.incarnation) & INCARNATION_MASK:
+            reason = "incarnation"
+        elif not 0 < (ahead := (immediate >> SEQ_SHIFT) - slot.seq & SEQ_MASK) <= self._max_skip:
+            reason = "stale"
+        else:
+            seq = slot.seq + ahead
+            num_rows, reason = self._rows_of(seat, lane, seq, immediate)
+            if not reason:
+                slot.seq, slot.landed_at = seq, (now := self._clock())
+                self.counters.rows += num_rows
+                self._tell(seat.index, lane, seq, num_rows, bool(immediate >> 29 & 1), now)
+                return
+        self.counters.dropped[reason] += 1
+
+    def _rows_of(self, seat: _Seat, lane: int, seq: int, immediate: int) -> tuple[int, str]:
+        """How many rows an immediate announces, and why it is not used, or ""."""
+        kind = immediate >> 30
+        if kind == Kind.EMPTY:
+            return 0, ""
+        if kind != Kind.DISPATCH:
+            return 0, "kind"
+        word, life, its_seq, num_rows, row_bytes = OPENING.unpack_from(seat.slots[lane].header)
+        incarnation, placement_version = split_life_word(life)
+        if (
+            (word ^ kind_word(kind, lane, False)) & KIND_WORD_FIXED
+            or incarnation != seat.hello.incarnation
+            or placement_version not in self._placement_versions
+            or its_seq != seq
+        ):
+            return 0, "header"
+        if not 0 < num_rows <= self._slot_rows or row_bytes != self._row_bytes:
+            return 0, "rows"
+        seat.life_word = life  # the placement that its passes use now
+        return num_rows, ""
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def answer(self, lane: int, answers: Iterable[tuple[int, int, int]], compute_s: float) -> None:
+        """Posts what lies where the seats' rows leave: (seat, sequence number, number of rows) for each seat.
+
+        From any thread; does nothing for a peer that is gone. What goes wrong with one seat is raised when all others
+        have their answers.
+        """
+        slots, now = self._slots[lane], self._clock()
+        word, life, base = self._answer_words[lane], self._life_word, self._answer_bases[lane]
+        row_bytes, pack = self.answer_layout.row_bytes, WORDS.pack_into
+        num_answers = 0
+        failure: Exception | None = None
+        for index, seq, num_rows in answers:
+            slot = slots[index]
+            if slot is None or slot.seq != seq:
+                self.counters.dropped[GONE] += 1
+                continue
+            try:
+                service_s = now - slot.landed_at
+                pack(slot.out_header, 0, word, life, seq, num_rows, row_bytes, service_s, compute_s)
+                slot.post(lane, base | (seq & SEQ_MASK) << SEQ_SHIFT, num_rows)
+                num_answers += 1
+            except TransportError as error:  # its CLOSED completion is on the way and frees the seat
+                log.debug("answer not sent: %s", error)
+            except Exception as error:
+                failure = error
+        self.counters.answers += num_answers
+        if failure is not None:
+            raise failure
 
     def refuse(self, seat_index: int, lane: int, seq: int, reason: str) -> None:
         """Tells the peer that no answer will come, and why. From any thread; does nothing when the peer is gone."""
-        seat = self._seats[seat_index]
-        if seat is None or seat.endpoint is None:
+        seat, slot = self._seats[seat_index], self._slots[lane][seat_index]
+        if seat is None or seat.endpoint is None or slot is None or slot.seq != seq:
+            self.counters.dropped[GONE] += 1
             return
         note = reason.encode(errors="replace")[:NOTE_BYTES]
-        seat.endpoint.out_headers[lane][HEADER_BYTES : HEADER_BYTES + len(note)] = note
-        self._post(seat_index, Kind.ERROR, lane, seq, 0, len(note), 0.0)
-
-    def _post(
-        self, seat_index: int, kind: Kind, lane: int, seq: int, num_rows: int, note_bytes: int, compute_s: float
-    ) -> None:
-        seat = self._seats[seat_index]
-        if seat is None or seat.endpoint is None or seat.seqs[lane] != seq:
-            self.counters.dropped["answer to a peer that is gone"] += 1
-            return
-        service_ns = int((self._clock() - seat.landed_at[lane]) * 1e9)
+        header = slot.out_header
+        service_s = self._clock() - slot.landed_at
         HEADER.pack_into(
-            seat.endpoint.out_headers[lane], 0, MAGIC, kind, lane, 0, 0, self._incarnation,
-            self._expected.placement_version, seq, num_rows or note_bytes, self.answer_layout.row_bytes, service_ns,
-            int(compute_s * 1e9),
+            header, 0, MAGIC, Kind.ERROR, lane, 0, 0, self._incarnation, self._expected.placement_version, seq,
+            len(note), self.answer_layout.row_bytes, service_s, 0.0,
         )  # fmt: skip
+        header[HEADER_BYTES : HEADER_BYTES + len(note)] = note
         try:
-            immediate = pack_immediate(kind, False, lane, 0, seq, self._incarnation)
-            seat.endpoint.post(lane, immediate, num_rows, note_bytes)
-            self.counters.answers += 1
-        except TransportError as error:  # its CLOSED completion is on the way and frees the seat
-            log.debug("answer not sent: %s", error)
-
-    def _landed(self, seat_index: int, immediate: int) -> None:
-        self.counters.immediates += 1
-        seat = self._seats[seat_index]
-        lane = immediate >> 26 & 7
-        dropped = self.counters.dropped
-        if seat is None or lane >= self.layout.num_lanes:
-            dropped["lane"] += 1
-            return
-        incarnation = seat.hello.incarnation
-        if (immediate & INCARNATION_MASK) != incarnation & INCARNATION_MASK:
-            dropped["incarnation"] += 1
-            return
-        ahead = ((immediate >> 12) - seat.seqs[lane]) & SEQ_MASK
-        if not 0 < ahead <= self._max_skip:
-            dropped["stale"] += 1
-            return
-        seq = seat.seqs[lane] + ahead
-        kind = immediate >> 30
-        num_rows = 0
-        if kind == Kind.DISPATCH:
-            magic, its_kind, its_lane, _, _, its_incarnation, placement_version, its_seq, num_rows, row_bytes, _, _ = (
-                HEADER.unpack_from(self.landing.headers[seat_index][lane])
+            seat.endpoint.post(
+                lane, pack_immediate(Kind.ERROR, False, lane, 0, seq, self._incarnation), note_bytes=len(note)
             )
-            if (
-                magic != MAGIC
-                or its_kind != kind
-                or its_lane != lane
-                or its_seq != seq
-                or its_incarnation != incarnation
-                or placement_version not in self._placement_versions
-            ):
-                dropped["header"] += 1
-                return
-            if not 0 < num_rows <= self.layout.slot_rows or row_bytes != self.layout.row_bytes:
-                dropped["rows"] += 1
-                return
-        elif kind != Kind.EMPTY:
-            dropped["kind"] += 1
-            return
-        seat.seqs[lane] = seq
-        seat.landed_at[lane] = self._clock()
-        self.counters.rows += num_rows
-        assert self._listener is not None
-        self._listener.landed(seat_index, lane, seq, num_rows, bool(immediate >> 29 & 1))
+            self.counters.answers += 1
+        except TransportError as error:
+            log.debug("refusal not sent: %s", error)
+
+
+def _nobody_listens(seat: int, lane: int, seq: int, num_rows: int, more: bool, now: float) -> None:
+    raise AssertionError(f"rows of seat {seat} landed before there was a listener")

@@ -317,7 +317,7 @@ class DispatchLink:
                         continue
                     HEADER.pack_into(
                         peer.endpoint.out_headers[lane], 0, MAGIC, Kind.DISPATCH, lane, 0, more,
-                        incarnation, passing.placement_version, seq, count, row_bytes, 0, 0,
+                        incarnation, passing.placement_version, seq, count, row_bytes, 0.0, 0.0,
                     )  # fmt: skip
                     peer.endpoint.post(lane, full, count)
                     self.counters.rows += count
@@ -402,7 +402,7 @@ class DispatchLink:
             dropped["incarnation"] += 1
             return
         header = self.landing.headers[node][lane]
-        magic, kind, its_lane, _, _, its_incarnation, _, seq, num_rows, _, service_ns, compute_ns = HEADER.unpack_from(
+        magic, kind, its_lane, _, _, its_incarnation, _, seq, num_rows, _, service_s, compute_s = HEADER.unpack_from(
             header
         )
         if (
@@ -423,8 +423,9 @@ class DispatchLink:
             self.counters.answers += 1
             if not waiting:
                 now = self._clock()
-                self.comm_meter.add(max(0.0, (now - self._posted_at[lane] - service_ns * 1e-9) / 2))
-                self.compute_meter.add(compute_ns * 1e-9)
+                if 0.0 <= service_s < math.inf and 0.0 <= compute_s < math.inf:  # bytes may say anything
+                    self.comm_meter.add(max(0.0, (now - self._posted_at[lane] - service_s) / 2))
+                    self.compute_meter.add(compute_s)
                 self._landed(lane, passing, now)
 
     def _watch_later(self) -> None:

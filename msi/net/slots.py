@@ -23,11 +23,15 @@ NOTE_BYTES = 384  # behind a header: the reason of an ERROR
 ROW_ALIGNMENT = 128  # rows are whole lines of a GPU's memory and start on one
 MAX_LANES = 8
 SEQ_BITS = 12
+SEQ_SHIFT, LANE_SHIFT = 12, 26  # in an immediate
 SEQ_MASK = (1 << SEQ_BITS) - 1
 INCARNATION_MASK = (1 << 12) - 1
 MAGIC = b"MSI2"
 # magic, kind, lane, attempt, more, incarnation, placement version, sequence number, rows, bytes per row, two times
-HEADER = struct.Struct("<4sBBBBIIQIIQQ")
+HEADER = struct.Struct("<4sBBBBIIQIIdd")
+# the same, its first five fields as one word and the next two as another: what a link knows beforehand
+WORDS = struct.Struct("<QQQIIdd")
+OPENING = struct.Struct("<QQQII")  # of those, without the times
 
 
 class Kind(IntEnum):
@@ -56,6 +60,24 @@ def pack_immediate(kind: int, more: bool, lane: int, attempt: int, seq: int, inc
     )
 
 
+KIND_WORD_FIXED = (1 << 48) - 1  # of a header's first word: magic, kind and lane; not attempt and more
+
+
+def kind_word(kind: int, lane: int, more: bool) -> int:
+    """The first word of a header, as `WORDS` has it."""
+    return int.from_bytes(MAGIC, "little") | kind << 32 | lane << 40 | more << 56
+
+
+def life_word(incarnation: int, placement_version: int) -> int:
+    """The second."""
+    return incarnation | placement_version << 32
+
+
+def split_life_word(word: int) -> tuple[int, int]:
+    """Incarnation and placement version."""
+    return word & 0xFFFFFFFF, word >> 32
+
+
 def unpack_immediate(immediate: int) -> Immediate:
     return Immediate(
         immediate >> 30,
@@ -70,7 +92,7 @@ def unpack_immediate(immediate: int) -> Immediate:
 class Header(NamedTuple):
     """What a slot's header begins with, as `HEADER` packs it.
 
-    In an answer `service_ns` is the time from the landing of the rows to the post of their answer, and `compute_ns`
+    In an answer `service_s` is the time from the landing of the rows to the post of their answer, and `compute_s`
     what of it the device computed; else both are 0.
     """
 
@@ -84,8 +106,8 @@ class Header(NamedTuple):
     seq: int
     num_rows: int  # of an ERROR: bytes of its note
     row_bytes: int
-    service_ns: int
-    compute_ns: int
+    service_s: float
+    compute_s: float
 
 
 def aligned_row_bytes(num_bytes: int) -> int:

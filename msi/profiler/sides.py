@@ -20,8 +20,8 @@ from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
 from msi.device.regions import slot_rows
 from msi.errors import ConfigError
+from msi.experts.batches import WaveBatch
 from msi.experts.half import ExpertHalf
-from msi.experts.waves import Rows, WaveBatch
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
 from msi.models.config import ModelConfig
@@ -199,7 +199,7 @@ class ExpertSide:
         for layer in range(self._num_layers):
             self._num_batches += 1
             self._finished = self._loop.create_future()
-            self._half.run(WaveBatch(0, layer, (Rows(0, layer, num_rows),)), self._num_batches)
+            self._half.run(WaveBatch(0, layer, ((0, layer, num_rows),)), self._num_batches)
             await self._finished
         return Timed((self._half.meter.total_s - before_s) / self._num_layers)
 

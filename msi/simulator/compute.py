@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from msi.attention.launching import LanePrograms, LaneQueues
+from msi.experts.batches import WaveBatch
 from msi.experts.server import Finished
-from msi.experts.waves import WaveBatch
 from msi.meter import StageMeter
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
@@ -133,6 +133,7 @@ class SimulatedExperts:
     def __init__(
         self, link: CombineLink, device: SimulatedDevice, *, node: int, costs: StageCosts, routing: Routing
     ) -> None:
+        self.depth = 1
         self.meter = StageMeter()
         self.weight_bytes_read = 0
         self.device = device
@@ -163,7 +164,7 @@ class SimulatedExperts:
 
     def _experts_s(self, batch: WaveBatch) -> float:
         lane, slots = batch.lane, self._slots
-        draws = [DRAW.unpack_from(slots[rows.seat][lane]) for rows in batch.rows]
+        draws = [DRAW.unpack_from(slots[seat][lane]) for seat, _, _ in batch.rows]
         return self._costs.expert_s(*self._routing.load(self._node, draws))
 
     def _through(self, duration_s: float) -> None:
