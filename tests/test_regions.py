@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from random import Random
 
 import pytest
 import torch
 
+from msi.device.fake.memory import DeviceMemory
 from msi.device.regions import DeviceRegion, HostTensors, slot_rows
 from msi.errors import ConfigError, ProtocolError
 from msi.net.landing import PlainLanding, seat_slots
@@ -27,8 +29,8 @@ def test_a_region_of_the_host_and_its_tensor_are_the_same_memory():
 
 
 def test_memory_of_a_device_refuses_the_host_in_a_sentence():
-    region = DeviceRegion(torch.zeros(256, dtype=torch.uint8))
-    with pytest.raises(ConfigError, match="256 bytes are memory of cpu, which the host neither reads nor writes"):
+    region = DeviceRegion(torch.zeros(256, dtype=torch.uint8), "cuda:0")
+    with pytest.raises(ConfigError, match="256 bytes are memory of cuda:0, which the host neither reads nor writes"):
         region.host()
     with pytest.raises(ConfigError, match="allocated to be nobody else's"):
         region.export()
@@ -38,7 +40,7 @@ def test_memory_of_a_device_refuses_the_host_in_a_sentence():
 def test_a_transport_that_writes_host_memory_refuses_a_devices():
     class Device(HostTensors):
         def region(self, num_bytes):
-            return DeviceRegion(torch.zeros(num_bytes, dtype=torch.uint8))
+            return DeviceRegion(torch.zeros(num_bytes, dtype=torch.uint8), "cuda:0")
 
     with pytest.raises(ConfigError, match="use a transport that registers a device's memory"):
         PlainLanding(2, LAYOUT, Device())
@@ -68,7 +70,7 @@ def test_shared_memory_is_exported_as_a_descriptor_of_it():
 
 def test_a_devices_descriptor_is_handed_out_as_a_copy():
     with SharedRegion.create(4096) as shared:
-        fd = DeviceRegion(torch.zeros(4096, dtype=torch.uint8), shared.fd).export()
+        fd = DeviceRegion(torch.zeros(4096, dtype=torch.uint8), "cuda:0", shared.fd).export()
         assert fd != shared.fd
         assert os.fstat(fd).st_ino == os.fstat(shared.fd).st_ino
         os.close(fd)
@@ -92,3 +94,12 @@ def test_a_layout_travels_as_12_bytes_and_no_unsound_one_is_taken():
 
 def test_rows_are_whole_lines():
     assert [aligned_row_bytes(num_bytes) for num_bytes in (1, 128, 129)] == [128, 128, 256]
+
+
+def test_a_transport_that_cannot_write_a_fake_devices_own_memory_says_so():
+    class OwnMemory(HostTensors):
+        def region(self, num_bytes):
+            return DeviceRegion(DeviceMemory(Random(0)).allocate(num_bytes), "the fake device")
+
+    with pytest.raises(ConfigError, match="bytes are memory of the fake device, which the host neither"):
+        PlainLanding(1, LAYOUT, OwnMemory())

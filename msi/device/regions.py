@@ -27,19 +27,21 @@ class DeviceRegion:
 
     Args:
         memory: uint8 [num_bytes].
+        device: whose it is, for sentences.
         descriptor: what `export` hands out copies of; None where nobody else can have it.
     """
 
     is_host = False
 
-    def __init__(self, memory: Tensor, descriptor: int | None = None) -> None:
+    def __init__(self, memory: Tensor, device: str, descriptor: int | None = None) -> None:
         self.num_bytes = memory.numel()
         self._memory = memory
+        self._device = device
         self._descriptor = descriptor
 
     def host(self) -> memoryview:
         raise ConfigError(
-            f"these {self.num_bytes} bytes are memory of {self._memory.device}, which the host neither reads nor "
+            f"these {self.num_bytes} bytes are memory of {self._device}, which the host neither reads nor "
             f"writes; use a transport that registers a device's memory, or rows in host memory"
         )
 
@@ -48,9 +50,7 @@ class DeviceRegion:
 
     def export(self) -> int:
         if self._descriptor is None:
-            raise ConfigError(
-                f"these {self.num_bytes} bytes of {self._memory.device} were allocated to be nobody else's"
-            )
+            raise ConfigError(f"these {self.num_bytes} bytes of {self._device} were allocated to be nobody else's")
         return os.dup(self._descriptor)
 
 

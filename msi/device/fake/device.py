@@ -18,6 +18,8 @@ from msi.device.fake.kernels import FakeKernels
 from msi.device.fake.memory import DeviceMemory
 from msi.device.fake.world import Actor, FakeWorld
 from msi.device.queues import Changed
+from msi.device.regions import HostTensors
+from msi.net.regions import Region
 from msi.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -195,6 +197,13 @@ class FakeDevice:
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self.memory.allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+    def region(self, num_bytes: int) -> Region:
+        """Host memory, as on CUDA: the transports between real workers write no other."""
+        return HostTensors().region(num_bytes)
+
+    def adopt(self, memory: memoryview) -> Region:
+        return HostTensors().adopt(memory)
 
     def upload(self, tensor: Tensor) -> Tensor:
         """A copy, at once."""
