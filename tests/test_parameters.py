@@ -35,6 +35,7 @@ from msi.control.messages import COORDINATOR_END, WORKER_END
 from msi.instance.instance import build_plan
 from msi.options import InstanceOptions
 from msi.precision import Precision
+from msi.types import Place
 
 def refused(kind, call):
     try:
@@ -51,7 +52,7 @@ options = InstanceOptions.of(made_up_limit=7)
 assert options.flags() == ["--made-up-limit=7"]
 plan, _ = build_plan(options)
 assert plan.limits.made_up_limit == 7
-told = assignment(plan, Member("expert-0", "expert", 0, 0, b"", 1, "h", 0.0), Precision.of("float32"))
+told = assignment(plan, Member("expert-0", "expert", Place(0), 0, b"", 1, "h", 0.0), Precision.of("float32"))
 payload = COORDINATOR_END.encode(told)
 assert WORKER_END.decode(payload) == told
 assert WORKER_END.decode(payload).limits.made_up_limit == 7
