@@ -7,9 +7,9 @@ import contextlib
 
 from msi import Engine
 from msi.device.fake.device import FakeDevice
+from msi.device.fake.transport import FakeTransport
 from msi.device.fake.world import FakeWorld
 from msi.instance.instance import create_coordinator, create_worker, listen, worker_ids
-from msi.net.inproc import InprocTransport
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 from msi.worker.torch_host import TorchHost
@@ -30,7 +30,7 @@ class FakeHost(TorchHost):
             return await super().load(assignment)
 
     def new_transport(self, assignment):
-        return InprocTransport()
+        return FakeTransport(self.device)
 
 
 @contextlib.asynccontextmanager

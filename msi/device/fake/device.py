@@ -18,7 +18,7 @@ from msi.device.fake.kernels import FakeKernels
 from msi.device.fake.memory import DeviceMemory
 from msi.device.fake.world import Actor, FakeWorld
 from msi.device.queues import Changed
-from msi.device.regions import HostTensors
+from msi.device.regions import DeviceRegion, HostTensors
 from msi.net.regions import Region
 from msi.tracing import Tracer
 
@@ -199,8 +199,7 @@ class FakeDevice:
         return self.memory.allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def region(self, num_bytes: int) -> Region:
-        """Host memory, as on CUDA: the transports between real workers write no other."""
-        return HostTensors().region(num_bytes)
+        return DeviceRegion(self.memory.allocate(num_bytes), "the fake device")
 
     def adopt(self, memory: memoryview) -> Region:
         return HostTensors().adopt(memory)

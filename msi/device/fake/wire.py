@@ -12,14 +12,19 @@ from msi.device.fake.memory import DeviceMemory
 from msi.device.fake.world import FakeWorld
 
 
+def _always() -> bool:
+    return True
+
+
 @dataclass(slots=True)
 class RowsCopy:
-    """Rows on their way from one device's memory to another's."""
+    """Rows on their way from one device's memory to another's; written only if `is_wanted` still."""
 
     source: Tensor
     source_memory: DeviceMemory
     target: Tensor
     target_memory: DeviceMemory
+    is_wanted: Callable[[], bool] = _always
     _read: list[Tensor] = field(default_factory=list)
 
     def read(self) -> None:
@@ -28,18 +33,21 @@ class RowsCopy:
 
     def write(self) -> None:
         """Its values are seen once the target's memory is flushed."""
-        self.target_memory.write_unseen(self.target, self._read.pop())
+        if self.is_wanted():
+            self.target_memory.write_unseen(self.target, self._read.pop())
 
 
 @dataclass(frozen=True, slots=True)
 class BytesCopy:
-    """A header on its way from host memory to host memory."""
+    """A header on its way from host memory to host memory; written only if `is_wanted` still."""
 
     source: memoryview
     target: memoryview
+    is_wanted: Callable[[], bool] = _always
 
     def move(self) -> None:
-        self.target[:] = self.source
+        if self.is_wanted():
+            self.target[:] = self.source
 
 
 class Wire:
