@@ -22,7 +22,11 @@ MakeProgram = Callable[[Callable[[], None], Callable[[Exception], None]], Any]
 async def check_queues(device: QueueDevice[Any], program: MakeProgram) -> None:
     """Runs all checks, one after another."""
     for check in CHECKS:
-        await asyncio.wait_for(check(Checked(device, program)), ENDS_WITHIN_S)
+        try:
+            await asyncio.wait_for(check(Checked(device, program)), ENDS_WITHIN_S)
+        except TimeoutError as error:
+            promise = check.__name__.replace("_", " ")
+            raise AssertionError(f"{promise}: it did not happen within {ENDS_WITHIN_S:g} s") from error
 
 
 class Checked:
