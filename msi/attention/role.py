@@ -44,9 +44,10 @@ class AttentionRole:
         *,
         clock: Callable[[], float],
     ) -> None:
-        self.requests = Requests(assignment, model.shape, num_blocks, report)
         self.links = ExpertLinks(assignment, model.shape, transport, report, allocator=model.memory, clock=clock)
+        # First: it refuses more blocks than there is memory for, which a list of them all would only try for minutes.
         self.half = model.attention_half(self.links.link, num_blocks)
+        self.requests = Requests(assignment, model.shape, num_blocks, report)
         self.measuring = Measuring(assignment, model.shape, num_blocks, self.half, self.links.link)
         self.num_lanes = 0
         self.placement = assignment.placement
