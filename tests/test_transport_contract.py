@@ -8,9 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from msi.device.ready import Ready
 from msi.errors import TransportError
 from msi.net import shm
 from msi.net.auto import AutoTransport
@@ -43,10 +45,25 @@ class Far(Near):
         self._identity = str(id(self))
 
 
+POLLER = Ready()
+TAKER = threading.Thread(target=POLLER.get, name="poller", daemon=True)  # does nothing but take what comes
+TAKER.start()
+
+
+def polled_shm():
+    return ShmTransport(poller=POLLER)
+
+
+def polled_inproc():
+    return InprocTransport(poller=POLLER)
+
+
 NO_TCP = "tcp://127.0.0.1:1"
 SUBJECTS = {
     "inproc": Subject(InprocTransport, "inproc://nobody"),
     "shm": Subject(ShmTransport, "shm://nobody"),
+    "inproc, polled": Subject(polled_inproc, "inproc://nobody", taker=TAKER),
+    "shm, polled": Subject(polled_shm, "shm://nobody", taker=TAKER),
     "tcp": Subject(TcpTransport, NO_TCP),
     "near": Subject(Near, NO_TCP),
     "far": Subject(Far, NO_TCP),

@@ -93,7 +93,7 @@ def work(arguments: list[str]) -> int:
     from msi.net.shm import ShmTransport
     from msi.worker.worker import Worker
 
-    timed(ShmTransport, "_rung", "read rings, check what landed")
+    timed(ShmTransport, "take", "read rings, check what landed")
     timed(LaneQueues, "launch", "launch passes")
     timed(Requests, "finish", "end passes")
     timed(Scheduler, "plan", "plan passes")

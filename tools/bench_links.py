@@ -57,6 +57,7 @@ class StubEndpoint:
         outbox = Outbox(layout, HOST_MEMORY)
         self.peer = peer
         self.seat = seat
+        self.came_at = 0.0
         self.out_headers = outbox.headers
         self.out_rows = outbox.rows
         self.posted = 0
@@ -95,6 +96,9 @@ class StubTransport:
 
     def deliver(self, handler: Handler) -> None:
         self.handler = handler
+
+    def take(self) -> None:
+        pass
 
     async def close(self) -> None:
         pass

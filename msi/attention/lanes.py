@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from msi.net.dispatch_link import DispatchLink, Gates
+from msi.net.dispatch_link import DispatchLink
+from msi.net.passes import Gates
 from msi.types import MicroBatch, Sampled
 
 

@@ -60,7 +60,7 @@ class _Lane(Generic[P]):
 class LaneQueues(Generic[P]):
     """The queues of all lanes on a device; `turn`s of a lane count up from 1 and are never used twice.
 
-    Implements `msi.net.dispatch_link.Gates`.
+    Implements `msi.net.passes.Gates`.
 
     Attributes:
         counts: int32 [num_lanes, num_nodes], in host memory: rows packed for each node, for programs to write.

@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from queue import SimpleQueue
 
 from msi.complaints import Complaints
 from msi.device.host_words import HostWords
 from msi.device.queues import Changed
+from msi.device.ready import Ready
 from msi.errors import one_line
 from msi.meter import StageMeter
+from msi.net.transport import Poller
 from msi.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class _Stretch:
 class ComputeQueue:
     """Implements `msi.device.queues.Queue` on a thread."""
 
-    def __init__(self, words: HostWords, ready: SimpleQueue[ComputeQueue | None]) -> None:
+    def __init__(self, words: HostWords, ready: Ready[ComputeQueue]) -> None:
         self._words = words
         self._lock = words.lock
         self._ready = ready
@@ -133,6 +134,9 @@ class ComputeThread:
         context: entered on the thread before the first work.
         done: called after each program that did not raise, with its label, meter, start and end.
         fence: called after each program; returns once what it has set going elsewhere is through and visible.
+
+    Attributes:
+        ready: what it goes through; takes transports' completions, too, where it is given any.
     """
 
     def __init__(
@@ -147,20 +151,21 @@ class ComputeThread:
         self._context = context
         self._done = done
         self._fence = fence
-        self._ready: SimpleQueue[ComputeQueue | None] = SimpleQueue()
+        self.ready = Ready[ComputeQueue]()
         self._is_open = True
         self._complaints = Complaints(log)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def queue(self) -> ComputeQueue:
-        return ComputeQueue(self._words, self._ready)
+        return ComputeQueue(self._words, self.ready)
 
     def close(self) -> None:
         """Returns after the program in progress; what is still queued is dropped. Idempotent."""
         self._is_open = False
-        self._ready.put(None)
+        self.ready.put(None)
         self._thread.join()
+        self.ready.close()
 
     def _run(self) -> None:
         try:
@@ -172,7 +177,7 @@ class ComputeThread:
             self._serve(lambda program: self._tell(program, broken))
 
     def _serve(self, do: Callable[[Program], None]) -> None:
-        while (queue := self._ready.get()) is not None:
+        while (queue := self.ready.get()) is not None:
             self._run_through(queue, do)
             del queue  # while nothing is to be done, nothing is held
 
@@ -182,6 +187,7 @@ class ComputeThread:
         while self._is_open and (steps or not queue.is_over(stretch)):
             step = steps.popleft()
             if type(step) is tuple:
+                self.ready.look()  # first: what came while it computed counts for what is done next
                 self._words.signal(*step)
             else:
                 assert isinstance(step, Program)
@@ -239,6 +245,11 @@ class ThreadedDevice:
     def threads(self) -> Iterable[ComputeThread]:
         """All that were started."""
         raise NotImplementedError
+
+    @property
+    def poller(self) -> Poller | None:
+        """The thread that may take completions for all queues; None where they do not share one."""
+        return None
 
     def follow(self, word: int, changed: Changed) -> None:
         self.words.follow(word, changed)

@@ -17,6 +17,7 @@ from msi.device.compute_thread import ComputeQueue, ComputeThread, ThreadedDevic
 from msi.device.regions import HostTensors
 from msi.kernels.cpu import CpuKernels
 from msi.net.regions import Region
+from msi.net.transport import Poller
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,10 @@ class CpuDevice(ThreadedDevice):
 
     def threads(self) -> Iterable[ComputeThread]:
         return [self._thread]
+
+    @property
+    def poller(self) -> Poller:
+        return self._thread.ready
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:

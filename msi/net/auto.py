@@ -17,19 +17,21 @@ from msi.net.regions import Allocator
 from msi.net.shm import ShmLanding, ShmTransport
 from msi.net.slots import SlotLayout
 from msi.net.tcp import TcpTransport
-from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Endpoint, Handler, Landing
+from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Endpoint, Handler, Landing, Poller
 
 
 def host_identity() -> str:
     """Equal where shared memory connects: one kernel, one network namespace (the handshake's sockets belong to it),
-    one user. A host's name says none of that.
+    one clock, one user. A host's name says none of that.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.stat("/proc/self/ns/net").st_ino
+        clocks = Path("/proc/self/ns/time")  # not there before Linux 5.6
+        clock = clocks.stat().st_ino if clocks.exists() else 0
     except OSError:
         return ""  # nobody's: TCP works everywhere
-    return f"{boot}.{namespace}.{os.geteuid()}"
+    return f"{boot}.{namespace}.{clock}.{os.geteuid()}"
 
 
 class AutoTransport:
@@ -39,10 +41,13 @@ class AutoTransport:
         host: this host's address as peers on others reach it.
         key: what peers on other hosts have to prove that they hold.
         complain: told who is cut off.
+        poller: takes immediates in place of the event loop, where it can.
     """
 
-    def __init__(self, host: str, *, key: bytes | None = None, complain: Complaints | None = None) -> None:
-        self._shm = ShmTransport(complain=complain)
+    def __init__(
+        self, host: str, *, key: bytes | None = None, complain: Complaints | None = None, poller: Poller | None = None
+    ) -> None:
+        self._shm = ShmTransport(complain=complain, poller=poller)
         self._tcp = TcpTransport(host, key=key, complain=complain)
         self._identity = host_identity()
 
@@ -52,6 +57,9 @@ class AutoTransport:
     def deliver(self, handler: Handler) -> None:
         self._shm.deliver(handler)
         self._tcp.deliver(handler)
+
+    def take(self) -> None:
+        self._shm.take()
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         here, anywhere = await asyncio.gather(self._shm.listen(accept), self._tcp.listen(accept))

@@ -8,6 +8,7 @@ where the seats' rows leave by whoever computes.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -45,7 +46,7 @@ GONE = "answer to a peer that is gone"
 
 
 class Listener(Protocol):
-    """Who batches rows. Called on the event loop; must not raise."""
+    """Who batches rows. Called on the event loop, `landed` on whatever thread takes immediates; must not raise."""
 
     def joined(self, seat: int, node: int, out_rows: Region) -> None:
         """A peer, `node` among its kind, has taken a seat; answers to it go into `out_rows`."""
@@ -137,6 +138,8 @@ class CombineLink:
         self._incarnations: dict[str, int] = {}  # the latest of each worker id
         self._max_skip = max_skip
         self._clock = clock
+        self._taking = threading.Lock()  # held while what landed is looked at, and while seats are left
+        self._acquire, self._release = self._taking.acquire, self._taking.release  # `with` costs twice as much
         self._listener: Listener | None = None
         self._tell = _nobody_listens
         lanes = range(expected.num_lanes)
@@ -183,15 +186,17 @@ class CombineLink:
         seat = self._seats[seat_index]
         if seat is None:
             return
-        self._seats[seat_index] = None
-        for slots in self._slots:
-            slots[seat_index] = None
-        self.landing.revoke(seat_index)
-        if seat.endpoint is not None:
+        with self._taking:
+            self._seats[seat_index] = None
+            for slots in self._slots:
+                slots[seat_index] = None
+            self.landing.revoke(seat_index)
+            if seat.endpoint is None:
+                return
             del self._seat_of[seat.endpoint]
-            seat.endpoint.close()
-            assert self._listener is not None
-            self._listener.left(seat_index)
+        seat.endpoint.close()
+        assert self._listener is not None
+        self._listener.left(seat_index)
 
     def use_placement(self, version: int) -> None:
         """Rows of this placement are taken from now on, and of those before it: local ids mean the same under all."""
@@ -202,37 +207,45 @@ class CombineLink:
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def _completed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
-        seat = self._seat_of.get(endpoint)
         if kind is IMMEDIATE:
-            if seat is None:
-                self.counters.dropped["closed endpoint"] += 1
-                return
-            self.counters.immediates += 1
-            lane = immediate >> LANE_SHIFT & 7
-            slot = seat.slots[lane]
-            seq = slot.seq + 1
-            if immediate != slot.immediate | (seq & SEQ_MASK) << SEQ_SHIFT:
-                self._landed_otherwise(seat, lane, immediate)
-                return
-            # nearly always: the peer's next dispatch, which a few comparisons tell
-            word, life, its_seq, num_rows, row_bytes = OPENING.unpack_from(slot.header)
-            if (
-                word == slot.kind_word
-                and its_seq == seq
-                and life == seat.life_word
-                and row_bytes == self._row_bytes
-                and 0 < num_rows <= self._slot_rows
-            ):
-                slot.seq, slot.landed_at = seq, (now := self._clock())
-                self.counters.rows += num_rows
-                self._tell(seat.index, lane, seq, num_rows, True, now)
-            else:
-                self._landed_otherwise(seat, lane, immediate)
+            self._acquire()
+            try:
+                self._arrived(endpoint, immediate)
+            finally:
+                self._release()
         elif kind is CompletionKind.CONNECTED:
             self._connected(endpoint)
-        elif seat is not None:
+        elif (seat := self._seat_of.get(endpoint)) is not None:
             log.info("%s left: %s", seat.hello.worker_id, reason)
             self.fence(seat.index)
+
+    def _arrived(self, endpoint: Endpoint, immediate: int) -> None:
+        seat = self._seat_of.get(endpoint)
+        if seat is None:
+            self.counters.dropped["closed endpoint"] += 1
+            return
+        self.counters.immediates += 1
+        now = endpoint.came_at or self._clock()
+        lane = immediate >> LANE_SHIFT & 7
+        slot = seat.slots[lane]
+        seq = slot.seq + 1
+        if immediate != slot.immediate | (seq & SEQ_MASK) << SEQ_SHIFT:
+            self._landed_otherwise(seat, lane, immediate, now)
+            return
+        # nearly always: the peer's next dispatch, which a few comparisons tell
+        word, life, its_seq, num_rows, row_bytes = OPENING.unpack_from(slot.header)
+        if (
+            word == slot.kind_word
+            and its_seq == seq
+            and life == seat.life_word
+            and row_bytes == self._row_bytes
+            and 0 < num_rows <= self._slot_rows
+        ):
+            slot.seq, slot.landed_at = seq, now
+            self.counters.rows += num_rows
+            self._tell(seat.index, lane, seq, num_rows, True, now)
+        else:
+            self._landed_otherwise(seat, lane, immediate, now)
 
     def _connected(self, endpoint: Endpoint) -> None:
         seat = self._seats[endpoint.seat]
@@ -257,7 +270,7 @@ class CombineLink:
         assert self._listener is not None
         self._listener.joined(seat.index, seat.hello.node, endpoint.out_rows)
 
-    def _landed_otherwise(self, seat: _Seat, lane: int, immediate: int) -> None:
+    def _landed_otherwise(self, seat: _Seat, lane: int, immediate: int, now: float) -> None:
         """Whatever it is: checked against the header field by field, and dropped for the first that does not match."""
         slot = seat.slots[lane]
         if lane >= self.layout.num_lanes:
@@ -270,7 +283,7 @@ class CombineLink:
             seq = slot.seq + ahead
             num_rows, reason = self._rows_of(seat, lane, seq, immediate)
             if not reason:
-                slot.seq, slot.landed_at = seq, (now := self._clock())
+                slot.seq, slot.landed_at = seq, now
                 self.counters.rows += num_rows
                 self._tell(seat.index, lane, seq, num_rows, bool(immediate >> 29 & 1), now)
                 return

@@ -7,7 +7,8 @@ wakes a coroutine. Whatever goes wrong, the gates open, and what is computed beh
 A pass lives and dies with the connections that it was begun with: when a node is lost, what it had answered is wiped
 with its seat, so that every pass in flight fails, and none that was begun before goes to a node that came after.
 Rows themselves are written where they leave to the nodes and read from `landing` by whoever computes, on the thread
-that computes; that thread posts them, too. Everything else here happens on the event loop.
+that computes; that thread posts them, and takes the answers where the transport lets it. Everything else here happens
+on the event loop.
 """
 
 from __future__ import annotations
@@ -20,72 +21,35 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from msi.errors import BatchRefused, ProtocolError, TransportError
 from msi.meter import StageMeter
-from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_welcome
+from msi.net.link_hello import LINK_CODEC, LinkHello, decode_welcome
+from msi.net.passes import Gates, Node, Pass
 from msi.net.regions import HOST_MEMORY, Allocator, Region
-from msi.net.slots import HEADER, HEADER_BYTES, INCARNATION_MASK, MAGIC, SEQ_MASK, Kind, pack_immediate
+from msi.net.slots import (
+    HEADER,
+    HEADER_BYTES,
+    INCARNATION_MASK,
+    LANE_SHIFT,
+    LIFE_MASK,
+    MAGIC,
+    SEQ_MASK,
+    SEQ_SHIFT,
+    WORDS,
+    Kind,
+    kind_word,
+    life_word,
+    pack_immediate,
+)
 from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Transport
 
 log = logging.getLogger(__name__)
 
+IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as its header
+
 WATCH_SHARE = 16  # of the time-out: how often turns are checked against it
 ABSENCE_SHARE = 4  # of the time-out: who checks so late has been away, and everybody's time starts anew
-
-
-class Gates(Protocol):
-    """The queues of lanes, as a link sees them.
-
-    Attributes:
-        num_layers: turns of a pass.
-        counts: int32 [num_lanes, num_nodes]: the rows that lie ready for each node, once `packed` is called for a turn.
-    """
-
-    num_layers: int
-    counts: memoryview
-
-    def open(self, lane: int, turn: int) -> None:
-        """What waits for the answers to that turn of a lane, or to one before, may go on. From any thread."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Node:
-    endpoint: Endpoint
-    welcome: LinkWelcome
-
-
-class _Pass:
-    """One pass of a lane; which of its turns is away is told by the lane's row in the link's table."""
-
-    __slots__ = (
-        "done", "first", "gates", "is_over", "last", "may_continue", "nodes", "placement_version", "seq_of_turn_0",
-        "since", "turn",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        gates: Gates,
-        nodes: tuple[_Node | None, ...],
-        placement_version: int,
-        first: int,
-        first_seq: int,
-        may_continue: Callable[[int], bool],
-        since: float,
-        done: asyncio.Future[None],
-    ) -> None:
-        self.gates = gates
-        self.nodes = nodes  # connected when it was begun: its rows lie where they leave to these
-        self.placement_version = placement_version  # that its rows are of, to its end
-        self.first = first
-        self.last = first + gates.num_layers - 1
-        self.seq_of_turn_0 = first_seq - first
-        self.may_continue = may_continue
-        self.since = since  # when something happened to it last
-        self.done = done
-        self.turn = first - 1  # posted last
-        self.is_over = False  # nothing of it is posted any more
 
 
 @dataclass
@@ -130,11 +94,11 @@ class DispatchLink:
         self.compute_meter = StageMeter()  # T_e, as the other side measures it
         self._transport = transport
         self._hello = hello
-        self._nodes: tuple[_Node | None, ...] = (None,) * num_nodes
-        self._node_of: dict[Endpoint, int] = {}
+        self._nodes: tuple[Node | None, ...] = (None,) * num_nodes
+        self._node_of: dict[Endpoint, Node] = {}
         self._gone: dict[int, tuple[str, str]] = {}  # worker id and reason of the one lost last, by node
         self.placement_version = hello.placement_version  # of hellos, and of passes that begin
-        self._passes: list[_Pass | None] = [None] * hello.num_lanes
+        self._passes: list[Pass | None] = [None] * hello.num_lanes
         self._next_turns = [1] * hello.num_lanes
         self._next_seqs = list(hello.next_seqs)
         # a row for each lane's turn that is away:
@@ -150,8 +114,11 @@ class DispatchLink:
         self._is_watching = False
         self._watch_due = 0.0
         self._back_at = -math.inf
-        self._posting = threading.Lock()  # held while a turn is posted, and while nodes come and go
+        self._turning = threading.Lock()  # held while a turn is posted or an answer taken, and while nodes come and go
+        self._acquire, self._release = self._turning.acquire, self._turning.release  # `with` costs twice as much
+        self._thread = threading.get_ident()  # of the event loop
         self._incarnation = hello.incarnation
+        self._answer_words = [kind_word(Kind.COMBINE, lane, False) for lane in range(hello.num_lanes)]
         transport.deliver(self._completed)
 
     # -- connections -------------------------------------------------------------------------------------------------
@@ -166,9 +133,10 @@ class DispatchLink:
         except ProtocolError as error:
             endpoint.close()
             raise TransportError(address, str(error)) from error
-        with self._posting:
-            self._set(node, _Node(endpoint, welcome))
-        self._node_of[endpoint] = node
+        peer = Node(node, endpoint, welcome, self.landing.headers[node])
+        with self._turning:
+            self._set(node, peer)
+            self._node_of[endpoint] = peer
         if all(self._nodes):
             self._complete.set()
         return endpoint.out_rows
@@ -183,7 +151,7 @@ class DispatchLink:
         peer = self._nodes[node]
         if peer is None:
             return
-        with self._posting:
+        with self._turning:
             self._set(node, None)
             self._gone[node] = (peer.welcome.worker_id, reason)
         del self._node_of[peer.endpoint]
@@ -195,7 +163,7 @@ class DispatchLink:
                 self._fail(lane, passing, TransportError(peer.welcome.worker_id, reason))
         self._report_loss(node, peer.welcome.worker_id, reason)
 
-    def _set(self, node: int, peer: _Node | None) -> None:
+    def _set(self, node: int, peer: Node | None) -> None:
         self._nodes = (*self._nodes[:node], peer, *self._nodes[node + 1 :])
 
     def _lost(self, node: int) -> TransportError:
@@ -227,8 +195,9 @@ class DispatchLink:
         assert self._passes[lane] is None, f"lane {lane} has a pass in flight"
         first, num_layers = self._next_turns[lane], gates.num_layers
         more = num_layers > 1 or may_continue(lane)
-        passing = _Pass(
-            gates, self._nodes, self.placement_version, first, self._next_seqs[lane], may_continue, self._clock(),
+        passing = Pass(
+            gates, self._nodes, life_word(self._incarnation, self.placement_version), first, self._next_seqs[lane],
+            may_continue, self._clock(),
             self._loop.create_future(),
         )  # fmt: skip
         self._next_turns[lane] = first + num_layers
@@ -274,11 +243,11 @@ class DispatchLink:
         if passing is None:
             return
         num_layers = passing.gates.num_layers
-        with self._posting:
+        with self._turning:
             passing.is_over = True
             self._next_seqs[lane] = -(-(self._posted_seqs[lane] + 1) // num_layers) * num_layers
-        self._waiting[lane] = 0
-        self._passes[lane] = None
+            self._waiting[lane] = 0
+            self._passes[lane] = None
         passing.gates.open(lane, passing.last)
         if passing.done.done() and not passing.done.cancelled():
             passing.done.exception()  # whoever gave up has another reason
@@ -289,42 +258,47 @@ class DispatchLink:
         From any thread; does not raise. Does nothing for a pass that was given up while its rows were computed.
         """
         passing = self._passes[lane]
-        if passing is None or not passing.first <= turn <= passing.last:
+        if passing is not None and passing.first <= turn <= passing.last:
+            with self._turning:
+                if not passing.is_over:
+                    self._post(lane, passing, turn)
+
+    def _post(self, lane: int, passing: Pass, turn: int) -> None:
+        """Needs the lock: no answer is taken before all nodes have their post."""
+        nodes, counts, first_count = passing.nodes, passing.counts, lane * len(passing.nodes)
+        seq, more, row_bytes, pack = (
+            passing.seq_of_turn_0 + turn,
+            self._more[lane],
+            self.layout.row_bytes,
+            WORDS.pack_into,
+        )
+        if nodes is not self._nodes or None in nodes:
+            changed = (node for node, peer in enumerate(nodes) if peer is None or peer is not self._nodes[node])
+            self.failed(lane, turn, self._lost(next(changed)))
             return
-        seq, more, incarnation = passing.seq_of_turn_0 + turn, self._more[lane], self._incarnation
-        row_bytes, counts = self.layout.row_bytes, passing.gates.counts
-        with self._posting:
-            if passing.is_over:
-                return
-            self._posted_seqs[lane] = seq
-            self._posted_at[lane] = passing.since = self._clock()
-            passing.turn = turn
-            waiting = 0
-            for node in range(len(self._nodes)):
-                if counts[lane, node]:
-                    waiting |= 1 << node
-            self._waiting[lane] = waiting
-            empty = pack_immediate(Kind.EMPTY, more, lane, 0, seq, incarnation)
-            full = pack_immediate(Kind.DISPATCH, more, lane, 0, seq, incarnation)
-            try:
-                for node, peer in enumerate(self._nodes):
-                    if peer is None or peer is not passing.nodes[node]:
-                        self.failed(lane, turn, self._lost(node))
-                        return
-                    count = counts[lane, node]
-                    if not count:
-                        peer.endpoint.post(lane, empty)
-                        continue
-                    HEADER.pack_into(
-                        peer.endpoint.out_headers[lane], 0, MAGIC, Kind.DISPATCH, lane, 0, more,
-                        incarnation, passing.placement_version, seq, count, row_bytes, 0.0, 0.0,
-                    )  # fmt: skip
-                    peer.endpoint.post(lane, full, count)
-                    self.counters.rows += count
-            except TransportError as error:
-                self._loop.call_soon_threadsafe(self._not_posted, lane, passing, node, error)
-                return
-            self.counters.posts += len(self._nodes)
+        empty = pack_immediate(Kind.EMPTY, more, lane, 0, seq, self._incarnation)
+        full = pack_immediate(Kind.DISPATCH, more, lane, 0, seq, self._incarnation)
+        word, life = kind_word(Kind.DISPATCH, lane, more), passing.life_word
+        self._posted_seqs[lane] = seq
+        self._posted_at[lane] = passing.since = self._clock()
+        passing.turn = turn
+        waiting = num_rows = 0
+        peer: Node
+        try:
+            for peer in nodes:  # type: ignore[assignment]  # none is None, as was seen above
+                if count := counts[first_count + peer.index]:
+                    waiting |= peer.bit
+                    num_rows += count
+                    pack(peer.out_headers[lane], 0, word, life, seq, count, row_bytes, 0.0, 0.0)
+                    peer.post(lane, full, count)
+                else:
+                    peer.post(lane, empty)
+        except TransportError as error:
+            self._loop.call_soon_threadsafe(self._not_posted, lane, passing, peer.index, error)
+            return
+        self._waiting[lane] = waiting
+        self.counters.posts += len(nodes)
+        self.counters.rows += num_rows
         if not waiting:
             self._loop.call_soon_threadsafe(self._landed, lane, passing, self._posted_at[lane])
 
@@ -337,23 +311,24 @@ class DispatchLink:
             passing.is_over = True
             self._loop.call_soon_threadsafe(self._fail, lane, passing, error)
 
-    def _fail(self, lane: int, passing: _Pass, error: Exception) -> None:
+    def _fail(self, lane: int, passing: Pass, error: Exception) -> None:
         """Whatever the reason, the lane's queue must run out: behind a closed gate it would be stuck for ever."""
         passing.is_over = True
         if not passing.done.done():
             passing.done.set_exception(error)
-        if self._passes[lane] is passing:
-            self._waiting[lane] = 0
+        with self._turning:
+            if self._passes[lane] is passing:
+                self._waiting[lane] = 0
         passing.gates.open(lane, passing.last)
 
-    def _not_posted(self, lane: int, passing: _Pass, node: int, error: TransportError) -> None:
+    def _not_posted(self, lane: int, passing: Pass, node: int, error: TransportError) -> None:
         """A connection that takes no post is lost, whether or not the transport has said so, and the pass with it."""
         if self._nodes[node] is passing.nodes[node]:
             self.drop(node, f"connection lost ({error.reason})")
         self._fail(lane, passing, self._lost(node))
 
-    def _landed(self, lane: int, passing: _Pass, now: float) -> None:
-        """All answers to the turn that is away are here."""
+    def _landed(self, lane: int, passing: Pass, now: float) -> None:
+        """All answers to the turn that is away are here. On whatever thread took the last."""
         turn = passing.turn
         if passing.is_over:
             return
@@ -361,12 +336,15 @@ class DispatchLink:
             try:
                 self._more[lane] = passing.may_continue(lane)
             except Exception as error:
-                self._fail(lane, passing, error)
+                self.failed(lane, turn, error)
                 return
         passing.since = now
         passing.gates.open(lane, turn)
-        if turn == passing.last and not passing.done.done():
-            passing.done.set_result(None)
+        if turn == passing.last:
+            if threading.get_ident() == self._thread:
+                passing.set_done()
+            else:
+                self._loop.call_soon_threadsafe(passing.set_done)
 
     def next_seq(self, lane: int) -> int:
         return self._next_seqs[lane]
@@ -374,59 +352,66 @@ class DispatchLink:
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _completed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
+        if kind is IMMEDIATE:
+            self._acquire()
+            try:
+                self._arrived(endpoint, immediate)
+            finally:
+                self._release()
+        elif (node := self._node_of.get(endpoint)) is None:
+            self.counters.dropped["closed endpoint"] += 1
+        elif kind is CompletionKind.CLOSED:
+            self.drop(node.index, f"connection lost ({reason})")
+
+    def _arrived(self, endpoint: Endpoint, immediate: int) -> None:
         node = self._node_of.get(endpoint)
         if node is None:
             self.counters.dropped["closed endpoint"] += 1
-        elif kind is CompletionKind.IMMEDIATE:
-            self._arrived(node, immediate)
-        elif kind is CompletionKind.CLOSED:
-            self.drop(node, f"connection lost ({reason})")
-
-    def _arrived(self, node: int, immediate: int) -> None:
-        lane = immediate >> 26 & 7
-        peer = self._nodes[node]
-        dropped = self.counters.dropped
-        if peer is None or lane >= len(self._waiting):
-            dropped["lane"] += 1
             return
-        passing, posted_seq = self._passes[lane], self._posted_seqs[lane]
+        lane = immediate >> LANE_SHIFT & 7
+        if lane >= len(self._waiting):
+            self.counters.dropped["lane"] += 1
+            return
+        passing, seq, waiting = self._passes[lane], self._posted_seqs[lane], self._waiting[lane]
+        if passing is None or not waiting & node.bit or (immediate >> SEQ_SHIFT ^ seq) & SEQ_MASK:
+            self.counters.dropped["stale"] += 1
+            return
+        word, life, its_seq, num_rows, _, service_s, compute_s = WORDS.unpack_from(node.in_headers[lane])
         if (
-            passing is None
-            or not self._waiting[lane] >> node & 1
-            or (immediate >> 12 & SEQ_MASK) != posted_seq & SEQ_MASK
+            immediate != node.answer | lane << LANE_SHIFT | (seq & SEQ_MASK) << SEQ_SHIFT
+            or word != self._answer_words[lane]
+            or life & LIFE_MASK != node.welcome.incarnation
+            or its_seq != seq
+            or num_rows != passing.counts[lane * len(passing.nodes) + node.index]
         ):
-            dropped["stale"] += 1
+            self._arrived_otherwise(node, lane, passing, immediate)
             return
-        incarnation = peer.welcome.incarnation
-        if (immediate & INCARNATION_MASK) != incarnation & INCARNATION_MASK:
+        self.counters.answers += 1
+        self._waiting[lane] = waiting = waiting & ~node.bit
+        if not waiting:
+            now = endpoint.came_at or self._clock()
+            if 0.0 <= service_s < math.inf and 0.0 <= compute_s < math.inf:  # bytes may say anything
+                self.comm_meter.add(max(0.0, (now - self._posted_at[lane] - service_s) / 2))
+                self.compute_meter.add(compute_s)
+            self._landed(lane, passing, now)
+
+    def _arrived_otherwise(self, node: Node, lane: int, passing: Pass, immediate: int) -> None:
+        """Not the answer: a refusal, or dropped for the first field that does not match."""
+        dropped, header = self.counters.dropped, node.in_headers[lane]
+        incarnation = node.welcome.incarnation
+        magic, kind, its_lane, _, _, its_incarnation, _, seq, num_rows, *_ = HEADER.unpack_from(header)
+        if (immediate ^ incarnation) & INCARNATION_MASK:
             dropped["incarnation"] += 1
-            return
-        header = self.landing.headers[node][lane]
-        magic, kind, its_lane, _, _, its_incarnation, _, seq, num_rows, _, service_s, compute_s = HEADER.unpack_from(
-            header
-        )
-        if (
-            magic != MAGIC
-            or kind != immediate >> 30
-            or its_lane != lane
-            or seq != posted_seq
-            or its_incarnation != incarnation
+        elif (magic, kind, its_lane) != (MAGIC, immediate >> 30, lane) or (seq, its_incarnation) != (
+            self._posted_seqs[lane],
+            incarnation,
         ):
             dropped["header"] += 1
         elif kind == Kind.ERROR:
             reason = bytes(header[HEADER_BYTES : HEADER_BYTES + num_rows]).decode(errors="replace")
-            self._fail(lane, passing, BatchRefused(peer.welcome.worker_id, reason))
-        elif kind != Kind.COMBINE or num_rows != passing.gates.counts[lane, node]:
-            dropped["rows"] += 1
+            self.failed(lane, passing.turn, BatchRefused(node.welcome.worker_id, reason))
         else:
-            waiting = self._waiting[lane] = self._waiting[lane] & ~(1 << node)
-            self.counters.answers += 1
-            if not waiting:
-                now = self._clock()
-                if 0.0 <= service_s < math.inf and 0.0 <= compute_s < math.inf:  # bytes may say anything
-                    self.comm_meter.add(max(0.0, (now - self._posted_at[lane] - service_s) / 2))
-                    self.compute_meter.add(compute_s)
-                self._landed(lane, passing, now)
+            dropped["rows"] += 1
 
     def _watch_later(self) -> None:
         delay_s = self._timeout_s / WATCH_SHARE
@@ -437,6 +422,7 @@ class DispatchLink:
         """Ends passes that took too long for a turn; comes again while any is in flight. A timer per turn would cost
         more.
         """
+        self._transport.take()  # what lies here while our own computing keeps its reader away is nobody's fault
         in_flight = [
             (lane, passing)
             for lane, passing in enumerate(self._passes)
@@ -453,7 +439,7 @@ class DispatchLink:
             if self._clock() - max(passing.since, self._back_at) >= self._timeout_s:
                 self._expire(lane, passing)
 
-    def _expire(self, lane: int, passing: _Pass) -> None:
+    def _expire(self, lane: int, passing: Pass) -> None:
         waiting = self._waiting[lane]
         for node in range(len(self._nodes)):
             if waiting >> node & 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -16,7 +17,9 @@ from msi.net.delivery import Delivery
 from msi.net.landing import Outbox, PlainLanding, seat_slots
 from msi.net.regions import Allocator
 from msi.net.slots import HEADER_BYTES, SlotLayout
-from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
+from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing, Poller
+
+IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as the rest
 
 _listeners: dict[str, InprocTransport] = {}
 _names = itertools.count()
@@ -26,6 +29,7 @@ class InprocEndpoint:
     def __init__(self, transport: InprocTransport, peer: bytes, landing: PlainLanding, seat: int, layout: SlotLayout):
         self.peer = peer
         self.seat = seat
+        self.came_at = 0.0
         self.landing = landing
         self.transport = transport
         self._outbox = Outbox(layout, landing.allocator)
@@ -58,17 +62,27 @@ class InprocEndpoint:
         if other is not None:
             other._other = None
             other.transport.endpoints.discard(other)
-            other.transport.land(other, None)
+            other.transport.end(other)
 
 
 class InprocTransport:
-    def __init__(self) -> None:
+    """Implements `msi.net.transport.Transport`.
+
+    Args:
+        poller: takes immediates in place of the event loop.
+    """
+
+    def __init__(self, *, poller: Poller | None = None) -> None:
         self.endpoints: set[InprocEndpoint] = set()
         self._loop = asyncio.get_running_loop()
         self._deliver = Delivery()
-        self._landed: deque[tuple[InprocEndpoint, int | None]] = deque()  # None: closed
+        self._landed: deque[tuple[InprocEndpoint, int]] = deque()
+        self._taking = threading.Lock()  # held while they are handed over, so that they stay in order
+        self._poller = poller
         self._address = f"inproc://{next(_names)}"
         self._accept: Callable[[bytes], Admission] | None = None
+        if poller is not None:
+            poller.add(self.take)
 
     def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> PlainLanding:
         return PlainLanding(num_seats, layout, allocator)
@@ -100,22 +114,34 @@ class InprocTransport:
         return ours
 
     def deliver(self, handler: Handler) -> None:
-        self._deliver.start(handler)
+        with self._taking:
+            self._deliver.start(handler)
 
-    def land(self, endpoint: InprocEndpoint, immediate: int | None) -> None:
-        """From any thread: something came for one of our endpoints; None is its end."""
+    def land(self, endpoint: InprocEndpoint, immediate: int) -> None:
+        """From any thread: something came for one of our endpoints."""
         self._landed.append((endpoint, immediate))
-        self._loop.call_soon_threadsafe(self._take)
+        if self._poller is None:
+            self._loop.call_soon_threadsafe(self.take)
+        else:
+            self._poller.ring()
 
-    def _take(self) -> None:
-        while self._landed:
-            endpoint, immediate = self._landed.popleft()
-            if immediate is None:
-                self._deliver(endpoint, CompletionKind.CLOSED, 0, "the peer closed")
-            else:
-                self._deliver(endpoint, CompletionKind.IMMEDIATE, immediate)
+    def end(self, endpoint: InprocEndpoint) -> None:
+        """One of our endpoints was closed by its peer."""
+        self._loop.call_soon_threadsafe(self._ended, endpoint)
+
+    def _ended(self, endpoint: InprocEndpoint) -> None:
+        self.take()  # what it posted before
+        self._deliver(endpoint, CompletionKind.CLOSED, 0, "the peer closed")
+
+    def take(self) -> None:
+        with self._taking:
+            while self._landed:
+                endpoint, immediate = self._landed.popleft()
+                self._deliver(endpoint, IMMEDIATE, immediate)
 
     async def close(self) -> None:
         _listeners.pop(self._address, None)
         for endpoint in list(self.endpoints):
             endpoint.close()
+        if self._poller is not None:
+            self._poller.remove(self.take)

@@ -2,9 +2,9 @@
 
 Each seat is a memfd of its own (a ring, headers, rows), mapped here into the landing's address ranges and at the peer
 as its outbox, where the allocator adopts the rows; a post moves nothing but an immediate, through the ring, and one
-eventfd write wakes the peer's loop. The handshake passes descriptors over an abstract Unix socket (nothing is left in
-the file system), which stays open: its end is how the death of a peer is seen at once. Only processes of the same user
-are taken.
+eventfd write wakes whoever reads it: the peer's loop, or its poller. The handshake passes descriptors over an abstract
+Unix socket (nothing is left in the file system), which stays open: its end is how the death of a peer is seen at once.
+Only processes of the same user are taken.
 
 The ring relies on stores becoming visible in order (x86-64); elsewhere the constructor says so.
 """
@@ -22,6 +22,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from time import monotonic_ns
 from typing import NamedTuple
 
 from msi.errors import ConfigError, EngineError, ProtocolError, TransportError
@@ -39,14 +40,16 @@ from msi.net.transport import (
     Endpoint,
     Handler,
     Landing,
+    Poller,
 )
 
 log = logging.getLogger(__name__)
 
 RING_ENTRIES = 8191
-RING_BYTES = pages((RING_ENTRIES + 1) * 8)  # the entries, and the reader's count in the last word
+RING_BYTES = pages((2 * RING_ENTRIES + 1) * 8)  # the entries, and the reader's count in the last word
 HEADERS_BYTES = pages(MAX_LANES * (HEADER_BYTES + NOTE_BYTES))  # behind the ring
 ROWS_AT = RING_BYTES + HEADERS_BYTES
+IMMEDIATE = CompletionKind.IMMEDIATE
 ACCEPTED, REFUSED = b"\x01", b"\x00"
 CONNECT_AGAIN_S = 0.02
 
@@ -61,7 +64,11 @@ def is_available() -> str | None:
 
 
 class _Ring:
-    """Immediates from one writer to one reader; an entry's upper half says which turn of the ring it belongs to."""
+    """Immediates from one writer to one reader, each with the time of its post: clocks of one host agree.
+
+    An entry is two words; the second is written first, and the first one's upper half says which turn of the ring the
+    entry belongs to.
+    """
 
     def __init__(self, memory: memoryview) -> None:
         self._entries = memory.cast("Q")
@@ -70,21 +77,24 @@ class _Ring:
     def push(self, immediate: int) -> bool:
         """False when the reader is a whole ring behind."""
         count = self._count
-        if count - self._entries[RING_ENTRIES] >= RING_ENTRIES:
+        if count - self._entries[2 * RING_ENTRIES] >= RING_ENTRIES:
             return False
         self._count = count + 1
-        self._entries[count % RING_ENTRIES] = ((count + 1) & 0xFFFFFFFF) << 32 | immediate
+        at = 2 * (count % RING_ENTRIES)
+        self._entries[at + 1] = monotonic_ns()
+        self._entries[at] = ((count + 1) & 0xFFFFFFFF) << 32 | immediate
         return True
 
-    def drain(self) -> list[int]:
+    def drain(self) -> list[tuple[int, float]]:
+        """(immediate, time of its post in seconds) of what came since."""
         entries, count = self._entries, self._count
         taken = []
-        while (entry := entries[count % RING_ENTRIES]) >> 32 == (count + 1) & 0xFFFFFFFF:
-            taken.append(entry & 0xFFFFFFFF)
+        while (entry := entries[at := 2 * (count % RING_ENTRIES)]) >> 32 == (count + 1) & 0xFFFFFFFF:
+            taken.append((entry & 0xFFFFFFFF, entries[at + 1] * 1e-9))
             count += 1
         if taken:
             self._count = count
-            entries[RING_ENTRIES] = count
+            entries[2 * RING_ENTRIES] = count
         return taken
 
 
@@ -148,6 +158,7 @@ class ShmEndpoint:
     ) -> None:  # fmt: skip
         self.peer = peer
         self.seat = seat
+        self.came_at = 0.0
         self.out_headers = peers.headers
         self.out_rows = landing.allocator.adopt(peers.rows)
         self.in_ring = _Ring(in_ring)
@@ -176,20 +187,34 @@ class ShmEndpoint:
 
 
 class ShmTransport:
-    """Raises ConfigError where the host cannot do it; the message says why."""
+    """Implements `msi.net.transport.Transport`.
 
-    def __init__(self, *, complain: Complaints | None = None) -> None:
+    Args:
+        complain: told who is cut off.
+        poller: reads the rings in place of the event loop.
+
+    Raises:
+        ConfigError: the host cannot do it; the message says why.
+    """
+
+    def __init__(self, *, complain: Complaints | None = None, poller: Poller | None = None) -> None:
         if (reason := is_available()) is not None:
             raise ConfigError(f"{reason}; use `transport=inproc`")
         self._deliver = Delivery()
         self._loop = asyncio.get_running_loop()
-        self._doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._loop.add_reader(self._doorbell, self._rung)
-        self._endpoints: list[ShmEndpoint] = []
+        self._poller = poller
+        self._taking = threading.Lock()  # held while rings are read, so that each entry is handed over once
+        self._endpoints: tuple[ShmEndpoint, ...] = ()
         self._complain = complain or Complaints(log)
         self._acceptor: Acceptor | None = None
         self._accept: Callable[[bytes], Admission] | None = None
         self._is_open = True
+        if poller is None:
+            self._doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._loop.add_reader(self._doorbell, self._rung)
+        else:
+            self._doorbell = os.dup(poller.bell)
+            poller.add(self.take)
 
     def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> ShmLanding:
         return ShmLanding(num_seats, layout, allocator)
@@ -273,9 +298,10 @@ class ShmTransport:
             sock.close()
             raise
         endpoint = ShmEndpoint(self, sock, hello, landing, admission.seat, peers, ours.host()[:RING_BYTES], doorbell)
-        self._add(endpoint)
-        self._deliver(endpoint, CompletionKind.CONNECTED)
-        self._read_rings()  # it may have posted already
+        with self._taking:
+            self._add(endpoint)
+            self._deliver(endpoint, CompletionKind.CONNECTED)
+        self.take()  # it may have posted already
 
     async def _receive(self, sock: socket.socket) -> tuple[bytes, list[int]]:
         """One message and its descriptors."""
@@ -289,24 +315,25 @@ class ShmTransport:
         return message, fds
 
     def _add(self, endpoint: ShmEndpoint) -> None:
-        self._endpoints.append(endpoint)
+        self._endpoints = (*self._endpoints, endpoint)
         self._loop.add_reader(endpoint.sock, self._hung_up, endpoint)
 
     def forget(self, endpoint: ShmEndpoint) -> None:
-        self._endpoints.remove(endpoint)
+        self._endpoints = tuple(other for other in self._endpoints if other is not endpoint)
         self._loop.remove_reader(endpoint.sock)
 
     # -- what happens ------------------------------------------------------------------------------------------------
 
     def _rung(self) -> None:
         os.eventfd_read(self._doorbell)
-        self._read_rings()
+        self.take()
 
-    def _read_rings(self) -> None:
-        deliver, kind = self._deliver, CompletionKind.IMMEDIATE
-        for endpoint in self._endpoints.copy():
-            for immediate in endpoint.in_ring.drain():
-                deliver(endpoint, kind, immediate)
+    def take(self) -> None:
+        with self._taking:
+            for endpoint in self._endpoints:
+                for immediate, came_at in endpoint.in_ring.drain():
+                    endpoint.came_at = came_at
+                    self._deliver(endpoint, IMMEDIATE, immediate)
 
     def _hung_up(self, endpoint: ShmEndpoint) -> None:
         """Nothing but the end comes over this socket after the handshake."""
@@ -317,12 +344,13 @@ class ShmTransport:
             if error.errno == errno.EAGAIN:
                 return
             reason = str(error)
-        self._read_rings()  # what it posted before
+        self.take()  # what it posted before
         endpoint.close()
         self._deliver(endpoint, CompletionKind.CLOSED, 0, reason)
 
     def deliver(self, handler: Handler) -> None:
-        self._deliver.start(handler)
+        with self._taking:
+            self._deliver.start(handler)
 
     async def close(self) -> None:
         if not self._is_open:
@@ -330,9 +358,12 @@ class ShmTransport:
         self._is_open = False
         if self._acceptor is not None:
             await self._acceptor.close()
-        for endpoint in list(self._endpoints):
+        for endpoint in self._endpoints:
             endpoint.close()
-        self._loop.remove_reader(self._doorbell)
+        if self._poller is None:
+            self._loop.remove_reader(self._doorbell)
+        else:
+            self._poller.remove(self.take)
         os.close(self._doorbell)
 
 

@@ -26,6 +26,7 @@ SEQ_BITS = 12
 SEQ_SHIFT, LANE_SHIFT = 12, 26  # in an immediate
 SEQ_MASK = (1 << SEQ_BITS) - 1
 INCARNATION_MASK = (1 << 12) - 1
+LIFE_MASK = (1 << 32) - 1  # an incarnation in full
 MAGIC = b"MSI2"
 # magic, kind, lane, attempt, more, incarnation, placement version, sequence number, rows, bytes per row, two times
 HEADER = struct.Struct("<4sBBBBIIQIIdd")
@@ -75,7 +76,7 @@ def life_word(incarnation: int, placement_version: int) -> int:
 
 def split_life_word(word: int) -> tuple[int, int]:
     """Incarnation and placement version."""
-    return word & 0xFFFFFFFF, word >> 32
+    return word & LIFE_MASK, word >> 32
 
 
 def unpack_immediate(immediate: int) -> Immediate:

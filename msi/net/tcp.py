@@ -84,6 +84,9 @@ class TcpTransport:
     def deliver(self, handler: Handler) -> None:
         self._deliver.start(handler)
 
+    def take(self) -> None:
+        """Nothing: the event loop hands over all there is."""
+
     # -- connections -------------------------------------------------------------------------------------------------
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:

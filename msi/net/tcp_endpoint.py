@@ -59,6 +59,7 @@ class TcpEndpoint:
     ) -> None:
         self.peer = peer
         self.seat = seat
+        self.came_at = 0.0
         self._name = name
         self._sock = sock
         self._loop = asyncio.get_running_loop()

@@ -13,7 +13,8 @@ elsewhere it is a staging buffer. Nobody above asks which, or computes an offset
 shuts that peer out for good. `msi.net.contract` says all this as checks that any transport can be put to.
 
 Completions are handed to a callback, not awaited: a future and a task step per wake-up cost as much as everything
-else that a layer needs of the loop thread (tools/bench_cpu_budget.py).
+else that a layer needs of the loop thread (tools/bench_cpu_budget.py). Where a device computes on a thread of this
+process, that thread may take them itself: it is a `Poller`.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Endpoint(Protocol):
 
     peer: bytes  # what the peer said: its hello if we accepted it, its welcome if it accepted us
     seat: int
+    came_at: float  # time.monotonic() when what is being handed over came; 0.0: now, as far as anybody knows
 
     @property
     def out_headers(self) -> Sequence[memoryview]:
@@ -93,12 +95,27 @@ class Endpoint(Protocol):
         """Ends the connection; the peer gets a CLOSED completion, we get none. Idempotent."""
 
 
+class Poller(Protocol):
+    """A thread that takes immediates between other work, and sleeps at its bell while it has none."""
+
+    bell: int  # an eventfd: a write wakes the thread, from whatever process
+
+    def add(self, take: Callable[[], None]) -> None:
+        """From now on it calls `take`, which hands over what has come."""
+
+    def remove(self, take: Callable[[], None]) -> None:
+        """Not any more, after the call that may be in progress."""
+
+    def ring(self) -> None:
+        """Wakes the thread, unless it is the caller, which looks again by itself."""
+
+
 # (endpoint, what happened, the immediate or 0, why it was closed or "")
 Handler = Callable[[Endpoint, CompletionKind, int, str], None]
 
 
 class Transport(Protocol):
-    """One per worker, used from its event loop alone; only `Endpoint.post` may be called from another thread."""
+    """One per worker, used from its event loop alone, but for `take` and `Endpoint.post`."""
 
     def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> Landing:
         """Memory for peers to write into, zeroed; its rows are the allocator's.
@@ -118,9 +135,17 @@ class Transport(Protocol):
         """Raises TransportError: nobody there, refused (with the peer's reason), or no answer within `timeout_s`."""
 
     def deliver(self, handler: Handler) -> None:
-        """Hands everything that happens to `handler`, on the event loop and in order; what already did, at once.
+        """Hands everything that happens to `handler`, one after the other and in order; what already did, at once.
 
+        All of it on the event loop; but immediates on the poller's thread, if the transport was given one: those of a
+        connection come after its CONNECTED and before its CLOSED, and after our own `close` one may be on its way.
         The handler must not raise.
+        """
+
+    def take(self) -> None:
+        """Hands over what has come by now, before whoever usually does it comes round to it. Any thread.
+
+        Does nothing where the event loop hands over all there is.
         """
 
     async def close(self) -> None:

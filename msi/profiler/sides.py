@@ -25,7 +25,8 @@ from msi.experts.half import ExpertHalf
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
 from msi.models.config import ModelConfig
-from msi.net.dispatch_link import DispatchLink, Gates
+from msi.net.dispatch_link import DispatchLink
+from msi.net.passes import Gates
 from msi.net.slots import SlotLayout
 from msi.types import MicroBatch, Placement, TokenSampling
 from msi.worker.loading import LoadedPart

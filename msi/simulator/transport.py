@@ -56,6 +56,7 @@ class SimulatedEndpoint:
     ):
         self.peer = peer
         self.seat = seat
+        self.came_at = 0.0
         self.out_headers = peers_landing.headers[its_seat]
         self.out_rows = peers_landing.allocator.adopt(seat_rows(peers_landing, its_seat))
         self._transport = transport
@@ -144,6 +145,9 @@ class SimulatedTransport:
 
     def deliver(self, handler: Handler) -> None:
         self.completed.start(handler)
+
+    def take(self) -> None:
+        """Nothing: what lands is handed over when it does."""
 
     async def close(self) -> None:
         if self.network.listeners.get(self._address) is self:

@@ -181,13 +181,14 @@ class TorchHost:
 
     def new_transport(self, assignment: Assignment) -> Transport:
         name = "inproc" if assignment.is_colocated else self._settings.host.transport
+        poller = None if self._device is None else self._device.poller
         if name == "inproc":
-            return InprocTransport()
+            return InprocTransport(poller=poller)
         if name == "shm" or (name == "auto" and self._is_local and shm.is_available() is None):
-            return ShmTransport(complain=self._complain)
+            return ShmTransport(complain=self._complain, poller=poller)
         key = self._settings.trust.link_key(assignment.instance)
         if name == "auto" and shm.is_available() is None:
-            return AutoTransport(self._advertised_host(), key=key, complain=self._complain)
+            return AutoTransport(self._advertised_host(), key=key, complain=self._complain, poller=poller)
         return TcpTransport(self._advertised_host(), key=key, complain=self._complain)
 
     @property

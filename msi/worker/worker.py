@@ -440,7 +440,7 @@ async def _ended(task: asyncio.Task[None] | None) -> None:
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    """The exception that ended a life: an error before an ending, an ending before a cancellation."""
+    """The exception that ended a life: an error before an ending, the worker's end before that of this life."""
     flat: list[BaseException] = []
     pending: list[BaseException] = [group]
     while pending:
@@ -449,4 +449,4 @@ def _first(group: BaseExceptionGroup[Any]) -> BaseException:
             pending.extend(error.exceptions)
         else:
             flat.append(error)
-    return min(flat, key=lambda error: isinstance(error, _LifeEnds | _WorkerEnds))
+    return min(flat, key=lambda error: isinstance(error, _WorkerEnds) + 2 * isinstance(error, _LifeEnds))

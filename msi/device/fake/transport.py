@@ -60,6 +60,7 @@ class FakeEndpoint:
     ) -> None:
         self.peer = peer
         self.seat = seat
+        self.came_at = 0.0
         self.landing = landing
         self.transport = transport
         device = transport.device
@@ -172,6 +173,9 @@ class FakeTransport:
 
     def deliver(self, handler: Handler) -> None:
         self._deliver.start(handler)
+
+    def take(self) -> None:
+        """Nothing: the event loop hands over all there is."""
 
     def land(self, endpoint: FakeEndpoint, immediate: int | None) -> None:
         """Something came for one of our endpoints; None is its end."""

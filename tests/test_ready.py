@@ -1,0 +1,148 @@
+"""What a compute thread goes through: open queues in their order, and what transports bring between programs."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from msi.device.ready import Ready
+from msi.errors import TransportError
+from msi.net.inproc import InprocTransport
+from msi.net.regions import HOST_MEMORY
+from msi.net.shm import ShmTransport
+from msi.net.slots import SlotLayout
+from msi.net.transport import Admission, CompletionKind
+from tests.waiting import until
+
+LAYOUT = SlotLayout(2, 4, 128)
+
+
+class Serving:
+    """A thread that serves `ready` and notes what it gets, until None."""
+
+    def __init__(self):
+        self.ready = Ready()
+        self.got = []
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    def _serve(self):
+        while (queue := self.ready.get()) is not None:
+            self.got.append(queue)
+            if callable(queue):
+                queue()
+
+    def end(self):
+        self.ready.put(None)
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+        self.ready.close()
+
+
+@pytest.fixture
+def serving():
+    serving = Serving()
+    yield serving
+    serving.end()
+
+
+def test_queues_come_in_the_order_in_which_they_opened(serving):
+    for index in range(1000):
+        serving.ready.put(index)
+    serving.end()
+    assert serving.got == list(range(1000))
+
+
+def test_a_ring_from_anywhere_brings_a_look_at_every_source(serving):
+    looked = [threading.Event(), threading.Event()]
+    for event in looked:
+        serving.ready.add(event.set)
+    for event in looked:
+        assert event.wait(10)
+        event.clear()
+    os.eventfd_write(serving.ready.bell, 1)  # as another process does
+    assert all(event.wait(10) for event in looked)
+
+
+def test_what_a_source_brings_is_run_by_the_thread_that_looked(serving):
+    brought, ran = [7], threading.Event()
+
+    def take():
+        if brought:
+            brought.pop()
+            serving.ready.put(lambda: ran.set() if threading.current_thread() is serving.thread else None)
+
+    serving.ready.add(take)
+    assert ran.wait(10)
+
+
+def test_a_source_that_fails_takes_nothing_from_the_others(serving, caplog):
+    looked = threading.Event()
+
+    def broken():
+        raise ValueError("it is broken")
+
+    serving.ready.add(broken)
+    serving.ready.add(looked.set)
+    assert looked.wait(10)
+    serving.ready.remove(broken)
+    serving.ready.put("goes on")
+    serving.end()
+    assert serving.got == ["goes on"]
+    assert "it is broken" in caplog.text
+
+
+def test_a_source_that_was_removed_is_not_looked_at(serving):
+    calls, looked = [], threading.Event()
+
+    def take():
+        calls.append(1)
+        looked.set()
+
+    serving.ready.add(take)
+    assert looked.wait(10)
+    serving.ready.remove(take)
+    serving.ready.put("after it")
+    serving.end()
+    num_calls = len(calls)
+    serving.ready.ring()
+    assert len(calls) == num_calls
+
+
+def test_after_its_end_a_ring_does_nothing(serving):
+    serving.end()
+    serving.ready.close()
+    serving.ready.ring()
+    serving.ready.put("nobody's")
+
+
+@pytest.mark.parametrize("kind", [ShmTransport, InprocTransport])
+async def test_immediates_come_on_the_pollers_thread_and_everything_else_on_the_loop(kind, serving):
+    loop_thread = threading.current_thread()
+    seen, all_seen = [], threading.Event()
+
+    def note(endpoint, kind, immediate, reason):
+        seen.append((kind, immediate, threading.current_thread()))
+        if kind is CompletionKind.IMMEDIATE and immediate == 99:
+            all_seen.set()
+
+    ours, theirs = kind(poller=serving.ready), kind()
+    landing = ours.register(1, LAYOUT, HOST_MEMORY)
+    ours.deliver(note)
+    address = await ours.listen(lambda hello: Admission(landing, 0, b"welcome"))
+    endpoint = await theirs.connect(address, b"hello", theirs.register(1, LAYOUT, HOST_MEMORY), 0)
+    await until(lambda: seen)
+    for immediate in range(100):
+        endpoint.post(0, immediate)
+    assert all_seen.wait(10), "the loop stood still, and the poller took them all the same"
+    endpoint.close()
+    await until(lambda: len(seen) == 102)
+    assert seen[0] == (CompletionKind.CONNECTED, 0, loop_thread)
+    assert seen[1:101] == [(CompletionKind.IMMEDIATE, index, serving.thread) for index in range(100)]
+    assert seen[101] == (CompletionKind.CLOSED, 0, loop_thread)
+    with pytest.raises(TransportError):
+        endpoint.post(0, 1)
+    await theirs.close()
+    await ours.close()
