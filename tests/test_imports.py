@@ -42,6 +42,8 @@ OWNERS = {
     "prometheus_client": {"msi/server/metrics.py"},
     "jinja2": {"msi/server/chat_template.py"},
     "triton": {"msi/kernels/"},
+    "ibverbs": {"msi/net/rdma/ibverbs_driver.py"},
+    "pyverbs": {"msi/net/rdma/pyverbs_driver.py"},
     "uvloop": {"launch/main.py", "msi/profiler/process.py"},
     "pickle": set(),
 }
@@ -107,7 +109,7 @@ def test_kernels_know_nothing_of_msi():
 
 
 def test_net_knows_no_layers_experts_or_requests():
-    allowed = ("msi.net", "msi.errors", "msi.meter")
+    allowed = ("msi.net", "msi.errors", "msi.meter", "msi.parameters")
     for path in python_files("msi/net"):
         assert not [name for name in imports_of(path) if name.startswith("msi") and not name.startswith(allowed)]
 

@@ -1,0 +1,1 @@
+"""Rows by RDMA: reliable-connected queue pairs, registered seats, write-with-immediate."""

@@ -1,0 +1,446 @@
+"""The RDMA transport: workers on hosts with cards, two queue pairs per pair of workers.
+
+Each end writes through a queue pair of its own, and acknowledges through the other: so acknowledgements have a traffic
+class of their own, which switches can prefer. All of a worker's queue pairs share one receive queue and one completion
+queue, whose descriptor wakes the event loop.
+
+Connections are made, watched and ended over TCP (`msi.net.tcp`, with its handshake and proofs): there the two ends
+introduce their queue pairs, there a peer says goodbye and how many posts it made, and there the end of a process is
+seen at once. A peer whose host falls silent is lost when it does not acknowledge. The dialling end *knocks*: a first
+word by RDMA, which shows that the cards reach each other, and tells the other end that it may write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from msi.errors import ConfigError, EngineError, TransportError
+from msi.net.complaints import Complaints
+from msi.net.delivery import Delivery
+from msi.net.rdma.endpoint import NUM_SENDS, RdmaEndpoint
+from msi.net.rdma.fabric import Place, open_place
+from msi.net.rdma.introduction import NUM_BYTES, Introduction
+from msi.net.rdma.landing import RdmaLanding, RdmaOutbox, new_landing
+from msi.net.rdma.options import RdmaOptions
+from msi.net.rdma.verbs import (
+    RECEIVED_IMMEDIATE,
+    RECEIVES_PER_REFILL,
+    SUCCESS,
+    Completion,
+    Driver,
+    Path,
+    QueuePair,
+    RemoteQueue,
+    status_sentence,
+)
+from msi.net.regions import HOST_MEMORY, Allocator
+from msi.net.slots import HEADER_BYTES, SlotLayout
+from msi.net.tcp import TcpTransport
+from msi.net.transport import (
+    CONNECT_TIMEOUT_S,
+    MAX_HELLO_BYTES,
+    Admission,
+    CompletionKind,
+    Endpoint,
+    Handler,
+    Landing,
+)
+
+log = logging.getLogger(__name__)
+
+SCHEME = "rdma://"
+CONTROL_LAYOUT = SlotLayout(1, 1, 128)  # of a seat in which nothing lands: control connections carry words alone
+KNOCK = 0x4B4E4F43  # never delivered
+RECEIVES_PER_SEAT = 32
+SPARE_SEATS = 4  # of peers that are leaving
+LEAVE_S = 1.0  # what was posted before a close may arrive so much later
+COUNT_MASK = (1 << 31) - 1
+GONE = 1 << 31  # said nothing
+POLLS_PER_TURN = 16  # before others on the event loop get theirs
+
+
+class _Queues(NamedTuple):
+    """Our queue pairs of a connection, and the first sequence number of each."""
+
+    sends: QueuePair
+    receives: QueuePair
+    sends_psn: int
+    receives_psn: int
+
+    def close(self) -> None:
+        self.sends.close()
+        self.receives.close()
+
+
+class RdmaTransport:
+    """Create it on its event loop.
+
+    Args:
+        driver: of a verbs library; see `msi.net.rdma.drivers`.
+        host: this host's address as peers reach it, for the control connections.
+        key: what peers have to prove that they hold.
+        complain: told who is cut off.
+
+    Raises:
+        ConfigError: no device that could be used.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        options: RdmaOptions | None = None,
+        host: str = "127.0.0.1",
+        *,
+        key: bytes | None = None,
+        complain: Complaints | None = None,
+    ) -> None:
+        self.options = options or RdmaOptions()
+        self.place: Place = open_place(driver, self.options)
+        self._card = self.place.card
+        self._control = TcpTransport(host, key=key, complain=complain)
+        self._control_landing = self._control.register(1, CONTROL_LAYOUT, HOST_MEMORY)
+        self._control.deliver(self._controlled)
+        self._deliver = Delivery()
+        self._loop = asyncio.get_running_loop()
+        self._accept: Callable[[bytes], Admission] | None = None
+        self._landings: list[RdmaLanding] = []
+        self._num_used = 0  # receives, since the last refill
+        self._most_peers = 0  # that the queues have room for
+        self._incoming: dict[int, RdmaEndpoint] = {}  # by the number of the queue pair that receives
+        self._outgoing: dict[int, RdmaEndpoint] = {}  # that sends
+        self._by_control: dict[Endpoint, RdmaEndpoint] = {}
+        self._accepted: dict[bytes, RdmaEndpoint] = {}  # by what they said, until they are connected
+        self._knocking: dict[RdmaEndpoint, asyncio.Future[None]] = {}
+        self._leaving: dict[RdmaEndpoint, asyncio.TimerHandle] = {}  # closed by us, until all has arrived
+        self._left: dict[RdmaEndpoint, int] = {}  # closed by the peer, and how many posts it made
+        self._all_left = asyncio.Event()
+        self._all_left.set()
+        self._is_open = True
+        self._is_closed = False
+
+    def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> RdmaLanding:
+        return self.adopt(new_landing(self._card, num_seats, layout, allocator))
+
+    def adopt(self, landing: RdmaLanding) -> RdmaLanding:
+        """Peers get seats of it from now on."""
+        self._landings.append(landing)
+        return landing
+
+    def landing_over(self, inner: Landing) -> RdmaLanding:
+        """Another transport's landing, for peers of ours, too."""
+        return self.adopt(RdmaLanding(self._card, inner))
+
+    def deliver(self, handler: Handler) -> None:
+        self._deliver.start(handler)
+
+    # -- connections -------------------------------------------------------------------------------------------------
+
+    async def listen(self, accept: Callable[[bytes], Admission]) -> str:
+        self._accept = accept
+        address = await self._control.listen(self._admit)
+        return SCHEME + address.removeprefix("tcp://")
+
+    async def connect(
+        self, address: str, hello: bytes, landing: Landing, seat: int, *, timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> Endpoint:
+        assert isinstance(landing, RdmaLanding)
+        assert len(hello) + NUM_BYTES <= MAX_HELLO_BYTES, len(hello)
+        if not address.startswith(SCHEME):
+            raise TransportError(address, "is not an RDMA address (rdma://HOST:PORT)")
+        until = self._loop.time() + timeout_s
+        with contextlib.ExitStack() as undo:
+            try:
+                queues = self._open_queues()
+                undo.callback(queues.close)
+                ours = self._introduce(queues, landing, seat)
+                undo.callback(landing.shut, seat)
+                control = await self._control.connect(
+                    "tcp://" + address.removeprefix(SCHEME), ours.encode() + hello, self._control_landing, 0,
+                    timeout_s=timeout_s,
+                )  # fmt: skip
+                undo.callback(control.close)
+                theirs, welcome = Introduction.decode(control.peer)
+                outbox = RdmaOutbox(self._card, theirs.layout, landing.allocator)
+                undo.callback(outbox.registered.close)
+                self._join(queues, theirs, self.options.rdma_dispatch_class)
+            except TransportError as error:
+                raise TransportError(address, error.reason) from error
+            except EngineError as error:
+                raise TransportError(address, str(error)) from error
+            except OSError as error:
+                raise TransportError(address, f"no queue pair to it: {error.strerror or error}") from error
+            endpoint = self._endpoint(address, welcome, landing, seat, outbox, queues, theirs, is_ready=True)
+            self._watch(endpoint, control)
+            undo.pop_all()
+        try:
+            await self._knock(endpoint, until - self._loop.time())
+        except BaseException:
+            endpoint.close()
+            raise
+        return endpoint
+
+    async def _knock(self, endpoint: RdmaEndpoint, timeout_s: float) -> None:
+        """Raises TransportError: the peer's card cannot be reached."""
+        answered = self._knocking[endpoint] = self._loop.create_future()
+        try:
+            async with asyncio.timeout(timeout_s):
+                endpoint.knock(KNOCK)
+                await answered
+        except OSError as error:
+            why = "is not reached by RDMA in time" if isinstance(error, TimeoutError) else error.strerror
+            raise TransportError(endpoint.name, f"{why}; see whether rping works between the two hosts") from error
+        finally:
+            del self._knocking[endpoint]
+
+    def _admit(self, said: bytes) -> Admission:
+        """The accepting half. Raises EngineError: the peer is refused, with its text."""
+        assert self._accept is not None
+        theirs, hello = Introduction.decode(said)
+        if not self._is_open or not self._landings:
+            raise ConfigError("there is no memory for peers")
+        with contextlib.ExitStack() as undo:
+            try:
+                queues = self._open_queues()
+                undo.callback(queues.close)
+                outbox = RdmaOutbox(self._card, theirs.layout, self._landings[0].allocator)
+                undo.callback(outbox.registered.close)
+                self._join(queues, theirs, self.options.rdma_combine_class)
+            except OSError as error:
+                raise ConfigError(f"no queue pair to it: {error.strerror or error}") from error
+            admission = self._accept(hello)
+            undo.pop_all()
+        # From here on the seat is taken: what fails now ends like any other connection.
+        landing, seat = self._landing_of(admission.landing), admission.seat
+        try:
+            welcome = self._introduce(queues, landing, seat).encode() + admission.welcome
+        except OSError as error:
+            log.warning("seat %d cannot be registered, its peer is sent away: %s", seat, error.strerror or error)
+            welcome = b""  # which the peer cannot use
+        name = f"the RDMA peer at seat {seat}"
+        self._accepted[said] = self._endpoint(name, hello, landing, seat, outbox, queues, theirs, is_ready=False)
+        return Admission(self._control_landing, 0, welcome)
+
+    def _landing_of(self, landing: Landing) -> RdmaLanding:
+        return next(one for one in self._landings if landing in (one, one.inner))
+
+    def _open_queues(self) -> _Queues:
+        """Raises OSError, or ConfigError: there are more peers than seats."""
+        if not self._most_peers:
+            self._start()
+        if len(self._outgoing) >= self._most_peers:
+            raise ConfigError(f"all {self._most_peers} seats are taken")
+        port = self.options.rdma_port
+        sends = self._card.queue_pair(port, NUM_SENDS, HEADER_BYTES)
+        try:
+            receives = self._card.queue_pair(port, 1, 0)
+        except BaseException:
+            sends.close()
+            raise
+        return _Queues(sends, receives, secrets.randbits(24), secrets.randbits(24))
+
+    def _start(self) -> None:
+        """The queues that all peers share; every landing is registered by now."""
+        num_seats = sum(landing.num_seats for landing in self._landings) + SPARE_SEATS
+        num_receives = RECEIVES_PER_SEAT * num_seats
+        self._card.start(num_receives, num_receives + (NUM_SENDS + 1) * num_seats)
+        self._most_peers = num_seats
+        self._loop.add_reader(self._card.fd, self._readable)
+        self._card.arm()
+
+    def _introduce(self, queues: _Queues, landing: RdmaLanding, seat: int) -> Introduction:
+        """Whoever is told this may write into the seat. Raises OSError."""
+        place = self.place
+        return Introduction(
+            place.port.mtu,
+            RemoteQueue(queues.sends.number, queues.sends_psn, place.gid, place.port.lid),
+            RemoteQueue(queues.receives.number, queues.receives_psn, place.gid, place.port.lid),
+            *landing.open(seat).remote(),
+            landing.layout,
+        )
+
+    def _join(self, queues: _Queues, theirs: Introduction, traffic_class: int) -> None:
+        """Raises OSError."""
+        options, place = self.options, self.place
+        path = Path(
+            options.rdma_port, place.gid_index, min(place.port.mtu, theirs.mtu), traffic_class,
+            options.rdma_service_level, options.rdma_timeout, options.rdma_retries, options.rdma_rnr_retries,
+        )  # fmt: skip
+        queues.receives.connect(theirs.sends, queues.receives_psn, replace(path, traffic_class=options.rdma_ack_class))
+        queues.sends.connect(theirs.receives, queues.sends_psn, path)
+
+    def _endpoint(
+        self, name: str, peer: bytes, landing: RdmaLanding, seat: int, outbox: RdmaOutbox, queues: _Queues,
+        theirs: Introduction, *, is_ready: bool,
+    ) -> RdmaEndpoint:  # fmt: skip
+        endpoint = RdmaEndpoint(
+            name=name, peer=peer, landing=landing, seat=seat, outbox=outbox, out_layout=theirs.layout,
+            sends=queues.sends, receives=queues.receives, max_bytes=self.options.rdma_outstanding_bytes,
+            is_ready=is_ready, leave=self._leave,
+        )  # fmt: skip
+        endpoint.aim(theirs.headers, theirs.rows)
+        self._outgoing[queues.sends.number] = endpoint
+        self._incoming[queues.receives.number] = endpoint
+        landing.tell(seat, lambda: self._incoming.pop(queues.receives.number, None))
+        return endpoint
+
+    def _watch(self, endpoint: RdmaEndpoint, control: Endpoint) -> None:
+        endpoint.control = control
+        self._by_control[control] = endpoint
+
+    # -- what the cards did ------------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        self._card.take_events()
+        self._poll()
+
+    def _poll(self) -> None:
+        card, incoming, deliver = self._card, self._incoming, self._deliver
+        is_armed = False
+        for _ in range(POLLS_PER_TURN):
+            if self._is_closed:
+                return
+            completions = card.poll()
+            if not completions:
+                if is_armed:
+                    break
+                card.arm()  # and once more: what came in between wakes nobody
+                is_armed = True
+            for one in completions:
+                if one.status != SUCCESS or one.opcode != RECEIVED_IMMEDIATE:
+                    self._sent(one)
+                    continue
+                self._num_used += 1
+                endpoint = incoming.get(one.qp_num)
+                if endpoint is None:
+                    continue  # it was closed or revoked
+                endpoint.num_received += 1
+                if endpoint.is_ready:
+                    deliver(endpoint, CompletionKind.IMMEDIATE, one.imm_data)
+                else:
+                    self._knocked(endpoint, one.imm_data)
+            if self._num_used >= RECEIVES_PER_REFILL:
+                self._num_used -= RECEIVES_PER_REFILL
+                card.refill()
+        else:
+            self._loop.call_soon(self._poll)
+        if self._left:
+            self._settle()
+
+    def _sent(self, completion: Completion) -> None:
+        """Our writes up to here are acknowledged, or will never be."""
+        endpoint = self._outgoing.get(completion.qp_num)
+        if endpoint is None:
+            endpoint = self._incoming.get(completion.qp_num)
+        if endpoint is None:
+            return  # flushed after its end
+        if completion.status != SUCCESS:
+            self._end(endpoint, status_sentence(completion.status))
+            return
+        try:
+            endpoint.completed()
+        except OSError as error:
+            self._end(endpoint, f"the card took no post: {error.strerror or error}")
+        knocking = self._knocking.get(endpoint)
+        if knocking is not None and not knocking.done():
+            knocking.set_result(None)
+
+    def _knocked(self, endpoint: RdmaEndpoint, word: int) -> None:
+        if word != KNOCK:
+            self._end(endpoint, "it wrote before it knocked")
+            return
+        try:
+            endpoint.become_ready()
+        except OSError as error:
+            self._end(endpoint, f"the card took no post: {error.strerror or error}")
+
+    # -- what is said over control connections -----------------------------------------------------------------------
+
+    def _controlled(self, control: Endpoint, kind: CompletionKind, word: int, reason: str) -> None:
+        if kind is CompletionKind.CONNECTED:
+            endpoint = self._accepted.pop(control.peer)
+            self._watch(endpoint, control)
+            self._deliver(endpoint, CompletionKind.CONNECTED)
+            return
+        watched = self._by_control.get(control)
+        if watched is None:
+            return
+        if not watched.is_open:  # we are leaving, and it has what we posted
+            self._release(watched)
+            return
+        self._left[watched] = word if kind is CompletionKind.IMMEDIATE else GONE
+        self._loop.call_later(LEAVE_S, self._end_left, watched)
+        self._poll()  # what it posted before
+
+    def _settle(self) -> None:
+        """Who left, and has posted nothing that is not here yet, is gone."""
+        for endpoint, num_posted in list(self._left.items()):
+            is_revoked = endpoint.receives.number not in self._incoming
+            if num_posted == GONE or is_revoked or endpoint.num_received & COUNT_MASK == num_posted:
+                self._end_left(endpoint)
+
+    def _end_left(self, endpoint: RdmaEndpoint) -> None:
+        if endpoint in self._left:
+            self._end(endpoint, "its process is gone or closed the connection")
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _end(self, endpoint: RdmaEndpoint, reason: str) -> None:
+        """The peer's doing, not ours."""
+        was_open = endpoint.shut()
+        self._release(endpoint)
+        knocking = self._knocking.get(endpoint)
+        if knocking is not None:
+            if not knocking.done():
+                knocking.set_exception(TransportError(endpoint.name, reason))
+        elif was_open:
+            self._deliver(endpoint, CompletionKind.CLOSED, 0, reason)
+
+    def _leave(self, endpoint: RdmaEndpoint) -> None:
+        """We close it: the peer is told how much to wait for, and we wait until it has it."""
+        self._incoming.pop(endpoint.receives.number, None)
+        self._left.pop(endpoint, None)
+        self._leaving[endpoint] = self._loop.call_later(LEAVE_S, self._release, endpoint)
+        self._all_left.clear()
+        assert endpoint.control is not None
+        with contextlib.suppress(TransportError):
+            endpoint.control.post(0, endpoint.num_posted & COUNT_MASK)
+
+    def _release(self, endpoint: RdmaEndpoint) -> None:
+        """Nothing is left of it. Idempotent."""
+        self._incoming.pop(endpoint.receives.number, None)
+        self._outgoing.pop(endpoint.sends.number, None)
+        self._left.pop(endpoint, None)
+        timer = self._leaving.pop(endpoint, None)
+        if timer is not None:
+            timer.cancel()
+        if endpoint.control is not None:
+            self._by_control.pop(endpoint.control, None)
+            endpoint.control.close()
+        endpoint.release()
+        if not self._leaving:
+            self._all_left.set()
+
+    async def close(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        for endpoint in list(self._by_control.values()):
+            endpoint.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                await self._all_left.wait()
+        self._is_closed = True
+        for endpoint in list(self._outgoing.values()):
+            self._release(endpoint)
+        if self._most_peers:
+            self._loop.remove_reader(self._card.fd)
+        for landing in self._landings:
+            landing.close()
+        self._card.close()
+        await self._control.close()

@@ -1,0 +1,237 @@
+"""What runs in the virtual machine of `tools/rdma_vm.py`, on its two cards: `rdma_guest.py CHECK...`.
+
+Knows no torch and no test framework, which take minutes there. Each check prints a line with what it took; one that
+fails ends the program.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import time
+import zlib
+
+from msi.errors import TransportError
+from msi.net.contract import RULES, Subject, check_rule
+from msi.net.rdma.drivers import load_driver
+from msi.net.rdma.options import RdmaOptions
+from msi.net.rdma.transport import RdmaTransport
+from msi.net.regions import HOST_MEMORY
+from msi.net.slots import HEADER_BYTES, SlotLayout
+from msi.net.transport import Admission, CompletionKind
+
+CARDS = ("rxe0", "rxe1")
+KEY = b"k" * 32
+LAYOUT = SlotLayout(num_lanes=2, slot_rows=16, row_bytes=512)
+WAIT_S = 60.0
+
+
+def transport(driver, card, **options):
+    return RdmaTransport(load_driver(driver), RdmaOptions(rdma_device=CARDS[card], **options), key=KEY)
+
+
+# -- the contract, between the two cards ------------------------------------------------------------------------------
+
+
+def contract(driver):
+    cards = itertools.cycle((0, 1))
+    subject = Subject(lambda: transport(driver, next(cards)), "rdma://127.0.0.1:1", timeout_s=WAIT_S)
+    for rule in RULES:
+        began = time.monotonic()
+        asyncio.run(check_rule(rule, subject))
+        print(f"  {time.monotonic() - began:.1f} s {rule.sentence}", flush=True)
+
+
+# -- two processes ----------------------------------------------------------------------------------------------------
+
+
+class Echo:
+    """Sends back what lands, once its checksum is right. Prints its address, and runs until its input ends."""
+
+    def __init__(self, driver):
+        self.transport = transport(driver, 1)
+        self.landing = self.transport.register(1, LAYOUT, HOST_MEMORY)
+        self.transport.deliver(self.completed)
+
+    def completed(self, endpoint, kind, immediate, reason):
+        if kind is not CompletionKind.IMMEDIATE:
+            return
+        lane, num_rows = immediate & 1, immediate >> 1 & 31
+        num_bytes = num_rows * LAYOUT.row_bytes
+        start = lane * LAYOUT.slot_bytes
+        rows = self.landing.rows.host()[start : start + num_bytes]
+        header = self.landing.headers[0][lane]
+        assert bytes(header[:4]) == zlib.crc32(rows).to_bytes(4), f"checksum of {immediate}"
+        endpoint.out_headers[lane][:HEADER_BYTES] = header[:HEADER_BYTES]
+        endpoint.out_rows.host()[start : start + num_bytes] = rows
+        endpoint.post(lane, immediate, num_rows)
+
+
+async def serve(driver):
+    echo = Echo(driver)
+    print(await echo.transport.listen(lambda hello: Admission(echo.landing, 0, b"")), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await echo.transport.close()
+
+
+def server(driver):
+    process = subprocess.Popen(
+        [sys.executable, __file__, f"serve:{driver}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return process, process.stdout.readline().strip()
+
+
+class Client:
+    """Connected to an echo."""
+
+    def __init__(self, driver, **options):
+        self.transport = transport(driver, 0, **options)
+        self.landing = self.transport.register(1, LAYOUT, HOST_MEMORY)
+        self.completions = asyncio.Queue()
+        self.transport.deliver(lambda *completion: self.completions.put_nowait(completion[1:]))
+
+    async def connect(self, address):
+        self.endpoint = await self.transport.connect(address, b"hello", self.landing, 0, timeout_s=WAIT_S)
+
+    def post(self, lane, number, num_rows):
+        start, num_bytes = lane * LAYOUT.slot_bytes, num_rows * LAYOUT.row_bytes
+        rows = number.to_bytes(4, "little") * (num_bytes // 4)
+        self.endpoint.out_rows.host()[start : start + num_bytes] = rows
+        self.endpoint.out_headers[lane][:4] = zlib.crc32(rows).to_bytes(4)
+        immediate = number << 6 | num_rows << 1 | lane
+        self.endpoint.post(lane, immediate, num_rows)
+        return immediate, rows
+
+    async def exchange(self, count):
+        """Both lanes are away at a time; sizes from one row to all."""
+        for number in range(0, count, 2):
+            sent = [self.post(lane, number + lane, 1 + number * 7 % 16) for lane in (0, 1)]
+            for lane in (0, 1):
+                kind, immediate, reason = await asyncio.wait_for(self.completions.get(), WAIT_S)
+                assert (kind, immediate) == (CompletionKind.IMMEDIATE, sent[lane][0]), (kind, immediate, reason)
+                start = lane * LAYOUT.slot_bytes
+                assert self.landing.rows.host()[start : start + len(sent[lane][1])] == sent[lane][1], number
+
+
+def with_echo(scenario):
+    def check(ours, theirs):
+        process, address = server(theirs)
+
+        async def run():
+            client = Client(ours)
+            try:
+                await client.connect(address)
+                await scenario(client, process)
+            finally:
+                await client.transport.close()
+
+        try:
+            asyncio.run(run())
+        finally:
+            process.stdin.close()
+            process.wait(WAIT_S)
+
+    return check
+
+
+@with_echo
+async def exchanges(client, process):
+    await client.exchange(2000)
+
+
+@with_echo
+async def killed(client, process):
+    """Its death is known within a second."""
+    await client.exchange(4)
+    process.kill()
+    began = time.monotonic()
+    kind, _, reason = await asyncio.wait_for(client.completions.get(), WAIT_S)
+    assert kind is CompletionKind.CLOSED, kind
+    assert time.monotonic() - began < 1, "its death was known late"
+    print(f"  closed: {reason}")
+
+
+@with_echo
+async def silent(client, process):
+    """A host that answers no more is lost when it does not acknowledge."""
+    await client.exchange(4)
+    with losing("100%"):
+        client.post(0, 9, 1)
+        began = time.monotonic()
+        kind, _, reason = await asyncio.wait_for(client.completions.get(), WAIT_S)
+        assert kind is CompletionKind.CLOSED, kind
+        print(f"  closed after {time.monotonic() - began:.2f} s: {reason}")
+
+
+@with_echo
+async def lossy(client, process):
+    with losing("5%"):
+        await client.exchange(200)
+
+
+@contextlib.contextmanager
+def losing(share):
+    """So many of the packets that the first card sends. Control connections go another way."""
+    discipline = ["dev", "rdma0", "root", "netem", "loss", share]
+    subprocess.run(["tc", "qdisc", "add", *discipline], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["tc", "qdisc", "del", *discipline], check=True)
+
+
+def keys(ours, theirs):
+    """A key that is wrong, and one that was right until the seat was revoked: the card says no."""
+
+    async def run(is_revoked):
+        left, right = transport(theirs, 1), transport(ours, 0)
+        closed = asyncio.get_running_loop().create_future()
+        try:
+            seats, ours_seats = (one.register(1, LAYOUT, HOST_MEMORY) for one in (left, right))
+            right.deliver(lambda endpoint, kind, word, reason: closed.set_result(reason))
+            address = await left.listen(lambda hello: Admission(seats, 0, b""))
+            endpoint = await right.connect(address, b"", ours_seats, 0, timeout_s=WAIT_S)
+            if is_revoked:
+                seats.revoke(0)
+            else:
+                (header, rows) = seats._registered[0].remote()
+                endpoint.aim(header._replace(key=header.key ^ 0x5A), rows._replace(key=rows.key ^ 0x5A))
+            endpoint.out_rows.host()[:4] = b"late"
+            endpoint.post(0, 1, num_rows=1)
+            with contextlib.suppress(TransportError):  # it may be closed already
+                for word in range(16):  # of which one asks for a completion
+                    endpoint.post(0, word)
+            reason = await asyncio.wait_for(closed, WAIT_S)
+            assert "refuses our key" in reason, reason
+            assert not any(seats.rows.host()[:512]), "it landed"
+        finally:
+            await right.close()
+            await left.close()
+
+    asyncio.run(run(False))
+    asyncio.run(run(True))
+
+
+CHECKS = {
+    "contract": contract, "exchanges": exchanges, "killed": killed, "silent": silent, "lossy": lossy, "keys": keys,
+}  # fmt: skip
+
+
+def main():
+    for word in sys.argv[1:]:
+        name, *drivers = word.split(":")
+        if name == "serve":
+            asyncio.run(serve(*drivers))
+            continue
+        began = time.monotonic()
+        CHECKS[name](*drivers)
+        print(f"{word} {time.monotonic() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.getcwd())
+    main()

@@ -1,0 +1,336 @@
+"""RDMA over cards of this process: the contract of all transports, and what cards and networks do to a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import sys
+
+import pytest
+
+from msi.errors import ConfigError, TransportError
+from msi.net.contract import RULES, Pair, Subject, check_rule
+from msi.net.rdma import drivers
+from msi.net.rdma.endpoint import NUM_SENDS, SIGNAL_EVERY
+from msi.net.rdma.fabric import gid_kinds, open_place
+from msi.net.rdma.introduction import Introduction
+from msi.net.rdma.landing import address_of
+from msi.net.rdma.options import RdmaOptions
+from msi.net.rdma.transport import RECEIVES_PER_SEAT, RdmaTransport
+from msi.net.rdma.verbs import Port, RemoteQueue, Span
+from msi.net.regions import HOST_MEMORY
+from msi.net.slots import HEADER_BYTES, SlotLayout
+from msi.net.transport import Admission, CompletionKind
+from tests.everyday import mostly_slow
+from tests.loopback_verbs import Completion, Fabric, LoopbackCard, LoopbackDriver
+
+FABRIC = Fabric()
+LAYOUT = SlotLayout(2, 16, 128)
+NOBODY = "rdma://127.0.0.1:1"
+
+
+def make():
+    return RdmaTransport(LoopbackDriver(FABRIC))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule.sentence for rule in RULES])
+async def test_it_is_true_that(rule):
+    await check_rule(rule, Subject(make, NOBODY))
+
+
+class Joined:
+    """A contract's pair, connected, over one driver whose cards can be seen."""
+
+    def __init__(self, options=None, keys=(None, None), memory=None):
+        self.driver = LoopbackDriver(FABRIC)
+        self.keys = list(keys)
+        subject = Subject(lambda: RdmaTransport(self.driver, options, key=self.keys.pop(0)), NOBODY)
+        self.pair = Pair(subject if memory is None else subject._replace(memory=memory))
+
+    async def __aenter__(self):
+        self.ours, self.theirs = await self.pair.connect()
+        self.left_card, self.right_card = self.driver.cards
+        return self
+
+    async def __aexit__(self, *exc_info):
+        await self.close()
+
+    async def close(self):
+        await self.pair.right.transport.close()
+        await self.pair.left.transport.close()
+
+
+# -- what is on its way ----------------------------------------------------------------------------------------------
+
+
+async def test_a_post_of_rows_is_two_writes_and_their_bytes_are_rows_and_header():
+    async with Joined() as joined:
+        writes, num_bytes = FABRIC.num_writes, FABRIC.num_bytes
+        joined.ours.post(0, 1, num_rows=3)
+        joined.ours.post(0, 2)
+        await joined.pair.left.immediates(2)
+        assert FABRIC.num_writes - writes == 3
+        assert FABRIC.num_bytes - num_bytes == 3 * joined.pair.left.layout.row_bytes + HEADER_BYTES
+
+
+async def test_only_some_posts_ask_for_a_completion_and_none_overtakes():
+    async with Joined() as joined:
+        for word in range(10 * NUM_SENDS):  # far more than a queue pair takes at a time
+            joined.ours.post(0, word)
+        assert await joined.pair.left.immediates(10 * NUM_SENDS) == list(range(10 * NUM_SENDS))
+        assert joined.left_card.num_lost == joined.right_card.num_lost == 0
+        assert joined.right_card.num_completed <= 10 * NUM_SENDS // SIGNAL_EVERY + 1
+
+
+async def test_bytes_on_their_way_are_bounded():
+    async with Joined(RdmaOptions(rdma_outstanding_bytes=4096)) as joined:
+        row_bytes = joined.pair.left.layout.row_bytes
+        with FABRIC.changed:  # nothing is carried meanwhile
+            for number in range(10):
+                joined.ours.post(number % 2, number, num_rows=16)
+            waiting = sum(write.source[1] for write in joined.ours.sends.sends if isinstance(write.source, tuple))
+            assert 4096 <= waiting < 4096 + 16 * row_bytes
+        assert await joined.pair.left.immediates(10) == list(range(10))
+
+
+async def test_more_immediates_than_receives_wait_for_a_receiver_that_is_busy():
+    async with Joined() as joined:
+        count = joined.left_card.num_receives + 100
+        joined.pair.right.transport._loop.call_soon(lambda: None)
+        for word in range(count):
+            joined.ours.post(0, word)
+        assert await joined.pair.left.immediates(count) == list(range(count))
+        assert joined.left_card.num_lost == 0
+        assert joined.left_card.num_receives > RECEIVES_PER_SEAT
+
+
+async def test_an_idle_transport_sleeps_on_its_descriptor():
+    async with Joined() as joined:
+        joined.ours.post(0, 1)
+        await joined.pair.left.immediates(1)
+        await asyncio.sleep(0.02)
+        polls = joined.left_card.num_polls, joined.right_card.num_polls
+        await asyncio.sleep(0.05)
+        assert (joined.left_card.num_polls, joined.right_card.num_polls) == polls
+
+
+# -- who may write ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_wrong_key_is_refused_by_the_card_and_closes_the_connection():
+    async with Joined() as joined:
+        seat = Span(address_of(joined.pair.left.landing.headers[0][0]), 99), Span(1 << 20, 99)
+        joined.ours.aim(*seat)
+        joined.ours.post(0, 1, num_rows=1)
+        (closed,) = await joined.pair.right.take(1)
+        assert closed.kind is CompletionKind.CLOSED
+        assert "refuses our key" in closed.reason
+        assert joined.pair.left.is_zero(0)
+
+
+async def test_who_was_revoked_is_told_that_its_key_is_refused():
+    async with Joined() as joined:
+        joined.pair.left.landing.revoke(0)
+        joined.ours.post(0, 1)  # words need no key, and are dropped
+        joined.ours.post(0, 2, num_rows=1)
+        (closed,) = await joined.pair.right.take(1)
+        assert "refuses our key" in closed.reason
+        assert [one.kind for one in joined.pair.left.delivered if one.kind is CompletionKind.IMMEDIATE] == []
+
+
+async def test_a_process_without_the_secret_is_refused():
+    joined = Joined(keys=(b"a" * 32, b"b" * 32))
+    with pytest.raises(TransportError, match="the secret differs"):
+        await joined.pair.connect()
+    await joined.close()
+
+
+async def test_each_peer_has_keys_of_its_own_and_none_is_left_behind():
+    registered = len(FABRIC.memory)
+    async with Joined() as joined:
+        first = {key for key, one in FABRIC.memory.items() if one.is_remote}
+        again, _ = await joined.pair.connect(b"bert", seat=1)
+        second = {key for key, one in FABRIC.memory.items() if one.is_remote} - first
+        assert len(second) == 4  # headers and rows, of two seats
+        again.close()
+    assert len(FABRIC.memory) == registered
+    assert not [one for one in FABRIC.queue_pairs.values() if one.card in joined.driver.cards]
+
+
+# -- how it ends -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_card_that_falls_silent_is_told_apart_from_a_closed_connection():
+    async with Joined() as joined:
+        FABRIC.is_silent.add(joined.theirs.receives.number)
+        joined.ours.post(0, 1, num_rows=1)
+        for word in range(SIGNAL_EVERY):
+            joined.ours.post(0, word)
+        (closed,) = await joined.pair.right.take(1)
+        assert "does not acknowledge" in closed.reason
+
+
+async def test_who_cannot_be_reached_by_rdma_is_not_connected():
+    joined = Joined()
+    number = next(FABRIC.numbers)
+    FABRIC.is_silent |= set(range(number, number + 10))
+    with pytest.raises(TransportError, match="does not acknowledge"):
+        await joined.pair.connect()
+    FABRIC.is_silent.clear()
+    await joined.close()
+
+
+async def test_the_classes_of_dispatch_combine_and_acknowledgements_are_apart():
+    options = RdmaOptions(rdma_dispatch_class=0x68, rdma_combine_class=0x70, rdma_ack_class=0xB8)
+    async with Joined(options) as joined:
+        ends = (joined.ours, joined.theirs)
+        assert [end.sends.path.traffic_class for end in ends] == [0x68, 0x70]
+        assert [end.receives.path.traffic_class for end in ends] == [0xB8, 0xB8]
+
+
+async def test_no_descriptor_is_left_behind():
+    before = set(os.listdir("/proc/self/fd"))
+    async with Joined():
+        pass
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+# -- a device's memory -----------------------------------------------------------------------------------------------
+
+
+class ExportedRegion:
+    """Memory that the host does not touch; a card gets it by its descriptor."""
+
+    is_host = False
+
+    def __init__(self, num_bytes):
+        self.num_bytes = num_bytes
+        self.fd = os.memfd_create("device", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, num_bytes)
+        self.memory = mmap.mmap(self.fd, num_bytes)
+
+    def host(self):
+        raise ConfigError("a device's")
+
+    def tensor(self):
+        torch = pytest.importorskip("torch")
+        return torch.frombuffer(self.memory, dtype=torch.uint8)
+
+    def export(self):
+        return os.dup(self.fd)
+
+
+OF_ROWS_FIRST = {
+    rule.sentence: rule for rule in sorted(RULES, key=lambda rule: "are there when their" not in rule.sentence)
+}
+
+
+class ExportedRows:
+    """Implements `msi.net.contract.Memory`, and is its own allocator."""
+
+    def __init__(self):
+        self.allocator = self
+
+    def region(self, num_bytes):
+        return ExportedRegion(num_bytes)
+
+    def adopt(self, memory):
+        raise AssertionError("nothing of the host's")
+
+    def write(self, region, at, content):
+        region.memory[at : at + len(content)] = content
+
+    def read(self, region, at, num_bytes):
+        return region.memory[at : at + num_bytes]
+
+    def address(self, region):
+        return address_of(memoryview(region.memory))
+
+
+@pytest.mark.parametrize("sentence", mostly_slow(OF_ROWS_FIRST))
+async def test_with_rows_in_exported_memory_it_is_true_that(sentence):
+    await check_rule(OF_ROWS_FIRST[sentence], Subject(make, NOBODY, ExportedRows()))
+
+
+async def test_memory_that_cannot_be_exported_is_refused():
+    class Kept(ExportedRows):
+        def region(self, num_bytes):
+            region = ExportedRegion(num_bytes)
+            region.export = lambda: (_ for _ in ()).throw(ConfigError("these bytes cannot leave their device"))
+            return region
+
+    transport = make()
+    with pytest.raises(ConfigError, match="cannot leave their device"):
+        transport.register(1, LAYOUT, Kept())
+    await transport.close()
+
+
+# -- finding libraries, devices and GIDs -----------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_said_in_one_sentence(monkeypatch):
+    for name in ("ibverbs", "pyverbs", "msi.net.rdma.ibverbs_driver", "msi.net.rdma.pyverbs_driver"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"needs a verbs library; ibverbs .*pip install msi\[rdma\].* or pyverbs"):
+        drivers.load_driver("auto")
+
+
+class Nothing(LoopbackDriver):
+    def devices(self):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("driver", "options", "said"),
+    [
+        (Nothing(FABRIC), {}, "this machine has no RDMA device; load the card's driver"),
+        (LoopbackDriver(FABRIC), {"rdma_device": "mlx5_9"}, "`rdma_device` 'mlx5_9' is not one; there are: loop0"),
+        (LoopbackDriver(FABRIC), {"rdma_gid_index": 2}, "`rdma_gid_index` 2 of loop0 is empty"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_refused(driver, options, said):
+    with pytest.raises(ConfigError, match=said):
+        open_place(driver, RdmaOptions(**options))
+
+
+def test_a_port_that_is_down_is_refused(monkeypatch):
+    monkeypatch.setattr(LoopbackCard, "port", lambda self, number: Port(1, 2, 0, 3, 4))
+    with pytest.raises(ConfigError, match="port 1 of loop0 is not active"):
+        open_place(LoopbackDriver(FABRIC), RdmaOptions())
+
+
+def test_the_gid_is_that_of_roce_v2_over_ipv4():
+    place = open_place(LoopbackDriver(FABRIC), RdmaOptions())
+    assert (place.gid_index, place.gid[-4:]) == (1, bytes([10, 0, 0, 1]))
+    assert open_place(LoopbackDriver(FABRIC), RdmaOptions(rdma_gid_index=0)).gid_index == 0
+
+
+def test_a_gid_of_roce_v1_is_passed_over(tmp_path, monkeypatch):
+    types = tmp_path / "loop0" / "ports" / "1" / "gid_attrs" / "types"
+    types.mkdir(parents=True)
+    for index, kind in enumerate(("RoCE v2", "IB/RoCE v1", "RoCE v2")):
+        (types / str(index)).write_text(kind + "\n")
+    assert gid_kinds("loop0", 1, tmp_path)(1) == "IB/RoCE v1"
+    monkeypatch.setattr("msi.net.rdma.fabric.SYSFS", tmp_path)
+    assert open_place(LoopbackDriver(FABRIC), RdmaOptions()).gid_index == 0
+
+
+def test_introductions_come_out_as_they_went_in():
+    ours = Introduction(
+        3, RemoteQueue(1, 2, b"g" * 16, 7), RemoteQueue(3, 4, b"g" * 16, 7), Span(1 << 40, 5), Span(6, 1 << 31), LAYOUT
+    )
+    assert Introduction.decode(ours.encode() + b"hello") == (ours, b"hello")
+
+
+def test_a_completion_of_the_loopback_cards_is_what_the_seam_says():
+    assert Completion(0, 129, 1, 2)._fields[:3] == ("status", "opcode", "qp_num")
+
+
+async def test_nobody_is_admitted_before_there_is_memory():
+    left, right = make(), make()
+    address = await left.listen(lambda hello: Admission(left.register(1, LAYOUT, HOST_MEMORY), 0, b""))
+    with pytest.raises(TransportError, match="there is no memory for peers"):
+        await right.connect(address, b"", right.register(1, LAYOUT, HOST_MEMORY), 0)
+    await right.close()
+    await left.close()
