@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from msi.errors import ConfigError
+from msi.net.rdma.options import GROUP as RDMA
 from msi.net.secret import Trust, find_secret, read_private
 from msi.options import DIAGNOSIS, PARAMETERS, InstanceOptions, with_plan
 from msi.server.origins import Origins
@@ -85,7 +86,7 @@ class LaunchArguments:
 def parse(argv: list[str]) -> LaunchArguments:
     """Raises ConfigError. --help and --version print, and end the process."""
     parser = CommandLine("msi-launch", DESCRIPTION, usage="msi-launch [MODEL] [options]")
-    for heading in (MODEL_AND_WORKERS, LIMITS):
+    for heading in (MODEL_AND_WORKERS, LIMITS, RDMA):
         _add_parameters(parser.add_argument_group(heading), heading)
     serving = parser.add_argument_group("serving over HTTP")
     _add_serving(serving)

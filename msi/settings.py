@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated
 
 from msi.errors import ConfigError, shown
+from msi.net.rdma.options import RdmaOptions
 from msi.parameters import check_parameters, parameter
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 SLOT_ROWS = 512
-TRANSPORTS = ("auto", "inproc", "shm", "tcp")
-LATER_TRANSPORTS = ("rdma",)
+TRANSPORTS = ("auto", "inproc", "shm", "tcp", "rdma")
 MAX_NAME_CHARS = 256
 MODEL_AND_WORKERS = "model and workers"  # headings of the command line's help
 LIMITS = "limits"
@@ -81,8 +81,8 @@ class HostOptions:
 
     Attributes:
         threads_per_worker: torch threads of each worker; 0 shares the cores among the workers of a role.
-        transport: "inproc" puts all workers into the calling process; "auto" takes shared memory within a host and TCP
-            across hosts.
+        transport: "inproc" puts all workers into the calling process; "auto" takes shared memory within a host, and
+            across hosts RDMA where both have cards that reach each other, else TCP.
         gpu_memory_utilization: share of free memory for KV cache (on a CPU, of free RAM).
     """
 
@@ -92,20 +92,20 @@ class HostOptions:
     )
     transport: str = parameter(
         "auto",
-        "auto (shared memory within a host, TCP across), shm, tcp, or inproc: all workers in one process",
+        "auto (shared memory within a host, across hosts RDMA where both have cards, else TCP), shm, tcp, rdma, or "
+        "inproc: all workers in one process",
         metavar="T",
         group=MODEL_AND_WORKERS,
     )
     gpu_memory_utilization: Annotated[float, (0.0, 1.0)] = parameter(
         0.9, "share of free memory (on a CPU: of free RAM) for KV cache", metavar="F", group=LIMITS
     )
+    rdma: RdmaOptions = RdmaOptions()
 
     def __post_init__(self) -> None:
         check_parameters(self)
         if self.device != "cpu" and not re.fullmatch(r"cuda(:\d{1,3})?", self.device):
             raise ConfigError(f"`device` {shown(self.device)} is not one; supported: cpu, cuda, cuda:N")
-        if self.transport in LATER_TRANSPORTS:
-            raise ConfigError(f"`transport` {self.transport} is not built yet; supported: {', '.join(TRANSPORTS)}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"`transport` {shown(self.transport)} is not one; supported: {', '.join(TRANSPORTS)}")
 

@@ -43,7 +43,7 @@ def contract(driver):
     for rule in RULES:
         began = time.monotonic()
         asyncio.run(check_rule(rule, subject))
-        print(f"  {time.monotonic() - began:.1f} s {rule.sentence}", flush=True)
+        print(f"  {time.monotonic() - began:.1f} s: {rule.sentence}", flush=True)
 
 
 # -- two processes ----------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def with_echo(scenario):
 
 @with_echo
 async def exchanges(client, process):
-    await client.exchange(2000)
+    await client.exchange(1000)
 
 
 @with_echo

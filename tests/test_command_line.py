@@ -108,7 +108,7 @@ HOSTILE = [
     (["--device", "cuda:-1"], "--device 'cuda:-1' is not one"),
     (["--device", "cuda:" + DIGITS], "is not one; supported: cpu, cuda, cuda:N"),
     (["--transport", "pigeon"], "--transport 'pigeon' is not one"),
-    (["--transport", "rdma"], "--transport rdma is not built yet"),
+    (["--transport", "rdma", "--rdma-ack-class", "256"], "--rdma-ack-class 256: give an integer from 0 to 255"),
     (["--worker-id", "a b"], "--worker-id 'a b': give up to 64 letters, digits"),
     (["--worker-id", "a\nb"], "--worker-id 'a\\nb': give up to 64"),
     (["--worker-id", ""], "--worker-id is empty"),

@@ -189,6 +189,18 @@ async def test_the_classes_of_dispatch_combine_and_acknowledgements_are_apart():
         assert [end.receives.path.traffic_class for end in ends] == [0xB8, 0xB8]
 
 
+async def test_a_card_that_fails_ends_all_that_goes_through_it(monkeypatch):
+    async with Joined() as joined:
+
+        def fail():
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(joined.left_card, "poll", fail)
+        joined.ours.post(0, 1)
+        (closed,) = await joined.pair.left.take(1)
+        assert closed.reason == "our RDMA device failed: Input/output error"
+
+
 async def test_no_descriptor_is_left_behind():
     before = set(os.listdir("/proc/self/fd"))
     async with Joined():
@@ -286,7 +298,8 @@ class Nothing(LoopbackDriver):
     [
         (Nothing(FABRIC), {}, "this machine has no RDMA device; load the card's driver"),
         (LoopbackDriver(FABRIC), {"rdma_device": "mlx5_9"}, "`rdma_device` 'mlx5_9' is not one; there are: loop0"),
-        (LoopbackDriver(FABRIC), {"rdma_gid_index": 2}, "`rdma_gid_index` 2 of loop0 is empty"),
+        (LoopbackDriver(FABRIC), {"rdma_gid": "10.0.0.2"}, "port 1 of loop0 has no GID 10.0.0.2"),
+        (LoopbackDriver(FABRIC), {"rdma_gid": "2"}, "`rdma_gid` 2 of loop0 is empty"),
     ],
 )
 def test_a_device_that_cannot_be_used_is_refused(driver, options, said):
@@ -303,7 +316,10 @@ def test_a_port_that_is_down_is_refused(monkeypatch):
 def test_the_gid_is_that_of_roce_v2_over_ipv4():
     place = open_place(LoopbackDriver(FABRIC), RdmaOptions())
     assert (place.gid_index, place.gid[-4:]) == (1, bytes([10, 0, 0, 1]))
-    assert open_place(LoopbackDriver(FABRIC), RdmaOptions(rdma_gid_index=0)).gid_index == 0
+    assert open_place(LoopbackDriver(FABRIC), RdmaOptions(rdma_gid="0")).gid_index == 0
+    assert open_place(LoopbackDriver(FABRIC), RdmaOptions(rdma_gid="10.0.0.1")).gid_index == 1
+    with pytest.raises(ConfigError, match="neither an index nor an address"):
+        RdmaOptions(rdma_gid="abc")
 
 
 def test_a_gid_of_roce_v1_is_passed_over(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from msi.net.auto import AutoTransport
 from msi.net.contract import RULES, ContractBroken, Pair, Subject, check_rule, check_transport
 from msi.net.inproc import InprocTransport
 from msi.net.landing import seat_rows
+from msi.net.rdma.transport import RdmaTransport
 from msi.net.regions import HOST_MEMORY
 from msi.net.shm import ShmTransport
 from msi.net.slots import SlotLayout
@@ -26,6 +27,7 @@ from msi.net.tcp import TcpTransport
 from msi.net.transport import Admission, CompletionKind
 from msi.simulator.clock import VirtualClockLoop
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
+from tests.loopback_verbs import LoopbackDriver
 
 LAYOUT = SlotLayout(2, 16, 128)
 
@@ -58,6 +60,16 @@ def polled_inproc():
     return InprocTransport(poller=POLLER)
 
 
+class Fabric(Far):
+    """On a host of its own, which has a card."""
+
+    cards = LoopbackDriver()
+
+    def __init__(self):
+        super().__init__()
+        self._rdma = RdmaTransport(self.cards)
+
+
 NO_TCP = "tcp://127.0.0.1:1"
 SUBJECTS = {
     "inproc": Subject(InprocTransport, "inproc://nobody"),
@@ -67,6 +79,7 @@ SUBJECTS = {
     "tcp": Subject(TcpTransport, NO_TCP),
     "near": Subject(Near, NO_TCP),
     "far": Subject(Far, NO_TCP),
+    "fabric": Subject(Fabric, NO_TCP),
 }
 
 pytestmark = pytest.mark.skipif(shm.is_available() is not None, reason=str(shm.is_available()))
@@ -173,10 +186,53 @@ async def linked(make):
     return pair, ours, theirs
 
 
-@pytest.mark.parametrize(("kind", "endpoint"), [(Near, "ShmEndpoint"), (Far, "TcpEndpoint")])
-async def test_auto_takes_shared_memory_within_a_host_and_tcp_across(kind, endpoint):
+@pytest.mark.parametrize(("kind", "endpoint"), [(Near, "ShmEndpoint"), (Fabric, "RdmaEndpoint"), (Far, "TcpEndpoint")])
+async def test_auto_takes_shared_memory_within_a_host_rdma_or_tcp_across(kind, endpoint):
     pair, ours, theirs = await linked(kind)
     assert (type(ours).__name__, type(theirs).__name__) == (endpoint, endpoint)
+    await pair.right.transport.close()
+    await pair.left.transport.close()
+
+
+async def test_auto_takes_tcp_where_cards_do_not_reach_each_other_and_says_so_once(caplog):
+    pair = Pair(Subject(Fabric, ""))
+    caplog.set_level("INFO", "msi.net.auto")
+    numbers = range(next(Fabric.cards.fabric.numbers), 1 << 24)
+    Fabric.cards.fabric.is_silent = numbers
+    try:
+        address = await pair.address()
+        for seat in (0, 1):
+            pair._next_seat = 0
+            ours = await pair.right.transport.connect(address, b"anna", pair.right.landing, seat)
+            kinds = [one.kind for one in await pair.left.take(3)]
+            assert type(ours).__name__ == "TcpEndpoint"
+            assert kinds == [CompletionKind.CONNECTED, CompletionKind.CLOSED, CompletionKind.CONNECTED]
+    finally:
+        Fabric.cards.fabric.is_silent = set()
+    (said,) = caplog.messages
+    assert "is reached by TCP: it is on another host, and by RDMA the peer's card does not acknowledge" in said
+    await pair.right.transport.close()
+    await pair.left.transport.close()
+
+
+async def test_a_seat_serves_a_peer_on_this_host_after_one_by_rdma():
+    """The memory of the seat is another's then: what the card was told of it is over."""
+    pair = Pair(Subject(Fabric, ""))
+    by_rdma, _ = await pair.connect(b"anna", seat=0)
+    pair.write(by_rdma, pair.left.layout, 0, b"far", b"far")
+    by_rdma.post(0, 1, num_rows=1)
+    await pair.left.immediates(1)
+    pair.left.landing.revoke(0)
+    by_rdma.close()
+    await pair.left.take(1)
+    pair._next_seat = 0
+    pair.right.transport._identity = pair.left.transport._identity
+    by_shm, _ = await pair.connect(b"bert", seat=1)
+    pair.write(by_shm, pair.left.layout, 0, b"near", b"near")
+    by_shm.post(0, 2, num_rows=1)
+    await pair.left.immediates(1)
+    assert type(by_shm).__name__ == "ShmEndpoint"
+    assert pair.left.rows(0, 0, 4) == b"near"
     await pair.right.transport.close()
     await pair.left.transport.close()
 

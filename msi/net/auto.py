@@ -1,23 +1,30 @@
-"""Whichever transport reaches a peer best: shared memory on this host, TCP to another.
+"""Whichever transport reaches a peer best: shared memory on this host, RDMA where both have cards, TCP elsewhere.
 
-Both write into one landing, and tell one handler. Whoever listens announces both addresses in one string, the first
-marked with its host; whoever connects takes shared memory if that is its own.
+All write into one landing, and tell one handler. Whoever listens announces all addresses in one string, those that not
+everybody can use marked with whose they are; whoever connects takes the first that is its own, too. That two have cards
+on one kind of fabric does not say that these reach each other: if they do not, TCP it is. What was chosen and why is
+logged once for each peer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from msi.errors import TransportError
 from msi.net.complaints import Complaints
+from msi.net.rdma.landing import RdmaLanding
+from msi.net.rdma.transport import RdmaTransport
 from msi.net.regions import Allocator
-from msi.net.shm import ShmLanding, ShmTransport
+from msi.net.shm import ShmTransport
 from msi.net.slots import SlotLayout
 from msi.net.tcp import TcpTransport
 from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Endpoint, Handler, Landing, Poller
+
+log = logging.getLogger(__name__)
 
 
 def host_identity() -> str:
@@ -42,28 +49,46 @@ class AutoTransport:
         key: what peers on other hosts have to prove that they hold.
         complain: told who is cut off.
         poller: takes immediates in place of the event loop, where it can.
+        rdma: where this host has a card; closed with this one.
     """
 
     def __init__(
-        self, host: str, *, key: bytes | None = None, complain: Complaints | None = None, poller: Poller | None = None
+        self,
+        host: str,
+        *,
+        key: bytes | None = None,
+        complain: Complaints | None = None,
+        poller: Poller | None = None,
+        rdma: RdmaTransport | None = None,
     ) -> None:
         self._shm = ShmTransport(complain=complain, poller=poller)
         self._tcp = TcpTransport(host, key=key, complain=complain)
+        self._rdma = rdma
         self._identity = host_identity()
+        self._told: set[str] = set()
 
-    def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> ShmLanding:
-        return self._shm.register(num_seats, layout, allocator)
+    def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> Landing:
+        landing = self._shm.register(num_seats, layout, allocator)
+        return landing if self._rdma is None else self._rdma.landing_over(landing)
 
     def deliver(self, handler: Handler) -> None:
-        self._shm.deliver(handler)
-        self._tcp.deliver(handler)
+        for transport in (self._shm, self._tcp, self._rdma):
+            if transport is not None:
+                transport.deliver(handler)
 
     def take(self) -> None:
         self._shm.take()
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
-        here, anywhere = await asyncio.gather(self._shm.listen(accept), self._tcp.listen(accept))
-        return f"{here}@{self._identity} {anywhere}"
+        def accept_here(hello: bytes) -> Admission:
+            admission = accept(hello)
+            return admission._replace(landing=_mapped(admission.landing))
+
+        here, anywhere = await asyncio.gather(self._shm.listen(accept_here), self._tcp.listen(accept))
+        address = f"{here}@{self._identity} {anywhere}"
+        if self._rdma is not None:
+            address += f" {await self._rdma.listen(accept)}@{self._rdma.place.fabric}"
+        return address
 
     async def connect(
         self, address: str, hello: bytes, landing: Landing, seat: int, *, timeout_s: float = CONNECT_TIMEOUT_S
@@ -71,11 +96,38 @@ class AutoTransport:
         offered = dict(one.split("://", 1) for one in address.split() if "://" in one)
         name, _, identity = offered.get("shm", "").partition("@")
         if name and (not identity or identity == self._identity):
-            return await self._shm.connect(f"shm://{name}", hello, landing, seat, timeout_s=timeout_s)
+            self._tell(address, f"shm://{name} is reached by shared memory: it is on this host")
+            return await self._shm.connect(f"shm://{name}", hello, _mapped(landing), seat, timeout_s=timeout_s)
+        why = "this host has no RDMA device that can be used"
+        if self._rdma is not None:
+            at, _, fabric = offered.get("rdma", "").partition("@")
+            ours = self._rdma.place.fabric
+            why = f"its host is on the fabric {fabric!r}, ours on {ours!r}" if at else "its host offers no RDMA"
+            if at and fabric == ours:
+                try:
+                    endpoint = await self._rdma.connect(f"rdma://{at}", hello, landing, seat, timeout_s=timeout_s / 2)
+                except TransportError as error:
+                    why = f"by RDMA {error.reason}"
+                else:
+                    self._tell(address, f"rdma://{at} is reached by RDMA: both hosts have cards on one fabric ({ours})")
+                    return endpoint
         if "tcp" in offered:
+            self._tell(address, f"tcp://{offered['tcp']} is reached by TCP: it is on another host, and {why}")
             return await self._tcp.connect(f"tcp://{offered['tcp']}", hello, landing, seat, timeout_s=timeout_s)
         raise TransportError(address, "is on another host and offers no TCP address; give it `transport=auto` or tcp")
+
+    def _tell(self, address: str, sentence: str) -> None:
+        if address not in self._told:
+            self._told.add(address)
+            log.info("%s", sentence)
 
     async def close(self) -> None:
         await self._shm.close()
         await self._tcp.close()
+        if self._rdma is not None:
+            await self._rdma.close()
+
+
+def _mapped(landing: Landing) -> Landing:
+    """As the shared-memory transport made it."""
+    return landing.inner if isinstance(landing, RdmaLanding) else landing

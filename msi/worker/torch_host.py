@@ -14,6 +14,7 @@ from msi.control.messages import Assignment
 from msi.device.choice import open_device
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice
+from msi.errors import ConfigError
 from msi.experts.half import ExpertHalf
 from msi.kernels.routing import answer_row_bytes, row_bytes
 from msi.net import shm
@@ -22,6 +23,7 @@ from msi.net.combine_link import CombineLink
 from msi.net.complaints import Complaints
 from msi.net.dispatch_link import DispatchLink
 from msi.net.inproc import InprocTransport
+from msi.net.rdma.drivers import check_rdma, open_rdma
 from msi.net.regions import Allocator
 from msi.net.secret import NO_SECRET, Trust
 from msi.net.shm import ShmTransport
@@ -155,8 +157,10 @@ class TorchHost:
 
     def introduce(self) -> tuple[str, Precision]:
         settings = self._settings
-        if settings.host.transport in ("tcp", "auto"):
+        if settings.host.transport in ("tcp", "auto", "rdma"):
             settings.trust.check_listening(self._advertised_host(), "a worker")
+        if settings.host.transport == "rdma":
+            check_rdma(settings.host.rdma)
         if self._device is None:
             self._device = self.open_device()
         fastest = self._device.compute_dtype(DTYPES[self._files.config.dtype])
@@ -187,9 +191,17 @@ class TorchHost:
         if name == "shm" or (name == "auto" and self._is_local and shm.is_available() is None):
             return ShmTransport(complain=self._complain, poller=poller)
         key = self._settings.trust.link_key(assignment.instance)
+        host = self._advertised_host()
+        if name == "rdma":
+            return open_rdma(self._settings.host.rdma, host, key=key, complain=self._complain)
         if name == "auto" and shm.is_available() is None:
-            return AutoTransport(self._advertised_host(), key=key, complain=self._complain, poller=poller)
-        return TcpTransport(self._advertised_host(), key=key, complain=self._complain)
+            rdma = None
+            try:
+                rdma = open_rdma(self._settings.host.rdma, host, key=key, complain=self._complain)
+            except ConfigError as error:
+                log.debug("no RDMA: %s", error)
+            return AutoTransport(host, key=key, complain=self._complain, poller=poller, rdma=rdma)
+        return TcpTransport(host, key=key, complain=self._complain)
 
     @property
     def _is_local(self) -> bool:

@@ -52,6 +52,7 @@ class RdmaEndpoint:
         self.name = name
         self.peer = peer
         self.seat = seat
+        self.came_at = 0.0
         self._landing = landing
         self._generation = landing.generation(seat)
         self._has_seat = True
@@ -67,14 +68,17 @@ class RdmaEndpoint:
         self._outbox = outbox
         self._out_layout = out_layout
         self._lanes: tuple[Lane, ...] = ()
+        self._row_bytes = out_layout.row_bytes
         self._max_bytes = max_bytes
         self._signal_bytes = max_bytes // SIGNAL_SHARE
         self._posting = threading.Lock()  # held while posting, and while the connection ends
         self._is_open = True
         self._waiting: deque[tuple[int, int, int, int]] = deque()  # posts
-        self._num_out = self._bytes_out = 0  # work requests and bytes on their way
-        self._num_silent = self._bytes_silent = 0  # of these, what no completion was asked for
-        self._signalled: deque[tuple[int, int]] = deque()  # what each completion tells the end of
+        # work requests and bytes of the group that is being posted, the last of which asks for a completion:
+        self._num_silent = self._bytes_silent = 0
+        self._groups: deque[tuple[int, int]] = deque()  # of those that wait for theirs
+        self._num_out = self._bytes_out = 0  # of these together
+        self._is_clear = is_ready  # open, and nothing waits or has to
 
     def aim(self, headers: Span, rows: Span) -> None:
         """Where posts go: to the seat that the peer gave us."""
@@ -98,55 +102,61 @@ class RdmaEndpoint:
 
     def post(self, lane: int, immediate: int, num_rows: int = 0, note_bytes: int = 0) -> None:
         with self._posting:
-            if not self._is_open:
-                raise TransportError(self.name, "the connection is closed")
-            if self._waiting or not self.is_ready or self._is_full():
-                if len(self._waiting) >= MAX_WAITING:
-                    raise TransportError(self.name, f"is {MAX_WAITING} posts behind")
-                self._waiting.append((lane, immediate, num_rows, note_bytes))
+            if not self._is_clear:
+                self._wait(lane, immediate, num_rows, note_bytes)
                 return
             try:
                 self._send(lane, immediate, num_rows, note_bytes)
             except OSError as error:  # its completions say why
                 raise TransportError(self.name, f"the connection is closed ({error.strerror or error})") from error
 
-    def _is_full(self) -> bool:
-        return self._num_out > NUM_SENDS - 2 or self._bytes_out >= self._max_bytes
-
     def _send(self, lane: int, immediate: int, num_rows: int, note_bytes: int) -> None:
-        num_bytes = num_rows * self._out_layout.row_bytes
-        num_requests = 2 if num_rows else 1
-        self._num_out += num_requests
-        self._bytes_out += num_bytes
-        self._num_silent += num_requests
-        self._bytes_silent += num_bytes
-        is_signalled = self._num_silent >= SIGNAL_EVERY or self._bytes_silent >= self._signal_bytes
-        if is_signalled:
-            self._signalled.append((self._num_silent, self._bytes_silent))
-            self._num_silent = self._bytes_silent = 0
         self.num_posted += 1
-        if num_rows and not note_bytes:
-            self._lanes[lane].post(immediate, num_rows, is_signalled)
-        elif note_bytes:
-            self._lanes[lane].post_note(immediate, num_rows, HEADER_BYTES + note_bytes, is_signalled)
+        num_silent = self._num_silent + (2 if num_rows else 1)
+        bytes_silent = self._bytes_silent + num_rows * self._row_bytes
+        is_last = num_silent >= SIGNAL_EVERY or bytes_silent >= self._signal_bytes
+        if is_last:
+            self._groups.append((num_silent, bytes_silent))
+            self._num_out += num_silent
+            self._bytes_out += bytes_silent
+            num_silent = bytes_silent = 0
+            self._is_clear = not self._waiting and self._has_room()
+        self._num_silent = num_silent
+        self._bytes_silent = bytes_silent
+        if note_bytes:
+            self._lanes[lane].post_note(immediate, num_rows, HEADER_BYTES + note_bytes, is_last)
+        elif num_rows:
+            self._lanes[lane].post(immediate, num_rows, is_last)
         else:
-            self.sends.word(immediate, is_signalled)
+            self.sends.word(immediate, is_last)
+
+    def _has_room(self) -> bool:
+        """For another group, whose last post may have any size."""
+        return self._num_out + SIGNAL_EVERY < NUM_SENDS and self._bytes_out + self._signal_bytes <= self._max_bytes
+
+    def _wait(self, lane: int, immediate: int, num_rows: int, note_bytes: int) -> None:
+        if not self._is_open:
+            raise TransportError(self.name, "the connection is closed")
+        if len(self._waiting) >= MAX_WAITING:
+            raise TransportError(self.name, f"is {MAX_WAITING} posts behind")
+        self._waiting.append((lane, immediate, num_rows, note_bytes))
 
     def knock(self, immediate: int) -> None:
         """A word that asks for a completion, before anything else is posted. Raises OSError."""
         with self._posting:
-            self._num_out += 1
             self.num_posted += 1
-            self._signalled.append((1, 0))
+            self._num_out += 1
+            self._groups.append((1, 0))
             self.sends.word(immediate, True)
 
     def completed(self) -> None:
         """A completion came: there may be room for what waits. Raises OSError."""
         with self._posting:
-            num_requests, num_bytes = self._signalled.popleft()
+            num_requests, num_bytes = self._groups.popleft()
             self._num_out -= num_requests
             self._bytes_out -= num_bytes
-            self._send_waiting()
+            if not self._is_clear:
+                self._send_waiting()
 
     def become_ready(self) -> None:
         """The peer takes what we post from now on. Raises OSError."""
@@ -155,9 +165,11 @@ class RdmaEndpoint:
             self._send_waiting()
 
     def _send_waiting(self) -> None:
-        waiting = self._waiting
-        while waiting and self.is_ready and self._is_open and not self._is_full():
-            self._send(*waiting.popleft())
+        while self._is_open and self.is_ready and self._has_room():
+            if not self._waiting:
+                self._is_clear = True
+                return
+            self._send(*self._waiting.popleft())
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -170,6 +182,7 @@ class RdmaEndpoint:
         """No more posts; whether it was open."""
         with self._posting:
             was_open, self._is_open = self._is_open, False
+            self._is_clear = False
             self._waiting.clear()
         self._shut_seat()
         return was_open

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from msi.errors import ConfigError, shown
-from msi.net.rdma.options import RdmaOptions
+from msi.net.rdma.options import IPV4_MAPPED, RdmaOptions, read_gid
 from msi.net.rdma.verbs import ACTIVE, ETHERNET, Card, Driver, Port
 
 SYSFS = Path("/sys/class/infiniband")
-IPV4_MAPPED = bytes(10) + b"\xff\xff"
 BEST_RANK = 1
 LINK_LOCAL = b"\xfe\x80"
 
@@ -54,9 +53,7 @@ def open_place(driver: Driver, options: RdmaOptions) -> Place:
     raise ConfigError("; ".join(reasons))
 
 
-ADVICE = (
-    "load the card's driver and see ibv_devices (package ibverbs-utils), or give another `transport`: auto or tcp"
-)
+ADVICE = "load the card's driver and see ibv_devices (package ibverbs-utils), or give another `transport`: auto or tcp"
 
 
 def _open(driver: Driver, name: str, options: RdmaOptions) -> Place:
@@ -79,26 +76,26 @@ def _open(driver: Driver, name: str, options: RdmaOptions) -> Place:
 
 
 def _find_gid(card: Card, port: Port, options: RdmaOptions) -> tuple[int, bytes]:
-    wanted = options.rdma_gid_index
-    if wanted >= 0:
+    wanted = read_gid(options.rdma_gid)
+    if isinstance(wanted, int):
         gid = card.gid(options.rdma_port, wanted)
         if not any(gid):
-            raise ConfigError(f"`rdma_gid_index` {wanted} of {card.name} is empty; leave it out to search")
+            raise ConfigError(f"`rdma_gid` {wanted} of {card.name} is empty; leave it out to search")
         return wanted, gid
-    if port.link_layer != ETHERNET:
+    if wanted is None and port.link_layer != ETHERNET:
         return 0, card.gid(options.rdma_port, 0)
     kinds = gid_kinds(card.name, options.rdma_port)
     best: tuple[int, int, bytes] | None = None
     for index, gid in _gids(card, port, options.rdma_port):
-        rank = _rank(gid, kinds(index) if any(gid) else "")
+        rank = 0 if wanted not in (None, gid) else _rank(gid, kinds(index) if any(gid) else "")
         if rank and (best is None or rank < best[0]):
             best = rank, index, gid
-        if rank == BEST_RANK:
+        if rank == BEST_RANK or (rank and wanted):
             break  # tables are long
     if best is None:
         raise ConfigError(
-            f"port {options.rdma_port} of {card.name} has no GID for RoCE v2: give its network interface an address, "
-            "or say `rdma_gid_index`"
+            f"port {options.rdma_port} of {card.name} has no GID {options.rdma_gid or 'for RoCE v2'}: give its network "
+            "interface that address, or say another `rdma_gid`"
         )
     return best[1:]
 

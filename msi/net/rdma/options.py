@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from typing import Annotated
 
+from msi.errors import ConfigError, shown
 from msi.parameters import check_parameters, parameter
 
 GROUP = "RDMA"
+IPV4_MAPPED = bytes(10) + b"\xff\xff"
 DRIVERS = ("auto", "ibverbs", "pyverbs")
 TrafficClass = Annotated[int, range(256)]  # DSCP in the upper six bits, ECN in the lower two
 
@@ -17,7 +20,7 @@ class RdmaOptions:
     """One device of a worker's, and how its queue pairs are set up.
 
     Attributes:
-        rdma_gid_index: -1 searches: RoCE v2 over IPv4 first, then over IPv6, then InfiniBand's only one.
+        rdma_gid: index or address; "" searches: RoCE v2 over IPv4 first, then over IPv6; InfiniBand's first.
         rdma_dispatch_class, rdma_combine_class, rdma_ack_class: of what the dialling end of a connection writes, of
             what the accepting end writes, and of acknowledgements.
         rdma_timeout: an acknowledgement is waited for 4.096 us * 2 ** rdma_timeout, rdma_retries times more before the
@@ -29,9 +32,10 @@ class RdmaOptions:
     )
     rdma_device: str = parameter("", "by default the first one with an active port", metavar="NAME", group=GROUP)
     rdma_port: Annotated[int, range(1, 256)] = parameter(1, "port of the device", metavar="N", group=GROUP)
-    rdma_gid_index: Annotated[int, range(-1, 256)] = parameter(
-        -1, "entry of the GID table; -1 searches (RoCE v2 over IPv4 first)", metavar="N", group=GROUP
-    )
+    rdma_gid: str = parameter(
+        "", "entry of the GID table, its index or address; by default searched (RoCE v2 over IPv4 first)", metavar="G",
+        group=GROUP, form=(r"[0-9a-fA-F:.]{1,45}", "an index or an address"),
+    )  # fmt: skip
     rdma_dispatch_class: TrafficClass = parameter(0, "traffic class of rows to experts", metavar="N", group=GROUP)
     rdma_combine_class: TrafficClass = parameter(0, "traffic class of their answers", metavar="N", group=GROUP)
     rdma_ack_class: TrafficClass = parameter(0, "traffic class of acknowledgements", metavar="N", group=GROUP)
@@ -51,3 +55,17 @@ class RdmaOptions:
 
     def __post_init__(self) -> None:
         check_parameters(self)
+        try:
+            read_gid(self.rdma_gid)
+        except ValueError as error:
+            raise ConfigError(f"`rdma_gid` {shown(self.rdma_gid)} is neither an index nor an address") from error
+
+
+def read_gid(text: str) -> int | bytes | None:
+    """An index, a GID, or None for none. Raises ValueError."""
+    if not text:
+        return None
+    if text.isdecimal() and len(text) <= 3:
+        return int(text)
+    address = ipaddress.ip_address(text)
+    return address.packed if address.version == 6 else IPV4_MAPPED + address.packed

@@ -145,8 +145,10 @@ class PyverbsCard:
         return found
 
     def arm(self) -> None:
-        with _errors():
+        try:
             self._queue.req_notify()
+        except PyverbsError as error:
+            raise OSError(errno.EIO, str(error)) from error
 
     def take_events(self) -> None:
         num_events = 0
@@ -160,8 +162,10 @@ class PyverbsCard:
             self._queue.ack_events(num_events)
 
     def refill(self) -> None:
-        with _errors():
+        try:
             self._receives.post_recv(self._refill[0])
+        except PyverbsError as error:
+            raise OSError(errno.EIO, str(error)) from error
 
     def close(self) -> None:
         with _errors():
@@ -217,8 +221,10 @@ class PyverbsQueuePair:
         word = self._word
         word.imm_data = htonl(immediate)
         word.send_flags = SIGNALED if is_signalled else 0
-        with _errors():
+        try:
             self._queue_pair.post_send(word)
+        except PyverbsError as error:
+            raise OSError(errno.EIO, str(error)) from error
 
     def lane(self, header: Span, rows: Span, to_header: Span, to_rows: Span, row_bytes: int, max_rows: int) -> Lane:
         return PyverbsLane(self._queue_pair, header, rows, to_header, to_rows, row_bytes)

@@ -15,10 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
 
 from msi.errors import ConfigError, EngineError, TransportError
 from msi.net.complaints import Complaints
@@ -28,19 +25,17 @@ from msi.net.rdma.fabric import Place, open_place
 from msi.net.rdma.introduction import NUM_BYTES, Introduction
 from msi.net.rdma.landing import RdmaLanding, RdmaOutbox, new_landing
 from msi.net.rdma.options import RdmaOptions
+from msi.net.rdma.queues import Queues, open_queues
 from msi.net.rdma.verbs import (
     RECEIVED_IMMEDIATE,
     RECEIVES_PER_REFILL,
     SUCCESS,
     Completion,
     Driver,
-    Path,
-    QueuePair,
-    RemoteQueue,
     status_sentence,
 )
 from msi.net.regions import HOST_MEMORY, Allocator
-from msi.net.slots import HEADER_BYTES, SlotLayout
+from msi.net.slots import SlotLayout
 from msi.net.tcp import TcpTransport
 from msi.net.transport import (
     CONNECT_TIMEOUT_S,
@@ -63,19 +58,6 @@ LEAVE_S = 1.0  # what was posted before a close may arrive so much later
 COUNT_MASK = (1 << 31) - 1
 GONE = 1 << 31  # said nothing
 POLLS_PER_TURN = 16  # before others on the event loop get theirs
-
-
-class _Queues(NamedTuple):
-    """Our queue pairs of a connection, and the first sequence number of each."""
-
-    sends: QueuePair
-    receives: QueuePair
-    sends_psn: int
-    receives_psn: int
-
-    def close(self) -> None:
-        self.sends.close()
-        self.receives.close()
 
 
 class RdmaTransport:
@@ -125,19 +107,19 @@ class RdmaTransport:
         self._is_closed = False
 
     def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> RdmaLanding:
-        return self.adopt(new_landing(self._card, num_seats, layout, allocator))
-
-    def adopt(self, landing: RdmaLanding) -> RdmaLanding:
-        """Peers get seats of it from now on."""
-        self._landings.append(landing)
-        return landing
+        self._landings.append(new_landing(self._card, num_seats, layout, allocator))
+        return self._landings[-1]
 
     def landing_over(self, inner: Landing) -> RdmaLanding:
         """Another transport's landing, for peers of ours, too."""
-        return self.adopt(RdmaLanding(self._card, inner))
+        self._landings.append(RdmaLanding(self._card, inner))
+        return self._landings[-1]
 
     def deliver(self, handler: Handler) -> None:
         self._deliver.start(handler)
+
+    def take(self) -> None:
+        """Nothing: the event loop hands over all there is."""
 
     # -- connections -------------------------------------------------------------------------------------------------
 
@@ -158,7 +140,7 @@ class RdmaTransport:
             try:
                 queues = self._open_queues()
                 undo.callback(queues.close)
-                ours = self._introduce(queues, landing, seat)
+                ours = queues.introduce(landing, seat)
                 undo.callback(landing.shut, seat)
                 control = await self._control.connect(
                     "tcp://" + address.removeprefix(SCHEME), ours.encode() + hello, self._control_landing, 0,
@@ -168,7 +150,7 @@ class RdmaTransport:
                 theirs, welcome = Introduction.decode(control.peer)
                 outbox = RdmaOutbox(self._card, theirs.layout, landing.allocator)
                 undo.callback(outbox.registered.close)
-                self._join(queues, theirs, self.options.rdma_dispatch_class)
+                queues.join(theirs, self.options.rdma_dispatch_class)
             except TransportError as error:
                 raise TransportError(address, error.reason) from error
             except EngineError as error:
@@ -210,7 +192,7 @@ class RdmaTransport:
                 undo.callback(queues.close)
                 outbox = RdmaOutbox(self._card, theirs.layout, self._landings[0].allocator)
                 undo.callback(outbox.registered.close)
-                self._join(queues, theirs, self.options.rdma_combine_class)
+                queues.join(theirs, self.options.rdma_combine_class)
             except OSError as error:
                 raise ConfigError(f"no queue pair to it: {error.strerror or error}") from error
             admission = self._accept(hello)
@@ -218,7 +200,7 @@ class RdmaTransport:
         # From here on the seat is taken: what fails now ends like any other connection.
         landing, seat = self._landing_of(admission.landing), admission.seat
         try:
-            welcome = self._introduce(queues, landing, seat).encode() + admission.welcome
+            welcome = queues.introduce(landing, seat).encode() + admission.welcome
         except OSError as error:
             log.warning("seat %d cannot be registered, its peer is sent away: %s", seat, error.strerror or error)
             welcome = b""  # which the peer cannot use
@@ -229,20 +211,13 @@ class RdmaTransport:
     def _landing_of(self, landing: Landing) -> RdmaLanding:
         return next(one for one in self._landings if landing in (one, one.inner))
 
-    def _open_queues(self) -> _Queues:
+    def _open_queues(self) -> Queues:
         """Raises OSError, or ConfigError: there are more peers than seats."""
         if not self._most_peers:
             self._start()
         if len(self._outgoing) >= self._most_peers:
             raise ConfigError(f"all {self._most_peers} seats are taken")
-        port = self.options.rdma_port
-        sends = self._card.queue_pair(port, NUM_SENDS, HEADER_BYTES)
-        try:
-            receives = self._card.queue_pair(port, 1, 0)
-        except BaseException:
-            sends.close()
-            raise
-        return _Queues(sends, receives, secrets.randbits(24), secrets.randbits(24))
+        return open_queues(self.place, self.options)
 
     def _start(self) -> None:
         """The queues that all peers share; every landing is registered by now."""
@@ -253,29 +228,8 @@ class RdmaTransport:
         self._loop.add_reader(self._card.fd, self._readable)
         self._card.arm()
 
-    def _introduce(self, queues: _Queues, landing: RdmaLanding, seat: int) -> Introduction:
-        """Whoever is told this may write into the seat. Raises OSError."""
-        place = self.place
-        return Introduction(
-            place.port.mtu,
-            RemoteQueue(queues.sends.number, queues.sends_psn, place.gid, place.port.lid),
-            RemoteQueue(queues.receives.number, queues.receives_psn, place.gid, place.port.lid),
-            *landing.open(seat).remote(),
-            landing.layout,
-        )
-
-    def _join(self, queues: _Queues, theirs: Introduction, traffic_class: int) -> None:
-        """Raises OSError."""
-        options, place = self.options, self.place
-        path = Path(
-            options.rdma_port, place.gid_index, min(place.port.mtu, theirs.mtu), traffic_class,
-            options.rdma_service_level, options.rdma_timeout, options.rdma_retries, options.rdma_rnr_retries,
-        )  # fmt: skip
-        queues.receives.connect(theirs.sends, queues.receives_psn, replace(path, traffic_class=options.rdma_ack_class))
-        queues.sends.connect(theirs.receives, queues.sends_psn, path)
-
     def _endpoint(
-        self, name: str, peer: bytes, landing: RdmaLanding, seat: int, outbox: RdmaOutbox, queues: _Queues,
+        self, name: str, peer: bytes, landing: RdmaLanding, seat: int, outbox: RdmaOutbox, queues: Queues,
         theirs: Introduction, *, is_ready: bool,
     ) -> RdmaEndpoint:  # fmt: skip
         endpoint = RdmaEndpoint(
@@ -296,8 +250,25 @@ class RdmaTransport:
     # -- what the cards did ------------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
-        self._card.take_events()
-        self._poll()
+        try:
+            self._card.take_events()
+            self._poll()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        """Our card is of no use any more, to nobody."""
+        log.error("RDMA device %s failed: %s", self._card.name, error.strerror or error)
+        self._loop.remove_reader(self._card.fd)
+        for endpoint in list(self._outgoing.values()):
+            self._end(endpoint, f"our RDMA device failed: {error.strerror or error}")
+
+    def _poll_again(self) -> None:
+        if not self._is_closed:
+            try:
+                self._poll()
+            except OSError as error:
+                self._fail(error)
 
     def _poll(self) -> None:
         card, incoming, deliver = self._card, self._incoming, self._deliver
@@ -328,7 +299,7 @@ class RdmaTransport:
                 self._num_used -= RECEIVES_PER_REFILL
                 card.refill()
         else:
-            self._loop.call_soon(self._poll)
+            self._loop.call_soon(self._poll_again)
         if self._left:
             self._settle()
 
@@ -375,7 +346,7 @@ class RdmaTransport:
             return
         self._left[watched] = word if kind is CompletionKind.IMMEDIATE else GONE
         self._loop.call_later(LEAVE_S, self._end_left, watched)
-        self._poll()  # what it posted before
+        self._poll_again()  # what it posted before
 
     def _settle(self) -> None:
         """Who left, and has posted nothing that is not here yet, is gone."""

@@ -1,0 +1,30 @@
+"""RDMA over verbs of a real kernel, in a virtual machine: everything that `tests/rdma_guest.py` checks there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CANNOT = 77
+CHECKS = (
+    "contract:ibverbs", "contract:pyverbs", "exchanges:ibverbs:pyverbs", "exchanges:pyverbs:ibverbs",
+    "lossy:ibverbs:ibverbs", "lossy:pyverbs:pyverbs", "keys:ibverbs:pyverbs", "keys:pyverbs:ibverbs",
+    "silent:ibverbs:pyverbs", "silent:pyverbs:ibverbs", "killed:ibverbs:ibverbs", "killed:pyverbs:pyverbs",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_both_drivers_keep_the_contract_on_real_verbs():
+    """Losses, deaths, silence and wrong keys included; one machine for all, as it takes seconds to boot."""
+    command = [ROOT / "tools/rdma_vm.py", "--timeout", "500", "--"]
+    guest = [sys.executable, "-B", "-m", "tests.rdma_guest", *CHECKS]
+    done = subprocess.run([*command, *guest], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == CANNOT:
+        pytest.skip(done.stderr.strip())
+    passed = [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert (done.returncode, passed) == (0, list(CHECKS)), done.stdout + done.stderr

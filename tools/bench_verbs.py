@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""What a post and a completion cost Python, in microseconds, over a libibverbs that does nothing: for each driver.
+
+    tools/bench_verbs.py [--driver ibverbs|pyverbs]
+
+Builds tools/verbs_stub.c (needs a C compiler and libibverbs-dev) and runs each driver on it in a process of its own.
+`driver` rows are calls of the driver alone; `transport` rows are what a link calls, with the bookkeeping of bounds and
+completions. Medians of nine rounds; no network and no card is in any of these numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from msi.net.rdma.drivers import load_driver
+from msi.net.rdma.endpoint import SIGNAL_EVERY, RdmaEndpoint
+from msi.net.rdma.fabric import open_place
+from msi.net.rdma.landing import RdmaOutbox, new_landing
+from msi.net.rdma.options import RdmaOptions
+from msi.net.rdma.verbs import COMPLETIONS_PER_POLL, RECEIVES_PER_REFILL, Span
+from msi.net.regions import HOST_MEMORY
+from msi.net.slots import HEADER_BYTES, SlotLayout
+
+DRIVERS = ("ibverbs", "pyverbs")
+CHILD = "MSI_VERBS_STUB"  # where the stub is, in the process that is measured
+LAYOUT = SlotLayout(num_lanes=4, slot_rows=512, row_bytes=8192)
+ROUNDS, CALLS = 9, 4000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--driver", choices=DRIVERS, help="one alone; by default both")
+    given = parser.parse_args()
+    if CHILD in os.environ:
+        measure(given.driver)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stub = Path(folder) / "libibverbs.so.1"
+        source = Path(__file__).with_name("verbs_stub.c")
+        named = ["-Wl,-soname,libibverbs.so.1"]
+        for driver in DRIVERS if given.driver is None else (given.driver,):
+            # the wheel opens the library by its name; pyverbs is linked to the real one, in front of which this goes
+            is_linked = driver == "pyverbs"
+            compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+            command = [compiler, "-O2", "-shared", "-fPIC", "-o", stub, source, *([] if is_linked else named)]
+            subprocess.run(command, check=True)
+            where = {"LD_PRELOAD": str(stub)} if is_linked else {"LD_LIBRARY_PATH": folder}
+            environment = os.environ | where | {CHILD: str(stub)}
+            subprocess.run([sys.executable, __file__, "--driver", driver], env=environment, check=True)
+
+
+def measure(driver: str) -> None:
+    stub = ctypes.CDLL(os.environ[CHILD])
+    if driver == "pyverbs":
+        from msi.net.rdma import pyverbs_driver
+
+        pyverbs_driver.EVENTS = "anon_inode:[eventfd]"  # what the stub's channel is
+    card = open_place(load_driver(driver), RdmaOptions()).card
+    card.start(1024, 4096)
+    sends, receives = card.queue_pair(1, 128, HEADER_BYTES), card.queue_pair(1, 1, 0)
+    landing = new_landing(card, 1, LAYOUT, HOST_MEMORY)
+    endpoint = RdmaEndpoint(
+        name="stub", peer=b"", landing=landing, seat=0, outbox=RdmaOutbox(card, LAYOUT, HOST_MEMORY), out_layout=LAYOUT,
+        sends=sends, receives=receives, max_bytes=1 << 30, is_ready=True, leave=lambda endpoint: None,
+    )  # fmt: skip
+    endpoint.aim(Span(1 << 20, 1), Span(1 << 30, 2))
+    lane = sends.lane(Span(1 << 20, 7), Span(1 << 21, 7), Span(1 << 20, 9), Span(1 << 21, 9), LAYOUT.row_bytes, 512)
+
+    def post_endpoint() -> None:
+        for number in range(SIGNAL_EVERY // 2):
+            endpoint.post(1, number, 40 + number)
+        endpoint.completed()  # of sixteen work requests
+
+    def word_endpoint() -> None:
+        for number in range(SIGNAL_EVERY):
+            endpoint.post(1, number)
+        endpoint.completed()
+
+    def complete() -> None:
+        stub.stub_complete(COMPLETIONS_PER_POLL, sends.number)
+
+    rows = {
+        "driver: rows and header, one post": timed(lambda: lane.post(5, 40, False)),
+        "driver: a word": timed(lambda: sends.word(5, False)),
+        "transport: rows and header, one post": timed(post_endpoint, SIGNAL_EVERY // 2),
+        "transport: a word": timed(word_endpoint, SIGNAL_EVERY),
+        "driver: a completion, of 16": timed(card.poll, COMPLETIONS_PER_POLL, complete),
+        "driver: a poll that finds nothing": timed(card.poll),
+        "driver: a receive, of 16": timed(card.refill, RECEIVES_PER_REFILL),
+    }
+    for what, median_us in rows.items():
+        print(json.dumps({"driver": driver, "what": what, "median_us": round(median_us, 3)}))
+
+
+def timed(call: Callable[[], object], per_call: int = 1, before: Callable[[], None] | None = None) -> float:
+    """Median time of one of the `per_call` things that a call does."""
+    rounds = []
+    for _ in range(ROUNDS):
+        spent = 0.0
+        if before is None:
+            began = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            spent = time.perf_counter() - began
+        else:
+            for _ in range(CALLS // 4):
+                before()
+                began = time.perf_counter()
+                call()
+                spent += time.perf_counter() - began
+            spent *= 4
+        rounds.append(spent / CALLS / per_call * 1e6)
+    return statistics.median(rounds)
+
+
+if __name__ == "__main__":
+    main()
