@@ -65,7 +65,7 @@ class Echo:
         start = lane * LAYOUT.slot_bytes
         rows = self.landing.rows.host()[start : start + num_bytes]
         header = self.landing.headers[0][lane]
-        assert bytes(header[:4]) == zlib.crc32(rows).to_bytes(4), f"checksum of {immediate}"
+        assert not num_rows or bytes(header[:4]) == zlib.crc32(rows).to_bytes(4), f"checksum of {immediate}"
         endpoint.out_headers[lane][:HEADER_BYTES] = header[:HEADER_BYTES]
         endpoint.out_rows.host()[start : start + num_bytes] = rows
         endpoint.post(lane, immediate, num_rows)
@@ -184,6 +184,29 @@ def losing(share):
         subprocess.run(["tc", "qdisc", "del", *discipline], check=True)
 
 
+@with_echo
+async def latency(client, process):
+    """One way, half of there and back: says something only beside other figures of the same run."""
+    for num_rows, what in ((0, "a word"), (1, "a row of 512 bytes and its header")):
+        times = []
+        for number in range(600):
+            began = time.perf_counter()
+            client.post(0, number, num_rows)
+            await client.completions.get()
+            times.append((time.perf_counter() - began) / 2 * 1e6)
+        times = sorted(times[100:])
+        print(f"  {what}: median {times[250]:.0f} us, p99 {times[495]:.0f} us")
+
+
+def perftest():
+    """The same by ib_send_lat, which sleeps for completions, too."""
+    common = ["-e", "-s", "64", "-n", "1000", "-F", "-x", "1"]
+    with subprocess.Popen(["ib_send_lat", "-d", "rxe1", *common], stdout=subprocess.DEVNULL):
+        time.sleep(2)
+        done = subprocess.run(["ib_send_lat", "-d", "rxe0", *common, "10.77.0.2"], stdout=subprocess.PIPE, check=True)
+    print("  " + done.stdout.decode().strip().splitlines()[-2])
+
+
 def keys(ours, theirs):
     """A key that is wrong, and one that was right until the seat was revoked: the card says no."""
 
@@ -218,6 +241,7 @@ def keys(ours, theirs):
 
 CHECKS = {
     "contract": contract, "exchanges": exchanges, "killed": killed, "silent": silent, "lossy": lossy, "keys": keys,
+    "latency": latency, "perftest": perftest,
 }  # fmt: skip
 
 

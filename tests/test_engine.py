@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -151,7 +152,7 @@ def test_parameters_that_make_no_sense_are_named(params, complaint):
         ({"max_num_batched_tokens": 600}, "more than a slot's 512 rows"),
         ({"colocated": True, "expert_workers": 2}, "one process with both roles"),
         ({"device": "tpu"}, "`device` 'tpu' is not one"),
-        ({"transport": "rdma"}, "`transport` rdma is not built yet"),
+        ({"transport": "rdma", "rdma_gid": "here"}, "`rdma_gid` 'here' is neither an index nor an address"),
         ({"transport": "pigeon"}, "`transport` 'pigeon' is not one"),
         ({"load_format": "gguf"}, "`load_format` 'gguf' is not one; supported: auto, dummy"),
         ({"dtype": "float8"}, "`dtype` 'float8' is not one"),
@@ -181,6 +182,14 @@ async def test_instances_that_cannot_start_say_why(tiny_model, transport, option
     with pytest.raises((ConfigError, Unavailable), match=complaint):
         await asyncio.wait_for(engine.__aenter__(), 60)
     assert engine.pids == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(Path("/sys/class/infiniband").exists(), reason="this machine has RDMA devices")
+async def test_an_instance_without_an_rdma_device_says_what_is_missing(tiny_model):
+    engine = Engine.local(model=tiny_model, transport="rdma")
+    with pytest.raises((ConfigError, Unavailable), match=r"`transport` rdma(: no| needs a| device|: this)"):
+        await asyncio.wait_for(engine.__aenter__(), 60)
 
 
 async def test_an_engine_that_is_closed_says_so(tiny_model):

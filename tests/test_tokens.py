@@ -8,7 +8,11 @@ import random
 import pytest
 
 from msi import Engine, SamplingParams
+from msi.net.rdma.transport import RdmaTransport
+from msi.worker.torch_host import TorchHost
 from tests.everyday import mostly_slow
+from tests.fake_engine import fake_engine
+from tests.loopback_verbs import Fabric, LoopbackDriver
 from tests.reference import references, save_tiny
 
 NUM_TOKENS = 12
@@ -72,6 +76,25 @@ async def test_tokens_equal_transformers_as_processes_over_shared_memory(checkpo
         slot_rows=48,
         max_num_seqs=8,
     ) as engine:
+        await check_equal(engine, expected, seed=0)
+
+
+class CardHost(TorchHost):
+    """The host of a real worker, with an RDMA card that exists in this process alone."""
+
+    def __init__(self, settings, fabric):
+        super().__init__(settings)
+        self.fabric = fabric
+
+    def new_transport(self, assignment):
+        return RdmaTransport(LoopbackDriver(self.fabric))
+
+
+@pytest.mark.slow
+async def test_tokens_equal_transformers_over_rdma(checkpoint):
+    path, expected = checkpoint
+    options = {"model": path, "attention_workers": 2, "expert_workers": 2, "micro_batches": 3, "slot_rows": 48}
+    async with fake_engine(Fabric(), CardHost, threads_per_worker=1, max_num_seqs=8, **options) as engine:
         await check_equal(engine, expected, seed=0)
 
 
