@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from msi.errors import ConfigError, TransportError
+from msi.errors import ConfigError, ProtocolError, TransportError
 from msi.net.contract import RULES, Pair, Subject, check_rule
 from msi.net.rdma import drivers
 from msi.net.rdma.endpoint import NUM_SENDS, SIGNAL_EVERY
@@ -337,6 +340,30 @@ def test_introductions_come_out_as_they_went_in():
         3, RemoteQueue(1, 2, b"g" * 16, 7), RemoteQueue(3, 4, b"g" * 16, 7), Span(1 << 40, 5), Span(6, 1 << 31), LAYOUT
     )
     assert Introduction.decode(ours.encode() + b"hello") == (ours, b"hello")
+
+
+@given(st.binary(max_size=200))
+def test_an_introduction_of_anything_is_refused_or_read(payload):
+    with contextlib.suppress(ProtocolError):
+        ours, rest = Introduction.decode(payload)
+        assert ours.encode() + rest == payload
+
+
+async def test_memory_that_the_card_does_not_take_closes_the_connection_and_is_told(monkeypatch, caplog):
+    def refuse(card, address, num_bytes, is_remote):
+        if is_remote and card is joined.driver.cards[0]:
+            raise OSError(12, "Cannot allocate memory")
+        return register(card, address, num_bytes, is_remote)
+
+    register = LoopbackCard.register
+    monkeypatch.setattr(LoopbackCard, "register", refuse)
+    joined = Joined()
+    with pytest.raises(TransportError, match="introduces its queue pairs in 0 bytes"):
+        await joined.pair.connect()
+    kinds = [one.kind for one in await joined.pair.left.take(2)]
+    assert kinds == [CompletionKind.CONNECTED, CompletionKind.CLOSED]
+    assert "ulimit -l unlimited" in caplog.text
+    await joined.close()
 
 
 def test_a_completion_of_the_loopback_cards_is_what_the_seam_says():

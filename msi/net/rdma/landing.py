@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from msi.errors import ConfigError
 from msi.net.landing import PlainLanding
 from msi.net.rdma.verbs import Card, Registration, Span
 from msi.net.regions import Allocator, Region, map_zeroed
@@ -79,11 +80,11 @@ class RdmaLanding:
         self._told: list[Callable[[], object] | None] = [None] * inner.num_seats
 
     def open(self, index: int) -> Registered:
-        """A peer gets the seat: under keys of its own. Raises OSError."""
+        """A peer gets the seat: under keys of its own. Raises ConfigError: the card does not take it."""
         self.shut(index)
         self._told[index] = None
         stride = self.rows.num_bytes // self.num_seats
-        headers = self._card.register(address_of(self.headers[index][0]), self.layout.headers_bytes, True)
+        headers = _register_host(self._card, address_of(self.headers[index][0]), self.layout.headers_bytes, True)
         try:
             rows = _register(self._card, self.rows, index * stride, self.layout.rows_bytes, True)
         except BaseException:
@@ -122,14 +123,14 @@ def new_landing(card: Card, num_seats: int, layout: SlotLayout, allocator: Alloc
 
 
 class RdmaOutbox:
-    """Memory laid out as a peer's seat, from which the card reads. Raises OSError, or ConfigError."""
+    """Memory laid out as a peer's seat, from which the card reads. Raises ConfigError: there is none, or not for it."""
 
     def __init__(self, card: Card, layout: SlotLayout, allocator: Allocator) -> None:
         memory = map_zeroed(layout.headers_bytes)
         self.headers = layout.split_headers(memory)
         self.rows: Region = allocator.region(layout.rows_bytes)
         with contextlib.ExitStack() as undo:
-            headers = card.register(address_of(memory), layout.headers_bytes, False)
+            headers = _register_host(card, address_of(memory), layout.headers_bytes, False)
             undo.callback(headers.close)
             self.registered = Registered(headers, _register(card, self.rows, 0, layout.rows_bytes, False))
             undo.pop_all()
@@ -137,12 +138,27 @@ class RdmaOutbox:
 
 def _register(card: Card, rows: Region, start: int, num_bytes: int, is_remote: bool) -> Registration:
     if rows.is_host:
-        return card.register(address_of(rows.host()) + start, num_bytes, is_remote)
+        return _register_host(card, address_of(rows.host()) + start, num_bytes, is_remote)
     fd = rows.export()
     try:
         return card.register_exported(fd, start, num_bytes, is_remote)
+    except OSError as error:
+        raise ConfigError(
+            f"{card.name} does not take {num_bytes} bytes of a device's memory: {error.strerror or error}; its driver "
+            "and the kernel have to know dma-buf"
+        ) from error
     finally:
         os.close(fd)
+
+
+def _register_host(card: Card, address: int, num_bytes: int, is_remote: bool) -> Registration:
+    try:
+        return card.register(address, num_bytes, is_remote)
+    except OSError as error:
+        raise ConfigError(
+            f"{card.name} does not take {num_bytes} bytes of memory: {error.strerror or error}; raise the limit of "
+            "locked memory (ulimit -l unlimited), or use fewer or smaller slots"
+        ) from error
 
 
 def address_of(memory: memoryview) -> int:

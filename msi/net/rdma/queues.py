@@ -26,7 +26,7 @@ class Queues:
     receives_psn: int
 
     def introduce(self, landing: RdmaLanding, seat: int) -> Introduction:
-        """Whoever is told this may write into the seat. Raises OSError."""
+        """Whoever is told this may write into the seat. Raises ConfigError: it cannot be registered."""
         port, gid = self.place.port, self.place.gid
         return Introduction(
             port.mtu,

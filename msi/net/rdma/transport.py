@@ -201,8 +201,8 @@ class RdmaTransport:
         landing, seat = self._landing_of(admission.landing), admission.seat
         try:
             welcome = queues.introduce(landing, seat).encode() + admission.welcome
-        except OSError as error:
-            log.warning("seat %d cannot be registered, its peer is sent away: %s", seat, error.strerror or error)
+        except ConfigError as error:
+            log.warning("the peer at seat %d is sent away: %s", seat, error)
             welcome = b""  # which the peer cannot use
         name = f"the RDMA peer at seat {seat}"
         self._accepted[said] = self._endpoint(name, hello, landing, seat, outbox, queues, theirs, is_ready=False)
