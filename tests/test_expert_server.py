@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -18,6 +19,7 @@ class Answers:
     def __init__(self):
         self.answers = []
         self.refusals = []
+        self.lock = threading.Lock()
 
     def answer(self, lane, answers, compute_s):
         self.answers += [(lane, *one) for one in answers]

@@ -2,7 +2,7 @@
 
 What lands is told by the link on the event loop; what is finished is a word that the device raises, seen first on its
 own thread, where it has one: there the next batch is taken and launched, and then the answers are posted, without going
-through the loop. A lock keeps the waves whole.
+through the loop. The link's lock keeps the waves whole.
 Knows seats, waves and answers; knows no requests, weights or sockets.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -60,8 +59,7 @@ class ExpertServer:
         self._waves = waves
         self._compute = compute
         self._clock = clock
-        self._lock = threading.Lock()  # over the waves and what follows
-        self._acquire, self._release = self._lock.acquire, self._lock.release  # `with` costs twice as much
+        self._lock = link.lock  # over the waves and what follows
         self._landed = waves.landings
         self._num_tickets = 0
         self._out: dict[int, WaveBatch] = {}  # by ticket, on the device
@@ -91,12 +89,8 @@ class ExpertServer:
 
     def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool, now: float) -> None:
         try:
-            self._acquire()
-            try:
-                if self._landed[lane](seat, seq, num_rows, more, now):
-                    self._start_next()
-            finally:
-                self._release()
+            if self._landed[lane](seat, seq, num_rows, more, now):
+                self._start_next()
         except Exception as error:
             self._complaints.say(error, "rows that landed could not be taken")
             self._refuse(seat, lane, seq, error)

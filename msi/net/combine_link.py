@@ -46,7 +46,7 @@ GONE = "answer to a peer that is gone"
 
 
 class Listener(Protocol):
-    """Who batches rows. Called on the event loop, `landed` on whatever thread takes immediates; must not raise."""
+    """Who batches rows. Called on the event loop, but for `landed`; must not raise."""
 
     def joined(self, seat: int, node: int, out_rows: Region) -> None:
         """A peer, `node` among its kind, has taken a seat; answers to it go into `out_rows`."""
@@ -55,7 +55,10 @@ class Listener(Protocol):
         """A peer is gone; its seat may be given away."""
 
     def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool, now: float) -> None:
-        """Rows, or (num_rows 0) the word that there are none. `now` is the link's clock."""
+        """Rows, or (num_rows 0) the word that there are none. `now` is the link's clock.
+
+        On whatever thread takes immediates, with the link's lock held.
+        """
 
 
 @dataclass(slots=True)
@@ -108,6 +111,9 @@ class CombineLink:
         max_skip: how far a peer's sequence number may jump when it gives up a pass.
         allocator: of the memory that rows land in and leave from.
         clock: seconds, monotonic.
+
+    Attributes:
+        lock: held while what landed is looked at and the listener told of it, and while a seat is left.
     """
 
     def __init__(
@@ -138,8 +144,8 @@ class CombineLink:
         self._incarnations: dict[str, int] = {}  # the latest of each worker id
         self._max_skip = max_skip
         self._clock = clock
-        self._taking = threading.Lock()  # held while what landed is looked at, and while seats are left
-        self._acquire, self._release = self._taking.acquire, self._taking.release  # `with` costs twice as much
+        self.lock = threading.Lock()
+        self._acquire, self._release = self.lock.acquire, self.lock.release  # `with` costs twice as much
         self._listener: Listener | None = None
         self._tell = _nobody_listens
         lanes = range(expected.num_lanes)
@@ -186,7 +192,7 @@ class CombineLink:
         seat = self._seats[seat_index]
         if seat is None:
             return
-        with self._taking:
+        with self.lock:
             self._seats[seat_index] = None
             for slots in self._slots:
                 slots[seat_index] = None
@@ -207,45 +213,41 @@ class CombineLink:
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def _completed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
-        if kind is IMMEDIATE:
-            self._acquire()
-            try:
-                self._arrived(endpoint, immediate)
-            finally:
-                self._release()
-        elif kind is CompletionKind.CONNECTED:
-            self._connected(endpoint)
-        elif (seat := self._seat_of.get(endpoint)) is not None:
-            log.info("%s left: %s", seat.hello.worker_id, reason)
-            self.fence(seat.index)
-
-    def _arrived(self, endpoint: Endpoint, immediate: int) -> None:
-        seat = self._seat_of.get(endpoint)
-        if seat is None:
-            self.counters.dropped["closed endpoint"] += 1
+        if kind is not IMMEDIATE:
+            if kind is CompletionKind.CONNECTED:
+                self._connected(endpoint)
+            elif (left := self._seat_of.get(endpoint)) is not None:
+                log.info("%s left: %s", left.hello.worker_id, reason)
+                self.fence(left.index)
             return
-        self.counters.immediates += 1
-        now = endpoint.came_at or self._clock()
-        lane = immediate >> LANE_SHIFT & 7
-        slot = seat.slots[lane]
-        seq = slot.seq + 1
-        if immediate != slot.immediate | (seq & SEQ_MASK) << SEQ_SHIFT:
+        self._acquire()
+        try:
+            seat = self._seat_of.get(endpoint)
+            if seat is None:
+                self.counters.dropped["closed endpoint"] += 1
+                return
+            self.counters.immediates += 1
+            now = endpoint.came_at or self._clock()
+            lane = immediate >> LANE_SHIFT & 7
+            slot = seat.slots[lane]
+            seq = slot.seq + 1
+            if immediate == slot.immediate | (seq & SEQ_MASK) << SEQ_SHIFT:
+                # nearly always: the peer's next dispatch, which a few comparisons tell
+                word, life, its_seq, num_rows, row_bytes = OPENING.unpack_from(slot.header)
+                if (
+                    word == slot.kind_word
+                    and its_seq == seq
+                    and life == seat.life_word
+                    and row_bytes == self._row_bytes
+                    and 0 < num_rows <= self._slot_rows
+                ):
+                    slot.seq, slot.landed_at = seq, now
+                    self.counters.rows += num_rows
+                    self._tell(seat.index, lane, seq, num_rows, True, now)
+                    return
             self._landed_otherwise(seat, lane, immediate, now)
-            return
-        # nearly always: the peer's next dispatch, which a few comparisons tell
-        word, life, its_seq, num_rows, row_bytes = OPENING.unpack_from(slot.header)
-        if (
-            word == slot.kind_word
-            and its_seq == seq
-            and life == seat.life_word
-            and row_bytes == self._row_bytes
-            and 0 < num_rows <= self._slot_rows
-        ):
-            slot.seq, slot.landed_at = seq, now
-            self.counters.rows += num_rows
-            self._tell(seat.index, lane, seq, num_rows, True, now)
-        else:
-            self._landed_otherwise(seat, lane, immediate, now)
+        finally:
+            self._release()
 
     def _connected(self, endpoint: Endpoint) -> None:
         seat = self._seats[endpoint.seat]
