@@ -21,6 +21,9 @@ class Answers:
         self.refusals = []
         self.lock = threading.Lock()
 
+    def take(self):
+        pass
+
     def answer(self, lane, answers, compute_s):
         self.answers += [(lane, *one) for one in answers]
 

@@ -99,6 +99,7 @@ class ExpertServer:
         self._loop.call_later(max(0.0, self._timer_at - self._clock()), self._time_is_up, self._timer_at)
 
     def _time_is_up(self, timer_at: float) -> None:
+        self._link.take()  # nobody is evicted whose rows lie here
         with self._lock:
             if timer_at == self._timer_at:  # no earlier one was set meanwhile
                 self._timer_at = math.inf

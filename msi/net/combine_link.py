@@ -312,6 +312,10 @@ class CombineLink:
         seat.life_word = life  # the placement that its passes use now
         return num_rows, ""
 
+    def take(self) -> None:
+        """Tells the listener of what lies here by now."""
+        self._transport.take()
+
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def answer(self, lane: int, answers: Iterable[tuple[int, int, int]], compute_s: float) -> None:
