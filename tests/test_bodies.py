@@ -242,6 +242,7 @@ def preparation(tiny_model):
 
 
 @given(body=BODIES, messages=st.lists(MESSAGES, max_size=3), endpoint=st.sampled_from(ENDPOINTS))
+@pytest.mark.slow
 def test_what_is_understood_of_any_body_crosses_processes_as_it_is(preparation, body, messages, endpoint):
     message = {"type": "generate", "id": "a"} if endpoint == MESSAGE else {}
     for more in ({}, {"prompt": "a"}, {"messages": messages}):

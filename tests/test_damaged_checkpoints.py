@@ -160,6 +160,7 @@ def try_seeds(intact, path, monkeypatch, seeds):
     return ends
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_in_a_sentence_or_computes_what_transformers_does(
     intact, tmp_path, monkeypatch
 ):

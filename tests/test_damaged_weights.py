@@ -51,6 +51,7 @@ def schedulers(engine):
 
 @pytest.mark.parametrize("temperature", mostly_slow([0, 0.8]))
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.slow
 async def test_a_damaged_embedding_ends_the_requests_that_have_its_token_and_no_others(checkpoint, layout, temperature):
     path, expected = checkpoint
     options = {**LAYOUTS[layout], "num_gpu_blocks_override": 40, "slot_rows": 48, "threads_per_worker": 1}

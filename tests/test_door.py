@@ -136,6 +136,7 @@ async def test_who_waits_for_100_continue_sends_nothing_that_is_refused(served):
         assert (await answer(reader))[0] == 200
 
 
+@pytest.mark.slow
 async def test_a_body_that_dribbles_or_never_ends_is_given_up(served, monkeypatch):
     monkeypatch.setattr(request_body, "PART_WITHIN_S", 0.3)
     headers = head(**JSON, Content_Length="100", Authorization=f"Bearer {KEY}") + b"\r\n"
@@ -161,6 +162,7 @@ async def test_bodies_together_have_a_limit(served):
 
 
 @pytest.mark.parametrize("path", mostly_slow(["/v1/chat/completions", "/v1/completions"]))
+@pytest.mark.slow
 async def test_large_bodies_are_understood_in_another_process(served, monkeypatch, path):
     seen = []
     understand = Preparation.understand
@@ -201,6 +203,7 @@ async def test_a_large_message_of_a_websocket_is_understood_in_another_process_a
 # -- connections -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_half_headers_are_not_waited_for_for_ever(served, monkeypatch):
     monkeypatch.setattr(door, "HEADERS_WITHIN_S", 0.5)
     async with contextlib.AsyncExitStack() as stack:
@@ -434,6 +437,7 @@ async def test_at_the_end_connections_without_a_request_are_not_waited_for(tiny_
 
 
 @pytest.mark.parametrize("path", mostly_slow(["/v1/chat/completions", "/v1/completions"]))
+@pytest.mark.slow
 async def test_a_large_answer_is_what_its_stream_says(served, path):
     body = {"max_tokens": 100, "n": 8, "seed": 3, "ignore_eos": True}
     if "chat" in path:

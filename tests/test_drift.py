@@ -115,6 +115,7 @@ def test_the_sentence_names_worker_stage_and_both_times():
 
 
 @pytest.mark.parametrize(("faults", "stages"), [((), set()), ((Fault(0.0, "expert-0", "slow", 3.0),), {"expert"})])
+@pytest.mark.slow
 def test_the_coordinator_says_so_when_a_worker_is_slow(file, caplog, faults, stages):
     """The real coordinator and workers on a simulated device: an expert worker three times slower than planned."""
     deployment, costs = deployment_of_plan(file)

@@ -67,6 +67,7 @@ async def test_unseeded_requests_differ(engine):
     assert len(results) > 1
 
 
+@pytest.mark.slow
 async def test_a_stop_string_ends_the_text_before_itself_and_cancels(engine):
     whole, tokens, _ = await collect(engine, TEXT, max_tokens=200, temperature=0, ignore_eos=True)
     stop = whole[11:15]
@@ -78,6 +79,7 @@ async def test_a_stop_string_ends_the_text_before_itself_and_cancels(engine):
     await idle(engine)
 
 
+@pytest.mark.slow
 async def test_an_end_of_sequence_token_stops(engine):
     outputs = [await collect(engine, TEXT, max_tokens=400, temperature=3.0, seed=seed) for seed in range(4)]
     assert "stop" in {reason for _, _, reason in outputs}

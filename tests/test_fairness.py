@@ -82,6 +82,7 @@ def test_a_large_request_gets_in_as_soon_as_those_before_it_have_ended_however_m
 @pytest.mark.parametrize("patience", mostly_slow([0, 6]))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
+@pytest.mark.slow
 def test_whoever_is_first_of_those_that_wait_has_no_room_even_if_none_had_overtaken_it(data, patience, monkeypatch):
     """So everybody is admitted no later than in order of arrival; and where nothing is too large, in that order."""
     monkeypatch.setattr(admission, "PATIENCE", patience)

@@ -56,6 +56,7 @@ TOUCHES = ["float(rows[0, 0])", "rows.numpy()[0, 0] = 1", "rows.clone()", "rows.
 
 
 @pytest.mark.parametrize("touch", mostly_slow(TOUCHES, keep=2))
+@pytest.mark.slow
 def test_host_code_that_touches_device_memory_dies_at_its_line(tmp_path, touch):
     script = tmp_path / "touching.py"
     script.write_text(TOUCHING.format(touch=touch))

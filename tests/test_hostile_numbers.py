@@ -116,6 +116,7 @@ def test_a_ban_does_not_hide_a_logit_that_is_not_finite(broken, logprobs):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(rows_of_logits, samplings), min_size=1, max_size=5))
+@pytest.mark.slow
 def test_no_row_hurts_another_whatever_its_logits_and_parameters(rows):
     logits = torch.tensor([row for row, _ in rows], dtype=torch.float32)
     together = sample(logits.clone(), [sampling for _, sampling in rows])

@@ -31,6 +31,7 @@ ABSURD = [
 
 
 @pytest.mark.parametrize("eos", mostly_slow([[2, -1, 10_000], None, -1, 10_000, []]), ids=str)
+@pytest.mark.slow
 async def test_live_streams_keep_their_tokens_beside_absurd_requests(tiny_model, tmp_path, eos):
     if eos is not None:
         path = tmp_path / "model"

@@ -162,6 +162,7 @@ async def test_a_key_and_a_chat_template_reach_the_gateway(tiny_model, tmp_path)
         assert "Traceback" not in child.said
 
 
+@pytest.mark.slow
 async def test_a_coordinator_of_a_cluster_asks_clients_for_its_key(tiny_model):
     arguments = ("--role", "coordinator", "--coordinator", f"tcp://127.0.0.1:{free_port()}", "--port", 0)
     async with (
@@ -303,6 +304,7 @@ async def test_weights_that_cannot_be_loaded_are_named(tiny_model, tmp_path):
         assert "Traceback" not in child.said
 
 
+@pytest.mark.slow
 async def test_it_waits_by_name_and_gives_up_with_a_sentence(tiny_model):
     address = f"tcp://127.0.0.1:{free_port()}"
     async with launched(

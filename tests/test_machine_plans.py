@@ -132,6 +132,7 @@ def test_measured_stage_times_change_the_choice():
     assert isinstance(machine.stages(8), Stages)
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_machine_simulates_as_predicted():
     asked = task(profile(), max_batch=16)
     for plan in machine_plans(asked, num_plans=4):

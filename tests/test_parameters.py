@@ -64,6 +64,7 @@ print("seen")
 """
 
 
+@pytest.mark.slow
 def test_a_new_parameter_is_one_field_and_is_there_everywhere(tmp_path):
     """In the help, the checks, Engine.local, the flags of children, the plan, and the assignment on the wire."""
     for source, name in (("msi", "msi"), ("launch", "msi_launch")):

@@ -113,6 +113,7 @@ async def test_a_placement_is_swapped_while_requests_run_and_loads_only_what_is_
         assert {worker.life.assignment.incarnation for worker in (*instance.experts, *instance.attention)} == {0}
 
 
+@pytest.mark.slow
 async def test_a_placement_that_gives_experts_other_local_ids_begins_new_lives_and_serves(checkpoint):
     path, expected = checkpoint
     async with serving(path, ONCE) as instance:

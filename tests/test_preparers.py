@@ -48,6 +48,7 @@ def task(endpoint, **body):
     return bytes([ENDPOINTS.index(endpoint)]) + json.dumps(body).encode()
 
 
+@pytest.mark.slow
 async def test_a_process_understands_what_this_one_does(tiny_model):
     setup = setup_of(tiny_model)
     here, pool = Preparation(setup), Preparers(SETUP.encode(setup))
@@ -196,6 +197,7 @@ ENDLESS_SMALL = {
 
 
 @pytest.mark.parametrize("template", mostly_slow(ENDLESS_SMALL.values()), ids=ENDLESS_SMALL)
+@pytest.mark.slow
 async def test_a_template_that_never_ends_holds_nobody_up(tiny_model, template, monkeypatch):
     """A small chat was rendered where all are answered: nobody had an answer any more."""
     monkeypatch.setattr(preparers, "WITHIN_S", 1.0)

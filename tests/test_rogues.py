@@ -154,6 +154,7 @@ def said(plain):
     st.sampled_from([b"attention-1", b"expert-1", b"another", b"another client"]),
     st.sampled_from([0, 2]),
 )
+@pytest.mark.slow
 def test_whatever_a_member_says_the_coordinator_and_the_metrics_go_on_and_others_stay(plain, route, lanes):
     instance = Instance(lanes)
     for number in range(4):

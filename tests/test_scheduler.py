@@ -302,6 +302,7 @@ def assert_nobody_writes_what_another_reads(batch):
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
+@pytest.mark.slow
 def test_whatever_happens_every_request_ends_and_no_block_is_lost(data):
     scheduler = make_scheduler(
         num_lanes=data.draw(st.integers(1, 4)), num_blocks=data.draw(st.integers(17, 40)), max_num_seqs=5

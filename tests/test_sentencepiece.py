@@ -64,6 +64,7 @@ def added(tokenizer, prompt, answer):
     return whole[len(before) :]
 
 
+@pytest.mark.slow
 async def test_the_text_is_what_decoding_adds_with_the_first_space(served):
     tokenizer, engine, _, _ = served
     prompt = tokenizer.encode("It is").ids
@@ -128,6 +129,7 @@ async def test_log_probabilities_of_chats_have_the_bytes_of_their_tokens(served,
     assert (names(entries), text) == (names(content), choice["message"]["content"])
 
 
+@pytest.mark.slow
 async def test_bytes_in_any_order_reach_every_client_to_the_end(served):
     """As a model does that writes nonsense: what was "Invalid prefix" once, and a WebSocket id that was never free."""
     tokenizer, _, url, session = served

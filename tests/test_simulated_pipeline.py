@@ -248,6 +248,7 @@ class Recording:
 
 @settings(max_examples=150, deadline=None)
 @given(storms())
+@pytest.mark.slow
 def test_storms_always_end_with_every_row_answered_exactly_once(storm):
     run_virtual(weather(*storm))
 

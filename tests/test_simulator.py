@@ -224,6 +224,7 @@ def test_a_request_that_the_kv_cache_cannot_hold_fails_as_in_reality():
 # -- what goes wrong -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_dead_attention_worker_loses_its_own_requests_and_no_others():
     arrivals = decoding(SMALL, 400)
     report = simulate(SMALL, COSTS, arrivals, faults=[Fault(0.5, "attention-1", "dead")])

@@ -98,6 +98,7 @@ async def test_tokens_equal_transformers_over_rdma(checkpoint):
         await check_equal(engine, expected, seed=0)
 
 
+@pytest.mark.slow
 async def test_tokens_equal_transformers_colocated(checkpoint):
     path, expected = checkpoint
     async with Engine.local(model=path, colocated=True, threads_per_worker=1) as engine:
