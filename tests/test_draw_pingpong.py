@@ -42,7 +42,6 @@ def test_what_is_busy_is_what_spans_cover_of_the_window():
     assert journeys(spans) == [(spans[0], spans[1]), (spans[1], spans[2])]
 
 
-@pytest.mark.slow
 def test_what_was_recorded_is_drawn_again(tmp_path):
     recorded = json.loads((RESULTS / "pingpong.json").read_text())
     draw_pingpong.draw(recorded, tmp_path / "again")

@@ -15,7 +15,6 @@ def stand_still(seconds):
     time.sleep(seconds)
 
 
-@pytest.mark.slow
 async def test_a_loop_that_stood_is_said_once_with_the_place_where_it_stood():
     said = []
     watch = LoopWatch("gateway", said.append)
