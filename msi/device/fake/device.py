@@ -24,6 +24,7 @@ from msi.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
+LASTS = (0, 0, 4, 16)  # turns of its queue that a program takes before it is through
 _RANGE, _HALF = 1 << 32, 1 << 31
 
 
@@ -65,6 +66,7 @@ class FakeQueue:
         self.name = name
         self._device = device
         self._steps: deque[Program | tuple[int, int, bool]] = deque()  # word, value, whether it is a wait
+        self._lasts = -1  # turns that the program at the head still takes; -1 before it has begun
 
     def wait(self, word: int, at_least: int) -> None:
         self._add((word, at_least, True))
@@ -86,11 +88,21 @@ class FakeQueue:
         return isinstance(head, Program) or not head[2] or self._device.words.is_there(head[0], head[1])
 
     def step(self) -> None:
-        head = self._steps.popleft()
+        head = self._steps[0]
+        if isinstance(head, Program) and self._is_running():
+            return
+        self._steps.popleft()
         if isinstance(head, Program):
             self._device.compute(head)
         elif not head[2]:
             self._device.signalled(head[0], head[1])
+
+    def _is_running(self) -> bool:
+        """Whether the program at the head goes on: what it does is done at its end."""
+        if self._lasts < 0:
+            self._lasts = self._device.world.chance.choice(LASTS)
+        self._lasts -= 1
+        return self._lasts >= 0
 
 
 class _Sight:
