@@ -162,6 +162,7 @@ class Watch:
         self._streams = streams
         self._seen: dict[str, int] = family(server.process.pid)
         self._is_striking = False
+        self._since = time.monotonic()
 
     async def strike_now_and_then(self, chance: random.Random) -> None:
         while True:
@@ -201,7 +202,7 @@ class Watch:
                 "attacks": len(attackers.reports),
                 "faults": len(self.faults),
                 "answers": sum(stream.num_answers for stream in self._streams),
-                "worst_gap_ms": round(1e3 * worst_gap_s(self._streams, self.faults), 1),
+                "worst_gap_ms": round(1e3 * worst_gap_s(self._streams, self.faults, self._since), 1),
                 "memory_mb": memory_bytes(self._server) >> 20,
             }
             print(json.dumps(line), flush=True)
@@ -333,6 +334,9 @@ async def main() -> int:
     if arguments.list:
         print("\n".join(NAMES))
         return 0
+    running = asyncio.current_task()
+    assert running is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)  # nothing is left behind
     server = await Server.start(arguments)
     try:
         seen = await attack(server, arguments)
@@ -350,4 +354,8 @@ async def main() -> int:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    sys.exit(asyncio.run(main()))
+    try:
+        status = asyncio.run(main())
+    except asyncio.CancelledError:
+        status = 128 + signal.SIGTERM
+    sys.exit(status)
