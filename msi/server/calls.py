@@ -25,6 +25,7 @@ from msi.server.prepare import (
     CHAT,
     ENDPOINTS,
     SETUP,
+    Answered,
     NotUnderstood,
     Preparation,
     Prepared,
@@ -137,19 +138,21 @@ class Calls:
         """What a token would add to a text."""
         return self._engine.token_text(token_id)
 
-    async def understand(self, endpoint: str, body: bytes, client: object) -> Understood | NotUnderstood:
+    async def understand(self, endpoint: str, body: bytes, client: object) -> Understood | Answered | NotUnderstood:
         """What a body asks. Cancellation ends the wait for it.
 
         Args:
-            endpoint: COMPLETION, CHAT or MESSAGE.
+            endpoint: COMPLETION, CHAT or MESSAGE; or TOKENIZE or DETOKENIZE, which are answered.
             client: who asks, such as a connection: clients take turns.
         """
         asked = await self._understand(endpoint, body, client)
         if isinstance(asked, NotUnderstood):
             self._metrics.refused()
+        if isinstance(asked, Answered):
+            self._log_ignored(asked.ignored)
         return asked
 
-    async def _understand(self, endpoint: str, body: bytes, client: object) -> Understood | NotUnderstood:
+    async def _understand(self, endpoint: str, body: bytes, client: object) -> Understood | Answered | NotUnderstood:
         is_small = len(body) <= SMALL_BYTES
         if is_small:
             with contextlib.suppress(Interrupted), for_a_moment(MOMENT_S):
@@ -157,7 +160,7 @@ class Calls:
         try:
             task = bytes([ENDPOINTS.index(endpoint)]) + body
             prepared = await self._preparers.prepare(client, task, is_slow=is_small)
-            answer: Understood | NotUnderstood = ANSWERS.decode(prepared)
+            answer: Understood | Answered | NotUnderstood = ANSWERS.decode(prepared)
         except EngineError as error:
             return NotUnderstood(Failure.of(error))
         return answer

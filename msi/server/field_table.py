@@ -137,3 +137,14 @@ NOT_IN_CHATS = {
     "echo": NotDone("echo belongs to /v1/completions"),
     "best_of": NotDone("all choices are given; ask for n", (1,)),
 }
+
+NOT_IN_TOKENIZE = {
+    "truncate_prompt_tokens": NotDone("all tokens are told; cut them where they are used"),
+    "continue_final_message": NotDone("it goes with messages"),
+    "tools": NotDone("they go with messages"),
+}
+
+NOT_IN_DETOKENIZE = {
+    "prompt": NotDone("texts go to /tokenize"),
+    "messages": NotDone("chats go to /tokenize"),
+}

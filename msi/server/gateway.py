@@ -1,8 +1,8 @@
 """The gateway: HTTP in front of an engine.
 
-POST /v1/completions and /v1/chat/completions (server-sent events with "stream": true), GET /v1/models, WebSocket
-/v1/stream, GET /health, /ready, /metrics and /version. A client that leaves cancels its requests; every answer that is
-no success is an error in JSON.
+POST /v1/completions and /v1/chat/completions (server-sent events with "stream": true), /tokenize and /detokenize, GET
+/v1/models, WebSocket /v1/stream, GET /health, /ready, /metrics and /version. A client that leaves cancels its requests;
+every answer that is no success is an error in JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import os
 import resource
 import socket
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,8 +29,9 @@ from msi.server.answers import error_object
 from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
 from msi.server.door import MAX_CONNECTIONS, Door
 from msi.server.metrics import CONTENT_TYPE_LATEST, Metrics
+from msi.server.model_card import model_card
 from msi.server.origins import Origins
-from msi.server.prepare import CHAT, COMPLETION, NotUnderstood
+from msi.server.prepare import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Answered, NotUnderstood
 from msi.server.refusals import Refused
 from msi.server.request_body import MAX_BODY_BYTES, Bodies, discard
 from msi.server.request_log import LoadLog, RequestLog
@@ -84,6 +86,7 @@ class Gateway:
         self._api_key = api_key.encode()
         self._origins = Origins(allowed_origins, host, bool(api_key))
         self._watch = watch
+        self._created = int(time.time())
         self._metrics = Metrics()
         requests = RequestLog(is_told=log_requests)
         self._calls = Calls(engine, self._metrics, chat_template, requests)
@@ -98,6 +101,8 @@ class Gateway:
             "/v1/completions": {"POST": self._completions},
             "/v1/chat/completions": {"POST": self._chat_completions},
             "/v1/stream": {"GET": self._websocket},
+            "/tokenize": {"POST": self._tokenize},
+            "/detokenize": {"POST": self._detokenize},
             "/v1/models": {"GET": self._models},
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
@@ -230,6 +235,12 @@ class Gateway:
     async def _chat_completions(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
         return await self._answer(request, headers, CHAT)
 
+    async def _tokenize(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        return await self._answer(request, headers, TOKENIZE)
+
+    async def _detokenize(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        return await self._answer(request, headers, DETOKENIZE)
+
     async def _answer(self, request: web.BaseRequest, headers: dict[str, str], endpoint: str) -> web.StreamResponse:
         with self._running.request():
             async with self._bodies.read(request) as body:
@@ -237,6 +248,8 @@ class Gateway:
                 del body
             if isinstance(asked, NotUnderstood):
                 raise asked.failure.error()
+            if isinstance(asked, Answered):
+                return await _send(request, [asked.body], headers)
             assert asked.request is not None
             call = self._calls.call(asked.request, headers[ID_HEADER])
             if not call.streaming.stream:
@@ -252,17 +265,7 @@ class Gateway:
         for part in whole.parts():
             parts.append(part)
             await asyncio.sleep(0)
-        num_bytes = sum(map(len, parts))
-        if num_bytes <= MAX_PIECE_BYTES:
-            return web.Response(body=b"".join(parts), content_type="application/json")
-        response = web.StreamResponse(headers={"Content-Type": "application/json", **headers})
-        response.content_length = num_bytes
-        await response.prepare(request)
-        for part in parts:
-            for start in range(0, len(part), MAX_PIECE_BYTES):
-                await response.write(part[start : start + MAX_PIECE_BYTES])
-        await response.write_eof()
-        return response
+        return await _send(request, parts, headers)
 
     async def _stream(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
         """A failure before the first event is an HTTP error, and one after it an event."""
@@ -294,9 +297,8 @@ class Gateway:
             raise Refused(400, f"this is no WebSocket handshake: {error.text}") from error
 
     async def _models(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        model = {"id": self._engine.model_name, "object": "model", "created": 0, "owned_by": "msi",
-                 "max_model_len": self._engine.max_model_len}  # fmt: skip
-        return json_response({"object": "list", "data": [model]})
+        card = model_card(self._engine.model_name, self._engine.max_model_len, self._created)
+        return json_response({"object": "list", "data": [card]})
 
     async def _health(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
         """Whether the process lives."""
@@ -331,6 +333,21 @@ def error_response(status: int, error: dict[str, Any], headers: Mapping[str, str
     if status in (429, 503):
         headers.setdefault("Retry-After", str(RETRY_AFTER_S))
     return json_response({"error": error}, status, headers)
+
+
+async def _send(request: web.BaseRequest, parts: Sequence[bytes], headers: Mapping[str, str]) -> web.StreamResponse:
+    """JSON, in pieces where it is long."""
+    num_bytes = sum(map(len, parts))
+    if num_bytes <= MAX_PIECE_BYTES:
+        return web.Response(body=b"".join(parts), content_type="application/json")
+    response = web.StreamResponse(headers={"Content-Type": "application/json", **headers})
+    response.content_length = num_bytes
+    await response.prepare(request)
+    for part in parts:
+        for start in range(0, len(part), MAX_PIECE_BYTES):
+            await response.write(part[start : start + MAX_PIECE_BYTES])
+    await response.write_eof()
+    return response
 
 
 async def _events(call: Call) -> AsyncGenerator[bytes, None]:

@@ -10,21 +10,25 @@ import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import orjson
 
 from msi.control.messages import Welcome
 from msi.errors import EngineError, Failure, InvalidRequest, ModelNotFound, shown
 from msi.net.codec import Codec
-from msi.server.chat import parse_chat
+from msi.server.chat import ChatRequest, parse_chat
 from msi.server.chat_template import ChatTemplates
 from msi.server.completions import parse_completion
 from msi.server.fields import Streaming, Values, kind_of, parse_object, typed
+from msi.server.tokenizing import check_number, parse_detokenize, parse_tokenize
 from msi.text.prompts import Prompts
 from msi.types import SamplingParams
 
 log = logging.getLogger(__name__)
 
-COMPLETION, CHAT, MESSAGE = "completion", "chat", "message"
-ENDPOINTS = (COMPLETION, CHAT, MESSAGE)
+COMPLETION, CHAT, MESSAGE, TOKENIZE, DETOKENIZE = "completion", "chat", "message", "tokenize", "detokenize"
+ENDPOINTS = (COMPLETION, CHAT, MESSAGE, TOKENIZE, DETOKENIZE)
 MAX_PROMPT_TOKENS = 1 << 20  # of all prompts of a request
 
 
@@ -61,6 +65,19 @@ class Understood:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """What a body asked that needs no engine.
+
+    Attributes:
+        body: the answer, in JSON.
+        ignored: fields that nobody knows.
+    """
+
+    body: bytes
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class NotUnderstood:
     """Why a body asks nothing; `client_id` is None where a message has none."""
 
@@ -77,7 +94,7 @@ class Setup:
 
 
 SETUP = Codec([Setup])
-ANSWERS = Codec([Understood, NotUnderstood])
+ANSWERS = Codec([Understood, Answered, NotUnderstood])
 
 
 class Preparation:
@@ -96,11 +113,13 @@ class Preparation:
             welcome.tokenizer, welcome.vocab_size, welcome.max_model_len, welcome.special_tokens.values()
         )
 
-    def understand(self, endpoint: str, body: bytes | str) -> Understood | NotUnderstood:
-        """Never raises."""
+    def understand(self, endpoint: str, body: bytes | str) -> Understood | Answered | NotUnderstood:
+        """Never raises. Answered is what bodies for TOKENIZE and DETOKENIZE are."""
         client_id: str | None = None
         try:
             values: Values = parse_object(body)
+            if endpoint in (TOKENIZE, DETOKENIZE):
+                return self.tokens(values) if endpoint == TOKENIZE else self.text(values)
             if endpoint == MESSAGE:
                 client_id, kind, values = message_of(values)
                 if kind != GENERATE:
@@ -142,9 +161,40 @@ class Preparation:
         """Raises InvalidRequest."""
         self._check_model(values)
         asked = parse_chat(values, max_tokens=self._welcome.max_model_len, defaults=self._welcome.sampling_defaults)
+        text = self._rendered(asked)
+        # the template writes special tokens itself
+        try:
+            prompt = self._encode(text, asked.params, add_special_tokens=asked.add_special_tokens)
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error), param="messages", code=error.code) from error
+        return self._prepared(CHAT, [prompt], asked.params, asked.streaming, (b"",), asked.ignored)
+
+    def tokens(self, values: Values) -> Answered:
+        """What /tokenize answers. Raises InvalidRequest."""
+        self._check_model(values)
+        asked = parse_tokenize(values)
+        is_text = isinstance(asked.source, str)
+        text = asked.source if isinstance(asked.source, str) else self._rendered(asked.source)
+        token_ids = self._prompts.tokens_of(text, add_special_tokens=asked.add_special_tokens)
+        check_number(len(token_ids), "prompt" if is_text else "messages")
+        names = self._prompts.names_of(token_ids) if asked.return_token_strs else None
+        return _answered(
+            {"count": len(token_ids), "max_model_len": self._welcome.max_model_len, "tokens": token_ids,
+             "token_strs": names}, asked.ignored,
+        )  # fmt: skip
+
+    def text(self, values: Values) -> Answered:
+        """What /detokenize answers. Raises InvalidRequest."""
+        self._check_model(values)
+        asked = parse_detokenize(values)
+        self._prompts.check_tokens("tokens", asked.token_ids)
+        return _answered({"prompt": self._prompts.decode(asked.token_ids)}, asked.ignored)
+
+    def _rendered(self, asked: ChatRequest) -> str:
+        """Raises InvalidRequest."""
         if not self._templates:
             raise InvalidRequest("this model has no chat template; use /v1/completions, or serve with `chat_template`")
-        text = self._templates.choose(has_tools=asked.tools is not None).render(
+        return self._templates.choose(has_tools=asked.tools is not None).render(
             asked.messages,
             add_generation_prompt=asked.add_generation_prompt,
             values=asked.template_values,
@@ -152,12 +202,6 @@ class Preparation:
             tools=asked.tools,
             documents=asked.documents,
         )
-        # the template writes special tokens itself
-        try:
-            prompt = self._encode(text, asked.params, add_special_tokens=asked.add_special_tokens)
-        except InvalidRequest as error:
-            raise InvalidRequest(str(error), param="messages", code=error.code) from error
-        return self._prepared(CHAT, [prompt], asked.params, asked.streaming, (b"",), asked.ignored)
 
     def _encode(
         self, prompt: str | Sequence[int], params: SamplingParams, *, add_special_tokens: bool
@@ -184,6 +228,10 @@ class Preparation:
                 f"model {shown(model)} is not served here; this is {self._welcome.model_name!r}",
                 param="model",
             )
+
+
+def _answered(values: dict[str, Any], ignored: tuple[str, ...]) -> Answered:
+    return Answered(orjson.dumps(values), ignored)
 
 
 def tokens_of(prompt: bytes) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from msi.errors import InvalidRequest, Unavailable, shown
 from msi.server.calls import Call, Calls, error_of
 from msi.server.chat import logprobs_content
-from msi.server.prepare import MESSAGE, NotUnderstood, Prepared
+from msi.server.prepare import MESSAGE, Answered, NotUnderstood, Prepared
 from msi.server.running import Running
 from msi.types import Output
 
@@ -105,6 +105,7 @@ class _Connection:
     async def receive(self, text: bytes) -> None:
         """One message from the client; the next is not read before this one is understood."""
         asked = await self._calls.understand(MESSAGE, text, client=self)
+        assert not isinstance(asked, Answered), "no message asks for that"
         if isinstance(asked, NotUnderstood):
             is_second = asked.client_id in self._running and asked.failure.param != "type"
             await self._refuse(asked.client_id, in_use(asked.client_id) if is_second else asked.failure.error())

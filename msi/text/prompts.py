@@ -63,15 +63,25 @@ class Prompts:
         """
         if isinstance(prompt, str):
             self._check_length(prompt, max_tokens)
-            if self._tokenizer is None:
-                raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids", param="prompt")
-            token_ids = encode(self._tokenizer, prompt, add_special_tokens)
+            token_ids = self.tokens_of(prompt, add_special_tokens=add_special_tokens)
         else:
             token_ids = prompt if isinstance(prompt, tuple) else tuple(prompt)
         if len(token_ids) >= self._max_model_len:
             raise context_exceeded(self._max_model_len, len(token_ids), max_tokens)
         self.check_tokens("the prompt", token_ids)
         return token_ids
+
+    def tokens_of(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """A text's tokens, however many and of whatever ids. Raises InvalidRequest."""
+        if self._tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids", param="prompt")
+        return encode(self._tokenizer, text, add_special_tokens)
+
+    def names_of(self, token_ids: Sequence[int]) -> list[str]:
+        """What the vocabulary calls these tokens; "" for those that it lacks."""
+        if self._tokenizer is None:
+            return [""] * len(token_ids)
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def check_tokens(self, where: str, token_ids: Collection[int]) -> None:
         """Raises InvalidRequest: the model lacks one of them."""
