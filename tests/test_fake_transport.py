@@ -50,6 +50,15 @@ async def test_cards_that_do_not_flush_break_the_contract(seed):
         await check_rule(rule, subject(seed, flush=lambda: None))
 
 
+async def test_memory_says_whether_it_is_to_be_flushed():
+    device = FakeDevice(FakeWorld(0))
+    region = device.region(128)
+    assert region.flush is not None
+    region.flush()
+    assert device.num_flushes == 1
+    assert device.adopt(memoryview(bytearray(128))).flush is None
+
+
 async def test_rows_on_a_device_are_not_the_hosts():
     device = FakeDevice(FakeWorld(0))
     landing = FakeTransport(device).register(1, SlotLayout(1, 1, 128), device)

@@ -219,8 +219,9 @@ class ExportedRegion:
 
     is_host = False
 
-    def __init__(self, num_bytes):
+    def __init__(self, num_bytes, flush):
         self.num_bytes = num_bytes
+        self.flush = flush
         self.fd = os.memfd_create("device", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, num_bytes)
         self.memory = mmap.mmap(self.fd, num_bytes)
@@ -246,9 +247,13 @@ class ExportedRows:
 
     def __init__(self):
         self.allocator = self
+        self.num_flushes = 0
+
+    def flush(self):
+        self.num_flushes += 1
 
     def region(self, num_bytes):
-        return ExportedRegion(num_bytes)
+        return ExportedRegion(num_bytes, self.flush)
 
     def adopt(self, memory):
         raise AssertionError("nothing of the host's")
@@ -268,10 +273,22 @@ async def test_with_rows_in_exported_memory_it_is_true_that(sentence):
     await check_rule(OF_ROWS_FIRST[sentence], Subject(make, NOBODY, ExportedRows()))
 
 
+async def test_a_devices_memory_is_flushed_before_anybody_is_told_of_what_came():
+    class Flushed(ExportedRows):
+        def read(self, region, at, num_bytes):
+            assert self.num_flushes, "it was read before"
+            return super().read(region, at, num_bytes)
+
+    rows = Flushed()
+    (rule,) = (rule for rule in RULES if "are there when their immediate is" in rule.sentence)
+    await check_rule(rule, Subject(make, NOBODY, rows))
+    assert rows.num_flushes
+
+
 async def test_memory_that_cannot_be_exported_is_refused():
     class Kept(ExportedRows):
         def region(self, num_bytes):
-            region = ExportedRegion(num_bytes)
+            region = ExportedRegion(num_bytes, self.flush)
             region.export = lambda: (_ for _ in ()).throw(ConfigError("these bytes cannot leave their device"))
             return region
 

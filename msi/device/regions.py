@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,11 +30,19 @@ class DeviceRegion:
         memory: uint8 [num_bytes].
         device: whose it is, for sentences.
         descriptor: what `export` hands out copies of; None where nobody else can have it.
+        flush: as a region says it.
     """
 
     is_host = False
 
-    def __init__(self, memory: Tensor, device: str, descriptor: int | None = None) -> None:
+    def __init__(
+        self,
+        memory: Tensor,
+        device: str,
+        descriptor: int | None = None,
+        flush: Callable[[], None] | None = None,
+    ) -> None:
+        self.flush = flush
         self.num_bytes = memory.numel()
         self._memory = memory
         self._device = device

@@ -23,6 +23,15 @@ class Region(Protocol):
     def is_host(self) -> bool:
         """Whether `host` gives it."""
 
+    @property
+    def flush(self) -> Callable[[], None] | None:
+        """What cards have written into it is seen by all work on the device that starts after this was called.
+
+        None where it is seen anyway: in host memory, and where a GPU orders what cards write. A transport whose cards
+        write into regions asks once, and calls it when a completion was seen and before anybody is told of it. From
+        any thread; must not raise.
+        """
+
     def host(self) -> memoryview:
         """Its bytes, writable. Raises ConfigError for a device's memory: nothing is copied by accident."""
 
@@ -57,6 +66,7 @@ class HostRegion:
     """
 
     is_host = True
+    flush = None
 
     def __init__(self, memory: memoryview, as_tensor: Callable[[memoryview], Any] | None = None) -> None:
         self.num_bytes = memory.nbytes

@@ -34,6 +34,7 @@ class SharedRegion:
     """
 
     is_host = True
+    flush = None
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         self.num_bytes = num_bytes

@@ -211,7 +211,7 @@ class FakeDevice:
         return self.memory.allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def region(self, num_bytes: int) -> Region:
-        return DeviceRegion(self.memory.allocate(num_bytes), "the fake device")
+        return DeviceRegion(self.memory.allocate(num_bytes), "the fake device", flush=self.flush)
 
     def adopt(self, memory: memoryview) -> Region:
         return HostTensors().adopt(memory)

@@ -125,7 +125,7 @@ class FakeTransport:
     """Implements `msi.net.transport.Transport` for one worker on a fake device.
 
     Args:
-        flush: called before immediates are told of, so that the device sees what came with them; by default its own.
+        flush: in place of that of the landings' memory.
         send: what puts a post on a wire.
     """
 
@@ -133,7 +133,7 @@ class FakeTransport:
         self.device = device
         self.send = send
         self.endpoints: set[FakeEndpoint] = set()
-        self._flush = device.flush if flush is None else flush
+        self._flush = flush
         self._loop = asyncio.get_running_loop()
         self._deliver = Delivery()
         self._landed: deque[tuple[FakeEndpoint, int | None]] = deque()  # None: closed
@@ -143,7 +143,9 @@ class FakeTransport:
 
     def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> FakeLanding:
         assert isinstance(allocator, FakeDevice), "fake cards write into the memory of fake devices"
-        return FakeLanding(num_seats, layout, allocator)
+        landing = FakeLanding(num_seats, layout, allocator)
+        self._flush = self._flush or landing.rows.flush
+        return landing
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         self._accept = accept
@@ -185,8 +187,8 @@ class FakeTransport:
         self._loop.call_soon(self._take)
 
     def _take(self) -> None:
-        if self._landed:
-            self._flush()
+        if self._landed and self._flush is not None:
+            self._flush()  # so that the device sees what came with them
         while self._landed:
             endpoint, immediate = self._landed.popleft()
             if immediate is None:

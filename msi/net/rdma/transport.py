@@ -92,6 +92,7 @@ class RdmaTransport:
         self._loop = asyncio.get_running_loop()
         self._accept: Callable[[bytes], Admission] | None = None
         self._landings: list[RdmaLanding] = []
+        self._flushes: list[Callable[[], None]] = []  # of landings in a device's memory
         self._num_used = 0  # receives, since the last refill
         self._most_peers = 0  # that the queues have room for
         self._incoming: dict[int, RdmaEndpoint] = {}  # by the number of the queue pair that receives
@@ -107,13 +108,17 @@ class RdmaTransport:
         self._is_closed = False
 
     def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> RdmaLanding:
-        self._landings.append(new_landing(self._card, num_seats, layout, allocator))
-        return self._landings[-1]
+        return self._kept(new_landing(self._card, num_seats, layout, allocator))
 
     def landing_over(self, inner: Landing) -> RdmaLanding:
         """Another transport's landing, for peers of ours, too."""
-        self._landings.append(RdmaLanding(self._card, inner))
-        return self._landings[-1]
+        return self._kept(RdmaLanding(self._card, inner))
+
+    def _kept(self, landing: RdmaLanding) -> RdmaLanding:
+        self._landings.append(landing)
+        if (flush := landing.rows.flush) is not None:
+            self._flushes.append(flush)
+        return landing
 
     def deliver(self, handler: Handler) -> None:
         self._deliver.start(handler)
@@ -282,6 +287,9 @@ class RdmaTransport:
                     break
                 card.arm()  # and once more: what came in between wakes nobody
                 is_armed = True
+            if completions:
+                for flush in self._flushes:
+                    flush()
             for one in completions:
                 if one.status != SUCCESS or one.opcode != RECEIVED_IMMEDIATE:
                     self._sent(one)
