@@ -290,11 +290,12 @@ class _Host:
         return TorchModel(self._files, self._loaded, self._assignment(), self._device, memory_utilization=0.9)
 
     def _open(self, name: str) -> Transport:
+        assert self._device is not None
         transport: Transport
         if name == "inproc":
-            transport = InprocTransport()
+            transport = InprocTransport(poller=self._device.poller)
         elif name == "shm":
-            transport = ShmTransport()
+            transport = ShmTransport(poller=self._device.poller)
         else:
             transport = TcpTransport("127.0.0.1")
         self._stack.push_async_callback(transport.close)
