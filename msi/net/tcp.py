@@ -181,8 +181,9 @@ class TcpTransport:
         # From here on the seat is taken: a connection that is broken already ends like any other.
         ours = admission.landing.layout.encode()
         welcome = self._proofs.welcome(challenge, said.text, admission.welcome, ours)
+        accepted = _greeting(ACCEPTED, welcome, ours)
         with contextlib.suppress(TransportError):
-            endpoint.write((_greeting(ACCEPTED, welcome, ours),))
+            endpoint.write((accepted,), len(accepted))
         self._deliver(endpoint, CompletionKind.CONNECTED)
         endpoint.start()
 

@@ -25,11 +25,14 @@ from msi.net.transport import CompletionKind, Endpoint, Landing
 FRAME_MAGIC = b"MSIF"
 FRAME = struct.Struct("<4sIIII")  # magic, immediate, lane, bytes of header and note, rows
 FRAME_BYTES = FRAME.size
+pack_frame, unpack_frame = FRAME.pack, FRAME.unpack_from
 HEADS_BYTES = 8192  # of the buffer that heads pass through
 MAX_BACKLOG = 3 * 8192  # pieces that a peer may be behind; a frame is at most three
 MAX_PIECES = 64  # of one write
 READS_PER_TURN = 16  # before other connections get theirs
 
+IMMEDIATE = CompletionKind.IMMEDIATE
+Pieces = tuple[bytes | memoryview, ...]
 Deliver = Callable[[Endpoint, CompletionKind, int, str], None]
 
 
@@ -74,6 +77,7 @@ class TcpEndpoint:
         self._outbox = Outbox(out_layout, landing.allocator)
         self.out_headers = self._outbox.headers
         self.out_rows = self._outbox.rows
+        self._bare_headers = [header[:HEADER_BYTES] for header in self.out_headers]
         self._out_row_bytes = out_layout.row_bytes
         self._heads = memoryview(bytearray(HEADS_BYTES))
         self._num_heads = 0  # bytes in `_heads`, less than a head
@@ -87,18 +91,20 @@ class TcpEndpoint:
 
     def post(self, lane: int, immediate: int, num_rows: int = 0, note_bytes: int = 0) -> None:
         if not num_rows and not note_bytes:
-            self.write((FRAME.pack(FRAME_MAGIC, immediate, 0, 0, 0),))
+            self.write((pack_frame(FRAME_MAGIC, immediate, 0, 0, 0),), FRAME_BYTES)
             return
-        header_bytes = HEADER_BYTES + note_bytes
-        head = FRAME.pack(FRAME_MAGIC, immediate, lane, header_bytes, num_rows)
-        header = self.out_headers[lane][:header_bytes]
+        header_bytes, rows_bytes = HEADER_BYTES + note_bytes, num_rows * self._out_row_bytes
+        head = pack_frame(FRAME_MAGIC, immediate, lane, header_bytes, num_rows)
+        header = self.out_headers[lane][:header_bytes] if note_bytes else self._bare_headers[lane]
         if num_rows:
-            self.write((head, header, self._outbox.slots[lane][: num_rows * self._out_row_bytes]))
+            pieces: Pieces = (head, header, self._outbox.slots[lane][:rows_bytes])
         else:
-            self.write((head, header))
+            pieces = (head, header)
+        self.write(pieces, FRAME_BYTES + header_bytes + rows_bytes)
 
-    def write(self, pieces: tuple[bytes | memoryview, ...]) -> None:
-        """These bytes go out after all earlier ones, and stay as they are until they have. As `post`, from any thread.
+    def write(self, pieces: Pieces, num_bytes: int) -> None:
+        """These bytes, so many in all, go out after all earlier ones, and stay as they are until they have. As `post`,
+        from any thread.
 
         Raises:
             TransportError: the connection is closed.
@@ -113,12 +119,12 @@ class TcpEndpoint:
                 backlog.extend(memoryview(piece) for piece in pieces)
                 return
             try:
-                sent = self._sock.sendmsg(pieces) if len(pieces) > 1 else self._sock.send(pieces[0])
+                sent = self._sock.sendmsg(pieces)
             except BlockingIOError:
                 sent = 0
             except OSError as error:  # the event loop sees it, too, and says CLOSED
                 raise TransportError(self._name, f"the connection is closed ({error.strerror or error})") from error
-            if sent < sum(map(len, pieces)):
+            if sent < num_bytes:
                 backlog.extend(memoryview(piece) for piece in pieces)
                 _skip(backlog, sent)
                 self._loop.call_soon_threadsafe(self._wait_writable)
@@ -153,6 +159,7 @@ class TcpEndpoint:
             for _ in range(READS_PER_TURN):
                 if not self._is_open or not self._read():
                     return
+            self._loop.call_soon(self._readable)  # what was taken from the socket already wakes nobody
         except BlockingIOError:
             return
         except OSError as error:
@@ -169,8 +176,9 @@ class TcpEndpoint:
             num_rest = sum(map(len, rest))
             wanted = num_rest + HEADS_BYTES
         else:
-            num_read = self._sock.recv_into(heads[self._num_heads :])
-            wanted = HEADS_BYTES - self._num_heads
+            num_heads = self._num_heads
+            num_read = self._sock.recv_into(heads[num_heads:] if num_heads else heads)
+            wanted = HEADS_BYTES - num_heads
         if not num_read:
             is_between = not rest and not self._num_heads
             self._end("its process is gone or closed the connection" + ("" if is_between else ", in mid-frame"))
@@ -181,7 +189,7 @@ class TcpEndpoint:
             self._rest = _after(rest, num_read)
         else:
             self._rest = []
-            self._deliver(self, CompletionKind.IMMEDIATE, self._immediate, "")
+            self._deliver(self, IMMEDIATE, self._immediate, "")
             self._take(num_read - num_rest)
         return num_read == wanted
 
@@ -189,7 +197,7 @@ class TcpEndpoint:
         """So many bytes lie in `_heads`, the first of a head at its beginning."""
         heads, at, layout = self._heads, 0, self._in_layout
         while num_bytes - at >= FRAME_BYTES and self._is_open:
-            magic, immediate, lane, header_bytes, num_rows = FRAME.unpack_from(heads, at)
+            magic, immediate, lane, header_bytes, num_rows = unpack_frame(heads, at)
             at += FRAME_BYTES
             if magic != FRAME_MAGIC:
                 self._refuse("not a frame")
@@ -202,18 +210,22 @@ class TcpEndpoint:
                 ):
                     self._refuse("out of bounds")
                     return
-                where = [self._in_headers[lane][:header_bytes]]
-                if num_rows:
-                    where.append(self._in_slots[lane][: num_rows * layout.row_bytes])
-                here = min(sum(map(len, where)), num_bytes - at)
-                _scatter(heads[at : at + here], where)
-                at += here
-                if rest := _after(where, here):
-                    self._rest, self._immediate = rest, immediate
+                rows_bytes = num_rows * layout.row_bytes
+                end = at + header_bytes + rows_bytes
+                if end > num_bytes:  # the rest goes straight to where it belongs
+                    where = [self._in_headers[lane][:header_bytes], self._in_slots[lane][:rows_bytes]]
+                    _scatter(heads[at:num_bytes], where)
+                    self._rest, self._immediate = _after(where, num_bytes - at), immediate
+                    at = num_bytes
                     break
-            self._deliver(self, CompletionKind.IMMEDIATE, immediate, "")
+                self._in_headers[lane][:header_bytes] = heads[at : at + header_bytes]
+                if num_rows:
+                    self._in_slots[lane][:rows_bytes] = heads[at + header_bytes : end]
+                at = end
+            self._deliver(self, IMMEDIATE, immediate, "")
         self._num_heads = num_bytes - at
-        heads[: self._num_heads] = bytes(heads[at:num_bytes])
+        if at < num_bytes:
+            heads[: self._num_heads] = bytes(heads[at:num_bytes])
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
