@@ -1,8 +1,10 @@
-"""Counting stage times: what a worker reports as T_a, T_e, T_c, busy and bubble."""
+"""Counting stage times: what a worker reports as T_a, T_e, T_c, busy and bubble; and percentiles of times."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 
 SAMPLES_KEPT = 256
@@ -31,3 +33,8 @@ class StageMeter:
     def clear_recent(self) -> None:
         """Forgets the samples behind the median, not the totals."""
         self.recent.clear()
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of them does not exceed; 0.0 of none."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 LANE_COLOURS = ("thread_state_running", "rail_response", "rail_animation", "cq_build_passed")
 MAX_SPANS = 1_000_000
-COMPUTE_ROW = 0  # of a worker's track; row 1 + lane shows that lane's exchanges
+COMPUTE_ROW = 0  # of a worker's track; row 1 + lane shows that lane's exchanges, each under its peer's name
 
 
 class Tracer:
@@ -20,15 +20,17 @@ class Tracer:
     def __init__(self, track: str, parts_dir: Path) -> None:
         self._pid = zlib.crc32(track.encode()) % 100_000
         self._part = parts_dir / f"{track}.part"
-        self._spans: list[tuple[str, int, int, float, float]] = []
+        self._spans: list[tuple[str, int, int, float, float, dict[str, float]]] = []
         self._num_spans = 0
         self._append([{"name": "process_name", "ph": "M", "pid": self._pid, "args": {"name": track}}])
 
-    def span(self, name: str, lane: int, started: float, ended: float, row: int = COMPUTE_ROW) -> None:
+    def span(
+        self, name: str, lane: int, started: float, ended: float, row: int = COMPUTE_ROW, **details: float
+    ) -> None:
         """Something that took from `started` to `ended`, for a lane. Spans past MAX_SPANS are dropped."""
         if self._num_spans < MAX_SPANS:
             self._num_spans += 1
-            self._spans.append((name, lane, row, started, ended))
+            self._spans.append((name, lane, row, started, ended, details))
 
     def flush(self) -> None:
         spans, self._spans = self._spans, []
@@ -43,9 +45,9 @@ class Tracer:
                     "pid": self._pid,
                     "tid": row,
                     "cname": LANE_COLOURS[lane % len(LANE_COLOURS)],
-                    "args": {"lane": lane},
+                    "args": {"lane": lane, **details},
                 }
-                for name, lane, row, started, ended in spans
+                for name, lane, row, started, ended, details in spans
             ]
         )
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msi.control.counters import AttentionCounters, ExpertCounters, ProcessCounters
+from msi.control.counters import AttentionCounters, ExpertCounters, PeerDelay, ProcessCounters
 from msi.control.messages import (
     CLIENT_END,
     COORDINATOR_END,
@@ -58,6 +58,7 @@ EXAMPLES = [
     ),
     Topology((ExpertAddress(Place(0), "expert-0", 1, "shm://x"),), {"expert-1": "it died"}),
     Heartbeat("a", 0, WorkerStatus(1, 2, 3, 4, 5, StageTimes(0.1, 0.2, 0.3, 0.4, 0.5), loop={"x": 1.5})),
+    Heartbeat("a", 0, WorkerStatus(1, 2, 3, 4, 5, StageTimes(), peers=(PeerDelay("expert-0", 0.1, 0.2, 0.3, 0.4),))),
     Heartbeat(
         "e",
         0,

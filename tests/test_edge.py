@@ -73,10 +73,13 @@ async def test_metrics_tell_requests_and_workers(tiny_model):
         await idle(engine)
         async with asyncio.timeout(30):
             wanted, rows = (
-                ("msi_kv_cache_blocks", "attention", "attention-0"),
+                {
+                    ("msi_kv_cache_blocks", "attention", "attention-0"),
+                    ("msi_peer_delay_seconds", "0.99", "attention-0", "expert-0"),
+                },
                 ("msi_expert_rows_total", "6", "expert-0"),
             )
-            while wanted not in (samples := await scrape(session, url)) or not samples.get(rows):  # noqa: ASYNC110
+            while not wanted <= (samples := await scrape(session, url)).keys() or not samples.get(rows):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)  # the next heartbeat brings it
     assert samples["msi_requests_total", "length"] == 2
     assert samples["msi_requests_total", "error"] == 1
@@ -89,6 +92,9 @@ async def test_metrics_tell_requests_and_workers(tiny_model):
     assert samples["msi_kv_cache_blocks", "attention", "attention-0"] > 0
     for name in ("msi_attention_seconds", "msi_comm_seconds", "msi_busy_ratio", "msi_bubble_ratio", "msi_running"):
         assert samples[name, "attention", "attention-0"] >= 0
+    for quantile in ("0.5", "0.99"):
+        assert samples["msi_peer_delay_seconds", quantile, "attention-0", "expert-0"] >= 0
+        assert samples["msi_peer_residence_seconds", quantile, "attention-0", "expert-0"] > 0
     for name in ("msi_expert_seconds", "msi_busy_ratio", "msi_worker_evictions_total"):
         assert samples[name, "expert", "expert-0"] >= 0
     assert all(samples["msi_expert_rows_total", str(expert), "expert-0"] > 0 for expert in range(7))

@@ -23,6 +23,7 @@ from msi.models.families import load_config, parse_config
 from msi.models.rotary import frequencies_of
 from msi.models.shape import read_shape
 from msi.placement import place_evenly
+from msi.tracing import COMPUTE_ROW
 from msi.worker.loading import ModelFiles
 from tests.installed import transformers
 from tests.reference import references, save_tiny, tiny_config
@@ -267,7 +268,7 @@ async def test_shared_experts_are_computed_after_their_turn_is_posted_and_before
     await tokens_of(tmp_path, [(5, 6, 7)], trace=trace)
     courses = defaultdict(list)  # of each lane, on the attention worker
     for event in sorted(json.loads(trace.read_text())["traceEvents"], key=lambda event: event.get("ts", 0)):
-        if event["ph"] == "X" and event["name"] != "experts":
+        if event["ph"] == "X" and event["name"] != "experts" and event["tid"] == COMPUTE_ROW:
             courses[event["args"]["lane"]].append(event["name"])
     assert courses
     for course in courses.values():

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from msi.control.counters import PeerDelay, peer_delays
 from msi.errors import TransportError
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
@@ -58,20 +59,25 @@ class Gates:
 class Pair:
     """A dispatching node that is connected to two combining ones."""
 
-    async def start(self, hello=HELLO, timeout_s=5.0, clock=time.monotonic):
+    async def start(
+        self, hello=HELLO, timeout_s=5.0, clock=time.monotonic, node_clocks=(time.monotonic,) * 2, watch=None
+    ):
         self.losses = []
         self.transports = [InprocTransport() for _ in range(3)]
         self.nodes = [
-            CombineLink(transport, expected=HELLO, worker_id=f"expert-{node}", incarnation=9, num_seats=2, max_skip=100)
+            CombineLink(
+                transport, expected=HELLO, worker_id=f"expert-{node}", incarnation=9, num_seats=2, max_skip=100,
+                clock=node_clocks[node],
+            )
             for node, transport in enumerate(self.transports[1:])
-        ]
+        ]  # fmt: skip
         self.recorders = [Recorder() for _ in self.nodes]
         self.addresses = [
             await node.listen(recorder) for node, recorder in zip(self.nodes, self.recorders, strict=True)
         ]
         self.link = DispatchLink(
             self.transports[0], hello=hello, num_nodes=2, report_loss=lambda *loss: self.losses.append(loss),
-            timeout_s=timeout_s, clock=clock,
+            timeout_s=timeout_s, clock=clock, watch=watch,
         )  # fmt: skip
         self.out_rows = [await self.link.connect(node, self.addresses[node]) for node in range(2)]
         for recorder in self.recorders:
@@ -149,6 +155,31 @@ async def test_a_turn_is_one_post_per_node_and_an_answer_from_those_that_had_row
     assert await pair.landed(1) == [(0, 1, 1, 1, False)]
     pair.nodes[1].answer(1, [(0, 1, 1)], compute_s=0.0)
     await asyncio.wait_for(turn, 5)
+
+
+async def test_peers_are_ranked_by_the_way_to_them_whatever_their_clocks_say():
+    now, watched = 100.0, []
+    pair = await Pair().start(
+        clock=lambda: now, node_clocks=(lambda: now - 70, lambda: now + 1000), watch=lambda *one: watched.append(one)
+    )
+    turn = pair.exchange(0, (1, 1))
+    await pair.landed(0)
+    await pair.landed(1)
+    now = 100.125
+    pair.nodes[0].answer(0, [(0, 0, 1)], compute_s=0.0)
+    await until(lambda: pair.link.counters.answers == 1)
+    pair.nodes[1].answer(0, [(0, 0, 1)], compute_s=0.0)
+    now = 100.625  # as long under way
+    await asyncio.wait_for(turn, 5)
+    ranked = (PeerDelay("expert-1", 0.5, 0.5, 0.125, 0.125), PeerDelay("expert-0", 0.0, 0.0, 0.125, 0.125))
+    assert peer_delays(pair.link.exchanges) == ranked
+    assert watched == [("expert-0", 0, 100.0, 100.125, 0.125), ("expert-1", 0, 100.0, 100.625, 0.125)]
+    await pair.stop()
+
+
+def test_the_tail_of_delays_is_their_99th_percentile_and_what_a_peer_makes_up_is_left_out():
+    exchanges = [(0.003, 0.001)] * 98 + [(0.5, 0.25)] * 2 + [(1.0, float("nan")), (1.0, float("inf")), (1.0, -1.0)]
+    assert peer_delays({"a": exchanges, "b": []}) == (PeerDelay("a", 0.002, 0.25, 0.001, 0.25),)
 
 
 def test_immediates_hold_their_fields():

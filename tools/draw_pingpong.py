@@ -134,7 +134,9 @@ async def traced(num_lanes: int, load: argparse.Namespace) -> tuple[Recording, f
 
 def usual_pass(events: list[dict[str, Any]]) -> tuple[Span, ...]:
     """The spans beside a pass of lane 0 that took the median time: from one sampling to the next."""
-    spans = layered(sorted((one for one in events if one["ph"] == "X"), key=lambda one: one["ts"]))
+    spans = layered(
+        sorted((one for one in events if one["ph"] == "X" and one["name"] in ROWS), key=lambda one: one["ts"])
+    )
     ends = [span.end_ms for span in spans if span.name == "sample" and span.lane == 0]
     passes = list(zip(ends[SETTLED:-2], ends[SETTLED + 1 : -1], strict=True))
     usual = median_low([end - begin for begin, end in passes])

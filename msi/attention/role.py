@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from msi.attention.expert_links import ExpertLinks
@@ -17,6 +18,7 @@ from msi.control.counters import AttentionCounters, by_reason
 from msi.control.messages import Assignment
 from msi.errors import ConfigError
 from msi.net.transport import Transport
+from msi.tracing import Tracer
 from msi.types import Placement
 from msi.worker.host import LoadedModel
 
@@ -28,6 +30,7 @@ class AttentionRole:
         num_blocks: KV blocks, the padding block included.
         report: takes the messages for the coordinator.
         clock: seconds, monotonic.
+        tracer: gets a span for each exchange with an expert worker.
 
     Attributes:
         num_lanes: that run; 0 before they do.
@@ -43,8 +46,12 @@ class AttentionRole:
         report: Callable[[Any], None],
         *,
         clock: Callable[[], float],
+        tracer: Tracer | None = None,
     ) -> None:
-        self.links = ExpertLinks(assignment, model.shape, transport, report, allocator=model.memory, clock=clock)
+        watch = None if tracer is None else partial(_trace_exchange, tracer)
+        self.links = ExpertLinks(
+            assignment, model.shape, transport, report, allocator=model.memory, clock=clock, watch=watch
+        )
         # First: it refuses more blocks than there is memory for, which a list of them all would only try for minutes.
         self.half = model.attention_half(self.links.link, num_blocks)
         self.requests = Requests(assignment, model.shape, num_blocks, report)
@@ -111,3 +118,10 @@ class AttentionRole:
             dropped=by_reason(link.dropped),
             **scheduler.counters,
         )
+
+
+def _trace_exchange(
+    tracer: Tracer, worker_id: str, lane: int, posted_at: float, now: float, residence_s: float
+) -> None:
+    """Under the worker's own row, one for each lane: from a post to its answer, by whom, and what of it was the way."""
+    tracer.span(worker_id, lane, posted_at, now, row=1 + lane, delay_ms=1e3 * (now - posted_at - residence_s))

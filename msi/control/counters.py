@@ -5,11 +5,14 @@ Counts are since the start of a life; times are in seconds, `*_s`.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from msi.errors import shown
+from msi.meter import percentile
 from msi.types import Measured
 
 MAX_KEYS = 4096  # of a map: an expert worker counts waves by their size, and rows by their expert
@@ -102,6 +105,35 @@ class ProcessCounters:
 
     def __post_init__(self) -> None:
         _check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDelay:
+    """How an attention worker's last exchanges with one expert worker went; medians and 99th percentiles.
+
+    Attributes:
+        delay_s: from post to answer, less the time that the peer says it had the rows: network and event loops.
+        residence_s: that time: the wait for a batch, and its computing.
+    """
+
+    worker_id: str
+    delay_s: Measured
+    delay_p99_s: Measured
+    residence_s: Measured
+    residence_p99_s: Measured
+
+
+def peer_delays(exchanges: Mapping[str, Iterable[tuple[float, float]]]) -> tuple[PeerDelay, ...]:
+    """The slowest way first. Of each peer by its id: seconds from post to answer, and those at the peer."""
+    found = []
+    for worker_id, pairs in exchanges.items():
+        sound = [(trip_s, there_s) for trip_s, there_s in pairs if 0.0 <= there_s < math.inf]  # bytes may say anything
+        delays = [max(0.0, trip_s - there_s) for trip_s, there_s in sound]
+        residences = [min(there_s, 1e9) for _, there_s in sound]
+        if sound:
+            medians_and_tails = [percentile(times, share) for times in (delays, residences) for share in (0.5, 0.99)]
+            found.append(PeerDelay(worker_id, *medians_and_tails))
+    return tuple(sorted(found, key=lambda one: -one.delay_s))
 
 
 Counters = AttentionCounters | ExpertCounters | ProcessCounters

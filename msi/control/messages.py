@@ -17,14 +17,22 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from msi.control.counters import NOT_COUNTED, AttentionCounters, ExpertCounters, ProcessCounters, by_name, check_names
+from msi.control.counters import (
+    NOT_COUNTED,
+    AttentionCounters,
+    ExpertCounters,
+    PeerDelay,
+    ProcessCounters,
+    by_name,
+    check_names,
+)
 from msi.errors import Failure
 from msi.net.codec import Codec
 from msi.precision import Precision
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
 from msi.types import NO_DEFAULTS, Measured, Place, Placement, Progress, Request, SamplingDefaults, StageTimes
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 Count = Annotated[int, range(2**40)]
 Seats = Annotated[int, range(2**16)]
@@ -185,6 +193,7 @@ class WorkerStatus:
         loaded_bytes: of `total_bytes` of weights, while loading.
         attention, experts: of the roles that run.
         loop: what `msi.watchdog` measured, by name.
+        peers: of an attention worker, the expert workers by their delay, the slowest first.
 
     Raises:
         ValueError: /metrics could not show a name of `loop`.
@@ -200,6 +209,7 @@ class WorkerStatus:
     attention: AttentionCounters | None = None
     experts: ExpertCounters | None = None
     loop: dict[str, Measured] = field(default_factory=dict, hash=False)
+    peers: tuple[PeerDelay, ...] = ()
 
     def __post_init__(self) -> None:
         check_names(self.loop)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from msi.errors import BatchRefused, ProtocolError, TransportError
 from msi.meter import StageMeter
 from msi.net.link_hello import LINK_CODEC, LinkHello, decode_welcome
-from msi.net.passes import Gates, Node, Pass
+from msi.net.passes import Gates, Node, Pass, Watch
 from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import (
     HEADER,
@@ -73,6 +73,7 @@ class DispatchLink:
         timeout_s: a turn that has been posted and lacks answers for that long loses the nodes that owe them; one that
             is not packed within that time fails its pass.
         clock: seconds, monotonic.
+        watch: told of each exchange as it ends, on whatever thread took the answer.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class DispatchLink:
         allocator: Allocator = HOST_MEMORY,
         timeout_s: float = 4.0,
         clock: Callable[[], float] = time.monotonic,
+        watch: Watch | None = None,
     ) -> None:
         self.layout = hello.dispatch_layout
         self.answer_layout = hello.combine_layout
@@ -110,6 +112,7 @@ class DispatchLink:
         self._report_loss = report_loss
         self._timeout_s = timeout_s
         self._clock = clock
+        self._watching = watch
         self._loop = asyncio.get_running_loop()
         self._is_watching = False
         self._watch_due = 0.0
@@ -176,6 +179,14 @@ class DispatchLink:
     @property
     def missing_nodes(self) -> list[int]:
         return [node for node, peer in enumerate(self._nodes) if peer is None]
+
+    @property
+    def exchanges(self) -> dict[str, tuple[tuple[float, float], ...]]:
+        """The last ones with each connected node, by worker id: (seconds from post to answer, those it had the rows).
+
+        Each is a difference on one clock; no clocks are compared.
+        """
+        return {node.welcome.worker_id: tuple(node.exchanges) for node in self._nodes if node is not None}
 
     async def wait_complete(self) -> None:
         """Until every node is connected. Whoever calls says how long that may take."""
@@ -388,10 +399,13 @@ class DispatchLink:
             return
         self.counters.answers += 1
         self._waiting[lane] = waiting = waiting & ~node.bit
+        now, posted_at = endpoint.came_at or self._clock(), self._posted_at[lane]
+        node.exchanges.append((now - posted_at, service_s))
+        if self._watching is not None:
+            self._watching(node.welcome.worker_id, lane, posted_at, now, service_s)
         if not waiting:
-            now = endpoint.came_at or self._clock()
             if 0.0 <= service_s < math.inf and 0.0 <= compute_s < math.inf:  # bytes may say anything
-                self.comm_meter.add(max(0.0, (now - self._posted_at[lane] - service_s) / 2))
+                self.comm_meter.add(max(0.0, (now - posted_at - service_s) / 2))
                 self.compute_meter.add(compute_s)
             self._landed(lane, passing, now)
 

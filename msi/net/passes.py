@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from msi.net.link_hello import LinkWelcome
 from msi.net.slots import Kind, pack_immediate
 from msi.net.transport import Endpoint
+
+EXCHANGES_KEPT = 512  # of each node
+Watch = Callable[[str, int, float, float, float], None]  # worker id, lane, posted at, answer came at, residence
 
 
 class Gates(Protocol):
@@ -32,9 +36,10 @@ class Node:
     Attributes:
         out_headers, in_headers: by lane: where headers to it leave, and where its land.
         answer: the immediate of its answer to sequence number 0 of lane 0.
+        exchanges: the last ones: seconds from a post to its answer, and those of them that the node had the rows.
     """
 
-    __slots__ = ("answer", "bit", "endpoint", "in_headers", "index", "out_headers", "post", "welcome")
+    __slots__ = ("answer", "bit", "endpoint", "exchanges", "in_headers", "index", "out_headers", "post", "welcome")
 
     def __init__(self, index: int, endpoint: Endpoint, welcome: LinkWelcome, in_headers: Sequence[memoryview]) -> None:
         self.index = index
@@ -42,6 +47,7 @@ class Node:
         self.endpoint = endpoint
         self.welcome = welcome
         self.post = endpoint.post
+        self.exchanges: deque[tuple[float, float]] = deque(maxlen=EXCHANGES_KEPT)
         self.out_headers = tuple(endpoint.out_headers)
         self.in_headers = tuple(in_headers)
         self.answer = pack_immediate(Kind.COMBINE, False, 0, 0, 0, welcome.incarnation)

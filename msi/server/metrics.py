@@ -5,6 +5,9 @@ msi_prompt_tokens_total, msi_generation_tokens_total
 msi_time_to_first_token_seconds, msi_inter_token_seconds      histograms
 msi_requests_in_flight, msi_micro_batches   in the whole instance; m
 msi_attention_seconds, msi_expert_seconds, msi_comm_seconds   T_a, T_e and T_c of each worker, medians
+msi_peer_delay_seconds{peer,quantile}, msi_peer_residence_seconds{peer,quantile}
+                                            of each attention worker's last exchanges with each expert worker: the way
+                                            there and back, and the time there; medians and 99th percentiles
 msi_busy_ratio, msi_bubble_ratio            compute time over wall time; 1 - busy while work is admitted
 msi_running, msi_waiting                    sequences of each attention worker
 msi_kv_cache_used_ratio, msi_kv_cache_blocks
@@ -129,6 +132,7 @@ def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Me
     for name, (meaning, field) in gauges.items():
         values = [(worker, float(getattr(worker.status.times, field))) for worker in stats.workers]
         yield _gauge(name, meaning, values)
+    yield from _peers(attention)
     yield _gauge("running", "Sequences that run.", [(one, one.status.num_running) for one in attention])
     yield _gauge("waiting", "Requests that wait.", [(one, one.status.num_waiting) for one in attention])
     counts = ((one, one.status.attention) for one in attention)
@@ -149,6 +153,21 @@ def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Me
     yield from _door(gateway)
     if stats.drift:
         yield from _drift(stats.drift)
+
+
+def _peers(workers: list[WorkerStats]) -> Iterator[Metric]:
+    labels = ["worker", "peer", "quantile"]
+    delay = GaugeMetricFamily("msi_peer_delay_seconds", "From post to answer, less the time there.", labels=labels)
+    residence = GaugeMetricFamily("msi_peer_residence_seconds", "Of an exchange, the time there.", labels=labels)
+    for worker in workers:
+        for peer in worker.status.peers:
+            for gauge, median_s, p99_s in (
+                (delay, peer.delay_s, peer.delay_p99_s),
+                (residence, peer.residence_s, peer.residence_p99_s),
+            ):
+                gauge.add_metric([worker.worker_id, peer.worker_id, "0.5"], median_s)
+                gauge.add_metric([worker.worker_id, peer.worker_id, "0.99"], p99_s)
+    yield from (delay, residence)
 
 
 def _drift(drift: Mapping[str, float]) -> Iterator[Metric]:

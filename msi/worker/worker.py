@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from msi.attention.role import AttentionRole
+from msi.control.counters import peer_delays
 from msi.control.lateness import read_first, sleep_late
 from msi.control.messages import (
     PROTOCOL_VERSION,
@@ -255,8 +256,9 @@ class Worker:
         if model.has_attention:
             num_blocks = model.num_kv_blocks()
             life.attention = AttentionRole(
-                assignment, model, self._new_transport(life), num_blocks, self._control.send, clock=clock
-            )
+                assignment, model, self._new_transport(life), num_blocks, self._control.send, clock=clock,
+                tracer=self._tracer,
+            )  # fmt: skip
             tasks.create_task(life.attention.run(), name="attention role")
         life.ready = WorkerReady(assignment.worker_id, assignment.incarnation, address, num_blocks)
         self._control.send(life.ready)
@@ -419,6 +421,7 @@ class Worker:
             attention=None if attention is None else attention.counters(),
             experts=None if experts is None else experts.counters(),
             loop={} if self._watch is None else self._watch.counters(),
+            peers=() if attention is None else peer_delays(attention.links.link.exchanges),
         )
 
     def _busy_share(self) -> float:
