@@ -83,6 +83,7 @@ class HostOptions:
         threads_per_worker: torch threads of each worker; 0 shares the cores among the workers of a role.
         transport: "inproc" puts all workers into the calling process; "auto" takes shared memory within a host, and
             across hosts RDMA where both have cards that reach each other, else TCP.
+        encrypt_rows: of connections over TCP, which are then taken in place of RDMA; the same for all processes.
         gpu_memory_utilization: share of free memory for KV cache (on a CPU, of free RAM).
     """
 
@@ -97,6 +98,9 @@ class HostOptions:
         metavar="T",
         group=MODEL_AND_WORKERS,
     )
+    encrypt_rows: bool = parameter(
+        False, "encrypt and sign rows that travel over TCP (TLS 1.3, by the secret)", group=MODEL_AND_WORKERS
+    )
     gpu_memory_utilization: Annotated[float, (0.0, 1.0)] = parameter(
         0.9, "share of free memory (on a CPU: of free RAM) for KV cache", metavar="F", group=LIMITS
     )
@@ -108,6 +112,8 @@ class HostOptions:
             raise ConfigError(f"`device` {shown(self.device)} is not one; supported: cpu, cuda, cuda:N")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"`transport` {shown(self.transport)} is not one; supported: {', '.join(TRANSPORTS)}")
+        if self.encrypt_rows and self.transport == "rdma":
+            raise ConfigError("`encrypt_rows` is for TCP: RDMA cards send rows as they are; give `transport=tcp`")
 
 
 @dataclass(frozen=True, slots=True)

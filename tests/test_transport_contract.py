@@ -77,6 +77,7 @@ SUBJECTS = {
     "inproc, polled": Subject(polled_inproc, "inproc://nobody", taker=TAKER),
     "shm, polled": Subject(polled_shm, "shm://nobody", taker=TAKER),
     "tcp": Subject(TcpTransport, NO_TCP),
+    "tls": Subject(lambda: TcpTransport(key=bytes(32), encrypt=True), NO_TCP),
     "near": Subject(Near, NO_TCP),
     "far": Subject(Far, NO_TCP),
     "fabric": Subject(Fabric, NO_TCP),

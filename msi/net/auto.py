@@ -47,6 +47,7 @@ class AutoTransport:
     Args:
         host: this host's address as peers on others reach it.
         key: what peers on other hosts have to prove that they hold.
+        encrypt: what is said to those.
         complain: told who is cut off.
         poller: takes immediates in place of the event loop, where it can.
         rdma: where this host has a card; closed with this one.
@@ -57,12 +58,13 @@ class AutoTransport:
         host: str,
         *,
         key: bytes | None = None,
+        encrypt: bool = False,
         complain: Complaints | None = None,
         poller: Poller | None = None,
         rdma: RdmaTransport | None = None,
     ) -> None:
         self._shm = ShmTransport(complain=complain, poller=poller)
-        self._tcp = TcpTransport(host, key=key, complain=complain)
+        self._tcp = TcpTransport(host, key=key, encrypt=encrypt, complain=complain)
         self._rdma = rdma
         self._identity = host_identity()
         self._told: set[str] = set()

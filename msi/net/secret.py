@@ -119,6 +119,14 @@ class Trust:
                 f"or `insecure_network` where everybody on that network may do so"
             )
 
+    def check_encrypting(self) -> None:
+        """Whether rows can be encrypted. Raises ConfigError: without a secret anybody could have the key."""
+        if self.secret is None:
+            raise ConfigError(
+                "`encrypt_rows` needs a secret to make its key of: give every process of the instance the same "
+                f"`secret_file` FILE (or {VARIABLE})"
+            )
+
     def link_key(self, instance: str) -> bytes:
         """For proofs between the workers of an instance, by its token: who was let in knows that."""
         root = b"" if self.secret is None else self.secret.key("data plane")

@@ -4,8 +4,9 @@
 
 The accepting end challenges, the other says hello, and is welcomed or refused, within a time limit and a length limit;
 both prove that they are of one instance (`msi.net.link_proof`) before anything is made for them. Then frames
-(see `msi.net.tcp_endpoint`), which are neither encrypted nor signed. Whoever sends anything else is cut off, which is
-counted and logged; nothing that strangers send reaches a seat.
+(see `msi.net.tcp_endpoint`). All that follows the challenge is encrypted and signed (`msi.net.tls`) where both ends are
+told so; else nothing is. Whoever sends anything else is cut off, which is counted and logged; nothing that strangers
+send reaches a seat.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hmac
 import logging
 import socket
+import ssl
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -26,10 +29,11 @@ from msi.net.acceptor import Acceptor
 from msi.net.complaints import Complaints
 from msi.net.delivery import Delivery
 from msi.net.landing import PlainLanding
-from msi.net.link_proof import PROOF_BYTES, PROVED_BYTES, Proofs
+from msi.net.link_proof import DIFFERS, PROOF_BYTES, PROVED_BYTES, Proofs
 from msi.net.regions import Allocator
 from msi.net.slots import LAYOUT, SlotLayout
-from msi.net.tcp_endpoint import TcpEndpoint
+from msi.net.tcp_endpoint import StreamSocket, TcpEndpoint
+from msi.net.tls import Tls, until_ready
 from msi.net.transport import (
     CONNECT_TIMEOUT_S,
     MAX_HELLO_BYTES,
@@ -43,9 +47,10 @@ from msi.net.transport import (
 log = logging.getLogger(__name__)
 
 GREETING_MAGIC = b"MSIT"
-VERSION = 3
+VERSION = 4
 GREETING = struct.Struct("<4sHHI12s")  # magic, version, kind, bytes that follow, layout of the sender's seat
-HELLO, ACCEPTED, REFUSED, CHALLENGE = 1, 2, 3, 4
+HELLO, ACCEPTED, REFUSED, CHALLENGE, ENCRYPTED = 1, 2, 3, 4, 5  # the last: a challenge, and TLS follows
+ENCRYPTION_DIFFERS = "only one of both ends is told to encrypt rows: give all processes `encrypt_rows`, or none"
 NO_LAYOUT = bytes(LAYOUT.size)  # of who offers no seat
 MAX_GREETING_BYTES = MAX_HELLO_BYTES + max(PROVED_BYTES, PROOF_BYTES)
 BUFFER_BYTES = 4 << 20  # of a socket, each way: a large post leaves in one write
@@ -58,13 +63,21 @@ class TcpTransport:
     Args:
         host: this host's address as peers reach it; also where to listen, where it is one of this host's own.
         key: what peers have to prove that they hold (`Trust.link_key`); None takes whoever comes.
+        encrypt: all that is said on connections; needs a key, and peers that do it, too.
         complain: told who is cut off.
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", *, key: bytes | None = None, complain: Complaints | None = None
+        self,
+        host: str = "127.0.0.1",
+        *,
+        key: bytes | None = None,
+        encrypt: bool = False,
+        complain: Complaints | None = None,
     ) -> None:
         self._host = host
+        self._tls = _tls(key) if encrypt else None
+        self._challenge = CHALLENGE if self._tls is None else ENCRYPTED
         self._proofs = Proofs(key)
         self._complain = complain or Complaints(log)
         self._loop = asyncio.get_running_loop()
@@ -119,32 +132,38 @@ class TcpTransport:
         assert len(hello) <= MAX_HELLO_BYTES, len(hello)
         address = next((one for one in address.split() if one.startswith("tcp://")), address)  # of several ways
         host, port = split_address(address)
-        sock: socket.socket | None = None
+        sock: StreamSocket | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
                 family, kind, protocol, _, at = found[0]
-                sock = socket.socket(family, kind, protocol)
-                sock.setblocking(False)
-                _size_buffers(sock)
-                await self._loop.sock_connect(sock, at)
-                challenge = await self._expect(CHALLENGE, sock, address)
+                sock = plain = socket.socket(family, kind, protocol)
+                plain.setblocking(False)
+                _size_buffers(plain)
+                await self._loop.sock_connect(plain, at)
+                _set_options(plain)
+                challenge = await self._expect(self._challenge, sock, address)
+                if self._tls is not None:
+                    sock = await self._tls.wrap(plain, is_accepting=False)
                 offered = landing.layout.encode()
                 said = self._proofs.hello(challenge.text, hello, offered)
-                await self._loop.sock_sendall(sock, _greeting(HELLO, said, offered))
+                await _send(sock, _greeting(HELLO, said, offered))
                 answer = await self._expect(ACCEPTED, sock, address)
             welcome = self._proofs.check_welcome(challenge.text, said, answer.text, answer.layout)
             endpoint = self._endpoint(sock, address, welcome, landing, seat, SlotLayout.decode(answer.layout))
         except TimeoutError as error:
             _close(sock)
             raise TransportError(address, f"did not answer within {timeout_s:g} s") from error
+        except ssl.SSLError as error:
+            _close(sock)
+            raise TransportError(address, f"{DIFFERS} ({error.reason})") from error
         except OSError as error:
             _close(sock)
             raise TransportError(address, f"cannot be reached: {error.strerror or error}") from error
         except ProtocolError as error:
             if sock is not None:  # the other end is to know why, too
                 with contextlib.suppress(OSError):
-                    sock.send(_greeting(REFUSED, str(error).encode()))
+                    sock.sendmsg((_greeting(REFUSED, str(error).encode()),))
             _close(sock)
             raise TransportError(address, str(error)) from error
         except BaseException:
@@ -153,13 +172,17 @@ class TcpTransport:
         endpoint.start()
         return endpoint
 
-    async def _welcome(self, sock: socket.socket, name: str) -> None:
+    async def _welcome(self, plain: socket.socket, name: str) -> None:
         """The accepting half of the handshake. Whoever does not speak it is cut off."""
         assert self._accept is not None
+        sock: StreamSocket = plain
         try:
+            _set_options(plain)
             challenge = self._proofs.challenge()
-            sock.send(_greeting(CHALLENGE, challenge))  # a few bytes, into a socket that is empty
+            plain.send(_greeting(self._challenge, challenge))  # a few bytes, into a socket that is empty
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                if self._tls is not None:
+                    sock = await self._tls.wrap(plain, is_accepting=True)
                 said = await self._expect(HELLO, sock, name)
             hello = self._proofs.check_hello(challenge, said.text, said.layout)
             layout = SlotLayout.decode(said.layout)
@@ -172,7 +195,7 @@ class TcpTransport:
         except (EngineError, OSError) as error:
             self._cut_off(name, "refused" if isinstance(error, EngineError) else "connection lost", str(error))
             with contextlib.suppress(OSError):
-                sock.send(_greeting(REFUSED, str(error).encode()[:4096]))
+                sock.sendmsg((_greeting(REFUSED, str(error).encode()[:4096]),))
             sock.close()
             return
         except BaseException:
@@ -188,13 +211,8 @@ class TcpTransport:
         endpoint.start()
 
     def _endpoint(
-        self, sock: socket.socket, name: str, peer: bytes, landing: Landing, seat: int, layout: SlotLayout
+        self, sock: StreamSocket, name: str, peer: bytes, landing: Landing, seat: int, layout: SlotLayout
     ) -> TcpEndpoint:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_USER_TIMEOUT", SILENT_MS), ("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 1)):
-            if hasattr(socket, option):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         endpoint = TcpEndpoint(
             sock, name=name, peer=peer, landing=landing, seat=seat, out_layout=layout,
             deliver=self._deliver, forget=self._endpoints.discard, cut_off=self._cut_off,
@@ -207,7 +225,7 @@ class TcpTransport:
 
     # -- greetings ---------------------------------------------------------------------------------------------------
 
-    async def _expect(self, expected: int, sock: socket.socket, name: str) -> Greeting:
+    async def _expect(self, expected: int, sock: StreamSocket, name: str) -> Greeting:
         """The peer's next greeting, which has to be of this kind. Raises TransportError: it is not, or a refusal."""
         magic, version, kind, num_bytes, layout = GREETING.unpack(await self._receive(sock, GREETING.size, name))
         if magic != GREETING_MAGIC:
@@ -218,6 +236,8 @@ class TcpTransport:
             raise TransportError(name, f"greets with {num_bytes} bytes; at most {MAX_GREETING_BYTES} are allowed")
         if kind in (HELLO, ACCEPTED):
             SlotLayout.decode(layout)  # before anything follows
+        if {kind, expected} == {CHALLENGE, ENCRYPTED}:
+            raise TransportError(name, ENCRYPTION_DIFFERS)
         if kind not in (expected, REFUSED):
             raise TransportError(name, f"sent greeting {kind} instead of {expected}")
         text = await self._receive(sock, num_bytes, name)
@@ -225,11 +245,15 @@ class TcpTransport:
             raise TransportError(name, f"refused: {text.decode(errors='replace')}")
         return Greeting(text, layout)
 
-    async def _receive(self, sock: socket.socket, num_bytes: int, name: str) -> bytes:
+    async def _receive(self, sock: StreamSocket, num_bytes: int, name: str) -> bytes:
         buffer = bytearray(num_bytes)
         left = memoryview(buffer)
         while left:
-            num_read = await self._loop.sock_recv_into(sock, left)
+            try:
+                num_read = sock.recv_into(left)
+            except BlockingIOError:
+                await until_ready(sock)
+                continue
             if not num_read:
                 raise TransportError(name, "closed the connection before its greeting was complete")
             left = left[num_read:]
@@ -292,6 +316,30 @@ def _size_buffers(sock: socket.socket) -> None:
                 sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
 
 
-def _close(sock: socket.socket | None) -> None:
+def _set_options(sock: socket.socket) -> None:
+    """Before TLS takes it over."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_USER_TIMEOUT", SILENT_MS), ("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 1)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _tls(key: bytes | None) -> Tls:
+    if key is None:
+        raise ConfigError("`encrypt_rows` needs a key that both ends hold")
+    return Tls(hmac.digest(key, b"tls", "sha256"))
+
+
+async def _send(sock: StreamSocket, greeting: bytes) -> None:
+    left = memoryview(greeting)
+    while left:
+        try:
+            left = left[sock.sendmsg((left,)) :]
+        except BlockingIOError:
+            await until_ready(sock, to_write=True)
+
+
+def _close(sock: StreamSocket | None) -> None:
     if sock is not None:
         sock.close()

@@ -11,11 +11,11 @@ behind one, pass through a small buffer, so that a short frame costs one read.
 from __future__ import annotations
 
 import asyncio
-import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from msi.errors import TransportError
 from msi.net.landing import Outbox, seat_slots
@@ -36,6 +36,20 @@ Pieces = tuple[bytes | memoryview, ...]
 Deliver = Callable[[Endpoint, CompletionKind, int, str], None]
 
 
+class StreamSocket(Protocol):
+    """A socket, or what encrypts over one. Does not block."""
+
+    def fileno(self) -> int: ...
+
+    def close(self) -> None: ...
+
+    def sendmsg(self, buffers: Sequence[bytes | memoryview], /) -> int: ...
+
+    def recv_into(self, buffer: memoryview, /) -> int: ...
+
+    def recvmsg_into(self, buffers: Sequence[memoryview], /) -> tuple[Any, ...]: ...
+
+
 class TcpEndpoint:
     """Used from the event loop, but for `post`.
 
@@ -49,7 +63,7 @@ class TcpEndpoint:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: StreamSocket,
         *,
         name: str,
         peer: bytes,

@@ -159,6 +159,8 @@ class TorchHost:
         settings = self._settings
         if settings.host.transport in ("tcp", "auto", "rdma"):
             settings.trust.check_listening(self._advertised_host(), "a worker")
+            if settings.host.encrypt_rows and not self._is_local:
+                settings.trust.check_encrypting()
         if settings.host.transport == "rdma":
             check_rdma(settings.host.rdma)
         if self._device is None:
@@ -190,18 +192,19 @@ class TorchHost:
             return InprocTransport(poller=poller)
         if name == "shm" or (name == "auto" and self._is_local and shm.is_available() is None):
             return ShmTransport(complain=self._complain, poller=poller)
-        key = self._settings.trust.link_key(assignment.instance)
-        host = self._advertised_host()
+        host, complain = self._advertised_host(), self._complain
+        key, encrypt = self._settings.trust.link_key(assignment.instance), self._settings.host.encrypt_rows
         if name == "rdma":
-            return open_rdma(self._settings.host.rdma, host, key=key, complain=self._complain)
+            return open_rdma(self._settings.host.rdma, host, key=key, complain=complain)
         if name == "auto" and shm.is_available() is None:
             rdma = None
-            try:
-                rdma = open_rdma(self._settings.host.rdma, host, key=key, complain=self._complain)
-            except ConfigError as error:
-                log.debug("no RDMA: %s", error)
-            return AutoTransport(host, key=key, complain=self._complain, poller=poller, rdma=rdma)
-        return TcpTransport(host, key=key, complain=self._complain)
+            if not encrypt:  # cards do not
+                try:
+                    rdma = open_rdma(self._settings.host.rdma, host, key=key, complain=complain)
+                except ConfigError as error:
+                    log.debug("no RDMA: %s", error)
+            return AutoTransport(host, key=key, encrypt=encrypt, complain=complain, poller=poller, rdma=rdma)
+        return TcpTransport(host, key=key, encrypt=encrypt, complain=complain)
 
     @property
     def _is_local(self) -> bool:

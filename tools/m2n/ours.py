@@ -26,6 +26,7 @@ LINK_KEY = Trust(Secret("only this benchmark")).link_key("m2n")
 TRANSPORTS: dict[str, Callable[[], Transport]] = {
     "shm": ShmTransport,
     "tcp": lambda: TcpTransport("127.0.0.1", key=LINK_KEY),
+    "tls": lambda: TcpTransport("127.0.0.1", key=LINK_KEY, encrypt=True),
 }
 
 

@@ -104,6 +104,7 @@ TCP_ONLY = ("--mca", "btl", "self,tcp", "--mca", "btl_tcp_if_include", "lo")
 SYSTEMS: dict[str, System] = {
     "shm": System("ours, shared memory", _ours, is_ours=True),
     "tcp": System("ours, TCP", _ours, is_ours=True),
+    "tls": System("ours, TCP with TLS", _ours, is_ours=True),
     "gloo": System("Gloo", _torch),
     "mpi": System("Open MPI", _mpi, by_mpi=("--mca", "btl", "self,sm"), needs=("mpi4py",)),
     "mpi-tcp": System("Open MPI, TCP", _mpi, by_mpi=TCP_ONLY, needs=("mpi4py",)),
