@@ -20,6 +20,7 @@ from msi import Engine, SamplingParams
 from msi.control.messages import FROM_CLIENT, FROM_WORKER, Submit, WorkerHello
 from msi.net.codec import Codec
 from msi.precision import Precision
+from msi.tracing import COMPUTE_ROW
 from msi_launch.main import run
 
 pytestmark = pytest.mark.timeout(180)
@@ -127,6 +128,9 @@ async def test_everything_on_this_machine_with_a_trace(tiny_model, tmp_path):
     spans = [event for event in events if event["ph"] == "X"]
     assert {"attention", "experts", "sample"} <= {span["name"] for span in spans}
     assert all(span["dur"] >= 0 and "cname" in span for span in spans)
+    exchanges = [span for span in spans if span["tid"] != COMPUTE_ROW]
+    assert {span["name"] for span in exchanges} == {"expert-0"}
+    assert all(0 <= span["args"]["delay_ms"] <= span["dur"] / 1e3 for span in exchanges)
 
 
 @pytest.mark.slow

@@ -186,7 +186,7 @@ class TcpEndpoint:
             return False
         rest, heads = self._rest, self._heads
         if rest:
-            num_read = self._sock.recvmsg_into((*rest, heads))[0]
+            num_read: int = self._sock.recvmsg_into((*rest, heads))[0]
             num_rest = sum(map(len, rest))
             wanted = num_rest + HEADS_BYTES
         else:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import uvloop
 
 from msi.net.landing import seat_rows
+from msi.net.rdma.drivers import open_rdma
+from msi.net.rdma.options import RdmaOptions
 from msi.net.regions import HOST_MEMORY
 from msi.net.secret import Secret, Trust
 from msi.net.shm import ShmTransport
@@ -26,6 +28,7 @@ LINK_KEY = Trust(Secret("only this benchmark")).link_key("m2n")
 TRANSPORTS: dict[str, Callable[[], Transport]] = {
     "shm": ShmTransport,
     "tcp": lambda: TcpTransport("127.0.0.1", key=LINK_KEY),
+    "rdma": lambda: open_rdma(RdmaOptions(), "127.0.0.1", key=LINK_KEY),
     "tls": lambda: TcpTransport("127.0.0.1", key=LINK_KEY, encrypt=True),
 }
 

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msi.errors import ConfigError
+from msi.net.rdma.drivers import check_rdma
+from msi.net.rdma.options import RdmaOptions
 from tools.m2n.fabric import Fabric, Place
 
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -30,6 +33,7 @@ class System:
         is_ours: whether the others are compared with it.
         by_mpi: options of `mpirun`, which then starts the ranks.
         needs: Python modules.
+        lacks: what else this machine lacks for so many ranks, as the end of a sentence.
     """
 
     title: str
@@ -37,6 +41,7 @@ class System:
     is_ours: bool = False
     by_mpi: tuple[str, ...] | None = None
     needs: tuple[str, ...] = ()
+    lacks: Callable[[int], str] = lambda num_ranks: ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def why_not(self, num_ranks: int) -> str:
@@ -46,9 +51,7 @@ class System:
                 return f"needs the Python package {module} ({EXTRA})"
         if self.by_mpi is not None and mpirun() is None:
             return f"needs mpirun ({EXTRA}, or apt-get install openmpi-bin)"
-        if self.title == NCCL and (count := _num_gpus()) < num_ranks:
-            return f"needs a GPU for each of the {num_ranks} processes, and {count} are here"
-        return ""
+        return self.lacks(num_ranks)
 
     def command(self, num_ranks: int) -> list[str]:
         """What comes before a rank's own words."""
@@ -67,6 +70,19 @@ def _num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _lacks_gpus(num_ranks: int) -> str:
+    count = _num_gpus()
+    return "" if count >= num_ranks else f"needs a GPU for each of the {num_ranks} processes, and {count} are here"
+
+
+def _lacks_cards(num_ranks: int) -> str:
+    try:
+        check_rdma(RdmaOptions())
+    except ConfigError as error:
+        return f"needs an RDMA card: {error}"
+    return ""
 
 
 def _ours(place: Place) -> Fabric:
@@ -99,12 +115,12 @@ def _ucx(place: Place) -> Fabric:
     return UcxFabric(place)
 
 
-NCCL = "NCCL"
 TCP_ONLY = ("--mca", "btl", "self,tcp", "--mca", "btl_tcp_if_include", "lo")
 SYSTEMS: dict[str, System] = {
     "shm": System("ours, shared memory", _ours, is_ours=True),
     "tcp": System("ours, TCP", _ours, is_ours=True),
     "tls": System("ours, TCP with TLS", _ours, is_ours=True),
+    "rdma": System("ours, RDMA", _ours, is_ours=True, lacks=_lacks_cards),
     "gloo": System("Gloo", _torch),
     "mpi": System("Open MPI", _mpi, by_mpi=("--mca", "btl", "self,sm"), needs=("mpi4py",)),
     "mpi-tcp": System("Open MPI, TCP", _mpi, by_mpi=TCP_ONLY, needs=("mpi4py",)),
@@ -112,7 +128,7 @@ SYSTEMS: dict[str, System] = {
     "zmq-ipc": System("ZeroMQ, ipc", _zeromq),
     "ucx": System("UCX", _ucx, needs=("ucxx",), environment={"UCX_TLS": "self,sm"}),
     "ucx-tcp": System("UCX, TCP", _ucx, needs=("ucxx",), environment={"UCX_TLS": "self,tcp"}),
-    "nccl": System(NCCL, _torch),
+    "nccl": System("NCCL", _torch, lacks=_lacks_gpus),
 }
 TRANSPORTS = tuple(name for name, system in SYSTEMS.items() if system.is_ours)
 PEERS = tuple(name for name, system in SYSTEMS.items() if not system.is_ours)
