@@ -67,7 +67,9 @@ def test_what_cannot_run_here_is_a_sentence(monkeypatch):
     monkeypatch.setattr("tools.m2n.systems._num_gpus", lambda: 1)
     assert SYSTEMS["mpi"].why_not(4) == "needs the Python package mpi4py (pip install -e '.[m2n]')"
     assert SYSTEMS["nccl"].why_not(4) == "needs a GPU for each of the 4 processes, and 1 are here"
-    assert [SYSTEMS[name].why_not(4) for name in ("shm", "tcp", "tls", "gloo", "zmq", "zmq-ipc")] == [""] * 6
+    assert [SYSTEMS[name].why_not(4) for name in ("shm", "shm-poll", "tcp", "tls", "gloo", "zmq", "zmq-ipc")] == [
+        ""
+    ] * 7
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from msi.device.polling import Bell
 from msi.device.ready import Ready
 from msi.errors import TransportError
 from msi.net.inproc import InprocTransport
@@ -146,3 +147,52 @@ async def test_immediates_come_on_the_pollers_thread_and_everything_else_on_the_
         endpoint.post(0, 1)
     await theirs.close()
     await ours.close()
+
+
+# -- looking at the bell before sleeping at it -------------------------------------------------------------------------
+
+
+def ring_late(bell, after_s):
+    thread = threading.Timer(after_s, lambda: os.eventfd_write(bell.fd, 3))
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("poll_s", [0.0, 200e-6])
+def test_a_bell_is_heard_whether_it_rings_before_while_or_after_it_is_looked_at(poll_s):
+    bell = Bell(poll_s)
+    for after_s in (None, 0.0, 50e-6, 0.02):
+        for _ in range(20 if after_s != 0.02 else 3):
+            thread = ring_late(bell, after_s) if after_s is not None else os.eventfd_write(bell.fd, 3)
+            bell.wait()
+            if thread is not None:
+                thread.join()
+            os.set_blocking(bell.fd, False)
+            with pytest.raises(BlockingIOError):  # heard, and once
+                os.eventfd_read(bell.fd)
+            os.set_blocking(bell.fd, poll_s == 0.0)
+    os.close(bell.fd)
+
+
+def test_who_looks_in_vain_looks_less_and_less_and_who_is_rewarded_looks_again():
+    looks, waits, rewarded = [], [], False
+
+    class Look:
+        def __call__(self):
+            looks.append(len(waits))
+            return rewarded
+
+        def sleep(self):
+            pass
+
+    bell = Bell(look=Look())
+    while len(waits) < 12:
+        bell.wait()
+        waits.append(None)
+    assert looks == [0, 2, 6]
+    rewarded = True
+    while len(waits) < 20:
+        bell.wait()
+        waits.append(None)
+    assert looks == [0, 2, 6, 14, 15, 16, 17, 18, 19]
+    os.close(bell.fd)

@@ -210,14 +210,24 @@ def test_counts_by_expert_or_size_that_metrics_could_not_show_are_no_message(nam
     assert heartbeat_said(experts={name: counts}) is None
 
 
-def heartbeat_said(process=None, attention=None, experts=None, loop=None):
+@pytest.mark.parametrize(
+    "peers",
+    [[["a\nb", *[0.1] * 4]], [["x" * 257, *[0.1] * 4]], [["a", *[0.1] * 4]] * 2, [["a", -1.0, *[0.1] * 3]],
+     [["a", math.nan, *[0.1] * 3]], [[f"{number}", *[0.1] * 4] for number in range(4097)]],
+)  # fmt: skip
+def test_peers_that_metrics_could_not_show_are_no_message(peers):
+    assert heartbeat_said(peers=[["a", *[0.1] * 4], ["b", *[0.2] * 4]]) is not None
+    assert heartbeat_said(peers=peers) is None
+
+
+def heartbeat_said(process=None, attention=None, experts=None, loop=None, peers=()):
     def plain(kind, changes):
         values = {**dataclasses.asdict(kind()), **(changes or {})}
         return [values[field.name] for field in dataclasses.fields(kind)]
 
     status = [
         0, 0, 0, 0, 0, [0.0] * 5, plain(ProcessCounters, process), plain(AttentionCounters, attention),
-        plain(ExpertCounters, experts), loop or {},
+        plain(ExpertCounters, experts), loop or {}, list(peers),
     ]  # fmt: skip
     return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0]])
 

@@ -17,6 +17,7 @@ from msi.simulator.clock import SimulationStalled
 from msi.simulator.deployment import LIMITS, Deployment, Fault, parse_fault
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, fixed_lengths, lognormal_lengths, poisson
+from msi.tracing import COMPUTE_ROW
 from tests.everyday import mostly_slow
 
 T_F = 1e-3
@@ -313,5 +314,9 @@ def test_the_trace_is_the_real_runs_in_virtual_time(tmp_path):
     spans = [event for event in events if event["ph"] == "X"]
     for name, each in (("attention", 3 * 3 * 4 * 6), ("experts", 2 * 3 * 4 * 6), ("sample", 3 * 3 * 4)):
         assert sum(span["name"] == name for span in spans) == each
-    assert {round(span["dur"], 3) for span in spans if span["name"] != "sample"} == {1000.0}
+    computed = [span for span in spans if span["tid"] == COMPUTE_ROW]
+    assert {round(span["dur"], 3) for span in computed if span["name"] != "sample"} == {1000.0}
+    exchanges = [span for span in spans if span["tid"] != COMPUTE_ROW]
+    assert {span["name"] for span in exchanges} == {"expert-0", "expert-1"}
+    assert {round(span["args"]["delay_ms"], 3) for span in exchanges} == {0.4}
     assert max(span["ts"] + span["dur"] for span in spans) <= (report.duration_s + 1) * 1e6

@@ -58,14 +58,14 @@ async def dial(transport, address):
 async def on_the_way(address, change=lambda number, passing: passing):
     """A machine between both: its address, and what passed it towards the listener. It sees each piece once."""
     host, port = split_address(address)
-    passed, tasks = bytearray(), set()
+    passed, tasks, writers = bytearray(), set(), []
 
     async def pump(reader, writer, change):
         with contextlib.suppress(OSError):
             while piece := await reader.read(1 << 20):
                 writer.write(change(piece))
                 await writer.drain()
-        writer.close()
+            writer.close()
 
     def towards(piece):
         piece = change(len(passed), piece)
@@ -74,6 +74,7 @@ async def on_the_way(address, change=lambda number, passing: passing):
 
     async def relay(reader, writer):
         there_reader, there_writer = await asyncio.open_connection(host, port)
+        writers.extend((writer, there_writer))
         for one in (pump(reader, there_writer, towards), pump(there_reader, writer, bytes)):
             tasks.add(asyncio.create_task(one))
 
@@ -85,6 +86,10 @@ async def on_the_way(address, change=lambda number, passing: passing):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ times. A size is what one sender sends to one receiver. Two patterns:
 
 Medians and 99th percentiles are of the times, on the clock that all processes share; throughput is of all bytes over
 the time of all rounds; of the five turns the median is taken. Contents are checked. Ours, Gloo and ZeroMQ sleep until
-they are woken; MPI and UCX poll. What cannot run here is said and left out. Others come with: pip install -e '.[m2n]'
+they are woken; MPI, UCX and shm-poll look again and again. What cannot run here is said and left out. Others come with:
+pip install -e '.[m2n]'
 """
 
 from __future__ import annotations

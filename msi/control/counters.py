@@ -16,6 +16,7 @@ from msi.meter import percentile
 from msi.types import Measured
 
 MAX_KEYS = 4096  # of a map: an expert worker counts waves by their size, and rows by their expert
+MAX_ID_CHARS = 256
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
 
 Count = Annotated[int, range(2**62)]
@@ -163,6 +164,16 @@ def check_names(names: dict[str, float] | dict[str, int]) -> None:
     for name in names:
         if not NAME.fullmatch(name):
             raise ValueError(f"{shown(name)} is no counter's name")
+
+
+def check_peers(peers: tuple[PeerDelay, ...]) -> None:
+    """Raises ValueError: /metrics could not show these."""
+    ids = {peer.worker_id for peer in peers}
+    if len(ids) != len(peers) or len(peers) > MAX_KEYS:
+        raise ValueError(f"{len(peers)} peers by {len(ids)} ids; each is told of once, and at most {MAX_KEYS}")
+    for worker_id in ids:
+        if not worker_id.isprintable() or len(worker_id) > MAX_ID_CHARS:
+            raise ValueError(f"{shown(worker_id)} is no worker's id")
 
 
 def _check(counters: Counters) -> None:

@@ -25,6 +25,7 @@ from msi.control.counters import (
     ProcessCounters,
     by_name,
     check_names,
+    check_peers,
 )
 from msi.errors import Failure
 from msi.net.codec import Codec
@@ -196,7 +197,7 @@ class WorkerStatus:
         peers: of an attention worker, the expert workers by their delay, the slowest first.
 
     Raises:
-        ValueError: /metrics could not show a name of `loop`.
+        ValueError: /metrics could not show a name of `loop`, or a peer.
     """
 
     loaded_bytes: Annotated[int, range(2**60)]
@@ -213,6 +214,7 @@ class WorkerStatus:
 
     def __post_init__(self) -> None:
         check_names(self.loop)
+        check_peers(self.peers)
 
     @property
     def counters(self) -> dict[str, float]:

@@ -17,16 +17,17 @@ def check_device(name: str) -> None:
         raise ConfigError(f"`device` {name} cannot work: {reason}; without one, use `device=cpu`")
 
 
-def open_device(name: str, num_threads: int) -> CpuDevice | CudaDevice:
+def open_device(name: str, num_threads: int, poll_s: float = 0.0) -> CpuDevice | CudaDevice:
     """The device of this process: "cpu", "cuda:N", or "cuda": that of torchrun's LOCAL_RANK, else the first.
 
     Args:
         num_threads: torch's threads on a CPU; 0 leaves it to torch.
+        poll_s: how long a CPU's compute thread looks for something to do before it sleeps.
 
     Raises:
         ConfigError: there is no such device here.
     """
     if name == "cpu":
-        return CpuDevice(num_threads=num_threads or torch.get_num_threads())
+        return CpuDevice(num_threads=num_threads or torch.get_num_threads(), poll_s=poll_s)
     _, _, index = name.partition(":")
     return CudaDevice(index=int(index or os.environ.get("LOCAL_RANK", "0")))

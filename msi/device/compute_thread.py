@@ -134,6 +134,7 @@ class ComputeThread:
         context: entered on the thread before the first work.
         done: called after each program that did not raise, with its label, meter, start and end.
         fence: called after each program; returns once what it has set going elsewhere is through and visible.
+        poll_s: how long the thread looks for something to do before it sleeps.
 
     Attributes:
         ready: what it goes through; takes transports' completions, too, where it is given any.
@@ -146,12 +147,13 @@ class ComputeThread:
         context: Callable[[], AbstractContextManager[object]],
         done: Callable[[Program, float, float], None],
         fence: Callable[[], None] | None = None,
+        poll_s: float = 0.0,
     ) -> None:
         self._words = words
         self._context = context
         self._done = done
         self._fence = fence
-        self.ready = Ready[ComputeQueue]()
+        self.ready = Ready[ComputeQueue](poll_s)
         self._is_open = True
         self._complaints = Complaints(log)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)

@@ -44,14 +44,15 @@ class CpuDevice(ThreadedDevice):
 
     Args:
         num_threads: torch's threads for one operator.
+        poll_s: how long the thread looks for something to do before it sleeps.
     """
 
-    def __init__(self, *, num_threads: int) -> None:
+    def __init__(self, *, num_threads: int, poll_s: float = 0.0) -> None:
         super().__init__()
         self._num_threads = num_threads
         self.kernels = CpuKernels()
         self._memory = HostTensors()
-        self._thread = ComputeThread("msi-compute", self.words, self._entered, self._through)
+        self._thread = ComputeThread("msi-compute", self.words, self._entered, self._through, poll_s=poll_s)
 
     def queue(self, name: str) -> ComputeQueue:
         return self._thread.queue()

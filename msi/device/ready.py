@@ -10,6 +10,7 @@ from threading import Lock, get_ident
 from typing import Generic, TypeVar
 
 from msi.complaints import Complaints
+from msi.device.polling import Bell
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +23,14 @@ class Ready(Generic[Q]):
     Implements `msi.net.transport.Poller`: that thread looks for completions whenever a program is through, and sleeps
     at the bell while there is nothing to run. So an answer that lands is seen, and what waited for it runs, without a
     second thread in between.
+
+    Args:
+        poll_s: how long it looks at the bell before it sleeps.
     """
 
-    def __init__(self) -> None:
-        self.bell = os.eventfd(0, os.EFD_CLOEXEC)
+    def __init__(self, poll_s: float = 0.0) -> None:
+        self._bell = Bell(poll_s)
+        self.bell = self._bell.fd
         self._open: deque[Q | None] = deque()
         self._sources: tuple[Callable[[], None], ...] = ()
         self._thread = 0  # that calls `get`
@@ -44,7 +49,7 @@ class Ready(Generic[Q]):
                 return queues.popleft()
             self.look()
             if not queues:
-                os.read(self.bell, 8)
+                self._bell.wait()
 
     def close(self) -> None:
         """Nobody calls `get` any more. Idempotent."""

@@ -170,7 +170,8 @@ class TorchHost:
 
     def open_device(self) -> CpuDevice | CudaDevice:
         """What this worker computes on. Raises ConfigError."""
-        return open_device(self._settings.host.device, self._settings.num_threads)
+        host = self._settings.host
+        return open_device(host.device, self._settings.num_threads, host.poll_us / 1e6)
 
     def use_tracer(self, tracer: Tracer) -> None:
         assert self._device is not None

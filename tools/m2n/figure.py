@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from tools.m2n.systems import SYSTEMS
 
 INK, QUIET = "#22262a", "#7a7f85"
-OURS = ("#2f5d8a", "#d9822b", "#3b8a5a", "#8a2f3b")
+OURS = ("#2f5d8a", "#d9822b", "#3b8a5a", "#8a2f3b", "#5a3b8a")
 OTHERS = ("#7a7f85", "#a05d8a", "#8a7f2f", "#5d8a8a", "#b0645a", "#6a6ab0", "#4a4f55")
 PANELS = (("median_us", "median, us"), ("p99_us", "99th percentile, us"), ("gbytes_per_s", "throughput, GB/s"))
 PAIRS_BYTES = 256 << 10  # the size at which numbers of senders and receivers are compared

@@ -1,7 +1,8 @@
-"""Our transports: rows in slots, an immediate that announces them, and a loop that sleeps until there is one.
+"""Our transports: rows in slots, an immediate that announces them, and whoever takes it, as in a worker.
 
-Over shared memory the payload is copied into the receiver's memory within the round: that copy is the transport. Over
-the others it lies where rows do that were computed into the outbox.
+Over shared memory that is the thread that computes, asleep or polling first; elsewhere the event loop. There the
+payload is copied into the receiver's memory within the round: that copy is the transport. Over the others it lies where
+rows do that were computed into the outbox.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 import uvloop
 
+from msi.device.ready import Ready
 from msi.net.landing import seat_rows
 from msi.net.rdma.drivers import open_rdma
 from msi.net.rdma.options import RdmaOptions
@@ -20,16 +22,18 @@ from msi.net.secret import Secret, Trust
 from msi.net.shm import ShmTransport
 from msi.net.slots import SlotLayout
 from msi.net.tcp import TcpTransport
-from msi.net.transport import Admission, CompletionKind, Endpoint, Transport
+from msi.net.transport import Admission, CompletionKind, Endpoint, Poller, Transport
 from tools.m2n.fabric import STAMP, Place, Task, check, stamp
 
 ACKNOWLEDGED = 2**32 - 1
 LINK_KEY = Trust(Secret("only this benchmark")).link_key("m2n")
-TRANSPORTS: dict[str, Callable[[], Transport]] = {
-    "shm": ShmTransport,
-    "tcp": lambda: TcpTransport("127.0.0.1", key=LINK_KEY),
-    "rdma": lambda: open_rdma(RdmaOptions(), "127.0.0.1", key=LINK_KEY),
-    "tls": lambda: TcpTransport("127.0.0.1", key=LINK_KEY, encrypt=True),
+POLL_S = {"shm-poll": 200e-6}
+TRANSPORTS: dict[str, Callable[[Poller], Transport]] = {
+    "shm": lambda poller: ShmTransport(poller=poller),
+    "shm-poll": lambda poller: ShmTransport(poller=poller),
+    "tcp": lambda _: TcpTransport("127.0.0.1", key=LINK_KEY),
+    "rdma": lambda _: open_rdma(RdmaOptions(), "127.0.0.1", key=LINK_KEY),
+    "tls": lambda _: TcpTransport("127.0.0.1", key=LINK_KEY, encrypt=True),
 }
 
 
@@ -37,6 +41,8 @@ class OurFabric:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self._is_mapped = place.system.startswith("shm")
+        self._poller = Ready[bool](POLL_S.get(place.system, 0.0))
         self._payload = bytearray(place.max_bytes)
         self._endpoints: list[Endpoint] = []
         self._early: list[tuple[Endpoint, int]] = []  # what came before we were told of its task
@@ -47,11 +53,12 @@ class OurFabric:
 
     def close(self) -> None:
         self._runner.run(self._transport.close())
+        self._poller.close()
         self._runner.close()
 
     async def _open(self) -> None:
         place = self._place
-        self._transport = TRANSPORTS[place.system]()
+        self._transport = TRANSPORTS[place.system](self._poller)
         layout = SlotLayout(1, place.max_bytes // place.row_bytes, place.row_bytes)
         landing = self._transport.register(len(place.peers), layout, HOST_MEMORY)
         self._rows = [seat_rows(landing, seat) for seat in range(len(place.peers))]
@@ -73,6 +80,19 @@ class OurFabric:
             while len(self._endpoints) < place.num_senders:
                 await asyncio.sleep(0.01)
 
+    def _set_landed(self) -> None:
+        if self._is_mapped:
+            self._poller.put(True)
+        else:
+            self._ready.set()
+
+    async def _all_landed(self) -> None:
+        if self._is_mapped:
+            self._poller.get()  # nothing else is on the loop
+        else:
+            await self._ready.wait()
+            self._ready.clear()
+
     def _landed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
         if kind is CompletionKind.IMMEDIATE:
             if self._place.is_sender:
@@ -87,8 +107,8 @@ class OurFabric:
     # -- the sending side --------------------------------------------------------------------------------------------
 
     async def _send(self, task: Task) -> list[float]:
-        place, size, ready = self._place, task.size, self._ready
-        num_rows, is_mapped = size // place.row_bytes, place.system == "shm"
+        place, size, is_mapped = self._place, task.size, self._is_mapped
+        num_rows = size // place.row_bytes
         outboxes = [endpoint.out_rows.host() for endpoint in self._endpoints]
         self._task, self._times = task, []
         for round_number in range(task.rounds):
@@ -98,8 +118,7 @@ class OurFabric:
             for endpoint, outbox in zip(self._endpoints, outboxes, strict=True):
                 fill(outbox, self._payload, size, is_mapped)
                 endpoint.post(0, round_number, num_rows=num_rows)
-            await ready.wait()
-            ready.clear()
+            await self._all_landed()
             if task.is_exchange:
                 self._times.append(time.monotonic() - started)
         return self._times
@@ -109,7 +128,7 @@ class OurFabric:
             check(self._rows[endpoint.seat], self._task.size, self._round)
         self._left -= 1
         if not self._left:
-            self._ready.set()
+            self._set_landed()
 
     # -- the receiving side ------------------------------------------------------------------------------------------
 
@@ -119,8 +138,7 @@ class OurFabric:
         early, self._early = self._early, []
         for endpoint, immediate in early:
             self._dispatched(endpoint, immediate)
-        await self._ready.wait()
-        self._ready.clear()
+        await self._all_landed()
         return self._times
 
     def _dispatched(self, endpoint: Endpoint, round_number: int) -> None:
@@ -140,11 +158,11 @@ class OurFabric:
                 self._answer(round_number)
         self._left -= 1
         if not self._left:
-            self._ready.set()
+            self._set_landed()
 
     def _answer(self, round_number: int) -> None:
-        place, size = self._place, self._task.size
-        num_rows, is_mapped = size // place.row_bytes, place.system == "shm"
+        place, size, is_mapped = self._place, self._task.size, self._is_mapped
+        num_rows = size // place.row_bytes
         stamp(self._payload, size, 0.0, round_number, place.rank)
         for endpoint in self._endpoints:
             fill(endpoint.out_rows.host(), self._payload, size, is_mapped)

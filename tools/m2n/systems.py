@@ -118,6 +118,7 @@ def _ucx(place: Place) -> Fabric:
 TCP_ONLY = ("--mca", "btl", "self,tcp", "--mca", "btl_tcp_if_include", "lo")
 SYSTEMS: dict[str, System] = {
     "shm": System("ours, shared memory", _ours, is_ours=True),
+    "shm-poll": System("ours, shared memory, polling", _ours, is_ours=True),
     "tcp": System("ours, TCP", _ours, is_ours=True),
     "tls": System("ours, TCP with TLS", _ours, is_ours=True),
     "rdma": System("ours, RDMA", _ours, is_ours=True, lacks=_lacks_cards),
