@@ -290,7 +290,7 @@ class LoopbackCard:
         with self.fabric.changed:
             self._is_armed = True
 
-    def take_events(self):
+    def take_event(self):
         os.eventfd_read(self.fd)
 
     def refill(self):

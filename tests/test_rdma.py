@@ -7,6 +7,8 @@ import contextlib
 import mmap
 import os
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -25,6 +27,7 @@ from msi.net.rdma.verbs import Port, RemoteQueue, Span
 from msi.net.regions import HOST_MEMORY
 from msi.net.slots import HEADER_BYTES, SlotLayout
 from msi.net.transport import Admission, CompletionKind
+from tests import rdma_roles
 from tests.everyday import mostly_slow
 from tests.loopback_verbs import Completion, Fabric, LoopbackCard, LoopbackDriver
 
@@ -296,6 +299,24 @@ async def test_memory_that_cannot_be_exported_is_refused():
     with pytest.raises(ConfigError, match="cannot leave their device"):
         transport.register(1, LAYOUT, Kept())
     await transport.close()
+
+
+# -- links ----------------------------------------------------------------------------------------------------------
+
+
+async def test_both_roles_of_a_model_without_torch_make_the_same_tokens(monkeypatch, capsys):
+    """What the virtual machine runs over real verbs, in one process."""
+    is_over = threading.Event()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(read=is_over.wait))
+    serving = asyncio.create_task(rdma_roles.serve([make(), make()]))
+    attention, addresses = make(), []
+    while not addresses:
+        await asyncio.sleep(0.01)
+        addresses = capsys.readouterr().out.split()
+    assert await rdma_roles.attend(attention, addresses) == rdma_roles.expected()
+    await attention.close()
+    is_over.set()
+    await serving
 
 
 # -- finding libraries, devices and GIDs -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ entries cannot be changed, and making one for each post would cost as much as al
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import ibverbs
 
 from msi.net.rdma.verbs import (
     COMPLETIONS_PER_POLL,
+    EVENTS_PER_ACKNOWLEDGEMENT,
     RECEIVES_PER_REFILL,
     Card,
     Completion,
@@ -53,6 +55,7 @@ class IbverbsCard:
         self._context = device.open()
         self._domain = self._context.alloc_pd()
         self._channel: Any = None
+        self._num_events = 0  # taken and not acknowledged, which takes a lock
         self._queue: Any = None
         self._receives: Any = None
         self._refill = [ibverbs.RecvWR(wr_id=0, sg_list=[])] * RECEIVES_PER_REFILL
@@ -96,24 +99,27 @@ class IbverbsCard:
     def arm(self) -> None:
         self._queue.req_notify()
 
-    def take_events(self) -> None:
-        num_events = 0
+    def take_event(self) -> None:
         try:
-            while True:
-                self._channel.get_cq_event()
-                num_events += 1
-        except BlockingIOError:
-            pass
+            self._channel.get_cq_event()
         except OSError as error:
-            if error.errno != 11:
+            if error.errno != errno.EAGAIN:
                 raise
-        if num_events:
-            self._queue.ack_events(num_events)
+            return
+        self._num_events += 1
+        if self._num_events == EVENTS_PER_ACKNOWLEDGEMENT:
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        if self._num_events:
+            self._queue.ack_events(self._num_events)
+            self._num_events = 0
 
     def refill(self) -> None:
         self._receives.post_recv(self._refill)
 
     def close(self) -> None:
+        self._acknowledge()  # or the queue waits for it for ever
         for one in (self._receives, self._queue, self._channel, self._domain, self._context):
             if one is not None:
                 one.close()
@@ -172,22 +178,25 @@ class IbverbsLane:
         self._from_header, self._from_rows, self._row_bytes = header, rows, row_bytes
         self._lengths: list[list[Any] | None] = [None] * (max_rows + 1)
         self._rows = ibverbs.SendWR(opcode=WRITE, remote_addr=to_rows.address, rkey=to_rows.key)
-        self._header = ibverbs.SendWR(
-            sg_list=[ibverbs.SGE(header.address, HEADER_BYTES, lkey=header.key)], opcode=WRITE_IMMEDIATE,
-            remote_addr=to_header.address, rkey=to_header.key,
+        self._header, self._signalled = (
+            ibverbs.SendWR(
+                sg_list=[ibverbs.SGE(header.address, HEADER_BYTES, lkey=header.key)], opcode=WRITE_IMMEDIATE,
+                send_flags=flags, remote_addr=to_header.address, rkey=to_header.key,
+            )
+            for flags in (INLINE, INLINE | SIGNALED)
         )  # fmt: skip
         self._note = ibverbs.SendWR(opcode=WRITE_IMMEDIATE, remote_addr=to_header.address, rkey=to_header.key)
-        self._both = [self._rows, self._header]
+        self._both, self._both_signalled = [self._rows, self._header], [self._rows, self._signalled]
 
     def post(self, immediate: int, num_rows: int, is_signalled: bool) -> None:
-        header = self._header
-        header.imm_data = immediate
-        header.send_flags = SIGNALED | INLINE if is_signalled else INLINE
         length = self._lengths[num_rows]
-        if length is None:
-            length = self._make_length(num_rows)
-        self._rows.sg_list = length
-        self._send(self._both)
+        self._rows.sg_list = self._make_length(num_rows) if length is None else length
+        if is_signalled:
+            self._signalled.imm_data = immediate
+            self._send(self._both_signalled)
+        else:
+            self._header.imm_data = immediate
+            self._send(self._both)
 
     def post_note(self, immediate: int, num_rows: int, header_bytes: int, is_signalled: bool) -> None:
         note = self._note

@@ -18,6 +18,7 @@ from typing import Any
 from msi.net.rdma.find_pyverbs import import_pyverbs
 from msi.net.rdma.verbs import (
     COMPLETIONS_PER_POLL,
+    EVENTS_PER_ACKNOWLEDGEMENT,
     RECEIVED_IMMEDIATE,
     RECEIVES_PER_REFILL,
     Card,
@@ -85,6 +86,7 @@ class PyverbsCard:
         self._context = Context(name=device)
         self._domain = PD(self._context)
         self._channel: Any = None
+        self._num_events = 0  # taken and not acknowledged, which takes a lock
         self._queue: Any = None
         self._receives: Any = None
         nothing = SGE(0, 0, 0)
@@ -150,16 +152,19 @@ class PyverbsCard:
         except PyverbsError as error:
             raise OSError(errno.EIO, str(error)) from error
 
-    def take_events(self) -> None:
-        num_events = 0
+    def take_event(self) -> None:
         try:
-            while True:
-                self._channel.get_cq_event(self._queue)
-                num_events += 1
+            self._channel.get_cq_event(self._queue)
         except PyverbsError:  # there is none: it does not always say so
-            pass
-        if num_events:
-            self._queue.ack_events(num_events)
+            return
+        self._num_events += 1
+        if self._num_events == EVENTS_PER_ACKNOWLEDGEMENT:
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        if self._num_events:
+            self._queue.ack_events(self._num_events)
+            self._num_events = 0
 
     def refill(self) -> None:
         try:
@@ -168,6 +173,7 @@ class PyverbsCard:
             raise OSError(errno.EIO, str(error)) from error
 
     def close(self) -> None:
+        self._acknowledge()  # or the queue waits for it for ever
         with _errors():
             for one in (self._receives, self._queue, self._channel, self._domain, self._context):
                 if one is not None:

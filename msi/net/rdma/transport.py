@@ -27,6 +27,7 @@ from msi.net.rdma.landing import RdmaLanding, RdmaOutbox, new_landing
 from msi.net.rdma.options import RdmaOptions
 from msi.net.rdma.queues import Queues, open_queues
 from msi.net.rdma.verbs import (
+    COMPLETIONS_PER_POLL,
     RECEIVED_IMMEDIATE,
     RECEIVES_PER_REFILL,
     SUCCESS,
@@ -256,7 +257,7 @@ class RdmaTransport:
 
     def _readable(self) -> None:
         try:
-            self._card.take_events()
+            self._card.take_event()
             self._poll()
         except OSError as error:
             self._fail(error)
@@ -282,11 +283,12 @@ class RdmaTransport:
             if self._is_closed:
                 return
             completions = card.poll()
-            if not completions:
-                if is_armed:
+            if len(completions) < COMPLETIONS_PER_POLL:  # that was all
+                if not completions and is_armed:
                     break
-                card.arm()  # and once more: what came in between wakes nobody
-                is_armed = True
+                if not is_armed:
+                    card.arm()  # and once more: what came in between wakes nobody
+                    is_armed = True
             if completions:
                 for flush in self._flushes:
                     flush()

@@ -27,6 +27,7 @@ ETHERNET = 2  # a port's link layer
 ACTIVE = (4, 5)  # a port's state
 COMPLETIONS_PER_POLL = 16
 RECEIVES_PER_REFILL = 16
+EVENTS_PER_ACKNOWLEDGEMENT = 64
 
 
 class Completion(Protocol):
@@ -153,8 +154,8 @@ class Card(Protocol):
     def arm(self) -> None:
         """The next completion makes the descriptor readable."""
 
-    def take_events(self) -> None:
-        """The descriptor is readable no more."""
+    def take_event(self) -> None:
+        """The descriptor was readable: what made it so is taken. There may be none, or another."""
 
     def refill(self) -> None:
         """Posts RECEIVES_PER_REFILL receives."""
