@@ -30,10 +30,11 @@ from msi.net.control import ControlClient
 from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
 from msi.sampling import choices_of
+from msi.sampling_params import SamplingDefaults
 from msi.text.prompts import Prompts
 from msi.text.text_stream import text_streams
 from msi.text.vocabulary import Vocabulary
-from msi.types import Output, Request, SamplingDefaults, SamplingParams, TokenText
+from msi.types import Output, Request, SamplingParams, TokenText
 
 log = logging.getLogger(__name__)
 

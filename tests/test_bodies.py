@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from msi.control.messages import Welcome
 from msi.errors import InvalidRequest, shown
+from msi.sampling_params import SamplingDefaults
 from msi.server.answers import Usage
 from msi.server.chat import FIELDS as CHAT_FIELDS
 from msi.server.chat import ChatRequest, parse_chat
@@ -20,7 +21,7 @@ from msi.server.completions import MAX_TOTAL_CHOICES, CompletionRequest, parse_c
 from msi.server.field_table import IGNORED, NOT_DONE, NOT_IN_CHATS, NOT_IN_COMPLETIONS
 from msi.server.fields import MAX_DEPTH, Streaming, parse_object
 from msi.server.prepare import ANSWERS, ENDPOINTS, MESSAGE, NotUnderstood, Preparation, Setup
-from msi.types import Output, SamplingDefaults, SamplingParams
+from msi.types import Output, SamplingParams
 
 USER = {"role": "user", "content": "a"}
 

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # lower layers first; a module may import its own layer and those below
 LAYERS = [
     {
-        "msi.errors", "msi.types", "msi.meter", "msi.tracing", "msi.watchdog", "msi.complaints", "msi.control.lateness",
-        "msi.parameters", "msi.precision",
+        "msi.errors", "msi.sampling_params", "msi.types", "msi.meter", "msi.tracing", "msi.watchdog", "msi.complaints",
+        "msi.control.lateness", "msi.parameters", "msi.precision",
     },
     {
         "msi.experts.waves", "msi.experts.wave", "msi.experts.pace", "msi.experts.batches", "msi.placement",

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from msi import ConfigError, SamplingParams
 from msi.models.texts import read_sampling_defaults, read_texts, tokenizers_end
-from msi.types import NO_DEFAULTS, SamplingDefaults
+from msi.sampling_params import NO_DEFAULTS, SamplingDefaults
 from tests.installed import transformers
 
 ADDED = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

@@ -7,9 +7,10 @@ import tracemalloc
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msi.sampling_params import MAX_CHOICES, MAX_STOP_CHARS, MAX_STOP_STRINGS
 from msi.text.stop_strings import StopSearch
 from msi.text.text_stream import text_streams
-from msi.types import MAX_CHOICES, MAX_STOP_CHARS, MAX_STOP_STRINGS, SamplingParams
+from msi.types import SamplingParams
 
 strings = st.text("ab€", min_size=1, max_size=6)
 

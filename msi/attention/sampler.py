@@ -23,15 +23,8 @@ from torch import Tensor
 from msi.errors import one_line
 from msi.kernels.sampling import draw
 from msi.sampling import uniform_of
-from msi.types import (
-    MAX_LOGPROBS,
-    MAX_TEMPERATURE,
-    MIN_TEMPERATURE,
-    LogitChanges,
-    Sampled,
-    TokenLogprobs,
-    TokenSampling,
-)
+from msi.sampling_params import MAX_LOGPROBS, MAX_TEMPERATURE, MIN_TEMPERATURE
+from msi.types import LogitChanges, Sampled, TokenLogprobs, TokenSampling
 
 Draw = Callable[[Tensor, Tensor], Tensor]
 

@@ -30,8 +30,9 @@ from msi.control.counters import (
 from msi.errors import Failure
 from msi.net.codec import Codec
 from msi.precision import Precision
+from msi.sampling_params import NO_DEFAULTS, SamplingDefaults
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
-from msi.types import NO_DEFAULTS, Measured, Place, Placement, Progress, Request, SamplingDefaults, StageTimes
+from msi.types import Measured, Place, Placement, Progress, Request, StageTimes
 
 PROTOCOL_VERSION = 6
 

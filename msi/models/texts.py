@@ -15,7 +15,7 @@ from typing import Any
 
 from msi.errors import ConfigError, InvalidRequest, shown
 from msi.models.files import parse_json, read_bytes, read_json, read_text
-from msi.types import NO_DEFAULTS, SamplingDefaults
+from msi.sampling_params import NO_DEFAULTS, SamplingDefaults
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msi.errors import InvalidRequest, shown
+from msi.sampling_params import MAX_LOGPROBS, NO_DEFAULTS, SamplingDefaults
 from msi.server.answers import Usage, logprob_values
 from msi.server.field_table import NOT_IN_CHATS
 from msi.server.fields import (
@@ -21,7 +22,7 @@ from msi.server.fields import (
     streaming,
     typed,
 )
-from msi.types import MAX_LOGPROBS, NO_DEFAULTS, Output, SamplingDefaults, SamplingParams, TokenLogprobs, TokenText
+from msi.types import Output, SamplingParams, TokenLogprobs, TokenText
 
 FIELDS = SHARED_FIELDS | {
     "messages", "max_completion_tokens", "logprobs", "top_logprobs", "add_generation_prompt", "continue_final_message",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msi.errors import InvalidRequest
+from msi.sampling_params import NO_DEFAULTS, SamplingDefaults
 from msi.server.answers import Usage, logprob_values
 from msi.server.field_table import NOT_IN_COMPLETIONS
 from msi.server.fields import (
@@ -20,7 +21,7 @@ from msi.server.fields import (
     streaming,
     typed,
 )
-from msi.types import NO_DEFAULTS, Output, SamplingDefaults, SamplingParams, TokenText
+from msi.types import Output, SamplingParams, TokenText
 
 DEFAULT_MAX_TOKENS = 16
 MAX_TOTAL_CHOICES = 1024  # of all prompts of a request

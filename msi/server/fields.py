@@ -13,8 +13,9 @@ from typing import Any
 import orjson
 
 from msi.errors import InvalidRequest, shown
+from msi.sampling_params import SamplingDefaults
 from msi.server.field_table import ALWAYS_NEUTRAL, IGNORED, NOT_DONE, NotDone
-from msi.types import SamplingDefaults, SamplingParams
+from msi.types import SamplingParams
 
 SAMPLING_INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "n")
 SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
