@@ -16,6 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -285,11 +286,12 @@ class Engine:
         params = params or self.sampling_defaults.params()
         client = self._require_client()
         prompts = self._require_prompts()
-        prompts.check_params(params)
+        params = prompts.checked(params)
+        encode = partial(prompts.encode, max_tokens=params.max_tokens, truncate=params.truncate_prompt_tokens)
         if isinstance(prompt, str) and len(prompt) > MAX_CHARS_HERE:
-            token_ids = await asyncio.to_thread(prompts.encode, prompt, max_tokens=params.max_tokens)
+            token_ids = await asyncio.to_thread(encode, prompt)
         else:
-            token_ids = prompts.encode(prompt, max_tokens=params.max_tokens)
+            token_ids = encode(prompt)
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         seed = secrets.randbits(63) if params.seed is None else params.seed
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]

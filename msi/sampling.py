@@ -5,7 +5,7 @@ Decides; knows no logits. The sampler does what `sampling_extras` says.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from msi.types import LogitChanges, SamplingExtras, SamplingParams
@@ -23,6 +23,8 @@ def has_extras(params: SamplingParams) -> bool:
         or params.presence_penalty != 0
         or params.frequency_penalty != 0
         or bool(params.logit_bias)
+        or bool(params.allowed_token_ids)
+        or bool(params.bad_words_token_ids)
     )
 
 
@@ -35,8 +37,10 @@ def sampling_extras(
     banned: tuple[int, ...] = ()
     if len(tokens) - num_prompt < params.min_tokens:
         banned = (*eos_token_ids, *params.stop_token_ids)
+    if params.bad_words_token_ids:
+        banned += completing(params.bad_words_token_ids, tokens, num_prompt)
     changes = None
-    if is_penalised or params.logit_bias or banned:
+    if is_penalised or params.logit_bias or banned or params.allowed_token_ids:
         changes = LogitChanges(
             repetition_penalty=params.repetition_penalty,
             presence_penalty=params.presence_penalty,
@@ -45,8 +49,19 @@ def sampling_extras(
             output_token_ids=tuple(tokens[num_prompt:]) if is_penalised else (),
             logit_bias=params.logit_bias,
             banned_token_ids=banned,
+            allowed_token_ids=params.allowed_token_ids,
         )
     return SamplingExtras(params.min_p, changes, params.logprobs)
+
+
+def completing(sequences: Iterable[tuple[int, ...]], tokens: Sequence[int], num_prompt: int) -> tuple[int, ...]:
+    """Tokens that would complete one of these sequences, of which the prompt counts for nothing."""
+    found = []
+    for sequence in sequences:
+        begin = len(tokens) - len(sequence) + 1
+        if begin >= num_prompt and tuple(tokens[begin:]) == sequence[:-1]:
+            found.append(sequence[-1])
+    return tuple(found)
 
 
 def is_stop_token(params: SamplingParams, token: int, eos_token_ids: Collection[int]) -> bool:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 
 from msi.errors import InvalidRequest, shown
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 4096
 MAX_LISTED_TOKENS = 1024
+MAX_ALLOWED_TOKENS = 4096
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_INTEGER = 2**63 - 1  # what crosses between processes
@@ -45,6 +49,13 @@ class SamplingParams:
         logprobs: log-probabilities of each chosen token and of so many of the most probable ones, before temperature,
             penalties and bias; None for none at all.
         n: choices, each an answer of its own; their seeds derive from `seed`.
+        allowed_token_ids: no token but these can be chosen; () for all.
+        bad_words: texts whose tokens may not be completed in the output, with a space before them or without.
+        bad_words_token_ids: sequences of tokens that may not be completed; what bad_words are to the sampler.
+        skip_special_tokens: special tokens are no part of the text.
+        include_stop_str_in_output: what ends the text (a stop string, or a token) is part of it.
+        truncate_prompt_tokens: so many of the prompt's last tokens are taken, the tokenizer's own special ones among
+            them; -1 for as many as leave room for max_tokens. None takes all.
 
     Raises:
         InvalidRequest: names the parameter, what was given and what is allowed.
@@ -66,6 +77,12 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     n: int = 1
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _require("max_tokens", self.max_tokens, _is_int(self.max_tokens, 1), "an integer >= 1 of 63 bits")
@@ -78,7 +95,9 @@ class SamplingParams:
         ok = isinstance(self.stop, tuple) and len(self.stop) <= MAX_STOP_STRINGS and all(map(_is_stop, self.stop))
         _require("stop", self.stop, ok,
                  f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters of Unicode")  # fmt: skip
-        _require("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "true or false")
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            value = getattr(self, name)
+            _require(name, value, isinstance(value, bool), "true or false")
         _require("min_p", self.min_p, _is_number(self.min_p, 0, 1), "a number from 0 to 1")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
@@ -92,6 +111,9 @@ class SamplingParams:
         ok = self.logprobs is None or _is_int(self.logprobs, 0, MAX_LOGPROBS)
         _require("logprobs", self.logprobs, ok, f"an integer from 0 to {MAX_LOGPROBS}, or null")
         _require("n", self.n, _is_int(self.n, 1, MAX_CHOICES), f"an integer from 1 to {MAX_CHOICES}")
+        limit = self.truncate_prompt_tokens
+        ok = limit is None or (_is_int(limit, -1) and limit != 0)
+        _require("truncate_prompt_tokens", limit, ok, "an integer >= 1, -1 for all that there is room for, or null")
 
     def _check_listed_tokens(self) -> None:
         bias = self.logit_bias
@@ -101,6 +123,24 @@ class SamplingParams:
         ids = self.stop_token_ids
         ok = isinstance(ids, tuple) and len(ids) <= MAX_LISTED_TOKENS and _are_tokens(ids)
         _require("stop_token_ids", ids, ok, f"up to {MAX_LISTED_TOKENS} token ids")
+        ids = self.allowed_token_ids
+        ok = isinstance(ids, tuple) and len(ids) <= MAX_ALLOWED_TOKENS and _are_tokens(ids)
+        _require("allowed_token_ids", ids, ok, f"up to {MAX_ALLOWED_TOKENS} token ids")
+        if self.bad_words or self.bad_words_token_ids:
+            self._check_bad_words()
+
+    def _check_bad_words(self) -> None:
+        words, sequences = self.bad_words, self.bad_words_token_ids
+        ok = isinstance(words, tuple) and len(words) <= MAX_BAD_WORDS
+        ok = ok and all(_is_text(one, MAX_BAD_WORD_CHARS) and not one.isspace() for one in words)
+        allowed = f"up to {MAX_BAD_WORDS} strings of 1 to {MAX_BAD_WORD_CHARS} characters, not all spaces"
+        _require("bad_words", words, ok, allowed)
+        most = 4 * MAX_BAD_WORD_CHARS + 1  # a token for each byte, and the space
+        ok = isinstance(sequences, tuple) and len(sequences) <= 2 * MAX_BAD_WORDS
+        ok = ok and all(isinstance(one, tuple) and 0 < len(one) <= most for one in sequences)
+        ok = ok and _are_tokens(list(chain.from_iterable(sequences)))
+        _require("bad_words_token_ids", sequences, ok,
+                 f"up to {2 * MAX_BAD_WORDS} sequences of 1 to {most} token ids")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +198,11 @@ def _is_number(value: object, least: float, most: float) -> bool:
 
 
 def _is_stop(text: object) -> bool:
-    if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
+    return _is_text(text, MAX_STOP_CHARS)
+
+
+def _is_text(text: object, most: int) -> bool:
+    if not isinstance(text, str) or not 0 < len(text) <= most:
         return False
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 

@@ -21,6 +21,7 @@ class LogitChanges:
         prompt_token_ids: () unless there is a repetition penalty.
         output_token_ids: () unless there is a penalty.
         banned_token_ids: tokens that cannot be chosen.
+        allowed_token_ids: others than these cannot be chosen; () for all.
     """
 
     repetition_penalty: float = 1.0
@@ -30,6 +31,7 @@ class LogitChanges:
     output_token_ids: tuple[int, ...] = ()
     logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
     banned_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,10 +69,10 @@ def test_neutral_values_of_any_field_ask_for_nothing(name):
 CHANGES = {
     "best_of": 2, "suffix": "b", "response_format": {"type": "json_object"}, "guided_json": {"type": "object"},
     "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "root ::= a", "structured_outputs": {"regex": "a"},
-    "prompt_logprobs": 0, "allowed_token_ids": [1], "bad_words": ["a"], "truncate_prompt_tokens": 5,
+    "prompt_logprobs": 0,
     "use_beam_search": True, "length_penalty": 2, "logits_processors": ["x"], "prompt_embeds": "AAAA",
-    "audio": {"voice": "x"}, "modalities": ["text", "audio"], "include_stop_str_in_output": True,
-    "skip_special_tokens": False, "cache_salt": "s", "kv_transfer_params": {"a": 1}, "thinking_token_budget": 5,
+    "audio": {"voice": "x"}, "modalities": ["text", "audio"],
+    "cache_salt": "s", "kv_transfer_params": {"a": 1}, "thinking_token_budget": 5,
     "max_new_tokens": 5, "repeat_penalty": 1.1, "num_beams": 4, "do_sample": False, "functions": [{"name": "f"}],
     "tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}],
     "web_search_options": {"a": 1},
@@ -87,6 +87,21 @@ def test_a_field_that_would_change_the_answer_and_is_not_done_is_refused_by_name
             parse(**{name: CHANGES[name]})
         assert caught.value.param == name
         assert name in str(caught.value)
+
+
+TAKEN = {
+    "allowed_token_ids": ([1, 2.0], (1, 2)), "bad_words": (["a", " b"], ("a", " b")),
+    "truncate_prompt_tokens": (5.0, 5), "include_stop_str_in_output": (True, True), "skip_special_tokens": (0, False),
+}  # fmt: skip
+
+
+def test_what_both_endpoints_take_reaches_the_sampler():
+    for name, (given_value, expected) in TAKEN.items():
+        for parse in (completion, chat):
+            assert getattr(parse(**{name: given_value}).params, name) == expected
+            with pytest.raises(InvalidRequest) as caught:
+                parse(**{name: "x"})
+            assert caught.value.param == name
 
 
 def test_unknown_fields_are_ignored_and_told():

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models
 
 from msi import Engine, InvalidRequest, SamplingParams
 from msi.attention.sampler import _change, sample
-from msi.sampling import choices_of, has_extras, sampling_extras, seed_of_choice
+from msi.sampling import choices_of, completing, has_extras, sampling_extras, seed_of_choice
+from msi.text.prompts import Prompts
 from msi.text.text_stream import TextStream
 from msi.text.vocabulary import Vocabulary
 from msi.types import LogitChanges, SamplingExtras, TokenLogprobs, TokenSampling
@@ -31,6 +32,7 @@ changes_of_a_row = st.none() | st.builds(
     output_token_ids=token_lists,
     logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-100, 100), max_size=4),
     banned_token_ids=st.lists(st.integers(0, VOCAB - 1), max_size=3).map(tuple),
+    allowed_token_ids=token_lists,
 )
 
 
@@ -39,7 +41,7 @@ def changed_one_by_one(row, changes):
     row = row.clone()
     for token in range(VOCAB):
         row[token] += changes.logit_bias.get(token, 0.0)
-        if token in changes.banned_token_ids:
+        if token in changes.banned_token_ids or (changes.allowed_token_ids and token not in changes.allowed_token_ids):
             row[token] = -torch.inf
         if token in changes.prompt_token_ids + changes.output_token_ids:
             row[token] *= changes.repetition_penalty if row[token] <= 0 else 1 / changes.repetition_penalty
@@ -67,6 +69,29 @@ def test_the_repetition_penalty_is_transformers():
     changes = [LogitChanges(1.7, prompt_token_ids=tuple(one[:2]), output_token_ids=tuple(one[2:])) for one in tokens]
     _change(logits, list(enumerate(changes)))
     torch.testing.assert_close(logits, expected)
+
+
+short = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
+
+
+@given(sequences=st.lists(short, min_size=1, max_size=6), tokens=st.lists(st.integers(0, 3), max_size=8))
+def test_what_may_not_be_completed_is_transformers(sequences, tokens):
+    processor = transformers().NoBadWordsLogitsProcessor([list(one) for one in sequences])
+    before = [VOCAB - 1] * 4  # transformers looks only for sequences that are no longer than what there is
+    row = processor(torch.tensor([before + tokens]), torch.zeros(1, VOCAB))[0]
+    assert set(completing(sequences, before + tokens, 0)) == set(row.isinf().nonzero().flatten().tolist())
+    behind_prompt = {one[-1] for one in sequences if len(one) == 1}
+    assert set(completing(sequences, before + tokens, 4 + len(tokens))) == behind_prompt
+
+
+def test_no_ban_and_no_list_of_what_is_allowed_hides_a_broken_row():
+    logits = torch.zeros(3, VOCAB)
+    logits[0, 5] = torch.nan
+    logits[1, 5] = torch.inf
+    changes = LogitChanges(allowed_token_ids=(1, 2))
+    sampled = sample(logits, [TokenSampling(0, 1, 0, 1, 0, SamplingExtras(changes=changes))] * 3)
+    assert sorted(sampled.failures) == [0, 1]
+    assert sampled.token_ids[2] == 1
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 0.3])
@@ -129,7 +154,8 @@ def test_requests_without_features_carry_nothing():
     plain = {"temperature": 0.7, "top_p": 0.9, "top_k": 4, "stop": ("x",), "stop_token_ids": (9,), "n": 2}
     assert not has_extras(SamplingParams(seed=1, **plain))
     features = {"logprobs": 0, "min_p": 0.1, "min_tokens": 1, "repetition_penalty": 1.1, "presence_penalty": 1,
-                "frequency_penalty": -1, "logit_bias": {1: 0}}  # fmt: skip
+                "frequency_penalty": -1, "logit_bias": {1: 0}, "allowed_token_ids": (1,),
+                "bad_words_token_ids": ((1, 2),)}  # fmt: skip
     assert all(has_extras(SamplingParams(seed=1, **{name: value})) for name, value in features.items())
 
 
@@ -182,6 +208,17 @@ def test_no_choice_is_taken_to_need_more_tokens_than_the_context_has_room_for(ma
         ({"stop_token_ids": (-1,)}, "stop_token_ids is"),
         ({"stop_token_ids": (True,)}, "stop_token_ids is"),
         ({"logprobs": 21}, "logprobs is 21; it must be an integer from 0 to 20"),
+        ({"allowed_token_ids": (-1,)}, "allowed_token_ids is"),
+        ({"allowed_token_ids": (1,) * 5000}, "allowed_token_ids is .*; it must be up to 4096 token ids"),
+        ({"bad_words": ("",)}, "bad_words is .*; it must be up to 128 strings of 1 to 256 characters, not all spaces"),
+        ({"bad_words": ("  ",)}, "bad_words is"),
+        ({"bad_words": ("a", 5)}, "bad_words is"),
+        ({"bad_words_token_ids": ((),)}, "bad_words_token_ids is"),
+        ({"bad_words_token_ids": ((1, "a"),)}, "bad_words_token_ids is"),
+        ({"skip_special_tokens": 1}, "skip_special_tokens is 1; it must be true or false"),
+        ({"include_stop_str_in_output": "yes"}, "include_stop_str_in_output is 'yes'"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens is 0; it must be an integer >= 1, -1 for all"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens is -2"),
         ({"n": 0}, "n is 0; it must be an integer from 1 to 128"),
     ],
 )
@@ -245,6 +282,33 @@ async def test_bias_and_penalties_reach_the_sampler(engine):
     assert len(set(penalised)) > 1
 
 
+async def test_only_what_is_allowed_is_chosen_and_no_bad_word_is_completed(engine):
+    _, tokens, _ = await collect(engine, TEXT, **GREEDY)
+    allowed = tuple(sorted(set(tokens)))[:3]
+    _, chosen, _ = await collect(engine, TEXT, allowed_token_ids=allowed, frequency_penalty=2, seed=3, **GREEDY)
+    assert set(chosen) <= set(allowed)
+    assert len(set(chosen)) > 1, "penalties work among them"
+    _, others, _ = await collect(engine, TEXT, bad_words_token_ids=(tuple(tokens[2:5]), (9, 9, 9)), **GREEDY)
+    assert others[:4] == tokens[:4]
+    assert others[4] != tokens[4]
+    assert not any(others[at : at + 3] == tokens[2:5] for at in range(24))
+    with pytest.raises(InvalidRequest, match="min_tokens is 2, and allowed_token_ids has no token"):
+        await collect(engine, TEXT, allowed_token_ids=(5,), stop_token_ids=(5,), min_tokens=2)
+
+
+async def test_a_word_is_banned_with_a_space_before_it_and_without(engine, tiny_model):
+    """Its sequences are vLLM's."""
+    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    checked = Prompts(tokenizer, vocab_size=10**4, max_model_len=9).checked(SamplingParams(bad_words=(" man", "z")))
+    bare, spaced, other = (tuple(tokenizer.encode(word).ids) for word in ("man", " man", "z"))
+    assert checked.bad_words_token_ids == (bare, *[spaced] * (len(bare) == len(spaced)), other)
+    assert checked.bad_words == ()
+    _, tokens, _ = await collect(engine, TEXT, **GREEDY)
+    token = next(one for one in tokens if tokenizer.encode(engine.decode([one])).ids == [one])
+    _, others, _ = await collect(engine, TEXT, bad_words=(engine.decode([token]),), **GREEDY)
+    assert token not in others
+
+
 async def test_logprobs_come_with_their_tokens(engine):
     outputs = [output async for output in engine.generate(TEXT, SamplingParams(logprobs=2, **GREEDY))]
     for output in outputs:
@@ -283,7 +347,7 @@ async def test_a_choice_that_meets_a_stop_string_ends_alone(engine):
     assert (reasons[0], sorted(reasons)) == ("stop", [0, 1])
 
 
-@pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
+@pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids", "allowed_token_ids"])
 async def test_tokens_beyond_the_vocabulary_are_refused(engine, name):
     value = {9999: 1.0} if name == "logit_bias" else (9999,)
     with pytest.raises(InvalidRequest, match=f"token id 9999 in {name}"):

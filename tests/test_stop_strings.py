@@ -24,6 +24,7 @@ def test_a_text_ends_where_the_first_stop_string_begins_and_holds_back_what_may_
         start = min((text.find(one) for one in stop if one in text), default=len(text))
         assert len(text) - found.start == start
         if found.start:
+            assert text[start : len(text) - found.end] in stop
             return
         ends = [text[at:] for at in range(len(text)) if any(one.startswith(text[at:]) for one in stop)]
         assert found.num_open == max(map(len, ends), default=0)

@@ -82,9 +82,11 @@ def pushed(stream, ids, cuts=(), **last):
     return pieces, texts
 
 
-def stream_of(kind, prompt, stop=(), min_tokens=0):
+def stream_of(kind, prompt, stop=(), min_tokens=0, *, shows_special=False, includes_stop=False):
     vocabulary = vocabulary_of(kind)
-    return TextStream(vocabulary, end_of_prompt(vocabulary, prompt), stop, min_tokens)
+    if shows_special:
+        vocabulary = vocabulary.showing_special
+    return TextStream(vocabulary, end_of_prompt(vocabulary, prompt), stop, min_tokens, includes_stop=includes_stop)
 
 
 @some_kinds
@@ -105,6 +107,40 @@ def test_streamed_text_is_what_decoding_the_answer_behind_its_prompt_adds(kind, 
         assert "".join(one.text for _, one in texts) == text
     assert [one.token_id for one, _ in texts] == answer
     assert "".join(pushed(stream_of(kind, prompt), answer, range(60))[0]) == text
+
+
+@some_kinds
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_special_tokens_are_part_of_the_text_where_that_is_wanted(kind, data):
+    prompt, answer = data.draw(ids_of(kind)), data.draw(ids_of(kind))
+    tokenizer = tokenizer_of(kind)
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (prompt, prompt + answer))
+    pieces, texts = pushed(stream_of(kind, prompt, shows_special=True), answer, data.draw(st.lists(st.integers(0, 60))))
+    text = "".join(pieces)
+    if whole.startswith(before):
+        assert text == whole[len(before) :]
+    else:
+        assert whole.endswith(text)
+    if answer:
+        assert "".join(one.text for _, one in texts) == text
+
+
+@some_kinds
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_a_stop_string_may_be_part_of_the_text_which_then_waits_for_nothing(kind, data):
+    answer = data.draw(ids_of(kind))
+    whole = "".join(pushed(stream_of(kind, ()), answer)[0])
+    begin = data.draw(st.integers(0, max(0, len(whole) - 1)))
+    stop = (whole[begin : begin + data.draw(st.integers(1, 5))] or "never",)
+    without = "".join(pushed(stream_of(kind, (), stop), answer)[0])
+    pieces, texts = pushed(stream_of(kind, (), stop, includes_stop=True), answer, range(60))
+    assert "".join(pieces) == without + stop[0] * (stop[0] in whole)
+    if answer:
+        assert "".join(one.text for _, one in texts) == "".join(pieces)
+    plain = pushed(stream_of(kind, ()), answer, range(60))[0]
+    assert pieces[:-1] == plain[: max(0, len(pieces) - 1)], "nothing is held back"
 
 
 @some_kinds

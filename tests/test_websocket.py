@@ -74,6 +74,35 @@ async def test_chats_choices_and_logprobs_go_the_same_way(served):
     assert all(len(one["logprobs"]["content"]) == len(one["token_ids"]) for one in outputs["chat"])
 
 
+# token 1 is "<s>"
+SPECIAL = {"max_tokens": 4, "temperature": 0, "logit_bias": {"1": 100}, "truncate_prompt_tokens": 3, "ignore_eos": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "num_tokens"),
+    [
+        ({}, "", 4),
+        ({"skip_special_tokens": False}, "<s><s><s><s>", 4),
+        ({"skip_special_tokens": False, "stop": ["s>"]}, "<", 1),
+        ({"skip_special_tokens": False, "stop": ["s>"], "include_stop_str_in_output": True}, "<s>", 1),
+        ({"skip_special_tokens": False, "stop_token_ids": [1]}, "", 1),
+        ({"skip_special_tokens": False, "stop_token_ids": [1], "include_stop_str_in_output": True}, "<s>", 1),
+        ({"skip_special_tokens": False, "bad_words": ["<s>"], "allowed_token_ids": [0, 1, 1]}, "<u><u><u><u>", 4),
+    ],
+)
+async def test_what_is_part_of_the_text_is_said_the_same_way_here_and_over_http(served, fields, text, num_tokens):
+    body = {"prompt": TEXT, **SPECIAL, **fields}
+    async with connected(served) as socket, aiohttp.ClientSession() as session:
+        await socket.send_json({"type": "generate", "id": "a", **body})
+        outputs, last = await results(socket, "a")
+        async with session.post(f"{served[1]}/v1/completions", json=body) as response:
+            answer = await response.json()
+    usage = last["a"]["usage"]
+    assert ("".join(one["text"] for one in outputs["a"]), usage["completion_tokens"]) == (text, num_tokens)
+    assert answer["choices"][0]["text"] == text
+    assert usage["prompt_tokens"] == answer["usage"]["prompt_tokens"] == 3
+
+
 async def test_a_request_can_be_cancelled_alone_and_its_id_used_again(served):
     engine, _ = served
     async with connected(served) as socket:

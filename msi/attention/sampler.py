@@ -86,10 +86,18 @@ def _why_not(best: float) -> str:
 
 
 def _change(logits: Tensor, changes: Sequence[tuple[int, LogitChanges]]) -> None:
-    """Touches the tokens that are named and no others, so it costs their number, not the vocabulary's."""
+    """Touches the tokens that are named and no others, so it costs their number, not the vocabulary's.
+
+    Rows in which few tokens are allowed cost the vocabulary once.
+    """
     if biased := [(row, token, bias) for row, one in changes for token, bias in one.logit_bias.items()]:
         added = torch.tensor([bias for _, _, bias in biased], dtype=logits.dtype, device=logits.device)
         logits[_entries([(row, token) for row, token, _ in biased], logits.device)] += added
+    if allowed := [(row, one.allowed_token_ids) for row, one in changes if one.allowed_token_ids]:
+        at, _ = _rows_and_tokens(allowed, [], logits.device)
+        kept, rows = logits[at], [row for row, _ in allowed]
+        logits[rows] = torch.where(logits[rows] < torch.inf, -torch.inf, torch.nan)
+        logits[at] = kept
     if banned := [(row, token) for row, one in changes for token in one.banned_token_ids]:
         at = _entries(banned, logits.device)
         logits[at] = torch.where(logits[at] < torch.inf, -torch.inf, torch.nan)  # no ban hides a broken row

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import chain
 
 from msi.attention.admission import Admission
 from msi.attention.block_pool import BlockPool
@@ -311,6 +312,8 @@ class Scheduler:
             "prompt": request.prompt_token_ids,
             "logit_bias": request.params.logit_bias,
             "stop_token_ids": request.params.stop_token_ids,
+            "allowed_token_ids": request.params.allowed_token_ids,
+            "bad_words": list(chain.from_iterable(request.params.bad_words_token_ids)),
         }
         for name, token_ids in listed.items():
             if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
@@ -319,7 +322,15 @@ class Scheduler:
                     f"token id {shown(wrong)} in {name}; ids are integers from 0 to {self._vocab_size - 1}", param=name
                 )
         params = request.params
-        if params.min_tokens and len(self._eos_token_ids.union(params.stop_token_ids)) >= self._vocab_size:
+        if not params.min_tokens:
+            return
+        ending = self._eos_token_ids.union(params.stop_token_ids)
+        if params.allowed_token_ids and ending.issuperset(params.allowed_token_ids):
+            raise InvalidRequest(
+                f"min_tokens is {params.min_tokens}, and allowed_token_ids has no token that may come before",
+                param="allowed_token_ids",
+            )
+        if len(ending) >= self._vocab_size:
             raise InvalidRequest(
                 f"min_tokens is {params.min_tokens}, and stop_token_ids leave no token that may come before",
                 param="stop_token_ids",

@@ -17,10 +17,11 @@ from msi.sampling_params import SamplingDefaults
 from msi.server.field_table import ALWAYS_NEUTRAL, IGNORED, NOT_DONE, NotDone
 from msi.types import SamplingParams
 
-SAMPLING_INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "n")
+SAMPLING_INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "n", "truncate_prompt_tokens")
 SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 SHARED_FIELDS = frozenset({
     "model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "add_special_tokens",
+    "allowed_token_ids", "bad_words", "skip_special_tokens", "include_stop_str_in_output",
     *SAMPLING_INTEGERS, *SAMPLING_NUMBERS,
 })  # fmt: skip
 MAX_DEPTH = 100  # of arrays and objects within one another
@@ -150,6 +151,10 @@ def sampling_params(
         stop_token_ids=_token_ids(values, "stop_token_ids"),
         logit_bias=_logit_bias(typed(values, "logit_bias", dict, {})),
         logprobs=logprobs,
+        allowed_token_ids=_token_ids(values, "allowed_token_ids"),
+        bad_words=tuple(typed(values, "bad_words", list, [])),
+        skip_special_tokens=typed(values, "skip_special_tokens", bool, True),
+        include_stop_str_in_output=typed(values, "include_stop_str_in_output", bool, False),
     )
     return defaults.limited(params)
 
@@ -188,7 +193,9 @@ def typed(values: Values, name: str, kind: type, default: Any, *, within: str = 
     value = values.get(name)
     if type(value) is kind:
         return value
-    if value is None or (value == 0 and kind is bool) or (kind in (list, dict) and value in ([], {}, False)):
+    if value == 0 and kind is bool:
+        return False
+    if value is None or (kind in (list, dict) and value in ([], {}, False)):
         return default
     where = f"{within}.{name}" if within else name
     raise InvalidRequest(f"{where} is {kind_of(value)}; it must be {kind_of(kind())}", param=where)

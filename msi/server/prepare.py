@@ -143,8 +143,9 @@ class Preparation:
         """Raises InvalidRequest."""
         self._check_model(values)
         asked = parse_completion(values, self._welcome.sampling_defaults)
+        params = self._prompts.checked(asked.params)
         prompts = [
-            self._encode(prompt, asked.params, add_special_tokens=asked.add_special_tokens) for prompt in asked.prompts
+            self._encode(prompt, params, add_special_tokens=asked.add_special_tokens) for prompt in asked.prompts
         ]
         if (num_tokens := sum(map(len, prompts))) > MAX_PROMPT_TOKENS:
             raise InvalidRequest(
@@ -155,19 +156,20 @@ class Preparation:
             b"" if not asked.echo else (prompt if isinstance(prompt, str) else self._prompts.decode(prompt)).encode()
             for prompt in asked.prompts
         )
-        return self._prepared(COMPLETION, prompts, asked.params, asked.streaming, echoes, asked.ignored)
+        return self._prepared(COMPLETION, prompts, params, asked.streaming, echoes, asked.ignored)
 
     def chat(self, values: Values) -> Prepared:
         """Raises InvalidRequest."""
         self._check_model(values)
         asked = parse_chat(values, max_tokens=self._welcome.max_model_len, defaults=self._welcome.sampling_defaults)
         text = self._rendered(asked)
+        params = self._prompts.checked(asked.params)
         # the template writes special tokens itself
         try:
-            prompt = self._encode(text, asked.params, add_special_tokens=asked.add_special_tokens)
+            prompt = self._encode(text, params, add_special_tokens=asked.add_special_tokens)
         except InvalidRequest as error:
             raise InvalidRequest(str(error), param="messages", code=error.code) from error
-        return self._prepared(CHAT, [prompt], asked.params, asked.streaming, (b"",), asked.ignored)
+        return self._prepared(CHAT, [prompt], params, asked.streaming, (b"",), asked.ignored)
 
     def tokens(self, values: Values) -> Answered:
         """What /tokenize answers. Raises InvalidRequest."""
@@ -206,7 +208,12 @@ class Preparation:
     def _encode(
         self, prompt: str | Sequence[int], params: SamplingParams, *, add_special_tokens: bool
     ) -> tuple[int, ...]:
-        return self._prompts.encode(prompt, add_special_tokens=add_special_tokens, max_tokens=params.max_tokens)
+        return self._prompts.encode(
+            prompt,
+            add_special_tokens=add_special_tokens,
+            max_tokens=params.max_tokens,
+            truncate=params.truncate_prompt_tokens,
+        )
 
     def _prepared(
         self,
@@ -217,7 +224,6 @@ class Preparation:
         echoes: tuple[bytes, ...],
         ignored: tuple[str, ...],
     ) -> Prepared:
-        self._prompts.check_params(params)
         packed = tuple(array("i", prompt).tobytes() for prompt in prompts)
         return Prepared(endpoint, packed, params, streaming, echoes, ignored)
 

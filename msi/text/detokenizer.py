@@ -15,6 +15,7 @@ What is held back is bounded, and so is the cost of a token, whatever the tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from msi.text.vocabulary import REPLACEMENT, Vocabulary, ends_inside_character, utf8_state
 
@@ -45,7 +46,8 @@ class Detokenizer:
 
     def __init__(self, vocabulary: Vocabulary, prompt_end: Sequence[int] = ()) -> None:
         self._vocabulary = vocabulary
-        self._decode = vocabulary.tokenizer.decode
+        decode = vocabulary.tokenizer.decode
+        self._decode = decode if vocabulary.skips_special else partial(decode, skip_special_tokens=False)
         self._special = vocabulary.special
         self._byte_of = vocabulary.byte_of
         self._window: list[int] = []  # the tokens that the next one is decoded behind

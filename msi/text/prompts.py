@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -51,31 +53,44 @@ class Prompts:
         return Prompts(tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, bytes_per_token=longest)
 
     def encode(
-        self, prompt: str | Sequence[int], *, add_special_tokens: bool = True, max_tokens: int = 1
+        self,
+        prompt: str | Sequence[int],
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int = 1,
+        truncate: int | None = None,
     ) -> tuple[int, ...]:
         """A prompt's tokens; with those that the tokenizer puts around a text.
 
         Args:
             max_tokens: of the answer, for the sentence that refuses a prompt.
+            truncate: as `SamplingParams.truncate_prompt_tokens`.
 
         Raises:
             InvalidRequest: it is empty, too long, or has tokens that the model lacks.
         """
+        keep_last = truncate
+        if truncate == -1:
+            room = self._max_model_len - max_tokens
+            keep_last = room if room > 0 else max(1, self._max_model_len - 1)
         if isinstance(prompt, str):
-            self._check_length(prompt, max_tokens)
-            token_ids = self.tokens_of(prompt, add_special_tokens=add_special_tokens)
+            if keep_last is None:
+                self._check_length(prompt, max_tokens)
+            token_ids = self.tokens_of(prompt, add_special_tokens=add_special_tokens, keep_last=keep_last)
         else:
             token_ids = prompt if isinstance(prompt, tuple) else tuple(prompt)
+            if keep_last is not None:
+                token_ids = token_ids[-keep_last:]
         if len(token_ids) >= self._max_model_len:
             raise context_exceeded(self._max_model_len, len(token_ids), max_tokens)
         self.check_tokens("the prompt", token_ids)
         return token_ids
 
-    def tokens_of(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """A text's tokens, however many and of whatever ids. Raises InvalidRequest."""
+    def tokens_of(self, text: str, *, add_special_tokens: bool, keep_last: int | None = None) -> tuple[int, ...]:
+        """A text's tokens, however many and of whatever ids, or the last of them. Raises InvalidRequest."""
         if self._tokenizer is None:
             raise InvalidRequest("this model has no tokenizer.json; give the prompt as token ids", param="prompt")
-        return encode(self._tokenizer, text, add_special_tokens)
+        return encode(self._tokenizer, text, add_special_tokens, keep_last)
 
     def names_of(self, token_ids: Sequence[int]) -> list[str]:
         """What the vocabulary calls these tokens; "" for those that it lacks."""
@@ -92,12 +107,43 @@ class Prompts:
                 param=where.removeprefix("the "),
             )
 
-    def check_params(self, params: SamplingParams) -> None:
-        """Raises InvalidRequest: they name tokens that the model lacks, or need a tokenizer that it lacks."""
+    def checked(self, params: SamplingParams) -> SamplingParams:
+        """The same, with bad_words as the tokens that they are.
+
+        Raises:
+            InvalidRequest: they name tokens that the model lacks, need a tokenizer that it lacks, or more context.
+        """
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer.json, which this model lacks", param="stop")
         self.check_tokens("logit_bias", params.logit_bias)
         self.check_tokens("stop_token_ids", params.stop_token_ids)
+        self.check_tokens("allowed_token_ids", params.allowed_token_ids)
+        if (limit := params.truncate_prompt_tokens or 0) > self._max_model_len:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens is {limit}; the context is {self._max_model_len} tokens",
+                param="truncate_prompt_tokens",
+            )
+        if not params.bad_words and not params.bad_words_token_ids:
+            return params
+        sequences = params.bad_words_token_ids + self._sequences_of(params.bad_words)
+        self.check_tokens("bad_words", list(chain.from_iterable(sequences)))
+        return replace(params, bad_words=(), bad_words_token_ids=sequences)
+
+    def _sequences_of(self, words: Collection[str]) -> tuple[tuple[int, ...], ...]:
+        """As vLLM: each word as it begins a text, and as it goes on behind a space where that is as many tokens."""
+        if words and self._tokenizer is None:
+            raise InvalidRequest("bad_words need a tokenizer.json, which this model lacks", param="bad_words")
+        sequences: list[tuple[int, ...]] = []
+        for word in words:
+            bare, spaced = (
+                self.tokens_of(space + word.lstrip(), add_special_tokens=False) for space in ("", " ")
+            )  # fmt: skip
+            if not bare:
+                raise InvalidRequest(f"bad_words has {shown(word)}, for which there is no token", param="bad_words")
+            sequences.append(bare)
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                sequences.append(spaced)
+        return tuple(sequences)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; "" for a model without tokenizer. Raises InvalidRequest."""

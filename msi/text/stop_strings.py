@@ -20,10 +20,12 @@ class Found(NamedTuple):
     Attributes:
         start: where the first stop string begins, in characters before the piece's end; 0 where none has ended.
         num_open: so many characters at the text's end may turn out to begin one.
+        end: where it ends, in characters before the piece's end.
     """
 
     start: int
     num_open: int
+    end: int = 0
 
 
 class StopSearch:
@@ -39,13 +41,14 @@ class StopSearch:
 
     def push(self, text: str) -> Found:
         """The next piece; none may follow once a stop string was found."""
-        start, lengths = 0, self._lengths
+        start, end_of_first, lengths = 0, 0, self._lengths
         for index, (stop, borders) in enumerate(self._searches):
             length, end = _advance(stop, borders, lengths[index], text)
             lengths[index] = length
             if length == len(stop):
-                start = max(start, len(text) - end + length)
-        return Found(start, max(lengths, default=0))
+                # of two that begin at the same place the shorter one has ended first
+                start, end_of_first = max((start, end_of_first), (len(text) - end + length, len(text) - end))
+        return Found(start, max(lengths, default=0), end_of_first)
 
 
 def _advance(stop: str, borders: array[int], length: int, text: str) -> tuple[int, int]:

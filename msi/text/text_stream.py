@@ -32,8 +32,13 @@ def text_streams(
 ) -> list[TextStream]:
     """One for each choice of a request. Raises InvalidRequest: the tokenizer cannot decode the prompt."""
     try:
+        if vocabulary is not None and not params.skip_special_tokens:
+            vocabulary = vocabulary.showing_special
         end = () if vocabulary is None else end_of_prompt(vocabulary, prompt_token_ids)
-        return [TextStream(vocabulary, end, params.stop, params.min_tokens) for _ in range(params.n)]
+        return [
+            TextStream(vocabulary, end, params.stop, params.min_tokens, includes_stop=params.include_stop_str_in_output)
+            for _ in range(params.n)
+        ]
     except BaseException as error:
         if not is_library_error(error):
             raise
@@ -51,15 +56,18 @@ class TextStream:
         vocabulary: None for a model without tokenizer, whose answers have no text.
         prompt_end: see `msi.text.detokenizer.end_of_prompt`.
         min_tokens: before so many tokens no stop string counts.
+        includes_stop: the stop string or token that ends the text is part of it.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary | None, prompt_end: Sequence[int], stop: tuple[str, ...], min_tokens: int = 0
-    ) -> None:
+        self, vocabulary: Vocabulary | None, prompt_end: Sequence[int], stop: tuple[str, ...], min_tokens: int = 0,
+        *, includes_stop: bool = False,
+    ) -> None:  # fmt: skip
         self.is_stopped = False
         self._detokenizer = None if vocabulary is None else Detokenizer(vocabulary, prompt_end)
         self._search = StopSearch(stop) if stop else None
         self._min_tokens = min_tokens
+        self._includes_stop = includes_stop
         self._num_settled = 0  # tokens whose text is known
         self._held = ""  # text that is not given out
         self._untold = _Untold(vocabulary)
@@ -77,11 +85,12 @@ class TextStream:
         Args:
             logprobs: theirs, if they are wanted.
             is_last: no more tokens follow.
-            is_ended_by_token: the last one is a stop token, no part of the text.
+            is_ended_by_token: the last one is a stop token, no part of the text unless that includes it.
 
         Raises:
             RequestFailed: the tokenizer cannot decode them.
         """
+        is_ended_by_token = is_ended_by_token and not self._includes_stop
         try:
             texts = self._texts_of(token_ids, is_last, is_ended_by_token)
         except BaseException as error:
@@ -119,11 +128,11 @@ class TextStream:
                 early += text
             elif text:
                 self._held += text
-                start, keep = self._search.push(text)
+                start, keep, end = self._search.push(text)
                 if start:
                     self.is_stopped = True
-                    return early + self._held[: len(self._held) - start]
-        if is_last:
+                    return early + self._held[: len(self._held) - (end if self._includes_stop else start)]
+        if is_last or self._includes_stop:
             keep = 0
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return early + certain

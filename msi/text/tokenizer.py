@@ -40,16 +40,27 @@ def _make_special(tokenizer: Tokenizer, texts: Collection[str]) -> None:
             tokenizer.add_special_tokens([token])
 
 
-def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+def encode(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool = True, keep_last: int | None = None
+) -> tuple[int, ...]:
     """Tokens of a prompt, by default with the special tokens that the tokenizer puts around it.
+
+    Args:
+        keep_last: at most so many, those around it among them; what goes is the text's beginning.
 
     Raises:
         InvalidRequest: the text holds lone surrogates, which no encoding can express, or the tokenizer fails on it.
     """
     try:
         # a batch of one, as that lets other threads run meanwhile
-        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return tuple(encoding.ids)
+        if keep_last is None:
+            (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return tuple(encoding.ids)
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        before, after = _around(tokenizer) if add_special_tokens else ([], [])
+        room = max(0, keep_last - len(before) - len(after))
+        text_ids = encoding.ids
+        return (*before, *text_ids[len(text_ids) - min(room, len(text_ids)) :], *after)[-keep_last:]
     except (UnicodeEncodeError, TypeError) as error:
         raise InvalidRequest(
             "the prompt is not valid Unicode text; it has half of a surrogate pair", param="prompt"
@@ -58,6 +69,14 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> 
         if not is_library_error(error):
             raise
         raise InvalidRequest(f"the tokenizer fails on the prompt: {error}", param="prompt") from error
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and behind a text."""
+    encoding = tokenizer.encode("a")
+    ids, is_own = encoding.ids, encoding.special_tokens_mask
+    begin = is_own.index(0) if 0 in is_own else len(ids)
+    return ids[:begin], [token for token, own in zip(ids[begin:], is_own[begin:], strict=True) if own]
 
 
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:

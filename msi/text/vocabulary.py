@@ -21,16 +21,21 @@ MAX_ANCHOR_TRIES = 4096
 class Vocabulary:
     """What tokens look like, one by one. Shared by all requests; remembers what was asked.
 
+    Args:
+        skips_special: special tokens are no part of an answer's text; else they are as any other.
+
     Attributes:
         special: tokens that are no part of an answer's text.
         byte_of: tokens that stand for one byte each, and whose neighbours decide what they look like.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skips_special: bool = True) -> None:
         self.tokenizer = tokenizer
         self.special = frozenset(
-            token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
+            token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special and skips_special
         )
+        self.skips_special = skips_special
+        self._showing_special: Vocabulary | None = None
         decoder: bytes = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
         self.is_byte_level = b'"ByteLevel"' in decoder
         self.byte_of = _byte_tokens(tokenizer) if b'"ByteFallback"' in decoder else {}
@@ -38,9 +43,16 @@ class Vocabulary:
         self._texts: dict[int, TokenText] = {}
         self._anchor: list[int] | None = None
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    @property
+    def showing_special(self) -> Vocabulary:
+        """The same, for texts of which special tokens are a part."""
+        if self._showing_special is None:
+            self._showing_special = Vocabulary(self.tokenizer, skips_special=False)
+        return self._showing_special
+
+    def decode(self, token_ids: Sequence[int]) -> str:
         """As transformers does."""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=self.skips_special))
 
     def alone(self, token_id: int) -> str:
         """The text of this token where there is no other."""
