@@ -7,33 +7,49 @@ from msi.net.slots import SlotLayout
 from msi.net.transport import Landing
 
 
-class PlainLanding:
-    """An endpoint remembers its seat's generation and writes no more once it has changed.
+class SeatedLanding:
+    """Seats whose headers are host memory, and whose rows are whatever the allocator gives.
 
-    Raises ConfigError: there is not enough memory, or it is not the host's.
+    Raises ConfigError: there is not enough memory.
     """
 
     def __init__(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> None:
         self.num_seats = num_seats
         self.layout = layout
         self.allocator = allocator
-        self.rows = allocator.region(num_seats * layout.rows_bytes)
-        self.rows.host()  # or it refuses
-        self._headers = map_zeroed(num_seats * layout.headers_bytes)
-        self.headers = tuple(layout.split_headers(self._seat_headers(seat)) for seat in range(num_seats))
+        self.rows: Region = allocator.region(num_seats * layout.rows_bytes)
+        size = layout.headers_bytes
+        memory = map_zeroed(num_seats * size)
+        self.headers = tuple(layout.split_headers(memory[seat * size : (seat + 1) * size]) for seat in range(num_seats))
         self._generations = [0] * num_seats
-
-    def _seat_headers(self, index: int) -> memoryview:
-        size = self.layout.headers_bytes
-        return self._headers[index * size : (index + 1) * size]
 
     def revoke(self, index: int) -> None:
         self._generations[index] += 1
-        for memory in (self._seat_headers(index), seat_rows(self, index)):
-            memory[:] = bytes(memory.nbytes)
+        for header in self.headers[index]:
+            header[:] = bytes(header.nbytes)
+        self._clear_rows(index)
+
+    def _clear_rows(self, index: int) -> None:
+        """Of one seat."""
+        raise NotImplementedError
 
     def generation(self, index: int) -> int:
         return self._generations[index]
+
+
+class PlainLanding(SeatedLanding):
+    """An endpoint remembers its seat's generation and writes no more once it has changed.
+
+    Raises ConfigError: there is not enough memory, or it is not the host's.
+    """
+
+    def __init__(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> None:
+        super().__init__(num_seats, layout, allocator)
+        self.rows.host()  # or it refuses
+
+    def _clear_rows(self, index: int) -> None:
+        rows = seat_rows(self, index)
+        rows[:] = bytes(rows.nbytes)
 
 
 class Outbox:

@@ -13,76 +13,47 @@ from collections.abc import Callable
 
 from msi.device.fake.device import FakeDevice
 from msi.device.fake.wire import BytesCopy, RowsCopy, Wire
-from msi.errors import EngineError, TransportError
-from msi.net.delivery import Delivery
-from msi.net.regions import Allocator, map_zeroed
+from msi.net.landing import SeatedLanding
+from msi.net.local import LocalEndpoint, LocalTransport
+from msi.net.regions import Allocator
 from msi.net.slots import HEADER_BYTES, SlotLayout
-from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
+from msi.net.transport import CompletionKind, Landing
 
-_listeners: dict[str, FakeTransport] = {}
+_listeners: dict[str, LocalTransport[FakeEndpoint]] = {}
 _names = itertools.count()
 
 
-class FakeLanding:
-    """Implements `msi.net.transport.Landing`."""
+class FakeLanding(SeatedLanding):
+    """In the memory of a fake device."""
 
     def __init__(self, num_seats: int, layout: SlotLayout, device: FakeDevice) -> None:
-        self.num_seats = num_seats
-        self.layout = layout
-        self.allocator: Allocator = device
+        super().__init__(num_seats, layout, device)
         self.memory = device.memory
-        self.rows = device.region(num_seats * layout.rows_bytes)
-        self._by_seat = self.rows.tensor().view(num_seats, -1)
-        size = layout.headers_bytes
-        self._headers = map_zeroed(num_seats * size)
-        self.headers = tuple(
-            layout.split_headers(self._headers[seat * size : (seat + 1) * size]) for seat in range(num_seats)
-        )
-        self._generations = [0] * num_seats
 
-    def revoke(self, index: int) -> None:
-        self._generations[index] += 1
+    def _clear_rows(self, index: int) -> None:
         self.memory.flush()
         with self.memory.opened():
-            self._by_seat[index].zero_()
-        for header in self.headers[index]:
-            header[:] = bytes(header.nbytes)
-
-    def generation(self, index: int) -> int:
-        return self._generations[index]
+            self.rows.tensor().view(self.num_seats, -1)[index].zero_()
 
 
-class FakeEndpoint:
-    """Implements `msi.net.transport.Endpoint`."""
+class FakeEndpoint(LocalEndpoint):
+    transport: FakeTransport
+    landing: FakeLanding
 
     def __init__(
         self, transport: FakeTransport, peer: bytes, landing: FakeLanding, seat: int, layout: SlotLayout
     ) -> None:
-        self.peer = peer
-        self.seat = seat
-        self.came_at = 0.0
-        self.landing = landing
-        self.transport = transport
+        super().__init__(transport, peer, landing, seat)
         device = transport.device
         self.out_headers = layout.split_headers(memoryview(bytearray(layout.headers_bytes)))
         self.out_rows = device.region(layout.rows_bytes)
         self._layout = layout
-        self._generation = landing.generation(seat)
         self._wire = Wire(device.world)
-        self._other: FakeEndpoint | None = None
-
-    def join(self, other: FakeEndpoint) -> None:
-        self._other, other._other = other, self
-
-    @property
-    def is_revoked(self) -> bool:
-        """Whether its peer may write no more."""
-        return self._generation != self.landing.generation(self.seat)
 
     def post(self, lane: int, immediate: int, num_rows: int = 0, note_bytes: int = 0) -> None:
         other = self._other
         if other is None:
-            raise TransportError(f"fake peer at seat {self.seat}", "the connection is closed")
+            raise self._is_closed()
         rows = header = None
         if num_rows or note_bytes:
             num_bytes = HEADER_BYTES + note_bytes
@@ -108,20 +79,15 @@ class FakeEndpoint:
         if not self.is_revoked or immediate is None:
             self.transport.land(self, immediate)
 
-    def close(self) -> None:
-        self.transport.endpoints.discard(self)
-        other, self._other = self._other, None
-        if other is not None:
-            other._other = None
-            other.transport.endpoints.discard(other)
-            other._wire.cut()
-            self._wire.post(None, None, lambda: other.land(None))
+    def _say_goodbye(self, other: FakeEndpoint) -> None:
+        other._wire.cut()
+        self._wire.post(None, None, lambda: other.land(None))
 
 
 Send = Callable[[Wire, RowsCopy | None, BytesCopy | None, Callable[[], None]], None]
 
 
-class FakeTransport:
+class FakeTransport(LocalTransport[FakeEndpoint]):
     """Implements `msi.net.transport.Transport` for one worker on a fake device.
 
     Args:
@@ -130,16 +96,13 @@ class FakeTransport:
     """
 
     def __init__(self, device: FakeDevice, flush: Callable[[], None] | None = None, send: Send = Wire.post) -> None:
+        super().__init__(_listeners, f"fake://{next(_names)}")
         self.device = device
         self.send = send
-        self.endpoints: set[FakeEndpoint] = set()
         self._flush = flush
         self._loop = asyncio.get_running_loop()
-        self._deliver = Delivery()
         self._landed: deque[tuple[FakeEndpoint, int | None]] = deque()  # None: closed
-        self._address = f"fake://{next(_names)}"
-        self._accept: Callable[[bytes], Admission] | None = None
-        self._is_closed = False
+        self._is_open = True
 
     def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> FakeLanding:
         assert isinstance(allocator, FakeDevice), "fake cards write into the memory of fake devices"
@@ -147,41 +110,16 @@ class FakeTransport:
         self._flush = self._flush or landing.rows.flush
         return landing
 
-    async def listen(self, accept: Callable[[bytes], Admission]) -> str:
-        self._accept = accept
-        _listeners[self._address] = self
-        return self._address
-
-    async def connect(
-        self, address: str, hello: bytes, landing: Landing, seat: int, *, timeout_s: float = CONNECT_TIMEOUT_S
-    ) -> Endpoint:
-        listener = _listeners.get(address)
-        if listener is None or listener._accept is None:
-            raise TransportError(address, "nobody listens there in this process")
-        try:
-            admission = listener._accept(hello)
-        except EngineError as error:
-            raise TransportError(address, f"refused: {error}") from error
-        theirs = admission.landing
+    def _new_end(self, peer: bytes, landing: Landing, seat: int, theirs: Landing, their_seat: int) -> FakeEndpoint:
         assert isinstance(landing, FakeLanding), landing
-        assert isinstance(theirs, FakeLanding), theirs
-        ours = FakeEndpoint(self, admission.welcome, landing, seat, theirs.layout)
-        other = FakeEndpoint(listener, hello, theirs, admission.seat, landing.layout)
-        ours.join(other)
-        self.endpoints.add(ours)
-        listener.endpoints.add(other)
-        listener._deliver(other, CompletionKind.CONNECTED)
-        return ours
-
-    def deliver(self, handler: Handler) -> None:
-        self._deliver.start(handler)
+        return FakeEndpoint(self, peer, landing, seat, theirs.layout)
 
     def take(self) -> None:
         """Nothing: the event loop hands over all there is."""
 
     def land(self, endpoint: FakeEndpoint, immediate: int | None) -> None:
         """Something came for one of our endpoints; None is its end."""
-        if self._is_closed:
+        if not self._is_open:
             return
         self._landed.append((endpoint, immediate))
         self._loop.call_soon(self._take)
@@ -192,13 +130,11 @@ class FakeTransport:
         while self._landed:
             endpoint, immediate = self._landed.popleft()
             if immediate is None:
-                self._deliver(endpoint, CompletionKind.CLOSED, 0, "the peer closed")
+                self.completed(endpoint, CompletionKind.CLOSED, 0, "the peer closed")
             else:
-                self._deliver(endpoint, CompletionKind.IMMEDIATE, immediate)
+                self.completed(endpoint, CompletionKind.IMMEDIATE, immediate)
 
     async def close(self) -> None:
-        self._is_closed = True
-        _listeners.pop(self._address, None)
-        for endpoint in list(self.endpoints):
-            endpoint.close()
+        self._is_open = False
+        await super().close()
         self._landed.clear()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from msi.errors import ConfigError
-from msi.net.landing import PlainLanding
+from msi.net.landing import PlainLanding, SeatedLanding
 from msi.net.rdma.verbs import Card, Registration, Span
 from msi.net.regions import Allocator, Region, map_zeroed
 from msi.net.slots import HEADER_BYTES, NOTE_BYTES, SlotLayout
@@ -40,30 +40,15 @@ class Registered(NamedTuple):
         return (Span(self.headers.address, self.headers.remote_key), Span(self.rows.address, self.rows.remote_key))
 
 
-class DeviceLanding:
+class DeviceLanding(SeatedLanding):
     """Seats whose rows no host instruction reaches. Raises ConfigError: they cannot be exported to a card."""
 
     def __init__(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> None:
-        self.num_seats = num_seats
-        self.layout = layout
-        self.allocator = allocator
-        self.rows: Region = allocator.region(num_seats * layout.rows_bytes)
-        size = layout.headers_bytes
-        self._headers = map_zeroed(num_seats * size)
-        self.headers = tuple(
-            layout.split_headers(self._headers[seat * size : (seat + 1) * size]) for seat in range(num_seats)
-        )
-        self._generations = [0] * num_seats
+        super().__init__(num_seats, layout, allocator)
         os.close(self.rows.export())  # or it refuses
 
-    def revoke(self, index: int) -> None:
-        self._generations[index] += 1
-        for header in self.headers[index]:
-            header[:] = bytes(header.nbytes)
+    def _clear_rows(self, index: int) -> None:
         self.rows.tensor().reshape(self.num_seats, -1)[index].zero_()
-
-    def generation(self, index: int) -> int:
-        return self._generations[index]
 
 
 class RdmaLanding:
