@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from msi.experts.half import ExpertHalf
 from tests.everyday import mostly_slow
-from tests.fake_left_out import LEFT_OUT, LEFT_OUT_AT_A_LOSS
+from tests.fake_left_out import LEFT_OUT, LEFT_OUT_AT_A_LOSS, made
 from tests.fake_roles import Model, play
 from tests.reference import references, save_tiny
 
@@ -25,6 +26,29 @@ def model(tmp_path_factory):
 def test_workers_that_wait_for_all_they_must_are_right(model, loses_node, seeds):
     runs = {seed: play(model, seed, loses_node=loses_node) for seed in seeds}
     assert not any(runs.values()), runs
+
+
+class FailsOnce:
+    """A bank of experts that raises for one of its batches."""
+
+    def __init__(self, bank, number):
+        self.num_rows = bank.num_rows
+        self._bank, self._left = bank, number
+
+    def run(self, *batch):
+        self._left -= 1
+        if not self._left:
+            raise ValueError("once")
+        return self._bank.run(*batch)
+
+
+@pytest.mark.parametrize("seeds", SEEDS_OF, ids=str)
+def test_a_batch_that_failed_is_not_taken_for_another_that_is_out(model, seeds):
+    def fail_once(half):
+        half._bank = FailsOnce(half._bank, 1 + seed % 16)
+
+    for seed in seeds:
+        assert not play(model, seed, lambda: made(ExpertHalf, fail_once)), seed
 
 
 EVERYDAY = "attention does not flush what landed"

@@ -6,6 +6,7 @@ Owns weights, never requests. Reads rows where they landed and writes answers wh
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,6 +23,12 @@ from msi.meter import StageMeter
 from msi.models.config import ModelConfig
 from msi.net.regions import Region
 from msi.net.slots import SlotLayout
+
+
+@dataclass(slots=True)
+class _Ran:
+    program: Program
+    error: Exception | None = None
 
 
 class ExpertHalf:
@@ -63,8 +70,7 @@ class ExpertHalf:
             Program(partial(self._run_next, lane), self._failed, self.meter, "experts", lane)
             for lane in range(dispatch_layout.num_lanes)
         ]
-        self._running = self._programs[0]  # ran last
-        self._error: Exception | None = None  # of that
+        self._ran: deque[_Ran] = deque()  # whose tickets have not been seen yet
         self._queue = device.queue("experts")
         self._done = device.words.take()
 
@@ -90,8 +96,8 @@ class ExpertHalf:
 
     def tell(self, finished: Finished) -> None:
         def seen(ticket: int) -> None:
-            error, self._error = self._error, None
-            finished(ticket, self._running.spent_s, error)
+            ran = self._ran.popleft()
+            finished(ticket, ran.program.spent_s, ran.error)
 
         self._device.follow(self._done, seen)
 
@@ -101,11 +107,11 @@ class ExpertHalf:
     # -- work --------------------------------------------------------------------------------------------------------
 
     def _run_next(self, lane: int) -> None:
-        self._running = self._programs[lane]
+        self._ran.append(_Ran(self._programs[lane]))
         self._run(self._batches.popleft())
 
     def _failed(self, error: Exception) -> None:
-        self._error = error
+        self._ran[-1].error = error
 
     def _run(self, batch: WaveBatch) -> None:
         seats = [(seat, num_rows) for seat, _, num_rows in batch.rows]
