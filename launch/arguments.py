@@ -42,6 +42,7 @@ class LaunchArguments:
 
     Attributes:
         role: "" for everything on this machine, else the one process to run.
+        slurm: this process is a task of srun's.
         parent: process with which this one ends; 0 for none.
         host: where HTTP is served: an address or a name, IPv6 without brackets.
         api_key: what HTTP clients must give; "" asks for none.
@@ -60,6 +61,7 @@ class LaunchArguments:
     options: InstanceOptions
     role: str
     coordinator: str
+    slurm: bool
     worker_id: str
     advertise_host: str
     host: str
@@ -124,10 +126,12 @@ def _check(values: argparse.Namespace) -> None:
 
 def _trust(values: argparse.Namespace) -> Trust:
     """Raises ConfigError: the secret cannot be one, or nobody would ask for it."""
-    is_cluster = bool(values.role) or "TORCHELASTIC_RUN_ID" in os.environ
+    is_cluster = bool(values.role) or values.slurm or "TORCHELASTIC_RUN_ID" in os.environ
     if not is_cluster and (values.secret_file is not None or values.insecure_network):
         flag = "--insecure-network" if values.secret_file is None else "--secret-file"
-        raise ConfigError(f"{flag} is for --role and torchrun: without them no socket but HTTP's is open to others")
+        raise ConfigError(
+            f"{flag} is for --role, --slurm and torchrun: without them no socket but HTTP's is open to others"
+        )
     return Trust(find_secret(values.secret_file) if is_cluster else None, values.insecure_network)
 
 
@@ -230,6 +234,8 @@ def _add_role(parser: CommandLine) -> None:
     add("--role", type=one_of(*ROLES), metavar="R",
         help="coordinator (with a gateway), gateway (HTTP alone), attention, expert, or worker (any)")  # fmt: skip
     add("--coordinator", default="", metavar="ADDRESS", help="tcp://HOST:PORT; for the coordinator: where to listen")
+    add("--slurm", action="store_true",
+        help="this process is one of srun's tasks: each is a worker, task 0 starts the coordinator, too")  # fmt: skip
     add("--worker-id", type=text(r"[A-Za-z0-9_.-]{1,64}", "up to 64 letters, digits, and any of _ . -"),
         metavar="ID", help="role-index by default")  # fmt: skip
     add("--advertise-host", type=host, metavar="H",

@@ -57,10 +57,11 @@ def _run(argv: list[str]) -> None:
 def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:
     from . import gateway_process, local, processes
 
-    if "TORCHELASTIC_RUN_ID" in os.environ and not arguments.parent:
-        from . import torchrun  # imports torch.distributed, which nobody else needs
+    if (arguments.slurm or "TORCHELASTIC_RUN_ID" in os.environ) and not arguments.parent:
+        from . import slurm, torchrun, world  # imports torch.distributed, which nobody else needs
 
-        return torchrun.run_world(arguments, torchrun.World.of(os.environ))
+        launcher = slurm if arguments.slurm else torchrun
+        return world.run_world(arguments, launcher.world_of(os.environ))
     if arguments.role == "coordinator":
         return processes.run_coordinator(arguments)
     if arguments.role == "gateway":

@@ -355,6 +355,8 @@ def test_msi_profile_refuses_in_one_sentence(argv, complaint, capsys, monkeypatc
 
 OTHERS = {
     "--local-dir": "hf download",
+    "--ntasks": "srun",
+    "--signal": "sbatch",
 }
 
 

@@ -112,7 +112,7 @@ def test_an_instance_on_this_machine_alone_has_no_use_for_a_secret(flags, monkey
     from msi_launch.arguments import parse
 
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with pytest.raises(ConfigError, match=f"{flags[0]} is for --role and torchrun"):
+    with pytest.raises(ConfigError, match=f"{flags[0]} is for --role, --slurm and torchrun"):
         parse(flags)
     monkeypatch.setenv("MSI_SECRET", "bad")
     assert parse([]).trust.secret is None

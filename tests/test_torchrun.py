@@ -11,7 +11,8 @@ import pytest
 
 from msi.errors import ConfigError
 from msi.options import InstanceOptions
-from msi_launch.torchrun import World, share_out
+from msi_launch.torchrun import world_of
+from msi_launch.world import World, share_out
 from tests.test_launch import free_port, running
 from tests.waiting import until
 
@@ -23,6 +24,10 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
+def of_size(size):
+    return world_of({**ENVIRONMENT, "WORLD_SIZE": str(size)})
+
+
 def torchrun(*arguments, port=0):
     return running(
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-addr", "127.0.0.1",
@@ -31,11 +36,13 @@ def torchrun(*arguments, port=0):
 
 
 def test_the_environment_says_who_we_are():
-    assert World.of(ENVIRONMENT) == World(1, 4, "10.0.0.1", 29500, True, "msi/coordinator/2", False)
-    assert World.of({**ENVIRONMENT, "LOCAL_WORLD_SIZE": "4"}).is_one_host
-    assert not World.of({**ENVIRONMENT, "LOCAL_WORLD_SIZE": "2"}).is_one_host
+    assert world_of(ENVIRONMENT) == World(
+        "torchrun", 1, 4, "10.0.0.1", 29500, True, "msi/coordinator/2", is_one_host=False, can_drain=False
+    )
+    assert world_of({**ENVIRONMENT, "LOCAL_WORLD_SIZE": "4"}).is_one_host
+    assert not world_of({**ENVIRONMENT, "LOCAL_WORLD_SIZE": "2"}).is_one_host
     with pytest.raises(ConfigError, match="WORLD_SIZE"):
-        World.of({name: value for name, value in ENVIRONMENT.items() if name != "WORLD_SIZE"})
+        world_of({name: value for name, value in ENVIRONMENT.items() if name != "WORLD_SIZE"})
 
 
 @pytest.mark.parametrize(
@@ -48,14 +55,14 @@ def test_the_environment_says_who_we_are():
     ],
 )
 def test_the_world_is_shared_out_as_told_or_evenly(options, size, expected):
-    shared = share_out(InstanceOptions.of(**options), size)
+    shared = share_out(InstanceOptions.of(**options), of_size(size))
     assert (shared.attention_workers, shared.expert_workers) == expected
 
 
 @pytest.mark.parametrize(("options", "size"), [({"attention_workers": 2}, 2), ({}, 1), ({"colocated": True}, 2)])
 def test_a_world_that_does_not_fit_is_refused_with_both_numbers(options, size):
     with pytest.raises(ConfigError, match=f"torchrun started {size} processes for"):
-        share_out(InstanceOptions.of(**options), size)
+        share_out(InstanceOptions.of(**options), of_size(size))
 
 
 def children_of(pid):
