@@ -7,8 +7,10 @@ fails ends the program.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import itertools
+import socket
 import subprocess
 import sys
 import time
@@ -270,9 +272,52 @@ def keys(ours, theirs):
     asyncio.run(run(True))
 
 
+# -- what is on the wire ----------------------------------------------------------------------------------------------
+
+ROCE_PORT = 4791
+WRITES, ACKNOWLEDGEMENT = range(6, 12), 17  # opcodes of reliable connections
+
+
+def classes(ours, theirs):
+    """What the dialling end writes, what the accepting end writes, and acknowledgements: three traffic classes."""
+    options = {"rdma_dispatch_class": 0x68, "rdma_combine_class": 0x70, "rdma_ack_class": 0xB8}
+    seen = collections.Counter()
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as sniffer:
+        sniffer.bind(("rdma0", 0))
+        asyncio.run(converse(transport(ours, 0, **options), transport(theirs, 1, **options)))
+        sniffer.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                packet = sniffer.recv(65535)
+                if packet[12:14] == b"\x08\x00" and int.from_bytes(packet[36:38]) == ROCE_PORT:
+                    sender, opcode = packet[29], packet[42]
+                    what = "writes" if opcode in WRITES else "acknowledges" if opcode == ACKNOWLEDGEMENT else opcode
+                    seen[f"10.77.0.{sender} {what}", packet[15]] += 1
+    print(f"  {dict(seen)}")
+    assert set(seen) == {
+        ("10.77.0.1 writes", 0x68), ("10.77.0.2 acknowledges", 0xB8),
+        ("10.77.0.2 writes", 0x70), ("10.77.0.1 acknowledges", 0xB8),
+    }  # fmt: skip
+
+
+async def converse(right, left):
+    """Ten posts of a row each way."""
+    landings = [one.register(1, LAYOUT, HOST_MEMORY) for one in (right, left)]
+    accepted, landed = asyncio.get_running_loop().create_future(), asyncio.Event()
+    left.deliver(lambda endpoint, kind, word, reason: accepted.done() or accepted.set_result(endpoint))
+    right.deliver(lambda endpoint, kind, word, reason: word != 10 or landed.set())
+    address = await left.listen(lambda hello: Admission(landings[1], 0, b""))
+    ours = await right.connect(address, b"", landings[0], 0, timeout_s=WAIT_S)
+    for endpoint in (ours, await accepted):
+        for word in range(1, 11):
+            endpoint.post(0, word, num_rows=1)
+    await asyncio.wait_for(landed.wait(), WAIT_S)
+    await asyncio.gather(right.close(), left.close())
+
+
 CHECKS = {
     "contract": contract, "exchanges": exchanges, "killed": killed, "silent": silent, "lossy": lossy, "keys": keys,
-    "latency": latency, "perftest": perftest, "roles": roles,
+    "latency": latency, "perftest": perftest, "roles": roles, "classes": classes,
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ KINDS = {
     "inproc": (InprocTransport, 100_000),
     "shm": (ShmTransport, 100_000),
     "tcp": (TcpTransport, 100_000),
-    "rdma": (lambda: RdmaTransport(LoopbackDriver(FABRIC)), 20_000),
+    "rdma": (lambda: RdmaTransport(LoopbackDriver(FABRIC)), 100_000),
 }
 FABRIC = Fabric()
 

@@ -380,6 +380,13 @@ def test_introductions_come_out_as_they_went_in():
     assert Introduction.decode(ours.encode() + b"hello") == (ours, b"hello")
 
 
+def test_a_seat_for_which_we_would_have_to_pin_too_much_is_refused():
+    queue = RemoteQueue(1, 2, b"g" * 16, 7)
+    ours = Introduction(3, queue, queue, Span(1, 2), Span(3, 4), SlotLayout(8, 1 << 16, 1 << 14))
+    with pytest.raises(ProtocolError, match="by RDMA at most 4294967296 are taken"):
+        Introduction.decode(ours.encode())
+
+
 @given(st.binary(max_size=200))
 def test_an_introduction_of_anything_is_refused_or_read(payload):
     with contextlib.suppress(ProtocolError):

@@ -13,8 +13,8 @@ CANNOT = 77
 CHECKS = (
     "contract:ibverbs", "contract:pyverbs", "exchanges:ibverbs:pyverbs", "exchanges:pyverbs:ibverbs",
     "lossy:ibverbs:ibverbs", "lossy:pyverbs:pyverbs", "keys:ibverbs:pyverbs", "keys:pyverbs:ibverbs",
-    "roles:ibverbs:pyverbs:ibverbs", "silent:ibverbs:pyverbs", "silent:pyverbs:ibverbs",
-    "killed:ibverbs:ibverbs", "killed:pyverbs:pyverbs",
+    "classes:ibverbs:pyverbs", "roles:ibverbs:pyverbs:ibverbs", "silent:ibverbs:pyverbs",
+    "silent:pyverbs:ibverbs", "killed:ibverbs:ibverbs", "killed:pyverbs:pyverbs",
 )  # fmt: skip
 
 

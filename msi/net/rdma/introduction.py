@@ -16,6 +16,7 @@ VERSION = 1
 # version, MTU, LID, GID, then number and first sequence number of the sending and of the receiving queue pair,
 # then address and key of the headers and of the rows of the seat; its layout follows
 FORM = struct.Struct("<BBH16sIIIIQIQI")
+MAX_SEAT_BYTES = 1 << 32  # we pin as much, to write from
 NUM_BYTES = FORM.size + LAYOUT.size
 
 
@@ -53,6 +54,10 @@ class Introduction(NamedTuple):
         )
         if version != VERSION:
             raise ProtocolError(f"speaks version {version} of RDMA introductions, we speak {VERSION}")
+        if layout.rows_bytes > MAX_SEAT_BYTES:
+            raise ProtocolError(
+                f"offers a seat of {layout.rows_bytes} bytes; by RDMA at most {MAX_SEAT_BYTES} are taken"
+            )
         if not 1 <= mtu <= 5:
             raise ProtocolError(f"has an MTU of {mtu}, which is none")
         found = Introduction(

@@ -54,7 +54,6 @@ SCHEME = "rdma://"
 CONTROL_LAYOUT = SlotLayout(1, 1, 128)  # of a seat in which nothing lands: control connections carry words alone
 KNOCK = 0x4B4E4F43  # never delivered
 RECEIVES_PER_SEAT = 32
-SPARE_SEATS = 4  # of peers that are leaving
 LEAVE_S = 1.0  # what was posted before a close may arrive so much later
 COUNT_MASK = (1 << 31) - 1
 GONE = 1 << 31  # said nothing
@@ -218,19 +217,19 @@ class RdmaTransport:
         return next(one for one in self._landings if landing in (one, one.inner))
 
     def _open_queues(self) -> Queues:
-        """Raises OSError, or ConfigError: there are more peers than seats."""
+        """Raises OSError, or ConfigError: there are too many."""
         if not self._most_peers:
             self._start()
         if len(self._outgoing) >= self._most_peers:
-            raise ConfigError(f"all {self._most_peers} seats are taken")
+            raise ConfigError(f"there are {self._most_peers} peers and such as are leaving: no more fit the queues")
         return open_queues(self.place, self.options)
 
     def _start(self) -> None:
         """The queues that all peers share; every landing is registered by now."""
-        num_seats = sum(landing.num_seats for landing in self._landings) + SPARE_SEATS
+        num_seats = sum(landing.num_seats for landing in self._landings)
         num_receives = RECEIVES_PER_SEAT * num_seats
-        self._card.start(num_receives, num_receives + (NUM_SENDS + 1) * num_seats)
-        self._most_peers = num_seats
+        self._most_peers = 2 * num_seats  # a peer may come back before the last of its former life has left
+        self._card.start(num_receives, num_receives + (NUM_SENDS + 1) * self._most_peers)
         self._loop.add_reader(self._card.fd, self._readable)
         self._card.arm()
 
