@@ -84,7 +84,7 @@ class HostOptions:
         transport: "inproc" puts all workers into the calling process; "auto" takes shared memory within a host, and
             across hosts RDMA where both have cards that reach each other, else TCP.
         encrypt_rows: of connections over TCP, which are then taken in place of RDMA; the same for all processes.
-        poll_us: see `msi.device.polling`.
+        poll_us: see `msi.device.polling` and `msi.net.rdma.patience`.
         gpu_memory_utilization: share of free memory for KV cache (on a CPU, of free RAM).
     """
 
@@ -103,7 +103,8 @@ class HostOptions:
         False, "encrypt and sign rows that travel over TCP (TLS 1.3, by the secret)", group=MODEL_AND_WORKERS
     )
     poll_us: Annotated[int, range(100_001)] = parameter(
-        0, "microseconds that a CPU's compute thread looks for rows before it sleeps; pays where cores are idle",
+        0, "microseconds that a CPU's compute thread, and whoever waits for RDMA, looks for rows before it sleeps; "
+        "pays where cores are idle",
         metavar="N", group=MODEL_AND_WORKERS,
     )  # fmt: skip
     gpu_memory_utilization: Annotated[float, (0.0, 1.0)] = parameter(

@@ -27,13 +27,12 @@ from msi.net.transport import Admission, CompletionKind
 from tests import rdma_roles
 
 CARDS = ("rxe0", "rxe1")
-KEY = b"k" * 32
 LAYOUT = SlotLayout(num_lanes=2, slot_rows=16, row_bytes=512)
 WAIT_S = 60.0
 
 
 def transport(driver, card, **options):
-    return RdmaTransport(load_driver(driver), RdmaOptions(rdma_device=CARDS[card], **options), key=KEY)
+    return RdmaTransport(load_driver(driver), RdmaOptions(rdma_device=CARDS[card], **options))
 
 
 # -- the contract, between the two cards ------------------------------------------------------------------------------
@@ -284,7 +283,7 @@ def classes(ours, theirs):
     seen = collections.Counter()
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as sniffer:
         sniffer.bind(("rdma0", 0))
-        asyncio.run(converse(transport(ours, 0, **options), transport(theirs, 1, **options)))
+        asyncio.run(converse(ours, theirs, options))
         sniffer.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -300,15 +299,16 @@ def classes(ours, theirs):
     }  # fmt: skip
 
 
-async def converse(right, left):
+async def converse(ours, theirs, options):
     """Ten posts of a row each way."""
+    right, left = transport(ours, 0, **options), transport(theirs, 1, **options)
     landings = [one.register(1, LAYOUT, HOST_MEMORY) for one in (right, left)]
     accepted, landed = asyncio.get_running_loop().create_future(), asyncio.Event()
     left.deliver(lambda endpoint, kind, word, reason: accepted.done() or accepted.set_result(endpoint))
     right.deliver(lambda endpoint, kind, word, reason: word != 10 or landed.set())
     address = await left.listen(lambda hello: Admission(landings[1], 0, b""))
-    ours = await right.connect(address, b"", landings[0], 0, timeout_s=WAIT_S)
-    for endpoint in (ours, await accepted):
+    dialled = await right.connect(address, b"", landings[0], 0, timeout_s=WAIT_S)
+    for endpoint in (dialled, await accepted):
         for word in range(1, 11):
             endpoint.post(0, word, num_rows=1)
     await asyncio.wait_for(landed.wait(), WAIT_S)

@@ -22,6 +22,7 @@ from msi.net.rdma.fabric import gid_kinds, open_place
 from msi.net.rdma.introduction import Introduction
 from msi.net.rdma.landing import address_of
 from msi.net.rdma.options import RdmaOptions
+from msi.net.rdma.patience import Patience
 from msi.net.rdma.transport import RECEIVES_PER_SEAT, RdmaTransport
 from msi.net.rdma.verbs import Port, RemoteQueue, Span
 from msi.net.regions import HOST_MEMORY
@@ -34,6 +35,7 @@ from tests.loopback_verbs import Completion, Fabric, LoopbackCard, LoopbackDrive
 FABRIC = Fabric()
 LAYOUT = SlotLayout(2, 16, 128)
 NOBODY = "rdma://127.0.0.1:1"
+BY_SENTENCE = {rule.sentence: rule for rule in RULES}
 
 
 def make():
@@ -119,6 +121,42 @@ async def test_an_idle_transport_sleeps_on_its_descriptor():
         polls = joined.left_card.num_polls, joined.right_card.num_polls
         await asyncio.sleep(0.05)
         assert (joined.left_card.num_polls, joined.right_card.num_polls) == polls
+
+
+class Sometimes:
+    """A queue that has something at every `nth` look, and a clock that moves a millisecond with each."""
+
+    def __init__(self, nth):
+        self.nth, self.looks = nth, 0
+
+    def clock(self):
+        return self.looks / 1000
+
+    def poll(self):
+        self.looks += 1
+        return [] if self.looks % self.nth else ["completion"]
+
+
+def test_looking_is_rewarded_or_done_less_and_less():
+    soon, late = Sometimes(3), Sometimes(10**9)
+    patience = Patience(0.01, clock=soon.clock)
+    assert [patience.look(soon.poll) for _ in range(4)] == [["completion"]] * 4
+    patience = Patience(0.0095, clock=late.clock)
+    looks = []
+    for _ in range(16):
+        before = late.looks
+        assert not patience.look(late.poll)
+        looks.append(late.looks - before)
+    assert [number for number, count in enumerate(looks) if count] == [0, 2, 6, 14]
+    assert not Patience(0.0).look(late.poll)
+    assert late.looks == sum(looks)
+
+
+@pytest.mark.parametrize("sentence", mostly_slow(sorted(BY_SENTENCE, key=lambda one: "order" not in one)))
+async def test_while_looking_it_is_true_that(sentence):
+    await check_rule(
+        BY_SENTENCE[sentence], Subject(lambda: RdmaTransport(LoopbackDriver(FABRIC), poll_s=0.001), NOBODY)
+    )
 
 
 # -- who may write ---------------------------------------------------------------------------------------------------
@@ -240,11 +278,6 @@ class ExportedRegion:
         return os.dup(self.fd)
 
 
-OF_ROWS_FIRST = {
-    rule.sentence: rule for rule in sorted(RULES, key=lambda rule: "are there when their" not in rule.sentence)
-}
-
-
 class ExportedRows:
     """Implements `msi.net.contract.Memory`, and is its own allocator."""
 
@@ -271,9 +304,11 @@ class ExportedRows:
         return address_of(memoryview(region.memory))
 
 
-@pytest.mark.parametrize("sentence", mostly_slow(OF_ROWS_FIRST))
+@pytest.mark.parametrize(
+    "sentence", mostly_slow(sorted(BY_SENTENCE, key=lambda one: "are there when their" not in one))
+)
 async def test_with_rows_in_exported_memory_it_is_true_that(sentence):
-    await check_rule(OF_ROWS_FIRST[sentence], Subject(make, NOBODY, ExportedRows()))
+    await check_rule(BY_SENTENCE[sentence], Subject(make, NOBODY, ExportedRows()))
 
 
 async def test_a_devices_memory_is_flushed_before_anybody_is_told_of_what_came():

@@ -195,13 +195,14 @@ class TorchHost:
             return ShmTransport(complain=self._complain, poller=poller)
         host, complain = self._advertised_host(), self._complain
         key, encrypt = self._settings.trust.link_key(assignment.instance), self._settings.host.encrypt_rows
+        poll_s = self._settings.host.poll_us / 1e6
         if name == "rdma":
-            return open_rdma(self._settings.host.rdma, host, key=key, complain=complain)
+            return open_rdma(self._settings.host.rdma, host, key=key, complain=complain, poll_s=poll_s)
         if name == "auto" and shm.is_available() is None:
             rdma = None
             if not encrypt:  # cards do not
                 try:
-                    rdma = open_rdma(self._settings.host.rdma, host, key=key, complain=complain)
+                    rdma = open_rdma(self._settings.host.rdma, host, key=key, complain=complain, poll_s=poll_s)
                 except ConfigError as error:
                     log.debug("no RDMA: %s", error)
             return AutoTransport(host, key=key, encrypt=encrypt, complain=complain, poller=poller, rdma=rdma)

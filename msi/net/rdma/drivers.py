@@ -43,7 +43,12 @@ def check_rdma(options: RdmaOptions) -> None:
 
 
 def open_rdma(
-    options: RdmaOptions, host: str, *, key: bytes | None = None, complain: Complaints | None = None
+    options: RdmaOptions,
+    host: str,
+    *,
+    key: bytes | None = None,
+    complain: Complaints | None = None,
+    poll_s: float = 0.0,
 ) -> RdmaTransport:
     """Raises ConfigError, as `check_rdma`."""
-    return RdmaTransport(load_driver(options.rdma_driver), options, host, key=key, complain=complain)
+    return RdmaTransport(load_driver(options.rdma_driver), options, host, key=key, complain=complain, poll_s=poll_s)

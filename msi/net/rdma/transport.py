@@ -25,6 +25,7 @@ from msi.net.rdma.fabric import Place, open_place
 from msi.net.rdma.introduction import NUM_BYTES, Introduction
 from msi.net.rdma.landing import RdmaLanding, RdmaOutbox, new_landing
 from msi.net.rdma.options import RdmaOptions
+from msi.net.rdma.patience import Patience
 from msi.net.rdma.queues import Queues, open_queues
 from msi.net.rdma.verbs import (
     COMPLETIONS_PER_POLL,
@@ -66,8 +67,9 @@ class RdmaTransport:
     Args:
         driver: of a verbs library; see `msi.net.rdma.drivers`.
         host: this host's address as peers reach it, for the control connections.
-        key: what peers have to prove that they hold.
+        key: what peers have to prove that they hold; control connections are encrypted by it.
         complain: told who is cut off.
+        poll_s: how long completions are looked for before they are slept for; see `msi.net.rdma.patience`.
 
     Raises:
         ConfigError: no device that could be used.
@@ -81,11 +83,14 @@ class RdmaTransport:
         *,
         key: bytes | None = None,
         complain: Complaints | None = None,
+        poll_s: float = 0.0,
     ) -> None:
+        self._patience = Patience(poll_s)
         self.options = options or RdmaOptions()
         self.place: Place = open_place(driver, self.options)
         self._card = self.place.card
-        self._control = TcpTransport(host, key=key, complain=complain)
+        # keys of seats are not for whoever reads the network
+        self._control = TcpTransport(host, key=key, encrypt=key is not None, complain=complain)
         self._control_landing = self._control.register(1, CONTROL_LAYOUT, HOST_MEMORY)
         self._control.deliver(self._controlled)
         self._deliver = Delivery()
@@ -276,14 +281,16 @@ class RdmaTransport:
                 self._fail(error)
 
     def _poll(self) -> None:
-        card, incoming, deliver = self._card, self._incoming, self._deliver
+        card, patience, incoming, deliver = self._card, self._patience, self._incoming, self._deliver
         is_armed = False
         for _ in range(POLLS_PER_TURN):
             if self._is_closed:
                 return
             completions = card.poll()
-            if len(completions) < COMPLETIONS_PER_POLL:  # that was all
-                if not completions and is_armed:
+            if not completions and not is_armed:
+                completions = patience.look(card.poll)
+            if not completions or (patience.is_none and len(completions) < COMPLETIONS_PER_POLL):  # that was all
+                if is_armed and not completions:
                     break
                 if not is_armed:
                     card.arm()  # and once more: what came in between wakes nobody
