@@ -32,7 +32,7 @@ everything on this machine, with an HTTP server in front. Names are vLLM's where
 ROLES = ("coordinator", "gateway", "attention", "expert", "worker")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_CHILD_NUMBER = 2**22  # of processes and descriptors
-API_KEY_VARIABLE = "MSI_API_KEY"
+API_KEY_VARIABLES = ("MSI_API_KEY", "VLLM_API_KEY")  # the first that is set
 SECRET = r"[!-~]+"  # what can stand in an Authorization header
 
 
@@ -45,7 +45,7 @@ class LaunchArguments:
         slurm: this process is a task of srun's.
         parent: process with which this one ends; 0 for none.
         host: where HTTP is served: an address or a name, IPv6 without brackets.
-        api_key: what HTTP clients must give; "" asks for none.
+        api_keys: one of them is what HTTP clients must give; () asks for none.
         chat_template: file with a template to use in place of the model's.
         enable_log_requests: a line for every request that ended.
         disable_log_stats: no lines on throughput and load.
@@ -69,7 +69,7 @@ class LaunchArguments:
     prompt: str | None
     max_tokens: int
     has_gateway: bool
-    api_key: str
+    api_keys: tuple[str, ...]
     chat_template: Path | None
     enable_log_requests: bool
     disable_log_stats: bool
@@ -105,7 +105,7 @@ def parse(argv: list[str]) -> LaunchArguments:
         "options": options,
         "serving_flags": _flags_of(serving, values),
         "trust": _trust(values),
-        "api_key": _api_key(values),
+        "api_keys": _api_keys(values),
     }
     for one in fields(LaunchArguments):
         if one.name not in own:
@@ -135,19 +135,21 @@ def _trust(values: argparse.Namespace) -> Trust:
     return Trust(find_secret(values.secret_file) if is_cluster else None, values.insecure_network)
 
 
-def _api_key(values: argparse.Namespace) -> str:
-    """From the flag, a file, or the environment: a command line is no place for it, as every user can read those."""
+def _api_keys(values: argparse.Namespace) -> tuple[str, ...]:
+    """From flags, a file, or the environment: a command line is no place for them, as every user can read those."""
     if values.api_key is not None:
-        return str(values.api_key)
-    key, source = os.environ.get(API_KEY_VARIABLE), API_KEY_VARIABLE
+        return tuple(values.api_key)
     if values.api_key_file is not None:
-        key, source = (
-            read_private(values.api_key_file, "--api-key-file").strip(),
-            f"--api-key-file {values.api_key_file}",
-        )
-    if key is not None and not re.fullmatch(SECRET, key):
-        raise ConfigError(f"the key in {source} is not one of visible ASCII characters; give one, or none at all")
-    return key or ""
+        said, source = read_private(values.api_key_file, "--api-key-file"), f"--api-key-file {values.api_key_file}"
+    else:
+        source = next((name for name in API_KEY_VARIABLES if name in os.environ), "")
+        if not source:
+            return ()
+        said = os.environ[source]
+    keys = tuple(line.strip() for line in said.splitlines() if line.strip())
+    if not keys or not all(re.fullmatch(SECRET, key) for key in keys):
+        raise ConfigError(f"{source} has to hold keys of visible ASCII characters, one a line; or do without it")
+    return keys
 
 
 def _flags_of(group: Any, values: argparse.Namespace) -> tuple[str, ...]:
@@ -210,9 +212,10 @@ def _add_serving(group: Any) -> None:
     add("--host", type=host, default="127.0.0.1", metavar="H", help="where to listen; 127.0.0.1, 0.0.0.0 for all")
     add("--port", type=integer(0, 65535, of="a port"), default=8000, metavar="P", help="8000; 0 takes a free one")
     add("--api-key", type=text(SECRET, "a key of visible ASCII characters, or leave the flag out to ask for none"),
-        metavar="K",
-        help="clients must send it as Authorization: Bearer K, on all paths but those that probes ask")  # fmt: skip
-    add("--api-key-file", type=Path, metavar="FILE", help="the key, in a file of mode 600; or MSI_API_KEY")
+        metavar="K", action="append",
+        help="clients must send it as Authorization: Bearer K, on all paths but those that probes ask; may come "
+        "several times")  # fmt: skip
+    add("--api-key-file", type=Path, metavar="FILE", help="keys, one a line, in a file of mode 600; or MSI_API_KEY")
     add("--chat-template", type=file_to_read, metavar="FILE", help="Jinja file in place of the model's chat template")
     add("--enable-log-requests", action=argparse.BooleanOptionalAction, default=True,
         help="a line in the log for every request that ended; on")  # fmt: skip

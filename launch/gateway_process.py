@@ -57,7 +57,7 @@ async def run_gateway(arguments: LaunchArguments) -> None:
             engine,
             host=arguments.host,
             port=arguments.port,
-            api_key=arguments.api_key,
+            api_keys=arguments.api_keys,
             chat_template=template_of(arguments.chat_template),
             log_requests=arguments.enable_log_requests,
             log_load=not arguments.disable_log_stats and not has_live_terminal(),

@@ -10,7 +10,7 @@ from typing import Any
 
 from msi.errors import EngineError
 
-from .arguments import API_KEY_VARIABLE, LaunchArguments, parse
+from .arguments import API_KEY_VARIABLES, LaunchArguments, parse
 from .command import EXIT_SENTENCE, open_missing_streams, run_command
 from .logs import set_up_log
 
@@ -41,8 +41,8 @@ def _run(argv: list[str]) -> None:
     if arguments.parent:
         processes.end_with_parent(arguments.parent, GATEWAY_GRACE_S if arguments.role == "gateway" else 0.0)
     set_up_log(arguments.worker_id or arguments.role or "msi-launch", arguments.log_level)
-    if arguments.api_key:
-        os.environ[API_KEY_VARIABLE] = arguments.api_key  # for whichever child serves HTTP
+    if arguments.api_keys:
+        os.environ[API_KEY_VARIABLES[0]] = "\n".join(arguments.api_keys)  # for whichever child serves HTTP
     for given in arguments.ignored:
         log.info("%s changes nothing here", given)
     try:

@@ -210,7 +210,7 @@ def test_a_key_reaches_whichever_process_serves_and_no_command_line(role, monkey
     arguments = parse([*role, "--api-key=-k"])
     assert not any("-k" in word for word in arguments.serving_flags)
     assert main.run([*role, "--api-key=-k"]) == 0
-    assert parse(["--role", "gateway", "--coordinator", "tcp://h:1"]).api_key == "-k", "as its child sees it"
+    assert parse(["--role", "gateway", "--coordinator", "tcp://h:1"]).api_keys == ("-k",), "as its child sees it"
 
 
 def test_options_survive_the_way_to_a_child(tmp_path):

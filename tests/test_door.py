@@ -35,7 +35,7 @@ LONG = {"max_tokens": 480, "ignore_eos": True}
 async def served(tiny_model, tmp_path_factory):
     """(engine, url) of a gateway that asks for a key."""
     model = with_template(tiny_model, tmp_path_factory.mktemp("model"))
-    async with gateway(model, api_key=KEY) as (engine, url):
+    async with gateway(model, api_keys=(KEY,)) as (engine, url):
         yield engine, url
         await idle(engine)
 
@@ -217,7 +217,7 @@ async def test_half_headers_are_not_waited_for_for_ever(served, monkeypatch):
 
 async def test_silent_connections_give_their_places_to_new_ones(tiny_model, monkeypatch):
     monkeypatch.setattr("msi.server.gateway.max_connections", lambda: 20)
-    async with gateway(tiny_model, api_key=KEY) as (_, url), contextlib.AsyncExitStack() as stack:
+    async with gateway(tiny_model, api_keys=(KEY,)) as (_, url), contextlib.AsyncExitStack() as stack:
         silent = [(await stack.enter_async_context(raw(url, head())))[0] for _ in range(60)]
         for _ in range(5):
             await works(url)
@@ -341,6 +341,10 @@ async def test_a_page_that_is_allowed_can_read_and_another_cannot(tiny_model):
         gateway(tiny_model, allowed_origins=(page,)) as (_, url),
         aiohttp.ClientSession() as session,
     ):
+        sdk = "authorization,content-type,x-stainless-os"
+        asked = {"Origin": page, "Access-Control-Request-Headers": sdk}
+        async with session.options(f"{url}/v1/completions", headers=asked) as response:
+            assert response.headers["Access-Control-Allow-Headers"] == sdk
         async with session.options(f"{url}/v1/completions", headers={"Origin": page}) as response:
             assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (204, page)
             assert "Content-Type" in response.headers["Access-Control-Allow-Headers"]
@@ -348,6 +352,7 @@ async def test_a_page_that_is_allowed_can_read_and_another_cannot(tiny_model):
             async with session.get(url + path, headers={"Origin": given}) as response:
                 assert response.status == status
                 assert response.headers.get("Access-Control-Allow-Origin") == (page if status == 200 else None)
+                assert ("X-Request-Id" in response.headers.get("Access-Control-Expose-Headers", "")) == (status == 200)
         with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
             await session.ws_connect(f"{url}/v1/stream", headers={"Origin": "https://evil.example"})
 

@@ -34,7 +34,7 @@ async def get(session, url, **headers):
 
 
 async def test_without_the_key_nothing_but_probes_answers(tiny_model):
-    async with gateway(tiny_model, api_key=KEY) as (_, url), aiohttp.ClientSession() as session:
+    async with gateway(tiny_model, api_keys=("another", KEY)) as (_, url), aiohttp.ClientSession() as session:
         for probe in ("/health", "/ready", "/version"):
             assert (await get(session, f"{url}{probe}"))[0] == 200
         for path in ("/v1/models", "/metrics", "/v1/stream", "/nothing", "/ready/", "/Health", "/version/x", "//ready"):
@@ -44,8 +44,8 @@ async def test_without_the_key_nothing_but_probes_answers(tiny_model):
                 assert "needs an API key" in body
         async with session.post(f"{url}/v1/completions", data=b"{}") as response:
             assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
-        for scheme in ("Bearer", "bearer"):
-            assert (await get(session, f"{url}/v1/models", Authorization=f"{scheme} {KEY}"))[0] == 200
+        for given in (f"Bearer {KEY}", f"bearer {KEY}", "Bearer another"):
+            assert (await get(session, f"{url}/v1/models", Authorization=given))[0] == 200
 
 
 async def scrape(session, url):

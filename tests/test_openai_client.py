@@ -23,7 +23,7 @@ RENDERED = "<s><system>Be brief.\n<user>It is a truth\n<assistant>"
 async def served(tiny_model, tmp_path_factory):
     """(engine, client)"""
     model = with_template(tiny_model, tmp_path_factory.mktemp("model"))
-    async with gateway(model, api_key="secret") as (engine, url):
+    async with gateway(model, api_keys=("secret",)) as (engine, url):
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=60) as client:
             yield engine, client
         await idle(engine)

@@ -94,14 +94,22 @@ def test_an_api_key_from_a_file_or_the_environment_is_on_no_command_line(file, m
     from msi_launch.arguments import parse
 
     monkeypatch.setenv("MSI_API_KEY", "from-the-environment")
-    assert parse(["--api-key", "given"]).api_key == "given"
-    assert parse(["--api-key-file", str(file)]).api_key == TEXT
-    assert parse([]).api_key == "from-the-environment"
+    assert parse(["--api-key", "given", "--api-key", "other"]).api_keys == ("given", "other")
+    assert parse(["--api-key-file", str(file)]).api_keys == (TEXT,)
+    assert parse([]).api_keys == ("from-the-environment",)
     for arguments in (["--api-key", "given"], ["--api-key-file", str(file)], []):
         assert not [word for word in parse(arguments).serving_flags if "key" in word]
-    monkeypatch.setenv("MSI_API_KEY", "two words")
-    with pytest.raises(ConfigError, match="the key in MSI_API_KEY"):
-        parse([])
+    for wrong in ("two words", "", "\n", "good\nb\u00e4d"):
+        monkeypatch.setenv("MSI_API_KEY", wrong)
+        with pytest.raises(ConfigError, match="MSI_API_KEY has to hold keys"):
+            parse([])
+    monkeypatch.delenv("MSI_API_KEY")
+    monkeypatch.setenv("VLLM_API_KEY", "as-for-vllm")
+    assert parse([]).api_keys == ("as-for-vllm",)
+    monkeypatch.delenv("VLLM_API_KEY")
+    assert parse([]).api_keys == ()
+    file.write_text(f"{TEXT}\n\n other \n")
+    assert parse(["--api-key-file", str(file)]).api_keys == (TEXT, "other")
     file.chmod(0o644)
     with pytest.raises(ConfigError, match=r"--api-key-file .* is open to others"):
         parse(["--api-key-file", str(file)])

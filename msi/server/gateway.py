@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hmac
 import logging
 import os
+import re
 import resource
 import socket
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -26,6 +26,7 @@ import msi
 from msi.engine import Engine
 from msi.errors import MAX_SHOWN_CHARS, ConfigError
 from msi.server.answers import error_object
+from msi.server.api_keys import ApiKeys
 from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
 from msi.server.door import MAX_CONNECTIONS, Door
 from msi.server.metrics import CONTENT_TYPE_LATEST, Metrics
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1  # what a client waits that nothing could take now
 ID_HEADER = "X-Request-Id"
+USUAL_HEADERS = f"Authorization, Content-Type, {ID_HEADER}"
+HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(, ?[A-Za-z0-9-]{1,64}){0,63}")
 PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
 MAX_PIECE_BYTES = 256 * 1024  # of an answer: written at a time
 BACKLOG = 1024  # connections that wait to be accepted
@@ -56,7 +59,7 @@ class Gateway:
     """Serves an engine over HTTP. `start`, then `close`.
 
     Args:
-        api_key: what clients give as `Authorization: Bearer`, on every path but `PROBES`; "" asks for none.
+        api_keys: one of them is what clients give as `Authorization: Bearer`, on every path but `PROBES`.
         chat_template: in Jinja, in place of the model's; "" for the model's.
         log_requests: a line for each request that ended.
         log_load: a line on throughput and load every ten seconds.
@@ -73,7 +76,7 @@ class Gateway:
         *,
         host: str,
         port: int,
-        api_key: str = "",
+        api_keys: Collection[str] = (),
         chat_template: str = "",
         log_requests: bool = False,
         log_load: bool = False,
@@ -83,8 +86,8 @@ class Gateway:
         self._engine = engine
         self._host = host
         self._port = port
-        self._api_key = api_key.encode()
-        self._origins = Origins(allowed_origins, host, bool(api_key))
+        self._api_keys = ApiKeys(api_keys)
+        self._origins = Origins(allowed_origins, host, bool(api_keys))
         self._watch = watch
         self._created = int(time.time())
         self._metrics = Metrics()
@@ -159,7 +162,12 @@ class Gateway:
         headers = {ID_HEADER: request_id_of(request.headers.get(ID_HEADER))}
         origin = request.headers.get("Origin", "")
         if origin and self._origins.is_allowed(origin):
-            headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            exposed = f"{ID_HEADER}, Retry-After"
+            headers |= {
+                "Access-Control-Allow-Origin": origin,
+                "Access-Control-Expose-Headers": exposed,
+                "Vary": "Origin",
+            }
         is_unread = False
         try:
             self._check(request)
@@ -188,17 +196,15 @@ class Gateway:
             raise Refused(403, sentence, is_unread=True)
         if self._running.is_ending and request.path not in PROBES:
             raise Refused(503, "the server is shutting down", is_unread=True)
-        if self._api_key and request.path not in PROBES and request.method != "OPTIONS":
-            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-            # surrogates: a header may hold any bytes
-            is_right = hmac.compare_digest(given.strip().encode(errors="surrogateescape"), self._api_key)
-            if scheme.lower() != "bearer" or not is_right:
-                raise Refused(
-                    401,
-                    "this server needs an API key: send it as `Authorization: Bearer KEY`",
-                    headers={"WWW-Authenticate": "Bearer"},
-                    is_unread=True,
-                )
+        if request.path in PROBES or request.method == "OPTIONS":
+            return
+        if not self._api_keys.admits(request.headers.get("Authorization", "")):
+            raise Refused(
+                401,
+                "this server needs an API key: send it as `Authorization: Bearer KEY`",
+                headers={"WWW-Authenticate": "Bearer"},
+                is_unread=True,
+            )
 
     def _endpoint(self, request: web.BaseRequest) -> Handler:
         """Raises Refused."""
@@ -217,12 +223,13 @@ class Gateway:
         return handler
 
     async def _preflight(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        """A browser asks before a web page may."""
+        """A browser asks before a web page may. Clients' libraries add headers of their own: what is asked may come."""
+        asked = request.headers.get("Access-Control-Request-Headers", "")
         return web.Response(
             status=204,
             headers={
                 "Access-Control-Allow-Methods": "GET, POST",
-                "Access-Control-Allow-Headers": f"Authorization, Content-Type, {ID_HEADER}",
+                "Access-Control-Allow-Headers": asked if HEADER_NAMES.fullmatch(asked) else USUAL_HEADERS,
                 "Access-Control-Max-Age": "600",
             },
         )
