@@ -35,7 +35,6 @@ class ForeignFlag:
 
 _PARALLEL = "is not built yet; --attention-workers and --expert-workers spread a model over processes"
 _DIRECTORY = "is not needed: MODEL is a directory with the files of the very revision that is to be served"
-_TOOLS = "is not built yet: tools of a request are refused"
 _LORA = "is not built yet: adapters are refused; merge them into the checkpoint"
 _TLS = "is not built: put a proxy that ends TLS in front"
 _SPECULATION = "is not built yet: leave it out, the text is the same without"
@@ -75,9 +74,7 @@ FOREIGN = (
     ForeignFlag(("--speculative-config",), (), _SPECULATION),
     ForeignFlag(("--num-speculative-tokens",), (), _SPECULATION),
     ForeignFlag(("--speculative-model",), (), _SPECULATION),
-    ForeignFlag(("--enable-auto-tool-choice",), (), _TOOLS, takes_value=False),
-    ForeignFlag(("--tool-call-parser",), (), _TOOLS),
-    ForeignFlag(("--reasoning-parser",), (), "is not built yet: reasoning is part of the text"),
+    ForeignFlag(("--enable-auto-tool-choice",), ANY, "", takes_value=False),
     ForeignFlag(("--guided-decoding-backend",), ("auto",), "is not built yet: leave it out"),
     ForeignFlag(("--limit-mm-per-prompt",), (), "is not built: images and sound are not taken"),
     ForeignFlag(("--enable-lora",), (), _LORA, takes_value=False),

@@ -22,6 +22,19 @@ TRANSPORTS = ("auto", "inproc", "shm", "tcp", "rdma")
 MAX_NAME_CHARS = 256
 MODEL_AND_WORKERS = "model and workers"  # headings of the command line's help
 LIMITS = "limits"
+TOOL_CALL_PARSERS = (
+    "hermes", "qwen3_xml", "qwen3_coder", "mistral", "deepseek_v3", "deepseek_v31", "glm45", "glm47", "kimi_k2",
+    "minimax_m2", "openai",
+)  # fmt: skip
+REASONING_PARSERS = (
+    "deepseek_r1", "deepseek_v3", "qwen3", "glm45", "kimi_k2", "minimax_m2", "minimax_m2_append_think", "mistral",
+    "openai_gptoss",
+)  # fmt: skip
+
+
+def _words(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
 
 Count = Annotated[int, range(2**31)]
 CountFromOne = Annotated[int, range(1, 2**31)]
@@ -55,6 +68,16 @@ class ModelSource:
     load_format: str = parameter(
         "auto", "auto, or dummy: random weights from config.json alone", metavar="L", group=MODEL_AND_WORKERS,
         choices=("auto", "dummy"),
+    )  # fmt: skip
+    tool_call_parser: str = parameter(
+        "auto", f"how the model writes calls of tools: auto (by its chat template), none, {_words(TOOL_CALL_PARSERS)}",
+        metavar="P", group=MODEL_AND_WORKERS, choices=("auto", "none", *TOOL_CALL_PARSERS),
+    )  # fmt: skip
+    reasoning_parser: str = parameter(
+        "auto",
+        "how the model writes what it thinks, which is told apart: auto (by its chat template), none (it stays in the "
+        f"text), {_words(REASONING_PARSERS)}",
+        metavar="P", group=MODEL_AND_WORKERS, choices=("auto", "none", *REASONING_PARSERS),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

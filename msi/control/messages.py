@@ -391,6 +391,7 @@ class Welcome:
         chat_templates: in Jinja, by name; "default" if there are any.
         special_tokens: texts that templates name, such as bos_token.
         sampling_defaults: for requests that leave parameters out.
+        tool_call_parser, reasoning_parser: how the model writes calls of tools, and what it thinks.
     """
 
     model_name: str
@@ -400,6 +401,8 @@ class Welcome:
     chat_templates: dict[str, str] = field(default_factory=dict, hash=False)
     special_tokens: dict[str, str] = field(default_factory=dict, hash=False)
     sampling_defaults: SamplingDefaults = NO_DEFAULTS
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,8 @@ def _welcome(options: InstanceOptions, plan: InstancePlan, config: ModelConfig) 
         chat_templates=texts.chat_templates,
         special_tokens=texts.special_tokens,
         sampling_defaults=texts.sampling_defaults,
+        tool_call_parser=source.tool_call_parser,
+        reasoning_parser=source.reasoning_parser,
     )
 
 

@@ -178,7 +178,9 @@ class Calls:
         common = (engine.model_name, int(time.time()), engine.token_text, num_choices)
         answer: Answer
         if asked.endpoint == CHAT:
-            answer = ChatAnswer(f"chatcmpl-{request_id}", *common, has_logprobs=has_logprobs)
+            answer = ChatAnswer(
+                f"chatcmpl-{request_id}", *common, has_logprobs, asked.parsing, is_streamed=asked.streaming.stream
+            )
         else:
             echoes = [echo.decode() for echo in asked.echoes]
             answer = CompletionAnswer(f"cmpl-{request_id}", *common, echoes, has_logprobs=has_logprobs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,24 @@ from msi.server.fields import (
     streaming,
     typed,
 )
+from msi.server.parsed_choice import ParsedChoice
+from msi.server.parsing.parser import Parsing
 from msi.types import Output, SamplingParams, TokenLogprobs, TokenText
 
 FIELDS = SHARED_FIELDS | {
     "messages", "max_completion_tokens", "logprobs", "top_logprobs", "add_generation_prompt", "continue_final_message",
-    "chat_template_kwargs", "reasoning_effort", "documents", "tools", "tool_choice",
+    "chat_template_kwargs", "reasoning_effort", "documents", "tools", "tool_choice", "parallel_tool_calls",
+    "include_reasoning",
 }  # fmt: skip
 MAX_ROLE_CHARS = 64
 SPEAKERS_WITHOUT_CONTENT = ("assistant", "tool", "function")  # a call of tools says nothing
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 MAX_TEMPLATE_VALUES = 64
+NO_PARSER = (
+    "the model's chat template does not say how it writes calls of them; serve with `tool_call_parser`, by the name of "
+    "the model's family"
+)
+WITHOUT_CALLS = 'With "tool_choice": "none" the tools stand in the prompt and the text comes as the model writes it'
 
 Message = dict[str, Any]
 
@@ -45,6 +53,9 @@ class ChatRequest:
         tools, documents: for the template; None where there are none.
         template_values: more for the template, such as {"enable_thinking": False}.
         add_special_tokens: whether the tokenizer puts its own around what the template writes.
+        calls_tools: the answer is searched for calls of `tools`.
+        has_parallel_calls: more calls than the first count.
+        has_reasoning: what the model thought is told, where that is told apart.
         ignored: fields that nobody knows.
     """
 
@@ -57,15 +68,21 @@ class ChatRequest:
     documents: tuple[dict[str, Any], ...] | None
     template_values: dict[str, Any]
     add_special_tokens: bool = False
+    calls_tools: bool = False
+    has_parallel_calls: bool = True
+    has_reasoning: bool = True
     ignored: tuple[str, ...] = ()
 
 
-def parse_chat(values: Values, *, max_tokens: int, defaults: SamplingDefaults = NO_DEFAULTS) -> ChatRequest:
+def parse_chat(
+    values: Values, *, max_tokens: int, defaults: SamplingDefaults = NO_DEFAULTS, no_calls: str = NO_PARSER
+) -> ChatRequest:
     """Raises InvalidRequest: a field of the wrong type, or one that is not supported, by name.
 
     Args:
         max_tokens: where neither the body nor the model's defaults say anything.
         defaults: the model's own parameters.
+        no_calls: why answers are not searched for calls of tools, and what to do; "" where they are.
     """
     ignored = check_fields(values, FIELDS, NOT_IN_CHATS)
     sampling = values
@@ -88,6 +105,8 @@ def parse_chat(values: Values, *, max_tokens: int, defaults: SamplingDefaults = 
             f"chat_template_kwargs has {len(template_values)} values; at most {MAX_TEMPLATE_VALUES} are allowed",
             param="chat_template_kwargs",
         )
+    tools = _tools(values)
+    calls_tools = _calls_tools(values, tools, no_calls)
     if (effort := typed(values, "reasoning_effort", str, None)) is not None:
         template_values = {"reasoning_effort": effort, **template_values}
     return ChatRequest(
@@ -96,10 +115,13 @@ def parse_chat(values: Values, *, max_tokens: int, defaults: SamplingDefaults = 
         streaming=streaming(values),
         add_generation_prompt=not continues and typed(values, "add_generation_prompt", bool, True),
         continue_final_message=continues,
-        tools=_tools(values),
+        tools=tools,
         documents=_objects(values, "documents"),
         template_values=template_values,
         add_special_tokens=typed(values, "add_special_tokens", bool, False),
+        calls_tools=calls_tools,
+        has_parallel_calls=_is_left_on(values, "parallel_tool_calls") or not calls_tools,
+        has_reasoning=_is_left_on(values, "include_reasoning"),
         ignored=ignored,
     )
 
@@ -173,21 +195,34 @@ def _call(call: object, where: str) -> dict[str, Any]:
 
 
 def _tools(values: Values) -> tuple[dict[str, Any], ...] | None:
-    """Tools for the template. That the model's text is searched for calls of them is not built yet."""
-    tools, choice = _objects(values, "tools"), values.get("tool_choice")
+    """Tools for the template."""
+    tools = _objects(values, "tools")
     for at, tool in enumerate(tools or ()):
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise _wrong(f"tools[{at}]", tool, 'an object like {"type": "function", "function": {"name": "..."}}')
-    if choice in (None, "", "none") or (choice == "auto" and not tools):
-        if not tools or choice == "none":
-            return tools
-        choice = "auto"
-    raise InvalidRequest(
-        f"tool_choice is {shown(choice)}; finding calls of tools in the model's text is not built yet. With "
-        '"tool_choice": "none" the tools stand in the prompt and the text comes as the model writes it',
-        param="tool_choice" if choice != "auto" else "tools",
-    )
+    return tools
+
+
+def _calls_tools(values: Values, tools: Sequence[dict[str, Any]] | None, no_calls: str) -> bool:
+    """Whether the answer may call tools. Raises InvalidRequest: tool_choice asks for more than can be done."""
+    choice = values.get("tool_choice")
+    if choice == "none" or (choice in (None, "", "auto") and not tools):
+        return False
+    if choice not in (None, "", "auto"):
+        raise InvalidRequest(
+            f"tool_choice is {shown(choice)}; it must be auto or none. That a model has to call a tool needs answers "
+            "held to a grammar (constrained decoding), which is not built yet",
+            param="tool_choice",
+        )
+    if no_calls:
+        raise InvalidRequest(f"tools are given, and {no_calls}. {WITHOUT_CALLS}", param="tools")
+    return True
+
+
+def _is_left_on(values: Values, name: str) -> bool:
+    """A switch that is on unless it is false."""
+    return values.get(name) is None or bool(typed(values, name, bool, False))
 
 
 def _objects(values: Values, name: str) -> tuple[dict[str, Any], ...] | None:
@@ -221,17 +256,22 @@ class ChatAnswer:
     Args:
         token_text: what a token would add to a text.
         has_logprobs: whether log-probabilities are wanted.
+        parsing: what is looked for in the text; None to tell it as it is.
+        is_streamed: nobody will ask for a whole `choice`.
     """
 
     def __init__(
         self, request_id: str, model: str, created: int, token_text: Callable[[int], TokenText], num_choices: int,
-        has_logprobs: bool = False,
+        has_logprobs: bool = False, parsing: Parsing | None = None, is_streamed: bool = False,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.usage = Usage(num_choices)
         self._token_text = token_text
         self._has_logprobs = has_logprobs
         self.num_choices = num_choices
+        self._parsed = (
+            [] if parsing is None else [ParsedChoice(parsing, keeps=not is_streamed) for _ in range(num_choices)]
+        )
         self._common = {"id": request_id, "created": created, "model": model}
         self._head = self._common | {"object": "chat.completion.chunk"}
 
@@ -243,9 +283,13 @@ class ChatAnswer:
     def chunk(self, output: Output) -> dict[str, Any]:
         """One server-sent event."""
         self.usage.add(output)
-        delta = {"content": output.text} if output.text or output.finish_reason is None else {}
+        delta, reason = {"content": output.text}, output.finish_reason
+        if self._parsed:
+            delta, reason = self._parsed[output.index].delta(output.text, reason)
+        elif not output.text and reason is not None:
+            delta = {}
         logprobs = logprobs_content(output, self._token_text) if self._has_logprobs else None
-        choice = _choice(output.index, "delta", delta, logprobs, output.finish_reason)
+        choice = _choice(output.index, "delta", delta, logprobs, reason)
         return self._head | {"choices": [choice]}
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -258,7 +302,8 @@ class ChatAnswer:
 
     def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
         """One choice of that answer, less log-probabilities."""
-        return {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+        message = self._parsed[index].message() if self._parsed else {"role": "assistant", "content": text}
+        return {"index": index, "message": message, "finish_reason": finish_reason}
 
 
 def logprobs_content(output: Output, token_text: Callable[[int], TokenText]) -> dict[str, Any]:

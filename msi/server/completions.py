@@ -25,7 +25,8 @@ from msi.types import Output, SamplingParams, TokenText
 
 DEFAULT_MAX_TOKENS = 16
 MAX_TOTAL_CHOICES = 1024  # of all prompts of a request
-FIELDS = SHARED_FIELDS | {"prompt", "echo", "logprobs", "best_of"}
+CHANGE_CHATS_ONLY = {"parallel_tool_calls", "include_reasoning"}
+FIELDS = SHARED_FIELDS | CHANGE_CHATS_ONLY | {"prompt", "echo", "logprobs", "best_of"}
 
 Prompt = str | tuple[int, ...]
 

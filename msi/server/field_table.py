@@ -33,8 +33,8 @@ _OTHER_SAMPLER = "this way of sampling is not built"
 
 IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "session_id", "request_id", "priority",
-    "prompt_cache_key", "prompt_cache_retention", "prediction", "stream_interval", "include_reasoning",
-    "parallel_tool_calls", "spaces_between_special_tokens", "truncation_side", "media_io_kwargs",
+    "prompt_cache_key", "prompt_cache_retention", "prediction", "stream_interval",
+    "spaces_between_special_tokens", "truncation_side", "media_io_kwargs",
     "mm_processor_kwargs", "return_mm_kwargs", "early_stopping", "disable_log_stats", "guided_decoding_backend",
     "guided_whitespace_pattern", "api_key", "timeout", "extra_headers", "extra_query",
 })  # fmt: skip

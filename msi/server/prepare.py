@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -17,10 +17,12 @@ import orjson
 from msi.control.messages import Welcome
 from msi.errors import EngineError, Failure, InvalidRequest, ModelNotFound, shown
 from msi.net.codec import Codec
-from msi.server.chat import ChatRequest, parse_chat
+from msi.server.chat import NO_PARSER, ChatRequest, parse_chat
 from msi.server.chat_template import ChatTemplates
 from msi.server.completions import parse_completion
 from msi.server.fields import Streaming, Values, kind_of, parse_object, typed
+from msi.server.parsers import ModelParsers
+from msi.server.parsing.parser import Parsing
 from msi.server.tokenizing import check_number, parse_detokenize, parse_tokenize
 from msi.text.prompts import Prompts
 from msi.types import SamplingParams
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 
 COMPLETION, CHAT, MESSAGE, TOKENIZE, DETOKENIZE = "completion", "chat", "message", "tokenize", "detokenize"
 ENDPOINTS = (COMPLETION, CHAT, MESSAGE, TOKENIZE, DETOKENIZE)
+NO_CALLS_IN_MESSAGES = (
+    "the WebSocket tells text as the model writes it: calls of them are found at /v1/chat/completions"
+)
 MAX_PROMPT_TOKENS = 1 << 20  # of all prompts of a request
 
 
@@ -41,6 +46,7 @@ class Prepared:
         prompts: tokens of each, as 32-bit integers of this machine: read them with `tokens_of`.
         echoes: what comes before the text, for each prompt, in UTF-8.
         ignored: fields that nobody knows.
+        parsing: what is looked for in the answers of a chat; None to tell their text as it is.
     """
 
     endpoint: str
@@ -49,6 +55,7 @@ class Prepared:
     streaming: Streaming
     echoes: tuple[bytes, ...] = ()
     ignored: tuple[str, ...] = ()
+    parsing: Parsing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,7 @@ class Preparation:
         self._prompts = Prompts.of(
             welcome.tokenizer, welcome.vocab_size, welcome.max_model_len, welcome.special_tokens.values()
         )
+        self._parsers = ModelParsers(welcome, sources.values(), self._prompts.special_tokens)
 
     def understand(self, endpoint: str, body: bytes | str) -> Understood | Answered | NotUnderstood:
         """Never raises. Answered is what bodies for TOKENIZE and DETOKENIZE are."""
@@ -125,7 +133,10 @@ class Preparation:
                 if kind != GENERATE:
                     return Understood(None, client_id)
                 endpoint = CHAT if "messages" in values else COMPLETION
-            request = self.chat(values) if endpoint == CHAT else self.completion(values)
+            if endpoint == CHAT:
+                request = self.chat(values, is_message=client_id is not None)
+            else:
+                request = self.completion(values)
             return Understood(request, client_id or "")
         except EngineError as error:
             if isinstance(error, InvalidMessage):
@@ -158,10 +169,20 @@ class Preparation:
         )
         return self._prepared(COMPLETION, prompts, params, asked.streaming, echoes, asked.ignored)
 
-    def chat(self, values: Values) -> Prepared:
-        """Raises InvalidRequest."""
+    def chat(self, values: Values, *, is_message: bool = False) -> Prepared:
+        """Raises InvalidRequest.
+
+        Args:
+            is_message: the text is told as it is, whatever stands in it.
+        """
         self._check_model(values)
-        asked = parse_chat(values, max_tokens=self._welcome.max_model_len, defaults=self._welcome.sampling_defaults)
+        no_calls = NO_CALLS_IN_MESSAGES if is_message else "" if self._parsers.tool_parser else NO_PARSER
+        asked = parse_chat(
+            values,
+            max_tokens=self._welcome.max_model_len,
+            defaults=self._welcome.sampling_defaults,
+            no_calls=no_calls,
+        )
         text = self._rendered(asked)
         params = self._prompts.checked(asked.params)
         # the template writes special tokens itself
@@ -169,7 +190,10 @@ class Preparation:
             prompt = self._encode(text, params, add_special_tokens=asked.add_special_tokens)
         except InvalidRequest as error:
             raise InvalidRequest(str(error), param="messages", code=error.code) from error
-        return self._prepared(CHAT, [prompt], params, asked.streaming, (b"",), asked.ignored)
+        parsing = None if is_message else self._parsers.parsing(asked, text)
+        if parsing is not None:
+            params = self._parsers.params(params, parsing)
+        return replace(self._prepared(CHAT, [prompt], params, asked.streaming, (b"",), asked.ignored), parsing=parsing)
 
     def tokens(self, values: Values) -> Answered:
         """What /tokenize answers. Raises InvalidRequest."""

@@ -47,7 +47,7 @@ class Whole:
         (part,) = self._shape.chunk(output)["choices"]
         choice = self._choices[output.index]
         choice.texts.append(output.text)
-        choice.finish_reason = output.finish_reason
+        choice.finish_reason = part["finish_reason"]
         if part["logprobs"] is not None:
             if choice.logprobs is None:
                 choice.logprobs = {name: [] for name in part["logprobs"]}

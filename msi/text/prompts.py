@@ -43,6 +43,12 @@ class Prompts:
     def tokenizer(self) -> Tokenizer | None:
         return self._tokenizer
 
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Texts that a text has only where special tokens are shown."""
+        added = {} if self._tokenizer is None else self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token.content for token in added.values() if token.special)
+
     @staticmethod
     def of(content: bytes, vocab_size: int, max_model_len: int, special_tokens: Collection[str] = ()) -> Prompts:
         """From the bytes of a tokenizer.json, b"" for none, and what the model names its tokens. Raises ConfigError."""
