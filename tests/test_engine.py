@@ -156,6 +156,7 @@ def test_parameters_that_make_no_sense_are_named(params, complaint):
         ({"device": "tpu"}, "`device` 'tpu' is not one"),
         ({"transport": "rdma", "rdma_gid": "here"}, "`rdma_gid` 'here' is neither an index nor an address"),
         ({"transport": "pigeon"}, "`transport` 'pigeon' is not one"),
+        ({"transport": "rdma", "encrypt_rows": True}, "`encrypt_rows` is for TCP"),
         ({"load_format": "gguf"}, "`load_format` 'gguf' is not one; supported: auto, dummy"),
         ({"dtype": "float8"}, "`dtype` 'float8' is not one"),
     ],

@@ -417,13 +417,14 @@ async def test_a_local_instance_listens_on_no_port_and_leaves_no_socket(tiny_mod
 
 
 @pytest.mark.slow
-async def test_a_cluster_serves_who_holds_its_secret_and_nobody_else(tiny_model, tmp_path):
+@pytest.mark.parametrize("encryption", [(), ("--encrypt-rows",)])
+async def test_a_cluster_serves_who_holds_its_secret_and_nobody_else(tiny_model, tmp_path, encryption):
     secret = tmp_path / "secret"
     secret.touch(mode=0o600)
     secret.write_text("the secret of this cluster\n")
     address = f"tcp://127.0.0.1:{free_port()}"
     common = (tiny_model, "--coordinator", address, "--threads-per-worker", 1)
-    ours = (*common, "--secret-file", secret, "--transport", "tcp")
+    ours = (*common, "--secret-file", secret, "--transport", "tcp", *encryption)
     params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
     async with (
         launched(*ours, "--role", "coordinator", "--no-gateway") as coordinator,

@@ -189,3 +189,11 @@ async def test_tokens_of_every_family_equal_transformers_when_blocks_are_scarce(
     path, expected = long_checkpoint
     async with Engine.local(model=path, transport=transport, expert_workers=2, **SCARCE) as engine:
         await check_equal_when_blocks_are_scarce(engine, expected)
+
+
+@pytest.mark.slow
+async def test_tokens_equal_transformers_over_encrypted_rows(tmp_path):
+    expected = references(save_tiny(tmp_path), *LONG)
+    options = {"transport": "tcp", "encrypt_rows": True, "expert_workers": 2, **SCARCE}
+    async with Engine.local(model=tmp_path, **options) as engine:
+        await check_equal_when_blocks_are_scarce(engine, expected)

@@ -4,7 +4,7 @@
 
 A post is one vectored write of a frame's head and what lies in the outbox, from whichever thread posts. What the socket
 does not take at once the event loop writes later, from the same memory: a slot is not written again before its answer
-has landed, so nothing is copied. What comes goes straight to where it lands; only heads, and the first few kilobytes
+has landed, so nothing is copied. What comes goes straight to where it lands; only heads, and the first kilobytes
 behind one, pass through a small buffer, so that a short frame costs one read.
 """
 
@@ -26,7 +26,7 @@ FRAME_MAGIC = b"MSIF"
 FRAME = struct.Struct("<4sIIII")  # magic, immediate, lane, bytes of header and note, rows
 FRAME_BYTES = FRAME.size
 pack_frame, unpack_frame = FRAME.pack, FRAME.unpack_from
-HEADS_BYTES = 8192  # of the buffer that heads pass through
+HEADS_BYTES = 40960  # of the buffer that heads pass through: copying a frame of 32 KB costs less than a second read
 MAX_BACKLOG = 3 * 8192  # pieces that a peer may be behind; a frame is at most three
 MAX_PIECES = 64  # of one write
 READS_PER_TURN = 16  # before other connections get theirs

@@ -88,15 +88,17 @@ class TlsSocket:
         return self.recvmsg_into((buffer,))[0]
 
     def recvmsg_into(self, buffers: Sequence[memoryview]) -> tuple[int, None]:
-        received = 0
+        received, wrapped = 0, self._wrapped
         with self._using, contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
             for buffer in buffers:
                 left = buffer
                 while left and not self._is_over:
-                    count = self._wrapped.recv_into(left)
+                    count = wrapped.recv_into(left)
                     self._is_over = not count
-                    left = left[count:]
                     received += count
+                    if count < RECORD_BYTES and not wrapped.pending():  # the last of a frame: seldom is there more yet
+                        return received, None
+                    left = left[count:]
         if not received and not self._is_over:
             raise BlockingIOError
         return received, None

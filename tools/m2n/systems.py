@@ -109,6 +109,12 @@ def _zeromq(place: Place) -> Fabric:
     return ZeromqFabric(place)
 
 
+def _copies(place: Place) -> Fabric:
+    from tools.m2n.copies import CopiesFabric
+
+    return CopiesFabric(place)
+
+
 def _ucx(place: Place) -> Fabric:
     from tools.m2n.ucx import UcxFabric
 
@@ -129,6 +135,7 @@ SYSTEMS: dict[str, System] = {
     "zmq-ipc": System("ZeroMQ, ipc", _zeromq),
     "ucx": System("UCX", _ucx, needs=("ucxx",), environment={"UCX_TLS": "self,sm"}),
     "ucx-tcp": System("UCX, TCP", _ucx, needs=("ucxx",), environment={"UCX_TLS": "self,tcp"}),
+    "copies": System("bare copies", _copies),
     "nccl": System("NCCL", _torch, lacks=_lacks_gpus),
 }
 TRANSPORTS = tuple(name for name, system in SYSTEMS.items() if system.is_ours)
