@@ -207,17 +207,18 @@ def main() -> None:
         kept = json.loads(values.redraw.read_text())
         draw(values.figure or values.redraw.with_suffix(""), kept)
         return
-    rows = []
-    for row in measure(values):
-        print(json.dumps(asdict(row)), flush=True)
-        rows.append(row)
+    rows, told = [], []
     kept = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "host": f"{processor()}, {os.cpu_count()} cores",
-        "rows": [asdict(row) for row in rows],
+        "rows": told,
     }
-    if values.json:
-        values.json.write_text(as_json(kept))
+    for row in measure(values):
+        print(json.dumps(asdict(row)), flush=True)
+        rows.append(row)
+        told.append(asdict(row))
+        if values.json:  # whatever ends a long run, what it measured is there
+            values.json.write_text(as_json(kept))
     console = Console(width=40 + 24 * len(values.sizes))
     for pattern in values.pattern:
         for pair in zip(values.senders, values.receivers, strict=True):

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from msi.errors import BatchRefused, ProtocolError, TransportError
 from msi.meter import StageMeter
 from msi.net.link_hello import LINK_CODEC, LinkHello, decode_welcome
-from msi.net.passes import Gates, Node, Pass, Watch
+from msi.net.passes import EXCHANGES_APART, Gates, Node, Pass, Watch
 from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import (
     HEADER,
@@ -399,15 +399,20 @@ class DispatchLink:
             return
         self.counters.answers += 1
         self._waiting[lane] = waiting = waiting & ~node.bit
-        now, posted_at = endpoint.came_at or self._clock(), self._posted_at[lane]
+        if not seq % EXCHANGES_APART or self._watching is not None:
+            self._exchanged(node, lane, endpoint.came_at or self._clock(), service_s)
+        if not waiting:
+            now = endpoint.came_at or self._clock()
+            if 0.0 <= service_s < math.inf and 0.0 <= compute_s < math.inf:  # bytes may say anything
+                self.comm_meter.add(max(0.0, (now - self._posted_at[lane] - service_s) / 2))
+                self.compute_meter.add(compute_s)
+            self._landed(lane, passing, now)
+
+    def _exchanged(self, node: Node, lane: int, now: float, service_s: float) -> None:
+        posted_at = self._posted_at[lane]
         node.exchanges.append((now - posted_at, service_s))
         if self._watching is not None:
             self._watching(node.welcome.worker_id, lane, posted_at, now, service_s)
-        if not waiting:
-            if 0.0 <= service_s < math.inf and 0.0 <= compute_s < math.inf:  # bytes may say anything
-                self.comm_meter.add(max(0.0, (now - posted_at - service_s) / 2))
-                self.compute_meter.add(compute_s)
-            self._landed(lane, passing, now)
 
     def _arrived_otherwise(self, node: Node, lane: int, passing: Pass, immediate: int) -> None:
         """Not the answer: a refusal, or dropped for the first field that does not match."""

@@ -12,6 +12,7 @@ from msi.net.slots import Kind, pack_immediate
 from msi.net.transport import Endpoint
 
 EXCHANGES_KEPT = 512  # of each node
+EXCHANGES_APART = 7  # turns of a lane: to keep each would cost 0.5 us an answer (tools/bench_links.py)
 Watch = Callable[[str, int, float, float, float], None]  # worker id, lane, posted at, answer came at, residence
 
 
