@@ -170,6 +170,18 @@ def test_records_are_the_same_bytes_and_full_but_for_the_last():
         assert 0 < len(records[-1]) <= RECORD_BYTES
 
 
+async def test_frames_that_come_with_the_greeting_are_not_forgotten():
+    options = {"key": KEY, "encrypt": True}
+    async with two(options, options) as (one, address, other):
+        came = []
+        other.deliver(lambda endpoint, kind, immediate, reason: came.append(immediate))
+        one.transport.deliver(
+            lambda endpoint, kind, *_: endpoint.post(0, 9) if kind is CompletionKind.CONNECTED else None
+        )
+        await dial(other, address)
+        await until(lambda: came == [9])
+
+
 def test_a_certificate_follows_from_its_key_alone_and_is_one():
     certificate, private = make_certificate(KEY)
     assert make_certificate(KEY) == (certificate, private)

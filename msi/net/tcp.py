@@ -154,6 +154,9 @@ class TcpTransport:
         except TimeoutError as error:
             _close(sock)
             raise TransportError(address, f"did not answer within {timeout_s:g} s") from error
+        except ssl.SSLEOFError as error:
+            _close(sock)
+            raise TransportError(address, "closed the connection before encryption began") from error
         except ssl.SSLError as error:
             _close(sock)
             raise TransportError(address, f"{DIFFERS} ({error.reason})") from error

@@ -167,6 +167,7 @@ class TcpEndpoint:
         """Frames land from now on."""
         if self._is_open:
             self._loop.add_reader(self._sock, self._readable)
+            self._loop.call_soon(self._readable)  # some may have come with the greeting already
 
     def _readable(self) -> None:
         try:

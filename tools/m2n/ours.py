@@ -121,6 +121,8 @@ class OurFabric:
             await self._all_landed()
             if task.is_exchange:
                 self._times.append(time.monotonic() - started)
+        for endpoint in self._endpoints:
+            endpoint.post(0, ACKNOWLEDGED)
         return self._times
 
     def _answered(self, endpoint: Endpoint, immediate: int) -> None:
@@ -134,7 +136,8 @@ class OurFabric:
 
     async def _receive(self, task: Task) -> list[float]:
         self._task, self._times, self._arrived = task, [], 0
-        self._left = task.rounds * self._place.num_senders
+        # with the last answers acknowledged: until then a loop has to run that writes what their sockets did not take
+        self._left = (task.rounds + 1) * self._place.num_senders
         early, self._early = self._early, []
         for endpoint, immediate in early:
             self._dispatched(endpoint, immediate)
@@ -146,19 +149,22 @@ class OurFabric:
             self._early.append((endpoint, round_number))
             return
         now = time.monotonic()
-        size = self._task.size
-        started, _ = check(self._rows[endpoint.seat], size, round_number)
-        if not self._task.is_exchange:
-            self._times.append(now - started)
-            endpoint.post(0, ACKNOWLEDGED)
-        else:
-            self._arrived += 1
-            if self._arrived == self._place.num_senders:
-                self._arrived = 0
-                self._answer(round_number)
+        if round_number != ACKNOWLEDGED:
+            self._take(endpoint, round_number, now)
         self._left -= 1
         if not self._left:
             self._set_landed()
+
+    def _take(self, endpoint: Endpoint, round_number: int, now: float) -> None:
+        started, _ = check(self._rows[endpoint.seat], self._task.size, round_number)
+        if not self._task.is_exchange:
+            self._times.append(now - started)
+            endpoint.post(0, ACKNOWLEDGED)
+            return
+        self._arrived += 1
+        if self._arrived == self._place.num_senders:
+            self._arrived = 0
+            self._answer(round_number)
 
     def _answer(self, round_number: int) -> None:
         place, size, is_mapped = self._place, self._task.size, self._is_mapped
