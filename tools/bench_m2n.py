@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -74,7 +75,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=200, metavar="R", help="of a turn, at most")
     add("--json", type=Path, metavar="FILE", help="write all rows into FILE")
     add("--figure", type=Path, metavar="PATH", help="draw PATH.svg and PATH.png")
-    add("--redraw", type=Path, metavar="FILE", help="measure nothing: draw the rows of FILE")
+    add("--redraw", type=Path, nargs="+", metavar="FILE", help="measure nothing: draw the rows of these files together")
     values: argparse.Namespace = parser.parse_args(words)
     if len(values.senders) != len(values.receivers) or min(values.senders + values.receivers) < 1:
         parser.exit(2, "tools/bench_m2n.py: give as many numbers of --senders as of --receivers, from 1 on\n")
@@ -204,11 +205,13 @@ def ratios(rows: Sequence[Row], ours: str, others: Sequence[str]) -> dict[tuple[
 def main() -> None:
     values = parse()
     if values.redraw:
-        kept = json.loads(values.redraw.read_text())
-        draw(values.figure or values.redraw.with_suffix(""), kept)
+        files = [json.loads(file.read_text()) for file in values.redraw]
+        joined = [row for file in files for row in file["rows"]]
+        draw(values.figure or values.redraw[0].with_suffix(""), {**files[0], "rows": joined})
         return
-    rows, told = [], []
-    kept = {
+    rows: list[Row] = []
+    told: list[dict[str, Any]] = []
+    kept: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "host": f"{processor()}, {os.cpu_count()} cores",
         "rows": told,
@@ -227,7 +230,7 @@ def main() -> None:
         draw(values.figure, kept)
 
 
-def as_json(kept: dict[str, object]) -> str:
+def as_json(kept: dict[str, Any]) -> str:
     """A line for each row."""
     rows = kept["rows"]
     assert isinstance(rows, list)
@@ -235,7 +238,7 @@ def as_json(kept: dict[str, object]) -> str:
     return head + ', "rows": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n"
 
 
-def draw(output: Path, kept: dict[str, object]) -> None:
+def draw(output: Path, kept: dict[str, Any]) -> None:
     try:
         from tools.m2n.figure import draw as drawn
     except ImportError as error:

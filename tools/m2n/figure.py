@@ -27,9 +27,8 @@ def draw(output: Path, kept: dict[str, Any]) -> None:
     pairs = list(dict.fromkeys((row["senders"], row["receivers"]) for row in rows))
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     swept = max(pairs, key=lambda pair: len({row["size_bytes"] for row in rows if of_pair(row, pair)}))
-    strips = [("size", pattern) for pattern in patterns] + [
-        ("pairs", pattern) for pattern in patterns[: len(pairs) - 1]
-    ]
+    kinds = ("size", "pairs") if len(pairs) > 1 else ("size",)
+    strips = [(kind, pattern) for kind in kinds for pattern in patterns]
     figure, grid = pyplot.subplots(len(strips), 3, figsize=(9.0, 2.3 * len(strips) + 0.5), squeeze=False)
     names = list(dict.fromkeys(row["system"] for row in rows))
     looks = looks_of(names)
@@ -40,7 +39,7 @@ def draw(output: Path, kept: dict[str, Any]) -> None:
                 over_size(panel, [row for row in of_pattern if of_pair(row, swept)], names, key, looks)
                 panel.set_title(f"{pattern}, {swept[0]} x {swept[1]}", loc="left", color=INK, fontsize=8)
             else:
-                over_pairs(panel, of_pattern, pairs, names, key, looks)
+                over_pairs(panel, of_pattern, sorted(pairs), key, looks)
                 panel.set_title(f"{pattern}, {PAIRS_BYTES >> 10} KB", loc="left", color=INK, fontsize=8)
             panel.set_ylabel(label, color=QUIET)
             panel.tick_params(colors=QUIET, labelsize=7, length=2, width=0.5)
@@ -71,7 +70,8 @@ def looks_of(names: list[str]) -> dict[str, dict[str, Any]]:
 
 def over_size(panel: Any, rows: Rows, names: list[str], key: str, looks: dict[str, dict[str, Any]]) -> None:
     for name in names:
-        points = sorted((row["size_bytes"], row[key]) for row in rows if row["system"] == name)
+        first = {row["size_bytes"]: row[key] for row in reversed(rows) if row["system"] == name}
+        points = sorted(first.items())
         if points:
             panel.plot(*zip(*points, strict=True), label=SYSTEMS[name].title, marker=".", markersize=3, **looks[name])
     panel.set_xscale("log", base=2)
@@ -82,17 +82,17 @@ def over_size(panel: Any, rows: Rows, names: list[str], key: str, looks: dict[st
 
 
 def over_pairs(
-    panel: Any, rows: Rows, pairs: list[tuple[int, int]], names: list[str], key: str, looks: dict[str, dict[str, Any]]
+    panel: Any, rows: Rows, pairs: list[tuple[int, int]], key: str, looks: dict[str, dict[str, Any]]
 ) -> None:
-    width = 0.8 / len(names)
+    """Systems that were measured at all of them."""
+    of = {
+        (row["system"], row["senders"], row["receivers"]): row[key] for row in rows if row["size_bytes"] == PAIRS_BYTES
+    }
+    names = [name for name in looks if all((name, *pair) in of for pair in pairs)]
+    width = 0.8 / max(1, len(names))
     for index, name in enumerate(names):
-        heights = [
-            next((row[key] for row in rows if row["system"] == name and of_pair(row, pair)
-                  and row["size_bytes"] == PAIRS_BYTES), 0.0)
-            for pair in pairs
-        ]  # fmt: skip
         places = [at - 0.4 + (index + 0.5) * width for at in range(len(pairs))]
-        panel.bar(places, heights, width, color=looks[name]["color"], label=SYSTEMS[name].title)
+        panel.bar(places, [of[name, *pair] for pair in pairs], width, color=looks[name]["color"])
     panel.set_xticks(range(len(pairs)), [f"{senders} x {receivers}" for senders, receivers in pairs])
     if key != "gbytes_per_s":
         panel.set_yscale("log")
