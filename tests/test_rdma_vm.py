@@ -22,7 +22,7 @@ CHECKS = (
 @pytest.mark.timeout(700)
 def test_both_drivers_keep_the_contract_on_real_verbs():
     """Losses, deaths, silence and wrong keys included; one machine for all, as it takes seconds to boot."""
-    command = [ROOT / "tools/rdma_vm.py", "--timeout", "500", "--"]
+    command = [ROOT / "tools/rdma_vm.py", "--installed", "--timeout", "500", "--"]
     guest = [sys.executable, "-B", "-m", "tests.rdma_guest", *CHECKS]
     done = subprocess.run([*command, *guest], cwd=ROOT, capture_output=True, text=True)
     if done.returncode == CANNOT:

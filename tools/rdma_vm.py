@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Runs a command in a small virtual machine that has RDMA: Debian's stock kernel under emulation, with Soft-RoCE.
 
-    tools/rdma_vm.py [--timeout S] [--mem MIB] [--times] -- COMMAND [ARG...]
+    tools/rdma_vm.py --prepare
+    tools/rdma_vm.py [--installed] [--timeout S] [--mem MIB] [--times] -- COMMAND [ARG...]
 
 The guest's root is this machine's, so whatever is installed here is there (writes are lost, but for the current
 folder). It has two cards, rxe0 and rxe1, on the two ends of a pair of virtual Ethernet devices, rdma0 (10.77.0.1) and
@@ -124,14 +125,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of boot and command (300)")
     parser.add_argument("--mem", type=int, default=512, metavar="MIB", help="memory of the guest (512)")
+    parser.add_argument("--prepare", action="store_true", help="install what it needs, and nothing else")
+    parser.add_argument("--installed", action="store_true", help="install nothing: without what it needs, say so")
     parser.add_argument("--times", action="store_true", help="say on standard error what took how long")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     given = parser.parse_args()
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
-    if not command:
+    if not command and not given.prepare:
         parser.error("no COMMAND")
     began = time.monotonic()
-    prepare()
+    prepare(may_install=not given.installed)
+    if given.prepare:
+        return 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, end)
     with tempfile.TemporaryDirectory(prefix="msi-rdma-vm.") as folder:
@@ -149,11 +154,15 @@ def main() -> int:
 # -- what it needs ----------------------------------------------------------------------------------------------------
 
 
-def prepare() -> None:
+def prepare(may_install: bool) -> None:
     """Ends the program where this machine cannot do it."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         give_up(f"it emulates x86-64 on x86-64, and this is {platform.system()} on {platform.machine()}")
     missing = [package for package, path in PACKAGES.items() if not os.path.exists(path)]
+    stamp = CACHE / "stamp"
+    has_kernel = stamp.exists() and stamp.read_text() == VERSION
+    if not may_install and (missing or not has_kernel):
+        give_up("it is not installed; `tools/rdma_vm.py --prepare`, as root on Debian, does that")
     if missing:
         if os.geteuid() != 0 or shutil.which("apt-get") is None:
             give_up(f"packages are missing, and installing them takes Debian and root: {' '.join(missing)}")
@@ -161,8 +170,7 @@ def prepare() -> None:
         environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
         need(["apt-get", "update", "-q"], environment)
         need(["apt-get", "install", "-y", "-q", "--no-install-recommends", *missing], environment)
-    stamp = CACHE / "stamp"
-    if not stamp.exists() or stamp.read_text() != VERSION:
+    if not has_kernel:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             unpack_kernel(Path(folder))
