@@ -11,7 +11,7 @@ and exit status are the command's; 124: it ran out of time; 125: the guest faile
 77: it cannot run on this machine, with the reason.
 
 Needs an x86-64 Debian and, once, root: it installs qemu and what else it needs, and unpacks a kernel into
-~/.cache/msi-rdma-vm (145 MB). Boots in 5 to 9 s. Its emulated processor is 20 to 40 times slower than the real one: it
+~/.cache/msi-rdma-vm (330 MB). Boots in 5 to 9 s. Its emulated processor is 20 to 40 times slower than the real one: it
 shows that something is right, never how fast it is.
 """
 
