@@ -16,6 +16,7 @@ from tools.m2n.fabric import Task, check, stamp
 from tools.m2n.group import Run
 from tools.m2n.systems import SYSTEMS
 
+RESULTS = ROOT / "tools" / "results"
 KEY = "dispatch", 2, 2, 4096
 
 
@@ -102,3 +103,12 @@ def test_all_that_is_here_is_compared_and_drawn(tmp_path):
     assert all(f"{name} is left out: it needs" in done.stderr for name in SYSTEMS if name not in here)
     assert "<svg" in (tmp_path / "f.svg").read_text()
     assert (tmp_path / "f.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_drawn_again(tmp_path):
+    kept = [RESULTS / "m2n.json", RESULTS / "m2n_pairs.json"]
+    words = ["--redraw", *map(str, kept), "--figure", str(tmp_path / "again")]
+    subprocess.run([sys.executable, "tools/bench_m2n.py", *words], cwd=ROOT, timeout=60, check=True)
+    assert "<svg" in (tmp_path / "again.svg").read_text()
+    assert {row["senders"] for file in kept for row in json.loads(file.read_text())["rows"]} == {1, 2, 4}
