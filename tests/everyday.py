@@ -1,11 +1,18 @@
-"""What of a table of cases runs every day; `tools/check --fast` leaves out the rest."""
+"""What of a table of cases runs every day; `tools/check --fast` leaves out the rest.
+
+With MSI_THOROUGH=1 what is tried over many seeds is tried over more of them than the full check has time for.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+IS_THOROUGH = os.environ.get("MSI_THOROUGH") == "1"
+NUM_SEEDS = 100 if IS_THOROUGH else 20
 
 
 def mostly_slow(values: Iterable[Any], keep: int = 1) -> list[Any]:

@@ -19,9 +19,9 @@ from msi.device.fake.wire import BytesCopy, RowsCopy, Wire
 from msi.device.fake.world import FakeWorld
 from msi.meter import StageMeter
 from tests import fake_pingpong
-from tests.everyday import mostly_slow
+from tests.everyday import NUM_SEEDS, mostly_slow
 
-EVERYDAY_SEEDS, SEEDS = 5, 100
+EVERYDAY_SEEDS, SEEDS = 5, NUM_SEEDS
 SEEDS_OF = mostly_slow([range(EVERYDAY_SEEDS), range(EVERYDAY_SEEDS, SEEDS)])
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from msi.experts.half import ExpertHalf
-from tests.everyday import mostly_slow
+from tests.everyday import NUM_SEEDS, mostly_slow
 from tests.fake_left_out import LEFT_OUT, LEFT_OUT_AT_A_LOSS, made
 from tests.fake_roles import Model, play
 from tests.reference import references, save_tiny
 
-EVERYDAY_SEEDS, SEEDS = 3, 100
+EVERYDAY_SEEDS, SEEDS = 3, NUM_SEEDS
 SEEDS_OF = mostly_slow([range(EVERYDAY_SEEDS), range(EVERYDAY_SEEDS, SEEDS)])
 
 
