@@ -36,7 +36,6 @@ pytestmark = pytest.mark.timeout(180)
         (["--chat-template", "/nowhere"], "--chat-template /nowhere is not a file"),
         (["--role", "expert"], "--role expert needs --coordinator tcp://HOST:PORT"),
         (["--device", "tpu"], "--device 'tpu' is not one; supported: cpu, cuda, cuda:N"),
-        (["--transport", "rdma"], "--transport rdma is not built yet"),
         (["--attention-workers", "0"], "--attention-workers 0"),
         (["--peer-timeout", "0"], "--peer-timeout 0.0: give a number of seconds > 0"),
     ],
