@@ -1,6 +1,6 @@
 """What of a table of cases runs every day; `tools/check --fast` leaves out the rest.
 
-With MSI_THOROUGH=1 what is tried over many seeds is tried over more of them than the full check has time for.
+With MSI_THOROUGH=1 more seeds and layouts are tried than the full check has time for.
 """
 
 from __future__ import annotations
@@ -23,3 +23,10 @@ def mostly_slow(values: Iterable[Any], keep: int = 1) -> list[Any]:
         else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
         for index, value in enumerate(values)
     ]
+
+
+def thorough(*value: Any) -> Any:
+    """A case that only MSI_THOROUGH=1 tries."""
+    return pytest.param(
+        *value, marks=[pytest.mark.slow, pytest.mark.skipif(not IS_THOROUGH, reason="MSI_THOROUGH=1 tries it")]
+    )

@@ -6,7 +6,7 @@ import pytest
 
 from msi import ConfigError, Engine
 from msi.device.fake.world import FakeWorld
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 from tests.fake_engine import fake_engine
 from tests.reference import references, save_tiny
 from tests.test_tokens import FAMILIES, NUM_TOKENS, check_equal
@@ -23,7 +23,12 @@ def checkpoint(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("layout", "micro_batches", "seed"),
-    mostly_slow([((2, 2), 2, 0), ((1, 1), 1, 1), ((1, 3), 3, 2), ((3, 2), 2, 3)]),
+    [
+        ((2, 2), 2, 0),
+        thorough((1, 1), 1, 1),
+        pytest.param((1, 3), 3, 2, marks=pytest.mark.slow),
+        thorough((3, 2), 2, 3),
+    ],
     ids=str,
 )
 async def test_tokens_of_every_family_equal_transformers(checkpoint, layout, micro_batches, seed):

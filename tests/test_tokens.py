@@ -10,7 +10,7 @@ import pytest
 from msi import Engine, SamplingParams
 from msi.net.rdma.transport import RdmaTransport
 from msi.worker.torch_host import TorchHost
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 from tests.fake_engine import fake_engine
 from tests.loopback_verbs import Fabric, LoopbackDriver
 from tests.reference import references, save_tiny
@@ -148,9 +148,9 @@ def family_checkpoint(request, tmp_path_factory):
     ("layout", "micro_batches"),
     [
         ((2, 2), 2),
-        pytest.param((1, 1), 1, marks=pytest.mark.slow),
+        thorough((1, 1), 1),
         pytest.param((1, 1), 2, marks=pytest.mark.slow),
-        pytest.param((2, 2), 1, marks=pytest.mark.slow),
+        thorough((2, 2), 1),
     ],
     ids=str,
 )
