@@ -296,8 +296,8 @@ def _summary(server: Server, watch: Watch, streams: list[LiveStream], reports: l
     errors = [
         f"{stream.name}: {what}"
         for stream in streams
-        for at, what in stream.errors
-        if not _is_forgiven(watch.faults, at, at + 3.0)
+        for begun_at, ended_at, what in stream.errors
+        if not _is_forgiven(watch.faults, begun_at, ended_at)
     ]
     return {
         "attacks": len(reports),

@@ -29,7 +29,7 @@ class LiveStream:
     Attributes:
         text: what it must be told every time, once it is known.
         gaps: waits for a piece of text longer than `slow_s`: kept small, as the watcher must not be late itself.
-        errors: (when, what): answers that ended with an error, or not as they should.
+        errors: (begun, ended, what): answers that ended with an error, or not as they should.
         wrong: texts that were not `text`.
     """
 
@@ -42,7 +42,7 @@ class LiveStream:
     slow_s: float = 0.0
     num_answers: int = 0
     gaps: list[Gap] = field(default_factory=list)
-    errors: list[tuple[float, str]] = field(default_factory=list)
+    errors: list[tuple[float, float, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     async def run(self) -> None:
@@ -52,7 +52,7 @@ class LiveStream:
             try:
                 text = await (self._over_websocket() if self.is_websocket else self._over_http())
             except (OSError, TimeoutError, ValueError, KeyError, asyncio.IncompleteReadError) as error:
-                self.errors.append((begun_at, f"{type(error).__name__}: {error}"[:300]))
+                self.errors.append((begun_at, time.monotonic(), f"{type(error).__name__}: {error}"[:300]))
                 await asyncio.sleep(AGAIN_S)
                 continue
             self.num_answers += 1
