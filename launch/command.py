@@ -21,7 +21,7 @@ from collections.abc import Callable
 from msi.errors import EngineError
 
 from .command_line import as_flags
-from .logs import printable, write_error
+from .logs import flush_errors, printable, write_error
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ def run_command(name: str, work: Callable[[], None]) -> int:
             return EXIT_SENTENCE
         _report_bug(name, error)
         return EXIT_BUG
+    finally:
+        flush_errors()
     return 0
 
 

@@ -23,7 +23,8 @@ from msi.errors import ConfigError, Unavailable
 from msi.instance.children import Child, follow_launcher, tell_launcher
 from msi.models.files import read_text
 from msi.net.secret import Secret
-from msi.server.gateway import Gateway, listen, url_of
+from msi.server.gateway import Gateway
+from msi.server.listening import listen, url_of
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments

@@ -3,24 +3,33 @@
 What clients, peers and files say may be part of a message, so control characters come out escaped: nobody starts a
 line, moves a cursor or colours a terminal with a prompt. Several processes write to one terminal; each line is one
 write, which first erases what stands there: that is the launcher's live line, which is drawn anew (`display.py`).
+
+Writing waits for whoever reads: a full pipe, a terminal that was stopped, a slow disk. A thread does it, so that no
+loop stands meanwhile; what it cannot hold is counted and left out.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+import threading
 import unicodedata
+from collections import deque
 
 from .command_line import as_flags
 
 ERASE_LINE = "\x1b[2K"
 MAX_CHARS = 4000  # of a message
 NAMED_FROM = logging.WARNING  # lines of this level and above say their level
+MAX_WAITING = 10_000  # lines that nobody has read yet
+FLUSHED_WITHIN_S = 2.0  # at the end; a reader that is slower loses the rest
 
 
 def set_up_log(name: str, level: str) -> None:
     """Logs to standard error from here on, as `name`."""
+    _writer.start()
     handler = LineHandler()
     handler.setFormatter(OneLine(name))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -78,8 +87,67 @@ def _is_harmless(char: str) -> bool:
     return char.isprintable() or unicodedata.category(char) == "Zs"
 
 
+class ErrorWriter:
+    """Writes to standard error in order, each text at once and in one piece; once started, from a thread of its own."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[str] = deque()
+        self._num_left_out = 0
+        self._is_writing = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """From here on `write` waits for nobody."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+            self._thread.start()
+            atexit.register(self.flush)
+
+    def write(self, text: str) -> None:
+        if self._thread is None:
+            _write_now(text)
+            return
+        with self._changed:
+            if len(self._waiting) < MAX_WAITING:
+                self._waiting.append(text)
+                self._changed.notify_all()
+            else:
+                self._num_left_out += 1
+
+    def flush(self, within_s: float = FLUSHED_WITHIN_S) -> None:
+        """Waits until all of it is written, but no longer than that."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and not self._is_writing, within_s)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting)
+                self._is_writing = True
+                text = self._waiting.popleft()
+                if self._num_left_out and not self._waiting:
+                    text += f"{self._num_left_out} lines of the log were left out: nobody read them in time\n"
+                    self._num_left_out = 0
+            _write_now(text)
+
+
+_writer = ErrorWriter()
+
+
 def write_error(text: str) -> None:
-    """To standard error, at once and in one piece."""
+    """To standard error, in one piece, after what was written before."""
+    _writer.write(text)
+
+
+def flush_errors() -> None:
+    """Waits, not for long, until what was written is read."""
+    _writer.flush()
+
+
+def _write_now(text: str) -> None:
     stream = sys.stderr
     try:
         stream.write(text)

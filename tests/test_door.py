@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gzip
 import io
 import json
 import socket
+from collections import Counter
 
 import aiohttp
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msi import ConfigError, Engine
-from msi.server import door, request_body
+from msi.server import door, listening, request_body
 from msi.server.gateway import Gateway
 from msi.server.origins import Origins
 from msi.server.prepare import Preparation
@@ -237,8 +239,12 @@ async def test_a_reader_that_never_reads_is_cut_and_its_request_cancelled(served
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect((host, int(port)))
         sock.sendall(head(**JSON, Content_Length=str(len(body)), Authorization=f"Bearer {KEY}") + b"\r\n" + body)
+        async with asyncio.timeout(20):
+            while not (await engine.stats()).num_requests:  # noqa: ASYNC110 - it may be understood late
+                await asyncio.sleep(0.01)
         await works(url)
         await idle(engine)
+        sock.settimeout(10)  # this is the gateway's thread
         read = b""
         with contextlib.suppress(ConnectionError):
             while part := sock.recv(65536):
@@ -473,3 +479,61 @@ async def test_a_large_answer_is_what_its_stream_says(served, path):
         assert "".join(tokens) == texts[index]
         assert choice["finish_reason"] == "length"
     assert whole["usage"]["completion_tokens"] == 800
+
+
+async def test_a_flood_comes_in_a_few_at_a_time_and_the_others_are_served_between(monkeypatch):
+    """Every turn of the loop has few of them, however many knock; and closing the entrance ends it."""
+    loop = asyncio.get_running_loop()
+    (listener,) = listening.listen("127.0.0.1", 0)
+    came, turns = [], 0
+
+    class Guest(asyncio.Protocol):
+        def connection_made(self, transport):
+            came.append(turns)
+            transport.abort()
+
+    def turn():
+        nonlocal turns
+        turns += 1
+        if not listener._closed:
+            loop.call_soon(turn)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(socket.create_connection(listener.getsockname(), timeout=5))
+        entrance = listening.Entrance([listener], Guest)
+        turn()
+        async with asyncio.timeout(20):
+            while len(came) < 300:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        entrance.close()
+    assert max(Counter(came).values()) <= listening.TAKEN_AT_ONCE
+
+
+async def test_without_descriptors_connections_wait_instead_of_spinning(monkeypatch):
+    monkeypatch.setattr(listening, "AGAIN_AFTER_S", 0.05)
+    tries = 0
+
+    class Poor(socket.socket):
+        def accept(self):
+            nonlocal tries
+            tries += 1
+            if tries < 3:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    listener = Poor()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    came = asyncio.Event()
+
+    class Guest(asyncio.Protocol):
+        def connection_made(self, transport):
+            came.set()
+            transport.abort()
+
+    entrance = listening.Entrance([listener], Guest)
+    with socket.create_connection(listener.getsockname(), timeout=5):
+        await asyncio.wait_for(came.wait(), 10)
+    entrance.close()
+    assert tries <= 4

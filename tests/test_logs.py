@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -80,6 +81,42 @@ def test_a_log_that_nobody_reads_any_more_is_no_error(monkeypatch):
         handler = LineHandler()
         handler.setFormatter(OneLine("%(message)s"))
         handler.emit(logging.LogRecord("x", logging.INFO, "", 1, "said", (), None))
+
+
+UNREAD = """
+import logging, time
+from msi_launch import logs
+logs.MAX_WAITING, logs.FLUSHED_WITHIN_S = 2000, 0.1
+logs.set_up_log("me", "info")
+began = time.monotonic()
+for index in range(5000):
+    logging.getLogger("x").info("line %d", index)
+print(time.monotonic() - began < 10, flush=True)
+input()
+logs.write_error("the last\\n")
+logs.write_error("is this\\n")
+logs.flush_errors()
+"""
+
+
+def test_a_log_that_nobody_reads_stops_nobody_and_counts_what_it_lost():
+    """The pipe takes 64 KB; what is read later is whole lines in order."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", UNREAD], text=True, **pipes) as process:
+        assert process.stdout.readline() == "True\n"  # nothing was read, and it went on
+        lines, reader = [], threading.Thread(target=lambda: lines.extend(process.stderr))
+        reader.start()
+        while not any("left out" in line for line in lines):
+            time.sleep(0.01)
+        process.stdin.write("\n")
+        process.stdin.close()
+        reader.join(30)
+        assert process.wait(30) == 0
+    numbers = [int(line.rsplit(" ", 1)[1]) for line in lines if "me: line" in line]
+    assert numbers == sorted(set(numbers))
+    (said,) = [line for line in lines if "left out" in line]
+    assert int(said.split()[0]) == 5000 - len(numbers)
+    assert lines[-2:] == ["the last\n", "is this\n"]
 
 
 def on_terminal(code, columns=40, **environment):

@@ -1,8 +1,9 @@
 """Connections of the HTTP server: how many there may be, and how long one may keep the server waiting.
 
 A client has ten seconds for the headers of a request, and one that does not read what it was sent is cut after thirty.
-When all places are taken, the connection that has waited longest without a request gives its place to a new one. What
-is not HTTP is answered with an error in JSON, like everything else. Knows no endpoints.
+When all places are taken, the connection that has waited longest without a request gives its place to a new one. One
+that says nothing costs next to nothing: HTTP begins at its first byte. What is not HTTP is answered with an error in
+JSON, like everything else. Knows no endpoints.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import orjson
 from aiohttp import web
 
 from msi.server.answers import error_object
+from msi.server.listening import MAX_CONNECTIONS
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 4096
 HEADERS_WITHIN_S = 10.0
 IDLE_S = 75.0  # between two requests
 UNREAD_S = 30.0  # without a byte read of what waits to be read
@@ -31,7 +32,7 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Door(web.Server):
-    """A factory of connections, for `loop.create_server`. `open` before, `shutdown` after everything.
+    """A factory of connections, for an `Entrance`. `open` before, `shutdown` after everything.
 
     Args:
         handler: answers a request; cancelled when its client leaves. It raises nothing but cancellation.
@@ -124,12 +125,13 @@ class Door(web.Server):
 class Connection(web.RequestHandler):
     """One connection."""
 
-    __slots__ = ("_client", "_door", "_expects_since", "_is_busy", "_unread_bytes", "_unread_since")
+    __slots__ = ("_client", "_door", "_expects_since", "_has_begun", "_is_busy", "_unread_bytes", "_unread_since")
 
     def __init__(self, door: Door) -> None:
         super().__init__(door, loop=door._loop, **door._kwargs)
         self._door = door
         self._client: asyncio.Transport | None = None
+        self._has_begun = False  # what aiohttp keeps of a connection
         self._is_busy = False
         self._expects_since: float | None = None  # headers
         self._unread_bytes = 0
@@ -163,7 +165,10 @@ class Connection(web.RequestHandler):
             return
         if self._expects_since is not None:
             self._client.write(raw_error(408, f"the headers of a request must come within {HEADERS_WITHIN_S:g} s"))
-        self.force_close()
+        if self._has_begun:
+            self.force_close()
+        else:
+            self._client.close()
 
     def abort(self) -> None:
         if self._client is not None:
@@ -177,10 +182,14 @@ class Connection(web.RequestHandler):
         if not self._door.entered(self):
             self._client.write(raw_error(503, "this server has as many connections as it takes", "Retry-After: 1\r\n"))
             self._client.close()
-            return
-        super().connection_made(transport)
+            self._client = None
 
     def data_received(self, data: bytes) -> None:
+        if self._client is None:  # it was refused
+            return
+        if not self._has_begun:
+            self._has_begun = True
+            super().connection_made(self._client)
         if not self._is_busy and self._expects_since is None:
             self._expects_since = self._loop.time()
         super().data_received(data)
@@ -188,7 +197,8 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._client = None
         self._door.left(self)
-        super().connection_lost(exc)
+        if self._has_begun:
+            super().connection_lost(exc)
 
     def handle_error(
         self,

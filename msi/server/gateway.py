@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
 import re
-import resource
 import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
@@ -24,11 +21,12 @@ from aiohttp import web
 
 import msi
 from msi.engine import Engine
-from msi.errors import MAX_SHOWN_CHARS, ConfigError
+from msi.errors import MAX_SHOWN_CHARS
 from msi.server.answers import error_object
 from msi.server.api_keys import ApiKeys
 from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
-from msi.server.door import MAX_CONNECTIONS, Door
+from msi.server.door import Door
+from msi.server.listening import Entrance, listen, max_connections, url_of
 from msi.server.metrics import CONTENT_TYPE_LATEST, Metrics
 from msi.server.model_card import model_card
 from msi.server.origins import Origins
@@ -49,8 +47,6 @@ USUAL_HEADERS = f"Authorization, Content-Type, {ID_HEADER}"
 HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(, ?[A-Za-z0-9-]{1,64}){0,63}")
 PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
 MAX_PIECE_BYTES = 256 * 1024  # of an answer: written at a time
-BACKLOG = 1024  # connections that wait to be accepted
-KEPT_DESCRIPTORS = 128  # for what is no client's connection
 ENDS_WITHIN_S = 2.0  # clients, once their requests have ended
 Handler = Callable[[web.BaseRequest, dict[str, str]], Awaitable[web.StreamResponse]]  # headers: of the answer
 
@@ -99,7 +95,7 @@ class Gateway:
         self._running = Running()
         self._sockets = Sockets(self._calls, self._running, MAX_BODY_BYTES)
         self._door = Door(self._handle, max_connections())
-        self._servers: list[asyncio.Server] = []
+        self._entrance: Entrance | None = None
         self._endpoints: dict[str, dict[str, Handler]] = {
             "/v1/completions": {"POST": self._completions},
             "/v1/chat/completions": {"POST": self._chat_completions},
@@ -124,11 +120,11 @@ class Gateway:
         """
         sockets = list(listening or listen(self._host, self._port))
         self._door.open()
-        loop = asyncio.get_running_loop()
-        self._servers = [await loop.create_server(self._door, sock=one, backlog=BACKLOG) for one in sockets]
+        url = url_of(self._host, sockets[0].getsockname()[1])
+        self._entrance = Entrance(sockets, self._door)
         if self._load_log is not None:
             self._telling = asyncio.create_task(self._load_log.run())
-        return url_of(self._host, sockets[0].getsockname()[1])
+        return url
 
     async def prepare(self) -> None:
         """Starts what large requests need, so that the first does not wait for it."""
@@ -140,8 +136,8 @@ class Gateway:
         running.is_ending = True
         if self._telling is not None:
             self._telling.cancel()
-        for server in self._servers:
-            server.close()
+        if self._entrance is not None:
+            self._entrance.close()
         if grace_s > 0 and len(running):
             log.info("HTTP takes no more requests; %d that run have %g s to end", len(running), grace_s)
             await running.wait_idle(grace_s)
@@ -376,64 +372,3 @@ async def _events(call: Call) -> AsyncGenerator[bytes, None]:
 
 def _event(values: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(values) + b"\n\n"
-
-
-# -- sockets ---------------------------------------------------------------------------------------------------------
-
-
-def max_connections() -> int:
-    """As many as there are descriptors for."""
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + KEPT_DESCRIPTORS
-    if limit < wanted and limit != resource.RLIM_INFINITY:
-        limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else max(8, min(MAX_CONNECTIONS, limit - KEPT_DESCRIPTORS))
-    )
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen at every address of a host, all at one port.
-
-    Raises:
-        ConfigError: names the host and the port, and says what to do.
-    """
-    sockets: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            one = socket.socket(family, kind, protocol)
-            sockets.append(one)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            one.bind((address[0], sockets[0].getsockname()[1] if len(sockets) > 1 else port, *address[2:]))
-            one.listen(BACKLOG)
-            one.setblocking(False)
-    except OSError as error:
-        for one in sockets:
-            one.close()
-        raise ConfigError(why_not(host, port, error)) from error
-    return sockets
-
-
-def url_of(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def why_not(host: str, port: int, error: OSError) -> str:
-    """A sentence on a socket that cannot listen."""
-    where = f"cannot serve HTTP on {url_of(host, port).removeprefix('http://')}"
-    if isinstance(error, socket.gaierror):
-        return f"{where}: {error.strerror}; give an address of this machine as `host`"
-    number = error.errno or 0
-    if number == errno.EADDRINUSE:
-        return f"{where}: the port is in use; choose another `port`"
-    if number == errno.EADDRNOTAVAIL:
-        return f"{where}: this machine has no such address; give one of its own as `host`"
-    reason = os.strerror(number) if number else str(error)
-    return f"{where}: {reason}; choose another `port` or `host`"
