@@ -28,7 +28,7 @@ from msi.server.listening import listen, url_of
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
-from .command import requests_to_end
+from .command import requests_to_end, settle
 from .logs import has_live_terminal
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ async def run_gateway(arguments: LaunchArguments) -> None:
             url = await gateway.start([socket.socket(fileno=fd) for fd in arguments.http_sockets] or None)
             if not arguments.parent:
                 log.info("HTTP at %s", url)
+            settle()
             tell_launcher(arguments.announce, ready=True)
             await asked.wait()
         finally:

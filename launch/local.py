@@ -14,7 +14,7 @@ from msi.types import SamplingParams
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
-from .command import requests_to_end
+from .command import requests_to_end, settle
 from .display import StatusLine, summary
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine, sto
                 await _answer(engine, arguments)
                 return
             where = f"at {engine.url}/v1" if engine.url else "in this process, which serves no HTTP"
+            settle()
             line.say(f"ready: {engine.model_name} {where}")
             stops.can_drain = True
             showing = asyncio.ensure_future(_show(engine, line, stops))

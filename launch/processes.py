@@ -26,7 +26,7 @@ from msi.instance.instance import create_coordinator, create_worker, listen
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
-from .command import requests_to_end
+from .command import requests_to_end, settle
 from .gateway_process import GatewayProcess
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class Ending:
 
 async def _tell_when_ready(worker: Worker, announce: int) -> None:
     await worker.has_been_ready.wait()
+    settle()
     tell_launcher(announce, ready=True)
 
 
@@ -133,6 +134,7 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
             ending = CoordinatorEnding(coordinator, arguments.shutdown_timeout_s, is_child=arguments.parent > 0)
             following = tasks.create_task(follow_launcher(arguments.announce, ending.told))
             log.info("coordinator at %s", coordinator.address)
+            settle()
             try:
                 if arguments.has_gateway:
                     await _serve(arguments, coordinator, ending, running)

@@ -49,6 +49,7 @@ START_TIMEOUT_S = 180.0
 FAULT_EVERY_S = 25.0
 MEMORY_GROWTH = 1.10
 SPARE_DESCRIPTORS = 8
+NUM_SHOWN_GAPS = 40
 API_KEY = "hostile"
 
 
@@ -203,7 +204,7 @@ class Watch:
                 "faults": len(self.faults),
                 "answers": sum(stream.num_answers for stream in self._streams),
                 "worst_gap_ms": round(1e3 * worst_gap_s(self._streams, self.faults, self._since), 1),
-                "memory_mb": memory_bytes(self._server) >> 20,
+                "memory_mb": sum(memory(self._server).values()) >> 20,
             }
             print(json.dumps(line), flush=True)
 
@@ -221,12 +222,39 @@ def worst_gap_s(
     return max(gaps, default=0.0)
 
 
+def worst_gaps(
+    streams: list[LiveStream], faults: list[Fault], reports: list[dict[str, Any]], since: float, until: float
+) -> list[dict[str, Any]]:
+    """The longest waits, and the attacks that ran meanwhile."""
+    gaps = [
+        (gap, stream.name)
+        for stream in streams
+        for gap in stream.gaps
+        if since <= gap.ended_at <= until and not _is_forgiven(faults, gap.ended_at - gap.seconds, gap.ended_at)
+    ]
+    gaps.sort(key=lambda one: -one[0].seconds)
+    return [
+        {
+            "ms": round(1e3 * gap.seconds, 1),
+            "at": round(gap.ended_at - since, 3),
+            "stream": name,
+            "beside": [
+                report["attack"]
+                for report in reports
+                if report["began_at"] < gap.ended_at and report["ended_at"] > gap.ended_at - gap.seconds
+            ],
+        }
+        for gap, name in gaps[:NUM_SHOWN_GAPS]
+    ]
+
+
 def _is_forgiven(faults: list[Fault], begun_at: float, ended_at: float) -> bool:
     return any(fault.covers(begun_at, ended_at) for fault in faults)
 
 
-def memory_bytes(server: Server) -> int:
-    return sum(_held(pid)[0] for pid in family(server.process.pid).values())
+def memory(server: Server) -> dict[str, int]:
+    """Resident bytes of each process."""
+    return {name: _held(pid)[0] for name, pid in family(server.process.pid).items()}
 
 
 def num_descriptors(server: Server) -> dict[str, int]:
@@ -265,7 +293,7 @@ async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any
     seconds = 60 * arguments.minutes
     attacking = asyncio.ensure_future(attackers.run(server, arguments, seconds))
     await asyncio.wait({attacking}, timeout=seconds / 5)
-    early = memory_bytes(server)
+    early = memory(server)
     await attacking
     hostile_until = time.monotonic()
     for one in watching:
@@ -275,12 +303,16 @@ async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any
         one.cancel()
     await asyncio.gather(*living, *watching, return_exceptions=True)
     await asyncio.sleep(CALM_S)
+    late = memory(server)
     return _summary(server, watch, streams, attackers.reports) | {
         "seed": arguments.seed,
         "minutes": arguments.minutes,
         "calm_gap_ms": 1e3 * worst_gap_s(streams, [], calm_from, calm_until),
         "worst_gap_ms": 1e3 * worst_gap_s(streams, watch.faults, calm_until, hostile_until),
-        "memory_late_over_early": memory_bytes(server) / early,
+        "worst_gaps": worst_gaps(streams, watch.faults, attackers.reports, calm_until, hostile_until),
+        "memory_late_over_early": sum(late.values()) / sum(early.values()),
+        "memory_early": early,
+        "memory_late": late,
         "descriptors_before": descriptors_before,
         "descriptors_after": num_descriptors(server),
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import Any, cast
 
 import orjson
 from aiohttp import web
@@ -58,8 +58,12 @@ class Door(web.Server):
         self._waiting: dict[Connection, None] = {}  # without a request, longest first
         self._timer: asyncio.TimerHandle | None = None
 
-    def __call__(self) -> Connection:
-        return Connection(self)
+    def __call__(self) -> Connection:  # type: ignore[override]  # what stands before aiohttp's
+        return Connection(self, self._loop)
+
+    def begin_http(self, connection: Connection) -> Http:
+        """A client has spoken."""
+        return Http(connection, self, self._loop, **self._kwargs)
 
     def counters(self) -> dict[str, float]:
         """Everything countable, by name."""
@@ -83,8 +87,8 @@ class Door(web.Server):
             connection.abort()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        connection = request.protocol
-        assert isinstance(connection, Connection)
+        assert isinstance(request.protocol, Http)
+        connection = request.protocol.connection
         self._waiting.pop(connection, None)
         connection.begins()
         try:
@@ -122,16 +126,16 @@ class Door(web.Server):
         self._waiting.pop(connection, None)
 
 
-class Connection(web.RequestHandler):
-    """One connection."""
+class Connection(asyncio.Protocol):
+    """One connection. aiohttp's part of it, which is the costly one, is made when the client speaks."""
 
-    __slots__ = ("_client", "_door", "_expects_since", "_has_begun", "_is_busy", "_unread_bytes", "_unread_since")
+    __slots__ = ("_client", "_door", "_expects_since", "_http", "_is_busy", "_loop", "_unread_bytes", "_unread_since")
 
-    def __init__(self, door: Door) -> None:
-        super().__init__(door, loop=door._loop, **door._kwargs)
+    def __init__(self, door: Door, loop: asyncio.AbstractEventLoop) -> None:
         self._door = door
+        self._loop = loop
         self._client: asyncio.Transport | None = None
-        self._has_begun = False  # what aiohttp keeps of a connection
+        self._http: Http | None = None
         self._is_busy = False
         self._expects_since: float | None = None  # headers
         self._unread_bytes = 0
@@ -165,8 +169,8 @@ class Connection(web.RequestHandler):
             return
         if self._expects_since is not None:
             self._client.write(raw_error(408, f"the headers of a request must come within {HEADERS_WITHIN_S:g} s"))
-        if self._has_begun:
-            self.force_close()
+        if self._http is not None:
+            self._http.force_close()
         else:
             self._client.close()
 
@@ -174,7 +178,7 @@ class Connection(web.RequestHandler):
         if self._client is not None:
             self._client.abort()
 
-    # -- asyncio's and aiohttp's side --------------------------------------------------------------------------------
+    # -- asyncio's side ----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._client = cast(asyncio.Transport, transport)
@@ -187,18 +191,40 @@ class Connection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self._client is None:  # it was refused
             return
-        if not self._has_begun:
-            self._has_begun = True
-            super().connection_made(self._client)
+        if self._http is None:
+            self._http = self._door.begin_http(self)
+            self._http.connection_made(self._client)
         if not self._is_busy and self._expects_since is None:
             self._expects_since = self._loop.time()
-        super().data_received(data)
+        self._http.data_received(data)
+
+    def pause_writing(self) -> None:
+        if self._http is not None:
+            self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        if self._http is not None:
+            self._http.resume_writing()
+
+    def eof_received(self) -> None:
+        if self._http is not None:
+            self._http.eof_received()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._client = None
         self._door.left(self)
-        if self._has_begun:
-            super().connection_lost(exc)
+        if self._http is not None:
+            self._http.connection_lost(exc)
+
+
+class Http(web.RequestHandler):
+    """What aiohttp makes of the bytes of a connection."""
+
+    __slots__ = ("connection",)
+
+    def __init__(self, connection: Connection, door: Door, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
+        super().__init__(door, loop=loop, **options)
+        self.connection = connection
 
     def handle_error(
         self,
