@@ -1,10 +1,11 @@
 """Mixture-of-Experts serving with attention and experts on different workers.
 
-from msi import Engine, SamplingParams
+from msi import LLM, Engine, SamplingParams
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from msi.errors import (
@@ -21,11 +22,15 @@ from msi.types import Output, SamplingParams
 
 if TYPE_CHECKING:
     from msi.engine import Engine
+    from msi.offline.llm import LLM
+    from msi.offline.outputs import CompletionOutput, RequestOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "CheckpointError",
+    "CompletionOutput",
     "ConfigError",
     "Engine",
     "EngineError",
@@ -33,6 +38,7 @@ __all__ = [
     "Output",
     "ProtocolError",
     "RequestFailed",
+    "RequestOutput",
     "SamplingParams",
     "TransportError",
     "Unavailable",
@@ -40,10 +46,16 @@ __all__ = [
 ]
 
 
+_LATER = {
+    "Engine": "msi.engine",
+    "LLM": "msi.offline.llm",
+    "CompletionOutput": "msi.offline.outputs",
+    "RequestOutput": "msi.offline.outputs",
+}
+
+
 def __getattr__(name: str) -> Any:
     """The engine is imported when it is first asked for: msi-plan and the command lines do without."""
-    if name == "Engine":
-        from msi.engine import Engine
-
-        return Engine
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -255,9 +255,20 @@ class Engine:
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """A prompt's tokens; with those that the tokenizer puts around a text. Raises InvalidRequest."""
-        return self._require_prompts().encode(prompt, add_special_tokens=add_special_tokens)
+    def encode(
+        self, prompt: str | Sequence[int], *, add_special_tokens: bool = True, params: SamplingParams | None = None
+    ) -> tuple[int, ...]:
+        """A prompt's tokens; with those that the tokenizer puts around a text. Raises InvalidRequest.
+
+        Args:
+            params: of its request: how much room they leave for a prompt, and what of it they cut off.
+        """
+        return self._require_prompts().encode(
+            prompt,
+            add_special_tokens=add_special_tokens,
+            max_tokens=1 if params is None else params.max_tokens,
+            truncate=None if params is None else params.truncate_prompt_tokens,
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included; "" for a model without tokenizer."""

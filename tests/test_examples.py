@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import aiohttp
 import pytest
 
-from tests.test_launch import free_port, launched
+from tests.test_launch import free_port, launched, running
 
 EXAMPLES = Path(__file__).parent.parent / "tools" / "examples"
 WITHOUT_A_SERVER = {"choose_plan.py": "worth splitting: True", "simulate_faults.py": "expert-3 four times slower: "}
-WITH_ITS_OWN = {"embedded.py": "It was a fine morning, and "}
+WITH_ITS_OWN = {"embedded.py": "It was a fine morning, and ", "notebook.py": "log-probability of"}
+APPLICATIONS = {"aiohttp_app.py": (), "fastapi_app.py": ("fastapi", "uvicorn")}  # and the packages that they need
 OF_A_SERVER = {"streaming_client.py": ["It was"], "websocket_client.py": []}
 
 
@@ -23,7 +27,12 @@ def said(name: str, *arguments: object) -> str:
 
 
 def test_every_example_is_run_by_a_test():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*WITHOUT_A_SERVER, *WITH_ITS_OWN, *OF_A_SERVER}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        *WITHOUT_A_SERVER,
+        *WITH_ITS_OWN,
+        *APPLICATIONS,
+        *OF_A_SERVER,
+    }
 
 
 @pytest.mark.parametrize(("name", "expected"), WITHOUT_A_SERVER.items())
@@ -35,6 +44,30 @@ def test_what_needs_no_server_runs(name, expected):
 @pytest.mark.parametrize(("name", "expected"), WITH_ITS_OWN.items())
 def test_what_starts_an_instance_of_its_own_runs(name, expected):
     assert expected in said(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "packages"), APPLICATIONS.items())
+async def test_applications_serve_and_end(name, packages, tiny_model):
+    for package in packages:
+        pytest.importorskip(package)
+    port = free_port()
+    async with running(sys.executable, EXAMPLES / name, "--port", port, tiny_model) as child:
+        url = f"http://127.0.0.1:{port}/tell"
+        async with aiohttp.ClientSession() as session:
+            for _ in range(600):
+                assert child.process.returncode is None, child.said
+                with contextlib.suppress(aiohttp.ClientConnectionError):
+                    async with session.get(url, params={"prompt": "It is"}) as response:
+                        assert response.status == 200
+                        assert (await response.text()).startswith("It is")
+                        break
+                await asyncio.sleep(0.1)
+            async with session.get(url, params={"prompt": ""}) as response:
+                assert response.status == 400
+        child.process.send_signal(signal.SIGINT)
+        assert await child.ended() == 0
+    assert "Traceback" not in child.said
 
 
 @pytest.mark.slow
