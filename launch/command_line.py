@@ -17,6 +17,8 @@ from typing import Any, NoReturn, TypeVar
 from msi import __version__
 from msi.errors import MAX_SHOWN_CHARS, ConfigError, shown
 
+from .config_file import read_options
+
 MAX_TEXT_CHARS = 100_000
 HELP_COLUMN = 30
 LIKENESS = 0.55  # from which on another flag may have been meant; difflib's ratio
@@ -26,7 +28,13 @@ T = TypeVar("T")
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser that raises ConfigError, with one sentence, where argparse prints its usage and ends the process."""
+    """A parser that raises ConfigError, with one sentence, where argparse prints its usage and ends the process.
+
+    Attributes:
+        takes_config: --config names a file with options (see `config_file`).
+    """
+
+    takes_config = True
 
     def __init__(self, prog: str, description: str, **options: Any) -> None:
         super().__init__(
@@ -38,6 +46,9 @@ class CommandLine(argparse.ArgumentParser):
         )
         add = self.add_argument_group("about").add_argument
         add("-h", "--help", action="help", help="this page")
+        if self.takes_config:
+            add("--config", type=file_to_ask, metavar="FILE", default=argparse.SUPPRESS,
+                help="options in TOML, by the names of these flags: port = 8000; the command line wins")  # fmt: skip
         add("--version", action="version", version=f"{prog.split()[0]} {__version__}", help="which version this is")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -50,10 +61,55 @@ class CommandLine(argparse.ArgumentParser):
         for action in self._actions:
             if action.dest != "ignored":
                 _flags_of[action.dest] = tuple(action.option_strings) or (str(action.metavar),)
+        return self._with_config(words) if namespace is None else self._parsed(words, namespace)
+
+    def _parsed(self, words: Sequence[str], namespace: argparse.Namespace) -> argparse.Namespace:
         values, extra = self.parse_known_args(words, namespace)
         if extra:
             self.error(f"{quoted(extra[0])} is a word too many: a flag's value, or MODEL, is given already")
         return values
+
+    def _with_config(self, words: Sequence[str]) -> argparse.Namespace:
+        """What a command line and the file that it names say together."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        first.add_argument("--config", action="append", nargs="?", default=[])
+        files = first.parse_known_args(words)[0].config if self.takes_config else []
+        if not files or files[-1] is None or {"-h", "--help"} & set(words):
+            return self._parsed(words, argparse.Namespace())
+        if len(files) > 1:
+            self.error("--config comes several times; give one file")
+        config = next(one for one in self._actions if one.dest == "config")
+        given = read_options(
+            self._read_word(config, files[0]), self._actions, read=self._read_word, nearest=self._nearest, parser=self
+        )
+        return self._joined(words, given)
+
+    def _joined(self, words: Sequence[str], given: argparse.Namespace) -> argparse.Namespace:
+        flags = {word.partition("=")[0] for word in words}
+        told, required = vars(given), []
+        for action in self._actions:
+            if isinstance(action, argparse._AppendAction) and flags & set(action.option_strings):
+                told.pop(action.dest, None)  # else the command line's were added to the file's
+            if action.dest in told and action.required:
+                action.required = False
+                required.append(action)
+        values = self._parsed(words, argparse.Namespace(**told))
+        for action in required:
+            action.required = True
+        for action in self._actions:  # argparse sets a word that may be left out even where it is left out
+            if not action.option_strings and getattr(values, action.dest) is action.default and action.dest in told:
+                setattr(values, action.dest, told[action.dest])
+        del values.config
+        return values
+
+    def _read_word(self, action: argparse.Action, word: str) -> Any:
+        """An option's value. Raises ConfigError."""
+        try:
+            value = self._get_value(action, word)
+            self._check_value(action, value)
+            return value
+        except argparse.ArgumentError as error:
+            self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with argparse's complaint as a sentence."""
@@ -98,6 +154,8 @@ class CommandLine(argparse.ArgumentParser):
 
 class ScriptLine(CommandLine):
     """The command line of a script under tools/, whose docstring is its help: ends it with a line where it is wrong."""
+
+    takes_config = False
 
     def __init__(self, docstring: str | None) -> None:
         name = f"tools/{Path(sys.argv[0]).name}"
@@ -190,6 +248,7 @@ def one_of(*allowed: str) -> Callable[[str], str]:
             raise argparse.ArgumentTypeError(f"{shown(word)} is not one; supported: {', '.join(filter(None, allowed))}")
         return word
 
+    read.words = allowed  # type: ignore[attr-defined]
     return read
 
 

@@ -11,6 +11,7 @@ from msi.options import flag_of
 from msi.parameters import Parameter
 
 from .command_line import file_to_ask, file_to_write, integer, number, one_of, text
+from .vllm_flags import DTYPES
 
 
 def add_parameter(group: Any, one: Parameter) -> None:
@@ -50,7 +51,8 @@ def _reader_of(one: Parameter) -> Callable[[str], Any]:
     if one.kind is Path:
         return {"read": file_to_ask, "write": file_to_write, "directory": model_directory}[about.file]
     if about.choices:
-        return one_of(*about.choices)
+        read = one_of(*about.choices)
+        return read if one.name != "dtype" else lambda word: read(DTYPES.get(word, word))
     return text(*about.form) if about.form[0] else str
 
 

@@ -20,7 +20,7 @@ from msi.errors import ConfigError
 from msi.options import PARAMETERS, InstanceOptions, flag_of
 from msi_launch import main, plan, profile, simulate
 from msi_launch.arguments import parse
-from msi_launch.command_line import CommandLine
+from msi_launch.command_line import CommandLine, quoted
 from msi_launch.gateway_process import template_of
 from msi_launch.vllm_flags import ANY, FOREIGN
 
@@ -120,7 +120,8 @@ HOSTILE = [
     (["--colocated", "--expert-workers", "2"], "--colocated is one process with both roles"),
     (["--max-num-batched-tokens", "1000"], "is more than a slot's 512 rows"),
     (["--enable-prefix-caching=no"], "takes no value"),
-    (["--check"], "--check is not built yet"),
+    (["--json"], "--json is for --check; give that, too, or leave it out"),
+    (["--config", "/nowhere"], "--config /nowhere cannot be read: there is no such file"),
     (["\udcff"], "is not text in UTF-8"),
     (["--prompt", "caf\udce9"], "is not text in UTF-8"),
     (["--\udcff"], "is not text in UTF-8"),
@@ -170,7 +171,7 @@ def test_a_flag_of_vllms_that_is_not_built_says_what_to_use_instead(flag, capsys
             assert flag.instead
         for value in [value for value in flag.neutral if value != "*"] or ["7"] * (flag.neutral == ANY):
             given = [name, value] if flag.takes_value else [name]
-            assert parse(given).ignored == (" ".join(given),)
+            assert parse(given).ignored == (" ".join([name, *map(quoted, given[1:])]),)
             assert parse(given).options == InstanceOptions()
 
 
@@ -356,6 +357,8 @@ def test_msi_profile_refuses_in_one_sentence(argv, complaint, capsys, monkeypatc
 OTHERS = {
     "--local-dir": "hf download",
     "--ntasks": "srun",
+    "--shm-size": "docker run",
+    "--ulimit": "docker run",
     "--signal": "sbatch",
 }
 
