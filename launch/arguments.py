@@ -14,7 +14,7 @@ import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from msi.errors import ConfigError
 from msi.net.rdma.options import GROUP as RDMA
@@ -28,7 +28,8 @@ from .parameter_flags import add_parameter
 from .vllm_flags import add_foreign
 
 DESCRIPTION = """Serve a Mixture-of-Experts model with attention and experts on different workers. Without --role:
-everything on this machine, with an HTTP server in front. Names are vLLM's where vLLM has the option."""
+everything on this machine, with an HTTP server in front. Names are vLLM's where vLLM has the option. `msi-launch
+run-batch` answers a file of requests."""
 ROLES = ("coordinator", "gateway", "attention", "expert", "worker")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_CHILD_NUMBER = 2**22  # of processes and descriptors
@@ -54,6 +55,9 @@ class LaunchArguments:
         announce: descriptor through which a launcher is told how things are (see `msi.instance.children`); -1 for none.
         allowed_origins: web pages of other origins that may ask.
         http_sockets: descriptors that listen already, for a gateway.
+        log_json: each line of the log is a JSON object.
+        check: nothing is started; what would stand in the way is said (see `launch/doctor`), with `json` as an object.
+        hosts: others of the cluster, for --check.
         ignored: flags of vLLM's that were given and change nothing here.
         serving_flags: for the process that serves HTTP, what was said of it.
     """
@@ -75,6 +79,10 @@ class LaunchArguments:
     disable_log_stats: bool
     allowed_origins: tuple[str, ...]
     log_level: str
+    log_json: bool
+    check: bool
+    json: bool
+    hosts: tuple[Peer, ...]
     parent: int
     shutdown_timeout_s: float
     announce: int
@@ -84,12 +92,17 @@ class LaunchArguments:
     serving_flags: tuple[str, ...]
     trust: Trust
 
+    @property
+    def log_flags(self) -> tuple[str, ...]:
+        """For processes that this one starts."""
+        return ("--log-level", self.log_level, *(("--log-json",) if self.log_json else ()))
+
 
 def parse(argv: list[str]) -> LaunchArguments:
     """Raises ConfigError. --help and --version print, and end the process."""
     parser = CommandLine("msi-launch", DESCRIPTION, usage="msi-launch [MODEL] [options]")
     for heading in (MODEL_AND_WORKERS, LIMITS, RDMA):
-        _add_parameters(parser.add_argument_group(heading), heading)
+        add_parameters(parser.add_argument_group(heading), heading)
     serving = parser.add_argument_group("serving over HTTP")
     _add_serving(serving)
     _add_once(parser)
@@ -116,8 +129,8 @@ def parse(argv: list[str]) -> LaunchArguments:
 
 def _check(values: argparse.Namespace) -> None:
     """Raises ConfigError: what no value alone says."""
-    if values.check:
-        raise ConfigError("--check is not built yet; what cannot work is said at start")
+    if not values.check and (values.json or values.hosts):
+        raise ConfigError(f"{'--json' if values.json else '--hosts'} is for --check; give that, too, or leave it out")
     if values.role and values.role != "coordinator" and not values.coordinator:
         raise ConfigError(f"--role {values.role} needs --coordinator tcp://HOST:PORT")
     if values.prompt is not None and values.role:
@@ -193,6 +206,28 @@ def origins(word: str) -> tuple[str, ...]:
     return allowed
 
 
+class Peer(NamedTuple):
+    """Another host; port 0 where none was said."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}" if self.port else self.host
+
+
+def peers(word: str) -> tuple[Peer, ...]:
+    """Hosts, with commas between them, each with a port or without."""
+    return tuple(_peer(one.strip()) for one in word.split(","))
+
+
+def _peer(word: str) -> Peer:
+    name, colon, port = word.rpartition(":")
+    if not colon or word.endswith("]") or (":" in name and not name.startswith("[")):
+        return Peer(host(word), 0)  # a bare IPv6 address has no port
+    return Peer(host(name), integer(1, 65535, of="a port")(port))
+
+
 def descriptors(word: str) -> tuple[int, ...]:
     return tuple(int(one) for one in word.split(","))
 
@@ -200,7 +235,7 @@ def descriptors(word: str) -> tuple[int, ...]:
 # -- the options -----------------------------------------------------------------------------------------------------
 
 
-def _add_parameters(group: Any, heading: str) -> None:
+def add_parameters(group: Any, heading: str) -> None:
     """Those of an instance that stand under a heading."""
     for one in PARAMETERS:
         if one.about.group == heading:
@@ -258,8 +293,13 @@ def _add_diagnosis(parser: CommandLine) -> None:
     group = parser.add_argument_group(DIAGNOSIS)
     add = group.add_argument
     add("--log-level", type=one_of(*LOG_LEVELS), default="info", metavar="L", help="debug, info, warning or error")
-    _add_parameters(group, DIAGNOSIS)
-    add("--check", action="store_true", help=argparse.SUPPRESS)
+    add("--log-json", action="store_true", help="the log as JSON, one object a line: time, level, process, message")
+    add_parameters(group, DIAGNOSIS)
+    add("--check", action="store_true",
+        help="start nothing: look at devices, network, limits, model files and memory, and say what stands in the way; "
+        "status 0, or 2 where something does")  # fmt: skip
+    add("--hosts", type=peers, default=(), metavar="H,..", help="for --check: other hosts to reach, each HOST[:PORT]")
+    add("--json", action="store_true", help="for --check: one JSON object")
     add(
         "--disable-log-requests", dest="enable_log_requests", action="store_false", help=argparse.SUPPRESS
     )  # vLLM's own

@@ -21,8 +21,7 @@ from collections.abc import Callable
 
 from msi.errors import EngineError
 
-from .command_line import as_flags
-from .logs import flush_errors, printable, write_error
+from .logs import flush_errors, say_at_end
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +32,13 @@ EXIT_UNREAD = 128 + signal.SIGPIPE
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-def run_command(name: str, work: Callable[[], None]) -> int:
-    """Does the work; the exit status."""
+def run_command(name: str, work: Callable[[], int | None]) -> int:
+    """Does the work; the exit status, which is the work's own where it gives one."""
     try:
-        work()
+        status = work()
         sys.stdout.flush()
     except EngineError as error:
-        write_error(f"{name}: {as_flags(printable(str(error)))}\n")
+        say_at_end(name, str(error))
         return EXIT_SENTENCE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -48,14 +47,14 @@ def run_command(name: str, work: Callable[[], None]) -> int:
         return EXIT_UNREAD
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
-            write_error(f"{name}: standard output cannot be written: {error.strerror}\n")
+            say_at_end(name, f"standard output cannot be written: {error.strerror}")
             _give_up_output()
             return EXIT_SENTENCE
         _report_bug(name, error)
         return EXIT_BUG
     finally:
         flush_errors()
-    return 0
+    return status or 0
 
 
 def requests_to_end() -> tuple[signal.Signals, ...]:
@@ -97,7 +96,6 @@ def _give_up_output() -> None:
 def _report_bug(name: str, error: Exception) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    write_error("".join(f"    {printable(line)}\n" for line in lines))
-    what = printable(f"{type(error).__name__}: {error}")[:200]
-    write_error(f"{name}: this is a bug of msi, at {where}: {what}; please report it with the lines above\n")
+    lines = "".join(traceback.format_exception(error))
+    what = f"{type(error).__name__}: {error}"[:200]
+    say_at_end(name, f"this is a bug of msi, at {where}: {what}; please report it with the lines above", lines)

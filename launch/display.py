@@ -1,4 +1,8 @@
-"""What msi-launch shows while it runs: a live line at the bottom of a terminal; elsewhere, lines for new states."""
+"""What msi-launch shows while it runs: live lines at the bottom of a terminal; elsewhere, lines for new states.
+
+The cursor waits at the beginning of the live lines, so that whatever another process writes erases them first, and
+stands on lines of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from rich.cells import cell_len, set_cell_size
 from msi.control.messages import Stats, WorkerStats
 
 from .command_line import as_flags
-from .logs import ERASE_LINE, has_live_terminal, printable, write_error
+from .logs import ERASE_LIVE, has_live_terminal, printable, write_error
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,7 @@ class StatusLine:
 
     def __init__(self) -> None:
         self._is_live = False
+        self._live = ""
         self._last = ""  # what was said of how things are, less its figures
         self._was_usual = False
 
@@ -36,18 +41,23 @@ class StatusLine:
             yield self
         finally:
             if self._is_live:
-                write_error(ERASE_LINE)
+                write_error(ERASE_LIVE)
                 self._is_live = False
 
-    def update(self, sentence: str, *, is_usual: bool = False, is_said: bool = False) -> None:
+    @property
+    def is_live(self) -> bool:
+        """Whether it is shown on a terminal."""
+        return self._is_live
+
+    def update(self, sentence: str, *, is_usual: bool = False, is_said: bool = False, panel: str = "") -> None:
         """How things are now; what is usual is for terminals only, and said once elsewhere when it is so again.
 
         Args:
             is_said: some line that stays has said it already.
+            panel: lines that a terminal gets instead; they fit.
         """
-        if self._is_live:
-            # back to the first column, so that whatever another process writes stands alone on its line
-            write_error(f"{ERASE_LINE}{cut(as_flags(printable(sentence)), _columns() - 1)}\r")
+        self._live = panel or cut(as_flags(printable(sentence)), _columns() - 1)
+        self.redraw()
         state = "" if is_usual else re.sub(r"\d+", "", sentence)
         if state != self._last:
             self._last = state
@@ -57,6 +67,12 @@ class StatusLine:
             elif not self._is_live and not is_said:
                 self.say(sentence)
         self._was_usual |= is_usual
+
+    def redraw(self) -> None:
+        """What stood there last, which a line of the log may have erased since."""
+        if self._is_live and self._live:
+            up = f"\x1b[{count}A" if (count := self._live.count("\n")) else ""
+            write_error(f"{ERASE_LIVE}{self._live}\r{up}")
 
     def say(self, line: str) -> None:
         """A line that stays."""

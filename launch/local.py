@@ -5,28 +5,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import signal
 import sys
+import time
+from dataclasses import replace
 
 from msi.engine import Engine
 from msi.errors import EngineError
+from msi.options import InstanceOptions
 from msi.types import SamplingParams
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
 from .command import requests_to_end, settle
 from .display import StatusLine, summary
+from .panel import panel, tokens_of, why_this_transport
 
 log = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 1.0
+REDRAWN_TIMES = 4  # meanwhile: lines of the log erase what is shown
 SAID_WITHIN_S = 0.5
 DRAIN_GRACE_S = 10.0  # beyond the time that the coordinator was told, for one that stands still
 
 
 async def serve(arguments: LaunchArguments) -> None:
     """Serves until it is asked to end, or answers one prompt. Raises EngineError when the instance cannot go on."""
-    level = ("--log-level", "warning" if arguments.prompt is not None else arguments.log_level)
+    level = (replace(arguments, log_level="warning") if arguments.prompt is not None else arguments).log_flags
     flags = {
         "coordinator_flags": (
             *level,
@@ -84,7 +90,7 @@ async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine, sto
             settle()
             line.say(f"ready: {engine.model_name} {where}")
             stops.can_drain = True
-            showing = asyncio.ensure_future(_show(engine, line, stops))
+            showing = asyncio.ensure_future(_show(engine, arguments.options, line, stops))
             failed = asyncio.ensure_future(engine.wait_failed())
             asked = asyncio.ensure_future(stops.asked.wait())
             try:
@@ -128,16 +134,40 @@ async def _answer(engine: Engine, arguments: LaunchArguments) -> None:
     sys.stdout.write("\n")
 
 
-async def _show(engine: Engine, line: StatusLine, stops: Stops) -> None:
+async def _show(engine: Engine, options: InstanceOptions, line: StatusLine, stops: Stops) -> None:
     """What the instance does, once a second. A display: what it cannot show, it says, and goes on."""
+    where, links = (
+        f"{engine.model_name} at {engine.url}/v1" if engine.url else engine.model_name,
+        why_this_transport(options),
+    )
+    rate = Rate()
     while True:
         is_ready, sentence = engine.status
         try:
             stats = await engine.stats() if is_ready else None
             is_said = stops.asked.is_set()
-            line.update(sentence if stats is None else summary(stats), is_usual=is_ready, is_said=is_said)
+            if stats is not None:
+                size = shutil.get_terminal_size()
+                per_s = rate.of(tokens_of(stats), time.monotonic())
+                lines = panel(stats, per_s, where, links, columns=size.columns, rows=size.lines) if line.is_live else ""
+                line.update(summary(stats), is_usual=is_ready, is_said=is_said, panel=lines)
+            else:
+                line.update(sentence, is_usual=is_ready, is_said=is_said)
         except EngineError as error:
             line.update(f"{error}; there are no figures until it does")
         except Exception:
             log.exception("the status line cannot be shown")
-        await asyncio.sleep(STATUS_EVERY_S)
+        for _ in range(REDRAWN_TIMES):
+            await asyncio.sleep(STATUS_EVERY_S / REDRAWN_TIMES)
+            line.redraw()
+
+
+class Rate:
+    """Of a count that grows, per second, since it was last asked for; it begins anew where a worker does."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, float] | None = None
+
+    def of(self, count: int, now: float) -> float:
+        last, self._last = self._last, (count, now)
+        return 0.0 if last is None or now <= last[1] else max(0, count - last[0]) / (now - last[1])

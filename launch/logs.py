@@ -2,7 +2,7 @@
 
 What clients, peers and files say may be part of a message, so control characters come out escaped: nobody starts a
 line, moves a cursor or colours a terminal with a prompt. Several processes write to one terminal; each line is one
-write, which first erases what stands there: that is the launcher's live line, which is drawn anew (`display.py`).
+write, which first erases what stands there: those are the launcher's live lines, which are drawn anew (`display.py`).
 
 Writing waits for whoever reads: a full pipe, a terminal that was stopped, a slow disk. A thread does it, so that no
 loop stands meanwhile; what it cannot hold is counted and left out.
@@ -18,20 +18,22 @@ import threading
 import unicodedata
 from collections import deque
 
+from msi.json_log import JsonLine, is_json_logged
+
 from .command_line import as_flags
 
-ERASE_LINE = "\x1b[2K"
+ERASE_LIVE = "\r\x1b[J"  # what stands below, too: the cursor waits at its beginning
 MAX_CHARS = 4000  # of a message
 NAMED_FROM = logging.WARNING  # lines of this level and above say their level
 MAX_WAITING = 10_000  # lines that nobody has read yet
 FLUSHED_WITHIN_S = 2.0  # at the end; a reader that is slower loses the rest
 
 
-def set_up_log(name: str, level: str) -> None:
-    """Logs to standard error from here on, as `name`."""
+def set_up_log(name: str, level: str, *, is_json: bool = False) -> None:
+    """Logs to standard error from here on, as `name`; with `is_json` an object a line."""
     _writer.start()
     handler = LineHandler()
-    handler.setFormatter(OneLine(name))
+    handler.setFormatter(JsonLine(name, as_flags) if is_json else OneLine(name))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.raiseExceptions = False  # a log that nobody reads any more is no reason to complain, there least of all
     for chatty in ("asyncio", "aiohttp"):
@@ -44,7 +46,7 @@ class LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-            write_error(f"{ERASE_LINE}{line}\n" if has_live_terminal() else f"{line}\n")
+            write_error(f"{ERASE_LIVE}{line}\n" if has_live_terminal() else f"{line}\n")
         except Exception:
             self.handleError(record)
 
@@ -74,6 +76,20 @@ class OneLine(logging.Formatter):
 
     def formatStack(self, stack_info: str) -> str:
         return "\n".join(f"    {printable(line)}" for line in stack_info.splitlines())
+
+
+def say_at_end(name: str, sentence: str, details: str = "") -> None:
+    """Why a command ends, on standard error: a line of its own, or an object where the log has such.
+
+    Args:
+        details: lines that come before it.
+    """
+    if not is_json_logged():
+        lines = "".join(f"    {printable(line)}\n" for line in details.splitlines())
+        write_error(f"{lines}{name}: {as_flags(printable(sentence))}\n")
+        return
+    record = logging.LogRecord(name, logging.ERROR, "", 0, "%s", (sentence,), None, sinfo=details or None)
+    write_error(JsonLine(name, as_flags).format(record) + "\n")
 
 
 def printable(text: str) -> str:
@@ -157,8 +173,12 @@ def _write_now(text: str) -> None:
 
 
 def has_live_terminal() -> bool:
-    """Whether standard error is a terminal that can erase a line."""
+    """Whether standard error is a terminal that can erase a line, and is to have more than lines of a program."""
     try:
-        return sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+        return (
+            not is_json_logged()
+            and sys.stderr.isatty()
+            and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+        )
     except (ValueError, AttributeError):
         return False

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from msi.errors import EngineError
 
@@ -16,6 +16,7 @@ from .logs import set_up_log
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 GATEWAY_GRACE_S = 3.0  # to tell its clients that the coordinator is gone
 
 
@@ -27,31 +28,46 @@ def main() -> None:
 
 def run(argv: list[str]) -> int:
     """Runs msi-launch; the exit status."""
+    if argv[:1] == ["run-batch"]:
+        from . import batch  # with what answers HTTP, which a launcher does not need
+
+        return batch.run(argv[1:])
     return run_command("msi-launch", lambda: _run(argv))
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int | None:
     arguments = parse(argv)
-    import uvloop  # whoever asks for help waits for nothing from here on
+    if arguments.check:
+        from .doctor import doctor
 
+        return doctor.run(arguments)
     from msi.instance.children import tell_launcher
 
     from . import processes
 
     if arguments.parent:
         processes.end_with_parent(arguments.parent, GATEWAY_GRACE_S if arguments.role == "gateway" else 0.0)
-    set_up_log(arguments.worker_id or arguments.role or "msi-launch", arguments.log_level)
+    set_up_log(arguments.worker_id or arguments.role or "msi-launch", arguments.log_level, is_json=arguments.log_json)
     if arguments.api_keys:
         os.environ[API_KEY_VARIABLES[0]] = "\n".join(arguments.api_keys)  # for whichever child serves HTTP
     for given in arguments.ignored:
         log.info("%s changes nothing here", given)
     try:
-        uvloop.run(_chosen(arguments))
+        run_on_uvloop(_chosen(arguments))
     except EngineError as error:
         if arguments.announce < 0:
             raise
         tell_launcher(arguments.announce, failure=str(error))  # who says it, and what it means for the others
-        sys.exit(EXIT_SENTENCE)
+        return EXIT_SENTENCE
+    return None
+
+
+def run_on_uvloop(work: Coroutine[Any, Any, T]) -> T:
+    """What the work returns."""
+    import uvloop  # whoever asks for help waits for nothing
+
+    result: T = uvloop.run(work)
+    return result
 
 
 def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:

@@ -28,6 +28,7 @@ from msi.watchdog import LoopWatch
 from .arguments import LaunchArguments
 from .command import requests_to_end, settle
 from .gateway_process import GatewayProcess
+from .logs import has_live_terminal
 
 if TYPE_CHECKING:
     from msi.worker.worker import Worker  # with torch, which only workers need
@@ -111,7 +112,7 @@ async def show_loading(worker: Worker) -> None:
     """A bar on a terminal while weights are read; nothing elsewhere. The log says when they are."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or not has_live_terminal():
         return
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("weights", total=None)
@@ -212,7 +213,7 @@ async def _first(running: asyncio.Task[None], *others: Awaitable[object]) -> boo
 async def _serve(
     arguments: LaunchArguments, coordinator: Coordinator, ending: CoordinatorEnding, running: asyncio.Task[None]
 ) -> None:
-    flags = (*arguments.serving_flags, "--log-level", arguments.log_level)
+    flags = (*arguments.serving_flags, *arguments.log_flags)
     gateway = GatewayProcess(coordinator.address, arguments.host, arguments.port, flags, arguments.trust.secret)
     beside: list[asyncio.Future[None]] = []
     try:

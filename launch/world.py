@@ -134,7 +134,7 @@ async def _start_coordinator(
 
     The store is open to whoever reaches it, so no secret can be published there.
     """
-    flags = ["--log-level", arguments.log_level, *arguments.serving_flags]
+    flags = [*arguments.log_flags, *arguments.serving_flags]
     if arguments.trust.is_insecure_allowed:
         flags.append("--insecure-network")
     try:

@@ -157,15 +157,15 @@ with line.shown():
 
 def test_a_live_line_is_cut_to_the_terminal_and_the_log_erases_it_first():
     said = on_terminal(LIVE.format(level="info"))
-    live, log_line, again, stays, end = re.split(r"(?<!^)(?=\x1b\[2K)", said)
-    assert live.startswith("\x1b[2Kwaiting for 3 of 4 \\x1b[31m ")
+    live, log_line, again, stays, end = re.split(r"(?<!^)(?=\r\x1b\[J)", said)
+    assert live.startswith("\r\x1b[Jwaiting for 3 of 4 \\x1b[31m ")
     assert live.endswith("\r")
     assert "\n" not in live
-    assert display.cell_len(live.removeprefix("\x1b[2K").rstrip("\r")) < 40
-    assert re.fullmatch(r"\x1b\[2K\S+ me: a line of the log\r?\n", log_line)
-    assert again == "\x1b[2K3 requests\r"
-    assert re.fullmatch(r"\x1b\[2K\S+ me: a line that stays\r?\n", stays)
-    assert end == "\x1b[2K"
+    assert display.cell_len(live.removeprefix("\r\x1b[J").rstrip("\r")) < 40
+    assert re.fullmatch(r"\r\x1b\[J\S+ me: a line of the log\r?\n", log_line)
+    assert again == "\r\x1b[J3 requests\r"
+    assert re.fullmatch(r"\r\x1b\[J\S+ me: a line that stays\r?\n", stays)
+    assert end == "\r\x1b[J"
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": ""}, {"COLUMNS": "10"}])
@@ -173,7 +173,7 @@ def test_a_terminal_that_cannot_erase_or_is_too_narrow_gets_lines(environment):
     said = on_terminal(
         LIVE.format(level="info"), **{"columns": 40} | {"columns": environment.pop("COLUMNS", 40)}, **environment
     )
-    assert "\r" not in said.replace("\r\n", "\n").replace("\x1b[2K", "")
+    assert "\r" not in said.replace("\r\n", "\n").replace("\r\x1b[J", "")
     assert "waiting for 3 of 4" in said
     assert "a line of the log" in said
 

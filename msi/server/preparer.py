@@ -1,4 +1,4 @@
-"""A process that understands requests for a gateway: `python -m msi.server.preparer SOCKET PARENT`.
+"""A process that understands requests for a gateway: `python -m msi.server.preparer SOCKET PARENT [json]`.
 
 The first frame is a `Setup`. Each that follows is a task, the endpoint's number and a body; each is answered with
 whether this process goes on, and what the body asks. It ends when the gateway is gone, or when it has grown large.
@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 
+from msi.json_log import JsonLine
 from msi.net.framing import receive_frame, send_frame
 from msi.server.prepare import ANSWERS, ENDPOINTS, SETUP, Preparation
 
@@ -53,4 +54,6 @@ def peak_memory_bytes() -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s preparer: %(message)s", datefmt="%H:%M:%S")
+    if sys.argv[3:] == ["json"]:
+        logging.getLogger().handlers[0].setFormatter(JsonLine("preparer"))
     main(int(sys.argv[1]), int(sys.argv[2]))

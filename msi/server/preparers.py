@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from msi.errors import InvalidRequest, Unavailable
+from msi.json_log import is_json_logged
 from msi.net.framing import read_frame, write_frame
 from msi.server.preparer import GOES_ON
 
@@ -203,6 +204,7 @@ class _Preparer:
             try:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable, "-m", "msi.server.preparer", str(theirs.fileno()), str(os.getpid()),
+                    *(["json"] if is_json_logged() else []),
                     stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
                 )  # fmt: skip
             except BaseException:

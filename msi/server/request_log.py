@@ -14,10 +14,12 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from msi.control.messages import Stats
 from msi.engine import Engine
 from msi.errors import EngineError
+from msi.json_log import with_fields
 from msi.types import Output
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,17 @@ class Served:
             f"{self.request_id}: {sum(self.prompts.values())} prompt tokens, {self.num_tokens} generated, {first}, "
             f"{now - self.started_at:.3f} s in all: {self.outcome}"
         )
+
+    def fields(self, now: float) -> dict[str, Any]:
+        """The same for programs."""
+        return {
+            "request_id": self.request_id,
+            "prompt_tokens": sum(self.prompts.values()),
+            "generated_tokens": self.num_tokens,
+            "first_token_s": None if self.first_at is None else round(self.first_at - self.started_at, 6),
+            "total_s": round(now - self.started_at, 6),
+            "outcome": self.outcome,
+        }
 
 
 class RequestLog:
@@ -94,7 +107,8 @@ class RequestLog:
         finally:
             self.num_ended += 1
             if self._is_told:
-                log.info("%s", served.sentence(self._clock()))
+                now = self._clock()
+                log.info("%s", served.sentence(now), extra=with_fields(**served.fields(now)))
             await outputs.aclose()
 
 
