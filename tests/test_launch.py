@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(180)
     ("arguments", "complaint"),
     [
         (["/nowhere"], "/nowhere is not a directory"),
-        (["--check"], "--check is not built yet"),
+        (["--hosts", "a"], "--hosts is for --check"),
         (["--plan", "/nowhere.json"], "/nowhere.json cannot be read"),
         (["--api-key="], "--api-key is empty; give a key"),
         (["--chat-template", "/nowhere"], "--chat-template /nowhere is not a file"),
