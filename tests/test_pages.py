@@ -22,6 +22,7 @@ import pytest
 from msi.models.shape import read_shape
 from msi.planner.profile import to_json
 from msi_launch import arguments as msi_launch
+from msi_launch import batch_arguments as run_batch
 from msi_launch import plan as msi_plan
 from msi_launch import profile as msi_profile
 from msi_launch import simulate as msi_simulate
@@ -42,6 +43,7 @@ COMMANDS = {
     "msi-profile": msi_profile.parse,
     "msi-simulate": msi_simulate.parse,
 }
+PARSERS = {**COMMANDS, "msi-launch run-batch": run_batch.parse}
 of_each_page = pytest.mark.parametrize("page", PAGES)
 
 
@@ -165,10 +167,10 @@ def test_the_import_table_is_that_of_the_test():
 @cache
 def known_flags(command: str) -> frozenset[str]:
     """Of an installed command, from its help; of a script, from its source."""
-    if command in COMMANDS:
+    if command in PARSERS:
         said = io.StringIO()
         with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
-            COMMANDS[command](["--help"])
+            PARSERS[command](["--help"])
         return frozenset(re.findall(r"(?<![\w-])--[a-z][a-z-]+", said.getvalue()))
     assert (ROOT / command).exists(), f"{command} is not there"
     assert os.access(ROOT / command, os.X_OK), f"{command} cannot be run"
@@ -186,7 +188,7 @@ def test_every_option_of_msi_launch_is_on_its_page():
 @of_each_page
 def test_flags_that_a_page_names_exist(page):
     """Any of a command of ours; or of those that the page runs."""
-    known = {flag for command in COMMANDS for flag in known_flags(command)}
+    known = {flag for command in PARSERS for flag in known_flags(command)}
     for path in [*(ROOT / "tools").rglob("*.py"), ROOT / "tools/check"]:
         known |= flags_of(path) if path.suffix else known_flags("tools/check")
     for flag in re.findall(r"`(--[a-z][a-z-]+)", PAGES[page]):
