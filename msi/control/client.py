@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
+from msi.control.inbox import Inbox
 from msi.control.lateness import read_first, sleep_late
 from msi.control.messages import (
     PROTOCOL_VERSION,
@@ -50,7 +51,7 @@ class CoordinatorClient:
         self.status = InstanceStatus(False, "connecting", "")
         self._control = control
         self._clock = clock
-        self._queues: dict[str, asyncio.Queue[Progress]] = {}
+        self._inboxes: dict[str, Inbox] = {}
         self._status_changed = asyncio.Condition()
         self._stats: asyncio.Future[Stats] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -104,8 +105,8 @@ class CoordinatorClient:
         self._end_all(error)
 
     def _end_all(self, error: EngineError) -> None:
-        for request_id, queue in self._queues.items():
-            queue.put_nowait(Progress(request_id, failure=Failure.of(error)))
+        for request_id, inbox in self._inboxes.items():
+            inbox.put(Progress(request_id, failure=Failure.of(error)))
 
     async def wait_status(self, last: InstanceStatus) -> InstanceStatus:
         """The instance's status as soon as it is another than `last`."""
@@ -132,20 +133,20 @@ class CoordinatorClient:
         """
         if self._failure is not None:
             raise Failure.of(self._failure).error()
-        queue: asyncio.Queue[Progress] = asyncio.Queue()
+        inbox = Inbox()
         try:
             for request in requests:
-                self._queues[request.request_id] = queue
+                self._inboxes[request.request_id] = inbox
                 self._control.send(Submit(request))
                 self._num_submits += 1
                 if len(requests) > 1:
                     await asyncio.sleep(0)  # others have their turn between the copies for each choice
-            while any(request.request_id in self._queues for request in requests):
-                update = await queue.get()
-                if update.request_id not in self._queues:  # cancelled since
+            while any(request.request_id in self._inboxes for request in requests):
+                update = await inbox.get()
+                if update.request_id not in self._inboxes:  # cancelled since
                     continue
                 if update.is_last:
-                    del self._queues[update.request_id]
+                    del self._inboxes[update.request_id]
                 if update.failure is not None:
                     raise update.failure.error()
                 yield update
@@ -155,7 +156,7 @@ class CoordinatorClient:
 
     def cancel(self, request_id: str) -> None:
         """No more updates of this request; nothing happens if it is over."""
-        if self._queues.pop(request_id, None) is not None:
+        if self._inboxes.pop(request_id, None) is not None:
             self._control.send(Cancel(request_id))
 
     async def _receive(self) -> None:
@@ -189,8 +190,8 @@ class CoordinatorClient:
         self._check_outputs(outputs.number - 1)
         self._num_outputs = outputs.number
         for update in outputs.progress:
-            if (queue := self._queues.get(update.request_id)) is not None:
-                queue.put_nowait(update)
+            if (inbox := self._inboxes.get(update.request_id)) is not None:
+                inbox.put(update)
 
     def _check_outputs(self, num_sent: int) -> None:
         """So many were sent to us so far: where one is missing, tokens are, and nobody can say whose."""

@@ -87,8 +87,7 @@ class Door(web.Server):
             connection.abort()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        assert isinstance(request.protocol, Http)
-        connection = request.protocol.connection
+        connection = connection_of(request)
         self._waiting.pop(connection, None)
         connection.begins()
         try:
@@ -129,7 +128,10 @@ class Door(web.Server):
 class Connection(asyncio.Protocol):
     """One connection. aiohttp's part of it, which is the costly one, is made when the client speaks."""
 
-    __slots__ = ("_client", "_door", "_expects_since", "_http", "_is_busy", "_loop", "_unread_bytes", "_unread_since")
+    __slots__ = (
+        "_client", "_door", "_expects_since", "_http", "_is_busy", "_loop", "_unread_bytes", "_unread_since",
+        "_writable",
+    )  # fmt: skip
 
     def __init__(self, door: Door, loop: asyncio.AbstractEventLoop) -> None:
         self._door = door
@@ -140,6 +142,24 @@ class Connection(asyncio.Protocol):
         self._expects_since: float | None = None  # headers
         self._unread_bytes = 0
         self._unread_since = 0.0
+        self._writable: asyncio.Future[None] | None = None  # while the client reads too slowly
+
+    @property
+    def is_behind(self) -> bool:
+        """The client has not read what it was sent: `caught_up` before more of an answer is made for it."""
+        return self._writable is not None
+
+    async def caught_up(self) -> None:
+        """Until the client has read most of what it was sent. Raises ConnectionResetError: it has left."""
+        while self._writable is not None:
+            await asyncio.shield(self._writable)
+        if self._client is None:
+            raise ConnectionResetError("the client has left")
+
+    @property
+    def unread_bytes(self) -> int:
+        """That wait here to be read."""
+        return 0 if self._client is None else self._client.get_write_buffer_size()
 
     def begins(self) -> None:
         """A request has come."""
@@ -154,7 +174,7 @@ class Connection(asyncio.Protocol):
         """Whether it keeps the server waiting for too long; asked about once a second."""
         if self._expects_since is not None and now - self._expects_since > HEADERS_WITHIN_S:
             return True
-        before, self._unread_bytes = self._unread_bytes, self._client.get_write_buffer_size() if self._client else 0
+        before, self._unread_bytes = self._unread_bytes, self.unread_bytes
         if not self._unread_bytes or self._unread_bytes < before or not before:
             self._unread_since = now
             return False
@@ -199,10 +219,13 @@ class Connection(asyncio.Protocol):
         self._http.data_received(data)
 
     def pause_writing(self) -> None:
+        if self._writable is None:
+            self._writable = self._loop.create_future()
         if self._http is not None:
             self._http.pause_writing()
 
     def resume_writing(self) -> None:
+        self._may_write()
         if self._http is not None:
             self._http.resume_writing()
 
@@ -210,8 +233,14 @@ class Connection(asyncio.Protocol):
         if self._http is not None:
             self._http.eof_received()
 
+    def _may_write(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+
     def connection_lost(self, exc: BaseException | None) -> None:
         self._client = None
+        self._may_write()
         self._door.left(self)
         if self._http is not None:
             self._http.connection_lost(exc)
@@ -245,6 +274,12 @@ class Http(web.RequestHandler):
         response = web.Response(status=status, body=body, content_type="application/json")
         response.force_close()
         return response
+
+
+def connection_of(request: web.BaseRequest) -> Connection:
+    """The one that a request came by."""
+    assert isinstance(request.protocol, Http)
+    return request.protocol.connection
 
 
 def raw_error(status: int, sentence: str, headers: str = "") -> bytes:

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from msi.types import Output
 
+MAX_AHEAD = 64  # outputs that nobody has taken yet; what comes then waits in the engine, packed
+
 
 async def merged(outputs: Sequence[AsyncGenerator[Output, None]], num_choices: int) -> AsyncGenerator[Output, None]:
     """Outputs as they come, choices numbered prompt by prompt. Closing it closes all; so does the failure of one.
@@ -16,15 +18,15 @@ async def merged(outputs: Sequence[AsyncGenerator[Output, None]], num_choices: i
         outputs: of each prompt.
         num_choices: of each prompt.
     """
-    queue: asyncio.Queue[Output | BaseException | None] = asyncio.Queue()
+    queue: asyncio.Queue[Output | BaseException | None] = asyncio.Queue(MAX_AHEAD)
 
     async def forward(prompt: int) -> None:
         try:
             async for output in outputs[prompt]:
-                queue.put_nowait(replace(output, index=prompt * num_choices + output.index))
-            queue.put_nowait(None)
+                await queue.put(replace(output, index=prompt * num_choices + output.index))
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
         finally:
             await outputs[prompt].aclose()
 

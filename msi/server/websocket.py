@@ -38,6 +38,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from msi.errors import InvalidRequest, Unavailable, shown
 from msi.server.calls import Call, Calls, error_of
 from msi.server.chat import logprobs_content
+from msi.server.door import Connection, connection_of
 from msi.server.prepare import MESSAGE, Answered, NotUnderstood, Prepared
 from msi.server.running import Running
 from msi.types import Output
@@ -67,7 +68,7 @@ class Sockets:
         )
         socket.headers.update(headers)
         await socket.prepare(request)
-        connection = _Connection(socket, self._calls, self._running)
+        connection = _Connection(socket, connection_of(request), self._calls, self._running)
         self._open.add(socket)
         try:
             async for message in socket:
@@ -96,8 +97,9 @@ _NOT_TEXT = InvalidRequest("a binary frame; messages are JSON in text frames")
 class _Connection:
     """The requests of one connection."""
 
-    def __init__(self, socket: web.WebSocketResponse, calls: Calls, all_running: Running) -> None:
+    def __init__(self, socket: web.WebSocketResponse, below: Connection, calls: Calls, all_running: Running) -> None:
         self._socket = socket
+        self._below = below
         self._calls = calls
         self._all_running = all_running
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -118,6 +120,9 @@ class _Connection:
                 await self._refuse(asked.client_id, error)
 
     async def send(self, message: dict[str, Any]) -> None:
+        """Waits for a client that reads slowly. Raises ConnectionResetError."""
+        if self._below.is_behind:
+            await self._below.caught_up()
         await self._socket.send_str(orjson.dumps(message).decode())
 
     async def close(self) -> None:
