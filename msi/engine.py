@@ -323,7 +323,7 @@ class Engine:
                     client.cancel(update.request_id)
                 yield Output(
                     request_id, new.text, update.token_ids, reason, len(token_ids), index, new.logprobs,
-                    num_cached[index], new.token_texts,
+                    num_cached[index], new.token_texts, update.queued_s,
                 )  # fmt: skip
         finally:
             await updates.aclose()

@@ -152,6 +152,7 @@ class Progress:
         logprobs: one for each token if they were asked for, else ().
         num_cached_tokens: with the first token, how many of the prompt were known when it was admitted; else 0.
         failure: why it ends without further tokens.
+        queued_s: with the first token, how long it had waited at its attention worker to be admitted; else 0.
     """
 
     request_id: str
@@ -160,6 +161,7 @@ class Progress:
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
     failure: Failure | None = None
+    queued_s: Measured = 0.0
 
     @property
     def is_last(self) -> bool:
@@ -179,6 +181,7 @@ class Output:
             because it may become a stop string or bytes may be missing, come with their text.
         num_cached_tokens: tokens of the prompt that the prefix cache had when this choice was admitted.
         token_texts: what each of `logprobs` adds to the text; joined over a choice they are its text.
+        queued_s: as in `Progress`.
     """
 
     request_id: str
@@ -190,6 +193,7 @@ class Output:
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
     token_texts: tuple[TokenText, ...] = ()
+    queued_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

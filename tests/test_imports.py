@@ -39,7 +39,7 @@ OWNERS = {
     "zmq": {"msi/net/control.py", "msi/net/control_server.py", "msi/net/control_socket.py", "msi/net/pulse.py"},
     "msgpack": {"msi/net/codec.py"},
     "aiohttp": {"msi/server/gateway.py", "msi/server/websocket.py", "msi/server/door.py", "msi/server/request_body.py"},
-    "prometheus_client": {"msi/server/metrics.py"},
+    "prometheus_client": {"msi/server/exposition.py"},
     "jinja2": {"msi/server/chat_template.py"},
     "triton": {"msi/kernels/"},
     "ibverbs": {"msi/net/rdma/ibverbs_driver.py"},

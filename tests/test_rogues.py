@@ -212,11 +212,12 @@ def test_counts_by_expert_or_size_that_metrics_could_not_show_are_no_message(nam
 
 @pytest.mark.parametrize(
     "peers",
-    [[["a\nb", *[0.1] * 4]], [["x" * 257, *[0.1] * 4]], [["a", *[0.1] * 4]] * 2, [["a", -1.0, *[0.1] * 3]],
-     [["a", math.nan, *[0.1] * 3]], [[f"{number}", *[0.1] * 4] for number in range(4097)]],
+    [[["a\nb", *[0.1] * 4, 1, 1]], [["x" * 257, *[0.1] * 4, 1, 1]], [["a", *[0.1] * 4, 1, 1]] * 2,
+     [["a", -1.0, *[0.1] * 3, 1, 1]], [["a", *[0.1] * 4, -1, 1]], [["a", *[0.1] * 4, 1, 1.5]],
+     [["a", math.nan, *[0.1] * 3, 1, 1]], [[f"{number}", *[0.1] * 4, 1, 1] for number in range(4097)]],
 )  # fmt: skip
 def test_peers_that_metrics_could_not_show_are_no_message(peers):
-    assert heartbeat_said(peers=[["a", *[0.1] * 4], ["b", *[0.2] * 4]]) is not None
+    assert heartbeat_said(peers=[["a", *[0.1] * 4, 1, 1], ["b", *[0.2] * 4, 0, 0]]) is not None
     assert heartbeat_said(peers=peers) is None
 
 

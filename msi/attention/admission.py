@@ -52,6 +52,7 @@ class Admission:
     Attributes:
         waiting: in order of arrival.
         num_admissions: since the start.
+        admitted: for the first time, and not yet taken by whoever wants to know.
 
     Args:
         lanes: where sequences run; those in flight keep their blocks.
@@ -65,6 +66,7 @@ class Admission:
         self.waiting: list[Sequence] = []
         self.counters = AdmissionCounters()
         self.num_admissions = 0
+        self.admitted: list[Sequence] = []
         self._lanes = lanes
         self._pool = pool
         self._block_tokens = block_tokens
@@ -154,6 +156,7 @@ class Admission:
             counters.prompt_tokens += len(sequence.tokens)
             counters.prefix_hit_tokens += sequence.num_computed
             sequence.num_cached = sequence.num_computed
+            self.admitted.append(sequence)
         sequence.num_admitted += 1
         self.num_admissions += 1
         sequence.lane = min(self._lanes, key=lambda lane: sum(other.predicted for other in lane.sequences))

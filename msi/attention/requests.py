@@ -6,7 +6,9 @@ What is new of them, and why they ended, goes out through `report`.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from msi.attention.scheduler import Scheduler
@@ -15,7 +17,7 @@ from msi.control.messages import Assignment, PassDone, RequestsFailed
 from msi.errors import BatchRefused, EngineError, Failure, RequestFailed, TransportError, one_line
 from msi.kernels import BLOCK_TOKENS
 from msi.net.alarm import Alarm
-from msi.types import MicroBatch, Request, Sampled
+from msi.types import MicroBatch, Progress, Request, Sampled
 from msi.worker.host import ServedShape
 
 log = logging.getLogger(__name__)
@@ -27,16 +29,25 @@ class Requests:
     Args:
         num_blocks: KV blocks, the padding block included.
         report: takes the messages for the coordinator.
+        clock: seconds, monotonic.
     """
 
     def __init__(
-        self, assignment: Assignment, shape: ServedShape, num_blocks: int, report: Callable[[Any], None]
+        self,
+        assignment: Assignment,
+        shape: ServedShape,
+        num_blocks: int,
+        report: Callable[[Any], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_passes = self.batch_tokens = self.batch_contexts = 0
         self._assignment = assignment
         self._shape = shape
         self._num_blocks = num_blocks
         self._report = report
+        self._clock = clock
+        self._came_at: dict[str, float] = {}  # of those that were never admitted
+        self._queued_s: dict[str, float] = {}  # of those that have no token yet
         self.scheduler = self._new_scheduler(num_lanes=1)
         self._idle = [Alarm() for _ in range(assignment.link.num_lanes)]
         self._ended = Alarm()
@@ -64,6 +75,7 @@ class Requests:
 
     def submit(self, request: Request) -> None:
         """Takes a request, or reports why it cannot."""
+        self._came_at.setdefault(request.request_id, self._clock())
         try:
             self.scheduler.add(request)
         except EngineError as error:
@@ -76,6 +88,7 @@ class Requests:
 
     def cancel(self, request_id: str) -> None:
         self.scheduler.cancel(request_id)
+        self._forget(request_id)
         self._wake()
 
     @property
@@ -98,15 +111,24 @@ class Requests:
     def _fail(self, request_ids: list[str], error: EngineError) -> None:
         if not request_ids:
             return
+        for request_id in request_ids:
+            self._forget(request_id)
         if isinstance(error, RequestFailed):
             log.warning("%s ended: %s", ", ".join(request_ids), error)
         ours = self._assignment
         self._report(RequestsFailed(ours.worker_id, ours.incarnation, tuple(request_ids), Failure.of(error)))
 
+    def _forget(self, request_id: str) -> None:
+        self._came_at.pop(request_id, None)
+        self._queued_s.pop(request_id, None)
+
     def _failed(self, reason: str) -> RequestFailed:
         return RequestFailed(f"{self._assignment.worker_id}: {reason}")
 
     def _wake(self) -> None:
+        for request_id in self.scheduler.take_admitted():
+            if (came_at := self._came_at.pop(request_id, None)) is not None:
+                self._queued_s[request_id] = max(0.0, self._clock() - came_at)
         for lane in range(self.scheduler.num_lanes):
             if self.scheduler.has_work(lane):
                 self._idle[lane].ring()
@@ -144,10 +166,16 @@ class Requests:
             self._end_lane(lane, error)
             return
         if progress:
+            if self._queued_s:
+                progress = [self._with_queue_time(one) for one in progress]
             ours = self._assignment
             self._report(PassDone(ours.worker_id, ours.incarnation, self._num_reports, tuple(progress)))
             self._num_reports += 1
         self._wake()
+
+    def _with_queue_time(self, one: Progress) -> Progress:
+        queued_s = self._queued_s.pop(one.request_id, None)
+        return one if queued_s is None else replace(one, queued_s=queued_s)
 
     def fail(self, lane: int, micro_batch: MicroBatch, error: Exception) -> None:
         scheduler = self.scheduler

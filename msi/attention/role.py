@@ -14,7 +14,7 @@ from msi.attention.expert_links import ExpertLinks
 from msi.attention.lanes import run_lane
 from msi.attention.measuring import Measuring
 from msi.attention.requests import Requests
-from msi.control.counters import AttentionCounters, by_reason
+from msi.control.counters import AttentionCounters, PeerDelay, by_reason, peer_delays
 from msi.control.messages import Assignment
 from msi.errors import ConfigError
 from msi.net.transport import Transport
@@ -54,7 +54,7 @@ class AttentionRole:
         )
         # First: it refuses more blocks than there is memory for, which a list of them all would only try for minutes.
         self.half = model.attention_half(self.links.link, num_blocks)
-        self.requests = Requests(assignment, model.shape, num_blocks, report)
+        self.requests = Requests(assignment, model.shape, num_blocks, report, clock)
         self.measuring = Measuring(assignment, model.shape, num_blocks, self.half, self.links.link)
         self.num_lanes = 0
         self.placement = assignment.placement
@@ -98,6 +98,10 @@ class AttentionRole:
             self.placement = placement
             self.links.link.placement_version = placement.version
             self.half.use_placement(placement)
+
+    def peers(self) -> tuple[PeerDelay, ...]:
+        """The expert workers, the slowest first."""
+        return peer_delays(self.links.link.exchanges, self.links.link.num_bytes)
 
     def counters(self) -> AttentionCounters:
         requests, scheduler, link, half = self.requests, self.requests.scheduler, self.links.link.counters, self.half

@@ -106,6 +106,11 @@ class Scheduler:
         """Since the start: where it rose, lanes that had no work may have some."""
         return self._admission.num_admissions
 
+    def take_admitted(self) -> list[str]:
+        """Ids of the requests that were admitted for the first time since this was last asked."""
+        admitted, self._admission.admitted = self._admission.admitted, []
+        return [sequence.request.request_id for sequence in admitted]
+
     @property
     def is_idle(self) -> bool:
         return not self._sequences

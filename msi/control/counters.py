@@ -115,6 +115,7 @@ class PeerDelay:
     Attributes:
         delay_s: from post to answer, less the time that the peer says it had the rows: network and event loops.
         residence_s: that time: the wait for a batch, and its computing.
+        bytes_sent, bytes_received: of rows and of answers, since it was connected.
     """
 
     worker_id: str
@@ -122,18 +123,30 @@ class PeerDelay:
     delay_p99_s: Measured
     residence_s: Measured
     residence_p99_s: Measured
+    bytes_sent: Count = 0
+    bytes_received: Count = 0
 
 
-def peer_delays(exchanges: Mapping[str, Iterable[tuple[float, float]]]) -> tuple[PeerDelay, ...]:
-    """The slowest way first. Of each peer by its id: seconds from post to answer, and those at the peer."""
+def peer_delays(
+    exchanges: Mapping[str, Iterable[tuple[float, float]]], num_bytes: Mapping[str, tuple[int, int]] | None = None
+) -> tuple[PeerDelay, ...]:
+    """The slowest way first.
+
+    Args:
+        exchanges: of each peer by its id: seconds from post to answer, and those at the peer.
+        num_bytes: sent to each, and received from it.
+    """
     found = []
     for worker_id, pairs in exchanges.items():
         sound = [(trip_s, there_s) for trip_s, there_s in pairs if 0.0 <= there_s < math.inf]  # bytes may say anything
         delays = [max(0.0, trip_s - there_s) for trip_s, there_s in sound]
         residences = [min(there_s, 1e9) for _, there_s in sound]
         if sound:
-            medians_and_tails = [percentile(times, share) for times in (delays, residences) for share in (0.5, 0.99)]
-            found.append(PeerDelay(worker_id, *medians_and_tails))
+            delay_s, delay_p99_s, residence_s, residence_p99_s = (
+                percentile(times, share) for times in (delays, residences) for share in (0.5, 0.99)
+            )
+            sent, received = (num_bytes or {}).get(worker_id, (0, 0))
+            found.append(PeerDelay(worker_id, delay_s, delay_p99_s, residence_s, residence_p99_s, sent, received))
     return tuple(sorted(found, key=lambda one: -one.delay_s))
 
 

@@ -188,6 +188,13 @@ class DispatchLink:
         """
         return {node.welcome.worker_id: tuple(node.exchanges) for node in self._nodes if node is not None}
 
+    @property
+    def num_bytes(self) -> dict[str, tuple[int, int]]:
+        """Of the rows that each connected node was sent, and of its answers, by worker id."""
+        row_bytes, answer_bytes = self.layout.row_bytes, self.answer_layout.row_bytes
+        connected = [node for node in self._nodes if node is not None]
+        return {one.welcome.worker_id: (one.num_rows * row_bytes, one.num_rows * answer_bytes) for one in connected}
+
     async def wait_complete(self) -> None:
         """Until every node is connected. Whoever calls says how long that may take."""
         await self._complete.wait()
@@ -300,6 +307,7 @@ class DispatchLink:
                 if count := counts[first_count + peer.index]:
                     waiting |= peer.bit
                     num_rows += count
+                    peer.num_rows += count
                     pack(peer.out_headers[lane], 0, word, life, seq, count, row_bytes, 0.0, 0.0)
                     peer.post(lane, full, count)
                 else:

@@ -38,9 +38,12 @@ class Node:
         out_headers, in_headers: by lane: where headers to it leave, and where its land.
         answer: the immediate of its answer to sequence number 0 of lane 0.
         exchanges: the last ones: seconds from a post to its answer, and those of them that the node had the rows.
+        num_rows: that it was sent.
     """
 
-    __slots__ = ("answer", "bit", "endpoint", "exchanges", "in_headers", "index", "out_headers", "post", "welcome")
+    __slots__ = (
+        "answer", "bit", "endpoint", "exchanges", "in_headers", "index", "num_rows", "out_headers", "post", "welcome",
+    )  # fmt: skip
 
     def __init__(self, index: int, endpoint: Endpoint, welcome: LinkWelcome, in_headers: Sequence[memoryview]) -> None:
         self.index = index
@@ -49,6 +52,7 @@ class Node:
         self.welcome = welcome
         self.post = endpoint.post
         self.exchanges: deque[tuple[float, float]] = deque(maxlen=EXCHANGES_KEPT)
+        self.num_rows = 0
         self.out_headers = tuple(endpoint.out_headers)
         self.in_headers = tuple(in_headers)
         self.answer = pack_immediate(Kind.COMBINE, False, 0, 0, 0, welcome.incarnation)

@@ -1,8 +1,8 @@
 """The gateway: HTTP in front of an engine.
 
 POST /v1/completions and /v1/chat/completions (server-sent events with "stream": true), /tokenize and /detokenize, GET
-/v1/models, WebSocket /v1/stream, GET /health, /ready, /metrics and /version. A client that leaves cancels its requests;
-every answer that is no success is an error in JSON.
+/v1/models, WebSocket /v1/stream, GET /health, /ready, /metrics, /version and /openapi.json. A client that leaves
+cancels its requests; every answer that is no success is an error in JSON.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from msi.errors import MAX_SHOWN_CHARS
 from msi.server.answers import error_object
 from msi.server.api_keys import ApiKeys
 from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
-from msi.server.door import Door
+from msi.server.door import Door, connection_of
+from msi.server.exposition import CONTENT_TYPE_LATEST
 from msi.server.listening import Entrance, listen, max_connections, url_of
-from msi.server.metrics import CONTENT_TYPE_LATEST, Metrics
+from msi.server.metrics import Metrics
 from msi.server.model_card import model_card
+from msi.server.openapi import description
 from msi.server.origins import Origins
 from msi.server.prepare import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Answered, NotUnderstood
 from msi.server.refusals import Refused
@@ -86,7 +88,7 @@ class Gateway:
         self._origins = Origins(allowed_origins, host, bool(api_keys))
         self._watch = watch
         self._created = int(time.time())
-        self._metrics = Metrics()
+        self._metrics = Metrics(engine.model_name)
         requests = RequestLog(is_told=log_requests)
         self._calls = Calls(engine, self._metrics, chat_template, requests)
         self._load_log = LoadLog(engine, requests) if log_load else None
@@ -96,6 +98,7 @@ class Gateway:
         self._sockets = Sockets(self._calls, self._running, MAX_BODY_BYTES)
         self._door = Door(self._handle, max_connections())
         self._entrance: Entrance | None = None
+        self._description = description(msi.__version__, needs_key=bool(api_keys))
         self._endpoints: dict[str, dict[str, Handler]] = {
             "/v1/completions": {"POST": self._completions},
             "/v1/chat/completions": {"POST": self._chat_completions},
@@ -107,6 +110,7 @@ class Gateway:
             "/ready": {"GET": self._ready},
             "/metrics": {"GET": self._prometheus},
             "/version": {"GET": self._version},
+            "/openapi.json": {"GET": self._openapi},
         }
 
     async def start(self, listening: Sequence[socket.socket] | None = None) -> str:
@@ -274,12 +278,15 @@ class Gateway:
         """A failure before the first event is an HTTP error, and one after it an event."""
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers}
         response = web.StreamResponse(headers=headers)
+        connection = connection_of(request)
         try:
             with self._running.request():
                 async with contextlib.aclosing(_events(call)) as events:
                     async for event in events:
                         if not response.prepared:
                             await response.prepare(request)
+                        if connection.is_behind:
+                            await connection.caught_up()
                         await response.write(event)
         except ConnectionResetError:
             raise
@@ -319,6 +326,9 @@ class Gateway:
         own |= self._door.counters() | {"preparations_given_up": self._calls.num_given_up}
         body = self._metrics.exposition(await self._engine.stats(), own)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _openapi(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        return json_response(self._description)
 
     async def _version(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
         return json_response({"version": msi.__version__})

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from msi.attention.role import AttentionRole
-from msi.control.counters import peer_delays
 from msi.control.lateness import read_first, sleep_late
 from msi.control.messages import (
     PROTOCOL_VERSION,
@@ -421,7 +420,7 @@ class Worker:
             attention=None if attention is None else attention.counters(),
             experts=None if experts is None else experts.counters(),
             loop={} if self._watch is None else self._watch.counters(),
-            peers=() if attention is None else peer_delays(attention.links.link.exchanges),
+            peers=() if attention is None else attention.peers(),
         )
 
     def _busy_share(self) -> float:

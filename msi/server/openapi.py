@@ -1,0 +1,219 @@
+"""GET /openapi.json: every endpoint in OpenAPI 3.1, its bodies made from the tables that read them.
+
+Pure; knows no HTTP. A test fails where the gateway has an endpoint, or an endpoint a field, that is not described.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from msi.server import chat, completions
+from msi.server.field_schemas import Schema, body_schema
+from msi.server.field_table import (
+    NOT_IN_CHATS,
+    NOT_IN_COMPLETIONS,
+    NOT_IN_DETOKENIZE,
+    NOT_IN_TOKENIZE,
+    NotDone,
+)
+from msi.server.tokenizing import TEXT_FIELDS, TOKEN_FIELDS
+
+JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
+EVERYWHERE = (400, 401, 403, 405, 503)
+OF_BODIES = (404, 408, 413, 415)
+LOGPROBS_SWITCH: Schema = {"type": ["boolean", "null"], "description": "Log-probabilities of the chosen tokens."}
+
+
+def _object(required: str = "", **properties: Any) -> Schema:
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+STRING: Schema = {"type": "string"}
+INTEGER: Schema = {"type": "integer"}
+TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+OBJECT_OR_NULL: Schema = {"type": ["object", "null"]}
+REASON: Schema = {"enum": ["stop", "length", "tool_calls", None]}
+HEAD: dict[str, Schema] = {"id": STRING, "object": STRING, "created": INTEGER, "model": STRING}
+
+
+def _answer(choice: Schema, *, is_chunk: bool = False) -> Schema:
+    usage = {"anyOf": [_ref("Usage"), {"type": "null"}]} if is_chunk else _ref("Usage")
+    required = "id object created model choices" + ("" if is_chunk else " usage")
+    return _object(required, **HEAD, choices=_list(choice), usage=usage)
+
+
+SCHEMAS: dict[str, Schema] = {
+    "Error": _object(
+        "error",
+        error=_object(
+            "message type param code",
+            message=STRING,
+            type=STRING,
+            param=TEXT_OR_NULL,
+            code={"type": ["string", "integer"]},
+        ),
+    ),
+    "Usage": _object(
+        "prompt_tokens completion_tokens total_tokens",
+        prompt_tokens=COUNT,
+        completion_tokens=COUNT,
+        total_tokens=COUNT,
+        prompt_tokens_details=_object(cached_tokens=COUNT),
+    ),
+    "Completion": _answer(
+        _object("index text finish_reason", index=COUNT, text=STRING, finish_reason=REASON, logprobs=OBJECT_OR_NULL)
+    ),
+    "ChatCompletion": _answer(
+        _object(
+            "index message finish_reason",
+            index=COUNT,
+            finish_reason=REASON,
+            logprobs=OBJECT_OR_NULL,
+            message=_object(
+                "role content",
+                role={"const": "assistant"},
+                content=TEXT_OR_NULL,
+                reasoning=STRING,
+                reasoning_content=STRING,
+                tool_calls=_list({"type": "object"}),
+            ),
+        )
+    ),
+    "CompletionEvent": _answer(_object("index text", index=COUNT, text=STRING, finish_reason=REASON), is_chunk=True),
+    "ChatCompletionEvent": _answer(
+        _object("index delta", index=COUNT, delta={"type": "object"}, finish_reason=REASON), is_chunk=True
+    ),
+    "Models": _object("object data", object={"const": "list"}, data=_list(_object("id object created", **HEAD))),
+    "Tokens": _object(
+        "count max_model_len tokens",
+        count=COUNT,
+        max_model_len=COUNT,
+        tokens=_list(COUNT),
+        token_strs={"type": ["array", "null"], "items": STRING},
+    ),
+    "Prompt": _object("prompt", prompt=STRING),
+    "Health": _object("status", status=STRING),
+    "Ready": _object("ready status", ready={"type": "boolean"}, status=STRING),
+    "Version": _object("version", version=STRING),
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of a path.
+
+    Attributes:
+        answer: name of the schema of its answer; "" where it is no JSON.
+        events: of those of its server-sent events.
+        fields: of its body; None where it has none.
+        not_here: fields of other endpoints.
+        own: fields that look otherwise than in other bodies.
+        statuses: of HTTP, besides 200 and those that each endpoint has.
+        is_probe: asked without a key.
+    """
+
+    summary: str
+    answer: str = ""
+    events: str = ""
+    fields: Collection[str] | None = None
+    not_here: Mapping[str, NotDone] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    own: Mapping[str, Schema] = field(default_factory=dict)
+    statuses: tuple[int, ...] = ()
+    media: str = JSON
+    is_probe: bool = False
+
+
+OPERATIONS: dict[str, dict[str, Operation]] = {
+    "/v1/completions": {
+        "POST": Operation(
+            "A text goes on; OpenAI's completions.", "Completion", "CompletionEvent", completions.FIELDS,
+            NOT_IN_COMPLETIONS, ("prompt",), statuses=(502,),
+        )
+    },
+    "/v1/chat/completions": {
+        "POST": Operation(
+            "A chat goes on, through the model's template; OpenAI's chat completions.", "ChatCompletion",
+            "ChatCompletionEvent", chat.FIELDS, NOT_IN_CHATS, ("messages",), {"logprobs": LOGPROBS_SWITCH}, (502,),
+        )
+    },
+    "/v1/stream": {
+        "GET": Operation("A WebSocket with many requests; see msi/server/README.md.", media="", statuses=(101, 426))
+    },
+    "/tokenize": {
+        "POST": Operation(
+            "The tokens of a text, or of a chat; vLLM's.", "Tokens",
+            fields=TEXT_FIELDS | (chat.FIELDS - {"logprobs", "tool_choice"}), not_here=NOT_IN_TOKENIZE,
+        )
+    },
+    "/detokenize": {
+        "POST": Operation(
+            "The text of tokens; vLLM's.", "Prompt", fields=TOKEN_FIELDS, not_here=NOT_IN_DETOKENIZE,
+            required=("tokens",),
+        )
+    },
+    "/v1/models": {"GET": Operation("What is served.", "Models")},
+    "/health": {"GET": Operation("Whether the process lives.", "Health", is_probe=True)},
+    "/ready": {"GET": Operation("Whether requests are taken; 503 says why not.", "Ready", is_probe=True)},
+    "/version": {"GET": Operation("The server's version.", "Version", is_probe=True)},
+    "/metrics": {"GET": Operation("Prometheus metrics.", media=TEXT)},
+    "/openapi.json": {"GET": Operation("This description.", media=JSON)},
+}  # fmt: skip
+
+
+def description(version: str, *, needs_key: bool = False) -> dict[str, Any]:
+    """The whole document.
+
+    Args:
+        needs_key: every request but probes needs one.
+    """
+    paths = {
+        path: {method.lower(): _operation(one, needs_key) for method, one in methods.items()}
+        for path, methods in OPERATIONS.items()
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "MegaScale-Infer, open",
+            "version": version,
+            "description": "Fields that a body may have and that are not named here are ignored.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(one: Operation, needs_key: bool) -> dict[str, Any]:
+    statuses = {*EVERYWHERE, *(OF_BODIES if one.fields is not None else ()), *one.statuses}
+    responses: dict[str, Any] = {}
+    if one.media:
+        content = {one.media: {"schema": _ref(one.answer)} if one.answer else {}}
+        if one.events:
+            content[EVENTS] = {"schema": _ref(one.events)}
+        responses["200"] = {"description": "The answer.", "content": content}
+    for status in sorted(statuses):
+        schema = _ref("Ready") if status == 503 and one.answer == "Ready" else _ref("Error")
+        responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": {JSON: {"schema": schema}}}
+    operation: dict[str, Any] = {"summary": one.summary, "responses": responses}
+    if one.fields is not None:
+        schema = body_schema(one.fields, one.not_here, one.required, one.own)
+        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
+    if needs_key:
+        operation["security"] = [{}] if one.is_probe else [{"key": []}]
+    return operation
