@@ -18,6 +18,7 @@ from msi.errors import (
     TransportError,
     Unavailable,
 )
+from msi.structured_outputs import StructuredOutputs
 from msi.types import Output, SamplingParams
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = [
     "RequestFailed",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "TransportError",
     "Unavailable",
     "__version__",

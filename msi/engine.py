@@ -316,8 +316,9 @@ class Engine:
                 text, reason = texts[index], update.finish_reason
                 num_cached[index] += update.num_cached_tokens
                 new = text.push(
-                    update.token_ids, update.logprobs, is_last=reason is not None, is_ended_by_token=reason == "stop"
-                )
+                    update.token_ids, update.logprobs, is_last=reason is not None,
+                    is_ended_by_token=reason == "stop" and not update.keeps_last,
+                )  # fmt: skip
                 if text.is_stopped:
                     reason = "stop"
                     client.cancel(update.request_id)

@@ -66,7 +66,10 @@ def completing(sequences: Iterable[tuple[int, ...]], tokens: Sequence[int], num_
 
 def is_stop_token(params: SamplingParams, token: int, eos_token_ids: Collection[int]) -> bool:
     """Whether this new token ends the text."""
-    return token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
+    if token in params.stop_token_ids:
+        return True
+    # a grammar lets an end of sequence come where the answer is whole, and nothing that follows would fit it
+    return token in eos_token_ids and (not params.ignore_eos or params.structured_outputs is not None)
 
 
 def choices_of(params: SamplingParams, seed: int, room: int) -> list[SamplingParams]:

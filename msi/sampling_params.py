@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 
 from msi.errors import InvalidRequest, shown
+from msi.structured_outputs import StructuredOutputs
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 4096
@@ -56,6 +57,7 @@ class SamplingParams:
         include_stop_str_in_output: what ends the text (a stop string, or a token) is part of it.
         truncate_prompt_tokens: so many of the prompt's last tokens are taken, the tokenizer's own special ones among
             them; -1 for as many as leave room for max_tokens. None takes all.
+        structured_outputs: what the answer has to be; None for any text. It ends once nothing can follow.
 
     Raises:
         InvalidRequest: names the parameter, what was given and what is allowed.
@@ -83,6 +85,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         _require("max_tokens", self.max_tokens, _is_int(self.max_tokens, 1), "an integer >= 1 of 63 bits")
@@ -114,6 +117,8 @@ class SamplingParams:
         limit = self.truncate_prompt_tokens
         ok = limit is None or (_is_int(limit, -1) and limit != 0)
         _require("truncate_prompt_tokens", limit, ok, "an integer >= 1, -1 for all that there is room for, or null")
+        asked = self.structured_outputs
+        _require("structured_outputs", asked, asked is None or isinstance(asked, StructuredOutputs), "such, or None")
 
     def _check_listed_tokens(self) -> None:
         bias = self.logit_bias

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from msi.errors import ConfigError, Failure
 from msi.sampling_params import SamplingParams as SamplingParams  # one of these values; it checks itself
@@ -97,11 +98,37 @@ class Sampled:
         token_ids: one for each of its `logit_rows`; without meaning for a sequence that failed.
         logprobs: by index into `token_ids`, of the rows that asked.
         failures: why a sequence cannot go on, by its index in the micro-batch. The others are as they were without it.
+        ended: indices into `token_ids` of those behind which a grammar allows nothing more.
     """
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    ended: tuple[int, ...] = ()
+
+
+class GrammarState(Protocol):
+    """How far one answer has come in the grammar that it is held to; whoever reads it is alone with it."""
+
+    def allowed(self, token_ids: Sequence[int]) -> bytes:
+        """A bit for each token that may follow these, the lowest of each byte first; raises where none ever can."""
+
+    def ends_with(self, token_id: int) -> bool:
+        """Whether nothing may follow this token, behind those that `allowed` was asked about last; or raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constrained:
+    """A sequence of a micro-batch whose answer is held to a grammar.
+
+    Attributes:
+        row: index into `logit_rows`.
+        output_token_ids: of the answer so far.
+    """
+
+    row: int
+    state: GrammarState
+    output_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +146,7 @@ class MicroBatch:
         block_tables: [num_seqs], the KV blocks of each sequence.
         logit_rows: rows of `token_ids` whose next token is wanted.
         sampling: one for each of `logit_rows`.
+        constrained: those of `logit_rows` that are held to a grammar.
     """
 
     token_ids: tuple[int, ...]
@@ -128,6 +156,7 @@ class MicroBatch:
     block_tables: tuple[tuple[int, ...], ...]
     logit_rows: tuple[int, ...] = ()
     sampling: tuple[TokenSampling, ...] = ()
+    constrained: tuple[Constrained, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +182,7 @@ class Progress:
         num_cached_tokens: with the first token, how many of the prompt were known when it was admitted; else 0.
         failure: why it ends without further tokens.
         queued_s: with the first token, how long it had waited at its attention worker to be admitted; else 0.
+        keeps_last: the last token is part of the text, though the reason is "stop": its grammar has come to its end.
     """
 
     request_id: str
@@ -162,6 +192,7 @@ class Progress:
     num_cached_tokens: int = 0
     failure: Failure | None = None
     queued_s: Measured = 0.0
+    keeps_last: bool = False
 
     @property
     def is_last(self) -> bool:

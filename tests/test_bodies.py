@@ -46,7 +46,8 @@ NEUTRAL = {
     "presence_penalty": [None, 0, 0.0], "frequency_penalty": [None, 0], "repetition_penalty": [None, 1, 1.0],
     "ignore_eos": [None, False, 0], "use_beam_search": [None, False], "length_penalty": [None, 1, 1.0],
     "response_format": [None, {"type": "text"}, {}], "structured_outputs": [None, {}], "guided_json": [None, {}, ""],
-    "guided_regex": [None, ""], "prompt_logprobs": [None, False], "allowed_token_ids": [None, []],
+    "guided_regex": [None, ""], "guided_choice": [None, []], "guided_whitespace_pattern": [None, "", " ?"],
+    "prompt_logprobs": [None, False], "allowed_token_ids": [None, []],
     "bad_words": [None, []], "truncate_prompt_tokens": [None], "logits_processors": [None, []],
     "prompt_embeds": [None], "modalities": [None, ["text"], []], "audio": [None, {}], "tools": [None, []],
     "tool_choice": [None, "none", "auto"], "functions": [None, []], "function_call": [None, "none", "auto"],
@@ -67,9 +68,7 @@ def test_neutral_values_of_any_field_ask_for_nothing(name):
 
 
 CHANGES = {
-    "best_of": 2, "suffix": "b", "response_format": {"type": "json_object"}, "guided_json": {"type": "object"},
-    "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "root ::= a", "structured_outputs": {"regex": "a"},
-    "prompt_logprobs": 0,
+    "best_of": 2, "suffix": "b", "structural_tag": "{}", "regex": "a+", "prompt_logprobs": 0,
     "use_beam_search": True, "length_penalty": 2, "logits_processors": ["x"], "prompt_embeds": "AAAA",
     "audio": {"voice": "x"}, "modalities": ["text", "audio"],
     "cache_salt": "s", "kv_transfer_params": {"a": 1}, "thinking_token_budget": 5,

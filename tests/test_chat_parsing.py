@@ -163,11 +163,31 @@ def test_special_tokens_are_shown_only_where_a_parser_has_to_see_them(asked, tok
     assert asked(**options).params.skip_special_tokens, "<tool_call> is text"
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}, "any", 5])
-def test_a_choice_that_needs_constrained_decoding_is_refused_by_name(asked, choice):
-    with pytest.raises(InvalidRequest, match=r"tool_choice is .*constrained decoding.*not built yet") as caught:
+@pytest.mark.parametrize(
+    ("choice", "complaint"),
+    [
+        ("any", "it must be auto, none, required"),
+        (5, "it must be auto, none, required"),
+        ({"type": "allowed_tools"}, "it must be auto, none, required"),
+        ({"type": "function", "function": {"name": "other"}}, "tool_choice names 'other'"),
+        ({"type": "function"}, "tool_choice names None"),
+    ],
+)
+def test_a_choice_of_nothing_that_is_there_is_refused_by_name(asked, choice, complaint):
+    with pytest.raises(InvalidRequest, match=complaint) as caught:
         asked(tools=[WEATHER], tool_choice=choice)
     assert caught.value.param == "tool_choice"
+
+
+def test_calls_can_be_forced_where_nobody_knows_how_the_model_writes_them_and_not_over_the_websocket(asked):
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        request = asked(template=TEMPLATE, tools=[WEATHER], tool_choice=choice)
+        assert request.parsing.tool_parser == "json"
+        assert "weather" in request.params.structured_outputs.grammar
+        with pytest.raises(InvalidRequest, match="found at /v1/chat/completions"):
+            asked(endpoint=MESSAGE, id="a", type="generate", tools=[WEATHER], tool_choice=choice)
+    with pytest.raises(InvalidRequest, match="there are no tools"):
+        asked(tool_choice="required")
 
 
 @pytest.mark.parametrize(

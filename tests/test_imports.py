@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # lower layers first; a module may import its own layer and those below
 LAYERS = [
     {
-        "msi.errors", "msi.sampling_params", "msi.types", "msi.meter", "msi.tracing", "msi.watchdog", "msi.complaints",
-        "msi.control.lateness", "msi.parameters", "msi.precision", "msi.json_log",
+        "msi.errors", "msi.sampling_params", "msi.structured_outputs", "msi.types", "msi.meter", "msi.tracing",
+        "msi.watchdog", "msi.complaints", "msi.control.lateness", "msi.parameters", "msi.precision", "msi.json_log",
     },
     {
         "msi.experts.waves", "msi.experts.wave", "msi.experts.pace", "msi.experts.batches", "msi.placement",
@@ -42,6 +42,7 @@ OWNERS = {
     "prometheus_client": {"msi/server/exposition.py"},
     "jinja2": {"msi/server/chat_template.py"},
     "triton": {"msi/kernels/"},
+    "llguidance": {"msi/text/grammars.py"},
     "ibverbs": {"msi/net/rdma/ibverbs_driver.py"},
     "pyverbs": {"msi/net/rdma/pyverbs_driver.py"},
     "uvloop": {"launch/main.py", "msi/profiler/process.py"},

@@ -228,7 +228,9 @@ def test_a_hello_asked_twice_before_the_answer_came_is_one_life():
 
 def test_other_versions_models_and_roles_are_refused_with_a_sentence():
     cluster = formed(replace(PLAN, num_expert=3, placement=place_evenly(8, 3)))
-    assert f"protocol version 7, the coordinator {PROTOCOL_VERSION}" in hello(cluster, b"x", protocol_version=7).reason
+    other = PROTOCOL_VERSION + 1
+    said = hello(cluster, b"x", protocol_version=other).reason
+    assert f"protocol version {other}, the coordinator {PROTOCOL_VERSION}" in said
     assert "model differs" in hello(cluster, b"x", fingerprint="other").reason
     assert "role 'cook'" in hello(cluster, b"x", role="cook").reason
 

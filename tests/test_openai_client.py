@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import openai
+import pydantic
 import pytest
 import pytest_asyncio
 from tokenizers import Tokenizer
@@ -175,6 +178,38 @@ async def test_every_sampling_parameter_is_taken(served):
     completion = await client.completions.create(prompt=TEXT, **shared)
     chat = await client.chat.completions.create(messages=MESSAGES, **shared)
     assert completion.usage.completion_tokens == chat.usage.completion_tokens == 6
+
+
+class Person(pydantic.BaseModel):
+    name: Annotated[str, pydantic.Field(max_length=6)]
+    age: Annotated[int, pydantic.Field(ge=0, le=150)]
+    mood: Literal["glad", "sad"]
+    friends: Annotated[list[Literal["Ann", "Bob"]], pydantic.Field(max_length=2)]
+
+
+async def test_a_pydantic_model_as_response_format_is_what_comes_back(served):
+    _, client = served
+    asked = {"model": "tiny", "messages": MESSAGES, "response_format": Person, "max_tokens": 300}
+    for seed in range(3):
+        answer = await client.chat.completions.parse(**asked, seed=seed)
+        assert isinstance(answer.choices[0].message.parsed, Person)
+        assert answer.choices[0].finish_reason == "stop"
+    async with client.chat.completions.stream(**asked, seed=0) as stream:
+        async for _ in stream:
+            pass
+        final = await stream.get_final_completion()
+    assert isinstance(final.choices[0].message.parsed, Person)
+
+
+async def test_a_forced_tool_gets_arguments_of_its_model(served):
+    _, client = served
+    tool = openai.pydantic_function_tool(Person, name="meet")
+    answer = await client.chat.completions.parse(
+        model="tiny", messages=MESSAGES, tools=[tool], tool_choice="required", max_tokens=400, parallel_tool_calls=False
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "meet"
+    assert isinstance(call.function.parsed_arguments, Person)
 
 
 async def test_errors_are_the_clients_own(served):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from msi.attention.kv_cache import KvCache
+from msi.attention.masks import WITHIN_S, Masks, followed
 from msi.attention.sampler import sample, sample_each
 from msi.complaints import Complaints
 from msi.device.device import Device
@@ -41,6 +43,7 @@ class PassState:
         plans: of each of the model's views of a pass.
         sent: what the kernels say of the rows that are away; None before the first turn.
         normed: what a shared expert is still to see.
+        masks: of rows that are held to a grammar; None where there are none.
     """
 
     micro_batch: MicroBatch
@@ -51,6 +54,7 @@ class PassState:
     plans: list[Any]
     sent: Any = None
     normed: Tensor | None = None
+    masks: Future[Masks] | None = None
 
 
 class Forward:
@@ -134,11 +138,14 @@ class Forward:
         """What follows the last turn: layers, head and sampler."""
         normed = self._enter(state, self.num_turns, answers)
         sampling, draw = state.micro_batch.sampling, self._kernels.draw
+        masks = None if state.masks is None else state.masks.result(WITHIN_S)
         try:
-            sampled = sample(self._head(state, normed), sampling, draw)
+            sampled = sample(self._head(state, normed), sampling, draw, masks)
         except Exception as error:
             self._complaints.say(error, "choosing tokens failed; each sequence's is chosen alone")
-            sampled = sample_each(self._head(state, normed), sampling, draw)
+            sampled = sample_each(self._head(state, normed), sampling, draw, masks)
+        if masks is not None:
+            sampled = followed(state.micro_batch.constrained, sampled)
         # a row's NaN or infinity stays in its residual stream, whichever layer, expert or cached key it came from
         if not sampled.failures and math.isfinite(state.hidden.sum(dtype=torch.float32).item()):
             return sampled

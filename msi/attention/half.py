@@ -10,6 +10,7 @@ programs on the device; the others only enqueue. Knows no arithmetic, sockets or
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +19,7 @@ import torch
 from msi.attention.forward import Forward, PassState
 from msi.attention.kv_cache import KvCache
 from msi.attention.launching import LanePrograms, LaneQueues
+from msi.attention.masks import MaskMaker, Masks
 from msi.attention.pass_inputs import PassInputs
 from msi.device.compute_thread import Program
 from msi.device.device import Device
@@ -50,6 +52,7 @@ class _Launched:
     tables: PlacementTables
     first: int  # turn
     link: DispatchLink
+    masks: Future[Masks] | None  # None where no row is held to a grammar
 
 
 class AttentionHalf:
@@ -86,6 +89,7 @@ class AttentionHalf:
         self._device = device
         self._layout = dispatch_layout
         lanes = range(dispatch_layout.num_lanes)
+        self._masks = MaskMaker(config.vocab_size)
         self._inputs = [PassInputs(device.upload) for _ in lanes]
         self._launched: list[deque[_Launched]] = [deque() for _ in lanes]  # passes whose first layer has not run yet
         self._current: list[_Launched | None] = [None for _ in lanes]
@@ -116,7 +120,8 @@ class AttentionHalf:
     # -- msi.attention.lanes.AttentionCompute --------------------------------------------------------------------------
 
     def launch(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
-        self._launched[lane].append(_Launched(micro_batch, self.forward.tables, first, link))
+        masks = self._masks.begin(micro_batch.constrained) if micro_batch.constrained else None
+        self._launched[lane].append(_Launched(micro_batch, self.forward.tables, first, link, masks))
         self._queues.launch(lane, first, link)
 
     def open(self, lane: int, turn: int) -> None:
@@ -132,6 +137,7 @@ class AttentionHalf:
 
     def close(self) -> None:
         self._queues.close()
+        self._masks.close()
 
     # -- programs ----------------------------------------------------------------------------------------------------
 
@@ -183,7 +189,9 @@ class AttentionHalf:
 
     def _begin(self, lane: int, launched: _Launched) -> None:
         inputs, host_inputs = self._inputs[lane].lay_out(launched.micro_batch)
-        self._lanes[lane] = _InFlight(self.forward.begin(launched.micro_batch, inputs, host_inputs, launched.tables))
+        state = self.forward.begin(launched.micro_batch, inputs, host_inputs, launched.tables)
+        state.masks = launched.masks
+        self._lanes[lane] = _InFlight(state)
 
     def _turn(self, lane: int, layer: int) -> None:
         self.forward.route_and_pack(self._state(lane), layer, self._answers[lane], self._outboxes[lane])

@@ -1,10 +1,12 @@
 """The requests of an attention worker: from the coordinator into the scheduler, from there onto lanes and back.
 
-What is new of them, and why they ended, goes out through `report`.
+Answers that are held to a grammar wait until it is compiled, on another thread and in order of arrival, before the
+scheduler hears of them. What is new of requests, and why they ended, goes out through `report`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -14,10 +16,20 @@ from typing import Any
 from msi.attention.scheduler import Scheduler
 from msi.complaints import Complaints
 from msi.control.messages import Assignment, PassDone, RequestsFailed
-from msi.errors import BatchRefused, EngineError, Failure, RequestFailed, TransportError, one_line
+from msi.errors import (
+    BatchRefused,
+    EngineError,
+    Failure,
+    InvalidRequest,
+    RequestFailed,
+    TransportError,
+    Unavailable,
+    one_line,
+)
 from msi.kernels import BLOCK_TOKENS
 from msi.net.alarm import Alarm
-from msi.types import MicroBatch, Progress, Request, Sampled
+from msi.text.grammars import Grammars
+from msi.types import GrammarState, MicroBatch, Progress, Request, Sampled
 from msi.worker.host import ServedShape
 
 log = logging.getLogger(__name__)
@@ -30,6 +42,7 @@ class Requests:
         num_blocks: KV blocks, the padding block included.
         report: takes the messages for the coordinator.
         clock: seconds, monotonic.
+        grammars: of the model's tokens; None where nothing is held to one.
     """
 
     def __init__(
@@ -39,6 +52,7 @@ class Requests:
         num_blocks: int,
         report: Callable[[Any], None],
         clock: Callable[[], float] = time.monotonic,
+        grammars: Grammars | None = None,
     ) -> None:
         self.num_passes = self.batch_tokens = self.batch_contexts = 0
         self._assignment = assignment
@@ -52,6 +66,9 @@ class Requests:
         self._idle = [Alarm() for _ in range(assignment.link.num_lanes)]
         self._ended = Alarm()
         self._num_reports = 0
+        self._grammars = grammars
+        self._to_compile: dict[str, Request] = {}  # by id, in order of arrival
+        self._has_to_compile = Alarm()
         self._complaints = Complaints(log)
 
     def _new_scheduler(self, num_lanes: int) -> Scheduler:
@@ -76,8 +93,46 @@ class Requests:
     def submit(self, request: Request) -> None:
         """Takes a request, or reports why it cannot."""
         self._came_at.setdefault(request.request_id, self._clock())
+        if request.params.structured_outputs is None:
+            self._add(request)
+        elif len(self._to_compile) + self.scheduler.num_waiting >= self._assignment.limits.max_num_waiting:
+            self._fail([request.request_id], Unavailable("too many requests wait here already; try again later"))
+        else:
+            self._to_compile[request.request_id] = request
+            self._has_to_compile.ring()
+
+    async def compile_grammars(self) -> None:
+        """Takes the requests that wait for it as their grammars are compiled, for ever."""
+        while True:
+            await self._has_to_compile.wait()
+            while self._to_compile:
+                request = next(iter(self._to_compile.values()))
+                try:
+                    grammar: GrammarState | EngineError = await asyncio.to_thread(self._begin_grammar, request)
+                except EngineError as error:
+                    grammar = error
+                except Exception as error:
+                    self._complaints.say(error, "a grammar could not be compiled")
+                    grammar = self._failed(one_line(error))
+                if self._to_compile.get(request.request_id) is not request:
+                    continue  # it was cancelled meanwhile
+                del self._to_compile[request.request_id]
+                if isinstance(grammar, EngineError):
+                    self._fail([request.request_id], grammar)
+                    self._wake()
+                else:
+                    self._add(request, grammar)
+
+    def _begin_grammar(self, request: Request) -> GrammarState:
+        asked = request.params.structured_outputs
+        assert asked is not None, request.request_id
+        if self._grammars is None:
+            raise InvalidRequest("this instance holds no answers to a grammar", param="structured_outputs")
+        return self._grammars.begin(asked)
+
+    def _add(self, request: Request, grammar: GrammarState | None = None) -> None:
         try:
-            self.scheduler.add(request)
+            self.scheduler.add(request, grammar)
         except EngineError as error:
             self._fail([request.request_id], error)
         except Exception as error:
@@ -87,17 +142,18 @@ class Requests:
         self._wake()
 
     def cancel(self, request_id: str) -> None:
-        self.scheduler.cancel(request_id)
+        if self._to_compile.pop(request_id, None) is None:
+            self.scheduler.cancel(request_id)
         self._forget(request_id)
         self._wake()
 
     @property
     def is_idle(self) -> bool:
-        return self.scheduler.is_idle
+        return self.scheduler.is_idle and not self._to_compile
 
     async def wait_idle(self) -> None:
         """Until no request is left."""
-        while not self.scheduler.is_idle:
+        while not self.is_idle:
             await self._ended.wait()
 
     def check_integrity(self) -> None:
@@ -106,7 +162,7 @@ class Requests:
     @property
     def ids(self) -> tuple[str, ...]:
         """Of all that are here."""
-        return self.scheduler.request_ids
+        return (*self.scheduler.request_ids, *self._to_compile)
 
     def _fail(self, request_ids: list[str], error: EngineError) -> None:
         if not request_ids:
@@ -132,7 +188,7 @@ class Requests:
         for lane in range(self.scheduler.num_lanes):
             if self.scheduler.has_work(lane):
                 self._idle[lane].ring()
-        if self.scheduler.is_idle:
+        if self.is_idle:
             self._ended.ring()
 
     # -- the lanes' side ---------------------------------------------------------------------------------------------
@@ -161,7 +217,7 @@ class Requests:
         try:
             for index, reason in sampled.failures.items():
                 self._fail(self.scheduler.fail(lane, (index,)), self._failed(reason))
-            progress = self.scheduler.update(lane, sampled.token_ids, sampled.logprobs)
+            progress = self.scheduler.update(lane, sampled.token_ids, sampled.logprobs, sampled.ended)
         except Exception as error:
             self._end_lane(lane, error)
             return

@@ -54,7 +54,7 @@ class AttentionRole:
         )
         # First: it refuses more blocks than there is memory for, which a list of them all would only try for minutes.
         self.half = model.attention_half(self.links.link, num_blocks)
-        self.requests = Requests(assignment, model.shape, num_blocks, report, clock)
+        self.requests = Requests(assignment, model.shape, num_blocks, report, clock, model.grammars)
         self.measuring = Measuring(assignment, model.shape, num_blocks, self.half, self.links.link)
         self.num_lanes = 0
         self.placement = assignment.placement
@@ -66,6 +66,7 @@ class AttentionRole:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             tasks.create_task(self.links.keep_connected(self.half), name="connector")
+            tasks.create_task(self.requests.compile_grammars(), name="grammars")
 
     def close(self) -> None:
         """Lets go of the device, once `run` has ended. Idempotent."""

@@ -3,7 +3,7 @@
 The randomness of a request is a function of (seed, position) alone: each choice uses one number in [0, 1) drawn by
 hashing the two, so the same request gives the same tokens whatever else runs beside it.
 
-Order of operations, as in vLLM: log-probabilities of the model's own distribution; bias, bans and penalties; then
+Order of operations: log-probabilities of the model's own distribution; grammars; bias, bans and penalties; then
 greedy, or temperature, min-p, top-k, top-p over what is left, and one draw.
 
 Rows know nothing of each other: one from which no token can be chosen is named in the result, and the others have the
@@ -20,6 +20,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from msi.attention.masks import Masks
 from msi.errors import one_line
 from msi.kernels.sampling import draw
 from msi.sampling import uniform_of
@@ -31,27 +32,31 @@ Draw = Callable[[Tensor, Tensor], Tensor]
 MIN_LOGPROB = -9999.0  # vLLM's; JSON has no infinity
 
 
-def sample(logits: Tensor, sampling: Sequence[TokenSampling], draw: Draw = draw) -> Sampled:
+def sample(logits: Tensor, sampling: Sequence[TokenSampling], draw: Draw = draw, masks: Masks | None = None) -> Sampled:
     """One token per row of logits float32 [n, vocab_size], which are changed in place; `failures` by row.
 
     Args:
         draw: the device's `msi.kernels.sampling.draw`.
+        masks: of rows that are held to a grammar.
     """
     if not len(sampling):
         return Sampled([])
     wanted: dict[int, int] = {}
-    raw = logits
+    raw, changes = logits, []
     if extras := [(row, one.extras) for row, one in enumerate(sampling) if one.extras is not None]:
         wanted = {row: extra.logprobs for row, extra in extras if extra.logprobs is not None}
         if wanted:
             raw = torch.log_softmax(logits[list(wanted)], dim=-1)
-        if changes := [(row, extra.changes) for row, extra in extras if extra.changes is not None]:
-            _change(logits, changes)
+        changes = [(row, extra.changes) for row, extra in extras if extra.changes is not None]
+    if masks is not None:
+        masks.apply(logits)
+    if changes:
+        _change(logits, changes)
     tokens = logits.argmax(dim=-1)  # a NaN counts as the most
     best = logits.gather(1, tokens[:, None]).flatten()
-    failures = {}
+    failures = {} if masks is None else dict(masks.failures)
     if not (finite := best.isfinite()).all():
-        failures = {row: _why_not(best[row].item()) for row in (~finite).nonzero().flatten().tolist()}
+        failures |= {row: _why_not(best[row].item()) for row in (~finite).nonzero().flatten().tolist()}
         logits[~finite] = 0.0  # no value of theirs gets into what follows
     if rows := [row for row, one in enumerate(sampling) if one.temperature >= MIN_TEMPERATURE]:
         tokens[rows] = draw(logits[rows], _numbers([sampling[row] for row in rows], logits))
@@ -59,14 +64,17 @@ def sample(logits: Tensor, sampling: Sequence[TokenSampling], draw: Draw = draw)
     return Sampled(token_ids, _logprobs(raw, wanted, token_ids) if wanted else {}, failures)
 
 
-def sample_each(logits: Tensor, sampling: Sequence[TokenSampling], draw: Draw = draw) -> Sampled:
+def sample_each(
+    logits: Tensor, sampling: Sequence[TokenSampling], draw: Draw = draw, masks: Masks | None = None
+) -> Sampled:
     """As `sample`, one row after the other: an exception is the failure of its row. For when `sample` raised."""
     token_ids = []
     logprobs = {}
     failures = {}
     for row, one in enumerate(sampling):
         try:
-            alone = sample(logits[row : row + 1], [one], draw)
+            its_masks = None if masks is None else masks.of_row(row)
+            alone = sample(logits[row : row + 1], [one], draw, its_masks)
         except Exception as error:
             token_ids.append(0)
             failures[row] = f"choosing its next token failed: {one_line(error)}"

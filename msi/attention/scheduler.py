@@ -10,7 +10,7 @@ sampler says, and where an exception came out of a pass each is tried again by i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from itertools import chain
 
@@ -20,7 +20,7 @@ from msi.attention.sequence import Lane, Sequence, micro_batch, share_budget
 from msi.errors import InvalidRequest, Unavailable, context_exceeded, shown
 from msi.sampling import is_stop_token
 from msi.settings import SchedulerLimits
-from msi.types import MicroBatch, Progress, Request, TokenLogprobs
+from msi.types import GrammarState, MicroBatch, Progress, Request, TokenLogprobs
 
 NO_LOGPROBS: Mapping[int, TokenLogprobs] = {}
 
@@ -122,8 +122,11 @@ class Scheduler:
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, grammar: GrammarState | None = None) -> None:
         """Takes a request.
+
+        Args:
+            grammar: that its answer is held to, from its beginning.
 
         Raises:
             InvalidRequest: it can never run here; says why.
@@ -145,7 +148,7 @@ class Scheduler:
             raise InvalidRequest(f"request id {shown(request.request_id)} is in use")
         self._check_tokens(request)
         max_len = min(num_prompt + request.params.max_tokens, self._limits.max_model_len, self._cache_len)
-        sequence = Sequence(request, self._num_arrived, max_len, list(request.prompt_token_ids))
+        sequence = Sequence(request, self._num_arrived, max_len, list(request.prompt_token_ids), grammar=grammar)
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence
         self._admission.wait(sequence)
@@ -208,12 +211,17 @@ class Scheduler:
         )
 
     def update(
-        self, lane_index: int, token_ids: list[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS
+        self,
+        lane_index: int,
+        token_ids: list[int],
+        logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS,
+        ended: Collection[int] = (),
     ) -> list[Progress]:
         """The pass of a lane is through: one sampled token for each of its micro-batch's logit rows.
 
         Args:
             logprobs: by index into `token_ids`.
+            ended: indices of the tokens behind which nothing may follow.
         """
         lane = self._lanes[lane_index]
         sampled = iter(enumerate(token_ids))
@@ -228,10 +236,15 @@ class Scheduler:
                 self._admission.release(sequence)
             elif token is not None:
                 sequence.tokens.append(token)
-                reason = self._finish_reason(sequence, token)
+                reason, is_ended = self._finish_reason(sequence, token), row in ended
                 chosen = (logprobs[row],) if row in logprobs else ()
-                progress.append(Progress(sequence.request.request_id, (token,), reason, chosen, sequence.take_cached()))
-                if reason is not None:
+                progress.append(
+                    Progress(
+                        sequence.request.request_id, (token,), "stop" if is_ended else reason, chosen,
+                        sequence.take_cached(), keeps_last=is_ended and reason != "stop",
+                    )
+                )  # fmt: skip
+                if reason is not None or is_ended:
                     del self._sequences[sequence.request.request_id]
                     self._admission.release(sequence)
         assert next(sampled, None) is None, f"more tokens than logit rows: {token_ids}"

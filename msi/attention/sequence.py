@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from msi.sampling import has_extras, sampling_extras
-from msi.types import MicroBatch, Request, TokenSampling
+from msi.types import Constrained, GrammarState, MicroBatch, Request, TokenSampling
 
 # The predicted time of a lane, in units of one decoded token: attention over this much context costs as much again,
 # and of a prompt that is still to be computed a token costs this share.
@@ -43,6 +43,7 @@ class Sequence:
         has_failed: its values are not to be trusted; what it computed is not to be found by others.
         is_suspect: an exception came out of a pass that it was in; until it comes through one it is alone in its own.
         lane: where it runs; None while it waits.
+        grammar: that its answer is held to.
     """
 
     request: Request
@@ -60,6 +61,7 @@ class Sequence:
     has_failed: bool = False
     is_suspect: bool = False
     lane: Lane | None = None
+    grammar: GrammarState | None = None
     has_extras: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +128,7 @@ def micro_batch(chosen: Iterable[tuple[Sequence, int]], eos_token_ids: Collectio
     query_lens, context_lens, block_tables = [], [], []
     logit_rows = []
     sampling = []
+    constrained = []
     for sequence, count in chosen:
         start = sequence.num_computed
         token_ids += sequence.tokens[start : start + count]
@@ -136,6 +139,9 @@ def micro_batch(chosen: Iterable[tuple[Sequence, int]], eos_token_ids: Collectio
         if start + count == len(sequence.tokens):
             logit_rows.append(len(token_ids) - 1)
             sampling.append(_next_sampling(sequence, eos_token_ids))
+            if sequence.grammar is not None:
+                answer = tuple(sequence.tokens[len(sequence.request.prompt_token_ids) :])
+                constrained.append(Constrained(len(logit_rows) - 1, sequence.grammar, answer))
     return MicroBatch(
         token_ids=tuple(token_ids),
         positions=tuple(positions),
@@ -144,6 +150,7 @@ def micro_batch(chosen: Iterable[tuple[Sequence, int]], eos_token_ids: Collectio
         block_tables=tuple(block_tables),
         logit_rows=tuple(logit_rows),
         sampling=tuple(sampling),
+        constrained=tuple(constrained),
     )
 
 

@@ -26,6 +26,7 @@ from msi.server.prepare import (
     ENDPOINTS,
     SETUP,
     Answered,
+    Elsewhere,
     NotUnderstood,
     Preparation,
     Prepared,
@@ -118,7 +119,7 @@ class Calls:
         self._metrics = metrics
         self._requests = requests or RequestLog(is_told=False)
         setup = Setup(engine.welcome, template)
-        self._preparation = Preparation(setup)
+        self._preparation = Preparation(setup, compiles=False)
         self._preparers = Preparers(SETUP.encode(setup))
         self._names_logged: set[str] = set()
 
@@ -155,7 +156,7 @@ class Calls:
     async def _understand(self, endpoint: str, body: bytes, client: object) -> Understood | Answered | NotUnderstood:
         is_small = len(body) <= SMALL_BYTES
         if is_small:
-            with contextlib.suppress(Interrupted), for_a_moment(MOMENT_S):
+            with contextlib.suppress(Interrupted, Elsewhere), for_a_moment(MOMENT_S):
                 return self._preparation.understand(endpoint, body)
         try:
             task = bytes([ENDPOINTS.index(endpoint)]) + body
@@ -163,6 +164,8 @@ class Calls:
             answer: Understood | Answered | NotUnderstood = ANSWERS.decode(prepared)
         except EngineError as error:
             return NotUnderstood(Failure.of(error))
+        if isinstance(answer, Understood) and answer.request is not None:
+            self._preparation.remember(answer.request.params)
         return answer
 
     def call(self, asked: Prepared, request_id: str = "") -> Call:

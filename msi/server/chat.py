@@ -54,6 +54,8 @@ class ChatRequest:
         template_values: more for the template, such as {"enable_thinking": False}.
         add_special_tokens: whether the tokenizer puts its own around what the template writes.
         calls_tools: the answer is searched for calls of `tools`.
+        forced_tools: names of those that it has to call one of; () where it may do without.
+        is_named_tool: the request names the tool that is called, and it is called once.
         has_parallel_calls: more calls than the first count.
         has_reasoning: what the model thought is told, where that is told apart.
         ignored: fields that nobody knows.
@@ -69,13 +71,20 @@ class ChatRequest:
     template_values: dict[str, Any]
     add_special_tokens: bool = False
     calls_tools: bool = False
+    forced_tools: tuple[str, ...] = ()
+    is_named_tool: bool = False
     has_parallel_calls: bool = True
     has_reasoning: bool = True
     ignored: tuple[str, ...] = ()
 
 
 def parse_chat(
-    values: Values, *, max_tokens: int, defaults: SamplingDefaults = NO_DEFAULTS, no_calls: str = NO_PARSER
+    values: Values,
+    *,
+    max_tokens: int,
+    defaults: SamplingDefaults = NO_DEFAULTS,
+    no_calls: str = NO_PARSER,
+    no_forced_calls: str = "",
 ) -> ChatRequest:
     """Raises InvalidRequest: a field of the wrong type, or one that is not supported, by name.
 
@@ -83,6 +92,7 @@ def parse_chat(
         max_tokens: where neither the body nor the model's defaults say anything.
         defaults: the model's own parameters.
         no_calls: why answers are not searched for calls of tools, and what to do; "" where they are.
+        no_forced_calls: the same for calls that the request forces.
     """
     ignored = check_fields(values, FIELDS, NOT_IN_CHATS)
     sampling = values
@@ -106,7 +116,8 @@ def parse_chat(
             param="chat_template_kwargs",
         )
     tools = _tools(values)
-    calls_tools = _calls_tools(values, tools, no_calls)
+    forced = _forced_tools(values, tools, no_forced_calls)
+    calls_tools = bool(forced) or _calls_tools(values, tools, no_calls)
     if (effort := typed(values, "reasoning_effort", str, None)) is not None:
         template_values = {"reasoning_effort": effort, **template_values}
     return ChatRequest(
@@ -120,6 +131,8 @@ def parse_chat(
         template_values=template_values,
         add_special_tokens=typed(values, "add_special_tokens", bool, False),
         calls_tools=calls_tools,
+        forced_tools=forced,
+        is_named_tool=isinstance(values.get("tool_choice"), dict),
         has_parallel_calls=_is_left_on(values, "parallel_tool_calls") or not calls_tools,
         has_reasoning=_is_left_on(values, "include_reasoning"),
         ignored=ignored,
@@ -204,17 +217,38 @@ def _tools(values: Values) -> tuple[dict[str, Any], ...] | None:
     return tools
 
 
-def _calls_tools(values: Values, tools: Sequence[dict[str, Any]] | None, no_calls: str) -> bool:
-    """Whether the answer may call tools. Raises InvalidRequest: tool_choice asks for more than can be done."""
+def _forced_tools(values: Values, tools: Sequence[dict[str, Any]] | None, no_calls: str) -> tuple[str, ...]:
+    """Names of the tools of which the answer has to call one. Raises InvalidRequest."""
     choice = values.get("tool_choice")
-    if choice == "none" or (choice in (None, "", "auto") and not tools):
-        return False
-    if choice not in (None, "", "auto"):
+    if choice in (None, "", {}, "auto", "none"):
+        return ()
+    names = tuple(dict.fromkeys(tool["function"]["name"] for tool in tools or ()))
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        function = choice.get("function")
+        named = function.get("name") if isinstance(function, dict) else choice.get("name")
+        if named not in names:
+            raise InvalidRequest(
+                f"tool_choice names {shown(named)}; the tools of this request are {shown(list(names))}",
+                param="tool_choice",
+            )
+        names = (named,)
+    elif choice != "required":
         raise InvalidRequest(
-            f"tool_choice is {shown(choice)}; it must be auto or none. That a model has to call a tool needs answers "
-            "held to a grammar (constrained decoding), which is not built yet",
+            f"tool_choice is {shown(choice)}; it must be auto, none, required, or an object like "
+            '{"type": "function", "function": {"name": "..."}}',
             param="tool_choice",
         )
+    if not names:
+        raise InvalidRequest('tool_choice is "required", and there are no tools', param="tool_choice")
+    if no_calls:
+        raise InvalidRequest(f"a call of a tool is asked for, and {no_calls}", param="tool_choice")
+    return names
+
+
+def _calls_tools(values: Values, tools: Sequence[dict[str, Any]] | None, no_calls: str) -> bool:
+    """Whether the answer may call tools. Raises InvalidRequest: nobody would see its calls."""
+    if values.get("tool_choice") == "none" or not tools:
+        return False
     if no_calls:
         raise InvalidRequest(f"tools are given, and {no_calls}. {WITHOUT_CALLS}", param="tools")
     return True

@@ -25,7 +25,7 @@ class NotDone:
 
 ALWAYS_NEUTRAL: tuple[object, ...] = (None, False, "", [], {})
 
-_GRAMMAR = "answers held to a grammar or a schema are not built yet"
+_GRAMMAR = "the name here is structured_outputs, with json, regex, choice, grammar or json_object"
 _BEAMS = "beam search is not built yet"
 _MEDIA = "only text goes in and comes out"
 _TRANSFER = "a KV cache cannot be handed over yet"
@@ -36,13 +36,12 @@ IGNORED = frozenset({
     "prompt_cache_key", "prompt_cache_retention", "prediction", "stream_interval",
     "spaces_between_special_tokens", "truncation_side", "media_io_kwargs",
     "mm_processor_kwargs", "return_mm_kwargs", "early_stopping", "disable_log_stats", "guided_decoding_backend",
-    "guided_whitespace_pattern", "api_key", "timeout", "extra_headers", "extra_query",
+    "api_key", "timeout", "extra_headers", "extra_query",
 })  # fmt: skip
 
 NOT_DONE = {
     # -- OpenAI's
     "suffix": NotDone("text is only written after the prompt, not into it"),
-    "response_format": NotDone(_GRAMMAR, ({"type": "text"},)),
     "functions": NotDone("functions are the older form of tools, which are not built yet"),
     "function_call": NotDone("functions are the older form of tools, which are not built yet", ("none", "auto")),
     "modalities": NotDone(_MEDIA, (["text"],)),
@@ -62,13 +61,7 @@ NOT_DONE = {
     "logits_processors": NotDone("a server runs no code of its clients"),
     "prompt_embeds": NotDone("prompts are text or token ids"),
     "detokenize": NotDone("answers are text; token ids come with the WebSocket /v1/stream", (True,)),
-    "structured_outputs": NotDone(_GRAMMAR),
-    "guided_json": NotDone(_GRAMMAR),
-    "guided_regex": NotDone(_GRAMMAR),
-    "guided_choice": NotDone(_GRAMMAR),
-    "guided_grammar": NotDone(_GRAMMAR),
-    "guided_json_object": NotDone(_GRAMMAR),
-    "structural_tag": NotDone(_GRAMMAR),
+    "structural_tag": NotDone("structural tags are not built; structured_outputs has json, regex, choice and grammar"),
     "chat_template": NotDone("the template is the model's, or the server's own `chat_template`"),
     "thinking_token_budget": NotDone("there is no limit for a part of the answer; max_tokens is for all of it", (-1,)),
     "repetition_detection": NotDone("repetition is not looked for; penalties work against it"),

@@ -15,6 +15,8 @@ import orjson
 from msi.errors import InvalidRequest, shown
 from msi.sampling_params import SamplingDefaults
 from msi.server.field_table import ALWAYS_NEUTRAL, IGNORED, NOT_DONE, NotDone
+from msi.server.structured import FIELDS as STRUCTURED_FIELDS
+from msi.server.structured import structured_outputs
 from msi.types import SamplingParams
 
 SAMPLING_INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "n", "truncate_prompt_tokens")
@@ -22,7 +24,7 @@ SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "freque
 SHARED_FIELDS = frozenset({
     "model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "add_special_tokens",
     "allowed_token_ids", "bad_words", "skip_special_tokens", "include_stop_str_in_output",
-    *SAMPLING_INTEGERS, *SAMPLING_NUMBERS,
+    *SAMPLING_INTEGERS, *SAMPLING_NUMBERS, *STRUCTURED_FIELDS,
 })  # fmt: skip
 MAX_DEPTH = 100  # of arrays and objects within one another
 TOO_DEEP = f"the body is nested more than {MAX_DEPTH} levels deep"
@@ -155,6 +157,7 @@ def sampling_params(
         bad_words=tuple(typed(values, "bad_words", list, [])),
         skip_special_tokens=typed(values, "skip_special_tokens", bool, True),
         include_stop_str_in_output=typed(values, "include_stop_str_in_output", bool, False),
+        structured_outputs=structured_outputs(values),
     )
     return defaults.limited(params)
 

@@ -9,7 +9,13 @@ import orjson
 
 from msi.control.messages import Welcome
 from msi.server.chat import ChatRequest
-from msi.server.parsing.choice import begins_thinking, chosen_reasoning_parser, chosen_tool_parser, markers_of
+from msi.server.parsing.choice import (
+    JSON_CALLS,
+    begins_thinking,
+    chosen_reasoning_parser,
+    chosen_tool_parser,
+    markers_of,
+)
 from msi.server.parsing.parser import Parsing
 from msi.types import SamplingParams
 
@@ -37,6 +43,8 @@ class ModelParsers:
             prompt: its text, whose end says whether the model is thinking already.
         """
         tool_parser = self.tool_parser if asked.calls_tools else ""
+        if asked.forced_tools:
+            tool_parser = tool_parser or JSON_CALLS
         if not tool_parser and not self.reasoning_parser:
             return None
         functions = [tool["function"] for tool in asked.tools or ()] if tool_parser else []

@@ -20,10 +20,14 @@ from msi.net.codec import Codec
 from msi.server.chat import NO_PARSER, ChatRequest, parse_chat
 from msi.server.chat_template import ChatTemplates
 from msi.server.completions import parse_completion
+from msi.server.constraints import Constraints, Held
 from msi.server.fields import Streaming, Values, kind_of, parse_object, typed
 from msi.server.parsers import ModelParsers
 from msi.server.parsing.parser import Parsing
+from msi.server.structured import field_of
 from msi.server.tokenizing import check_number, parse_detokenize, parse_tokenize
+from msi.text.grammar_text import grammar_text
+from msi.text.grammars import GrammarChecks
 from msi.text.prompts import Prompts
 from msi.types import SamplingParams
 
@@ -104,14 +108,22 @@ SETUP = Codec([Setup])
 ANSWERS = Codec([Understood, Answered, NotUnderstood])
 
 
+class Elsewhere(BaseException):
+    """A body takes long to understand: that is for another process. No `Exception`, as it is no error."""
+
+
 class Preparation:
     """Understands bodies for one model.
+
+    Args:
+        compiles: whether grammars are compiled here, to see that they can be; else those that are not known yet raise
+            Elsewhere.
 
     Raises:
         ConfigError: the chat template or the tokenizer is not valid.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, *, compiles: bool = True) -> None:
         welcome = setup.welcome
         self._welcome = welcome
         sources = {"default": setup.template} if setup.template else welcome.chat_templates
@@ -120,9 +132,12 @@ class Preparation:
             welcome.tokenizer, welcome.vocab_size, welcome.max_model_len, welcome.special_tokens.values()
         )
         self._parsers = ModelParsers(welcome, sources.values(), self._prompts.special_tokens)
+        self._constraints = Constraints(self._prompts.tokenizer, sources.values(), welcome.vocab_size)
+        self._compiles = compiles
+        self._grammars = GrammarChecks()
 
     def understand(self, endpoint: str, body: bytes | str) -> Understood | Answered | NotUnderstood:
-        """Never raises. Answered is what bodies for TOKENIZE and DETOKENIZE are."""
+        """Raises nothing but Elsewhere. Answered is what bodies for TOKENIZE and DETOKENIZE are."""
         client_id: str | None = None
         try:
             values: Values = parse_object(body)
@@ -155,6 +170,8 @@ class Preparation:
         self._check_model(values)
         asked = parse_completion(values, self._welcome.sampling_defaults)
         params = self._prompts.checked(asked.params)
+        if params.structured_outputs is not None:
+            params = self._held(params, self._constraints.plain(params.structured_outputs, field_of(values)))
         prompts = [
             self._encode(prompt, params, add_special_tokens=asked.add_special_tokens) for prompt in asked.prompts
         ]
@@ -182,6 +199,7 @@ class Preparation:
             max_tokens=self._welcome.max_model_len,
             defaults=self._welcome.sampling_defaults,
             no_calls=no_calls,
+            no_forced_calls=NO_CALLS_IN_MESSAGES if is_message else "",
         )
         text = self._rendered(asked)
         params = self._prompts.checked(asked.params)
@@ -193,6 +211,9 @@ class Preparation:
         parsing = None if is_message else self._parsers.parsing(asked, text)
         if parsing is not None:
             params = self._parsers.params(params, parsing)
+        reasoning_parser = self._parsers.reasoning_parser
+        held = self._constraints.of_chat(asked, parsing, reasoning_parser, text, field_of(values))
+        params = params if held is None else self._held(params, held)
         return replace(self._prepared(CHAT, [prompt], params, asked.streaming, (b"",), asked.ignored), parsing=parsing)
 
     def tokens(self, values: Values) -> Answered:
@@ -238,6 +259,20 @@ class Preparation:
             max_tokens=params.max_tokens,
             truncate=params.truncate_prompt_tokens,
         )
+
+    def _held(self, params: SamplingParams, held: Held) -> SamplingParams:
+        """With what the answer is held to. Raises InvalidRequest: that cannot be compiled; says where."""
+        grammar = grammar_text(held.structured)
+        if not self._grammars.knows(grammar):
+            if not self._compiles:
+                raise Elsewhere
+            self._grammars.check(grammar, held.schemas)
+        return replace(params, structured_outputs=held.structured)
+
+    def remember(self, params: SamplingParams) -> None:
+        """What another process found to be good need not be compiled again."""
+        if params.structured_outputs is not None:
+            self._grammars.remember(grammar_text(params.structured_outputs))
 
     def _prepared(
         self,

@@ -20,6 +20,7 @@ from msi.simulator.deployment import Deployment
 from msi.simulator.device import SimulatedDevice
 from msi.simulator.popularity import Routing
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
+from msi.text.grammars import Grammars
 from msi.tracing import Tracer
 from msi.worker.host import ExpertPart, ServedShape
 
@@ -55,6 +56,7 @@ class SimulatedModel:
     def __init__(self, world: World, assignment: Assignment, device: SimulatedDevice) -> None:
         self.shape = ServedShape(world.deployment.num_layers, VOCAB_SIZE, (), ROW_BYTES, ROW_BYTES)
         self.memory: Allocator = HOST_MEMORY
+        self.grammars: Grammars | None = None
         self.has_attention = assignment.role == "attention"
         self.has_experts = assignment.role == "expert" or assignment.is_colocated
         self._world = world

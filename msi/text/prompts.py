@@ -129,6 +129,10 @@ class Prompts:
                 f"truncate_prompt_tokens is {limit}; the context is {self._max_model_len} tokens",
                 param="truncate_prompt_tokens",
             )
+        if params.structured_outputs is not None and self._tokenizer is None:
+            raise InvalidRequest(
+                "structured_outputs need a tokenizer.json, which this model lacks", param="structured_outputs"
+            )
         if not params.bad_words and not params.bad_words_token_ids:
             return params
         sequences = params.bad_words_token_ids + self._sequences_of(params.bad_words)

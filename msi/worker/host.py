@@ -19,6 +19,7 @@ from msi.net.dispatch_link import DispatchLink
 from msi.net.regions import Allocator, Region
 from msi.net.transport import Transport
 from msi.precision import Precision
+from msi.text.grammars import Grammars
 from msi.tracing import Tracer
 from msi.types import Placement
 
@@ -76,6 +77,7 @@ class LoadedModel(Protocol):
 
     shape: ServedShape
     memory: Allocator  # of rows on their way
+    grammars: Grammars | None  # that answers can be held to; None where there are none
 
     @property
     def has_attention(self) -> bool: ...

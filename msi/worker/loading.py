@@ -22,8 +22,12 @@ from msi.models.checkpoint import Checkpoint, DummyCheckpoint
 from msi.models.config import ModelConfig, config_digest
 from msi.models.expert_weights import load_expert_bank
 from msi.models.families import load_config
+from msi.models.files import read_json
 from msi.models.required import check_tensors
+from msi.models.texts import read_texts
 from msi.precision import VALUE_BYTES, Precision
+from msi.text.grammars import Grammars
+from msi.text.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,7 @@ class ModelFiles:
     config: ModelConfig = field(init=False)
     loaded_bytes: int = 0
     total_bytes: int = 0
+    grammars: Grammars = field(init=False)
     _digest: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
@@ -76,6 +81,7 @@ class ModelFiles:
             raise ConfigError(f"load format {self.load_format!r} is not supported; supported: auto, dummy")
         self.config, values = load_config(self.model_dir)
         self._digest = config_digest(values)
+        self.grammars = Grammars(self.tokenizer_text, self.config.vocab_size, self.config.eos_token_ids)
 
     def open(self, report: Callable[[int], None] = lambda num_bytes: None) -> Checkpoint | DummyCheckpoint:
         """Raises CheckpointError."""
@@ -84,6 +90,17 @@ class ModelFiles:
         source = Checkpoint(self.model_dir, report)
         check_tensors(self.config, source.index)
         return source
+
+    def tokenizer_text(self) -> str:
+        """tokenizer.json, in which those tokens are special that the model names so; "" where there is none.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        texts = read_texts(self.model_dir, read_json(self.model_dir / "config.json"), "vllm")
+        if not texts.tokenizer:
+            return ""
+        return str(load_tokenizer(texts.tokenizer, texts.special_tokens.values()).to_str())
 
     def fingerprint(self) -> str:
         """sha256 of the canonical config.json and of the names, shapes and dtypes of all tensors."""

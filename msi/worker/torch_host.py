@@ -31,6 +31,7 @@ from msi.net.tcp import TcpTransport, address_towards, split_address
 from msi.net.transport import Transport
 from msi.precision import Precision
 from msi.settings import HostOptions, ModelSource
+from msi.text.grammars import Grammars
 from msi.tracing import Tracer
 from msi.worker.host import ExpertPart, ServedShape
 from msi.worker.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
@@ -82,6 +83,7 @@ class TorchModel:
             answer_row_bytes=answer_row_bytes(config.hidden_size, DTYPES[precision.rows]),
         )
         self.memory: Allocator = device
+        self.grammars: Grammars | None = files.grammars
         self._files = files
         self._assignment = assignment
         self._device = device

@@ -2,8 +2,10 @@
 
 import asyncio
 import sys
+from typing import Literal
 
 import openai
+import pydantic
 
 url, model = sys.argv[1:]
 client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
@@ -27,6 +29,20 @@ assert chunks[-1].usage.completion_tokens == 12
 text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 assert text == chat.choices[0].message.content
 
+
+class Answer(pydantic.BaseModel):
+    polite: bool
+    tone: Literal["warm", "cool"]
+
+
+parsed = client.chat.completions.parse(model=model, messages=question, max_tokens=60, response_format=Answer)
+assert isinstance(parsed.choices[0].message.parsed, Answer)
+called = client.chat.completions.parse(
+    model=model, messages=question, max_tokens=90, tool_choice="required", parallel_tool_calls=False,
+    tools=[openai.pydantic_function_tool(Answer, name="answer")],
+)  # fmt: skip
+assert isinstance(called.choices[0].message.tool_calls[0].function.parsed_arguments, Answer)
+
 code = None
 try:
     client.completions.create(model=model, prompt="It is " * 5000, max_tokens=4)
@@ -44,4 +60,7 @@ async def several() -> None:
 
 
 asyncio.run(several())
-print("models, completions (plain, stream, logprobs, arrays, async), chat (n, stream, usage), context error: right")
+print(
+    "models, completions (plain, stream, logprobs, arrays, async), "
+    "chat (n, stream, usage, schema, call), context error: right"
+)

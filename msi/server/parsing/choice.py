@@ -9,6 +9,7 @@ from msi.server.parsing.readers import HARMONY_MARKERS
 from msi.server.parsing.syntaxes import SECTION_BEGIN, SYNTAXES, TOOL_CALLS_BEGIN, Syntax
 
 HARMONY = ("openai", "openai_gptoss")
+JSON_CALLS = "json"  # how a model is made to write calls whose own way nobody knows; no parser that can be named
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ def is_harmony(name: str) -> bool:
 
 def tool_syntax(name: str) -> Syntax | None:
     """Of a parser's name; None for "" and harmony."""
-    return SYNTAXES[syntax] if (syntax := TOOL_PARSERS.get(name)) else None
+    syntax = JSON_CALLS if name == JSON_CALLS else TOOL_PARSERS.get(name)
+    return SYNTAXES[syntax] if syntax else None
 
 
 def reasoning_syntax(name: str) -> ReasoningSyntax | None:

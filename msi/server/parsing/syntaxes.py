@@ -71,6 +71,17 @@ def read_mistral(source: Source, tools: Tools) -> Reader[None]:
             return
 
 
+def read_json(source: Source, tools: Tools) -> Reader[None]:
+    """[{"name": N, "parameters": {...}}, ...], as answers are made to look where a model has no way of its own"""
+    yield from source.expect("[")
+    while True:
+        yield from source.space()
+        text = yield from source.json_object()
+        yield tools.called(text)
+        if (yield from source.maybe(",", "]")) != ",":
+            return
+
+
 TOOL_CALLS_BEGIN, TOOL_CALLS_END, TOOL_CALL_BEGIN, TOOL_CALL_END, TOOL_SEP = (
     "<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>",
     "<\uff5ctool\u2581call\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581end\uff5c>",
@@ -214,4 +225,5 @@ SYNTAXES = {
     ),
     "minimax": Syntax(("<minimax:tool_call>",), read_minimax),
     "glm": Syntax(("<tool_call>",), read_glm),
+    "json": Syntax(("[",), read_json),
 }  # fmt: skip

@@ -1,0 +1,130 @@
+"""What answers of one model are held to: where a grammar begins, as models think before they answer; forced calls."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from msi.errors import InvalidRequest
+from msi.server.chat import ChatRequest
+from msi.server.parsing.choice import begins_thinking, is_harmony, reasoning_syntax
+from msi.server.parsing.parser import Parsing
+from msi.server.parsing.readers import CHANNEL, MESSAGE, START
+from msi.server.parsing.writing import calls_rules, form_of
+from msi.structured_outputs import StructuredOutputs
+from msi.text.grammar_text import grammar_behind, lark_text, list_of, schema_of
+from msi.text.grammars import in_lark
+
+ANYTHING = "/(?s:.*)/"
+MOST_THOUGHTS = 8  # of gpt-oss, before it answers
+GAP = '"\\n"{0,2}'  # between a thought and a call
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What an answer is held to.
+
+    Attributes:
+        schemas: the JSON schemas that it was made of, by the field of the request that holds them.
+    """
+
+    structured: StructuredOutputs
+    schemas: dict[str, Any]
+
+
+class Constraints:
+    """Of one model.
+
+    Args:
+        tokenizer: None for a model that has none.
+        templates: of chats; they show how the model writes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, templates: Collection[str], vocab_size: int) -> None:
+        added = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
+        # llguidance takes no added token for text, be it special or not
+        self._special = {one.content: at for at, one in added.items() if at < vocab_size}
+        self._templates = tuple(templates)
+
+    def plain(self, structured: StructuredOutputs, field: str) -> Held:
+        """Of an answer that has to fit from its beginning. Raises InvalidRequest."""
+        try:
+            structured = in_lark(structured)
+            has_schema = structured.kind in ("json", "json_object")
+            return Held(structured, {field: schema_of(structured) if has_schema else None})
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error), param=field) from error
+
+    def of_chat(
+        self, asked: ChatRequest, parsing: Parsing | None, reasoning_parser: str, prompt: str, field: str
+    ) -> Held | None:
+        """Of a chat's answer; None where it may be anything.
+
+        Args:
+            parsing: what is looked for in it.
+            prompt: its text, whose end says whether the model is thinking already.
+            field: of the request, that says what the answer has to be.
+
+        Raises:
+            InvalidRequest: a tool cannot be forced, or a schema is none.
+        """
+        if asked.forced_tools and parsing is not None:
+            return self._calls(asked, parsing, prompt)
+        structured = asked.params.structured_outputs
+        if structured is None:
+            return None
+        held = self.plain(structured, field)
+        begin = self._begin(reasoning_parser, prompt, "@answer")
+        if not begin:
+            return held
+        return replace(held, structured=StructuredOutputs(grammar=grammar_behind(begin, held.structured)))
+
+    def _calls(self, asked: ChatRequest, parsing: Parsing, prompt: str) -> Held:
+        functions = {tool["function"]["name"]: tool["function"].get("parameters") for tool in asked.tools or ()}
+        tools = {name: functions[name] for name in asked.forced_tools}
+        form = form_of(parsing.tool_parser, self._templates, self._special)
+        is_one = not asked.has_parallel_calls or asked.is_named_tool
+        rules = calls_rules(form, tools, is_one=is_one, special=self._special)
+        begin = self._begin(parsing.reasoning_parser, prompt, "calls") or "start: calls"
+        if not is_harmony(parsing.tool_parser):
+            begin = begin.replace("thought calls", f"thought {GAP} calls")
+        grammar = list_of([{"lark_grammar": f"{begin}\n{rules}"}])
+        names = list(functions)
+        schemas = {
+            f"tools[{names.index(name)}].function.parameters": schema
+            for name, schema in tools.items()
+            if schema is not None
+        }
+        return Held(StructuredOutputs(grammar=grammar), schemas or {"tools": None})
+
+    def _begin(self, reasoning_parser: str, prompt: str, goal: str) -> str:
+        """Rules of which `start` is `goal` behind what the model thinks; "" where it thinks nothing before."""
+        if is_harmony(reasoning_parser):
+            return self._harmony(goal)
+        syntax = reasoning_syntax(reasoning_parser)
+        if syntax is None or prompt.rstrip().endswith(syntax.end):
+            return ""
+        begins = f"{self._text(syntax.start)} thought {goal}"
+        start = f"thought {goal}" if begins_thinking(prompt, reasoning_parser) else f"{goal} | {begins}"
+        return f"start: {start}\n{self._up_to('thought', syntax.end)}"
+
+    def _harmony(self, goal: str) -> str:
+        """Messages of the analysis channel first; a call is a message, and an answer is one of the final channel."""
+        head = "" if goal == "calls" else f"{self._text(f'{CHANNEL}final{MESSAGE}')} "
+        return (
+            f"start: thought{{0,{MOST_THOUGHTS}}} {head}{goal}\n"
+            f"thought: {self._text(f'{CHANNEL}analysis{MESSAGE}')} said {self._text(f'{START}assistant')}\n"
+            f"{self._up_to('said', '<|end|>')}"
+        )
+
+    def _up_to(self, rule: str, end: str) -> str:
+        """A rule for any text, up to a marker and with it."""
+        if end in self._special:
+            return f"{rule}: {ANYTHING} {self._text(end)}"
+        return f"{rule}[lazy]: {ANYTHING} {self._text(end)}"
+
+    def _text(self, text: str) -> str:
+        return lark_text(text, self._special)

@@ -1,0 +1,177 @@
+"""What bodies ask an answer to be, under every name that clients have for it; and where a schema goes wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import orjson
+import pytest
+
+from msi.control.messages import Welcome
+from msi.errors import InvalidRequest
+from msi.server.prepare import ANSWERS, CHAT, COMPLETION, MESSAGE, Elsewhere, NotUnderstood, Preparation, Setup
+from msi.structured_outputs import StructuredOutputs
+from msi.text.grammar_text import lark_regex, lark_string, lark_text
+from msi.text.grammars import fault_of
+from tests.edge import TEMPLATE
+from tests.test_bodies import USER
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+AS_TEXT = json.dumps(SCHEMA, separators=(",", ":"))
+JSON = StructuredOutputs(json=AS_TEXT)
+FORMS = {
+    "response_format schema": ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, JSON),
+    "response_format strict": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}},
+        JSON,
+    ),
+    "response_format object": ({"response_format": {"type": "json_object"}}, StructuredOutputs(json_object=True)),
+    "response_format text": ({"response_format": {"type": "text"}}, None),
+    "structured_outputs json": ({"structured_outputs": {"json": SCHEMA, "regex": None, "json_object": False}}, JSON),
+    "structured_outputs json text": ({"structured_outputs": {"json": AS_TEXT}}, JSON),
+    "structured_outputs regex": ({"structured_outputs": {"regex": "a+"}}, StructuredOutputs(regex="a+")),
+    "structured_outputs choice": (
+        {"structured_outputs": {"choice": ["a", "b"]}}, StructuredOutputs(choice=("a", "b")),
+    ),
+    "structured_outputs grammar": (
+        {"structured_outputs": {"grammar": 'start: "a"'}}, StructuredOutputs(grammar='start: "a"'),
+    ),
+    "structured_outputs json_object": (
+        {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+        StructuredOutputs(json_object=True, disable_any_whitespace=True),
+    ),
+    "guided_json": ({"guided_json": SCHEMA}, JSON),
+    "guided_json text": ({"guided_json": AS_TEXT, "guided_decoding_backend": "xgrammar"}, JSON),
+    "guided_regex": ({"guided_regex": "a+"}, StructuredOutputs(regex="a+")),
+    "guided_choice": ({"guided_choice": ["a"]}, StructuredOutputs(choice=("a",))),
+    "guided_grammar": ({"guided_grammar": 'start: "a"'}, StructuredOutputs(grammar='start: "a"')),
+    "guided_json_object": ({"guided_json_object": True}, StructuredOutputs(json_object=True)),
+    "guided_whitespace_pattern": (
+        {"guided_json": SCHEMA, "guided_whitespace_pattern": "[ \n]?"},
+        StructuredOutputs(json=AS_TEXT, whitespace_pattern="[ \n]?"),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def welcome(tiny_model):
+    return Welcome("tiny", 290, 512, (tiny_model / "tokenizer.json").read_bytes(), {"default": TEMPLATE})
+
+
+@pytest.fixture
+def asked(welcome):
+    """Of a body: what its answer has to be."""
+    preparation = Preparation(Setup(welcome))
+
+    def ask(endpoint=CHAT, **fields):
+        fixed = {
+            CHAT: {"messages": [USER]}, COMPLETION: {"prompt": "a"},
+            MESSAGE: {"type": "generate", "id": "a", "prompt": "a"},
+        }[endpoint]  # fmt: skip
+        answer = preparation.understand(endpoint, orjson.dumps(fixed | fields))
+        assert ANSWERS.decode(ANSWERS.encode(answer)) == answer, "it crosses processes"
+        if isinstance(answer, NotUnderstood):
+            raise answer.failure.error()
+        return answer.request.params.structured_outputs
+
+    return ask
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETION, MESSAGE])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_name_for_it_is_understood_on_every_endpoint(asked, form, endpoint):
+    fields, expected = FORMS[form]
+    assert asked(endpoint, **fields) == expected
+
+
+REFUSED = {
+    "two": ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex and response_format each"),
+    "two inside": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "has regex and choice; give exactly one"),
+    "none inside": ({"structured_outputs": {"disable_any_whitespace": True}}, "has nothing; give exactly one"),
+    "unknown": ({"structured_outputs": {"ebnf": "a"}}, "has 'ebnf', which it does not have"),
+    "not built": ({"structured_outputs": {"structural_tag": "{}"}}, "has 'structural_tag', which is not built"),
+    "no object": ({"structured_outputs": "a"}, "structured_outputs is 'a'; it must be an object"),
+    "format": ({"response_format": {"type": "grammar"}}, "its type must be text, json_object or json_schema"),
+    "format text": ({"response_format": "json"}, "its type must be text, json_object or json_schema"),
+    "no schema": ({"response_format": {"type": "json_schema"}}, "response_format has no schema"),
+    "choice": ({"guided_choice": "a"}, "choice of structured_outputs is 'a'"),
+    "regex": ({"guided_regex": "("}, "cannot be compiled"),
+    "look-around": ({"guided_regex": "(?!a)b"}, "cannot be compiled"),
+    "grammar": ({"guided_grammar": "start: nothing"}, "cannot be compiled"),
+    "gbnf": ({"guided_grammar": 'root ::= "a'}, "cannot be"),
+    "no json": ({"guided_json": "{"}, "not valid JSON"),
+    "list": ({"guided_json": "[1]"}, "a JSON schema is an object"),
+    "long": ({"guided_regex": "a" * 140_000}, "up to 131072 bytes"),
+    "list of grammars": ({"guided_grammar": '{"grammars": 5}'}, "cannot be compiled"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_makes_no_sense_is_refused_by_name_in_one_line(asked, case):
+    fields, complaint = REFUSED[case]
+    with pytest.raises(InvalidRequest, match=complaint) as caught:
+        asked(**fields)
+    assert caught.value.param in fields
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 800
+
+
+WRONG = {"not": {"type": "string"}}
+PLACES = {
+    "#": WRONG,
+    "#/properties/a": {"type": "object", "properties": {"ok": {}, "a": WRONG}},
+    "#/properties/a~1b/items": {
+        "type": "object", "properties": {"a/b": {"type": "array", "items": WRONG}},
+    },
+    "#/anyOf/1/properties/x": {"anyOf": [{"type": "null"}, {"type": "object", "properties": {"x": WRONG}}]},
+    "#/$defs/Inner": {"$defs": {"Inner": WRONG}, "type": "array", "items": {"$ref": "#/$defs/Inner"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_a_schema_that_cannot_be_compiled_is_refused_with_the_place(asked, where):
+    schema = PLACES[where]
+    assert fault_of(schema)[0] == where
+    body = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    with pytest.raises(InvalidRequest, match="cannot be compiled at") as caught:
+        asked(**body)
+    assert f"in response_format cannot be compiled at {where}: " in str(caught.value)
+    assert caught.value.param == "response_format"
+
+
+def test_a_tools_schema_that_cannot_be_compiled_is_named(asked):
+    tools = [
+        {"type": "function", "function": {"name": "good"}},
+        {"type": "function", "function": {"name": "bad", "parameters": PLACES["#/properties/a"]}},
+    ]
+    with pytest.raises(InvalidRequest, match="cannot be compiled") as caught:
+        asked(tools=tools, tool_choice="required")
+    assert "in tools[1].function.parameters cannot be compiled at #/properties/a: " in str(caught.value)
+    tools[1]["function"]["name"] = "two words"
+    with pytest.raises(InvalidRequest, match="tool 'two words' cannot be forced"):
+        asked(tools=tools, tool_choice="required")
+
+
+def test_no_loop_compiles_a_grammar_and_what_was_compiled_is_known(welcome):
+    body = orjson.dumps({"prompt": "a", "guided_regex": "[a-z]{5}"})
+    here, elsewhere = Preparation(Setup(welcome), compiles=False), Preparation(Setup(welcome))
+    with pytest.raises(Elsewhere):
+        here.understand(COMPLETION, body)
+    answer = elsewhere.understand(COMPLETION, body)
+    here.remember(answer.request.params)
+    assert here.understand(COMPLETION, body) == answer
+
+
+def test_without_the_library_the_sentence_says_what_to_install(asked, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(InvalidRequest, match=r"need the package llguidance.*pip install 'msi\[grammar\]'"):
+        asked(guided_regex="some other")
+    assert asked() is None
+
+
+def test_literals_of_a_grammar_are_quoted():
+    assert lark_string('a"\\\n') == '"a\\"\\\\\\n"'
+    assert lark_regex("a/b\\/c\\\\/") == "/a\\/b\\/c\\\\\\//"
+    assert lark_text("x<y>z", {}) == '"x<y>z"'
+    assert lark_text("x<y>z<y><y>", {"<y>": 7, "<n>": 8}) == '"x" <[7]> "z" <[7]> <[7]>'
