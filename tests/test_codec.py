@@ -103,7 +103,7 @@ def submit(**changes):
         (msgpack.packb(["Shutdown"]), "Shutdown has 1 fields"),
         (msgpack.packb(["Shutdown", 3]), "expected str, got int"),
         (msgpack.packb(["ClientHello", True, "c"]), "expected int, got bool"),
-        (msgpack.packb(["Outputs", 0, [["r", 3, "", [], 0, None, 0.0]]]), "expected an array"),
+        (msgpack.packb(["Outputs", 0, [["r", 3, "", [], 0, None, 0.0, False]]]), "expected an array"),
         (submit(max_tokens=0), "max_tokens is 0"),
         (submit(temperature=float("nan")), "temperature is nan"),
         (submit(logit_bias={"5": 1.0}), "expected a map with int keys"),

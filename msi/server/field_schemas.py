@@ -85,6 +85,9 @@ TOOL: Schema = {
     },
 }
 
+JSON_SCHEMA: Schema = {"type": ["object", "boolean"]}
+GUIDED = "The older name of {} in structured_outputs."
+
 
 def _switch(meaning: str) -> Schema:
     return {"type": ["boolean", "null"], "description": meaning}
@@ -140,10 +143,61 @@ FIELDS: dict[str, Schema] = {  # what is no sampling parameter, or looks otherwi
     "documents": {"type": ["array", "null"], "items": {"type": "object"}, "description": "For the template."},
     "tools": {"type": ["array", "null"], "items": TOOL, "description": "Functions that the model may call."},
     "tool_choice": {
-        "anyOf": [{"type": ["string", "null"]}, {"type": "object"}],
-        "description": "Whether tools are called.",
+        "anyOf": [
+            {"enum": ["none", "auto", "required", "", None]},
+            {
+                "type": "object",
+                "properties": {
+                    "type": {"const": "function"},
+                    "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+                },
+            },
+        ],
+        "description": "Whether tools are called: as the model likes, or one of them, or the one that is named.",
     },
-    "parallel_tool_calls": _switch("false: only the first call counts."),
+    "parallel_tool_calls": _switch("false: one call only."),
+    "response_format": {
+        "type": ["object", "null"],
+        "description": "JSON of a schema, or any JSON object.",
+        "properties": {
+            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "json_schema": {
+                "type": "object",
+                "required": ["schema"],
+                "properties": {
+                    "name": {"type": "string"},
+                    "strict": {"type": ["boolean", "null"]},
+                    "schema": JSON_SCHEMA,
+                },
+            },
+        },
+    },
+    "structured_outputs": {
+        "type": ["object", "null"],
+        "description": "What the answer has to be: one of json, regex, choice, grammar and json_object.",
+        "properties": {
+            "json": {"anyOf": [JSON_SCHEMA, {"type": ["string", "null"]}]},
+            "regex": {"type": ["string", "null"]},
+            "choice": {"type": ["array", "null"], "items": {"type": "string"}},
+            "grammar": {"type": ["string", "null"]},
+            "json_object": {"type": ["boolean", "null"]},
+            "whitespace_pattern": {"type": ["string", "null"]},
+            "disable_any_whitespace": {"type": ["boolean", "null"]},
+        },
+    },
+    "guided_json": {"anyOf": [JSON_SCHEMA, {"type": ["string", "null"]}], "description": GUIDED.format("json")},
+    "guided_regex": {"type": ["string", "null"], "description": GUIDED.format("regex")},
+    "guided_choice": {
+        "type": ["array", "null"],
+        "items": {"type": "string"},
+        "description": GUIDED.format("choice"),
+    },
+    "guided_grammar": {"type": ["string", "null"], "description": GUIDED.format("grammar")},
+    "guided_json_object": _switch(GUIDED.format("json_object")),
+    "guided_whitespace_pattern": {
+        "type": ["string", "null"],
+        "description": GUIDED.format("whitespace_pattern"),
+    },
     "include_reasoning": _switch("false leaves out what the model thought."),
     "return_token_strs": _switch("Each token's name, too."),
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "Token ids."},
