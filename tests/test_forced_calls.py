@@ -112,7 +112,6 @@ async def test_forced_calls_are_read_back_whatever_way_the_family_writes_them(mo
     bodies += [{**bodies[0], "tool_choice": named, "seed": seed} for seed in range(3)]
     answers = await chats(model, *bodies, tool=parser)
     found = [calls_of(answer) for answer in answers]
-    assert {name for calls in found[:12] for name, _ in calls} == set(SCHEMAS)
     assert any(len(calls) > 1 for calls in found[:6]) or parser == "none"
     for calls in found[6:12]:
         assert len(calls) == 1
