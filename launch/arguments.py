@@ -54,6 +54,7 @@ class LaunchArguments:
         shutdown_timeout_s: what runs when the server is asked to end may go on for so long.
         announce: descriptor through which a launcher is told how things are (see `msi.instance.children`); -1 for none.
         allowed_origins: web pages of other origins that may ask.
+        has_page: HTTP serves the page that shows the instance at work.
         http_sockets: descriptors that listen already, for a gateway.
         log_json: each line of the log is a JSON object.
         check: nothing is started; what would stand in the way is said (see `launch/doctor`), with `json` as an object.
@@ -78,6 +79,7 @@ class LaunchArguments:
     enable_log_requests: bool
     disable_log_stats: bool
     allowed_origins: tuple[str, ...]
+    has_page: bool
     log_level: str
     log_json: bool
     check: bool
@@ -259,6 +261,8 @@ def _add_serving(group: Any) -> None:
     add("--allowed-origins", type=origins, default=(), metavar="O,..",
         help="web pages that may ask, such as https://chat.example.com, or *; none but this server's own")  # fmt: skip
     add("--disable-log-stats", action="store_true", help="no lines in the log on throughput, queues and KV cache")
+    add("--page", dest="has_page", action=argparse.BooleanOptionalAction, default=True,
+        help="/ is a page that shows the instance at work; on")  # fmt: skip
 
 
 def _add_once(parser: CommandLine) -> None:

@@ -63,6 +63,7 @@ async def run_gateway(arguments: LaunchArguments) -> None:
             log_requests=arguments.enable_log_requests,
             log_load=not arguments.disable_log_stats and not has_live_terminal(),
             allowed_origins=arguments.allowed_origins,
+            has_page=arguments.has_page,
             watch=watch,
         )
         watch.start()

@@ -253,6 +253,10 @@ class Engine:
         """Everything countable in the instance. Raises Unavailable."""
         return await self._require_client().stats()
 
+    async def watched_stats(self) -> Stats:
+        """The same, and `msi.control.watched`, which workers tell as long as it is asked for. Raises Unavailable."""
+        return await self._require_client().stats(is_watching=True)
+
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def encode(

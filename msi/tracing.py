@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
+from typing import Protocol
 
 LANE_COLOURS = ("thread_state_running", "rail_response", "rail_animation", "cq_build_passed")
 MAX_SPANS = 1_000_000
 COMPUTE_ROW = 0  # of a worker's track; row 1 + lane shows that lane's exchanges, each under its peer's name
+
+
+class Spans(Protocol):
+    """Takes spans, from any thread."""
+
+    def span(
+        self, name: str, lane: int, started: float, ended: float, row: int = COMPUTE_ROW, **details: float
+    ) -> None:
+        """Something that took from `started` to `ended`, for a lane."""
 
 
 class Tracer:

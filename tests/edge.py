@@ -27,7 +27,7 @@ def with_template(model, folder, template=TEMPLATE):
 async def gateway(model, engine=None, kind=Gateway, **options):
     """(engine, url); `engine`: more options for it."""
     fixed = {"model": model, "transport": "inproc", "served_model_name": "tiny", "micro_batches": 1}
-    async with Engine.local(**fixed, **(engine or {})) as engine:
+    async with Engine.local(**fixed | (engine or {})) as engine:
         served = kind(engine, host="127.0.0.1", port=0, **options)
         try:
             yield engine, await served.start()

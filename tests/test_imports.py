@@ -26,7 +26,8 @@ LAYERS = [
     {  # decisions about an instance, and its messages
         "msi.control.messages", "msi.control.members", "msi.control.formation", "msi.control.membership",
         "msi.control.calibration", "msi.control.clients", "msi.control.counters", "msi.control.lane_choice",
-        "msi.control.suspects", "msi.control.request_routing", "msi.control.restarts", "msi.options",
+        "msi.control.suspects", "msi.control.request_routing", "msi.control.restarts", "msi.control.watched",
+        "msi.options",
     },
     {"msi.device", "msi.models", "msi.text"},
     {"msi.attention", "msi.experts", "msi.worker"},
@@ -38,7 +39,14 @@ LAYERS = [
 OWNERS = {
     "zmq": {"msi/net/control.py", "msi/net/control_server.py", "msi/net/control_socket.py", "msi/net/pulse.py"},
     "msgpack": {"msi/net/codec.py"},
-    "aiohttp": {"msi/server/gateway.py", "msi/server/websocket.py", "msi/server/door.py", "msi/server/request_body.py"},
+    "aiohttp": {
+        "msi/server/gateway.py",
+        "msi/server/websocket.py",
+        "msi/server/door.py",
+        "msi/server/request_body.py",
+        "msi/server/events.py",
+        "msi/server/page.py",
+    },
     "prometheus_client": {"msi/server/exposition.py"},
     "jinja2": {"msi/server/chat_template.py"},
     "triton": {"msi/kernels/"},

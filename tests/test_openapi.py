@@ -94,5 +94,5 @@ def test_references_lead_somewhere_and_keys_are_asked_where_they_are_needed():
     assert named == set(SCHEMAS)
     for path, methods in document["paths"].items():
         for operation in methods.values():
-            assert operation["security"] == ([{}] if path in PROBES else [{"key": []}])
+            assert operation["security"] == ([{}] if path in (*PROBES, "/") else [{"key": []}])
     assert "security" not in json.dumps(description("1")["paths"])

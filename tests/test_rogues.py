@@ -221,14 +221,25 @@ def test_peers_that_metrics_could_not_show_are_no_message(peers):
     assert heartbeat_said(peers=peers) is None
 
 
-def heartbeat_said(process=None, attention=None, experts=None, loop=None, peers=()):
+@pytest.mark.parametrize(
+    "watched",
+    [[[], [], b"", 0, 1], [[[1, 0.0, 1, ["a\nb"], b""]], [], b"", 0], [[[1, math.nan, 1, [], b""]], [], b"", 0],
+     [[[-1, 0.0, 1, [], b""]], [], b"", 0], [[[1, 0.0, 1, [], b"1"]], [], b"", 0], [[], [["a\nb", "c"]], b"", 0],
+     [[], [], b"1", 1], [[], [], bytes(1 << 20), 1], [[[1, 0.0, 1, [], b""]] * 3, [], b"", 0]],
+)  # fmt: skip
+def test_spans_and_rows_that_no_page_could_show_are_no_message(watched):
+    assert heartbeat_said(watched=[[[1, 0.0, 1, ["a"], bytes(11)]], [["a", "b"]], bytes(16), 2]) is not None
+    assert heartbeat_said(watched=watched) is None
+
+
+def heartbeat_said(process=None, attention=None, experts=None, loop=None, peers=(), watched=None):
     def plain(kind, changes):
         values = {**dataclasses.asdict(kind()), **(changes or {})}
         return [values[field.name] for field in dataclasses.fields(kind)]
 
     status = [
         0, 0, 0, 0, 0, [0.0] * 5, plain(ProcessCounters, process), plain(AttentionCounters, attention),
-        plain(ExpertCounters, experts), loop or {}, list(peers),
+        plain(ExpertCounters, experts), loop or {}, list(peers), watched,
     ]  # fmt: skip
     return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0]])
 

@@ -57,6 +57,7 @@ class StubEndpoint:
         outbox = Outbox(layout, HOST_MEMORY)
         self.peer = peer
         self.seat = seat
+        self.way = "nowhere"
         self.came_at = 0.0
         self.out_headers = outbox.headers
         self.out_rows = outbox.rows

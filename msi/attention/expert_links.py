@@ -12,7 +12,6 @@ from msi.errors import TransportError, one_line
 from msi.experts.role import link_hello
 from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
-from msi.net.passes import Watch
 from msi.net.regions import Allocator
 from msi.net.transport import Transport
 from msi.worker.host import AttentionPart, ServedShape
@@ -28,7 +27,6 @@ class ExpertLinks:
     Args:
         report: takes the messages for the coordinator.
         clock: seconds, monotonic.
-        watch: told of each exchange as it ends, on any thread.
 
     Attributes:
         link: what lanes post to; it is complete once every expert node is connected.
@@ -43,7 +41,6 @@ class ExpertLinks:
         *,
         allocator: Allocator,
         clock: Callable[[], float],
-        watch: Watch | None = None,
     ) -> None:
         self.link = DispatchLink(
             transport,
@@ -53,7 +50,6 @@ class ExpertLinks:
             allocator=allocator,
             timeout_s=assignment.timeouts.peer_timeout_s,
             clock=clock,
-            watch=watch,
         )
         self._assignment = assignment
         self._report = report

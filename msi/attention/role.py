@@ -18,7 +18,7 @@ from msi.control.counters import AttentionCounters, PeerDelay, by_reason, peer_d
 from msi.control.messages import Assignment
 from msi.errors import ConfigError
 from msi.net.transport import Transport
-from msi.tracing import Tracer
+from msi.tracing import Spans
 from msi.types import Placement
 from msi.worker.host import LoadedModel
 
@@ -46,12 +46,10 @@ class AttentionRole:
         report: Callable[[Any], None],
         *,
         clock: Callable[[], float],
-        tracer: Tracer | None = None,
+        tracer: Spans | None = None,
     ) -> None:
-        watch = None if tracer is None else partial(_trace_exchange, tracer)
-        self.links = ExpertLinks(
-            assignment, model.shape, transport, report, allocator=model.memory, clock=clock, watch=watch
-        )
+        self.links = ExpertLinks(assignment, model.shape, transport, report, allocator=model.memory, clock=clock)
+        self.trace(tracer)
         # First: it refuses more blocks than there is memory for, which a list of them all would only try for minutes.
         self.half = model.attention_half(self.links.link, num_blocks)
         self.requests = Requests(assignment, model.shape, num_blocks, report, clock, model.grammars)
@@ -71,6 +69,10 @@ class AttentionRole:
     def close(self) -> None:
         """Lets go of the device, once `run` has ended. Idempotent."""
         self.half.close()
+
+    def trace(self, spans: Spans | None) -> None:
+        """Each exchange with an expert worker gets a span from now on; None: no longer."""
+        self.links.link.exchange_watch = None if spans is None else partial(_trace_exchange, spans)
 
     def use_lanes(self, num_lanes: int) -> None:
         """Serves with this many micro-batches in flight, until this life ends; a second time is the same."""
@@ -125,8 +127,6 @@ class AttentionRole:
         )
 
 
-def _trace_exchange(
-    tracer: Tracer, worker_id: str, lane: int, posted_at: float, now: float, residence_s: float
-) -> None:
+def _trace_exchange(spans: Spans, worker_id: str, lane: int, posted_at: float, now: float, residence_s: float) -> None:
     """Under the worker's own row, one for each lane: from a post to its answer, by whom, and what of it was the way."""
-    tracer.span(worker_id, lane, posted_at, now, row=1 + lane, delay_ms=1e3 * (now - posted_at - residence_s))
+    spans.span(worker_id, lane, posted_at, now, row=1 + lane, delay_ms=1e3 * (now - posted_at - residence_s))

@@ -114,12 +114,12 @@ class CoordinatorClient:
             await self._status_changed.wait_for(lambda: self.status != last)
             return self.status
 
-    async def stats(self) -> Stats:
+    async def stats(self, *, is_watching: bool = False) -> Stats:
         """Raises Unavailable when no answer comes, however often it asks."""
         for _ in range(STATS_ASKED):
             if self._stats is None or self._stats.done():
                 self._stats = asyncio.get_running_loop().create_future()
-            self._control.send(StatsRequest())
+            self._control.send(StatsRequest(is_watching))
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(asyncio.shield(self._stats), STATS_AGAIN_S)
         waited_s = STATS_ASKED * STATS_AGAIN_S

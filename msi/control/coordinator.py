@@ -172,12 +172,15 @@ class Coordinator:
             case ClientHeartbeat():
                 self._client_beats(route, message, now)
             case StatsRequest():
+                if message.is_watching:
+                    cluster.watch(now)
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
                 dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
                 counters = {} if self._watch is None else self._watch.counters()
                 stats = Stats(
-                    cluster.num_lanes, len(self._router), cluster.stats(), drift, counters=counters, dropped=dropped
-                )
+                    cluster.num_lanes, len(self._router), cluster.stats(is_watching=message.is_watching), drift,
+                    counters=counters, dropped=dropped,
+                )  # fmt: skip
                 self._server.send(route, stats)
             case ClientHello():
                 self._server.send(route, Refused("this connection is a worker's, and can be no client's"))

@@ -38,6 +38,7 @@ from msi.control.messages import (
     WorkerStats,
     WorkerStatus,
 )
+from msi.control.watched import WATCHED_FOR_S
 from msi.types import Placement
 
 LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
@@ -52,6 +53,7 @@ class Cluster:
         self.plan = plan
         self.failure = ""  # a sentence, once the instance will never be ready
         self.num_lanes = 0  # how many run; 0 until that is known
+        self._watched_until = now
         self._started_at = now
         self._members: dict[str, Member] = {}
         self._formation = Formation(plan, self._members)
@@ -96,11 +98,14 @@ class Cluster:
         num_ranks = Counter(member.place.node for member in given)
         return [member for member in given if num_ranks[member.place.node] == member.place.size]
 
-    def stats(self) -> tuple[WorkerStats, ...]:
+    def stats(self, *, is_watching: bool = False) -> tuple[WorkerStats, ...]:
         return tuple(
-            WorkerStats(m.worker_id, m.role, m.pid, m.host, m.incarnation, m.state, m.status)
+            WorkerStats(
+                m.worker_id, m.role, m.pid, m.host, m.incarnation, m.state,
+                m.status if is_watching or m.status.watched is None else replace(m.status, watched=None), m.reason,
+            )
             for m in self._members.values()
-        )
+        )  # fmt: skip
 
     def sentence(self, now: float) -> str:
         """What is waited for, by name."""
@@ -194,7 +199,11 @@ class Cluster:
         member.placement_version = belief.placement_version
         instructions += self._placement_to(member)
         member.num_acks += 1
-        return [*instructions, Send(route, HeartbeatAck(member.num_acks))]
+        return [*instructions, Send(route, HeartbeatAck(member.num_acks, is_watched=now < self._watched_until))]
+
+    def watch(self, now: float) -> None:
+        """Somebody watches: workers hear of it with the answers to their heartbeats."""
+        self._watched_until = now + WATCHED_FOR_S
 
     def pulse(self, pulse: Pulse, now: float) -> list[Instruction]:
         """A sign of life of a process, by whatever way it comes: it names what only the member itself knows."""

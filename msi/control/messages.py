@@ -27,6 +27,7 @@ from msi.control.counters import (
     check_names,
     check_peers,
 )
+from msi.control.watched import Watched
 from msi.errors import Failure
 from msi.net.codec import Codec
 from msi.precision import Precision
@@ -34,7 +35,7 @@ from msi.sampling_params import NO_DEFAULTS, SamplingDefaults
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
 from msi.types import Measured, Place, Placement, Progress, Request, StageTimes
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 Count = Annotated[int, range(2**40)]
 Seats = Annotated[int, range(2**16)]
@@ -196,6 +197,7 @@ class WorkerStatus:
         attention, experts: of the roles that run.
         loop: what `msi.watchdog` measured, by name.
         peers: of an attention worker, the expert workers by their delay, the slowest first.
+        watched: while somebody watches.
 
     Raises:
         ValueError: /metrics could not show a name of `loop`, or a peer.
@@ -212,6 +214,7 @@ class WorkerStatus:
     experts: ExpertCounters | None = None
     loop: dict[str, Measured] = field(default_factory=dict, hash=False)
     peers: tuple[PeerDelay, ...] = ()
+    watched: Watched | None = None
 
     def __post_init__(self) -> None:
         check_names(self.loop)
@@ -259,10 +262,12 @@ class HeartbeatAck:
     Attributes:
         number: counts up, for each worker.
         num_outputs: Outputs that were sent to this client so far.
+        is_watched: somebody watches: this worker is to tell more with its next heartbeats.
     """
 
     number: Count = 0
     num_outputs: Count = 0
+    is_watched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,11 +453,15 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class StatsRequest:
-    pass
+    """`is_watching`: workers are asked to tell more (`msi.control.watched`), until a while after the last of these."""
+
+    is_watching: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
+    """`reason`: why it is lost."""
+
     worker_id: str
     role: str
     pid: int
@@ -460,6 +469,7 @@ class WorkerStats:
     incarnation: int
     state: str
     status: WorkerStatus
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

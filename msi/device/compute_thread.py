@@ -21,7 +21,7 @@ from msi.device.ready import Ready
 from msi.errors import one_line
 from msi.meter import StageMeter
 from msi.net.transport import Poller
-from msi.tracing import Tracer
+from msi.tracing import Spans
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ class ThreadedDevice:
 
     def __init__(self) -> None:
         self.busy_s = 0.0
-        self.tracer: Tracer | None = None
+        self.tracer: Spans | None = None
         self.words = HostWords()
         self._is_closed = False
 
@@ -270,5 +270,5 @@ class ThreadedDevice:
     def _through(self, program: Program, started: float, ended: float) -> None:
         self.busy_s += ended - started
         program.meter.add(ended - started)
-        if self.tracer is not None:
-            self.tracer.span(program.name, program.lane, started, ended)
+        if (tracer := self.tracer) is not None:  # which another thread may take away
+            tracer.span(program.name, program.lane, started, ended)

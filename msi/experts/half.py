@@ -59,6 +59,7 @@ class ExpertHalf:
         self._config = config
         self._bank = bank
         self._experts = experts
+        self._layer_rows: Tensor | None = None  # [layer, expert], while they are wanted
         self._device = device
         self._dtype = dtype
         self._answer_layout = answer_layout
@@ -79,9 +80,20 @@ class ExpertHalf:
         had = self._experts
         assert experts[: len(had)] == had, f"{experts} do not begin with {had}"
         self._bank, self._experts = bank, experts
+        self._layer_rows = None
 
     def expert_rows(self) -> dict[int, int]:
         return dict(zip(self._experts, self._bank.num_rows.tolist(), strict=False))
+
+    def rows_by_layer(self, is_wanted: bool) -> list[list[int]]:
+        if not is_wanted:
+            self._layer_rows = None
+            return []
+        if self._layer_rows is None:
+            num_rows = self._bank.num_rows
+            self._layer_rows = num_rows.new_zeros((self._config.num_sparse_layers, len(num_rows)))
+        counts: list[list[int]] = self._layer_rows.tolist()
+        return counts
 
     # -- msi.experts.server.ExpertCompute -----------------------------------------------------------------------------
 
@@ -115,4 +127,8 @@ class ExpertHalf:
 
     def _run(self, batch: WaveBatch) -> None:
         seats = [(seat, num_rows) for seat, _, num_rows in batch.rows]
-        self.weight_bytes_read += self._bank.run(batch.layer, batch.lane, seats, self._rows, self._outboxes)
+        bank, layer_rows = self._bank, self._layer_rows
+        before = None if layer_rows is None else bank.num_rows.clone()
+        self.weight_bytes_read += bank.run(batch.layer, batch.lane, seats, self._rows, self._outboxes)
+        if layer_rows is not None and before is not None and len(before) == layer_rows.shape[1]:
+            layer_rows[batch.layer] += bank.num_rows - before

@@ -99,7 +99,9 @@ class AutoTransport:
         name, _, identity = offered.get("shm", "").partition("@")
         if name and (not identity or identity == self._identity):
             self._tell(address, f"shm://{name} is reached by shared memory: it is on this host")
-            return await self._shm.connect(f"shm://{name}", hello, _mapped(landing), seat, timeout_s=timeout_s)
+            here = await self._shm.connect(f"shm://{name}", hello, _mapped(landing), seat, timeout_s=timeout_s)
+            here.way = "shared memory: it is on this host"
+            return here
         why = "this host has no RDMA device that can be used"
         if self._rdma is not None:
             at, _, fabric = offered.get("rdma", "").partition("@")
@@ -112,10 +114,13 @@ class AutoTransport:
                     why = f"by RDMA {error.reason}"
                 else:
                     self._tell(address, f"rdma://{at} is reached by RDMA: both hosts have cards on one fabric ({ours})")
+                    endpoint.way = f"RDMA: both hosts have cards on one fabric ({ours})"
                     return endpoint
         if "tcp" in offered:
             self._tell(address, f"tcp://{offered['tcp']} is reached by TCP: it is on another host, and {why}")
-            return await self._tcp.connect(f"tcp://{offered['tcp']}", hello, landing, seat, timeout_s=timeout_s)
+            there = await self._tcp.connect(f"tcp://{offered['tcp']}", hello, landing, seat, timeout_s=timeout_s)
+            there.way = f"TCP: it is on another host, and {why}"
+            return there
         raise TransportError(address, "is on another host and offers no TCP address; give it `transport=auto` or tcp")
 
     def _tell(self, address: str, sentence: str) -> None:

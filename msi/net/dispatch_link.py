@@ -112,7 +112,7 @@ class DispatchLink:
         self._report_loss = report_loss
         self._timeout_s = timeout_s
         self._clock = clock
-        self._watching = watch
+        self.exchange_watch = watch
         self._loop = asyncio.get_running_loop()
         self._is_watching = False
         self._watch_due = 0.0
@@ -194,6 +194,11 @@ class DispatchLink:
         row_bytes, answer_bytes = self.layout.row_bytes, self.answer_layout.row_bytes
         connected = [node for node in self._nodes if node is not None]
         return {one.welcome.worker_id: (one.num_rows * row_bytes, one.num_rows * answer_bytes) for one in connected}
+
+    @property
+    def ways(self) -> dict[str, str]:
+        """How rows get to each connected node, by worker id."""
+        return {node.welcome.worker_id: node.endpoint.way for node in self._nodes if node is not None}
 
     async def wait_complete(self) -> None:
         """Until every node is connected. Whoever calls says how long that may take."""
@@ -407,7 +412,7 @@ class DispatchLink:
             return
         self.counters.answers += 1
         self._waiting[lane] = waiting = waiting & ~node.bit
-        if not seq % EXCHANGES_APART or self._watching is not None:
+        if not seq % EXCHANGES_APART or self.exchange_watch is not None:
             self._exchanged(node, lane, endpoint.came_at or self._clock(), service_s)
         if not waiting:
             now = endpoint.came_at or self._clock()
@@ -419,8 +424,8 @@ class DispatchLink:
     def _exchanged(self, node: Node, lane: int, now: float, service_s: float) -> None:
         posted_at = self._posted_at[lane]
         node.exchanges.append((now - posted_at, service_s))
-        if self._watching is not None:
-            self._watching(node.welcome.worker_id, lane, posted_at, now, service_s)
+        if (watch := self.exchange_watch) is not None:  # which another thread may take away
+            watch(node.welcome.worker_id, lane, posted_at, now, service_s)
 
     def _arrived_otherwise(self, node: Node, lane: int, passing: Pass, immediate: int) -> None:
         """Not the answer: a refusal, or dropped for the first field that does not match."""

@@ -29,6 +29,7 @@ class LocalEndpoint:
     def __init__(self, transport: LocalTransport[Any], peer: bytes, landing: Landing, seat: int) -> None:
         self.peer = peer
         self.seat = seat
+        self.way = "in this process"
         self.came_at = 0.0
         self.landing = landing
         self.transport = transport

@@ -158,6 +158,7 @@ class ShmEndpoint:
     ) -> None:  # fmt: skip
         self.peer = peer
         self.seat = seat
+        self.way = "shared memory"
         self.came_at = 0.0
         self.out_headers = peers.headers
         self.out_rows = landing.allocator.adopt(peers.rows)

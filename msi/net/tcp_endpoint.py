@@ -76,6 +76,7 @@ class TcpEndpoint:
     ) -> None:
         self.peer = peer
         self.seat = seat
+        self.way = "TCP"
         self.came_at = 0.0
         self._name = name
         self._sock = sock

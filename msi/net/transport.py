@@ -71,6 +71,7 @@ class Endpoint(Protocol):
 
     peer: bytes  # what the peer said: its hello if we accepted it, its welcome if it accepted us
     seat: int
+    way: str  # how rows get there, for people
     came_at: float  # time.monotonic() when what is being handed over came; 0.0: now, as far as anybody knows
 
     @property

@@ -1,8 +1,8 @@
 """The gateway: HTTP in front of an engine.
 
 POST /v1/completions and /v1/chat/completions (server-sent events with "stream": true), /tokenize and /detokenize, GET
-/v1/models, WebSocket /v1/stream, GET /health, /ready, /metrics, /version and /openapi.json. A client that leaves
-cancels its requests; every answer that is no success is an error in JSON.
+/v1/models, WebSocket /v1/stream, GET /health, /ready, /metrics, /version and /openapi.json, the page and /v1/events. A
+client that leaves cancels its requests; every answer that is no success is an error in JSON.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from msi.server.answers import error_object
 from msi.server.api_keys import ApiKeys
 from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
 from msi.server.door import Door, connection_of
+from msi.server.events import Events
 from msi.server.exposition import CONTENT_TYPE_LATEST
 from msi.server.listening import Entrance, listen, max_connections, url_of
 from msi.server.metrics import Metrics
 from msi.server.model_card import model_card
 from msi.server.openapi import description
 from msi.server.origins import Origins
+from msi.server.page import Page
 from msi.server.prepare import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Answered, NotUnderstood
 from msi.server.refusals import Refused
 from msi.server.request_body import MAX_BODY_BYTES, Bodies, discard
@@ -57,11 +59,12 @@ class Gateway:
     """Serves an engine over HTTP. `start`, then `close`.
 
     Args:
-        api_keys: one of them is what clients give as `Authorization: Bearer`, on every path but `PROBES`.
+        api_keys: one of them is what clients give as `Authorization: Bearer`, on every path but `PROBES` and the page.
         chat_template: in Jinja, in place of the model's; "" for the model's.
         log_requests: a line for each request that ended.
         log_load: a line on throughput and load every ten seconds.
         allowed_origins: web pages that may ask, such as "https://chat.example.com"; ("*",) for all.
+        has_page: whether / is the page that shows the instance at work, and /v1/events what it shows.
         watch: of the loop that this runs on; what it measures is told in /metrics.
 
     Raises:
@@ -79,6 +82,7 @@ class Gateway:
         log_requests: bool = False,
         log_load: bool = False,
         allowed_origins: tuple[str, ...] = (),
+        has_page: bool = True,
         watch: LoopWatch | None = None,
     ) -> None:
         self._engine = engine
@@ -112,6 +116,16 @@ class Gateway:
             "/version": {"GET": self._version},
             "/openapi.json": {"GET": self._openapi},
         }
+        self._without_key = frozenset(PROBES)
+        self._events: Events | None = None
+        self._files: dict[str, dict[str, Handler]] = {}  # of the page
+        if has_page:
+            page = Page()
+            has_chat = bool(chat_template or engine.welcome.chat_templates)
+            self._events = Events(engine, requests, has_chat=has_chat, needs_key=bool(api_keys))
+            self._endpoints |= {"/": {"GET": page.serve}, "/v1/events": {"GET": self._events.serve}}
+            self._files = {path: {"GET": page.serve} for path in page.paths}
+            self._without_key |= page.paths
 
     async def start(self, listening: Sequence[socket.socket] | None = None) -> str:
         """Listens; returns the URL.
@@ -140,6 +154,8 @@ class Gateway:
         running.is_ending = True
         if self._telling is not None:
             self._telling.cancel()
+        if self._events is not None:
+            self._events.close()
         if self._entrance is not None:
             self._entrance.close()
         if grace_s > 0 and len(running):
@@ -196,7 +212,7 @@ class Gateway:
             raise Refused(403, sentence, is_unread=True)
         if self._running.is_ending and request.path not in PROBES:
             raise Refused(503, "the server is shutting down", is_unread=True)
-        if request.path in PROBES or request.method == "OPTIONS":
+        if request.path in self._without_key or request.method == "OPTIONS":
             return
         if not self._api_keys.admits(request.headers.get("Authorization", "")):
             raise Refused(
@@ -208,7 +224,7 @@ class Gateway:
 
     def _endpoint(self, request: web.BaseRequest) -> Handler:
         """Raises Refused."""
-        methods = self._endpoints.get(request.path)
+        methods = self._endpoints.get(request.path) or self._files.get(request.path)
         if methods is None:
             raise Refused(404, f"there is no {request.path[:MAX_SHOWN_CHARS]}", is_unread=request.can_read_body)
         if request.method == "OPTIONS":

@@ -169,6 +169,8 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
     "/ready": {"GET": Operation("Whether requests are taken; 503 says why not.", "Ready", is_probe=True)},
     "/version": {"GET": Operation("The server's version.", "Version", is_probe=True)},
     "/metrics": {"GET": Operation("Prometheus metrics.", media=TEXT)},
+    "/": {"GET": Operation("A page that shows the instance at work.", media="text/html", is_probe=True)},
+    "/v1/events": {"GET": Operation("What that page shows, as server-sent events.", media=EVENTS)},
     "/openapi.json": {"GET": Operation("This description.", media=JSON)},
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ from msi.types import Output
 log = logging.getLogger(__name__)
 
 EVERY_S = 10.0
+RECENT_S = 60.0
+RECENT_KEPT = 512  # requests
 MAX_ERROR_CHARS = 300
 
 
@@ -77,6 +80,20 @@ class RequestLog:
         self.num_prompt_tokens = 0
         self.num_tokens = 0
         self.num_ended = 0
+        self._first_tokens_s: deque[tuple[float, float]] = deque(maxlen=RECENT_KEPT)  # when, and how long
+        self._per_token_s: deque[tuple[float, float]] = deque(maxlen=RECENT_KEPT)
+
+    def recent_first_tokens_s(self) -> list[float]:
+        """From request to first token, of those whose first token came in the last minute."""
+        return self._recent(self._first_tokens_s)
+
+    def recent_per_token_s(self) -> list[float]:
+        """From one token of a choice to its next, the mean of each request that ended in the last minute."""
+        return self._recent(self._per_token_s)
+
+    def _recent(self, kept: deque[tuple[float, float]]) -> list[float]:
+        since = self._clock() - RECENT_S
+        return [duration_s for at, duration_s in kept if at >= since]
 
     async def followed(
         self, outputs: AsyncGenerator[Output, None], request_id: str, num_choices: int = 1
@@ -94,6 +111,7 @@ class RequestLog:
                     self.num_prompt_tokens += output.num_prompt_tokens
                 if served.first_at is None:
                     served.first_at = self._clock()
+                    self._first_tokens_s.append((served.first_at, served.first_at - served.started_at))
                 served.num_tokens += len(output.token_ids)
                 self.num_tokens += len(output.token_ids)
                 served.outcome = output.finish_reason or served.outcome
@@ -106,6 +124,9 @@ class RequestLog:
             raise
         finally:
             self.num_ended += 1
+            now, num_steps = self._clock(), served.num_tokens / max(1, num_choices * len(served.prompts)) - 1
+            if served.first_at is not None and num_steps > 0:
+                self._per_token_s.append((now, (now - served.first_at) / num_steps))
             if self._is_told:
                 now = self._clock()
                 log.info("%s", served.sentence(now), extra=with_fields(**served.fields(now)))

@@ -151,6 +151,9 @@ class SimulatedExperts:
     def expert_rows(self) -> dict[int, int]:
         return {}
 
+    def rows_by_layer(self, is_wanted: bool) -> list[list[int]]:
+        return []
+
     def run(self, batch: WaveBatch, ticket: int) -> None:
         program = SimulatedProgram(partial(self._experts_s, batch), self._through, "experts", batch.lane)
         self._queue.run(program)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from msi.complaints import Complaints
 from msi.device.queues import Changed
 from msi.simulator.clock import virtual_loop
-from msi.tracing import Tracer
+from msi.tracing import Spans
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class SimulatedDevice:
     def __init__(self) -> None:
         self.busy_s = 0.0
         self.slowness = 1.0
-        self.tracer: Tracer | None = None
+        self.tracer: Spans | None = None
         self.words = SimulatedWords()
         self._waiting: deque[_Work] = deque()
         self._running: _Work | None = None

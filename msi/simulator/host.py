@@ -21,7 +21,7 @@ from msi.simulator.device import SimulatedDevice
 from msi.simulator.popularity import Routing
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from msi.text.grammars import Grammars
-from msi.tracing import Tracer
+from msi.tracing import Spans
 from msi.worker.host import ExpertPart, ServedShape
 
 VOCAB_SIZE = 32_000  # only calibration asks
@@ -105,7 +105,7 @@ class SimulatedHost:
     def introduce(self) -> tuple[str, Precision]:
         return "simulated", Precision.of("bfloat16")
 
-    def use_tracer(self, tracer: Tracer) -> None:
+    def use_tracer(self, tracer: Spans | None) -> None:
         self.device.tracer = tracer
 
     async def load(self, assignment: Assignment) -> SimulatedModel:

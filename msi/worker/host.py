@@ -20,7 +20,7 @@ from msi.net.regions import Allocator, Region
 from msi.net.transport import Transport
 from msi.precision import Precision
 from msi.text.grammars import Grammars
-from msi.tracing import Tracer
+from msi.tracing import Spans
 from msi.types import Placement
 
 
@@ -68,6 +68,9 @@ class ExpertPart(ExpertCompute, Protocol):
     def expert_rows(self) -> dict[int, int]:
         """Rows that each expert has computed in all layers together, by its id in the model; {} where nobody counts."""
 
+    def rows_by_layer(self, is_wanted: bool) -> list[list[int]]:
+        """Rows by layer and local expert since they were first wanted; not wanted, counting ends. [] where none are."""
+
     def close(self) -> None:
         """The device, which outlives it, lets go of it; of a batch in progress nothing is heard."""
 
@@ -114,8 +117,8 @@ class Host(Protocol):
     def introduce(self) -> tuple[str, Precision]:
         """The model's fingerprint, and what to hold, send and compute it in. Raises ConfigError."""
 
-    def use_tracer(self, tracer: Tracer) -> None:
-        """All work gets a span from now on. Not before `introduce`."""
+    def use_tracer(self, tracer: Spans | None) -> None:
+        """All work gets a span from now on; None: no longer. Not before `introduce`."""
 
     async def load(self, assignment: Assignment) -> LoadedModel:
         """The weights of an assignment; those that are loaded already where they fit.

@@ -32,7 +32,7 @@ from msi.net.transport import Transport
 from msi.precision import Precision
 from msi.settings import HostOptions, ModelSource
 from msi.text.grammars import Grammars
-from msi.tracing import Tracer
+from msi.tracing import Spans
 from msi.worker.host import ExpertPart, ServedShape
 from msi.worker.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
 
@@ -175,7 +175,7 @@ class TorchHost:
         host = self._settings.host
         return open_device(host.device, self._settings.num_threads, host.poll_us / 1e6)
 
-    def use_tracer(self, tracer: Tracer) -> None:
+    def use_tracer(self, tracer: Spans | None) -> None:
         assert self._device is not None
         self._device.tracer = tracer
 

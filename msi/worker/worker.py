@@ -56,6 +56,7 @@ from msi.tracing import Tracer
 from msi.types import Placement, StageTimes
 from msi.watchdog import LoopWatch
 from msi.worker.host import Host, LoadedModel
+from msi.worker.watching import Watching
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class Worker:
         self._clock = host.clock
         self._watch = watch
         self._loaded: LoadedModel | None = None
-        self._tracer: Tracer | None = None
+        self._watching = Watching(host)
         self._last_heard = self._clock()
         self._drain_wanted = Alarm()
         self._beat_at = self._clock()
@@ -161,8 +162,7 @@ class Worker:
             raise
         finally:
             await self._host.close()
-            if self._tracer is not None:
-                self._tracer.flush()
+            self._watching.flush()
             self._control.close()
 
     @property
@@ -189,9 +189,8 @@ class Worker:
         answer.place.check_is_built()
         self.worker_id = answer.worker_id
         self._last_heard = self._clock()
-        if settings.trace_dir is not None and self._tracer is None:
-            self._tracer = Tracer(answer.worker_id, settings.trace_dir)
-            self._host.use_tracer(self._tracer)
+        if settings.trace_dir is not None and self._watching.tracer is None:
+            self._watching.trace(Tracer(answer.worker_id, settings.trace_dir))
         return answer
 
     async def _answer(self, hello: WorkerHello) -> Assignment | Refused:
@@ -256,7 +255,7 @@ class Worker:
             num_blocks = model.num_kv_blocks()
             life.attention = AttentionRole(
                 assignment, model, self._new_transport(life), num_blocks, self._control.send, clock=clock,
-                tracer=self._tracer,
+                tracer=self._watching.spans,
             )  # fmt: skip
             tasks.create_task(life.attention.run(), name="attention role")
         life.ready = WorkerReady(assignment.worker_id, assignment.incarnation, address, num_blocks)
@@ -306,6 +305,7 @@ class Worker:
                     raise _WorkerEnds
                 case HeartbeatAck():
                     life.acked = message.number
+                    self._watching.follow(message.is_watched, attention, experts)
                 case Assignment() | Fence() | Undecided():
                     pass
                 case _:
@@ -364,8 +364,7 @@ class Worker:
         self._control.keep_alive(lambda late_s: self._pulse(assignment, late_s), assignment.timeouts.heartbeat_s)
         while True:
             self._control.send(Heartbeat(*ids, self._status(life), self._belief(life)))
-            if self._tracer is not None:
-                self._tracer.flush()
+            self._watching.flush()
             late_s = await sleep_late(assignment.timeouts.heartbeat_s, self._clock)
             self._last_heard += late_s
             if not await read_first(self._control, self._clock):
@@ -421,6 +420,7 @@ class Worker:
             experts=None if experts is None else experts.counters(),
             loop={} if self._watch is None else self._watch.counters(),
             peers=() if attention is None else attention.peers(),
+            watched=self._watching.told(attention, experts),
         )
 
     def _busy_share(self) -> float:

@@ -20,7 +20,7 @@ from msi.device.fake.world import Actor, FakeWorld
 from msi.device.queues import Changed
 from msi.device.regions import DeviceRegion, HostTensors
 from msi.net.regions import Region
-from msi.tracing import Tracer
+from msi.tracing import Spans
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class FakeDevice:
         self.kernels = FakeKernels(self.upload, self.zeros)
         self.busy_s = 0.0
         self.num_flushes = 0
-        self.tracer: Tracer | None = None
+        self.tracer: Spans | None = None
         self._sight = _Sight(self.words)
         self._queues: list[FakeQueue] = []
         self._complaints = Complaints(log)

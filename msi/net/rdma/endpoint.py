@@ -52,6 +52,7 @@ class RdmaEndpoint:
         self.name = name
         self.peer = peer
         self.seat = seat
+        self.way = "RDMA"
         self.came_at = 0.0
         self._landing = landing
         self._generation = landing.generation(seat)
