@@ -23,6 +23,7 @@ from msi.errors import ConfigError, Unavailable
 from msi.instance.children import Child, follow_launcher, tell_launcher
 from msi.models.files import read_text
 from msi.net.secret import Secret
+from msi.request_spans import open_spans
 from msi.server.gateway import Gateway
 from msi.server.listening import listen, url_of
 from msi.watchdog import LoopWatch
@@ -65,6 +66,7 @@ async def run_gateway(arguments: LaunchArguments) -> None:
             allowed_origins=arguments.allowed_origins,
             has_page=arguments.has_page,
             watch=watch,
+            spans=open_spans(arguments.options.otlp_traces_endpoint, "gateway"),
         )
         watch.start()
         try:

@@ -214,6 +214,8 @@ async def _serve(
     arguments: LaunchArguments, coordinator: Coordinator, ending: CoordinatorEnding, running: asyncio.Task[None]
 ) -> None:
     flags = (*arguments.serving_flags, *arguments.log_flags)
+    if endpoint := arguments.options.otlp_traces_endpoint:
+        flags += ("--otlp-traces-endpoint", endpoint)
     gateway = GatewayProcess(coordinator.address, arguments.host, arguments.port, flags, arguments.trust.secret)
     beside: list[asyncio.Future[None]] = []
     try:

@@ -283,7 +283,12 @@ class Engine:
         return TokenText("", b"") if self._vocabulary is None else self._vocabulary.text_of(token_id)
 
     async def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str = ""
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str = "",
+        trace: str = "",
     ) -> AsyncGenerator[Output, None]:
         """Generates, yielding what is new as it comes; the last output of each choice has a finish_reason.
 
@@ -292,6 +297,7 @@ class Engine:
         Args:
             prompt: text, or token ids.
             params: None for what the model's generation_config.json says.
+            trace: a traceparent that the instance's spans of it belong to, where it sends spans.
 
         Raises:
             InvalidRequest: the prompt or the parameters cannot be served.
@@ -313,7 +319,8 @@ class Engine:
         choices = choices_of(params, seed, self.max_model_len - len(token_ids))
         texts = text_streams(self._vocabulary, token_ids, params)
         num_cached = [0] * params.n
-        updates = client.generate([Request(name, token_ids, one) for name, one in zip(names, choices, strict=True)])
+        requests = [Request(name, token_ids, one, trace) for name, one in zip(names, choices, strict=True)]
+        updates = client.generate(requests)
         try:
             async for update in updates:
                 index = names.index(update.request_id)

@@ -40,6 +40,7 @@ class InstanceOptions:
         plan: file of the plan that is run (see `with_plan`); the coordinator holds what is measured against it.
         plan_drift: how far T_a, T_e or T_c may part from the plan's, as a fraction, before the coordinator says so.
         trace: file for a Chrome trace.
+        otlp_traces_endpoint: where spans go; see `msi.request_spans`.
 
     Raises:
         ConfigError: names the parameter, what was given and what is allowed.
@@ -71,6 +72,11 @@ class InstanceOptions:
     trace: Path | None = parameter(
         None, "write a Chrome trace at the end", metavar="FILE", group=DIAGNOSIS, file="write"
     )
+
+    otlp_traces_endpoint: str = parameter(
+        "", "send OpenTelemetry spans of requests to URL, such as http://localhost:4318/v1/traces", metavar="URL",
+        group=DIAGNOSIS, form=(r"(https?://\S{1,1000})?", "a URL that begins with http:// or https://"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_parameters(self)

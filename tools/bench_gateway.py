@@ -58,7 +58,7 @@ class MadeUp(Engine):
         self._prompts = Prompts.of(content, 2048, 1024)
 
     async def generate(
-        self, prompt: Any, params: SamplingParams | None = None, *, request_id: str = ""
+        self, prompt: Any, params: SamplingParams | None = None, *, request_id: str = "", trace: str = ""
     ) -> AsyncGenerator[Output, None]:
         for index in range(NUM_TOKENS):
             await asyncio.sleep(TOKEN_EVERY_S)

@@ -147,6 +147,19 @@ def _aiperf(place: Place) -> str:
     return ", ".join(found)
 
 
+def _schemathesis(place: Place) -> str:
+    said = place.run(
+        "schemathesis", "run", f"{place.url}/openapi.json", "--phases", "coverage,fuzzing", "--max-examples", "25",
+        "--seed", "1", "--generation-database", "none", "--continue-on-failure", "--no-color", "--checks",
+        "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
+        "unsupported_method,ignored_auth", "--request-timeout", "60",
+        "--exclude-path", "/v1/events",  # which never ends
+    )  # fmt: skip
+    if (counted := re.search(r"(\d+) generated, (\d+) passed", said)) is None or counted[1] != counted[2]:
+        raise Failed(said)
+    return f"{counted[2]} requests: no server error, nothing that /openapi.json does not say"
+
+
 def _lm_eval(place: Place) -> str:
     questions = [{"question": f"It is a truth, said number {number},", "answer": "x"} for number in range(4)]
     (place.folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
@@ -187,6 +200,9 @@ CLIENTS = {
     ),
     "guidellm": Client(("guidellm==0.8.1", "torch==2.13.0"), "run, concurrent", _guidellm),
     "aiperf": Client(("aiperf==0.13.0",), "profile, completions and chat, streaming", _aiperf),
+    "schemathesis": Client(
+        ("schemathesis==4.32.5",), "every endpoint of /openapi.json, by coverage and at random", _schemathesis
+    ),
     "lm-eval": Client(
         ("lm-eval[api]==0.4.13", "torch==2.13.0", "transformers==5.24.0"), "local-completions, generate_until", _lm_eval
     ),

@@ -28,6 +28,7 @@ from msi.errors import (
 )
 from msi.kernels import BLOCK_TOKENS
 from msi.net.alarm import Alarm
+from msi.request_spans import OpenSpans
 from msi.text.grammars import Grammars
 from msi.types import GrammarState, MicroBatch, Progress, Request, Sampled
 from msi.worker.host import ServedShape
@@ -43,6 +44,7 @@ class Requests:
         report: takes the messages for the coordinator.
         clock: seconds, monotonic.
         grammars: of the model's tokens; None where nothing is held to one.
+        spans: of requests that are traced; None where none is.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Requests:
         report: Callable[[Any], None],
         clock: Callable[[], float] = time.monotonic,
         grammars: Grammars | None = None,
+        spans: OpenSpans | None = None,
     ) -> None:
         self.num_passes = self.batch_tokens = self.batch_contexts = 0
         self._assignment = assignment
@@ -62,6 +65,7 @@ class Requests:
         self._clock = clock
         self._came_at: dict[str, float] = {}  # of those that were never admitted
         self._queued_s: dict[str, float] = {}  # of those that have no token yet
+        self._spans = spans
         self.scheduler = self._new_scheduler(num_lanes=1)
         self._idle = [Alarm() for _ in range(assignment.link.num_lanes)]
         self._ended = Alarm()
@@ -93,6 +97,8 @@ class Requests:
     def submit(self, request: Request) -> None:
         """Takes a request, or reports why it cannot."""
         self._came_at.setdefault(request.request_id, self._clock())
+        if self._spans is not None and request.trace:
+            self._spans.begin(request.request_id, "attention worker", request.trace)
         if request.params.structured_outputs is None:
             self._add(request)
         elif len(self._to_compile) + self.scheduler.num_waiting >= self._assignment.limits.max_num_waiting:
@@ -168,15 +174,17 @@ class Requests:
         if not request_ids:
             return
         for request_id in request_ids:
-            self._forget(request_id)
+            self._forget(request_id, str(error))
         if isinstance(error, RequestFailed):
             log.warning("%s ended: %s", ", ".join(request_ids), error)
         ours = self._assignment
         self._report(RequestsFailed(ours.worker_id, ours.incarnation, tuple(request_ids), Failure.of(error)))
 
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, request_id: str, why: str = "cancelled") -> None:
         self._came_at.pop(request_id, None)
         self._queued_s.pop(request_id, None)
+        if self._spans is not None:
+            self._spans.end(request_id, why)
 
     def _failed(self, reason: str) -> RequestFailed:
         return RequestFailed(f"{self._assignment.worker_id}: {reason}")
@@ -185,6 +193,8 @@ class Requests:
         for request_id in self.scheduler.take_admitted():
             if (came_at := self._came_at.pop(request_id, None)) is not None:
                 self._queued_s[request_id] = max(0.0, self._clock() - came_at)
+                if self._spans is not None:
+                    self._spans.event(request_id, "admitted")
         for lane in range(self.scheduler.num_lanes):
             if self.scheduler.has_work(lane):
                 self._idle[lane].ring()
@@ -224,6 +234,8 @@ class Requests:
         if progress:
             if self._queued_s:
                 progress = [self._with_queue_time(one) for one in progress]
+            if self._spans is not None:
+                self._end_spans(progress)
             ours = self._assignment
             self._report(PassDone(ours.worker_id, ours.incarnation, self._num_reports, tuple(progress)))
             self._num_reports += 1
@@ -231,7 +243,15 @@ class Requests:
 
     def _with_queue_time(self, one: Progress) -> Progress:
         queued_s = self._queued_s.pop(one.request_id, None)
+        if queued_s is not None and self._spans is not None:
+            self._spans.event(one.request_id, "first token")
         return one if queued_s is None else replace(one, queued_s=queued_s)
+
+    def _end_spans(self, progress: list[Progress]) -> None:
+        assert self._spans is not None
+        for one in progress:
+            if one.finish_reason is not None:
+                self._spans.end(one.request_id, gen_ai__response__finish_reason=one.finish_reason)
 
     def fail(self, lane: int, micro_batch: MicroBatch, error: Exception) -> None:
         scheduler = self.scheduler

@@ -18,6 +18,7 @@ from msi.control.counters import AttentionCounters, PeerDelay, by_reason, peer_d
 from msi.control.messages import Assignment
 from msi.errors import ConfigError
 from msi.net.transport import Transport
+from msi.request_spans import OpenSpans
 from msi.tracing import Spans
 from msi.types import Placement
 from msi.worker.host import LoadedModel
@@ -31,6 +32,7 @@ class AttentionRole:
         report: takes the messages for the coordinator.
         clock: seconds, monotonic.
         tracer: gets a span for each exchange with an expert worker.
+        spans: of requests; None where they are not traced.
 
     Attributes:
         num_lanes: that run; 0 before they do.
@@ -47,12 +49,14 @@ class AttentionRole:
         *,
         clock: Callable[[], float],
         tracer: Spans | None = None,
+        spans: OpenSpans | None = None,
     ) -> None:
         self.links = ExpertLinks(assignment, model.shape, transport, report, allocator=model.memory, clock=clock)
         self.trace(tracer)
         # First: it refuses more blocks than there is memory for, which a list of them all would only try for minutes.
         self.half = model.attention_half(self.links.link, num_blocks)
-        self.requests = Requests(assignment, model.shape, num_blocks, report, clock, model.grammars)
+        self.requests = Requests(assignment, model.shape, num_blocks, report, clock, model.grammars, spans)
+        self._spans = spans
         self.measuring = Measuring(assignment, model.shape, num_blocks, self.half, self.links.link)
         self.num_lanes = 0
         self.placement = assignment.placement
@@ -69,6 +73,8 @@ class AttentionRole:
     def close(self) -> None:
         """Lets go of the device, once `run` has ended. Idempotent."""
         self.half.close()
+        if self._spans is not None:
+            self._spans.end_where(lambda key: True, "its worker began anew, or ended")
 
     def trace(self, spans: Spans | None) -> None:
         """Each exchange with an expert worker gets a span from now on; None: no longer."""

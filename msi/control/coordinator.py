@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from msi.control.clients import Clients
@@ -51,6 +52,7 @@ from msi.errors import Failure, InvalidRequest, Unavailable
 from msi.kernels import BLOCK_TOKENS
 from msi.net.control import MessageServer
 from msi.planner.drift import DriftWatch, Observation
+from msi.request_spans import OpenSpans
 from msi.types import Placement, Progress
 from msi.watchdog import LoopWatch
 
@@ -69,6 +71,7 @@ class Coordinator:
         num_layers: of the model.
         drift: holds what workers measure against the plan that runs, if there is one.
         watch: of the loop that this runs on; what it measures is told with the stats.
+        spans: of requests; None where they are not traced.
         clock: seconds, monotonic.
     """
 
@@ -82,6 +85,7 @@ class Coordinator:
         num_layers: int,
         drift: DriftWatch | None = None,
         watch: LoopWatch | None = None,
+        spans: OpenSpans | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server = server
@@ -89,6 +93,7 @@ class Coordinator:
         self._clock = clock
         self._drift = drift
         self._watch = watch
+        self._spans = spans
         self._cluster = Cluster(plan, clock())
         self._router = Router(
             max_model_len=plan.limits.max_model_len,
@@ -111,6 +116,8 @@ class Coordinator:
             for route in self._cluster.routes:
                 self._server.send(route, Shutdown("the coordinator ended"))
             self._server.close()
+            if self._spans is not None:
+                await self._spans.close()
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
@@ -167,6 +174,8 @@ class Coordinator:
             case Submit():
                 self._submit(route, message, now)
             case Cancel():
+                if self._spans is not None:
+                    self._spans.end((route, message.request_id), "cancelled")
                 if (given := self._router.cancel(route, message.request_id)) is not None:
                     self._cancel(*given)
             case ClientHeartbeat():
@@ -226,6 +235,8 @@ class Coordinator:
     def _forget_clients(self, routes: Iterable[bytes]) -> None:
         """They are gone: nobody waits for their requests."""
         for route in routes:
+            if self._spans is not None:
+                self._spans.end_where(lambda key, route=route: key[0] == route, "its client is gone")  # type: ignore
             for worker_id, request_id in self._router.client_lost(route):
                 self._cancel(worker_id, request_id)
 
@@ -240,6 +251,9 @@ class Coordinator:
     def _submit(self, route: bytes, message: Submit, now: float) -> None:
         request = message.request
         self._clients.submits(route)
+        if self._spans is not None and request.trace:
+            key = (route, request.request_id)
+            request = replace(request, trace=self._spans.begin(key, "coordinator", request.trace))
         if request.params.seed is None:
             failure = Failure.of(InvalidRequest("give every request a seed"))
             refusal: Progress | None = Progress(request.request_id, failure=failure)
@@ -290,7 +304,16 @@ class Coordinator:
                     )
 
     def _tell(self, updates: Updates) -> None:
+        if self._spans is not None:
+            self._end_spans(self._spans, updates)
         self._carry_out(self._clients.outputs(updates))
+
+    @staticmethod
+    def _end_spans(spans: OpenSpans, updates: Updates) -> None:
+        for route, items in updates.items():
+            for one in items:
+                if one.is_last:
+                    spans.end((route, one.request_id), "" if one.failure is None else str(one.failure.error()))
 
     def _cancel(self, worker_id: str, request_id: str) -> None:
         member = next((m for m in self._cluster.live("attention") if m.worker_id == worker_id), None)

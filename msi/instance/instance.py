@@ -30,6 +30,7 @@ from msi.placement import PlaceExperts, place_evenly
 from msi.planner.drift import DriftWatch
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan_file import check_model, read_plan_file
+from msi.request_spans import open_spans
 from msi.watchdog import LoopWatch
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def create_coordinator(
             num_layers=config.num_sparse_layers,
             drift=_drift_watch(options),
             watch=watch,
+            spans=open_spans(options.otlp_traces_endpoint, "coordinator"),
         )
     except BaseException:
         server.close()
@@ -172,6 +174,7 @@ def create_worker(
         worker_id=worker_id,
         trace_dir=trace_dir,
         timeouts=options.timeouts,
+        otlp_traces_endpoint=options.otlp_traces_endpoint,
     )
     control = control or ControlClient(coordinator, WORKER_END, trust.secret)
     made = TorchHost(host) if make_host is None else make_host(host)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from msi.engine import Engine
 from msi.errors import EngineError, Failure, InvalidRequest, ModelNotFound, RequestFailed, Unavailable, shown
+from msi.request_spans import OpenSpans
 from msi.server.answers import Usage, error_object
 from msi.server.chat import ChatAnswer
 from msi.server.completions import CompletionAnswer
@@ -36,6 +37,7 @@ from msi.server.prepare import (
 )
 from msi.server.preparers import Preparers
 from msi.server.request_log import RequestLog
+from msi.server.traced import traced
 from msi.types import Output, TokenText
 
 log = logging.getLogger(__name__)
@@ -107,17 +109,24 @@ class Calls:
 
     Args:
         template: a chat template in place of the model's.
+        spans: of requests; None where they are not traced.
 
     Raises:
         ConfigError: the chat template is not valid.
     """
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, template: str = "", requests: RequestLog | None = None
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        template: str = "",
+        requests: RequestLog | None = None,
+        spans: OpenSpans | None = None,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._requests = requests or RequestLog(is_told=False)
+        self._spans = spans
         setup = Setup(engine.welcome, template)
         self._preparation = Preparation(setup, compiles=False)
         self._preparers = Preparers(SETUP.encode(setup))
@@ -168,11 +177,12 @@ class Calls:
             self._preparation.remember(answer.request.params)
         return answer
 
-    def call(self, asked: Prepared, request_id: str = "") -> Call:
+    def call(self, asked: Prepared, request_id: str = "", parent: str = "") -> Call:
         """Nothing runs before the first output is asked for.
 
         Args:
             request_id: the client's own, "" for none.
+            parent: the client's traceparent, "" for none.
         """
         self._log_ignored(asked.ignored)
         engine, num_choices = self._engine, asked.params.n
@@ -187,13 +197,18 @@ class Calls:
         else:
             echoes = [echo.decode() for echo in asked.echoes]
             answer = CompletionAnswer(f"cmpl-{request_id}", *common, echoes, has_logprobs=has_logprobs)
-        outputs = [
-            self._metrics.observed(engine.generate(tokens_of(one), asked.params), num_choices) for one in asked.prompts
-        ]
-        followed = self._requests.followed(
-            outputs[0] if len(outputs) == 1 else merged(outputs, num_choices), answer.request_id, num_choices
-        )
-        return Call(followed, answer, asked.streaming, has_logprobs)
+
+        def start(trace: str = "") -> AsyncGenerator[Output, None]:
+            context = {"trace": trace} if trace else {}
+            outputs = [
+                self._metrics.observed(engine.generate(tokens_of(one), asked.params, **context), num_choices)
+                for one in asked.prompts
+            ]
+            together = outputs[0] if len(outputs) == 1 else merged(outputs, num_choices)
+            return self._requests.followed(together, answer.request_id, num_choices)
+
+        outputs = start() if self._spans is None else traced(self._spans, parent, answer.request_id, start)
+        return Call(outputs, answer, asked.streaming, has_logprobs)
 
     def _log_ignored(self, names: Sequence[str]) -> None:
         """Once per name; of a client that invents names, the first ones."""

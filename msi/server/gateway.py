@@ -22,6 +22,7 @@ from aiohttp import web
 import msi
 from msi.engine import Engine
 from msi.errors import MAX_SHOWN_CHARS
+from msi.request_spans import OpenSpans
 from msi.server.answers import error_object
 from msi.server.api_keys import ApiKeys
 from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
@@ -66,6 +67,7 @@ class Gateway:
         allowed_origins: web pages that may ask, such as "https://chat.example.com"; ("*",) for all.
         has_page: whether / is the page that shows the instance at work, and /v1/events what it shows.
         watch: of the loop that this runs on; what it measures is told in /metrics.
+        spans: of requests, closed with this; None where they are not traced.
 
     Raises:
         ConfigError: the chat template or an origin is not valid.
@@ -84,6 +86,7 @@ class Gateway:
         allowed_origins: tuple[str, ...] = (),
         has_page: bool = True,
         watch: LoopWatch | None = None,
+        spans: OpenSpans | None = None,
     ) -> None:
         self._engine = engine
         self._host = host
@@ -94,7 +97,8 @@ class Gateway:
         self._created = int(time.time())
         self._metrics = Metrics(engine.model_name)
         requests = RequestLog(is_told=log_requests)
-        self._calls = Calls(engine, self._metrics, chat_template, requests)
+        self._calls = Calls(engine, self._metrics, chat_template, requests, spans)
+        self._spans = spans
         self._load_log = LoadLog(engine, requests) if log_load else None
         self._telling: asyncio.Task[None] | None = None
         self._bodies = Bodies()
@@ -166,6 +170,8 @@ class Gateway:
         await self._sockets.close()
         await self._door.shutdown(ENDS_WITHIN_S)
         await self._calls.close()
+        if self._spans is not None:
+            await self._spans.close()
 
     def end_requests(self) -> None:
         """Each ends with an error that says so."""
@@ -274,7 +280,7 @@ class Gateway:
             if isinstance(asked, Answered):
                 return await _send(request, [asked.body], headers)
             assert asked.request is not None
-            call = self._calls.call(asked.request, headers[ID_HEADER])
+            call = self._calls.call(asked.request, headers[ID_HEADER], request.headers.get("traceparent", ""))
             if not call.streaming.stream:
                 return await self._whole(request, call, headers)
         return await self._stream(request, call, headers)

@@ -51,6 +51,7 @@ from msi.experts.role import ExpertRole
 from msi.net.alarm import Alarm
 from msi.net.control import MessageClient
 from msi.net.transport import Transport
+from msi.request_spans import OpenSpans, open_spans
 from msi.settings import Timeouts
 from msi.tracing import Tracer
 from msi.types import Placement, StageTimes
@@ -71,6 +72,7 @@ class WorkerSettings:
         coordinator: its address, as it stands in sentences.
         role: "attention", "expert" or "worker" (whichever is needed).
         reconnect_s: how long the coordinator may be gone before the worker gives up.
+        otlp_traces_endpoint: where spans of requests go; "" for none.
     """
 
     coordinator: str
@@ -79,6 +81,7 @@ class WorkerSettings:
     trace_dir: Path | None = None
     timeouts: Timeouts = Timeouts()
     reconnect_s: float = 60.0
+    otlp_traces_endpoint: str = ""
 
 
 class _LifeEnds(Exception):
@@ -133,6 +136,7 @@ class Worker:
         self._watch = watch
         self._loaded: LoadedModel | None = None
         self._watching = Watching(host)
+        self._spans: OpenSpans | None = None
         self._last_heard = self._clock()
         self._drain_wanted = Alarm()
         self._beat_at = self._clock()
@@ -164,6 +168,8 @@ class Worker:
             await self._host.close()
             self._watching.flush()
             self._control.close()
+            if self._spans is not None:
+                await self._spans.close()
 
     @property
     def loaded(self) -> tuple[int, int]:
@@ -191,6 +197,8 @@ class Worker:
         self._last_heard = self._clock()
         if settings.trace_dir is not None and self._watching.tracer is None:
             self._watching.trace(Tracer(answer.worker_id, settings.trace_dir))
+        if self._spans is None and answer.has_attention:
+            self._spans = open_spans(settings.otlp_traces_endpoint, answer.worker_id)
         return answer
 
     async def _answer(self, hello: WorkerHello) -> Assignment | Refused:
@@ -255,7 +263,7 @@ class Worker:
             num_blocks = model.num_kv_blocks()
             life.attention = AttentionRole(
                 assignment, model, self._new_transport(life), num_blocks, self._control.send, clock=clock,
-                tracer=self._watching.spans,
+                tracer=self._watching.spans, spans=self._spans,
             )  # fmt: skip
             tasks.create_task(life.attention.run(), name="attention role")
         life.ready = WorkerReady(assignment.worker_id, assignment.incarnation, address, num_blocks)
