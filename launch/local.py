@@ -25,7 +25,7 @@ from .panel import panel, tokens_of, why_this_transport
 log = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 1.0
-REDRAWN_TIMES = 4  # meanwhile: lines of the log erase what is shown
+REDRAWN_TIMES = 2  # meanwhile: lines of the log erase what is shown
 SAID_WITHIN_S = 0.5
 DRAIN_GRACE_S = 10.0  # beyond the time that the coordinator was told, for one that stands still
 

@@ -38,7 +38,7 @@ def panel(stats: Stats, tokens_per_s: float, where: str, links: str, *, columns:
     """
     if columns < LEAST_COLUMNS or rows < LEAST_ROWS:
         return ""
-    workers = list(stats.workers)
+    workers = sorted(stats.workers, key=lambda one: (one.role, natural(one.worker_id)))
     shown = workers[: rows - 4]
     table = Table(
         "worker", "busy", "stage", "queue", "KV", "slowest peer", box=None, padding=(0, 2, 0, 0), pad_edge=False
@@ -80,6 +80,12 @@ def _row(worker: WorkerStats) -> tuple[str | Text, ...]:
     queue = f"{status.num_running} running, {status.num_waiting} waiting"
     slowest = f"{status.peers[0].worker_id} {status.peers[0].delay_s * 1e3:.2f} ms" if status.peers else ""
     return worker.worker_id, busy, f"T_a {times.attention_s * 1e3:5.2f} ms", queue, used, slowest
+
+
+def natural(name: str) -> tuple[str, int, str]:
+    """By which worker-2 comes before worker-10."""
+    word, _, number = name.rpartition("-")
+    return word, int(number) if number.isdecimal() and len(number) < 10 else 0, name
 
 
 def bar(share: float) -> str:

@@ -6,6 +6,8 @@ import http.server
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -17,9 +19,10 @@ from msi.net.rdma.options import RdmaOptions
 from msi.options import InstanceOptions
 from msi_launch.arguments import Peer, parse
 from msi_launch.doctor import doctor, host, model, network
-from msi_launch.doctor.findings import Finding
+from msi_launch.doctor.findings import Finding, refused
 from msi_launch.doctor.host import Limits
 from msi_launch.main import run
+from tests.hosts import Hosts, why_not
 from tests.loopback_verbs import Fabric, LoopbackDriver
 from tests.test_launch import free_port
 
@@ -88,6 +91,19 @@ def test_each_process_is_asked_what_it_needs(tiny_model, words, present, absent)
     assert present <= checks.keys()
     assert not absent & checks.keys()
     assert not [one for one in checks.values() if one.state == "failed"]
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "advice"),
+    [
+        ("it is gone; look again; or do not", "it is gone; look again", "or do not"),
+        ("it has no secret: give one, or none", "it has no secret", "give one, or none"),
+        ("it is gone", "it is gone", "do what one does"),
+    ],
+)
+def test_what_an_error_advises_is_told_once(error, sentence, advice):
+    said = refused("x", ConfigError(error), "do what one does")
+    assert (said.sentence, said.advice) == (sentence, advice)
 
 
 def test_a_failure_without_advice_is_a_bug():
@@ -252,6 +268,22 @@ def test_a_clock_that_nobody_tells_is_no_failure(listener):
 )
 def test_clocks_are_judged_by_what_their_answers_leave_open(theirs, state):
     assert network.judge_clock("clock", theirs, 100.0, 101.0).state == state
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_hosts_with_their_cable_in_and_out():
+    with Hosts("a", "b") as hosts:
+        address = hosts.addresses["b"]
+        words = ("--check", "--json", "--role", "gateway", "--port", "0", "--coordinator", f"tcp://{address}:5555")
+        command = hosts.on("a", sys.executable, "-m", "msi_launch", *words, "--hosts", address, "--insecure-network")
+        states = {}
+        for state in ("up", "down"):
+            hosts.set_link("b", state)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            found = {one["check"]: one["state"] for one in json.loads(done.stdout)["findings"]}
+            states[state] = (done.returncode, found["coordinator"], found[f"host {address}"])
+    assert states == {"up": (0, "warning", "ok"), "down": (2, "failed", "failed")}
 
 
 # -- RDMA ------------------------------------------------------------------------------------------------------------

@@ -7,14 +7,18 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from msi.json_log import JsonLine, with_fields
+from msi.server import preparers
+from msi.server.prepare import SETUP
 from msi.server.request_log import Served
 from tests.test_launch import free_port, launched
+from tests.test_preparers import setup_of
 
 
 def record(message, *arguments, level=logging.INFO, **more):
@@ -89,3 +93,20 @@ async def test_every_line_of_a_server_is_an_object(tiny_model):
     (served,) = [line["fields"] for line in lines if "fields" in line]
     assert served["generated_tokens"] == 3
     assert {line["process"] for line in lines} >= {"msi-launch", "gateway", "coordinator"}
+
+
+def last_word(pid):
+    """Of a process's command line."""
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2]
+
+
+@pytest.mark.parametrize("is_json", [True, False])
+async def test_processes_that_understand_large_requests_log_as_their_gateway(is_json, tiny_model, monkeypatch):
+    monkeypatch.setattr(preparers, "is_json_logged", lambda: is_json)
+    pool = preparers.Preparers(SETUP.encode(setup_of(tiny_model)))
+    try:
+        await pool.start()
+        words = [last_word(one._process.pid) for one in pool._idle]
+    finally:
+        await pool.close()
+    assert {word == "json" for word in words} == {is_json}

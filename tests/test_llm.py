@@ -185,6 +185,33 @@ def test_a_program_that_closes_nothing_leaves_nothing_behind(tiny_model):
     assert not os.path.exists(f"/proc/{pid}")
 
 
+INTERRUPTED = """
+from msi import LLM, SamplingParams
+with LLM({model!r}, threads_per_worker=1, micro_batches=1) as llm:
+    print("up", flush=True)
+    try:
+        llm.generate(["It is"] * 5000, SamplingParams(max_tokens=400, ignore_eos=True))
+    except KeyboardInterrupt:
+        print(len(llm.generate("It is", SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0].token_ids))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_program_alone_and_its_workers_go_on(tiny_model):
+    """A terminal sends it to all of the group."""
+    command = [sys.executable, "-W", "error", "-c", INTERRUPTED.format(model=str(tiny_model))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == "up\n"
+            time.sleep(1)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.communicate(timeout=60)[0] == "3\n"
+            assert process.returncode == 0
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_a_loops_thread_hands_on_results_and_errors_and_ends():
     one = LoopThread("a-loop")
 

@@ -49,6 +49,11 @@ def test_it_says_what_runs_where():
     assert said[4] == "rows go by TCP"
 
 
+def test_workers_stand_in_the_order_of_their_numbers():
+    said = plain(panel(Stats(1, 0, stats(11, 1).workers[::-1]), 0.0, "demo", "", columns=100, rows=30)).splitlines()
+    assert [line.split()[0] for line in said[2:14]] == [*(f"attention-{at}" for at in range(11)), "expert-0"]
+
+
 @given(
     st.integers(0, 20),
     st.integers(0, 20),

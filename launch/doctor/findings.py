@@ -57,10 +57,13 @@ def failed(check: str, sentence: str, advice: str) -> Finding:
 
 
 def refused(check: str, error: ConfigError, advice: str) -> Finding:
-    """An error of msi's, which mostly says itself what to do: behind its last semicolon.
+    """An error of msi's, which mostly says itself what to do: behind its last semicolon, or as ": give ..".
 
     Args:
         advice: for one that does not.
     """
     sentence, semicolon, own = str(error).rpartition("; ")
-    return failed(check, sentence, own) if semicolon else failed(check, own, advice)
+    if not semicolon:
+        sentence, colon, own = str(error).partition(": give ")
+        own = f"give {own}" if colon else advice
+    return failed(check, sentence, own)

@@ -136,7 +136,7 @@ def check_shm_folder(limits: Limits) -> Finding:
 
 def check_descriptors(limits: Limits) -> Finding:
     if limits.descriptors in (WITHOUT_LIMIT, -1) or limits.descriptors >= DESCRIPTORS:
-        return ok("file descriptors", f"{'any number' if limits.descriptors < 0 else limits.descriptors}")
+        return ok("file descriptors", f"{'any number' if limits.descriptors < 0 else limits.descriptors} may be open")
     sentence = f"this process may have {limits.descriptors} at most"
     advice = f"raise the limit to {DESCRIPTORS} (`ulimit -n`, LimitNOFILE= of systemd, docker run --ulimit nofile)"
     if limits.descriptors < LEAST_DESCRIPTORS:
