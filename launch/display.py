@@ -11,10 +11,12 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
 from msi.control.messages import Stats, WorkerStats
+from msi.json_log import with_fields
 
 from .command_line import as_flags
 from .logs import ERASE_LIVE, has_live_terminal, printable, write_error
@@ -74,9 +76,9 @@ class StatusLine:
             up = f"\x1b[{count}A" if (count := self._live.count("\n")) else ""
             write_error(f"{ERASE_LIVE}{self._live}\r{up}")
 
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        log.info("%s", line)
+    def say(self, line: str, **fields: Any) -> None:
+        """A line that stays; `fields` are for programs that read the log."""
+        log.info("%s", line, extra=with_fields(**fields))
 
 
 def summary(stats: Stats) -> str:

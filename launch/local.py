@@ -82,13 +82,13 @@ async def _run(engine: Engine, arguments: LaunchArguments, line: StatusLine, sto
     with line.shown():
         async with engine:
             pids = ", ".join(f"{name} {pid}" for name, pid in engine.pids.items())
-            line.say(f"processes: {pids}" if pids else "all workers run in this process")
+            line.say(f"processes: {pids}" if pids else "all workers run in this process", pids=engine.pids)
             if arguments.prompt is not None:
                 await _answer(engine, arguments)
                 return
             where = f"at {engine.url}/v1" if engine.url else "in this process, which serves no HTTP"
             settle()
-            line.say(f"ready: {engine.model_name} {where}")
+            line.say(f"ready: {engine.model_name} {where}", model=engine.model_name, url=engine.url)
             stops.can_drain = True
             showing = asyncio.ensure_future(_show(engine, arguments.options, line, stops))
             failed = asyncio.ensure_future(engine.wait_failed())

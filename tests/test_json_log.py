@@ -90,8 +90,10 @@ async def test_every_line_of_a_server_is_an_object(tiny_model):
         child.process.terminate()
         assert await child.ended() == 0
         lines = [json.loads(line) for line in child.said.splitlines()]
-    (served,) = [line["fields"] for line in lines if "fields" in line]
-    assert served["generated_tokens"] == 3
+    fields = {name: value for line in lines for name, value in line.get("fields", {}).items()}
+    assert fields["generated_tokens"] == 3
+    assert fields["url"] == f"http://127.0.0.1:{port}"
+    assert "coordinator" in fields["pids"]
     assert {line["process"] for line in lines} >= {"msi-launch", "gateway", "coordinator"}
 
 

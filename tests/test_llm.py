@@ -107,10 +107,30 @@ def test_what_cannot_be_served_says_which_and_the_engine_goes_on(llm, prompts, p
     assert llm.generate("It is", GREEDY)[0].outputs[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize("messages", [[], "hello", [[]], [["hello"]], [{"content": "x"}], [[{"role": 3}]]])
-def test_conversations_that_are_none_are_refused(llm, messages):
-    with pytest.raises(InvalidRequest, match="give a list"):
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "give a list"),
+        ("hello", "give a list"),
+        ([[]], "conversation 0: messages is missing or empty"),
+        (["hello"], "conversation 0: give a list"),
+        ([["hello"]], r"conversation 0: messages\[0\] is a string; it must be an object"),
+        ([{"content": "x"}], r"conversation 0: messages\[0\].role is None"),
+        ([[{"role": "user", "content": "x"}], [{"role": 3}]], r"conversation 1: messages\[0\].role is 3"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "only .* is supported"),
+    ],
+)
+def test_conversations_that_are_none_are_refused(llm, messages, complaint):
+    with pytest.raises(InvalidRequest, match=complaint):
         llm.chat(messages, GREEDY)
+
+
+def test_parts_of_text_are_understood_as_over_http(llm):
+    parts = [{"type": "text", "text": "It"}, {"type": "text", "text": " is"}]
+    (answer,) = llm.chat([{"role": "user", "content": parts}], GREEDY)
+    assert "It" in answer.prompt
+    assert "is" in answer.prompt
+    assert "type" not in answer.prompt
 
 
 async def test_it_works_where_a_loop_runs_already(llm):

@@ -16,6 +16,7 @@ from msi.control.restarts import Restarts
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.instance.children import Child
 from msi.instance.instance import check_device, check_files, worker_ids
+from msi.json_log import with_fields
 from msi.net.control import ControlClient, MessageClient
 from msi.net.secret import Secret
 from msi.net.socket_dir import SocketDir
@@ -175,7 +176,10 @@ class ProcessInstance:
                 end = f"{how}, again and again; it is not started again"
                 self._report_failure(Unavailable(child.failure or end))
                 return
-            log.warning("%s; it is started again%s", how, f" in {delay_s:g} s" if delay_s else "")
+            log.warning(
+                "%s; it is started again%s", how, f" in {delay_s:g} s" if delay_s else "",
+                extra=with_fields(worker=worker_id, worker_pid=child.pid, end=child.end, again_in_s=delay_s),
+            )  # fmt: skip
             if await self._stops_within(delay_s) or not await self._start_again(address, role, worker_id):
                 return
 

@@ -24,6 +24,7 @@ from msi.engine import Engine
 from msi.errors import EngineError, Failure, InvalidRequest
 from msi.offline.loop_thread import LoopThread
 from msi.offline.outputs import Choice, RequestOutput
+from msi.server.chat import parse_chat
 from msi.server.chat_template import ChatTemplates
 from msi.types import SamplingParams
 
@@ -133,20 +134,28 @@ class LLM:
         """
         if not self._templates:
             raise InvalidRequest("this model has no chat template; give `chat_template`, or use generate")
-        template = self._templates.choose(has_tools=tools is not None)
-        texts: list[Prompt] = []
+        common = {
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+            "tools": None if tools is None else [dict(tool) for tool in tools],
+            "chat_template_kwargs": None if chat_template_kwargs is None else dict(chat_template_kwargs),
+        }
+        texts = []
         for at, one in enumerate(_conversations(messages)):
             with _naming("conversation", at):
-                texts.append(
-                    template.render(
-                        one,
-                        add_generation_prompt=add_generation_prompt and not continue_final_message,
-                        values=chat_template_kwargs or {},
-                        continue_final_message=continue_final_message,
-                        tools=tools,
-                    )
-                )
+                texts.append(self._rendered({"messages": list(one), **common}))
         return self._answers(texts, sampling_params, use_tqdm, add_special_tokens=False)
+
+    def _rendered(self, values: dict[str, Any]) -> str:
+        """What the template makes of a conversation, in the fields of /v1/chat/completions. Raises InvalidRequest."""
+        asked = parse_chat(values, max_tokens=1, no_calls="")
+        return self._templates.choose(has_tools=asked.tools is not None).render(
+            asked.messages,
+            add_generation_prompt=asked.add_generation_prompt,
+            values=asked.template_values,
+            continue_final_message=asked.continue_final_message,
+            tools=asked.tools,
+        )
 
     def _answers(
         self, prompts: list[Any], params: object, has_bar: bool, *, add_special_tokens: bool
@@ -260,8 +269,7 @@ def _conversations(messages: object) -> Sequence[Conversation]:
         raise InvalidRequest('messages: give a list of {"role": .., "content": ..}, or a list of such lists')
     several = [messages] if isinstance(messages[0], Mapping) else messages
     for at, one in enumerate(several):
-        is_one = isinstance(one, Sequence) and not isinstance(one, str) and one
-        if not is_one or not all(isinstance(each, Mapping) and isinstance(each.get("role"), str) for each in one):
+        if not isinstance(one, Sequence) or isinstance(one, str):
             raise InvalidRequest(f'conversation {at}: give a list of {{"role": .., "content": ..}}')
     return several
 
