@@ -7,6 +7,7 @@ waited for; keys, bounds and states are checked, and what is wrong ends the queu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import mmap
@@ -33,8 +34,8 @@ RETRY_S = 0.3
 class Completion(NamedTuple):
     status: int
     opcode: int
-    qp_num: int
-    imm_data: int = 0
+    number: int
+    immediate: int = 0
 
 
 @dataclass
@@ -286,12 +287,16 @@ class LoopbackCard:
                 found.append(completion)
         return found
 
+    def look(self):
+        return self.poll()
+
     def arm(self):
         with self.fabric.changed:
             self._is_armed = True
 
     def take_event(self):
-        os.eventfd_read(self.fd)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
 
     def refill(self):
         with self.fabric.changed:

@@ -13,9 +13,11 @@ import itertools
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 
+from msi.device.ready import Ready
 from msi.errors import TransportError
 from msi.net.contract import RULES, Subject, check_rule
 from msi.net.rdma.drivers import load_driver
@@ -31,8 +33,17 @@ LAYOUT = SlotLayout(num_lanes=2, slot_rows=16, row_bytes=512)
 WAIT_S = 60.0
 
 
+POLLER = Ready()
+TAKER = threading.Thread(target=POLLER.get, daemon=True)  # does nothing but take what comes
+
+
 def transport(driver, card, **options):
-    return RdmaTransport(load_driver(driver), RdmaOptions(rdma_device=CARDS[card], **options))
+    """`driver` may end in "-polled": immediates are taken by a thread as computes."""
+    driver, _, is_polled = driver.partition("-")
+    if is_polled and not TAKER.is_alive():
+        TAKER.start()
+    options = RdmaOptions(rdma_device=CARDS[card], **options)
+    return RdmaTransport(load_driver(driver), options, poller=POLLER if is_polled else None)
 
 
 # -- the contract, between the two cards ------------------------------------------------------------------------------
@@ -40,7 +51,8 @@ def transport(driver, card, **options):
 
 def contract(driver):
     cards = itertools.cycle((0, 1))
-    subject = Subject(lambda: transport(driver, next(cards)), "rdma://127.0.0.1:1", timeout_s=WAIT_S)
+    taker = TAKER if driver.endswith("polled") else None
+    subject = Subject(lambda: transport(driver, next(cards)), "rdma://127.0.0.1:1", timeout_s=WAIT_S, taker=taker)
     for rule in RULES:
         began = time.monotonic()
         asyncio.run(check_rule(rule, subject))
@@ -92,7 +104,10 @@ class Client:
         self.transport = transport(driver, 0, **options)
         self.landing = self.transport.register(1, LAYOUT, HOST_MEMORY)
         self.completions = asyncio.Queue()
-        self.transport.deliver(lambda *completion: self.completions.put_nowait(completion[1:]))
+        self.loop = asyncio.get_running_loop()
+        self.transport.deliver(
+            lambda *completion: self.loop.call_soon_threadsafe(self.completions.put_nowait, completion[1:])
+        )
 
     async def connect(self, address):
         self.endpoint = await self.transport.connect(address, b"hello", self.landing, 0, timeout_s=WAIT_S)
@@ -194,7 +209,7 @@ async def latency(client, process):
         def answered(endpoint, kind, word, reason, times=times, done=done, num_rows=num_rows):
             times[-1] = time.perf_counter() - times[-1]
             if len(times) == 600:
-                done.set_result(None)
+                client.loop.call_soon_threadsafe(done.set_result, None)
                 return
             times.append(time.perf_counter())
             endpoint.post(0, num_rows << 1, num_rows)

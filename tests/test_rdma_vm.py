@@ -11,16 +11,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CANNOT = 77
 CHECKS = (
-    "contract:ibverbs", "contract:pyverbs", "exchanges:ibverbs:pyverbs", "exchanges:pyverbs:ibverbs",
-    "lossy:ibverbs:ibverbs", "lossy:pyverbs:pyverbs", "keys:ibverbs:pyverbs", "keys:pyverbs:ibverbs",
-    "classes:ibverbs:pyverbs", "roles:ibverbs:pyverbs:ibverbs", "silent:ibverbs:pyverbs",
-    "silent:pyverbs:ibverbs", "killed:ibverbs:ibverbs", "killed:pyverbs:pyverbs",
+    "contract:direct", "contract:direct-polled", "contract:ibverbs", "contract:pyverbs",
+    "exchanges:direct:pyverbs", "exchanges:ibverbs:direct-polled", "exchanges:pyverbs:ibverbs",
+    "lossy:direct-polled:direct-polled", "lossy:ibverbs:ibverbs", "lossy:pyverbs:pyverbs",
+    "keys:direct:pyverbs", "keys:ibverbs:pyverbs", "keys:pyverbs:direct",
+    "classes:direct:pyverbs", "roles:direct:pyverbs:ibverbs", "silent:ibverbs:pyverbs",
+    "silent:pyverbs:ibverbs", "killed:direct-polled:ibverbs", "killed:ibverbs:ibverbs", "killed:pyverbs:pyverbs",
 )  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-def test_both_drivers_keep_the_contract_on_real_verbs():
+def test_all_drivers_keep_the_contract_on_real_verbs():
     """Losses, deaths, silence and wrong keys included; one machine for all, as it takes seconds to boot."""
     command = [ROOT / "tools/rdma_vm.py", "--installed", "--timeout", "500", "--"]
     guest = [sys.executable, "-B", "-m", "tests.rdma_guest", *CHECKS]

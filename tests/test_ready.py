@@ -11,10 +11,12 @@ from msi.device.polling import Bell
 from msi.device.ready import Ready
 from msi.errors import TransportError
 from msi.net.inproc import InprocTransport
+from msi.net.rdma.transport import RdmaTransport
 from msi.net.regions import HOST_MEMORY
 from msi.net.shm import ShmTransport
 from msi.net.slots import SlotLayout
 from msi.net.transport import Admission, CompletionKind
+from tests.loopback_verbs import LoopbackDriver
 from tests.waiting import until
 
 LAYOUT = SlotLayout(2, 4, 128)
@@ -23,8 +25,8 @@ LAYOUT = SlotLayout(2, 4, 128)
 class Serving:
     """A thread that serves `ready` and notes what it gets, until None."""
 
-    def __init__(self):
-        self.ready = Ready()
+    def __init__(self, poll_s=0.0):
+        self.ready = Ready(poll_s)
         self.got = []
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
@@ -95,6 +97,38 @@ def test_a_source_that_fails_takes_nothing_from_the_others(serving, caplog):
     assert "it is broken" in caplog.text
 
 
+def test_a_source_is_asked_once_more_before_the_thread_sleeps_if_it_wants_to_be(serving):
+    answers, all_asked = [True, True, False], threading.Event()
+
+    def take():
+        if not answers:
+            return False
+        answer = answers.pop(0)
+        if not answers:
+            all_asked.set()
+        return answer
+
+    serving.ready.add(take)
+    assert all_asked.wait(10), "it slept, though it was to ask again"
+
+
+@pytest.mark.parametrize("poll_s", [0.0, 0.02])
+def test_a_descriptor_that_is_followed_wakes_the_thread_and_one_that_was_left_does_not(poll_s):
+    serving, rings = Serving(poll_s), threading.Semaphore(0)
+    ours = os.eventfd(0, os.EFD_NONBLOCK)
+    serving.ready.add(rings.release, ours)
+    for _ in range(5):  # nobody reads it: each time that it is written counts
+        assert rings.acquire(timeout=10)
+        while rings.acquire(timeout=0.05):
+            pass
+        os.eventfd_write(ours, 1)
+    serving.ready.put("its bell still wakes it")
+    serving.ready.remove(rings.release, ours)
+    os.close(ours)
+    serving.end()
+    serving.ready.remove(rings.release, ours)  # what is late does nothing
+
+
 def test_a_source_that_was_removed_is_not_looked_at(serving):
     calls, looked = [], threading.Event()
 
@@ -119,7 +153,14 @@ def test_after_its_end_a_ring_does_nothing(serving):
     serving.ready.put("nobody's")
 
 
-@pytest.mark.parametrize("kind", [ShmTransport, InprocTransport])
+CARDS = LoopbackDriver()
+
+
+def rdma_transport(poller=None):
+    return RdmaTransport(CARDS, poller=poller)
+
+
+@pytest.mark.parametrize("kind", [ShmTransport, InprocTransport, rdma_transport])
 async def test_immediates_come_on_the_pollers_thread_and_everything_else_on_the_loop(kind, serving):
     loop_thread = threading.current_thread()
     seen, all_seen = [], threading.Event()

@@ -60,6 +60,13 @@ def polled_inproc():
     return InprocTransport(poller=POLLER)
 
 
+def polled_rdma():
+    return RdmaTransport(POLLED_CARDS, poller=POLLER)
+
+
+POLLED_CARDS = LoopbackDriver()
+
+
 class Fabric(Far):
     """On a host of its own, which has a card."""
 
@@ -76,6 +83,7 @@ SUBJECTS = {
     "shm": Subject(ShmTransport, "shm://nobody"),
     "inproc, polled": Subject(polled_inproc, "inproc://nobody", taker=TAKER),
     "shm, polled": Subject(polled_shm, "shm://nobody", taker=TAKER),
+    "rdma, polled": Subject(polled_rdma, "rdma://127.0.0.1:1", taker=TAKER),
     "tcp": Subject(TcpTransport, NO_TCP),
     "tls": Subject(lambda: TcpTransport(key=bytes(32), encrypt=True), NO_TCP),
     "near": Subject(Near, NO_TCP),

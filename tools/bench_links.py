@@ -132,7 +132,7 @@ def hello(index: int, num_lanes: int) -> LinkHello:
     )  # fmt: skip
 
 
-def write_header(landing: PlainLanding, seat: int, kind: Kind, lane: int, seq: int) -> None:
+def write_header(landing: Landing, seat: int, kind: Kind, lane: int, seq: int) -> None:
     more = kind is Kind.DISPATCH
     HEADER.pack_into(landing.headers[seat][lane], 0, MAGIC, kind, lane, 0, more, 0, 0, seq, NUM_ROWS, 128, 1e-6, 1e-6)
 

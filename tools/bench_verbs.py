@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What a post and a completion cost Python, in microseconds, over a libibverbs that does nothing: for each driver.
 
-    tools/bench_verbs.py [--driver ibverbs|pyverbs]
+    tools/bench_verbs.py [--driver direct|ibverbs|pyverbs]
 
-Builds tools/verbs_stub.c (needs a C compiler and libibverbs-dev) and runs each driver on it in a process of its own.
+Each driver runs in a process of its own, over `tools/verbs_stub.py`.
 `driver` rows are calls of the driver alone; `transport` rows are what a link calls, with the bookkeeping of bounds and
 completions. The least and the median of fifteen rounds: machines are noisy, and the row of an empty call says how much
 so. No network and no card is in any of these numbers.
@@ -14,17 +14,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import os
 import statistics
-import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from msi.net.rdma.drivers import load_driver
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
+from msi.net.rdma.drivers import NAMES, load_driver
 from msi.net.rdma.endpoint import SIGNAL_EVERY, RdmaEndpoint
 from msi.net.rdma.fabric import open_place
 from msi.net.rdma.landing import RdmaOutbox, new_landing
@@ -32,41 +29,25 @@ from msi.net.rdma.options import RdmaOptions
 from msi.net.rdma.verbs import COMPLETIONS_PER_POLL, RECEIVES_PER_REFILL, Span
 from msi.net.regions import HOST_MEMORY
 from msi.net.slots import HEADER_BYTES, SlotLayout
+from tools.verbs_stub import run_over_stub, stub_of
 
-DRIVERS = ("ibverbs", "pyverbs")
-CHILD = "MSI_VERBS_STUB"  # where the stub is, in the process that is measured
 LAYOUT = SlotLayout(num_lanes=4, slot_rows=512, row_bytes=8192)
 ROUNDS, CALLS = 15, 4000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--driver", choices=DRIVERS, help="one alone; by default both")
+    parser.add_argument("--driver", choices=NAMES, help="one alone; by default all")
     given = parser.parse_args()
-    if CHILD in os.environ:
-        measure(given.driver)
+    stub = stub_of(given.driver)
+    if stub is not None:
+        measure(given.driver, stub)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        stub = Path(folder) / "libibverbs.so.1"
-        source = Path(__file__).with_name("verbs_stub.c")
-        named = ["-Wl,-soname,libibverbs.so.1"]
-        for driver in DRIVERS if given.driver is None else (given.driver,):
-            # the wheel opens the library by its name; pyverbs is linked to the real one, in front of which this goes
-            is_linked = driver == "pyverbs"
-            compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
-            command = [compiler, "-O2", "-shared", "-fPIC", "-o", stub, source, *([] if is_linked else named)]
-            subprocess.run(command, check=True)
-            where = {"LD_PRELOAD": str(stub)} if is_linked else {"LD_LIBRARY_PATH": folder}
-            environment = os.environ | where | {CHILD: str(stub)}
-            subprocess.run([sys.executable, __file__, "--driver", driver], env=environment, check=True)
+    for driver in NAMES if given.driver is None else (given.driver,):
+        run_over_stub(__file__, driver, ())
 
 
-def measure(driver: str) -> None:
-    stub = ctypes.CDLL(os.environ[CHILD])
-    if driver == "pyverbs":
-        from msi.net.rdma import pyverbs_driver
-
-        pyverbs_driver.EVENTS = "anon_inode:[eventfd]"  # what the stub's channel is
+def measure(driver: str, stub: ctypes.CDLL) -> None:
     card = open_place(load_driver(driver), RdmaOptions()).card
     card.start(1024, 4096)
     sends, receives = card.queue_pair(1, 128, HEADER_BYTES), card.queue_pair(1, 1, 0)
@@ -97,7 +78,7 @@ def measure(driver: str) -> None:
         "driver: a word": timed(lambda: sends.word(5, False)),
         "transport: rows and header, one post": timed(post_endpoint, SIGNAL_EVERY // 2),
         "transport: a word": timed(word_endpoint, SIGNAL_EVERY),
-        "driver: a completion, of 16": timed(card.poll, COMPLETIONS_PER_POLL, complete),
+        "driver: a completion, of 16, read": timed(card.poll, COMPLETIONS_PER_POLL, complete),
         "driver: a poll that finds nothing": timed(card.poll),
         "driver: a receive, of 16": timed(card.refill, RECEIVES_PER_REFILL),
     }

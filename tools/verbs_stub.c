@@ -1,23 +1,38 @@
-// A libibverbs that does nothing but keep count: what is left is what a binding, and Python, cost. See bench_verbs.py.
+// A libibverbs that does nothing but keep count, and complete what it is told to: what is left is what a binding, and
+// Python, cost. See bench_verbs.py and bench_host_path.py.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <infiniband/verbs.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <unistd.h>
 #undef ibv_query_port
 #undef ibv_reg_mr
 
-struct queue { struct ibv_cq cq; unsigned head, tail; struct ibv_wc wc[4096]; };
+struct queue { struct ibv_cq cq; unsigned head, tail; int is_armed; struct ibv_wc wc[4096]; };
+struct channel { struct ibv_comp_channel channel; struct ibv_cq *cq; };
 static struct ibv_device device, *devices[2];
+static struct ibv_qp *queue_pairs[4096];  // by number
 static uint32_t next_number = 100;
 static long num_posted;
-static struct queue *last_queue;
+static int completes_sends;
 
-static int post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_send_wr **bad) { for (; wr; wr = wr->next) num_posted++; return 0; }
+static void complete(struct ibv_cq *cq, struct ibv_wc wc) {
+  struct queue *q = (struct queue *)cq;
+  q->wc[q->tail++ & 4095] = wc;
+  if (q->is_armed && cq->channel) q->is_armed = 0, eventfd_write(cq->channel->fd, 1);
+}
+static int post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_send_wr **bad) {
+  for (; wr; wr = wr->next) {
+    num_posted++;
+    if (completes_sends && wr->send_flags & IBV_SEND_SIGNALED) complete(qp->send_cq, (struct ibv_wc){.opcode = IBV_WC_RDMA_WRITE, .qp_num = qp->qp_num});
+  }
+  return 0;
+}
 static int post_recv(struct ibv_qp *qp, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad) { return 0; }
 static int post_srq_recv(struct ibv_srq *srq, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad) { return 0; }
-static int req_notify_cq(struct ibv_cq *cq, int solicited) { return 0; }
+static int req_notify_cq(struct ibv_cq *cq, int solicited) { ((struct queue *)cq)->is_armed = 1; return 0; }
 static int poll_cq(struct ibv_cq *cq, int most, struct ibv_wc *wc) {
   struct queue *q = (struct queue *)cq;
   int n = 0;
@@ -26,10 +41,12 @@ static int poll_cq(struct ibv_cq *cq, int most, struct ibv_wc *wc) {
 }
 
 long stub_num_posted(void) { return num_posted; }
-void stub_complete(unsigned n, uint32_t qp_num) {  // so many immediates came
-  for (struct queue *q = last_queue; n--; q->tail++)
-    q->wc[q->tail & 4095] = (struct ibv_wc){.opcode = IBV_WC_RECV_RDMA_WITH_IMM, .wc_flags = IBV_WC_WITH_IMM, .qp_num = qp_num, .imm_data = q->tail};
+void stub_complete_sends(void) { completes_sends = 1; }  // that ask for it, from now on
+static void arrive(uint32_t number, uint32_t imm) {
+  complete(queue_pairs[number]->recv_cq, (struct ibv_wc){.opcode = IBV_WC_RECV_RDMA_WITH_IMM, .wc_flags = IBV_WC_WITH_IMM, .qp_num = number, .imm_data = imm});
 }
+void stub_complete(unsigned n, uint32_t number) { while (n--) arrive(number, n); }  // so many immediates came
+void stub_complete_each(unsigned n, const uint32_t *numbers, uint32_t imm) { while (n--) arrive(*numbers++, imm); }  // one from each
 
 struct ibv_device **ibv_get_device_list(int *n) { devices[0] = &device; if (n) *n = 1; strcpy(device.name, "stub0"); return devices; }
 void ibv_free_device_list(struct ibv_device **list) {}
@@ -59,17 +76,26 @@ struct ibv_mr *ibv_reg_mr(struct ibv_pd *pd, void *addr, size_t length, int acce
 }
 struct ibv_mr *ibv_reg_mr_iova2(struct ibv_pd *pd, void *addr, size_t length, uint64_t iova, unsigned access) { return ibv_reg_mr(pd, addr, length, access); }
 int ibv_dereg_mr(struct ibv_mr *m) { return 0; }
-struct ibv_comp_channel *ibv_create_comp_channel(struct ibv_context *c) { struct ibv_comp_channel *h = calloc(1, sizeof *h); h->context = c; h->fd = eventfd(0, EFD_NONBLOCK); return h; }
+struct ibv_comp_channel *ibv_create_comp_channel(struct ibv_context *c) { struct channel *h = calloc(1, sizeof *h); h->channel.context = c; h->channel.fd = eventfd(0, EFD_NONBLOCK); return &h->channel; }
 int ibv_destroy_comp_channel(struct ibv_comp_channel *h) { return 0; }
 struct ibv_cq *ibv_create_cq(struct ibv_context *c, int n, void *context, struct ibv_comp_channel *channel, int vector) {
-  last_queue = calloc(1, sizeof *last_queue);
-  last_queue->cq.context = c, last_queue->cq.cqe = n, last_queue->cq.cq_context = context, last_queue->cq.channel = channel;
-  return &last_queue->cq;
+  struct queue *q = calloc(1, sizeof *q);
+  q->cq.context = c, q->cq.cqe = n, q->cq.cq_context = context, q->cq.channel = channel;
+  if (channel) ((struct channel *)channel)->cq = &q->cq;
+  return &q->cq;
 }
 int ibv_destroy_cq(struct ibv_cq *q) { return 0; }
-int ibv_get_cq_event(struct ibv_comp_channel *h, struct ibv_cq **c, void **x) { errno = EAGAIN; return -1; }
+int ibv_get_cq_event(struct ibv_comp_channel *h, struct ibv_cq **c, void **x) {
+  uint64_t n;
+  *c = ((struct channel *)h)->cq, *x = (*c)->cq_context;
+  return read(h->fd, &n, 8) == 8 ? 0 : -1;
+}
 void ibv_ack_cq_events(struct ibv_cq *c, unsigned n) {}
-struct ibv_qp *ibv_create_qp(struct ibv_pd *p, struct ibv_qp_init_attr *a) { struct ibv_qp *q = calloc(1, sizeof *q); q->context = p->context; q->pd = p; q->qp_num = next_number++; q->qp_type = a->qp_type; return q; }
+struct ibv_qp *ibv_create_qp(struct ibv_pd *p, struct ibv_qp_init_attr *a) {
+  struct ibv_qp *q = calloc(1, sizeof *q);
+  q->context = p->context, q->pd = p, q->send_cq = a->send_cq, q->recv_cq = a->recv_cq, q->qp_type = a->qp_type;
+  return queue_pairs[q->qp_num = next_number++ & 4095] = q;
+}
 int ibv_destroy_qp(struct ibv_qp *q) { return 0; }
 int ibv_modify_qp(struct ibv_qp *q, struct ibv_qp_attr *a, int mask) { return 0; }
 int ibv_query_qp(struct ibv_qp *q, struct ibv_qp_attr *a, int mask, struct ibv_qp_init_attr *i) { memset(a, 0, sizeof *a); return 0; }

@@ -4,6 +4,8 @@ Looking is one call into the C library, without the interpreter's lock: `lfind` 
 of two arguments says 0. Given elements of no size, and `eventfd_read` for that function, it reads one descriptor over
 and over. A wake-up that was awaited so costs a fraction of one from sleep.
 
+A bell may follow other descriptors; then it waits for all of them by epoll, and looks at that.
+
 Looking takes a core. Where somebody else wants that core, what is awaited comes later, not sooner; so each wait that
 looks in vain lets twice as many waits as the last one go by without looking, and one that is rewarded looks again.
 """
@@ -38,12 +40,14 @@ class Bell:
 
     def __init__(self, poll_s: float = 0.0, look: Look | None = None) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK if poll_s else os.EFD_CLOEXEC)
+        self._poll_s = poll_s
         self._look = look or (_EventfdLook(self.fd, poll_s) if poll_s else None)
+        self._all: select.epoll | None = None
         self._skipped = 0
         self._to_skip = 0
 
     def wait(self) -> None:
-        """Until it was rung since the last wait."""
+        """Until it was rung since the last wait, or one of those that it follows became readable since."""
         look = self._look
         if look is None:
             os.read(self.fd, 8)
@@ -56,6 +60,25 @@ class Bell:
         else:
             self._skipped = self._to_skip = min(2 * self._skipped + 1, MOST_SKIPPED)
         look.sleep()
+
+    def follow(self, fd: int) -> None:
+        """From the next wait on: ring it."""
+        if self._all is None:
+            self._all = select.epoll()
+            self._all.register(self.fd, select.EPOLLIN)
+            self._look = _EpollLook(self._all, self.fd, self._poll_s)
+        self._all.register(fd, select.EPOLLIN | select.EPOLLET)
+
+    def leave(self, fd: int) -> None:
+        """Not any more."""
+        if self._all is not None and not self._all.closed:
+            self._all.unregister(fd)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        if self._all is not None:
+            self._all.close()
+        os.close(self.fd)
 
 
 class _EventfdLook:
@@ -85,3 +108,30 @@ class _EventfdLook:
     def sleep(self) -> None:
         self._poll.poll()
         os.eventfd_read(self._fd)
+
+
+class _EpollLook:
+    """Implements `Look`: each look is a call of its own, in which others may have the interpreter's lock."""
+
+    def __init__(self, all_of_them: select.epoll, bell: int, within_s: float) -> None:
+        self._poll = all_of_them.poll
+        self._bell = bell
+        self._within_s = within_s
+
+    def __call__(self) -> bool:
+        until = time.perf_counter() + self._within_s
+        while not self._taken(0.0):
+            if time.perf_counter() >= until:
+                return False
+        return True
+
+    def sleep(self) -> None:
+        while not self._taken(None):
+            pass
+
+    def _taken(self, timeout_s: float | None) -> bool:
+        rung = self._poll(timeout_s)
+        for fd, _ in rung:
+            if fd == self._bell:
+                os.eventfd_read(fd)
+        return bool(rung)

@@ -32,7 +32,7 @@ class Ready(Generic[Q]):
         self._bell = Bell(poll_s)
         self.bell = self._bell.fd
         self._open: deque[Q | None] = deque()
-        self._sources: tuple[Callable[[], None], ...] = ()
+        self._sources: tuple[Callable[[], object], ...] = ()
         self._thread = 0  # that calls `get`
         self._ringing = Lock()  # the bell is not closed, and its number reused, under a ring
         self._complaints = Complaints(log)
@@ -47,8 +47,7 @@ class Ready(Generic[Q]):
         while True:
             if queues:
                 return queues.popleft()
-            self.look()
-            if not queues:
+            if not self.look() and not queues:
                 self._bell.wait()
 
     def close(self) -> None:
@@ -56,16 +55,20 @@ class Ready(Generic[Q]):
         with self._ringing:
             bell, self.bell = self.bell, -1
         if bell >= 0:
-            os.close(bell)
+            self._bell.close()
 
     # -- msi.net.transport.Poller -------------------------------------------------------------------------------------
 
-    def add(self, take: Callable[[], None]) -> None:
+    def add(self, take: Callable[[], object], wakes: int = -1) -> None:
         self._sources = (*self._sources, take)
+        if wakes >= 0:
+            self._bell.follow(wakes)
         self.ring()
 
-    def remove(self, take: Callable[[], None]) -> None:
+    def remove(self, take: Callable[[], object], wakes: int = -1) -> None:
         self._sources = tuple(source for source in self._sources if source != take)
+        if wakes >= 0:
+            self._bell.leave(wakes)
 
     def ring(self) -> None:
         if get_ident() != self._thread:
@@ -73,10 +76,13 @@ class Ready(Generic[Q]):
                 if self.bell >= 0:
                     os.eventfd_write(self.bell, 1)
 
-    def look(self) -> None:
-        """Takes what has come by now."""
+    def look(self) -> bool:
+        """Takes what has come by now; whether any source wants to be asked once more before the thread sleeps."""
+        again = False
         for take in self._sources:
             try:
-                take()
+                if take():
+                    again = True
             except Exception as error:
                 self._complaints.say(error, "what came could not be taken")
+        return again

@@ -80,6 +80,8 @@ class AutoTransport:
 
     def take(self) -> None:
         self._shm.take()
+        if self._rdma is not None:
+            self._rdma.take()
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         def accept_here(hello: bytes) -> Admission:

@@ -28,15 +28,18 @@ from msi.net.link_hello import LINK_CODEC, LinkHello, decode_welcome
 from msi.net.passes import EXCHANGES_APART, Gates, Node, Pass, Watch
 from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import (
+    ANSWER,
     HEADER,
     HEADER_BYTES,
     INCARNATION_MASK,
     LANE_SHIFT,
     LIFE_MASK,
     MAGIC,
+    MAX_LANES,
+    OPENING,
     SEQ_MASK,
     SEQ_SHIFT,
-    WORDS,
+    TIMES,
     Kind,
     kind_word,
     life_word,
@@ -48,6 +51,7 @@ log = logging.getLogger(__name__)
 
 IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as its header
 
+NO_WORD = 1 << 32  # no immediate
 WATCH_SHARE = 16  # of the time-out: how often turns are checked against it
 ABSENCE_SHARE = 4  # of the time-out: who checks so late has been away, and everybody's time starts anew
 
@@ -107,6 +111,8 @@ class DispatchLink:
         self._posted_seqs = [seq - 1 for seq in hello.next_seqs]  # the last that any node may have seen
         self._posted_at = [0.0] * hello.num_lanes
         self._waiting = [0] * hello.num_lanes  # bit per node that owes an answer
+        self._awaited = [NO_WORD] * MAX_LANES  # the immediate of its answers, but for their senders' lives
+        self._counts: list[list[int]] = [[]] * hello.num_lanes  # rows to each node
         self._more = [True] * hello.num_lanes  # whether the lane goes on after it
         self._complete = asyncio.Event()
         self._report_loss = report_loss
@@ -120,7 +126,7 @@ class DispatchLink:
         self._turning = threading.Lock()  # held while a turn is posted or an answer taken, and while nodes come and go
         self._acquire, self._release = self._turning.acquire, self._turning.release  # `with` costs twice as much
         self._thread = threading.get_ident()  # of the event loop
-        self._incarnation = hello.incarnation
+        self._incarnation, self._row_bytes = hello.incarnation, self.layout.row_bytes
         self._answer_words = [kind_word(Kind.COMBINE, lane, False) for lane in range(hello.num_lanes)]
         transport.deliver(self._completed)
 
@@ -288,13 +294,8 @@ class DispatchLink:
 
     def _post(self, lane: int, passing: Pass, turn: int) -> None:
         """Needs the lock: no answer is taken before all nodes have their post."""
-        nodes, counts, first_count = passing.nodes, passing.counts, lane * len(passing.nodes)
-        seq, more, row_bytes, pack = (
-            passing.seq_of_turn_0 + turn,
-            self._more[lane],
-            self.layout.row_bytes,
-            WORDS.pack_into,
-        )
+        nodes, first = passing.nodes, lane * len(passing.nodes)
+        seq, more, row_bytes, pack = passing.seq_of_turn_0 + turn, self._more[lane], self._row_bytes, OPENING.pack_into
         if nodes is not self._nodes or None in nodes:
             changed = (node for node, peer in enumerate(nodes) if peer is None or peer is not self._nodes[node])
             self.failed(lane, turn, self._lost(next(changed)))
@@ -305,15 +306,16 @@ class DispatchLink:
         self._posted_seqs[lane] = seq
         self._posted_at[lane] = passing.since = self._clock()
         passing.turn = turn
-        waiting = num_rows = 0
+        self._awaited[lane] = lane << LANE_SHIFT | (seq & SEQ_MASK) << SEQ_SHIFT
+        self._counts[lane] = counts = passing.counts[first : first + len(nodes)].tolist()
+        waiting = 0
         peer: Node
         try:
-            for peer in nodes:  # type: ignore[assignment]  # none is None, as was seen above
-                if count := counts[first_count + peer.index]:
+            for peer, count in zip(nodes, counts, strict=True):  # type: ignore[assignment]  # none is None
+                if count:
                     waiting |= peer.bit
-                    num_rows += count
                     peer.num_rows += count
-                    pack(peer.out_headers[lane], 0, word, life, seq, count, row_bytes, 0.0, 0.0)
+                    pack(peer.out_headers[lane], 0, word, life, seq, count, row_bytes)  # its times stay 0
                     peer.post(lane, full, count)
                 else:
                     peer.post(lane, empty)
@@ -322,7 +324,7 @@ class DispatchLink:
             return
         self._waiting[lane] = waiting
         self.counters.posts += len(nodes)
-        self.counters.rows += num_rows
+        self.counters.rows += sum(counts)
         if not waiting:
             self._loop.call_soon_threadsafe(self._landed, lane, passing, self._posted_at[lane])
 
@@ -376,49 +378,49 @@ class DispatchLink:
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _completed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
-        if kind is IMMEDIATE:
-            self._acquire()
-            try:
-                self._arrived(endpoint, immediate)
-            finally:
-                self._release()
-        elif (node := self._node_of.get(endpoint)) is None:
-            self.counters.dropped["closed endpoint"] += 1
-        elif kind is CompletionKind.CLOSED:
-            self.drop(node.index, f"connection lost ({reason})")
+        if kind is not IMMEDIATE:
+            if (left := self._node_of.get(endpoint)) is None:
+                self.counters.dropped["closed endpoint"] += 1
+            elif kind is CompletionKind.CLOSED:
+                self.drop(left.index, f"connection lost ({reason})")
+            return
+        self._acquire()
+        try:
+            node = self._node_of.get(endpoint)
+            if node is None:
+                self.counters.dropped["closed endpoint"] += 1
+                return
+            lane = immediate >> LANE_SHIFT & 7
+            if immediate == node.answer | self._awaited[lane] and (waiting := self._waiting[lane]) & node.bit:
+                # nearly always: an answer that is owed, which a few comparisons tell
+                word, life, seq, num_rows = ANSWER.unpack_from(node.in_headers[lane])
+                if (
+                    word == self._answer_words[lane]
+                    and seq == self._posted_seqs[lane]
+                    and life & LIFE_MASK == node.welcome.incarnation
+                    and num_rows == self._counts[lane][node.index]
+                ):
+                    self._answered(node, lane, waiting & ~node.bit, seq, endpoint.came_at)
+                    return
+            self._arrived_otherwise(node, lane, immediate)
+        finally:
+            self._release()
 
-    def _arrived(self, endpoint: Endpoint, immediate: int) -> None:
-        node = self._node_of.get(endpoint)
-        if node is None:
-            self.counters.dropped["closed endpoint"] += 1
-            return
-        lane = immediate >> LANE_SHIFT & 7
-        if lane >= len(self._waiting):
-            self.counters.dropped["lane"] += 1
-            return
-        passing, seq, waiting = self._passes[lane], self._posted_seqs[lane], self._waiting[lane]
-        if passing is None or not waiting & node.bit or (immediate >> SEQ_SHIFT ^ seq) & SEQ_MASK:
-            self.counters.dropped["stale"] += 1
-            return
-        word, life, its_seq, num_rows, _, service_s, compute_s = WORDS.unpack_from(node.in_headers[lane])
-        if (
-            immediate != node.answer | lane << LANE_SHIFT | (seq & SEQ_MASK) << SEQ_SHIFT
-            or word != self._answer_words[lane]
-            or life & LIFE_MASK != node.welcome.incarnation
-            or its_seq != seq
-            or num_rows != passing.counts[lane * len(passing.nodes) + node.index]
-        ):
-            self._arrived_otherwise(node, lane, passing, immediate)
-            return
+    def _answered(self, node: Node, lane: int, waiting: int, seq: int, came_at: float) -> None:
         self.counters.answers += 1
-        self._waiting[lane] = waiting = waiting & ~node.bit
+        self._waiting[lane] = waiting
+        if waiting and seq % EXCHANGES_APART and self.exchange_watch is None:
+            return
+        now = came_at or self._clock()
+        service_s, compute_s = TIMES.unpack_from(node.in_headers[lane], OPENING.size)
         if not seq % EXCHANGES_APART or self.exchange_watch is not None:
-            self._exchanged(node, lane, endpoint.came_at or self._clock(), service_s)
+            self._exchanged(node, lane, now, service_s)
         if not waiting:
-            now = endpoint.came_at or self._clock()
             if 0.0 <= service_s < math.inf and 0.0 <= compute_s < math.inf:  # bytes may say anything
                 self.comm_meter.add(max(0.0, (now - self._posted_at[lane] - service_s) / 2))
                 self.compute_meter.add(compute_s)
+            passing = self._passes[lane]
+            assert passing is not None, f"lane {lane} has no pass, and answers were owed to it"
             self._landed(lane, passing, now)
 
     def _exchanged(self, node: Node, lane: int, now: float, service_s: float) -> None:
@@ -427,15 +429,23 @@ class DispatchLink:
         if (watch := self.exchange_watch) is not None:  # which another thread may take away
             watch(node.welcome.worker_id, lane, posted_at, now, service_s)
 
-    def _arrived_otherwise(self, node: Node, lane: int, passing: Pass, immediate: int) -> None:
+    def _arrived_otherwise(self, node: Node, lane: int, immediate: int) -> None:
         """Not the answer: a refusal, or dropped for the first field that does not match."""
-        dropped, header = self.counters.dropped, node.in_headers[lane]
-        incarnation = node.welcome.incarnation
+        dropped, incarnation = self.counters.dropped, node.welcome.incarnation
+        if lane >= len(self._passes):
+            dropped["lane"] += 1
+            return
+        passing, expected = self._passes[lane], self._posted_seqs[lane]
+        is_stale = not self._waiting[lane] & node.bit or (immediate >> SEQ_SHIFT ^ expected) & SEQ_MASK
+        if passing is None or is_stale:
+            dropped["stale"] += 1
+            return
+        header = node.in_headers[lane]
         magic, kind, its_lane, _, _, its_incarnation, _, seq, num_rows, *_ = HEADER.unpack_from(header)
         if (immediate ^ incarnation) & INCARNATION_MASK:
             dropped["incarnation"] += 1
         elif (magic, kind, its_lane) != (MAGIC, immediate >> 30, lane) or (seq, its_incarnation) != (
-            self._posted_seqs[lane],
+            expected,
             incarnation,
         ):
             dropped["header"] += 1

@@ -33,6 +33,8 @@ HEADER = struct.Struct("<4sBBBBIIQIIdd")
 # the same, its first five fields as one word and the next two as another: what a link knows beforehand
 WORDS = struct.Struct("<QQQIIdd")
 OPENING = struct.Struct("<QQQII")  # of those, without the times
+TIMES = struct.Struct("<dd")  # what follows
+ANSWER = struct.Struct("<QQQI")  # what tells an answer apart
 
 
 class Kind(IntEnum):

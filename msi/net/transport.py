@@ -101,11 +101,14 @@ class Poller(Protocol):
 
     bell: int  # an eventfd: a write wakes the thread, from whatever process
 
-    def add(self, take: Callable[[], None]) -> None:
-        """From now on it calls `take`, which hands over what has come."""
+    def add(self, take: Callable[[], object], wakes: int = -1) -> None:
+        """From now on it calls `take`, which hands over what has come; once more before it sleeps if that says True.
 
-    def remove(self, take: Callable[[], None]) -> None:
-        """Not any more, after the call that may be in progress."""
+        `wakes`: a descriptor that wakes the thread, too, each time that it becomes readable; `take` reads it.
+        """
+
+    def remove(self, take: Callable[[], object], wakes: int = -1) -> None:
+        """Not any more, after the call that may be in progress. The descriptor may be closed then."""
 
     def ring(self) -> None:
         """Wakes the thread, unless it is the caller, which looks again by itself."""

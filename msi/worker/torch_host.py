@@ -199,12 +199,14 @@ class TorchHost:
         key, encrypt = self._settings.trust.link_key(assignment.instance), self._settings.host.encrypt_rows
         poll_s = self._settings.host.poll_us / 1e6
         if name == "rdma":
-            return open_rdma(self._settings.host.rdma, host, key=key, complain=complain, poll_s=poll_s)
+            return open_rdma(self._settings.host.rdma, host, key=key, complain=complain, poll_s=poll_s, poller=poller)
         if name == "auto" and shm.is_available() is None:
             rdma = None
             if not encrypt:  # cards do not
                 try:
-                    rdma = open_rdma(self._settings.host.rdma, host, key=key, complain=complain, poll_s=poll_s)
+                    rdma = open_rdma(
+                        self._settings.host.rdma, host, key=key, complain=complain, poll_s=poll_s, poller=poller
+                    )
                 except ConfigError as error:
                     log.debug("no RDMA: %s", error)
             return AutoTransport(host, key=key, encrypt=encrypt, complain=complain, poller=poller, rdma=rdma)

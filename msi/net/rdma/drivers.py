@@ -8,9 +8,11 @@ from msi.net.rdma.fabric import open_place
 from msi.net.rdma.options import RdmaOptions
 from msi.net.rdma.transport import RdmaTransport
 from msi.net.rdma.verbs import Driver
+from msi.net.transport import Poller
 
-NAMES = ("ibverbs", "pyverbs")
+NAMES = ("direct", "ibverbs", "pyverbs")
 MISSING = {
+    "direct": "install libibverbs of your distribution (Debian: libibverbs1 ibverbs-providers)",
     "ibverbs": "install it with `pip install msi[rdma]`, and libibverbs (Debian: libibverbs1 ibverbs-providers)",
     "pyverbs": "install python3-pyverbs of your distribution, for its own Python or one of the same version",
 }
@@ -28,6 +30,10 @@ def load_driver(name: str) -> Driver:
 
 
 def _load(name: str) -> Driver:
+    if name == "direct":
+        from msi.net.rdma.direct_driver import DirectDriver
+
+        return DirectDriver()
     if name == "ibverbs":
         from msi.net.rdma.ibverbs_driver import IbverbsDriver
 
@@ -49,6 +55,8 @@ def open_rdma(
     key: bytes | None = None,
     complain: Complaints | None = None,
     poll_s: float = 0.0,
+    poller: Poller | None = None,
 ) -> RdmaTransport:
     """Raises ConfigError, as `check_rdma`."""
-    return RdmaTransport(load_driver(options.rdma_driver), options, host, key=key, complain=complain, poll_s=poll_s)
+    driver = load_driver(options.rdma_driver)
+    return RdmaTransport(driver, options, host, key=key, complain=complain, poll_s=poll_s, poller=poller)

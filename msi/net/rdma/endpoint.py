@@ -34,6 +34,13 @@ class RdmaEndpoint:
         leave: called once, on the event loop, when we close the connection.
     """
 
+    __slots__ = (
+        "_acquire", "_bytes_out", "_bytes_silent", "_generation", "_groups", "_has_seat", "_is_clear", "_is_open",
+        "_landing", "_lanes", "_leave", "_max_bytes", "_num_out", "_num_silent", "_out_layout", "_outbox", "_posting",
+        "_posts", "_release", "_row_bytes", "_signal_bytes", "_waiting", "came_at", "control", "is_ready", "name",
+        "num_posted", "num_received", "out_headers", "out_rows", "peer", "receives", "seat", "sends",
+    )  # fmt: skip
+
     def __init__(
         self,
         *,
@@ -69,6 +76,7 @@ class RdmaEndpoint:
         self._outbox = outbox
         self._out_layout = out_layout
         self._lanes: tuple[Lane, ...] = ()
+        self._posts: tuple[Callable[[int, int, bool], None], ...] = ()  # of these
         self._row_bytes = out_layout.row_bytes
         self._max_bytes = max_bytes
         self._signal_bytes = max_bytes // SIGNAL_SHARE
@@ -95,6 +103,7 @@ class RdmaEndpoint:
             )
             for lane in range(layout.num_lanes)
         )
+        self._posts = tuple(lane.post for lane in self._lanes)
 
     @property
     def is_open(self) -> bool:
@@ -108,13 +117,14 @@ class RdmaEndpoint:
             if not self._is_clear:
                 self._wait(lane, immediate, num_rows, note_bytes)
                 return
-            num_silent, bytes_silent = self._num_silent + 2, self._bytes_silent + num_rows * self._row_bytes
-            is_plain = num_rows and not note_bytes
-            if is_plain and num_silent < SIGNAL_EVERY and bytes_silent < self._signal_bytes:
+            num_silent = self._num_silent + 2
+            bytes_silent = self._bytes_silent + num_rows * self._row_bytes
+            if num_silent < SIGNAL_EVERY and bytes_silent < self._signal_bytes and num_rows and not note_bytes:
                 # nearly always, and `_send` in short
                 self.num_posted += 1
-                self._num_silent, self._bytes_silent = num_silent, bytes_silent
-                self._lanes[lane].post(immediate, num_rows, False)
+                self._num_silent = num_silent
+                self._bytes_silent = bytes_silent
+                self._posts[lane](immediate, num_rows, False)
             else:
                 self._send(lane, immediate, num_rows, note_bytes)
         except OSError as error:  # its completions say why

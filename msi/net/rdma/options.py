@@ -11,7 +11,7 @@ from msi.parameters import check_parameters, parameter
 
 GROUP = "RDMA"
 IPV4_MAPPED = bytes(10) + b"\xff\xff"
-DRIVERS = ("auto", "ibverbs", "pyverbs")
+DRIVERS = ("auto", "direct", "ibverbs", "pyverbs")
 TrafficClass = Annotated[int, range(256)]  # DSCP in the upper six bits, ECN in the lower two
 
 
@@ -28,8 +28,9 @@ class RdmaOptions:
     """
 
     rdma_driver: str = parameter(
-        "auto", "auto (ibverbs where it is installed), ibverbs or pyverbs", metavar="D", group=GROUP, choices=DRIVERS
-    )
+        "auto", "auto (the first that is there), direct (libibverbs itself), ibverbs or pyverbs", metavar="D",
+        group=GROUP, choices=DRIVERS,
+    )  # fmt: skip
     rdma_device: str = parameter("", "by default the first one with an active port", metavar="NAME", group=GROUP)
     rdma_port: Annotated[int, range(1, 256)] = parameter(1, "port of the device", metavar="N", group=GROUP)
     rdma_gid: str = parameter(

@@ -29,7 +29,7 @@ class Patience:
         self._skipped = self._to_skip = 0
 
     def look(self, poll: Callable[[], Sequence[Completion]]) -> Sequence[Completion]:
-        """What came in time. `poll` lets other threads have the interpreter's lock."""
+        """What came in time."""
         if self.is_none:
             return ()
         if self._to_skip:

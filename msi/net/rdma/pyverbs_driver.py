@@ -19,7 +19,6 @@ from msi.net.rdma.find_pyverbs import import_pyverbs
 from msi.net.rdma.verbs import (
     COMPLETIONS_PER_POLL,
     EVENTS_PER_ACKNOWLEDGEMENT,
-    RECEIVED_IMMEDIATE,
     RECEIVES_PER_REFILL,
     Card,
     Completion,
@@ -139,12 +138,10 @@ class PyverbsCard:
         return PyverbsQueuePair(queue_pair)
 
     def poll(self) -> Sequence[Completion]:
-        found: list[Any]
         _, found = self._queue.poll(COMPLETIONS_PER_POLL)
-        for one in found:
-            if one.opcode == RECEIVED_IMMEDIATE:
-                one.imm_data = ntohl(one.imm_data)
-        return found
+        return [(one.status, one.opcode, one.qp_num, ntohl(one.imm_data)) for one in found]
+
+    look = poll
 
     def arm(self) -> None:
         try:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from msi.errors import ConfigError, EngineError, TransportError
 from msi.net.complaints import Complaints
@@ -25,10 +25,9 @@ from msi.net.rdma.fabric import Place, open_place
 from msi.net.rdma.introduction import NUM_BYTES, Introduction
 from msi.net.rdma.landing import RdmaLanding, RdmaOutbox, new_landing
 from msi.net.rdma.options import RdmaOptions
-from msi.net.rdma.patience import Patience
 from msi.net.rdma.queues import Queues, open_queues
+from msi.net.rdma.reader import Reader
 from msi.net.rdma.verbs import (
-    COMPLETIONS_PER_POLL,
     RECEIVED_IMMEDIATE,
     RECEIVES_PER_REFILL,
     SUCCESS,
@@ -47,6 +46,7 @@ from msi.net.transport import (
     Endpoint,
     Handler,
     Landing,
+    Poller,
 )
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ RECEIVES_PER_SEAT = 32
 LEAVE_S = 1.0  # what was posted before a close may arrive so much later
 COUNT_MASK = (1 << 31) - 1
 GONE = 1 << 31  # said nothing
-POLLS_PER_TURN = 16  # before others on the event loop get theirs
+IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as the rest
 
 
 class RdmaTransport:
@@ -70,6 +70,7 @@ class RdmaTransport:
         key: what peers have to prove that they hold; control connections are encrypted by it.
         complain: told who is cut off.
         poll_s: how long completions are looked for before they are slept for; see `msi.net.rdma.patience`.
+        poller: takes immediates in place of the event loop.
 
     Raises:
         ConfigError: no device that could be used.
@@ -84,11 +85,13 @@ class RdmaTransport:
         key: bytes | None = None,
         complain: Complaints | None = None,
         poll_s: float = 0.0,
+        poller: Poller | None = None,
     ) -> None:
-        self._patience = Patience(poll_s)
         self.options = options or RdmaOptions()
         self.place: Place = open_place(driver, self.options)
         self._card = self.place.card
+        self._reader = Reader(self._card, self._took, self._fail, poll_s=poll_s, poller=poller)
+        self._poller = poller
         # keys of seats are not for whoever reads the network
         self._control = TcpTransport(host, key=key, encrypt=key is not None, complain=complain)
         self._control_landing = self._control.register(1, CONTROL_LAYOUT, HOST_MEMORY)
@@ -109,8 +112,8 @@ class RdmaTransport:
         self._left: dict[RdmaEndpoint, int] = {}  # closed by the peer, and how many posts it made
         self._all_left = asyncio.Event()
         self._all_left.set()
+        self._early: list[tuple[RdmaEndpoint, int]] = []  # words to a poller before there was a connection
         self._is_open = True
-        self._is_closed = False
 
     def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> RdmaLanding:
         return self._kept(new_landing(self._card, num_seats, layout, allocator))
@@ -126,10 +129,12 @@ class RdmaTransport:
         return landing
 
     def deliver(self, handler: Handler) -> None:
-        self._deliver.start(handler)
+        with self._reader.lock:
+            self._deliver.start(handler)
 
     def take(self) -> None:
-        """Nothing: the event loop hands over all there is."""
+        if self._poller is not None:
+            self._reader.take()
 
     # -- connections -------------------------------------------------------------------------------------------------
 
@@ -235,8 +240,7 @@ class RdmaTransport:
         num_receives = RECEIVES_PER_SEAT * num_seats
         self._most_peers = 2 * num_seats  # a peer may come back before the last of its former life has left
         self._card.start(num_receives, num_receives + (NUM_SENDS + 1) * self._most_peers)
-        self._loop.add_reader(self._card.fd, self._readable)
-        self._card.arm()
+        self._reader.start()
 
     def _endpoint(
         self, name: str, peer: bytes, landing: RdmaLanding, seat: int, outbox: RdmaOutbox, queues: Queues,
@@ -259,100 +263,94 @@ class RdmaTransport:
 
     # -- what the cards did ------------------------------------------------------------------------------------------
 
-    def _readable(self) -> None:
-        try:
-            self._card.take_event()
-            self._poll()
-        except OSError as error:
-            self._fail(error)
-
     def _fail(self, error: OSError) -> None:
         """Our card is of no use any more, to nobody."""
         log.error("RDMA device %s failed: %s", self._card.name, error.strerror or error)
-        self._loop.remove_reader(self._card.fd)
         for endpoint in list(self._outgoing.values()):
             self._end(endpoint, f"our RDMA device failed: {error.strerror or error}")
 
-    def _poll_again(self) -> None:
-        if not self._is_closed:
-            try:
-                self._poll()
-            except OSError as error:
-                self._fail(error)
-
-    def _poll(self) -> None:
-        card, patience, incoming, deliver = self._card, self._patience, self._incoming, self._deliver
-        is_armed = False
-        for _ in range(POLLS_PER_TURN):
-            if self._is_closed:
-                return
-            completions = card.poll()
-            if not completions and not is_armed:
-                completions = patience.look(card.poll)
-            if not completions or (patience.is_none and len(completions) < COMPLETIONS_PER_POLL):  # that was all
-                if is_armed and not completions:
-                    break
-                if not is_armed:
-                    card.arm()  # and once more: what came in between wakes nobody
-                    is_armed = True
-            if completions:
-                for flush in self._flushes:
-                    flush()
-            for one in completions:
-                if one.status != SUCCESS or one.opcode != RECEIVED_IMMEDIATE:
-                    self._sent(one)
-                    continue
-                self._num_used += 1
-                endpoint = incoming.get(one.qp_num)
-                if endpoint is None:
-                    continue  # it was closed or revoked
-                endpoint.num_received += 1
-                if endpoint.is_ready:
-                    deliver(endpoint, CompletionKind.IMMEDIATE, one.imm_data)
-                else:
-                    self._knocked(endpoint, one.imm_data)
-            if self._num_used >= RECEIVES_PER_REFILL:
-                self._num_used -= RECEIVES_PER_REFILL
-                card.refill()
-        else:
-            self._loop.call_soon(self._poll_again)
+    def _took(self, completions: Sequence[Completion]) -> None:
+        """On the event loop or the poller's thread, with the reader's lock held."""
+        for flush in self._flushes:
+            flush()
+        if self._early:
+            self._hear_early()
+        incoming, deliver = self._incoming, self._deliver
+        for status, opcode, number, word in completions:
+            if opcode != RECEIVED_IMMEDIATE or status != SUCCESS:
+                self._sent(status, number)
+                continue
+            self._num_used += 1
+            endpoint = incoming.get(number)
+            if endpoint is None:
+                continue  # it was closed or revoked
+            endpoint.num_received += 1
+            if endpoint.is_ready:
+                deliver(endpoint, IMMEDIATE, word)
+            else:
+                self._hear(endpoint, word)
+        while self._num_used >= RECEIVES_PER_REFILL:
+            self._num_used -= RECEIVES_PER_REFILL
+            self._card.refill()
         if self._left:
-            self._settle()
+            self._on_loop(self._settle)
 
-    def _sent(self, completion: Completion) -> None:
+    def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
+        if self._poller is None:
+            call(*arguments)
+        else:
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _sent(self, status: int, number: int) -> None:
         """Our writes up to here are acknowledged, or will never be."""
-        endpoint = self._outgoing.get(completion.qp_num)
+        endpoint = self._outgoing.get(number)
         if endpoint is None:
-            endpoint = self._incoming.get(completion.qp_num)
+            endpoint = self._incoming.get(number)
         if endpoint is None:
             return  # flushed after its end
-        if completion.status != SUCCESS:
-            self._end(endpoint, status_sentence(completion.status))
+        if status != SUCCESS:
+            self._on_loop(self._end, endpoint, status_sentence(status))
             return
         try:
             endpoint.completed()
         except OSError as error:
-            self._end(endpoint, f"the card took no post: {error.strerror or error}")
+            self._on_loop(self._end, endpoint, f"the card took no post: {error.strerror or error}")
+        if endpoint in self._knocking:
+            self._on_loop(self._answered, endpoint)
+
+    def _answered(self, endpoint: RdmaEndpoint) -> None:
         knocking = self._knocking.get(endpoint)
         if knocking is not None and not knocking.done():
             knocking.set_result(None)
 
-    def _knocked(self, endpoint: RdmaEndpoint, word: int) -> None:
-        if word != KNOCK:
-            self._end(endpoint, "it wrote before it knocked")
-            return
-        try:
-            endpoint.become_ready()
-        except OSError as error:
-            self._end(endpoint, f"the card took no post: {error.strerror or error}")
+    def _hear(self, endpoint: RdmaEndpoint, word: int) -> None:
+        """The first words of a peer that we accepted."""
+        if endpoint.control is None:
+            self._early.append((endpoint, word))  # it was faster than our event loop
+        elif endpoint.is_ready:
+            self._deliver(endpoint, IMMEDIATE, word)
+        elif word != KNOCK:
+            self._on_loop(self._end, endpoint, "it wrote before it knocked")
+        else:
+            try:
+                endpoint.become_ready()
+            except OSError as error:
+                self._on_loop(self._end, endpoint, f"the card took no post: {error.strerror or error}")
+
+    def _hear_early(self) -> None:
+        early, self._early = self._early, []
+        for endpoint, word in early:
+            self._hear(endpoint, word)
 
     # -- what is said over control connections -----------------------------------------------------------------------
 
     def _controlled(self, control: Endpoint, kind: CompletionKind, word: int, reason: str) -> None:
         if kind is CompletionKind.CONNECTED:
             endpoint = self._accepted.pop(control.peer)
-            self._watch(endpoint, control)
-            self._deliver(endpoint, CompletionKind.CONNECTED)
+            with self._reader.lock:
+                self._deliver(endpoint, CompletionKind.CONNECTED)
+                self._watch(endpoint, control)
+                self._hear_early()
             return
         watched = self._by_control.get(control)
         if watched is None:
@@ -362,7 +360,8 @@ class RdmaTransport:
             return
         self._left[watched] = word if kind is CompletionKind.IMMEDIATE else GONE
         self._loop.call_later(LEAVE_S, self._end_left, watched)
-        self._poll_again()  # what it posted before
+        self._reader.take()  # what it posted before
+        self._settle()
 
     def _settle(self) -> None:
         """Who left, and has posted nothing that is not here yet, is gone."""
@@ -379,14 +378,15 @@ class RdmaTransport:
 
     def _end(self, endpoint: RdmaEndpoint, reason: str) -> None:
         """The peer's doing, not ours."""
-        was_open = endpoint.shut()
-        self._release(endpoint)
-        knocking = self._knocking.get(endpoint)
-        if knocking is not None:
-            if not knocking.done():
-                knocking.set_exception(TransportError(endpoint.name, reason))
-        elif was_open:
-            self._deliver(endpoint, CompletionKind.CLOSED, 0, reason)
+        with self._reader.lock:
+            was_open = endpoint.shut()
+            self._release(endpoint)
+            knocking = self._knocking.get(endpoint)
+            if knocking is not None:
+                if not knocking.done():
+                    knocking.set_exception(TransportError(endpoint.name, reason))
+            elif was_open:
+                self._deliver(endpoint, CompletionKind.CLOSED, 0, reason)
 
     def _leave(self, endpoint: RdmaEndpoint) -> None:
         """We close it: the peer is told how much to wait for, and we wait until it has it."""
@@ -422,11 +422,9 @@ class RdmaTransport:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_S):
                 await self._all_left.wait()
-        self._is_closed = True
+        self._reader.stop()
         for endpoint in list(self._outgoing.values()):
             self._release(endpoint)
-        if self._most_peers:
-            self._loop.remove_reader(self._card.fd)
         for landing in self._landings:
             landing.close()
         self._card.close()

@@ -1,4 +1,4 @@
-"""The seam between the transport and a verbs library: what either driver does, and nothing more.
+"""The seam between the transport and a verbs library: what a driver does, and nothing more.
 
     card = driver.open("mlx5_0")            device, protection domain; no queues yet
     card.start(num_receives, ...)           one completion queue with its channel, one shared receive queue
@@ -30,21 +30,9 @@ RECEIVES_PER_REFILL = 16
 EVENTS_PER_ACKNOWLEDGEMENT = 64
 
 
-class Completion(Protocol):
-    """With a status other than SUCCESS, status and qp_num are all that it says."""
-
-    @property
-    def status(self) -> int: ...
-
-    @property
-    def opcode(self) -> int: ...
-
-    @property
-    def qp_num(self) -> int: ...
-
-    @property
-    def imm_data(self) -> int:
-        """In the host's order."""
+# status, opcode, number of the queue pair, immediate in the host's order; with a status other than SUCCESS only status
+# and number say something. No named tuple: making one costs as much as all else.
+Completion = tuple[int, int, int, int]
 
 
 class Port(NamedTuple):
@@ -149,7 +137,10 @@ class Card(Protocol):
         """Raises OSError."""
 
     def poll(self) -> Sequence[Completion]:
-        """Up to COMPLETIONS_PER_POLL, in order; empty when there are none."""
+        """Up to COMPLETIONS_PER_POLL, in order; empty when there are none. Raises OSError."""
+
+    def look(self) -> Sequence[Completion]:
+        """The same for whoever does it again and again: others may have the interpreter's lock meanwhile."""
 
     def arm(self) -> None:
         """The next completion makes the descriptor readable."""

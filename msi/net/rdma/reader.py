@@ -1,0 +1,153 @@
+"""Who takes completions from a card, and when: the event loop, or the thread that computes.
+
+The event loop sleeps for the card's descriptor, polls in batches, and lets others have their turn. A poller (see
+`msi.net.transport`) polls between programs, and sleeps for the same descriptor beside its bell. Before either sleeps
+the queue is armed and polled once more: what came in between wakes nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+
+from msi.net.rdma.patience import Patience
+from msi.net.rdma.verbs import COMPLETIONS_PER_POLL, Card, Completion
+from msi.net.transport import Poller
+
+POLLS_PER_TURN = 16  # before others on the event loop, or programs, get theirs
+
+
+class Reader:
+    """Of a card that was started. Used from the event loop, but for `take`.
+
+    Args:
+        took: gets what was polled, with the lock held, on the thread that polled it.
+        failed: the card is of no use any more; called on the event loop.
+        poller: takes completions in place of the event loop.
+
+    Attributes:
+        lock: held while completions are taken, so that they stay in order.
+    """
+
+    def __init__(
+        self,
+        card: Card,
+        took: Callable[[Sequence[Completion]], None],
+        failed: Callable[[OSError], None],
+        *,
+        poll_s: float,
+        poller: Poller | None,
+    ) -> None:
+        self.lock = threading.RLock()
+        self._card = card
+        self._took = took
+        self._failed = failed
+        self._patience = Patience(poll_s)
+        self._poller = poller
+        self._loop = asyncio.get_running_loop()
+        self._is_started = self._is_open = self._is_armed = False
+
+    def start(self) -> None:
+        self._is_started = self._is_open = True
+        if self._poller is not None:
+            self._poller.add(self._take_polled, self._card.fd)
+            return
+        self._loop.add_reader(self._card.fd, self._readable)
+        self._card.arm()
+
+    def stop(self) -> None:
+        """Nothing is taken any more. Idempotent."""
+        with self.lock:
+            self._is_open = False
+            was_started, self._is_started = self._is_started, False
+        if not was_started:
+            return
+        if self._poller is not None:
+            self._poller.remove(self._take_polled, self._card.fd)
+        else:
+            self._loop.remove_reader(self._card.fd)
+
+    def take(self) -> None:
+        """What has come by now. Any thread where there is a poller, else the event loop."""
+        if self._poller is not None:
+            self._take_polled()
+        elif self._is_open:
+            self._poll_again()
+
+    # -- a poller ----------------------------------------------------------------------------------------------------
+
+    def _take_polled(self) -> bool:
+        """Whether it has to be called once more before the thread sleeps."""
+        with self.lock:
+            if not self._is_open:
+                return False
+            try:
+                return self._take_or_arm()
+            except OSError as error:
+                self._is_open = False
+                self._loop.call_soon_threadsafe(self._fail, error)
+                return False
+
+    def _take_or_arm(self) -> bool:
+        poll = self._card.poll
+        for turn in range(POLLS_PER_TURN):
+            completions = poll()
+            if completions:
+                self._is_armed = False
+                self._took(completions)
+                if not self._is_open:
+                    return False
+            if len(completions) < COMPLETIONS_PER_POLL:  # that was all
+                if completions or turn:
+                    return True
+                break
+        else:
+            return True
+        if self._is_armed:
+            return False
+        self._card.take_event()
+        self._card.arm()
+        self._is_armed = True
+        return True
+
+    # -- the event loop ----------------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        try:
+            self._card.take_event()
+        except OSError as error:
+            self._fail(error)
+        else:
+            self._poll_again()
+
+    def _poll_again(self) -> None:
+        if self._is_open:
+            try:
+                with self.lock:
+                    self._poll()
+            except OSError as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self.stop()
+        self._failed(error)
+
+    def _poll(self) -> None:
+        card, patience = self._card, self._patience
+        is_armed = False
+        for _ in range(POLLS_PER_TURN):
+            completions = card.poll()
+            if not completions and not is_armed:
+                completions = patience.look(card.look)
+            if not completions or (patience.is_none and len(completions) < COMPLETIONS_PER_POLL):  # that was all
+                if is_armed and not completions:
+                    return
+                if not is_armed:
+                    card.arm()
+                    is_armed = True
+            if completions:
+                self._took(completions)
+                if not self._is_open:
+                    return
+        self._loop.call_soon(self._poll_again)
