@@ -7,10 +7,11 @@ import tomllib
 
 import pytest
 
-from msi import __version__
+from msi import __version__, structured_outputs
 from msi.control import request_routing, restarts, suspects
 from msi.net import secret
 from msi.server import calls, completions, door, preparers, request_body
+from msi.server.parsing import writing
 from msi.simulator import workload
 from msi.worker.worker import WorkerSettings
 from msi_launch.arguments import parse
@@ -43,6 +44,8 @@ STANDS = [
     ("msi/server/README.md", r"default (\d+); for chat", completions.DEFAULT_MAX_TOKENS),
     ("msi/server/README.md", r"a body above (\d+) MiB", request_body.MAX_BODY_BYTES / 2**20),
     ("msi/server/README.md", r"bodies above (\d+) KiB", calls.SMALL_BYTES / 2**10),
+    ("msi/server/README.md", r"At most (\d+) KiB of schema", structured_outputs.MAX_BYTES / 2**10),
+    ("msi/server/README.md", r"a call \(up to (\d+);", writing.MOST_CALLS),
     ("msi/server/README.md", r"each request within (\d+) s", preparers.WITHIN_S),
     ("msi/server/README.md", r"Headers have (\d+) s", door.HEADERS_WITHIN_S),
     ("msi/server/README.md", r"bodies (\d+) s", request_body.WHOLE_WITHIN_S),

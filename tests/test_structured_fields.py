@@ -149,7 +149,7 @@ def test_a_tools_schema_that_cannot_be_compiled_is_named(asked):
         asked(tools=tools, tool_choice="required")
     assert "in tools[1].function.parameters cannot be compiled at #/properties/a: " in str(caught.value)
     tools[1]["function"]["name"] = "two words"
-    with pytest.raises(InvalidRequest, match="tool 'two words' cannot be forced"):
+    with pytest.raises(InvalidRequest, match="calls of tool 'two words' cannot be held"):
         asked(tools=tools, tool_choice="required")
 
 

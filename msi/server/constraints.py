@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -18,6 +18,7 @@ from msi.structured_outputs import StructuredOutputs
 from msi.text.grammar_text import grammar_behind, lark_text, list_of, schema_of
 from msi.text.grammars import in_lark
 
+ANSWER, CALLS = "@answer", "calls"
 ANYTHING = "/(?s:.*)/"
 MOST_THOUGHTS = 8  # of gpt-oss, before it answers
 GAP = '"\\n"{0,2}'  # between a thought and a call
@@ -61,7 +62,7 @@ class Constraints:
     def of_chat(
         self, asked: ChatRequest, parsing: Parsing | None, reasoning_parser: str, prompt: str, field: str
     ) -> Held | None:
-        """Of a chat's answer; None where it may be anything.
+        """Of a chat's answer; None where it may be anything. Beside a form, a model may call its tools all the same.
 
         Args:
             parsing: what is looked for in it.
@@ -71,51 +72,55 @@ class Constraints:
         Raises:
             InvalidRequest: a tool cannot be forced, or a schema is none.
         """
-        if asked.forced_tools and parsing is not None:
-            return self._calls(asked, parsing, prompt)
-        structured = asked.params.structured_outputs
-        if structured is None:
+        structured = None if asked.forced_tools else asked.params.structured_outputs
+        if structured is None and not asked.forced_tools:
             return None
-        held = self.plain(structured, field)
-        begin = self._begin(reasoning_parser, prompt, "@answer")
-        if not begin:
-            return held
-        return replace(held, structured=StructuredOutputs(grammar=grammar_behind(begin, held.structured)))
+        goals, lark = [], ""
+        schemas: dict[str, Any] = {}
+        if structured is not None:
+            held = self.plain(structured, field)
+            structured, schemas = held.structured, held.schemas
+            goals.append(ANSWER)
+        if parsing is not None and parsing.tool_parser:
+            goals.append(CALLS)
+            lark, of_tools = self._calls(asked, parsing)
+            schemas |= of_tools
+        begin = self._begin(reasoning_parser, prompt, goals)
+        if structured is None:
+            return Held(StructuredOutputs(grammar=list_of([{"lark_grammar": f"{begin}\n{lark}"}])), schemas)
+        if begin == f"start: {ANSWER}":
+            return Held(structured, schemas)
+        return Held(StructuredOutputs(grammar=grammar_behind(f"{begin}\n{lark}", structured)), schemas)
 
-    def _calls(self, asked: ChatRequest, parsing: Parsing, prompt: str) -> Held:
+    def _calls(self, asked: ChatRequest, parsing: Parsing) -> tuple[str, dict[str, Any]]:
+        """Rules for calls of tools, and the tools' schemas by the fields that hold them."""
         functions = {tool["function"]["name"]: tool["function"].get("parameters") for tool in asked.tools or ()}
-        tools = {name: functions[name] for name in asked.forced_tools}
+        tools = {name: functions[name] for name in asked.forced_tools or functions}
         form = form_of(parsing.tool_parser, self._templates, self._special)
         is_one = not asked.has_parallel_calls or asked.is_named_tool
-        rules = calls_rules(form, tools, is_one=is_one, special=self._special)
-        begin = self._begin(parsing.reasoning_parser, prompt, "calls") or "start: calls"
-        if not is_harmony(parsing.tool_parser):
-            begin = begin.replace("thought calls", f"thought {GAP} calls")
-        grammar = list_of([{"lark_grammar": f"{begin}\n{rules}"}])
         names = list(functions)
-        schemas = {
-            f"tools[{names.index(name)}].function.parameters": schema
-            for name, schema in tools.items()
-            if schema is not None
-        }
-        return Held(StructuredOutputs(grammar=grammar), schemas or {"tools": None})
+        schemas = {f"tools[{names.index(name)}].function.parameters": schema for name, schema in tools.items()}
+        return calls_rules(form, tools, is_one=is_one, special=self._special), schemas
 
-    def _begin(self, reasoning_parser: str, prompt: str, goal: str) -> str:
-        """Rules of which `start` is `goal` behind what the model thinks; "" where it thinks nothing before."""
+    def _begin(self, reasoning_parser: str, prompt: str, goals: list[str]) -> str:
+        """Rules of which `start` is one of these, behind what the model thinks."""
         if is_harmony(reasoning_parser):
-            return self._harmony(goal)
+            return self._harmony(goals)
         syntax = reasoning_syntax(reasoning_parser)
+        goal = " | ".join(goals)
         if syntax is None or prompt.rstrip().endswith(syntax.end):
-            return ""
-        begins = f"{self._text(syntax.start)} thought {goal}"
-        start = f"thought {goal}" if begins_thinking(prompt, reasoning_parser) else f"{goal} | {begins}"
+            return f"start: {goal}"
+        behind = f"thought ({' | '.join(f'{GAP} {one}' if one == CALLS else one for one in goals)})"
+        is_thinking = begins_thinking(prompt, reasoning_parser)
+        start = behind if is_thinking else f"{goal} | {self._text(syntax.start)} {behind}"
         return f"start: {start}\n{self._up_to('thought', syntax.end)}"
 
-    def _harmony(self, goal: str) -> str:
+    def _harmony(self, goals: list[str]) -> str:
         """Messages of the analysis channel first; a call is a message, and an answer is one of the final channel."""
-        head = "" if goal == "calls" else f"{self._text(f'{CHANNEL}final{MESSAGE}')} "
+        final = self._text(f"{CHANNEL}final{MESSAGE}")
+        goal = " | ".join(f"{final} {one}" if one == ANSWER else one for one in goals)
         return (
-            f"start: thought{{0,{MOST_THOUGHTS}}} {head}{goal}\n"
+            f"start: thought{{0,{MOST_THOUGHTS}}} ({goal})\n"
             f"thought: {self._text(f'{CHANNEL}analysis{MESSAGE}')} said {self._text(f'{START}assistant')}\n"
             f"{self._up_to('said', '<|end|>')}"
         )

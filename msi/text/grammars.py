@@ -6,6 +6,7 @@ works, and its own limits bound its time and memory.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 
 from msi.errors import InvalidRequest
 from msi.structured_outputs import StructuredOutputs
-from msi.text.grammar_text import grammar_text, is_list, list_of, with_spaces
+from msi.text.grammar_text import grammar_text, is_list, list_of, schema_of, with_spaces
 
 MAX_REMEMBERED = 64  # grammars, compiled or checked
 MAX_LEXER_STATES = 20_000  # 40 MB at most, for each answer
@@ -205,14 +206,25 @@ class Grammars:
             if self._tokenizer is None:
                 self._tokenizer = self._load(guidance)
             matcher = guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits(guidance))
-            complaint = matcher.get_error()
+            complaint = matcher.get_error() or self._try(matcher)
         except BaseException as error:
             if not _is_the_librarys(error) or isinstance(error, InvalidRequest):
                 raise
             complaint = str(error)
         if complaint:
-            raise InvalidRequest(f"the grammar cannot be compiled: {_short(complaint)}", param="structured_outputs")
+            found = fault_of(schema_of(asked)) if asked.json else None
+            what = "the grammar" if found is None else f"the JSON schema at {found[0]}"
+            complaint = complaint if found is None else found[1]
+            raise InvalidRequest(f"{what} cannot be compiled: {_short(complaint)}", param="structured_outputs")
         return matcher
+
+    def _try(self, matcher: Any) -> str:
+        """What goes wrong at the beginning of an answer, as where an object has too many optional properties."""
+        first = matcher.deep_copy()
+        first.compute_bitmask()
+        first.try_consume_tokens(self._tokenizer.tokenize_str("{"))
+        first.compute_bitmask()
+        return str(first.get_error())
 
     def _load(self, guidance: Any) -> Any:
         text = self._read_tokenizer()
@@ -221,8 +233,33 @@ class Grammars:
                 "answers held to a grammar need a tokenizer.json, which this model lacks", param="structured_outputs"
             )
         eos = list(self._eos_token_ids) or None
-        num_tokens = Tokenizer.from_str(text).get_vocab_size()  # of which the model may have fewer
-        return guidance.LLTokenizer(text, n_vocab=max(self._vocab_size, num_tokens), eos_token=eos)
+        tokenizer = Tokenizer.from_str(text)
+        num_tokens = tokenizer.get_vocab_size()  # of which the model may have fewer
+        decoder: bytes = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
+        try:
+            if b'"ByteLevel"' not in decoder and (b'"ByteFallback"' not in decoder or b'"Metaspace"' in decoder):
+                raise ValueError("it decodes neither as byte-level vocabularies do nor as Llama's")
+            num_vocab = max(self._vocab_size, num_tokens)
+            return guidance.LLTokenizer(_without_prefix(text), n_vocab=num_vocab, eos_token=eos)
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
+            raise InvalidRequest(
+                f"answers of this model cannot be held to a grammar, as its tokenizer is not supported: {_short(error)}",
+                param="structured_outputs",
+            ) from error
+
+
+def _without_prefix(tokenizer: str) -> str:
+    """A tokenizer.json that puts no space before a text: llguidance has it encode parts of answers."""
+    values = json.loads(tokenizer)
+    step = values.get("pre_tokenizer") or {}
+    for one in step.get("pretokenizers") or [step]:
+        if one.get("type") == "ByteLevel":
+            one["add_prefix_space"] = False
+        elif one.get("type") == "Metaspace":
+            one["prepend_scheme"] = "never"
+    return json.dumps(values)
 
 
 class GrammarState:

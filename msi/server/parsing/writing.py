@@ -129,7 +129,8 @@ class _Rules:
         for at, (name, schema) in enumerate(tools.items()):
             if not NAME.fullmatch(name):
                 raise InvalidRequest(
-                    f"tool {shown(name)} cannot be forced; its name must be 1 to 128 of A-Z a-z 0-9 _ . -",
+                    f"calls of tool {shown(name)} cannot be held to a grammar; its name must be 1 to 128 of "
+                    "A-Z a-z 0-9 _ . -",
                     param="tools",
                 )
             self._arguments(at, schema if isinstance(schema, dict) else {})
@@ -164,8 +165,8 @@ class _Rules:
         for number, (key, inner) in enumerate((properties if isinstance(properties, dict) else {}).items()):
             if not KEY.fullmatch(key):
                 raise InvalidRequest(
-                    f"parameter {shown(key)} of a tool cannot be forced; this model writes names between tags, so they "
-                    "have no white space, quotes, brackets, = or /",
+                    f"parameter {shown(key)} cannot be held to a grammar; this model writes names between tags, so "
+                    "they have no white space, quotes, brackets, = or /",
                     param="tools",
                 )
             rule = f"argument{at}_{number}"
