@@ -245,7 +245,8 @@ class Grammars:
             if not _is_the_librarys(error):
                 raise
             raise InvalidRequest(
-                f"answers of this model cannot be held to a grammar, as its tokenizer is not supported: {_short(error)}",
+                f"answers of this model cannot be held to a grammar, as its tokenizer is not supported: "
+                f"{_short(error)}",
                 param="structured_outputs",
             ) from error
 
