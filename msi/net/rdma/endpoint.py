@@ -38,7 +38,7 @@ class RdmaEndpoint:
         "_acquire", "_bytes_out", "_bytes_silent", "_generation", "_groups", "_has_seat", "_is_clear", "_is_open",
         "_landing", "_lanes", "_leave", "_max_bytes", "_num_out", "_num_silent", "_out_layout", "_outbox", "_posting",
         "_posts", "_release", "_row_bytes", "_signal_bytes", "_waiting", "came_at", "control", "is_ready", "name",
-        "num_posted", "num_received", "out_headers", "out_rows", "peer", "receives", "seat", "sends",
+        "num_posted", "num_received", "out_headers", "out_rows", "peer", "receives", "seat", "sends", "way",
     )  # fmt: skip
 
     def __init__(
