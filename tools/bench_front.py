@@ -63,7 +63,7 @@ async def vllm(python: Path, model: Path, num_streams: int) -> AsyncGenerator[Se
     url = f"http://127.0.0.1:{port}"
     try:
         await wait_ready(url, "/health", process)
-        yield Served(url, await asyncio.to_thread(family, process.pid))
+        yield Served(url, await asyncio.to_thread(_named, process.pid))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -72,6 +72,12 @@ async def vllm(python: Path, model: Path, num_streams: int) -> AsyncGenerator[Se
         except TimeoutError:
             os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
+
+
+def _named(server: int) -> dict[str, int]:
+    """vLLM's processes, by what they call themselves."""
+    pids = {f"{Path(f'/proc/{pid}/comm').read_text().strip()}-{pid}": pid for pid in family(server).values()}
+    return {("api server" if pid == server else name.rpartition("-")[0]): pid for name, pid in pids.items()}
 
 
 def save_small(folder: Path) -> Path:
