@@ -32,7 +32,9 @@ from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
 from msi.sampling import choices_of
 from msi.sampling_params import SamplingDefaults
+from msi.scored_prompts import gathered
 from msi.text.prompts import Prompts
+from msi.text.stop_strings import Thinking
 from msi.text.text_stream import text_streams
 from msi.text.vocabulary import Vocabulary
 from msi.types import Output, Request, SamplingParams, TokenText
@@ -289,6 +291,7 @@ class Engine:
         *,
         request_id: str = "",
         trace: str = "",
+        thinking: Thinking | None = None,
     ) -> AsyncGenerator[Output, None]:
         """Generates, yielding what is new as it comes; the last output of each choice has a finish_reason.
 
@@ -298,6 +301,7 @@ class Engine:
             prompt: text, or token ids.
             params: None for what the model's generation_config.json says.
             trace: a traceparent that the instance's spans of it belong to, where it sends spans.
+            thinking: how the model marks what it thinks, where stop strings do not count.
 
         Raises:
             InvalidRequest: the prompt or the parameters cannot be served.
@@ -317,10 +321,12 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         names = [request_id if params.n == 1 else f"{request_id}-{index}" for index in range(params.n)]
         choices = choices_of(params, seed, self.max_model_len - len(token_ids))
-        texts = text_streams(self._vocabulary, token_ids, params)
+        texts = text_streams(self._vocabulary, token_ids, params, thinking)
         num_cached = [0] * params.n
         requests = [Request(name, token_ids, one, trace) for name, one in zip(names, choices, strict=True)]
         updates = client.generate(requests)
+        if params.prompt_logprobs is not None:
+            updates = gathered(updates, names[0])
         try:
             async for update in updates:
                 index = names.index(update.request_id)
@@ -335,7 +341,7 @@ class Engine:
                     client.cancel(update.request_id)
                 yield Output(
                     request_id, new.text, update.token_ids, reason, len(token_ids), index, new.logprobs,
-                    num_cached[index], new.token_texts, update.queued_s,
+                    num_cached[index], new.token_texts, update.queued_s, update.prompt_logprobs,
                 )  # fmt: skip
         finally:
             await updates.aclose()

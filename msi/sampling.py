@@ -73,11 +73,21 @@ def is_stop_token(params: SamplingParams, token: int, eos_token_ids: Collection[
 
 
 def choices_of(params: SamplingParams, seed: int, room: int) -> list[SamplingParams]:
-    """A request's `n` choices: each with a seed of its own, and with no more tokens than there is room for."""
+    """A request's `n` choices: each with a seed of its own, and with no more tokens than there is room for.
+
+    They have one prompt, so it is scored with the first.
+    """
     max_tokens = min(params.max_tokens, room)
     min_tokens = min(params.min_tokens, max_tokens)
     return [
-        replace(params, seed=seed_of_choice(seed, index), n=1, max_tokens=max_tokens, min_tokens=min_tokens)
+        replace(
+            params,
+            seed=seed_of_choice(seed, index),
+            n=1,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            prompt_logprobs=None if index else params.prompt_logprobs,
+        )
         for index in range(params.n)
     ]
 

@@ -31,7 +31,7 @@ class SamplingParams:
     leaves out would choose no other token than what it lets in.
 
     Attributes:
-        max_tokens: the most tokens to generate, at least 1; the context may end the text before.
+        max_tokens: the most tokens to generate; the context may end the text before. 0 only computes the prompt.
         temperature: 0 is greedy, and so is everything below `MIN_TEMPERATURE`; otherwise logits are divided by it.
             (vLLM raises what lies between 0 and 0.01 to 0.01. Here it is used as it is: logits are taken relative to
             the best one, so the division cannot go wrong.)
@@ -49,6 +49,8 @@ class SamplingParams:
         stop_token_ids: tokens that end the text; they are not part of it.
         logprobs: log-probabilities of each chosen token and of so many of the most probable ones, before temperature,
             penalties and bias; None for none at all.
+        prompt_logprobs: the same for each token of the prompt but the first, given those before it. Such a prompt is
+            computed whole: it takes nothing from the prefix cache.
         n: choices, each an answer of its own; their seeds derive from `seed`.
         allowed_token_ids: no token but these can be chosen; () for all.
         bad_words: texts whose tokens may not be completed in the output, with a space before them or without.
@@ -86,9 +88,10 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
     structured_outputs: StructuredOutputs | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _require("max_tokens", self.max_tokens, _is_int(self.max_tokens, 1), "an integer >= 1 of 63 bits")
+        _require("max_tokens", self.max_tokens, _is_int(self.max_tokens, 0), "an integer >= 0 of 63 bits")
         ok = _is_number(self.temperature, 0, MAX_TEMPERATURE)
         _require("temperature", self.temperature, ok, f"a number from 0 (greedy) to {MAX_TEMPERATURE}")
         _require("top_p", self.top_p, _is_number(self.top_p, 0, 1) and self.top_p > 0, "a number in (0, 1]")
@@ -111,8 +114,10 @@ class SamplingParams:
         self._check_listed_tokens()
         ok = _is_int(self.min_tokens, 0, self.max_tokens)
         _require("min_tokens", self.min_tokens, ok, f"an integer from 0 to max_tokens, which is {self.max_tokens}")
-        ok = self.logprobs is None or _is_int(self.logprobs, 0, MAX_LOGPROBS)
-        _require("logprobs", self.logprobs, ok, f"an integer from 0 to {MAX_LOGPROBS}, or null")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            ok = value is None or _is_int(value, 0, MAX_LOGPROBS)
+            _require(name, value, ok, f"an integer from 0 to {MAX_LOGPROBS}, or null")
         _require("n", self.n, _is_int(self.n, 1, MAX_CHOICES), f"an integer from 1 to {MAX_CHOICES}")
         limit = self.truncate_prompt_tokens
         ok = limit is None or (_is_int(limit, -1) and limit != 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
 from msi.errors import ConfigError, Failure
+from msi.prompt_logprobs import PromptLogprobs
 from msi.sampling_params import SamplingParams as SamplingParams  # one of these values; it checks itself
 
 Measured = Annotated[float, (0.0, 1e18)]  # a time, a share or a count: whoever reads it may calculate with it
@@ -99,12 +100,14 @@ class Sampled:
         logprobs: by index into `token_ids`, of the rows that asked.
         failures: why a sequence cannot go on, by its index in the micro-batch. The others are as they were without it.
         ended: indices into `token_ids` of those behind which a grammar allows nothing more.
+        prompt_logprobs: of the micro-batch's `prompt_rows`, by the index of their sequence.
     """
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     ended: tuple[int, ...] = ()
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
 
 class GrammarState(Protocol):
@@ -132,6 +135,25 @@ class Constrained:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Tokens of one sequence in a micro-batch whose next tokens are known, and how probable those are is wanted.
+
+    Attributes:
+        sequence: its index in the micro-batch.
+        first: row of the first of them; the others follow it.
+        position: of the first of them in the sequence.
+        next_token_ids: the token behind each of them.
+        num_top: how many of the most probable tokens are wanted with each.
+    """
+
+    sequence: int
+    first: int
+    position: int
+    next_token_ids: tuple[int, ...]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """What one lane carries through the model once.
 
@@ -147,6 +169,7 @@ class MicroBatch:
         logit_rows: rows of `token_ids` whose next token is wanted.
         sampling: one for each of `logit_rows`.
         constrained: those of `logit_rows` that are held to a grammar.
+        prompt_rows: of sequences whose prompts are scored, in their order.
     """
 
     token_ids: tuple[int, ...]
@@ -157,6 +180,7 @@ class MicroBatch:
     logit_rows: tuple[int, ...] = ()
     sampling: tuple[TokenSampling, ...] = ()
     constrained: tuple[Constrained, ...] = ()
+    prompt_rows: tuple[PromptRows, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -188,6 +212,7 @@ class Progress:
         failure: why it ends without further tokens.
         queued_s: with the first token, how long it had waited at its attention worker to be admitted; else 0.
         keeps_last: the last token is part of the text, though the reason is "stop": its grammar has come to its end.
+        prompt_logprobs: of the prompt's tokens that a pass has scored; those that follow come later.
     """
 
     request_id: str
@@ -198,6 +223,7 @@ class Progress:
     failure: Failure | None = None
     queued_s: Measured = 0.0
     keeps_last: bool = False
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def is_last(self) -> bool:
@@ -218,6 +244,8 @@ class Output:
         num_cached_tokens: tokens of the prompt that the prefix cache had when this choice was admitted.
         token_texts: what each of `logprobs` adds to the text; joined over a choice they are its text.
         queued_s: as in `Progress`.
+        prompt_logprobs: of the prompt's tokens from the second on, if they were asked for: all with the first output,
+            which is one of choice 0; else None.
     """
 
     request_id: str
@@ -230,6 +258,7 @@ class Output:
     num_cached_tokens: int = 0
     token_texts: tuple[TokenText, ...] = ()
     queued_s: float = 0.0
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

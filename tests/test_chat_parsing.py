@@ -16,12 +16,13 @@ from msi.errors import InvalidRequest
 from msi.server.chat import ChatAnswer
 from msi.server.gateway import Gateway
 from msi.server.parsing.choice import REASONING_PARSERS, TOOL_PARSERS
-from msi.server.parsing.parser import Parsing
+from msi.server.parsing.parser import Parsing, thinking_of
 from msi.server.prepare import ANSWERS, CHAT, MESSAGE, NotUnderstood, Preparation, Setup
 from msi.server.whole import Whole
 from msi.settings import REASONING_PARSERS as REASONING_NAMES
 from msi.settings import TOOL_CALL_PARSERS as TOOL_NAMES
 from msi.text.prompts import Prompts
+from msi.text.text_stream import TextStream
 from msi.types import Output
 from tests.edge import TEMPLATE
 from tests.test_bodies import USER
@@ -101,6 +102,63 @@ def test_usage_and_ids_count_as_ever():
     for output in outputs_of(CUTS):
         answer.chunk(output)
     assert answer.usage.values()["completion_tokens"] == len(CUTS) + 1
+
+
+@pytest.mark.parametrize(
+    ("pieces", "options", "expected"),
+    [
+        (["<think>", "hm", ",", " well", "</think>", "Hi"], {}, 3),
+        (["\n", "<thi", "nk>", "hm", ",", "</", "think>", "\n", "Hi"], {}, 2),
+        (["hm", ",", "</think>", "Hi"], {"is_thinking": True}, 2),
+        (["\n", "hm", "</b", ">", "</think>"], {"is_thinking": True}, 4),
+        (["<think>", "hm"], {"has_reasoning": False}, 1),
+        (["Hi", "<think>", "hm"], {}, 0),
+        ([], {}, 0),
+    ],
+)
+def test_tokens_that_were_thought_are_counted(pieces, options, expected):
+    answer = answer_of(True, **options)
+    for output in outputs_of(pieces, "length")[: len(pieces)]:
+        answer.chunk(output)
+    answer.chunk(Output("r", "", (), "length"))
+    assert answer.usage.values()["completion_tokens_details"] == {"reasoning_tokens": expected}
+
+
+def test_usage_has_no_reasoning_where_nothing_looks_for_it():
+    answer = ChatAnswer("id", "m", 1, lambda token: None, 1, parsing=Parsing("hermes", ""))
+    answer.chunk(Output("r", "Hi", (5,), "stop"))
+    assert "completion_tokens_details" not in answer.usage.values()
+
+
+@pytest.mark.parametrize(
+    ("parsing", "text", "said"),
+    [
+        (Parsing("", "qwen3"), "<think>a stop b</think>c stop d", "<think>a stop b</think>c "),
+        (Parsing("", "qwen3"), " \n<think>stop</think>c stop d", " \n<think>stop</think>c "),
+        (Parsing("", "qwen3", is_thinking=True), "a stop b</think>c stop d", "a stop b</think>c "),
+        (Parsing("", "qwen3"), "c <think>a stop b", "c <think>a "),
+        (Parsing("", "qwen3"), "<thin stop", "<thin "),
+        (Parsing("", "qwen3"), "\n" * 200 + "stop", "\n" * 200),
+        (Parsing("", "deepseek_r1", is_thinking=True), "a stop", "a stop"),
+        (Parsing("kimi_k2", "kimi_k2", is_thinking=True), "a stop<|tool_calls_section_begin|>stop", None),
+        (Parsing("", "openai_gptoss"), "<|channel|>analysis<|message|>stop<|end|><|start|>assistant<|channel|>final"
+         "<|message|>c stop", None),
+        (Parsing("hermes", ""), "<think>stop", "<think>"),
+        (Parsing("openai", ""), "<|channel|>analysis<|message|>stop", "<|channel|>analysis<|message|>"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_stop_strings_do_not_count_in_what_is_thought(parsing, text, said, size):
+    expected = text[: text.rindex("stop")] if said is None else said
+    stream = TextStream(None, (), ("stop",), thinking=thinking_of(parsing))
+    found = ""
+    for piece in (text[at : at + size] for at in range(0, len(text), size)):
+        if not stream.is_stopped:
+            found += stream._certain([piece], False)
+    if not stream.is_stopped:
+        found += stream._certain([], True)
+    assert found == expected
+    assert stream.is_stopped is (found != text)
 
 
 # -- what is asked ---------------------------------------------------------------------------------------------------
@@ -228,7 +286,7 @@ class Saying(Engine):
         self._prompts = Prompts.of(tokenizer, 290, 512)
         self._pieces = pieces
 
-    async def generate(self, prompt, params=None, *, request_id=""):
+    async def generate(self, prompt, params=None, *, request_id="", thinking=None):
         for index in range(params.n):
             for output in outputs_of(self._pieces):
                 yield Output("r", output.text, output.token_ids, output.finish_reason, len(prompt), index)

@@ -123,7 +123,7 @@ async def test_prompts_that_cannot_be_served_are_refused_with_a_sentence(engine,
 @pytest.mark.parametrize(
     ("params", "complaint"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0; it must be an integer >= 1"),
+        ({"max_tokens": -1}, "max_tokens is -1; it must be an integer >= 0"),
         ({"max_tokens": 2.5}, r"max_tokens is 2\.5"),
         ({"max_tokens": True}, "max_tokens is True"),
         ({"temperature": -0.1}, r"temperature is -0\.1; it must be a number from 0"),

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 # lower layers first; a module may import its own layer and those below
 LAYERS = [
     {
-        "msi.errors", "msi.sampling_params", "msi.structured_outputs", "msi.types", "msi.meter", "msi.tracing",
-        "msi.request_spans", "msi.watchdog", "msi.complaints", "msi.control.lateness", "msi.parameters",
-        "msi.precision", "msi.json_log",
+        "msi.errors", "msi.sampling_params", "msi.structured_outputs", "msi.prompt_logprobs", "msi.types",
+        "msi.meter", "msi.tracing", "msi.request_spans", "msi.watchdog", "msi.complaints", "msi.control.lateness",
+        "msi.parameters", "msi.precision", "msi.json_log",
     },
     {
         "msi.experts.waves", "msi.experts.wave", "msi.experts.pace", "msi.experts.batches", "msi.placement",
@@ -32,7 +32,7 @@ LAYERS = [
     },
     {"msi.device", "msi.models", "msi.text"},
     {"msi.attention", "msi.experts", "msi.worker"},
-    {"msi.control", "msi.instance", "msi.engine"},
+    {"msi.control", "msi.instance", "msi.engine", "msi.scored_prompts"},
     {"msi.server", "msi.simulator", "msi.profiler", "msi.offline"},
     {"msi"},  # what everybody imports from, and which imports nothing before it is asked for
     {"launch", "tools"},

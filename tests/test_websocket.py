@@ -145,6 +145,7 @@ BAD = [
     ('{"type": "jump", "id": "x"}', "x", 'type is \'jump\'; it must be "generate" or "cancel"'),
     ('{"type": "generate", "id": "x"}', "x", "prompt is null"),
     ('{"type": "generate", "id": "x", "prompt": "a", "stream": true}', "x", "stream is not a field"),
+    ('{"type": "generate", "id": "x", "prompt": "a", "prompt_logprobs": 1}', "x", "not with streams"),
     ('{"type": "generate", "id": "x", "prompt": "a", "model": "other"}', "x", "model 'other' is not served"),
     ('{"type": "generate", "id": "x", "prompt": [9999]}', "x", "token id 9999"),
     ('{"type": "generate", "id": "x", "messages": []}', "x", "messages is missing or empty"),

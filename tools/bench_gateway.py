@@ -58,7 +58,13 @@ class MadeUp(Engine):
         self._prompts = Prompts.of(content, 2048, 1024)
 
     async def generate(
-        self, prompt: Any, params: SamplingParams | None = None, *, request_id: str = "", trace: str = ""
+        self,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str = "",
+        trace: str = "",
+        thinking: Any = None,
     ) -> AsyncGenerator[Output, None]:
         for index in range(NUM_TOKENS):
             await asyncio.sleep(TOKEN_EVERY_S)

@@ -160,34 +160,6 @@ def _schemathesis(place: Place) -> str:
     return f"{counted[2]} requests: no server error, nothing that /openapi.json does not say"
 
 
-def _lm_eval(place: Place) -> str:
-    questions = [{"question": f"It is a truth, said number {number},", "answer": "x"} for number in range(4)]
-    (place.folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
-    (place.folder / "task.yaml").write_text(
-        f"""
-task: plain_generation
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{place.folder}/questions.jsonl"}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 16, do_sample: false}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
-    )
-    for tokenized in (True, False):
-        said = place.run(
-            "lm_eval", "run", "--model", "local-completions", "--model_args",
-            f"base_url={place.url}/v1/completions,model={MODEL},tokenizer={MODEL_DIR},num_concurrent=2,"
-            f"tokenized_requests={tokenized},tokenizer_backend=huggingface,max_length=1024",
-            "--tasks", "plain_generation", "--include_path", place.folder,
-        )  # fmt: skip
-        if "|plain_generation|" not in said:
-            raise Failed(said)
-    return "a task of 4 generations, prompts as text and as token ids"
-
-
 CLIENTS = {
     "openai": Client(
         ("openai==3.57.0",), "models, completions, chat: plain, stream, n, logprobs, async", _script("openai_paths.py")
@@ -204,7 +176,9 @@ CLIENTS = {
         ("schemathesis==4.32.5",), "every endpoint of /openapi.json, by coverage and at random", _schemathesis
     ),
     "lm-eval": Client(
-        ("lm-eval[api]==0.4.13", "torch==2.13.0", "transformers==5.24.0"), "local-completions, generate_until", _lm_eval
+        ("lm-eval[api]==0.4.13", "torch==2.13.0", "transformers==5.24.0"),
+        "local-completions: generate_until, loglikelihood, multiple_choice, loglikelihood_rolling",
+        _script("lm_eval_paths.py"),
     ),
 }
 
@@ -227,7 +201,17 @@ def environment(name: str, client: Client) -> Path:
 
 def serve(port: int) -> subprocess.Popen[bytes]:
     """The demo model at a port, ready. Raises SystemExit: it does not start."""
-    command = [sys.executable, "-m", "msi_launch", "--port", str(port), "--threads-per-worker", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "msi_launch",
+        "--port",
+        str(port),
+        "--threads-per-worker",
+        "1",
+        "--dtype",
+        "float32",
+    ]
     process = subprocess.Popen([*command, "--log-level", "warning"], stdin=subprocess.DEVNULL)
     until = time.monotonic() + SERVE_S
     while time.monotonic() < until and process.poll() is None:

@@ -188,8 +188,11 @@ class Admission:
         return bool(self._pool.find((self._hash(sequence, count - 1),)))
 
     def _num_shareable(self, sequence: Sequence) -> int:
-        """Blocks that others may have computed; at least its last token is left to compute."""
-        return (len(sequence.tokens) - 1) // self._block_tokens
+        """Blocks that others may have computed; its last token is left to compute, and what is still to be scored."""
+        num_tokens = len(sequence.tokens) - 1
+        if sequence.num_scored < sequence.num_to_score:
+            num_tokens = min(num_tokens, sequence.num_scored)
+        return num_tokens // self._block_tokens
 
     def keep_full_blocks(self, sequence: Sequence) -> None:
         """What was computed is found by its contents from now on, block by block."""

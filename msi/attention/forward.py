@@ -18,6 +18,7 @@ from torch import Tensor
 
 from msi.attention.kv_cache import KvCache
 from msi.attention.masks import WITHIN_S, Masks, followed
+from msi.attention.prompt_scores import score
 from msi.attention.sampler import sample, sample_each
 from msi.complaints import Complaints
 from msi.device.device import Device
@@ -147,13 +148,23 @@ class Forward:
         if masks is not None:
             sampled = followed(state.micro_batch.constrained, sampled)
         # a row's NaN or infinity stays in its residual stream, whichever layer, expert or cached key it came from
-        if not sampled.failures and math.isfinite(state.hidden.sum(dtype=torch.float32).item()):
-            return sampled
-        return replace(sampled, failures=self._failures(state, sampled.failures))
+        if sampled.failures or not math.isfinite(state.hidden.sum(dtype=torch.float32).item()):
+            sampled = replace(sampled, failures=self._failures(state, sampled.failures))
+        return self._scored(state, normed, sampled) if state.micro_batch.prompt_rows else sampled
 
     def logits(self, state: PassState, answers: Tensor) -> Tensor:
         """float32 [num_logits, vocab_size], once the last turn is over."""
         return self._head(state, self._enter(state, self.num_turns, answers))
+
+    def _scored(self, state: PassState, normed: Tensor, sampled: Sampled) -> Sampled:
+        """With what is wanted of prompts' tokens; sequences that have failed are scored in vain."""
+        weights = self._weights
+        scored, broken = score(
+            lambda rows: self._kernels.logits(normed, rows, weights.lm_head), state.micro_batch.prompt_rows,
+            self._config.vocab_size, normed.device,
+        )  # fmt: skip
+        failures = dict.fromkeys(broken, NOT_FINITE) | sampled.failures
+        return replace(sampled, failures=failures, prompt_logprobs=scored)
 
     def _head(self, state: PassState, normed: Tensor) -> Tensor:
         return self._kernels.logits(normed, state.inputs.logit_rows, self._weights.lm_head)

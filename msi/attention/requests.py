@@ -227,7 +227,9 @@ class Requests:
         try:
             for index, reason in sampled.failures.items():
                 self._fail(self.scheduler.fail(lane, (index,)), self._failed(reason))
-            progress = self.scheduler.update(lane, sampled.token_ids, sampled.logprobs, sampled.ended)
+            progress = self.scheduler.update(
+                lane, sampled.token_ids, sampled.logprobs, sampled.ended, sampled.prompt_logprobs
+            )
         except Exception as error:
             self._end_lane(lane, error)
             return

@@ -18,11 +18,13 @@ from msi.attention.admission import Admission
 from msi.attention.block_pool import BlockPool
 from msi.attention.sequence import Lane, Sequence, micro_batch, share_budget
 from msi.errors import InvalidRequest, Unavailable, context_exceeded, shown
+from msi.prompt_logprobs import PromptLogprobs
 from msi.sampling import is_stop_token
 from msi.settings import SchedulerLimits
 from msi.types import GrammarState, MicroBatch, Progress, Request, TokenLogprobs
 
 NO_LOGPROBS: Mapping[int, TokenLogprobs] = {}
+NOT_SCORED: Mapping[int, PromptLogprobs] = {}
 
 
 class Scheduler:
@@ -133,11 +135,12 @@ class Scheduler:
             Unavailable: too many wait already.
         """
         num_prompt = len(request.prompt_token_ids)
+        least = num_prompt + min(1, request.params.max_tokens)
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty; give at least one token")
-        if num_prompt >= self._limits.max_model_len:
+        if least > self._limits.max_model_len:
             raise context_exceeded(self._limits.max_model_len, num_prompt, request.params.max_tokens)
-        if num_prompt >= self._cache_len:
+        if least > self._cache_len:
             raise InvalidRequest(
                 f"the prompt has {num_prompt} tokens; the whole KV cache holds {self._cache_len}. Shorten it, or give "
                 f"the attention workers more memory"
@@ -216,37 +219,52 @@ class Scheduler:
         token_ids: list[int],
         logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS,
         ended: Collection[int] = (),
+        prompt_logprobs: Mapping[int, PromptLogprobs] = NOT_SCORED,
     ) -> list[Progress]:
         """The pass of a lane is through: one sampled token for each of its micro-batch's logit rows.
 
         Args:
             logprobs: by index into `token_ids`.
             ended: indices of the tokens behind which nothing may follow.
+            prompt_logprobs: by index of the sequence in the micro-batch.
         """
         lane = self._lanes[lane_index]
         sampled = iter(enumerate(token_ids))
         progress = []
-        for sequence, count in lane.in_flight:
+        for index, (sequence, count) in enumerate(lane.in_flight):
             sequence.num_computed += count
             sequence.is_suspect = False
             if not sequence.has_failed:
                 self._admission.keep_full_blocks(sequence)
-            row, token = next(sampled) if sequence.num_computed == len(sequence.tokens) else (-1, None)
+            row, token = next(sampled) if sequence.is_followed_by_token() else (-1, None)
             if sequence.is_cancelled:
                 self._admission.release(sequence)
-            elif token is not None:
+                continue
+            scored = prompt_logprobs.get(index) if prompt_logprobs else None
+            if scored is not None:
+                sequence.num_scored += len(scored)
+            is_all = sequence.num_computed == sequence.max_len  # where the prompt alone is wanted
+            if token is None and scored is None and not is_all:
+                continue
+            new_tokens: tuple[int, ...] = ()
+            reason, num_cached, keeps_last = "length" if is_all else None, 0, False
+            if token is not None:
                 sequence.tokens.append(token)
-                reason, is_ended = self._finish_reason(sequence, token), row in ended
-                chosen = (logprobs[row],) if row in logprobs else ()
-                progress.append(
-                    Progress(
-                        sequence.request.request_id, (token,), "stop" if is_ended else reason, chosen,
-                        sequence.take_cached(), keeps_last=is_ended and reason != "stop",
-                    )
-                )  # fmt: skip
-                if reason is not None or is_ended:
-                    del self._sequences[sequence.request.request_id]
-                    self._admission.release(sequence)
+                reason = self._finish_reason(sequence, token)
+                keeps_last = row in ended and reason != "stop"
+                new_tokens, reason = (token,), "stop" if row in ended else reason
+            if token is not None or is_all:
+                num_cached = sequence.take_cached()
+            chosen = (logprobs[row],) if row in logprobs else ()
+            request_id = sequence.request.request_id
+            progress.append(
+                Progress(
+                    request_id, new_tokens, reason, chosen, num_cached, keeps_last=keeps_last, prompt_logprobs=scored
+                )
+            )
+            if reason is not None:
+                del self._sequences[request_id]
+                self._admission.release(sequence)
         assert next(sampled, None) is None, f"more tokens than logit rows: {token_ids}"
         lane.in_flight = []
         self._admission.admit()

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from msi.sampling import has_extras, sampling_extras
-from msi.types import Constrained, GrammarState, MicroBatch, Request, TokenSampling
+from msi.types import Constrained, GrammarState, MicroBatch, PromptRows, Request, TokenSampling
 
 # The predicted time of a lane, in units of one decoded token: attention over this much context costs as much again,
 # and of a prompt that is still to be computed a token costs this share.
@@ -44,6 +44,8 @@ class Sequence:
         is_suspect: an exception came out of a pass that it was in; until it comes through one it is alone in its own.
         lane: where it runs; None while it waits.
         grammar: that its answer is held to.
+        num_scored: tokens of the prompt of which it was told how probable the next one is.
+        num_to_score: how many there are in all; 0 where nobody asked.
     """
 
     request: Request
@@ -62,15 +64,23 @@ class Sequence:
     is_suspect: bool = False
     lane: Lane | None = None
     grammar: GrammarState | None = None
+    num_scored: int = 0
+    num_to_score: int = field(init=False)
     has_extras: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.has_extras = has_extras(self.request.params)
+        is_scored = self.request.params.prompt_logprobs is not None
+        self.num_to_score = len(self.request.prompt_token_ids) - 1 if is_scored else 0
 
     @property
     def num_left(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
+
+    def is_followed_by_token(self, count: int = 0) -> bool:
+        """Whether its next token is chosen once so many more have been computed; False where it may have none."""
+        return self.num_computed + count == len(self.tokens) < self.max_len
 
     def take_cached(self) -> int:
         """`num_cached`, the first time it is asked for; 0 afterwards."""
@@ -125,18 +135,22 @@ def micro_batch(chosen: Iterable[tuple[Sequence, int]], eos_token_ids: Collectio
     """The next so many tokens of each sequence, which has the blocks for them."""
     token_ids: list[int] = []
     positions: list[int] = []
-    query_lens, context_lens, block_tables = [], [], []
+    query_lens: list[int] = []
+    context_lens, block_tables = [], []
     logit_rows = []
     sampling = []
     constrained = []
+    prompt_rows: list[PromptRows] = []
     for sequence, count in chosen:
         start = sequence.num_computed
+        if sequence.num_scored < sequence.num_to_score:
+            prompt_rows += _prompt_rows(sequence, count, index=len(query_lens), row=len(token_ids))
         token_ids += sequence.tokens[start : start + count]
         positions += range(start, start + count)
         query_lens.append(count)
         context_lens.append(start + count)
         block_tables.append(tuple(sequence.blocks))
-        if start + count == len(sequence.tokens):
+        if sequence.is_followed_by_token(count):
             logit_rows.append(len(token_ids) - 1)
             sampling.append(_next_sampling(sequence, eos_token_ids))
             if sequence.grammar is not None:
@@ -151,7 +165,25 @@ def micro_batch(chosen: Iterable[tuple[Sequence, int]], eos_token_ids: Collectio
         logit_rows=tuple(logit_rows),
         sampling=tuple(sampling),
         constrained=tuple(constrained),
+        prompt_rows=tuple(prompt_rows),
     )
+
+
+def _prompt_rows(sequence: Sequence, count: int, *, index: int, row: int) -> list[PromptRows]:
+    """Of the next `count` tokens of a sequence, those that are still to be scored; none or one run.
+
+    Args:
+        index: of the sequence in the micro-batch.
+        row: of the first of these tokens.
+    """
+    start = sequence.num_computed
+    begin, end = max(start, sequence.num_scored), min(start + count, sequence.num_to_score)
+    if begin >= end:
+        return []
+    num_top = sequence.request.params.prompt_logprobs
+    assert num_top is not None, sequence.request.request_id
+    following = tuple(sequence.tokens[begin + 1 : end + 1])
+    return [PromptRows(index, row + begin - start, begin, following, num_top)]
 
 
 def _next_sampling(sequence: Sequence, eos_token_ids: Collection[int]) -> TokenSampling:

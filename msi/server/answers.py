@@ -14,9 +14,13 @@ class Usage:
 
     Args:
         num_choices: of each prompt; choices are numbered prompt by prompt.
+
+    Attributes:
+        num_reasoning: those of them that were thought; None where that is not told apart.
     """
 
     def __init__(self, num_choices: int = 1) -> None:
+        self.num_reasoning: int | None = None
         self._num_choices = num_choices
         self._num_prompt: dict[int, int] = {}  # by prompt
         self._num_cached: dict[int, int] = {}
@@ -32,12 +36,15 @@ class Usage:
     def values(self) -> dict[str, Any]:
         """OpenAI's usage object."""
         num_prompt = sum(self._num_prompt.values())
-        return {
+        values = {
             "prompt_tokens": num_prompt,
             "completion_tokens": self._num_completion,
             "total_tokens": num_prompt + self._num_completion,
             "prompt_tokens_details": {"cached_tokens": sum(self._num_cached.values())},
         }
+        if self.num_reasoning is not None:
+            values["completion_tokens_details"] = {"reasoning_tokens": self.num_reasoning}
+        return values
 
 
 def logprob_values(one: TokenLogprobs) -> tuple[float, list[tuple[int, float]]]:

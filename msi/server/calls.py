@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from msi.server.fields import Streaming
 from msi.server.merging import merged
 from msi.server.metrics import Metrics
 from msi.server.moment import Interrupted, for_a_moment
+from msi.server.parsing.parser import thinking_of
 from msi.server.prepare import (
     ANSWERS,
     CHAT,
@@ -36,6 +37,7 @@ from msi.server.prepare import (
     tokens_of,
 )
 from msi.server.preparers import Preparers
+from msi.server.prompt_answers import PromptAnswers, ScoredPrompt, ends_of
 from msi.server.request_log import RequestLog
 from msi.server.traced import traced
 from msi.types import Output, TokenText
@@ -80,13 +82,15 @@ class Answer(Protocol):
     usage: Usage
     num_choices: int
 
-    def opening(self) -> list[dict[str, Any]]: ...
+    def opening(self, output: Output) -> list[dict[str, Any]]: ...
 
     def chunk(self, output: Output) -> dict[str, Any]: ...
 
     def usage_chunk(self) -> dict[str, Any]: ...
 
     def frame(self) -> dict[str, Any]: ...
+
+    def echoed(self, index: int) -> Mapping[str, bytes]: ...
 
     def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]: ...
 
@@ -190,22 +194,28 @@ class Calls:
         request_id = request_id or uuid.uuid4().hex
         common = (engine.model_name, int(time.time()), engine.token_text, num_choices)
         answer: Answer
+        scored = prompt_answers(asked, engine.token_text)
         if asked.endpoint == CHAT:
             answer = ChatAnswer(
-                f"chatcmpl-{request_id}", *common, has_logprobs, asked.parsing, is_streamed=asked.streaming.stream
-            )
+                f"chatcmpl-{request_id}", *common, has_logprobs, asked.parsing, is_streamed=asked.streaming.stream,
+                prompts=scored,
+            )  # fmt: skip
         else:
             echoes = [echo.decode() for echo in asked.echoes]
-            answer = CompletionAnswer(f"cmpl-{request_id}", *common, echoes, has_logprobs=has_logprobs)
+            answer = CompletionAnswer(f"cmpl-{request_id}", *common, echoes, has_logprobs=has_logprobs, prompts=scored)
+        thinking = None if asked.parsing is None else thinking_of(asked.parsing)
 
         def start(trace: str = "") -> AsyncGenerator[Output, None]:
-            context = {"trace": trace} if trace else {}
+            context: dict[str, Any] = {"trace": trace} if trace else {}
+            if thinking is not None:
+                context["thinking"] = thinking
             outputs = [
                 self._metrics.observed(engine.generate(tokens_of(one), asked.params, **context), num_choices)
                 for one in asked.prompts
             ]
             together = outputs[0] if len(outputs) == 1 else merged(outputs, num_choices)
-            return self._requests.followed(together, answer.request_id, num_choices)
+            followed = self._requests.followed(together, answer.request_id, num_choices)
+            return followed if scored is None else with_prompts(followed, scored)
 
         outputs = start() if self._spans is None else traced(self._spans, parent, answer.request_id, start)
         return Call(outputs, answer, asked.streaming, has_logprobs)
@@ -216,3 +226,25 @@ class Calls:
             if name not in self._names_logged and len(self._names_logged) < MAX_NAMES_LOGGED:
                 self._names_logged.add(name)
                 log.info("field %s of requests is not known here and is ignored", shown(name))
+
+
+def prompt_answers(asked: Prepared, token_text: Callable[[int], TokenText]) -> PromptAnswers | None:
+    """Where the log-probabilities of the prompts are asked for."""
+    if asked.params.prompt_logprobs is None:
+        return None
+    if asked.echo_ends:
+        cut = zip(asked.prompts, asked.echoes, asked.echo_ends, strict=True)
+        prompts = [ScoredPrompt(tokens_of(one), echo.decode(), ends_of(ends)) for one, echo, ends in cut]
+    else:
+        prompts = [ScoredPrompt(tokens_of(one)) for one in asked.prompts]
+    num_echoed = asked.params.logprobs if asked.echo_ends else None
+    return PromptAnswers(prompts, asked.params.n, token_text, num_echoed=num_echoed, num_listed=asked.num_listed)
+
+
+async def with_prompts(outputs: AsyncGenerator[Output, None], prompts: PromptAnswers) -> AsyncGenerator[Output, None]:
+    """The same outputs, each prompt's log-probabilities having been taken. Closing it closes them."""
+    async with contextlib.aclosing(outputs):
+        async for output in outputs:
+            if output.prompt_logprobs is not None:
+                await prompts.take(output)
+            yield output

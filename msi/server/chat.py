@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ from msi.server.fields import (
     as_integer,
     check_fields,
     kind_of,
+    num_listed,
     sampling_params,
     streaming,
     typed,
 )
 from msi.server.parsed_choice import ParsedChoice
 from msi.server.parsing.parser import Parsing
+from msi.server.prompt_answers import PromptAnswers
 from msi.types import Output, SamplingParams, TokenLogprobs, TokenText
 
 FIELDS = SHARED_FIELDS | {
@@ -122,7 +124,13 @@ def parse_chat(
         template_values = {"reasoning_effort": effort, **template_values}
     return ChatRequest(
         messages=tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages)),
-        params=sampling_params(sampling, defaults=defaults, max_tokens=max_tokens, logprobs=_num_logprobs(values)),
+        params=sampling_params(
+            sampling,
+            defaults=defaults,
+            max_tokens=max_tokens,
+            logprobs=_num_logprobs(values),
+            prompt_logprobs=num_listed(values),
+        ),
         streaming=streaming(values),
         add_generation_prompt=not continues and typed(values, "add_generation_prompt", bool, True),
         continue_final_message=continues,
@@ -292,25 +300,33 @@ class ChatAnswer:
         has_logprobs: whether log-probabilities are wanted.
         parsing: what is looked for in the text; None to tell it as it is.
         is_streamed: nobody will ask for a whole `choice`.
+        prompts: log-probabilities of the prompt, where those are wanted.
     """
 
     def __init__(
         self, request_id: str, model: str, created: int, token_text: Callable[[int], TokenText], num_choices: int,
         has_logprobs: bool = False, parsing: Parsing | None = None, is_streamed: bool = False,
+        prompts: PromptAnswers | None = None,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.usage = Usage(num_choices)
         self._token_text = token_text
         self._has_logprobs = has_logprobs
+        self._prompts = prompts
+        self._is_open = False
         self.num_choices = num_choices
+        self._has_reasoning = parsing is not None and bool(parsing.reasoning_parser)
         self._parsed = (
             [] if parsing is None else [ParsedChoice(parsing, keeps=not is_streamed) for _ in range(num_choices)]
         )
         self._common = {"id": request_id, "created": created, "model": model}
         self._head = self._common | {"object": "chat.completion.chunk"}
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Chunks that come before the first output's."""
+    def opening(self, output: Output) -> list[dict[str, Any]]:
+        """Chunks that come before an output's: before the first one, who speaks."""
+        if self._is_open:
+            return []
+        self._is_open = True
         delta = {"role": "assistant", "content": ""}
         return [self._head | {"choices": [_choice(index, "delta", delta)]} for index in range(self.num_choices)]
 
@@ -319,7 +335,9 @@ class ChatAnswer:
         self.usage.add(output)
         delta, reason = {"content": output.text}, output.finish_reason
         if self._parsed:
-            delta, reason = self._parsed[output.index].delta(output.text, reason)
+            delta, reason = self._parsed[output.index].delta(output)
+            if self._has_reasoning:
+                self.usage.num_reasoning = sum(one.num_reasoning for one in self._parsed)
         elif not output.text and reason is not None:
             delta = {}
         logprobs = logprobs_content(output, self._token_text) if self._has_logprobs else None
@@ -332,7 +350,12 @@ class ChatAnswer:
 
     def frame(self) -> dict[str, Any]:
         """The answer to a request that does not stream, less the choices."""
-        return self._common | {"object": "chat.completion", "usage": self.usage.values()}
+        values = self._common | {"object": "chat.completion", "usage": self.usage.values()}
+        return values if self._prompts is None else values | self._prompts.listed(0)
+
+    def echoed(self, index: int) -> Mapping[str, bytes]:
+        """Nothing comes before a choice's own log-probabilities."""
+        return {}
 
     def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
         """One choice of that answer, less log-probabilities."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,13 @@ from msi.server.fields import (
     as_integer,
     check_fields,
     kind_of,
+    num_listed,
+    num_logprobs,
     sampling_params,
     streaming,
     typed,
 )
+from msi.server.prompt_answers import PromptAnswers, named_top
 from msi.types import Output, SamplingParams, TokenText
 
 DEFAULT_MAX_TOKENS = 16
@@ -37,7 +40,8 @@ class CompletionRequest:
 
     Attributes:
         prompts: each gets `params.n` choices, which are numbered prompt by prompt.
-        echo: whether the prompt comes before the text.
+        echo: whether the prompt comes before the text; with `params.logprobs`, its log-probabilities before theirs.
+        num_listed: see `msi.server.fields.num_listed`.
         add_special_tokens: whether the tokenizer puts its own around a text.
         ignored: fields that nobody knows.
     """
@@ -46,6 +50,7 @@ class CompletionRequest:
     params: SamplingParams
     streaming: Streaming
     echo: bool
+    num_listed: int | None = None
     add_special_tokens: bool = True
     ignored: tuple[str, ...] = ()
 
@@ -57,14 +62,12 @@ def parse_completion(values: Values, defaults: SamplingDefaults = NO_DEFAULTS) -
         defaults: the model's own parameters.
     """
     ignored = check_fields(values, FIELDS, NOT_IN_COMPLETIONS)
-    echo, logprobs = typed(values, "echo", bool, False), as_integer(values.get("logprobs"))
-    if logprobs is False:
-        logprobs = None
-    if echo and logprobs is not None:
-        raise InvalidRequest(
-            "echo and logprobs do not go together: the prompt's log-probabilities are not computed", param="echo"
-        )
-    params = sampling_params(values, defaults=defaults, max_tokens=DEFAULT_MAX_TOKENS, logprobs=logprobs)
+    echo, logprobs, listed = typed(values, "echo", bool, False), num_logprobs(values, "logprobs"), num_listed(values)
+    scored = [num for num in (listed, logprobs if echo else None) if num is not None]
+    params = sampling_params(
+        values, defaults=defaults, max_tokens=DEFAULT_MAX_TOKENS, logprobs=logprobs,
+        prompt_logprobs=max(scored, default=None), echo=echo,
+    )  # fmt: skip
     if as_integer(values.get("best_of")) not in (None, params.n):
         raise InvalidRequest("best_of must equal n: all choices are given, none is judged", param="best_of")
     prompts = _prompts(values.get("prompt"))
@@ -79,6 +82,7 @@ def parse_completion(values: Values, defaults: SamplingDefaults = NO_DEFAULTS) -
         params=params,
         streaming=streaming(values),
         echo=echo,
+        num_listed=listed,
         add_special_tokens=typed(values, "add_special_tokens", bool, True),
         ignored=ignored,
     )
@@ -113,24 +117,42 @@ class CompletionAnswer:
         num_choices: of each prompt.
         echoes: what comes before the text, for each prompt.
         has_logprobs: whether log-probabilities are wanted.
+        prompts: log-probabilities of the prompts, where those are wanted.
     """
 
     def __init__(
         self, request_id: str, model: str, created: int, token_text: Callable[[int], TokenText], num_choices: int,
-        echoes: Sequence[str] = ("",), has_logprobs: bool = False,
+        echoes: Sequence[str] = ("",), has_logprobs: bool = False, prompts: PromptAnswers | None = None,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.usage = Usage(num_choices)
         self._token_text = token_text
         self._has_logprobs = has_logprobs
+        self._prompts = prompts
+        self._num_each = num_choices
+        self._is_open = False
         self._echoes = [echo for echo in echoes for _ in range(num_choices)]
         self.num_choices = len(self._echoes)
         self._offsets = [len(echo) for echo in self._echoes]  # characters before the next token, for logprobs
         self._head = {"id": request_id, "object": "text_completion", "created": created, "model": model}
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Chunks that come before the first output's."""
+    def opening(self, output: Output) -> list[dict[str, Any]]:
+        """Chunks that come before an output's: the echoes, with their log-probabilities prompt by prompt."""
+        if self._prompts is not None:
+            if output.prompt_logprobs is None:
+                return []
+            return [
+                self._head | {"choices": [_choice(index, self._echoes[index], self._prompts.echoed_whole(index))]}
+                for index in range(output.index, output.index + self._num_each)
+            ]
+        if self._is_open:
+            return []
+        self._is_open = True
         return [self._head | {"choices": [_choice(index, echo)]} for index, echo in enumerate(self._echoes) if echo]
+
+    def echoed(self, index: int) -> Mapping[str, bytes]:
+        """What comes before a choice's own log-probabilities, items as JSON by name."""
+        return {} if self._prompts is None else self._prompts.echoed(index)
 
     def chunk(self, output: Output) -> dict[str, Any]:
         """One server-sent event."""
@@ -148,7 +170,8 @@ class CompletionAnswer:
 
     def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
         """One choice of that answer, less log-probabilities."""
-        return {"index": index, "text": self._echoes[index] + text, "finish_reason": finish_reason}
+        values = {"index": index, "text": self._echoes[index] + text, "finish_reason": finish_reason}
+        return values if self._prompts is None else values | self._prompts.listed(index)
 
     def _logprobs(self, output: Output) -> dict[str, Any] | None:
         if not self._has_logprobs:
@@ -158,22 +181,13 @@ class CompletionAnswer:
             value, best = logprob_values(one)
             tokens.append(added.text)
             values.append(value)
-            tops.append(self._top_logprobs(one.token_id, added.text, value, best))
+            tops.append(named_top(one.token_id, added.text, value, best, self._token_text))
             offsets.append(self._offsets[output.index])
             self._offsets[output.index] += len(added.text)
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
-    def _top_logprobs(self, chosen: int, text: str, value: float, best: list[tuple[int, float]]) -> dict[str, float]:
-        """By text. The chosen token is always there, and nothing is lost where texts are the same."""
-        named = {text: value}
-        for token_id, logprob in best:
-            if token_id != chosen:
-                name = self._token_text(token_id).text
-                named[f"token_id:{token_id}" if name in named else name] = logprob
-        return named
-
 
 def _choice(
-    index: int, text: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+    index: int, text: str, logprobs: Mapping[str, Any] | None = None, finish_reason: str | None = None
 ) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -40,6 +40,7 @@ BOUNDS: dict[str, Schema] = {  # of sampling parameters; a test holds them again
     "min_tokens": {"minimum": 0},
     "n": {"minimum": 1, "maximum": MAX_CHOICES},
     "logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
+    "prompt_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
     "stop_token_ids": {"maxItems": MAX_LISTED_TOKENS},
     "allowed_token_ids": {"maxItems": MAX_ALLOWED_TOKENS},
     "bad_words": {"maxItems": MAX_BAD_WORDS},

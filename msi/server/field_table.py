@@ -52,7 +52,6 @@ NOT_DONE = {
     # -- vLLM's
     "use_beam_search": NotDone(_BEAMS),
     "length_penalty": NotDone(_BEAMS, (1, 0)),
-    "prompt_logprobs": NotDone("log-probabilities are computed for the answer only"),
     "logprob_token_ids": NotDone("log-probabilities are given for the most probable tokens only"),
     "return_tokens_as_token_ids": NotDone("tokens are given as text"),
     "return_token_ids": NotDone("token ids come with the WebSocket /v1/stream"),

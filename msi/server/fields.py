@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from msi.errors import InvalidRequest, shown
-from msi.sampling_params import SamplingDefaults
+from msi.sampling_params import MAX_LOGPROBS, SamplingDefaults
 from msi.server.field_table import ALWAYS_NEUTRAL, IGNORED, NOT_DONE, NotDone
 from msi.server.structured import FIELDS as STRUCTURED_FIELDS
 from msi.server.structured import structured_outputs
@@ -23,7 +23,7 @@ SAMPLING_INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "n", "truncate
 SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 SHARED_FIELDS = frozenset({
     "model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "add_special_tokens",
-    "allowed_token_ids", "bad_words", "skip_special_tokens", "include_stop_str_in_output",
+    "allowed_token_ids", "bad_words", "skip_special_tokens", "include_stop_str_in_output", "prompt_logprobs",
     *SAMPLING_INTEGERS, *SAMPLING_NUMBERS, *STRUCTURED_FIELDS,
 })  # fmt: skip
 MAX_DEPTH = 100  # of arrays and objects within one another
@@ -132,13 +132,15 @@ def streaming(values: Values) -> Streaming:
 
 
 def sampling_params(
-    values: Values, *, defaults: SamplingDefaults, max_tokens: int, logprobs: int | None
-) -> SamplingParams:
+    values: Values, *, defaults: SamplingDefaults, max_tokens: int, logprobs: int | None,
+    prompt_logprobs: int | None = None, echo: bool = False,
+) -> SamplingParams:  # fmt: skip
     """What a body asks of the sampler.
 
     Args:
         defaults: the model's own, for what the body leaves out.
         max_tokens: where neither says anything.
+        echo: whether the prompt comes back.
 
     Raises:
         InvalidRequest: names the parameter, what was given and what is allowed.
@@ -153,13 +155,45 @@ def sampling_params(
         stop_token_ids=_token_ids(values, "stop_token_ids"),
         logit_bias=_logit_bias(typed(values, "logit_bias", dict, {})),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         allowed_token_ids=_token_ids(values, "allowed_token_ids"),
         bad_words=tuple(typed(values, "bad_words", list, [])),
         skip_special_tokens=typed(values, "skip_special_tokens", bool, True),
         include_stop_str_in_output=typed(values, "include_stop_str_in_output", bool, False),
         structured_outputs=structured_outputs(values),
     )
+    if not params.max_tokens and prompt_logprobs is None and not echo:
+        raise InvalidRequest(
+            "max_tokens is 0, so nothing would come back; ask for 1 or more, or for echo or prompt_logprobs",
+            param="max_tokens",
+        )
     return defaults.limited(params)
+
+
+def num_logprobs(values: Values, name: str) -> int | None:
+    """How many of the most probable tokens are wanted, by this field; None for no log-probabilities.
+
+    Raises InvalidRequest.
+    """
+    wanted = whole_number(values, name)
+    if wanted is None or wanted is False:
+        return None
+    if type(wanted) is not int or not 0 <= wanted <= MAX_LOGPROBS:
+        raise InvalidRequest(
+            f"{name} is {shown(wanted)}; it must be an integer from 0 to {MAX_LOGPROBS}, or null", param=name
+        )
+    return wanted
+
+
+def num_listed(values: Values) -> int | None:
+    """`num_logprobs` of prompt_logprobs. Raises InvalidRequest: events of a stream have no place for them."""
+    wanted = num_logprobs(values, "prompt_logprobs")
+    if wanted is not None and typed(values, "stream", bool, False):
+        raise InvalidRequest(
+            "prompt_logprobs come with whole answers, not with streams; echo with logprobs goes with both",
+            param="prompt_logprobs",
+        )
+    return wanted
 
 
 def _stop(values: Values) -> tuple[str, ...]:

@@ -387,13 +387,9 @@ async def _send(request: web.BaseRequest, parts: Sequence[bytes], headers: Mappi
 
 async def _events(call: Call) -> AsyncGenerator[bytes, None]:
     """Server-sent events, less the one that says that it is done. Closing it closes the call."""
-    has_begun = False
     async with contextlib.aclosing(call.outputs):
         async for output in call.outputs:
-            chunks = [call.answer.chunk(output)]
-            if not has_begun:
-                chunks = call.answer.opening() + chunks
-                has_begun = True
+            chunks = [*call.answer.opening(output), call.answer.chunk(output)]
             if call.streaming.include_usage:
                 usage = call.answer.usage.values() if call.streaming.continuous_usage else None
                 chunks = [{**chunk, "usage": usage} for chunk in chunks]

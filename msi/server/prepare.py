@@ -21,6 +21,7 @@ from msi.server.chat import NO_PARSER, ChatRequest, parse_chat
 from msi.server.chat_template import ChatTemplates
 from msi.server.completions import parse_completion
 from msi.server.constraints import Constraints, Held
+from msi.server.echoes import Echoes, check_size
 from msi.server.fields import Streaming, Values, kind_of, parse_object, typed
 from msi.server.parsers import ModelParsers
 from msi.server.parsing.parser import Parsing
@@ -49,6 +50,9 @@ class Prepared:
         endpoint: COMPLETION or CHAT.
         prompts: tokens of each, as 32-bit integers of this machine: read them with `tokens_of`.
         echoes: what comes before the text, for each prompt, in UTF-8.
+        echo_ends: of each echo, the places in its text where the prompt's tokens end, as `prompts` are packed; () where
+            its log-probabilities are not asked for.
+        num_listed: see `msi.server.fields.num_listed`.
         ignored: fields that nobody knows.
         parsing: what is looked for in the answers of a chat; None to tell their text as it is.
     """
@@ -60,6 +64,8 @@ class Prepared:
     echoes: tuple[bytes, ...] = ()
     ignored: tuple[str, ...] = ()
     parsing: Parsing | None = None
+    echo_ends: tuple[bytes, ...] = ()
+    num_listed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,7 @@ class Preparation:
         self._prompts = Prompts.of(
             welcome.tokenizer, welcome.vocab_size, welcome.max_model_len, welcome.special_tokens.values()
         )
+        self._echoes = Echoes(self._prompts)
         self._parsers = ModelParsers(welcome, sources.values(), self._prompts.special_tokens)
         self._constraints = Constraints(self._prompts.tokenizer, sources.values(), welcome.vocab_size)
         self._compiles = compiles
@@ -180,11 +187,10 @@ class Preparation:
                 f"the prompts have {num_tokens} tokens together; at most {MAX_PROMPT_TOKENS} are allowed in a request",
                 param="prompt",
             )
-        echoes = tuple(
-            b"" if not asked.echo else (prompt if isinstance(prompt, str) else self._prompts.decode(prompt)).encode()
-            for prompt in asked.prompts
-        )
-        return self._prepared(COMPLETION, prompts, params, asked.streaming, echoes, asked.ignored)
+        check_size(num_tokens, params)
+        echoes, echo_ends = self._echoes.of(asked, prompts) if asked.echo else ((b"",) * len(prompts), ())
+        prepared = self._prepared(COMPLETION, prompts, params, asked.streaming, echoes, asked.ignored)
+        return replace(prepared, echo_ends=echo_ends, num_listed=asked.num_listed)
 
     def chat(self, values: Values, *, is_message: bool = False) -> Prepared:
         """Raises InvalidRequest.
@@ -214,7 +220,9 @@ class Preparation:
         reasoning_parser = self._parsers.reasoning_parser
         held = self._constraints.of_chat(asked, parsing, reasoning_parser, text, field_of(values))
         params = params if held is None else self._held(params, held)
-        return replace(self._prepared(CHAT, [prompt], params, asked.streaming, (b"",), asked.ignored), parsing=parsing)
+        check_size(len(prompt), params)
+        prepared = self._prepared(CHAT, [prompt], params, asked.streaming, (b"",), asked.ignored)
+        return replace(prepared, parsing=parsing, num_listed=params.prompt_logprobs)
 
     def tokens(self, values: Values) -> Answered:
         """What /tokenize answers. Raises InvalidRequest."""
@@ -333,4 +341,5 @@ def message_of(values: Values) -> tuple[str, str, Values]:
         if values.get(name):
             sentence = f"{name} is not a field of WebSocket requests, which always stream"
             raise InvalidMessage(sentence, client_id, param=name)
-    return client_id, kind, {name: value for name, value in values.items() if name not in ("type", "id")}
+    fields = {name: value for name, value in values.items() if name not in ("type", "id")}
+    return client_id, kind, fields | {"stream": True}

@@ -6,7 +6,7 @@ at the end there is nothing left that others would have to wait for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,9 @@ class Shape(Protocol):
 
     def frame(self) -> dict[str, Any]:
         """All but the choices, once every output has been a chunk."""
+
+    def echoed(self, index: int) -> Mapping[str, bytes]:
+        """What comes before a choice's own log-probabilities, items as JSON by name."""
 
     def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
         """One choice, without log-probabilities."""
@@ -50,7 +53,8 @@ class Whole:
         choice.finish_reason = part["finish_reason"]
         if part["logprobs"] is not None:
             if choice.logprobs is None:
-                choice.logprobs = {name: [] for name in part["logprobs"]}
+                echoed = self._shape.echoed(output.index)
+                choice.logprobs = {name: [echoed[name]] if name in echoed else [] for name in part["logprobs"]}
             for name, items in part["logprobs"].items():
                 if items:
                     choice.logprobs[name].append(orjson.dumps(items)[1:-1])

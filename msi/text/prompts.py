@@ -87,7 +87,7 @@ class Prompts:
             token_ids = prompt if isinstance(prompt, tuple) else tuple(prompt)
             if keep_last is not None:
                 token_ids = token_ids[-keep_last:]
-        if len(token_ids) >= self._max_model_len:
+        if len(token_ids) + min(1, max_tokens) > self._max_model_len:
             raise context_exceeded(self._max_model_len, len(token_ids), max_tokens)
         self.check_tokens("the prompt", token_ids)
         return token_ids

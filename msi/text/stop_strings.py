@@ -11,7 +11,59 @@ from array import array
 from functools import lru_cache
 from typing import NamedTuple
 
+MAX_SPACE = 64  # before the marker that begins a thought
 MAX_TABLES = 256  # of the strings that were asked for last; four bytes for each of their characters
+
+
+class Thinking(NamedTuple):
+    """How a model marks what it thinks before it answers: stop strings do not count there, as a thought repeats much.
+
+    Attributes:
+        start: what begins it, at the beginning of a text, perhaps behind white space.
+        ends: what ends it; the first of them that comes.
+        is_inside: the text begins within it.
+    """
+
+    start: str
+    ends: tuple[str, ...]
+    is_inside: bool = False
+
+
+class ThinkingGate:
+    """Parts what a text thinks from what it says. Of the text no more is kept than a marker may need."""
+
+    def __init__(self, thinking: Thinking) -> None:
+        self._thinking = thinking
+        self._is_inside = thinking.is_inside
+        self._longest = max(map(len, thinking.ends))
+        self._held = ""  # while it may be the beginning of a marker
+        self.is_passed = False
+
+    def push(self, text: str) -> tuple[str, str]:
+        """(of what is thought, of what is said): all that is certain. Once it `is_passed`, nothing may follow."""
+        text, self._held = self._held + text, ""
+        if not self._is_inside:
+            begin = text.lstrip()
+            if self._thinking.start.startswith(begin) and len(text) - len(begin) <= MAX_SPACE:
+                if begin != self._thinking.start:
+                    self._held = text
+                    return "", ""
+            elif not begin.startswith(self._thinking.start):
+                self.is_passed = True
+                return "", text
+            self._is_inside = True
+        found = [(at + len(end), end) for end in self._thinking.ends if (at := text.find(end)) >= 0]
+        if found:
+            self.is_passed = True
+            end, _ = min(found)
+            return text[:end], text[end:]
+        certain = max(0, len(text) - self._longest + 1)
+        self._held = text[certain:]
+        return text[:certain], ""
+
+    def close(self) -> str:
+        """What is left; nothing follows."""
+        return self._held
 
 
 class Found(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from msi.errors import InvalidRequest, RequestFailed
 from msi.text.detokenizer import Detokenizer, end_of_prompt
-from msi.text.stop_strings import StopSearch
+from msi.text.stop_strings import StopSearch, Thinking, ThinkingGate
 from msi.text.tokenizer import is_library_error
 from msi.text.vocabulary import Vocabulary
 from msi.types import SamplingParams, TokenLogprobs, TokenText
@@ -28,15 +28,29 @@ class NewText(NamedTuple):  # one for every token: a tuple is made in half the t
 
 
 def text_streams(
-    vocabulary: Vocabulary | None, prompt_token_ids: Sequence[int], params: SamplingParams
+    vocabulary: Vocabulary | None,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    thinking: Thinking | None = None,
 ) -> list[TextStream]:
-    """One for each choice of a request. Raises InvalidRequest: the tokenizer cannot decode the prompt."""
+    """One for each choice of a request. Raises InvalidRequest: the tokenizer cannot decode the prompt.
+
+    Args:
+        thinking: where stop strings do not count.
+    """
     try:
         if vocabulary is not None and not params.skip_special_tokens:
             vocabulary = vocabulary.showing_special
         end = () if vocabulary is None else end_of_prompt(vocabulary, prompt_token_ids)
         return [
-            TextStream(vocabulary, end, params.stop, params.min_tokens, includes_stop=params.include_stop_str_in_output)
+            TextStream(
+                vocabulary,
+                end,
+                params.stop,
+                params.min_tokens,
+                includes_stop=params.include_stop_str_in_output,
+                thinking=thinking,
+            )
             for _ in range(params.n)
         ]
     except BaseException as error:
@@ -57,15 +71,17 @@ class TextStream:
         prompt_end: see `msi.text.detokenizer.end_of_prompt`.
         min_tokens: before so many tokens no stop string counts.
         includes_stop: the stop string or token that ends the text is part of it.
+        thinking: where no stop string counts.
     """
 
     def __init__(
         self, vocabulary: Vocabulary | None, prompt_end: Sequence[int], stop: tuple[str, ...], min_tokens: int = 0,
-        *, includes_stop: bool = False,
+        *, includes_stop: bool = False, thinking: Thinking | None = None,
     ) -> None:  # fmt: skip
         self.is_stopped = False
         self._detokenizer = None if vocabulary is None else Detokenizer(vocabulary, prompt_end)
         self._search = StopSearch(stop) if stop else None
+        self._gate = ThinkingGate(thinking) if stop and thinking is not None else None
         self._min_tokens = min_tokens
         self._includes_stop = includes_stop
         self._num_settled = 0  # tokens whose text is known
@@ -124,6 +140,11 @@ class TextStream:
         early, keep = "", len(self._held)  # early: what comes before a stop string counts
         for text in texts:
             self._num_settled += 1
+            if self._gate is not None:
+                thought, text = self._gate.push(text)
+                early += thought
+                if self._gate.is_passed:
+                    self._gate = None
             if self._num_settled <= self._min_tokens:
                 early += text
             elif text:
@@ -132,6 +153,8 @@ class TextStream:
                 if start:
                     self.is_stopped = True
                     return early + self._held[: len(self._held) - (end if self._includes_stop else start)]
+        if is_last and self._gate is not None:
+            early += self._gate.close()
         if is_last or self._includes_stop:
             keep = 0
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

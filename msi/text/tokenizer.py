@@ -57,7 +57,7 @@ def encode(
             (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return tuple(encoding.ids)
         (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        before, after = _around(tokenizer) if add_special_tokens else ([], [])
+        before, after = around(tokenizer) if add_special_tokens else ([], [])
         room = max(0, keep_last - len(before) - len(after))
         text_ids = encoding.ids
         return (*before, *text_ids[len(text_ids) - min(room, len(text_ids)) :], *after)[-keep_last:]
@@ -71,7 +71,7 @@ def encode(
         raise InvalidRequest(f"the tokenizer fails on the prompt: {error}", param="prompt") from error
 
 
-def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and behind a text."""
     encoding = tokenizer.encode("a")
     ids, is_own = encoding.ids, encoding.special_tokens_mask

@@ -9,10 +9,11 @@ import orjson
 
 from msi.server.parsing.choice import ReasoningSyntax, is_harmony, reasoning_syntax, tool_syntax
 from msi.server.parsing.deltas import Arguments, Call, CallBegun, Content, Delta, Found
-from msi.server.parsing.readers import read_calls, read_harmony, read_thinking
+from msi.server.parsing.readers import FINAL, read_calls, read_harmony, read_thinking
 from msi.server.parsing.source import Machine
 from msi.server.parsing.syntaxes import SYNTAXES, Syntax
 from msi.server.parsing.tools import Tools
+from msi.text.stop_strings import Thinking
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,14 @@ class AnswerParser:
 
     Attributes:
         num_calls: that were found so far.
+        num_found: pieces of text and calls that became certain so far, whether they are told or not.
+        last_found: what the last of them is.
     """
 
     def __init__(self, parsing: Parsing, new_id: Callable[[], str] | None = None) -> None:
         self.num_calls = 0
+        self.num_found = 0
+        self.last_found: type[Found] | None = None
         self._parsing = parsing
         tools = Tools(orjson.loads(parsing.tools))
         syntax = tool_syntax(parsing.tool_parser)
@@ -97,6 +102,8 @@ class AnswerParser:
 
     def _deltas(self, found: Iterable[Found]) -> Iterable[Delta]:
         for one in found:
+            self.num_found += 1
+            self.last_found = type(one)
             if isinstance(one, Call):
                 yield from self._call(one)
             elif isinstance(one, Content):
@@ -115,8 +122,21 @@ class AnswerParser:
         self.num_calls += 1
 
 
+def thinking_of(parsing: Parsing) -> Thinking | None:
+    """Where in an answer stop strings do not count; None where what is thought is not told apart."""
+    if is_harmony(parsing.reasoning_parser):
+        return Thinking("", (FINAL,), is_inside=True)
+    syntax = reasoning_syntax(parsing.reasoning_parser)
+    if syntax is None:
+        return None
+    return Thinking(syntax.start, _ends(syntax, tool_syntax(parsing.tool_parser)), parsing.is_thinking)
+
+
+def _ends(thinking: ReasoningSyntax, syntax: Syntax | None) -> tuple[str, ...]:
+    """What ends a thought: its own marker, and a call where the family writes none."""
+    return (thinking.end, *(syntax.openings if syntax is not None and syntax.ends_reasoning else ()))
+
+
 def _splitter(thinking: ReasoningSyntax, syntax: Syntax | None, is_inside: bool) -> Machine:
-    ends = [thinking.end]
-    if syntax is not None and syntax.ends_reasoning:
-        ends += syntax.openings
+    ends = _ends(thinking, syntax)
     return Machine(lambda source: read_thinking(source, thinking.start, ends, is_inside, keeps=thinking.is_shown))

@@ -70,6 +70,7 @@ def read_thinking(
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
+FINAL = f"{CHANNEL}final{MESSAGE}"  # the answer itself
 HARMONY_MARKERS = (START, CHANNEL, MESSAGE, "<|constrain|>", *ENDS)
 MAX_HEADER_CHARS = 512
 RECIPIENT = re.compile(r"\bto=([^\s<]+)")
