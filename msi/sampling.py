@@ -5,6 +5,7 @@ Decides; knows no logits. The sampler does what `sampling_extras` says.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
@@ -28,25 +29,71 @@ def has_extras(params: SamplingParams) -> bool:
     )
 
 
+class SeenTokens:
+    """The tokens of one text as penalties see them: each once. No token is looked at twice, however often they `read`.
+
+    Attributes:
+        prompt: those of the prompt.
+        output: those of the output.
+        counts: how often the output has each of them.
+    """
+
+    def __init__(self) -> None:
+        self.prompt, self.output, self.counts = array("q"), array("q"), array("q")
+        self._places: dict[int, int] = {}  # in `output`
+        self._num_read = 0
+
+    def read(self, tokens: Sequence[int], num_prompt: int) -> None:
+        """The text has grown to `tokens`."""
+        if not self._num_read:
+            self.prompt.extend(dict.fromkeys(tokens[:num_prompt]))
+            self._num_read = num_prompt
+        for token in tokens[self._num_read :]:
+            place = self._places.setdefault(token, len(self.output))
+            if place == len(self.output):
+                self.output.append(token)
+                self.counts.append(0)
+            self.counts[place] += 1
+        self._num_read = len(tokens)
+
+
+def is_penalised(params: SamplingParams) -> bool:
+    """Whether tokens are chosen by those that the text has."""
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
 def sampling_extras(
-    params: SamplingParams, tokens: Sequence[int], num_prompt: int, eos_token_ids: Collection[int]
+    params: SamplingParams,
+    tokens: Sequence[int],
+    num_prompt: int,
+    eos_token_ids: Collection[int],
+    seen: SeenTokens | None = None,
 ) -> SamplingExtras:
-    """What else is done to choose the token that follows `tokens`, of which the first `num_prompt` are the prompt."""
-    is_repetition_penalised = params.repetition_penalty != 1
-    is_penalised = is_repetition_penalised or params.presence_penalty != 0 or params.frequency_penalty != 0
+    """What else is done to choose the token that follows `tokens`, of which the first `num_prompt` are the prompt.
+
+    Args:
+        seen: what it has read of this text before; it reads on.
+    """
+    has_penalty = is_penalised(params)
     banned: tuple[int, ...] = ()
     if len(tokens) - num_prompt < params.min_tokens:
         banned = (*eos_token_ids, *params.stop_token_ids)
     if params.bad_words_token_ids:
         banned += completing(params.bad_words_token_ids, tokens, num_prompt)
     changes = None
-    if is_penalised or params.logit_bias or banned or params.allowed_token_ids:
+    if has_penalty or params.logit_bias or banned or params.allowed_token_ids:
+        if seen is None:
+            seen = SeenTokens()
+        if has_penalty:
+            seen.read(tokens, num_prompt)
         changes = LogitChanges(
             repetition_penalty=params.repetition_penalty,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
-            prompt_token_ids=tuple(tokens[:num_prompt]) if is_repetition_penalised else (),
-            output_token_ids=tuple(tokens[num_prompt:]) if is_penalised else (),
+            # copies of what grows on: a pass may outlast its sequence
+            prompt_token_ids=seen.prompt if params.repetition_penalty != 1 else (),
+            output_token_ids=seen.output[:] if has_penalty else (),
+            output_counts=seen.counts[:] if params.frequency_penalty != 0 else (),
             logit_bias=params.logit_bias,
             banned_token_ids=banned,
             allowed_token_ids=params.allowed_token_ids,

@@ -20,8 +20,9 @@ class LogitChanges:
     Attributes:
         repetition_penalty: applies to `prompt_token_ids` and `output_token_ids`, once per token.
         presence_penalty, frequency_penalty: apply to `output_token_ids`.
-        prompt_token_ids: () unless there is a repetition penalty.
+        prompt_token_ids: () unless there is a repetition penalty. What comes more than once may be left out.
         output_token_ids: () unless there is a penalty.
+        output_counts: how often the output has each of `output_token_ids`; () for once.
         banned_token_ids: tokens that cannot be chosen.
         allowed_token_ids: others than these cannot be chosen; () for all.
     """
@@ -29,11 +30,12 @@ class LogitChanges:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    prompt_token_ids: tuple[int, ...] = ()
-    output_token_ids: tuple[int, ...] = ()
+    prompt_token_ids: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()
     logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
     banned_token_ids: tuple[int, ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
+    output_counts: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from msi import Engine, InvalidRequest, SamplingParams
 from msi.attention.sampler import _change, sample
-from msi.sampling import choices_of, completing, has_extras, sampling_extras, seed_of_choice
+from msi.sampling import SeenTokens, choices_of, completing, has_extras, sampling_extras, seed_of_choice
 from msi.text.prompts import Prompts
 from msi.text.text_stream import TextStream
 from msi.text.vocabulary import Vocabulary
@@ -69,6 +71,30 @@ def test_the_repetition_penalty_is_transformers():
     changes = [LogitChanges(1.7, prompt_token_ids=tuple(one[:2]), output_token_ids=tuple(one[2:])) for one in tokens]
     _change(logits, list(enumerate(changes)))
     torch.testing.assert_close(logits, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 9), min_size=1, max_size=30), num_prompt=st.integers(1, 30), steps=st.integers(1, 5),
+    penalties=st.tuples(st.sampled_from([0.5, 1.0, 1.3]), penalties, penalties),
+)  # fmt: skip
+def test_tokens_that_are_read_once_each_are_penalised_as_all_of_them_are(tokens, num_prompt, steps, penalties):
+    num_prompt = min(num_prompt, len(tokens))
+    repetition, presence, frequency = penalties
+    params = SamplingParams(
+        seed=1, repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency
+    )
+    seen = SeenTokens()
+    for end in range(num_prompt, len(tokens) + 1, steps):
+        logits = torch.arange(VOCAB)[None] / 7 - 1.0
+        whole = LogitChanges(repetition, presence, frequency, tuple(tokens[:num_prompt]), tuple(tokens[num_prompt:end]))
+        expected = changed_one_by_one(logits[0], whole)
+        changes = sampling_extras(params, tokens[:end], num_prompt, EOS, seen).changes
+        if changes is not None:
+            for ids in (changes.prompt_token_ids, changes.output_token_ids):
+                assert len(set(ids)) == len(ids)
+            _change(logits, [(0, changes)])
+        torch.testing.assert_close(logits[0], expected)
 
 
 short = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
@@ -163,8 +189,9 @@ def test_tokens_travel_for_those_penalties_alone_that_need_them():
     def changes(**params):
         return sampling_extras(SamplingParams(seed=1, **params), [5, 6, 7], 2, EOS).changes
 
-    assert changes(presence_penalty=0.5) == LogitChanges(presence_penalty=0.5, output_token_ids=(7,))
-    assert changes(repetition_penalty=2) == LogitChanges(2, prompt_token_ids=(5, 6), output_token_ids=(7,))
+    prompt, output = array("q", (5, 6)), array("q", (7,))
+    assert changes(presence_penalty=0.5) == LogitChanges(presence_penalty=0.5, output_token_ids=output)
+    assert changes(repetition_penalty=2) == LogitChanges(2, prompt_token_ids=prompt, output_token_ids=output)
     assert changes(logit_bias={4: 1}) == LogitChanges(logit_bias={4: 1})
     assert changes(logprobs=2) is None
 

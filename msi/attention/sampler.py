@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -110,8 +109,9 @@ def _change(logits: Tensor, changes: Sequence[tuple[int, LogitChanges]]) -> None
         at = _entries(banned, logits.device)
         logits[at] = torch.where(logits[at] < torch.inf, -torch.inf, torch.nan)  # no ban hides a broken row
     if seen := [(row, one) for row, one in changes if one.repetition_penalty != 1]:
-        tokens = [(row, (*one.prompt_token_ids, *one.output_token_ids)) for row, one in seen]
-        at, (penalties,) = _rows_and_tokens(tokens, [[one.repetition_penalty for _, one in seen]], logits.device)
+        tokens = [(row, ids) for row, one in seen for ids in (one.prompt_token_ids, one.output_token_ids)]
+        of_row = [[one.repetition_penalty for _, one in seen for _ in range(2)]]
+        at, (penalties,) = _rows_and_tokens(tokens, of_row, logits.device)
         values = logits[at]  # a token that comes twice is computed twice, with the same result
         logits[at] = torch.where(values > 0, values / penalties, values * penalties)
     if seen := [(row, one) for row, one in changes if one.frequency_penalty or one.presence_penalty]:
@@ -119,7 +119,8 @@ def _change(logits: Tensor, changes: Sequence[tuple[int, LogitChanges]]) -> None
         at, (frequency, presence) = _rows_and_tokens(
             [(row, one.output_token_ids) for row, one in seen], of_row, logits.device
         )
-        logits.index_put_(at, -frequency, accumulate=True)
+        counts = _flat([one.output_counts or (1,) * len(one.output_token_ids) for _, one in seen]).to(logits.device)
+        logits.index_put_(at, -frequency * counts, accumulate=True)
         logits[at] -= presence
 
 
@@ -130,16 +131,22 @@ def _entries(entries: Sequence[tuple[int, int]], device: torch.device) -> tuple[
 
 
 def _rows_and_tokens(
-    tokens: Sequence[tuple[int, tuple[int, ...]]], of_row: Sequence[Sequence[float]], device: torch.device
+    tokens: Sequence[tuple[int, Sequence[int]]], of_row: Sequence[Sequence[float]], device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     """Indices (rows, tokens) of all tokens of some rows, and for each of them the numbers of its row."""
     counts = torch.tensor([len(one) for _, one in tokens])
     rows = torch.tensor([row for row, _ in tokens]).repeat_interleave(counts)
-    flat = array("q", chain.from_iterable(one for _, one in tokens))  # torch.tensor takes five times as long
-    columns = torch.asarray(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
+    columns = _flat([one for _, one in tokens])
     # a client's numbers may be integers
     numbers = [torch.tensor(one, dtype=torch.float32).repeat_interleave(counts).to(device) for one in of_row]
     return (rows.to(device), columns.to(device)), numbers
+
+
+def _flat(lists: Sequence[Sequence[int]]) -> Tensor:
+    flat = array("q")  # torch.tensor takes five times as long; and arrays are copied at once
+    for one in lists:
+        flat.extend(one)
+    return torch.asarray(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
 
 
 def _numbers(sampling: Sequence[TokenSampling], logits: Tensor) -> Tensor:

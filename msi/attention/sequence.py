@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from msi.sampling import has_extras, sampling_extras
+from msi.sampling import SeenTokens, has_extras, is_penalised, sampling_extras
 from msi.types import Constrained, GrammarState, MicroBatch, PromptRows, Request, TokenSampling
 
 # The predicted time of a lane, in units of one decoded token: attention over this much context costs as much again,
@@ -46,6 +46,7 @@ class Sequence:
         grammar: that its answer is held to.
         num_scored: tokens of the prompt of which it was told how probable the next one is.
         num_to_score: how many there are in all; 0 where nobody asked.
+        seen: its tokens as penalties see them.
     """
 
     request: Request
@@ -67,9 +68,11 @@ class Sequence:
     num_scored: int = 0
     num_to_score: int = field(init=False)
     has_extras: bool = field(init=False)
+    seen: SeenTokens | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.has_extras = has_extras(self.request.params)
+        self.seen = SeenTokens() if is_penalised(self.request.params) else None
         is_scored = self.request.params.prompt_logprobs is not None
         self.num_to_score = len(self.request.prompt_token_ids) - 1 if is_scored else 0
 
@@ -192,5 +195,5 @@ def _next_sampling(sequence: Sequence, eos_token_ids: Collection[int]) -> TokenS
     extras = None
     if sequence.has_extras:
         num_prompt = len(sequence.request.prompt_token_ids)
-        extras = sampling_extras(params, sequence.tokens, num_prompt, eos_token_ids)
+        extras = sampling_extras(params, sequence.tokens, num_prompt, eos_token_ids, sequence.seen)
     return TokenSampling(params.temperature, params.top_p, params.top_k, params.seed, len(sequence.tokens), extras)
