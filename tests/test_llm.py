@@ -64,6 +64,19 @@ def test_each_prompt_may_have_parameters_of_its_own(llm):
     assert llm.generate([], GREEDY) == []
 
 
+def test_logprobs_of_the_prompt_come_by_token(llm):
+    (answer,) = llm.generate([[5, 6, 7, 8]], SamplingParams(max_tokens=0, prompt_logprobs=2))
+    first, *others = answer.prompt_logprobs
+    assert first is None
+    assert [next(iter(at)) for at in others] == [6, 7, 8]
+    for at in others:
+        assert 2 <= len(at) <= 3
+        ranked = sorted(at.values(), key=lambda one: one.rank)
+        assert [one.rank for one in ranked[:2]] == [1, 2]
+        assert ranked == sorted(at.values(), key=lambda one: -one.logprob)
+    assert answer.outputs[0].token_ids == ()
+
+
 def test_logprobs_come_by_token(llm):
     (answer,) = llm.generate("It is", SamplingParams(max_tokens=3, temperature=0, logprobs=2))
     (choice,) = answer.outputs

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 from msi.engine import Engine
 from msi.errors import EngineError, Failure, InvalidRequest
 from msi.offline.loop_thread import LoopThread
-from msi.offline.outputs import Choice, RequestOutput
+from msi.offline.outputs import Choice, RequestOutput, by_position
 from msi.server.chat import parse_chat
 from msi.server.chat_template import ChatTemplates
 from msi.types import SamplingParams
@@ -213,11 +213,12 @@ async def _answer(
     params = params or engine.sampling_defaults.params()
     encode = partial(engine.encode, prompt, add_special_tokens=add_special_tokens, params=params)
     token_ids = await asyncio.to_thread(encode)
-    request_id, num_cached = f"req-{uuid.uuid4().hex}", 0
+    request_id, num_cached, scored = f"req-{uuid.uuid4().hex}", 0, None
     choices = [Choice() for _ in range(params.n)]
     async for output in engine.generate(token_ids, params, request_id=request_id):
         choices[output.index].add(output)
         num_cached = output.num_cached_tokens if output.index == 0 else num_cached
+        scored = scored if output.prompt_logprobs is None else output.prompt_logprobs
     return RequestOutput(
         request_id=request_id,
         prompt=prompt if isinstance(prompt, str) else None,
@@ -227,6 +228,7 @@ async def _answer(
             for index, one in enumerate(choices)
         ),
         num_cached_tokens=num_cached,
+        prompt_logprobs=None if scored is None else by_position(token_ids, scored, engine.token_text),
     )
 
 

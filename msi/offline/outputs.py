@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from msi.prompt_logprobs import PromptLogprobs
 from msi.types import Output, TokenLogprobs, TokenText
 
 
@@ -47,6 +48,7 @@ class RequestOutput:
     Attributes:
         prompt: its text; None where token ids were given.
         num_cached_tokens: of the prompt, that the prefix cache had.
+        prompt_logprobs: as `CompletionOutput.logprobs`, for each token of the prompt; None for its first one.
         finished: always; vLLM's name for it.
     """
 
@@ -56,6 +58,7 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     num_cached_tokens: int = 0
     finished: bool = True
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -102,5 +105,18 @@ def _by_token(
             for token, value in top.items()
             if token != one.token_id
         }
+        found.append(here)
+    return tuple(found)
+
+
+def by_position(
+    token_ids: Sequence[int], logprobs: PromptLogprobs, token_text: Callable[[int], TokenText]
+) -> tuple[dict[int, Logprob] | None, ...]:
+    """Of a prompt's tokens, in the form of `RequestOutput.prompt_logprobs`."""
+    found: list[dict[int, Logprob] | None] = [None]
+    for token_id, one in zip(token_ids[1:], logprobs.tokens(), strict=True):
+        here = {token_id: Logprob(one.logprob, one.rank, token_text(token_id).text)}
+        for rank, (other, value) in enumerate(zip(one.top_token_ids, one.top_logprobs, strict=True), 1):
+            here.setdefault(other, Logprob(value, rank, token_text(other).text))
         found.append(here)
     return tuple(found)
