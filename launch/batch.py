@@ -10,11 +10,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import orjson
 
 from msi.engine import Engine
 from msi.errors import EngineError, RequestFailed, Unavailable
+from msi.offline.places import Places
 from msi.server.calls import Calls, error_of, status_of
 from msi.server.metrics import Metrics
 from msi.server.prepare import CHAT, COMPLETION, NotUnderstood, Prepared, Understood
@@ -114,7 +116,7 @@ async def _answer_file(arguments: BatchArguments, answers: Answers, line: Status
         counts.started_at = time.monotonic()
         telling = asyncio.ensure_future(_tell(counts, line))
         try:
-            await Batch(engine, calls, answers, counts).answer(lines_of(arguments.input_file), arguments.at_once)
+            await Batch(engine, calls, answers, counts, arguments.at_once).answer(lines_of(arguments.input_file))
         finally:
             telling.cancel()
             await calls.close()
@@ -132,18 +134,24 @@ async def _tell(counts: Counts, line: StatusLine) -> None:
 
 
 class Batch:
-    """Answers lines, many at a time."""
+    """Answers lines, many at a time.
 
-    def __init__(self, engine: Engine, calls: Calls, answers: Answers, counts: Counts) -> None:
+    Args:
+        at_once: lines that are held, and choices that the instance has.
+    """
+
+    def __init__(self, engine: Engine, calls: Calls, answers: Answers, counts: Counts, at_once: int) -> None:
         self._engine = engine
         self._calls = calls
         self._answers = answers
         self._counts = counts
+        self._at_once = at_once
         self._seen: set[str] = set()
+        self._places = Places(at_once, lambda: engine.status[0])
 
-    async def answer(self, lines: Iterator[Line], at_once: int) -> None:
+    async def answer(self, lines: Iterator[Line]) -> None:
         """Raises EngineError: nothing more can be answered."""
-        places = asyncio.Semaphore(at_once)
+        places = asyncio.Semaphore(self._at_once)
 
         async def one(line: Line) -> None:
             try:
@@ -193,7 +201,8 @@ class Batch:
         """HTTP's status, and the body. Raises EngineError: the instance cannot go on."""
         for tries_left in reversed(range(TRIES)):
             try:
-                return 200, await self._computed(request, request_id)
+                work = partial(self._computed, request, request_id)
+                return 200, await self._places.run(request.params.n * len(request.prompts), work)
             except (Unavailable, RequestFailed) as error:
                 if self._engine.failure:
                     raise

@@ -24,7 +24,7 @@ MAX_AT_ONCE = 1 << 16
 class BatchArguments:
     """Attributes:
     options: None for an instance that runs at `coordinator`.
-    at_once: requests with the engine; the others wait in the file.
+    at_once: choices with the engine; the others wait in the file.
     """
 
     options: InstanceOptions | None
@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> BatchArguments:
     add("-i", "--input-file", type=file_to_read, metavar="FILE", help="requests: custom_id, method, url, body")
     add("-o", "--output-file", type=file_to_write, metavar="FILE", help="answers, in the order in which they come")
     add("--at-once", type=integer(1, MAX_AT_ONCE), default=256, metavar="N",
-        help="requests that the instance has at a time; 256")  # fmt: skip
+        help="choices that the instance has at a time; 256")  # fmt: skip
     add("--chat-template", type=file_to_read, metavar="FILE", help="Jinja file in place of the model's chat template")
     add(
         "--coordinator",

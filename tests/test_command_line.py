@@ -175,6 +175,25 @@ def test_a_flag_of_vllms_that_is_not_built_says_what_to_use_instead(flag, capsys
             assert parse(given).options == InstanceOptions()
 
 
+VLLM_LINES = [
+    "/m --tensor-parallel-size 1 --max-model-len 4096 --gpu-memory-utilization 0.9 --trust-remote-code --dtype half",
+    "/m -tp 1 -pp 1 --enforce-eager --swap-space 4 --max-num-seqs 256 --disable-log-requests -O3",
+    "/m --served-model-name m --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3",
+    "/m --enable-expert-parallel --no-enable-prefix-caching --max-num-batched-tokens 512 --num-gpu-blocks-override 100",
+    "/m --host 0.0.0.0 --port 8001 --api-key k --disable-uvicorn-access-log",
+    '/m --kv-cache-dtype auto --block-size 16 --compilation-config {"level":3} --generation-config vllm --dtype float',
+    '/m --allowed-origins ["*"] --allowed-methods ["*"] --async-scheduling --stream-interval 1 --seed 0',
+    "/m --runner generate --tokenizer-mode auto --config-format hf --scheduling-policy fcfs --load-format dummy",
+]
+
+
+@pytest.mark.parametrize("line", VLLM_LINES)
+def test_command_lines_of_vllms_that_ask_for_nothing_missing_are_taken(line):
+    told = parse(line.split())
+    assert str(told.options.source.model) == "/m"
+    assert told.options.precision.compute in ("auto", "float16", "float32")
+
+
 def test_no_flag_of_vllms_is_both_here_and_not_here():
     parser_flags = {word for flag in FOREIGN for word in flag.names}
     listed = subprocess.run(

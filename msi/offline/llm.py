@@ -24,6 +24,7 @@ from msi.engine import Engine
 from msi.errors import EngineError, Failure, InvalidRequest
 from msi.offline.loop_thread import LoopThread
 from msi.offline.outputs import Choice, RequestOutput, by_position
+from msi.offline.places import Places
 from msi.server.chat import parse_chat
 from msi.server.chat_template import ChatTemplates
 from msi.types import SamplingParams
@@ -32,7 +33,8 @@ Tokens: TypeAlias = Sequence[int]
 Prompt: TypeAlias = "str | Tokens | Mapping[str, Any]"
 Message: TypeAlias = Mapping[str, Any]
 Conversation: TypeAlias = Sequence[Message]
-AT_ONCE = 256  # requests with the engine; the others wait here, where they cost nothing
+AT_ONCE = 256  # choices with the engine; the others wait here, where they cost nothing
+READY_WITHIN_S = 120.0  # an instance that runs elsewhere
 
 
 class LLM:
@@ -172,7 +174,7 @@ class LLM:
 
 async def _start(engine: Engine) -> None:
     await engine.__aenter__()
-    await engine.wait_ready(120.0)
+    await engine.wait_ready(READY_WITHIN_S)
 
 
 def _close(thread: LoopThread, engine: Engine) -> None:
@@ -190,13 +192,14 @@ async def _answer_all(
     add_special_tokens: bool,
 ) -> list[RequestOutput]:
     found: list[RequestOutput | None] = [None] * len(prompts)
-    places = asyncio.Semaphore(AT_ONCE)
+    places = Places(AT_ONCE, lambda: engine.status[0])
 
     async def answer(at: int) -> None:
-        async with places:
-            with _naming("prompt", at):
-                found[at] = await _answer(engine, prompts[at], params[at], add_special_tokens)
-            advance()
+        with _naming("prompt", at):
+            asked = params[at] or engine.sampling_defaults.params()
+            work = partial(_answer, engine, prompts[at], asked, add_special_tokens)
+            found[at] = await places.run(asked.n, work)
+        advance()
 
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -208,9 +211,8 @@ async def _answer_all(
 
 
 async def _answer(
-    engine: Engine, prompt: str | Tokens, params: SamplingParams | None, add_special_tokens: bool
+    engine: Engine, prompt: str | Tokens, params: SamplingParams, add_special_tokens: bool
 ) -> RequestOutput:
-    params = params or engine.sampling_defaults.params()
     encode = partial(engine.encode, prompt, add_special_tokens=add_special_tokens, params=params)
     token_ids = await asyncio.to_thread(encode)
     request_id, num_cached, scored = f"req-{uuid.uuid4().hex}", 0, None
