@@ -11,6 +11,10 @@ import signal
 import aiohttp
 import pytest
 
+from msi.control.messages import Stats, WorkerStats, WorkerStatus
+from msi.server.event_values import Hello, Load, Percentiles, numbers
+from msi.server.events import sse
+from msi.types import StageTimes
 from tests.edge import gateway, with_template
 from tests.test_engine import idle
 from tests.test_events import load
@@ -73,12 +77,16 @@ class Visit:
 
 
 @contextlib.asynccontextmanager
-async def visiting(url, **options):
+async def visiting(url, events=b"", **options):
+    """A page of a server; `events` in place of those that it tells."""
     async with playwright.async_playwright() as driver:
         browser = await driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:
             context = await browser.new_context(**options)
             visit = Visit(await context.new_page(), url)
+            if events:
+                told = {"body": events, "content_type": "text/event-stream"}
+                await visit.page.route("**/v1/events", lambda route: route.fulfill(**told))
             await visit.page.goto(url + "/")
             yield visit
         finally:
@@ -156,6 +164,27 @@ async def test_it_asks_for_the_key_and_keeps_it_in_its_tab(tiny_model, tmp_path)
         assert await visit.page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
         assert all("401" in one for one in visit.wrong), visit.wrong
         await idle(engine)
+
+
+async def test_stages_that_part_from_the_plan_are_marked_and_nothing_that_is_told_is_markup(tiny_model):
+    status = WorkerStatus(0, 0, 1, 0, 9, StageTimes(0.003, 0.002, 0.0001, 0.9, 0.1))
+    workers = (
+        WorkerStats("attention-0", "attention", 7, "here", 0, "ready", status),
+        WorkerStats("expert-0", "expert", 8, "here", 0, "lost", status, "<i>gone</i>"),
+        WorkerStats("<b>expert-1</b>", "expert", 9, "here", 0, "ready", status),
+    )
+    drift = {"attention": 1.5, "expert": 1.02, "comm": 0.9, "alarms": 1.0}
+    hello = Hello("1", "<script>alert(1)</script>", False, 512, False)
+    load = Load(1.0, 2.0, Percentiles(), Percentiles())
+    told = sse("hello", hello) + sse("numbers", numbers(True, "ready", load, Stats(2, 1, workers, drift)))
+    async with gateway(tiny_model) as (_, url), visiting(url, told) as visit:
+        await visit.has("#stages", "T_a; 1.50 of the plan's.*T_e; 1.02 of the plan's.*T_c; 0.90 of the plan's")
+        assert await visit.page.locator("#stages .parted").count() == 1
+        assert await visit.page.locator("#stages .mark").count() == 3
+        await visit.has("#workers tbody", "<b>expert-1</b>.*lost: <i>gone</i>")
+        await visit.has("#model", "^<script>alert")
+        await visit.has("#trouble", "No news: the server ended the stream")
+        assert visit.wrong == []
 
 
 async def test_it_says_that_a_worker_was_killed_and_that_it_is_back(tiny_model):

@@ -44,6 +44,7 @@ export function duration(seconds) {
 }
 
 export function digits(value) {
+  if (!value) return "0";
   if (value >= 100) return Math.round(value).toString();
   return value.toFixed(value >= 10 ? 1 : 2);
 }

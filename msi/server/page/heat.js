@@ -19,9 +19,9 @@ export class Heat {
   show(event) {
     const isSame = this.rows.length === event.rows.length && this.rows[0]?.length === event.rows[0]?.length;
     this.rows = event.rows.map((row, layer) => row.map((count, expert) => count + (isSame ? FADE * this.rows[layer][expert] : 0)));
-    const held = new Map();
-    for (const { worker_id: id, rows } of event.workers) held.set(id, rows + FADE * (this.held.get(id) || 0));
-    this.held = held;
+    for (const [id, rows] of this.held) this.held.set(id, FADE * rows);
+    for (const { worker_id: id, rows } of event.workers) this.held.set(id, rows + (this.held.get(id) || 0));
+    for (const [id, rows] of this.held) if (rows < 1) this.held.delete(id);
     this.draw();
   }
 

@@ -22,7 +22,7 @@ export class Panels {
     this.tiles(numbers);
     this.stages(numbers);
     this.peers(numbers.links);
-    this.workers(numbers.workers);
+    this.workers(numbers.workers, numbers.num_requests > 0);
     this.links(numbers.links);
   }
 
@@ -97,7 +97,7 @@ export class Panels {
     fill(at("peers"), made, "No exchanges yet.");
   }
 
-  workers(workers) {
+  workers(workers, hasWork) {
     const body = at("workers").tBodies[0];
     body.replaceChildren(
       ...workers.map((one) => {
@@ -106,7 +106,7 @@ export class Panels {
         const used = one.kv_blocks ? percent(1 - one.kv_blocks_free / one.kv_blocks) : "";
         const sequences = one.role !== "attention" ? "" : `${one.num_running}${one.num_waiting ? ` + ${one.num_waiting}` : ""}`;
         row.append(element("td", "", one.worker_id), element("td", isLive ? "" : "why", state));
-        const cells = [percent(one.busy), percent(one.bubble), sequences, used, bytes(one.rss_bytes)];
+        const cells = [percent(one.busy), hasWork ? percent(one.bubble) : "–", sequences, used, bytes(one.rss_bytes)];
         for (const cell of cells) row.append(element("td", "n", isLive ? cell : ""));
         row.append(element("td", "quiet", `${one.pid} on ${one.host}, life ${one.incarnation}`));
         return row;

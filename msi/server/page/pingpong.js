@@ -31,8 +31,7 @@ export class Pingpong {
 
   show(picture) {
     if (this.isHeld) return;
-    const isEmpty = !picture.rows.some((row) => row.bars.length);
-    if (isEmpty && this.picture && this.picture.rows.some((row) => row.bars.length)) {
+    if (isIdle(picture) && this.picture && !isIdle(this.picture)) {
       at("pingpong-note").textContent = "idle; this is the last that was computed";
       return;
     }
@@ -42,13 +41,14 @@ export class Pingpong {
 
   draw() {
     const rows = this.picture ? this.picture.rows : [];
-    const { context, width } = sharp(this.canvas, TOP + Math.max(2, rows.length) * (ROW + GAP) + AXIS);
+    const isEmpty = !this.picture || isIdle(this.picture);
+    const { context, width } = sharp(this.canvas, isEmpty ? 2 * ROW : TOP + rows.length * (ROW + GAP) + AXIS);
     this.bars = [];
     context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
     context.textBaseline = "middle";
-    if (!rows.some((row) => row.bars.length)) {
+    if (isEmpty) {
       context.fillStyle = colour("quiet");
-      context.fillText("Nothing has been computed since this page was opened: ask the model something.", 0, TOP + ROW);
+      context.fillText("Nothing has been computed since this page was opened: ask the model something.", 0, ROW);
       return;
     }
     const isNarrow = width < 560;
@@ -196,6 +196,8 @@ export class Pingpong {
     this.tip.style.left = `${Math.max(0, Math.min(x, box.width - this.tip.offsetWidth))}px`;
   }
 }
+
+const isIdle = (picture) => !picture.rows.some((row) => row.bars.length);
 
 function short(workerId) {
   return workerId.replace("attention-", "att ").replace("expert-", "exp ");

@@ -1,7 +1,7 @@
-// The event stream, as long as the page is open: it comes again after every end, and asks for a key where one is needed.
+// The event stream, as long as the page is seen: it comes again after every end, and asks for a key where one is needed.
 
 const KEY = "msi-api-key";
-const FIRST_WAIT_MS = 500, LONGEST_WAIT_MS = 5000, SILENT_AFTER_MS = 6000;
+const FIRST_WAIT_MS = 500, LONGEST_WAIT_MS = 5000, SILENT_AFTER_MS = 6000, HIDDEN_AFTER_MS = 60000;
 
 export function headers() {
   const key = sessionStorage.getItem(KEY);
@@ -21,8 +21,9 @@ export async function follow(on) {
   let wait = FIRST_WAIT_MS;
   for (;;) {
     let sentence = "the server ended the stream";
+    await seen();
+    const sentinel = new AbortController(), stopWatching = whenHidden(() => sentinel.abort());
     try {
-      const sentinel = new AbortController();
       const response = await fetch("/v1/events", { headers: headers(), signal: sentinel.signal, cache: "no-store" });
       if (response.status === 401) {
         await on.key();
@@ -38,11 +39,32 @@ export async function follow(on) {
       }
     } catch (error) {
       sentence = error.name === "AbortError" ? "the server has said nothing for a while" : "the server does not answer";
+    } finally {
+      stopWatching();
     }
+    if (document.hidden) continue;
     on.lost(sentence);
     await new Promise((resolve) => setTimeout(resolve, wait));
     wait = Math.min(2 * wait, LONGEST_WAIT_MS);
   }
+}
+
+async function seen() {
+  while (document.hidden) await new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
+}
+
+// Calls `leave` once the tab has been hidden for a while: workers need not tell what nobody sees. Returns how to stop.
+function whenHidden(leave) {
+  let timer = 0;
+  const look = () => {
+    clearTimeout(timer);
+    if (document.hidden) timer = setTimeout(leave, HIDDEN_AFTER_MS);
+  };
+  document.addEventListener("visibilitychange", look);
+  return () => {
+    clearTimeout(timer);
+    document.removeEventListener("visibilitychange", look);
+  };
 }
 
 async function read(body, sentinel, tell) {
