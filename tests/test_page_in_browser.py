@@ -14,11 +14,13 @@ import pytest
 from msi.control.messages import Stats, WorkerStats, WorkerStatus
 from msi.server.event_values import Hello, Load, Percentiles, numbers
 from msi.server.events import sse
+from msi.server.gateway import Gateway
 from msi.types import StageTimes
 from tests.edge import gateway, with_template
 from tests.test_engine import idle
 from tests.test_events import load
 from tests.test_launch import free_port, launched
+from tests.waiting import until
 
 playwright = pytest.importorskip(
     "playwright.async_api", reason="the page is tried in a browser where playwright is: pip install -e '.[dev]'"
@@ -184,6 +186,32 @@ async def test_stages_that_part_from_the_plan_are_marked_and_nothing_that_is_tol
         await visit.has("#workers tbody", "<b>expert-1</b>.*lost: <i>gone</i>")
         await visit.has("#model", "^<script>alert")
         await visit.has("#trouble", "No news: the server ended the stream")
+        assert visit.wrong == []
+
+
+async def test_a_hidden_tab_listens_no_more_and_does_again_when_it_is_seen(tiny_model):
+    gateways = []
+
+    class Seen(Gateway):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            gateways.append(self)
+
+    hide = """(hidden) => {
+      Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+      document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    async with gateway(tiny_model, kind=Seen) as (_, url), visiting(url) as visit:
+        await visit.has("#sentence", "^ready$")
+        events = gateways[0]._events
+        assert events.num_listeners == 1
+        await visit.page.clock.install()
+        await visit.page.evaluate(hide, True)
+        await visit.page.clock.fast_forward(61_000)
+        await until(lambda: events.num_listeners == 0, 30)
+        await visit.page.evaluate(hide, False)
+        await until(lambda: events.num_listeners == 1, 30)
+        await playwright.expect(visit.page.locator("#trouble")).to_be_hidden()
         assert visit.wrong == []
 
 
