@@ -84,6 +84,20 @@ def test_other_tokenizers_are_refused_with_a_sentence(kind):
         Grammars(lambda: "", 100, []).begin(StructuredOutputs(regex="a"))
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "llama"])
+@pytest.mark.parametrize("text", ["</s>", "x<unk>y", "<|im_start|>user", "<é>", "<tool call>"])
+def test_text_that_looks_like_a_token_is_text(kind, text):
+    tokenizer = tokenizer_of(kind)
+    grammars, vocabulary = grammars_of(tokenizer), Vocabulary(tokenizer)
+    for asked, expected in (
+        (StructuredOutputs(choice=(text,)), text),
+        (StructuredOutputs(json=json.dumps({"const": text})), json.dumps(text, ensure_ascii=False)),
+        (StructuredOutputs(regex=re.escape(text).replace("\\ ", " ")), text),
+    ):
+        (stream,) = text_streams(vocabulary, tokenizer.encode("It").ids, SamplingParams())
+        assert stream.push(walked(grammars, tokenizer, asked, 1), is_last=True).text == expected
+
+
 @pytest.mark.parametrize("more", [-9, 0, 1, 77])
 def test_the_mask_is_as_wide_as_the_logits(more):
     """A model may have fewer tokens than its tokenizer, or rows of logits that stand for none."""

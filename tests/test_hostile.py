@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ATTACKS = (
-    "numbers", "extreme_sampling", "ids", "texts", "types", "broken_json", "smuggled", "paths", "frames",
+    "numbers", "extreme_sampling", "ids", "texts", "types", "grammars", "broken_json", "smuggled", "paths", "frames",
     "websocket_requests", "leavers", "compressed",
 )  # fmt: skip
 

@@ -103,7 +103,7 @@ REFUSED = {
     "no json": ({"guided_json": "{"}, "not valid JSON"),
     "list": ({"guided_json": "[1]"}, "a JSON schema is an object"),
     "long": ({"guided_regex": "a" * 140_000}, "up to 131072 bytes"),
-    "list of grammars": ({"guided_grammar": '{"grammars": 5}'}, "cannot be compiled"),
+    "list of grammars": ({"guided_grammar": '{"grammars": 5}'}, "guided_grammar is a list of grammars; give one"),
 }  # fmt: skip
 
 

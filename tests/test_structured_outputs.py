@@ -206,6 +206,18 @@ async def test_where_nothing_can_follow_the_request_ends_alone_with_a_sentence(e
     assert (await live)[2] == "length"
 
 
+AMBIGUOUS = ["start: a\na: a a a | a a | /[a-z]/", 'start: a\na: "x" a "y" | b\nb: b b | /[a-z]/']
+
+
+@pytest.mark.parametrize("grammar", AMBIGUOUS)
+async def test_rules_that_mean_one_text_in_very_many_ways_end_before_they_cost_others_much(engine, grammar):
+    live = asyncio.ensure_future(collect(engine, TEXT, max_tokens=60, temperature=0, ignore_eos=True))
+    bias = {"logit_bias": {2: -100}, "max_tokens": 300}
+    with pytest.raises((RequestFailed, InvalidRequest), match=r"grammar.*(Too many items|Current row)"):
+        await collect(engine, TEXT, structured_outputs=asking(grammar=grammar), **bias)
+    assert (await live)[2] == "length"
+
+
 async def test_what_cannot_be_compiled_is_refused_and_nothing_is_lost(engine):
     bad = [
         asking({"type": "object", "properties": {"a": {"not": {}}}}), asking(regex="("), asking(regex="(?=a)b"),

@@ -10,6 +10,7 @@ import orjson
 from msi.errors import InvalidRequest, shown
 from msi.server.field_table import ALWAYS_NEUTRAL
 from msi.structured_outputs import StructuredOutputs
+from msi.text.grammar_text import is_list
 
 GUIDED = {  # older names, by what they are now
     "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
@@ -34,6 +35,8 @@ def structured_outputs(values: Mapping[str, Any]) -> StructuredOutputs | None:
             f"{' and '.join(sorted(asked))} each say what the answer has to be; give one of them", param=min(asked)
         )
     for name, one in asked.items():
+        if is_list(str(one.get("grammar", ""))):
+            raise InvalidRequest(f"{name} is a list of grammars; give one, in Lark's syntax or in GBNF", param=name)
         try:
             return StructuredOutputs(**{"whitespace_pattern": pattern, **one})
         except InvalidRequest as error:

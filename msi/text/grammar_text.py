@@ -16,6 +16,7 @@ from msi.structured_outputs import StructuredOutputs
 NATURAL = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
 COMPACT = {"whitespace_flexible": False}
 JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
+FREE = "// free\n"  # marks rules that a client wrote
 
 
 def grammar_text(asked: StructuredOutputs) -> str:
@@ -31,6 +32,15 @@ def grammar_behind(lark: str, asked: StructuredOutputs) -> str:
     """
     parts = _parts_of(asked.grammar) if is_list(asked.grammar) else [part_of(asked)]
     return list_of([{"lark_grammar": lark}, {**parts[0], "name": "answer"}, *parts[1:]])
+
+
+def unforced(grammar: str) -> str:
+    """The same, without the tokens that a tokenizer makes of text of which there is one way only."""
+    first, *others = _parts_of(grammar)
+    option = '%llguidance {"no_forcing": true}\n'
+    if "lark_grammar" in first:
+        return list_of([{**first, "lark_grammar": option + first["lark_grammar"]}, *others])
+    return list_of([{"lark_grammar": f"{option}start: @answer"}, {**first, "name": "answer"}, *others])
 
 
 def _parts_of(grammar: str) -> list[dict[str, Any]]:
@@ -52,10 +62,15 @@ def is_list(grammar: str) -> bool:
     return grammar.startswith('{"grammars":')
 
 
+def has_free_rules(grammar: str) -> bool:
+    """Whether a client wrote rules in it."""
+    return json.dumps(FREE)[1:-1] in grammar
+
+
 def part_of(asked: StructuredOutputs) -> dict[str, Any]:
     """One grammar of a list."""
     if asked.grammar:
-        return {"lark_grammar": asked.grammar}
+        return {"lark_grammar": FREE + asked.grammar}
     if asked.regex:
         return {"lark_grammar": f"start: ANSWER\nANSWER: {lark_regex(asked.regex)}"}
     if asked.choice:

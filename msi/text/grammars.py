@@ -18,10 +18,14 @@ from tokenizers import Tokenizer
 
 from msi.errors import InvalidRequest
 from msi.structured_outputs import StructuredOutputs
-from msi.text.grammar_text import grammar_text, is_list, list_of, schema_of, with_spaces
+from msi.text.grammar_text import grammar_text, has_free_rules, is_list, list_of, schema_of, unforced, with_spaces
 
 MAX_REMEMBERED = 64  # grammars, compiled or checked
 MAX_LEXER_STATES = 20_000  # 40 MB at most, for each answer
+# Of one token, about 15 ms at most: others wait for it. A schema's grammar has a row for all its optional properties.
+STEP_LIMITS = {"step_max_items": 20_000, "step_lexer_fuel": 100_000}
+MAX_ROW_ITEMS = 2000
+MAX_FREE_ROW_ITEMS = 500  # where a client wrote the rules, which may mean one text in many ways
 LOOKS_WITHIN_S = 1.0  # for where a schema goes wrong
 MAX_LOOKS = 256
 MAX_COMPLAINT_CHARS = 300
@@ -88,7 +92,9 @@ def why_not(grammar: str) -> str:
     """Why a grammar cannot be compiled, on one line; "" where it can. Raises InvalidRequest: there is no library."""
     guidance = library()
     try:
-        is_error, messages = guidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=_limits(guidance))
+        is_error, messages = guidance.LLMatcher.validate_grammar_with_warnings(
+            grammar, limits=_limits(guidance, grammar)
+        )
     except BaseException as error:
         if not _is_the_librarys(error):
             raise
@@ -154,8 +160,11 @@ def in_lark(asked: StructuredOutputs) -> StructuredOutputs:
     return replace(asked, grammar=lark)
 
 
-def _limits(guidance: Any) -> Any:
-    return guidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+def _limits(guidance: Any, grammar: str) -> Any:
+    most = MAX_FREE_ROW_ITEMS if has_free_rules(grammar) else MAX_ROW_ITEMS
+    return guidance.LLParserLimits(
+        max_lexer_states=MAX_LEXER_STATES, max_items_in_row=most, verbose_errors=False, **STEP_LIMITS
+    )
 
 
 def _is_the_librarys(error: BaseException) -> bool:
@@ -185,6 +194,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._tokenizer: Any = None
+        self._added: list[str] = []  # texts of its added tokens, as a grammar has them, without backslashes
         self._compiled: OrderedDict[StructuredOutputs, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -205,7 +215,9 @@ class Grammars:
         try:
             if self._tokenizer is None:
                 self._tokenizer = self._load(guidance)
-            matcher = guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits(guidance))
+            if self._names_added_token(grammar):
+                grammar = unforced(grammar)
+            matcher = guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits(guidance, grammar))
             complaint = matcher.get_error() or self._try(matcher)
         except BaseException as error:
             if not _is_the_librarys(error) or isinstance(error, InvalidRequest):
@@ -217,6 +229,11 @@ class Grammars:
             complaint = complaint if found is None else found[1]
             raise InvalidRequest(f"{what} cannot be compiled: {_short(complaint)}", param="structured_outputs")
         return matcher
+
+    def _names_added_token(self, grammar: str) -> bool:
+        """Whether a tokenizer would take a part of its text for an added token, which is no text to llguidance."""
+        plain = grammar.replace("\\", "")
+        return any(text in plain for text in self._added)
 
     def _try(self, matcher: Any) -> str:
         """What goes wrong at the beginning of an answer, as where an object has too many optional properties."""
@@ -235,6 +252,8 @@ class Grammars:
         eos = list(self._eos_token_ids) or None
         tokenizer = Tokenizer.from_str(text)
         num_tokens = tokenizer.get_vocab_size()  # of which the model may have fewer
+        texts = (one.content for one in tokenizer.get_added_tokens_decoder().values())
+        self._added = [json.dumps(text)[1:-1].replace("\\", "") for text in texts if text]
         decoder: bytes = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
         try:
             if b'"ByteLevel"' not in decoder and (b'"ByteFallback"' not in decoder or b'"Metaspace"' in decoder):

@@ -22,8 +22,9 @@ Attack = Callable[[Target, random.Random, Report], Awaitable[None]]
 ATTACKS: dict[str, Attack] = {
     attack.__name__: attack
     for attack in (
-        requests.numbers, requests.extreme_sampling, requests.ids, requests.texts, requests.types, requests.broken_json,
-        requests.large, requests.large_chat, requests.too_large, requests.compressed, requests.heavy_but_allowed,
+        requests.numbers, requests.extreme_sampling, requests.ids, requests.texts, requests.types, requests.grammars,
+        requests.broken_json, requests.large, requests.large_chat, requests.too_large, requests.compressed,
+        requests.heavy_but_allowed,
         requests.paths, requests.leavers, sockets.half_heads, sockets.smuggled, sockets.slow_bodies, sockets.deaf,
         sockets.flood, sockets.frames, sockets.websocket_requests,
     )

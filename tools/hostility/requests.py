@@ -103,6 +103,21 @@ def _anything(chance: random.Random, depth: int) -> Any:
     return {chance.choice(FIELDS): _anything(chance, depth - 1) for _ in range(chance.randrange(4))}
 
 
+async def grammars(target: Target, chance: random.Random, report: Report) -> None:
+    """Forms of answers that are wrong, huge, or mean one text in very many ways."""
+    forms: tuple[dict[str, Any], ...] = (
+        {"regex": "("}, {"regex": "(a{1,5000}b){1,5000}"}, {"regex": "a" * 100_000},
+        {"grammar": 'start: a\na: a a | "x" | ""'}, {"grammar": "root ::= root root"}, {"grammar": "\0"},
+        {"choice": ["a" * 1000 + str(index) for index in range(100)]}, {"choice": [chance.choice(TEXTS)]},
+        {"json": {"$ref": "#"}}, {"json": {"enum": list(range(5000))}}, {"json": chance.choice(TEXTS)},
+        {"json": {"type": "object", "properties": {f"p{index}": {} for index in range(3000)}}},
+        {"json": {"type": "array", "minItems": 10**9}}, {"json": {"type": "integer", "multipleOf": 10**18 + 1}},
+    )  # fmt: skip
+    for form in chance.sample(forms, 6):
+        body = {"prompt": "It is", "max_tokens": 40, "structured_outputs": form}
+        report.answer(await post(target, COMPLETIONS, body))
+
+
 async def broken_json(target: Target, chance: random.Random, report: Report) -> None:
     """What is no JSON, or JSON of a kind that parsers end at."""
     deep = chance.choice([500, 5_000, 100_000])
