@@ -20,8 +20,8 @@ from msi.offline.places import Places
 from msi.server.calls import Calls, error_of, status_of
 from msi.server.metrics import Metrics
 from msi.server.prepare import CHAT, COMPLETION, NotUnderstood, Prepared, Understood
+from msi.server.replies import reply_of
 from msi.server.request_log import RequestLog
-from msi.server.whole import Whole
 
 from .batch_arguments import BatchArguments, parse
 from .batch_file import Answers, Line, NotARequestError, answered, answers_in, lines_of, not_answered, parse_line
@@ -216,12 +216,12 @@ class Batch:
 
     async def _computed(self, request: Prepared, request_id: str) -> bytes:
         call = self._calls.call(request, request_id)
-        whole = Whole(call.answer)
+        reply = reply_of(call)
         async with contextlib.aclosing(call.outputs):
             async for output in call.outputs:
-                whole.add(output)
+                reply.add(output)
                 self._counts.tokens += len(output.token_ids)
-        return b"".join(whole.parts())
+        return b"".join(reply.parts())
 
 
 def _error(error: EngineError) -> tuple[int, bytes]:

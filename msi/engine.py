@@ -341,7 +341,7 @@ class Engine:
                     client.cancel(update.request_id)
                 yield Output(
                     request_id, new.text, update.token_ids, reason, len(token_ids), index, new.logprobs,
-                    num_cached[index], new.token_texts, update.queued_s, update.prompt_logprobs,
+                    num_cached[index], new.token_texts, update.queued_s, update.prompt_logprobs, text.stopped_by,
                 )  # fmt: skip
         finally:
             await updates.aclose()

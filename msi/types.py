@@ -248,6 +248,7 @@ class Output:
         queued_s: as in `Progress`.
         prompt_logprobs: of the prompt's tokens from the second on, if they were asked for: all with the first output,
             which is one of choice 0; else None.
+        stopped_by: the stop string that ended it, "" where none did.
     """
 
     request_id: str
@@ -261,6 +262,7 @@ class Output:
     token_texts: tuple[TokenText, ...] = ()
     queued_s: float = 0.0
     prompt_logprobs: PromptLogprobs | None = None
+    stopped_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,14 @@ def test_every_field_is_described():
     assert {one.name for one in dataclasses.fields(SamplingParams)} == set(meanings(SamplingParams))
 
 
+def test_every_field_of_agents_is_described():
+    for path in ("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"):
+        one = OPERATIONS[path]["POST"]
+        assert set(one.own) <= set(one.fields), "nothing is described that is not read"
+        bare = [name for name in one.fields if not (one.own.get(name) or field_schema(name)).get("description")]
+        assert not bare, f"msi/server/agent_schemas.py says nothing of {bare}"
+
+
 def test_what_is_not_done_says_which_values_are_taken_all_the_same():
     document = description("1")
     body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]

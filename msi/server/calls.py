@@ -7,14 +7,15 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from msi.engine import Engine
 from msi.errors import EngineError, Failure, InvalidRequest, ModelNotFound, RequestFailed, Unavailable, shown
 from msi.request_spans import OpenSpans
-from msi.server.answers import Usage, error_object
+from msi.server.answers import error_object
+from msi.server.anthropic.answer import MessageAnswer
 from msi.server.chat import ChatAnswer
 from msi.server.completions import CompletionAnswer
 from msi.server.fields import Streaming
@@ -24,8 +25,10 @@ from msi.server.moment import Interrupted, for_a_moment
 from msi.server.parsing.parser import thinking_of
 from msi.server.prepare import (
     ANSWERS,
+    ANTHROPIC,
     CHAT,
     ENDPOINTS,
+    RESPONSE,
     SETUP,
     Answered,
     Elsewhere,
@@ -39,6 +42,7 @@ from msi.server.prepare import (
 from msi.server.preparers import Preparers
 from msi.server.prompt_answers import PromptAnswers, ScoredPrompt, ends_of
 from msi.server.request_log import RequestLog
+from msi.server.responses.answer import ResponseAnswer
 from msi.server.traced import traced
 from msi.types import Output, TokenText
 
@@ -75,24 +79,8 @@ def request_id_of(given: str | None) -> str:
     return given if given is not None and CLIENTS_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-class Answer(Protocol):
-    """How an endpoint shapes the outputs of one request."""
-
-    request_id: str
-    usage: Usage
-    num_choices: int
-
-    def opening(self, output: Output) -> list[dict[str, Any]]: ...
-
-    def chunk(self, output: Output) -> dict[str, Any]: ...
-
-    def usage_chunk(self) -> dict[str, Any]: ...
-
-    def frame(self) -> dict[str, Any]: ...
-
-    def echoed(self, index: int) -> Mapping[str, bytes]: ...
-
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]: ...
+ChunkAnswer = CompletionAnswer | ChatAnswer
+TypedAnswer = ResponseAnswer | MessageAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +88,7 @@ class Call:
     """A request on its way. Closing `outputs` cancels it."""
 
     outputs: AsyncGenerator[Output, None]
-    answer: Answer
+    answer: ChunkAnswer | TypedAnswer
     streaming: Streaming
     has_logprobs: bool
 
@@ -156,7 +144,7 @@ class Calls:
         """What a body asks. Cancellation ends the wait for it.
 
         Args:
-            endpoint: COMPLETION, CHAT or MESSAGE; or TOKENIZE or DETOKENIZE, which are answered.
+            endpoint: one of `ENDPOINTS`.
             client: who asks, such as a connection: clients take turns.
         """
         asked = await self._understand(endpoint, body, client)
@@ -192,10 +180,15 @@ class Calls:
         engine, num_choices = self._engine, asked.params.n
         has_logprobs = asked.params.logprobs is not None
         request_id = request_id or uuid.uuid4().hex
-        common = (engine.model_name, int(time.time()), engine.token_text, num_choices)
-        answer: Answer
         scored = prompt_answers(asked, engine.token_text)
-        if asked.endpoint == CHAT:
+        created = int(time.time())
+        common = (engine.model_name, created, engine.token_text, num_choices)
+        answer: ChunkAnswer | TypedAnswer
+        if asked.endpoint == RESPONSE:
+            answer = ResponseAnswer(request_id, engine.model_name, created, asked)
+        elif asked.endpoint == ANTHROPIC:
+            answer = MessageAnswer(request_id, engine.model_name, asked)
+        elif asked.endpoint == CHAT:
             answer = ChatAnswer(
                 f"chatcmpl-{request_id}", *common, has_logprobs, asked.parsing, is_streamed=asked.streaming.stream,
                 prompts=scored,

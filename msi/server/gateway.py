@@ -1,8 +1,9 @@
 """The gateway: HTTP in front of an engine.
 
-POST /v1/completions and /v1/chat/completions (server-sent events with "stream": true), /tokenize and /detokenize, GET
-/v1/models, WebSocket /v1/stream, GET /health, /ready, /metrics, /version and /openapi.json, the page and /v1/events. A
-client that leaves cancels its requests; every answer that is no success is an error in JSON.
+POST /v1/completions, /v1/chat/completions, /v1/responses and /v1/messages (server-sent events with "stream": true),
+/tokenize and /detokenize, GET /v1/models, WebSocket /v1/stream, GET /health, /ready, /metrics, /version and
+/openapi.json, the page and /v1/events. A client that leaves cancels its requests; every answer that is no success is an
+error in JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -24,6 +25,7 @@ from msi.engine import Engine
 from msi.errors import MAX_SHOWN_CHARS
 from msi.request_spans import OpenSpans
 from msi.server.answers import error_object
+from msi.server.anthropic.errors import error_body, is_anthropics
 from msi.server.api_keys import ApiKeys
 from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
 from msi.server.door import Door, connection_of
@@ -35,13 +37,23 @@ from msi.server.model_card import model_card
 from msi.server.openapi import description
 from msi.server.origins import Origins
 from msi.server.page import Page
-from msi.server.prepare import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Answered, NotUnderstood
+from msi.server.prepare import (
+    ANTHROPIC,
+    ANTHROPIC_COUNT,
+    CHAT,
+    COMPLETION,
+    DETOKENIZE,
+    RESPONSE,
+    TOKENIZE,
+    Answered,
+    NotUnderstood,
+)
 from msi.server.refusals import Refused
+from msi.server.replies import reply_of
 from msi.server.request_body import MAX_BODY_BYTES, Bodies, discard
 from msi.server.request_log import LoadLog, RequestLog
 from msi.server.running import Running
 from msi.server.websocket import Sockets
-from msi.server.whole import Whole
 from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
@@ -50,6 +62,11 @@ RETRY_AFTER_S = 1  # what a client waits that nothing could take now
 ID_HEADER = "X-Request-Id"
 USUAL_HEADERS = f"Authorization, Content-Type, {ID_HEADER}"
 HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(, ?[A-Za-z0-9-]{1,64}){0,63}")
+KEY_HEADER = "x-api-key"  # Anthropic's clients send the key there
+ASKED = {
+    "/v1/completions": COMPLETION, "/v1/chat/completions": CHAT, "/v1/responses": RESPONSE, "/v1/messages": ANTHROPIC,
+    "/v1/messages/count_tokens": ANTHROPIC_COUNT, "/tokenize": TOKENIZE, "/detokenize": DETOKENIZE,
+}  # fmt: skip
 PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
 MAX_PIECE_BYTES = 256 * 1024  # of an answer: written at a time
 ENDS_WITHIN_S = 2.0  # clients, once their requests have ended
@@ -60,7 +77,8 @@ class Gateway:
     """Serves an engine over HTTP. `start`, then `close`.
 
     Args:
-        api_keys: one of them is what clients give as `Authorization: Bearer`, on every path but `PROBES` and the page.
+        api_keys: one of them is what clients give as `Authorization: Bearer` or `x-api-key`, on every path but `PROBES`
+            and the page.
         chat_template: in Jinja, in place of the model's; "" for the model's.
         log_requests: a line for each request that ended.
         log_load: a line on throughput and load every ten seconds.
@@ -108,11 +126,8 @@ class Gateway:
         self._entrance: Entrance | None = None
         self._description = description(msi.__version__, needs_key=bool(api_keys))
         self._endpoints: dict[str, dict[str, Handler]] = {
-            "/v1/completions": {"POST": self._completions},
-            "/v1/chat/completions": {"POST": self._chat_completions},
+            **{path: {"POST": self._asking(endpoint)} for path, endpoint in ASKED.items()},
             "/v1/stream": {"GET": self._websocket},
-            "/tokenize": {"POST": self._tokenize},
-            "/detokenize": {"POST": self._detokenize},
             "/v1/models": {"GET": self._models},
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
@@ -196,12 +211,13 @@ class Gateway:
             response = await self._endpoint(request)(request, headers)
         except Refused as refusal:
             is_unread = refusal.is_unread
-            response = error_response(refusal.status, error_object(str(refusal), refusal.status), refusal.headers)
+            error = error_object(str(refusal), refusal.status)
+            response = error_response(request.path, refusal.status, error, refusal.headers)
         except (ConnectionResetError, asyncio.CancelledError):
             log.info("client left; its request is cancelled")
             raise
-        except Exception as error:
-            response = error_response(status_of(error), error_of(error))
+        except Exception as failure:
+            response = error_response(request.path, status_of(failure), error_of(failure))
         if not response.prepared:
             response.headers.update(headers)
             if is_unread or self._running.is_ending:
@@ -220,10 +236,12 @@ class Gateway:
             raise Refused(503, "the server is shutting down", is_unread=True)
         if request.path in self._without_key or request.method == "OPTIONS":
             return
-        if not self._api_keys.admits(request.headers.get("Authorization", "")):
+        bearers = [request.headers.get("Authorization", "")]
+        bearers += [f"Bearer {key}" for key in request.headers.getall(KEY_HEADER, ())]
+        if True not in [self._api_keys.admits(bearer) for bearer in bearers]:  # all are looked at
             raise Refused(
                 401,
-                "this server needs an API key: send it as `Authorization: Bearer KEY`",
+                f"this server needs an API key: send it as `Authorization: Bearer KEY` or `{KEY_HEADER}: KEY`",
                 headers={"WWW-Authenticate": "Bearer"},
                 is_unread=True,
             )
@@ -258,17 +276,8 @@ class Gateway:
 
     # -- endpoints ---------------------------------------------------------------------------------------------------
 
-    async def _completions(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        return await self._answer(request, headers, COMPLETION)
-
-    async def _chat_completions(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        return await self._answer(request, headers, CHAT)
-
-    async def _tokenize(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        return await self._answer(request, headers, TOKENIZE)
-
-    async def _detokenize(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        return await self._answer(request, headers, DETOKENIZE)
+    def _asking(self, endpoint: str) -> Handler:
+        return lambda request, headers: self._answer(request, headers, endpoint)
 
     async def _answer(self, request: web.BaseRequest, headers: dict[str, str], endpoint: str) -> web.StreamResponse:
         with self._running.request():
@@ -286,12 +295,12 @@ class Gateway:
         return await self._stream(request, call, headers)
 
     async def _whole(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
-        whole = Whole(call.answer)
+        reply = reply_of(call)
         async with contextlib.aclosing(call.outputs):
             async for output in call.outputs:
-                whole.add(output)
+                reply.add(output)
         parts = []
-        for part in whole.parts():
+        for part in reply.parts():
             parts.append(part)
             await asyncio.sleep(0)
         return await _send(request, parts, headers)
@@ -299,24 +308,24 @@ class Gateway:
     async def _stream(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
         """A failure before the first event is an HTTP error, and one after it an event."""
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers}
-        response = web.StreamResponse(headers=headers)
+        response, reply = web.StreamResponse(headers=headers), reply_of(call)
         connection = connection_of(request)
         try:
             with self._running.request():
-                async with contextlib.aclosing(_events(call)) as events:
-                    async for event in events:
+                async with contextlib.aclosing(call.outputs):
+                    async for output in call.outputs:
                         if not response.prepared:
                             await response.prepare(request)
                         if connection.is_behind:
                             await connection.caught_up()
-                        await response.write(event)
+                        await _write(response, reply.events(output))
+            await _write(response, reply.end())
         except ConnectionResetError:
             raise
         except Exception as error:
             if not response.prepared:
                 raise
-            await response.write(_event({"error": error_of(error)}))
-        await response.write(b"data: [DONE]\n\n")
+            await _write(response, reply.failure(error))
         await response.write_eof()
         return response
 
@@ -363,11 +372,14 @@ def json_response(values: object, status: int = 200, headers: Mapping[str, str] 
     return web.Response(body=orjson.dumps(values), content_type="application/json", status=status, headers=headers)
 
 
-def error_response(status: int, error: dict[str, Any], headers: Mapping[str, str] | None = None) -> web.Response:
+def error_response(
+    path: str, status: int, error: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """An error in the shape that clients of a path know; `error`: OpenAI's object."""
     headers = dict(headers or {})
     if status in (429, 503):
         headers.setdefault("Retry-After", str(RETRY_AFTER_S))
-    return json_response({"error": error}, status, headers)
+    return json_response(error_body(error, status) if is_anthropics(path) else {"error": error}, status, headers)
 
 
 async def _send(request: web.BaseRequest, parts: Sequence[bytes], headers: Mapping[str, str]) -> web.StreamResponse:
@@ -379,24 +391,11 @@ async def _send(request: web.BaseRequest, parts: Sequence[bytes], headers: Mappi
     response.content_length = num_bytes
     await response.prepare(request)
     for part in parts:
-        for start in range(0, len(part), MAX_PIECE_BYTES):
-            await response.write(part[start : start + MAX_PIECE_BYTES])
+        await _write(response, part)
     await response.write_eof()
     return response
 
 
-async def _events(call: Call) -> AsyncGenerator[bytes, None]:
-    """Server-sent events, less the one that says that it is done. Closing it closes the call."""
-    async with contextlib.aclosing(call.outputs):
-        async for output in call.outputs:
-            chunks = [*call.answer.opening(output), call.answer.chunk(output)]
-            if call.streaming.include_usage:
-                usage = call.answer.usage.values() if call.streaming.continuous_usage else None
-                chunks = [{**chunk, "usage": usage} for chunk in chunks]
-            yield b"".join(_event(chunk) for chunk in chunks)
-    if call.streaming.include_usage:
-        yield _event(call.answer.usage_chunk())
-
-
-def _event(values: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(values) + b"\n\n"
+async def _write(response: web.StreamResponse, part: bytes) -> None:
+    for start in range(0, len(part), MAX_PIECE_BYTES):
+        await response.write(part[start : start + MAX_PIECE_BYTES])

@@ -11,6 +11,8 @@ from http import HTTPStatus
 from typing import Any
 
 from msi.server import chat, completions
+from msi.server.agent_schemas import ANSWERS, OF_MESSAGES, OF_RESPONSES, own_schemas
+from msi.server.anthropic import request as anthropic
 from msi.server.field_schemas import Schema, body_schema
 from msi.server.field_table import (
     NOT_IN_CHATS,
@@ -19,6 +21,7 @@ from msi.server.field_table import (
     NOT_IN_TOKENIZE,
     NotDone,
 )
+from msi.server.responses import request as responses
 from msi.server.tokenizing import TEXT_FIELDS, TOKEN_FIELDS
 
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
@@ -107,7 +110,9 @@ SCHEMAS: dict[str, Schema] = {
     "Health": _object("status", status=STRING),
     "Ready": _object("ready status", ready={"type": "boolean"}, status=STRING),
     "Version": _object("version", version=STRING),
+    **ANSWERS,
 }
+MESSAGES_OWN = own_schemas(anthropic.FIELDS, OF_MESSAGES, anthropic.NO_MATTER)
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class Operation:
         not_here: fields of other endpoints.
         own: fields that look otherwise than in other bodies.
         statuses: of HTTP, besides 200 and those that each endpoint has.
+        error: name of the schema of its errors.
         is_probe: asked without a key.
     """
 
@@ -132,6 +138,7 @@ class Operation:
     required: tuple[str, ...] = ()
     own: Mapping[str, Schema] = field(default_factory=dict)
     statuses: tuple[int, ...] = ()
+    error: str = "Error"
     media: str = JSON
     is_probe: bool = False
 
@@ -147,6 +154,24 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         "POST": Operation(
             "A chat goes on, through the model's template; OpenAI's chat completions.", "ChatCompletion",
             "ChatCompletionEvent", chat.FIELDS, NOT_IN_CHATS, ("messages",), {"logprobs": LOGPROBS_SWITCH}, (502,),
+        )
+    },
+    "/v1/responses": {
+        "POST": Operation(
+            "A chat in other words; OpenAI's Responses.", "Response", "ResponseEvent", responses.FIELDS,
+            responses.NOT_IN_RESPONSES, ("input",), own_schemas(responses.FIELDS, OF_RESPONSES, set()), (502,),
+        )
+    },
+    "/v1/messages": {
+        "POST": Operation(
+            "A chat in other words; Anthropic's Messages.", "Message", "MessageEvent", anthropic.FIELDS,
+            anthropic.NOT_IN_MESSAGES, ("messages", "max_tokens"), MESSAGES_OWN, (502,), "MessageError",
+        )
+    },
+    "/v1/messages/count_tokens": {
+        "POST": Operation(
+            "The tokens of such a chat; Anthropic's.", "MessageTokens", fields=anthropic.FIELDS,
+            not_here=anthropic.NOT_IN_MESSAGES, required=("messages",), own=MESSAGES_OWN, error="MessageError",
         )
     },
     "/v1/stream": {
@@ -210,7 +235,7 @@ def _operation(one: Operation, needs_key: bool) -> dict[str, Any]:
             content[EVENTS] = {"schema": _ref(one.events)}
         responses["200"] = {"description": "The answer.", "content": content}
     for status in sorted(statuses):
-        schema = _ref("Ready") if status == 503 and one.answer == "Ready" else _ref("Error")
+        schema = _ref("Ready") if status == 503 and one.answer == "Ready" else _ref(one.error)
         responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": {JSON: {"schema": schema}}}
     operation: dict[str, Any] = {"summary": one.summary, "responses": responses}
     if one.fields is not None:

@@ -17,6 +17,7 @@ import orjson
 from msi.control.messages import Welcome
 from msi.errors import EngineError, Failure, InvalidRequest, ModelNotFound, shown
 from msi.net.codec import Codec
+from msi.server.anthropic import request as anthropic
 from msi.server.chat import NO_PARSER, ChatRequest, parse_chat
 from msi.server.chat_template import ChatTemplates
 from msi.server.completions import parse_completion
@@ -25,8 +26,10 @@ from msi.server.echoes import Echoes, check_size
 from msi.server.fields import Streaming, Values, kind_of, parse_object, typed
 from msi.server.parsers import ModelParsers
 from msi.server.parsing.parser import Parsing
+from msi.server.responses import request as responses
 from msi.server.structured import field_of
 from msi.server.tokenizing import check_number, parse_detokenize, parse_tokenize
+from msi.server.translation import Translation
 from msi.text.grammar_text import grammar_text
 from msi.text.grammars import GrammarChecks
 from msi.text.prompts import Prompts
@@ -35,7 +38,8 @@ from msi.types import SamplingParams
 log = logging.getLogger(__name__)
 
 COMPLETION, CHAT, MESSAGE, TOKENIZE, DETOKENIZE = "completion", "chat", "message", "tokenize", "detokenize"
-ENDPOINTS = (COMPLETION, CHAT, MESSAGE, TOKENIZE, DETOKENIZE)
+RESPONSE, ANTHROPIC, ANTHROPIC_COUNT = "response", "anthropic", "anthropic_count"
+ENDPOINTS = (COMPLETION, CHAT, MESSAGE, TOKENIZE, DETOKENIZE, RESPONSE, ANTHROPIC, ANTHROPIC_COUNT)
 NO_CALLS_IN_MESSAGES = (
     "the WebSocket tells text as the model writes it: calls of them are found at /v1/chat/completions"
 )
@@ -47,7 +51,7 @@ class Prepared:
     """A request that the engine can take.
 
     Attributes:
-        endpoint: COMPLETION or CHAT.
+        endpoint: COMPLETION, CHAT, RESPONSE or ANTHROPIC.
         prompts: tokens of each, as 32-bit integers of this machine: read them with `tokens_of`.
         echoes: what comes before the text, for each prompt, in UTF-8.
         echo_ends: of each echo, the places in its text where the prompt's tokens end, as `prompts` are packed; () where
@@ -55,6 +59,7 @@ class Prepared:
         num_listed: see `msi.server.fields.num_listed`.
         ignored: fields that nobody knows.
         parsing: what is looked for in the answers of a chat; None to tell their text as it is.
+        told: what the answer repeats of the request, a JSON object.
     """
 
     endpoint: str
@@ -66,6 +71,7 @@ class Prepared:
     parsing: Parsing | None = None
     echo_ends: tuple[bytes, ...] = ()
     num_listed: int | None = None
+    told: bytes = b"{}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +150,18 @@ class Preparation:
         self._grammars = GrammarChecks()
 
     def understand(self, endpoint: str, body: bytes | str) -> Understood | Answered | NotUnderstood:
-        """Raises nothing but Elsewhere. Answered is what bodies for TOKENIZE and DETOKENIZE are."""
+        """Raises nothing but Elsewhere. Answered is what bodies for TOKENIZE, DETOKENIZE and ANTHROPIC_COUNT are."""
         client_id: str | None = None
         try:
             values: Values = parse_object(body)
             if endpoint in (TOKENIZE, DETOKENIZE):
                 return self.tokens(values) if endpoint == TOKENIZE else self.text(values)
+            if endpoint == RESPONSE:
+                return Understood(self.translated(endpoint, responses.translated(values)))
+            if endpoint == ANTHROPIC:
+                return Understood(self.translated(endpoint, anthropic.translated(values)))
+            if endpoint == ANTHROPIC_COUNT:
+                return self.count(anthropic.translated(values, is_counted=True))
             if endpoint == MESSAGE:
                 client_id, kind, values = message_of(values)
                 if kind != GENERATE:
@@ -223,6 +235,24 @@ class Preparation:
         check_size(len(prompt), params)
         prepared = self._prepared(CHAT, [prompt], params, asked.streaming, (b"",), asked.ignored)
         return replace(prepared, parsing=parsing, num_listed=params.prompt_logprobs)
+
+    def translated(self, endpoint: str, asked: Translation) -> Prepared:
+        """A chat that another API asked for. Raises InvalidRequest."""
+        try:
+            request = self.chat(asked.chat)
+        except InvalidRequest as error:
+            raise asked.renamed(error) from error
+        return replace(request, endpoint=endpoint, told=orjson.dumps(asked.told), ignored=asked.ignored)
+
+    def count(self, asked: Translation) -> Answered:
+        """The tokens of a prompt, as Anthropic's API has them. Raises InvalidRequest."""
+        self._check_model(asked.chat)
+        try:
+            chat = parse_chat({**asked.chat, "tool_choice": "none"}, max_tokens=1)
+            num_tokens = len(self._prompts.tokens_of(self._rendered(chat), add_special_tokens=chat.add_special_tokens))
+        except InvalidRequest as error:
+            raise asked.renamed(error) from error
+        return _answered({"input_tokens": num_tokens}, asked.ignored)
 
     def tokens(self, values: Values) -> Answered:
         """What /tokenize answers. Raises InvalidRequest."""

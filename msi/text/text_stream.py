@@ -60,7 +60,7 @@ def text_streams(
 
 
 class TextStream:
-    """One answer's text, as soon as it is certain; `is_stopped` once a stop string has ended it.
+    """One answer's text, as soon as it is certain; `is_stopped` once a stop string has ended it, which `stopped_by` is.
 
     Held back are bytes of an unfinished character, and the end of a text that may turn out to begin a stop string.
     The texts of all tokens together are the text that was given out: a token that ends the answer adds nothing, of
@@ -79,6 +79,7 @@ class TextStream:
         *, includes_stop: bool = False, thinking: Thinking | None = None,
     ) -> None:  # fmt: skip
         self.is_stopped = False
+        self.stopped_by = ""
         self._detokenizer = None if vocabulary is None else Detokenizer(vocabulary, prompt_end)
         self._search = StopSearch(stop) if stop else None
         self._gate = ThinkingGate(thinking) if stop and thinking is not None else None
@@ -152,6 +153,7 @@ class TextStream:
                 start, keep, end = self._search.push(text)
                 if start:
                     self.is_stopped = True
+                    self.stopped_by = self._held[len(self._held) - start : len(self._held) - end]
                     return early + self._held[: len(self._held) - (end if self._includes_stop else start)]
         if is_last and self._gate is not None:
             early += self._gate.close()

@@ -1,4 +1,4 @@
-"""Run by tools/check_clients.py inside an environment that has `openai`: URL, then the model's name."""
+"""Run by tools/check_clients.py where there is `openai`: URL, the model's name, URL of what calls tools."""
 
 import asyncio
 import sys
@@ -7,7 +7,7 @@ from typing import Literal
 import openai
 import pydantic
 
-url, model = sys.argv[1:]
+url, model, calling_url = sys.argv[1:]
 client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
 question = [{"role": "user", "content": "How do you do?"}]
 
@@ -60,7 +60,23 @@ async def several() -> None:
 
 
 asyncio.run(several())
+
+response = client.responses.create(model=model, input="How do you do?", max_output_tokens=12, temperature=0)
+assert (response.status, response.output_text) == ("incomplete", chat.choices[0].message.content)
+with client.responses.stream(model=model, input="How do you do?", max_output_tokens=12, temperature=0) as events:
+    assert "".join(one.delta for one in events if one.type == "response.output_text.delta") == response.output_text
+
+calling = openai.OpenAI(base_url=f"{calling_url}/v1", api_key="none")
+tool = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
+asked = [{"role": "user", "content": "How is the weather?"}]
+first = calling.responses.create(model=model, input=asked, tools=[tool])
+assert [item.type for item in first.output] == ["reasoning", "message", "function_call"]
+result = {"type": "function_call_output", "call_id": first.output[-1].call_id, "output": "sunny"}
+last = calling.responses.create(model=model, input=[*asked, *first.output, result], tools=[tool])
+assert last.output_text == "It is sunny in Paris."
+parsed = client.responses.parse(model=model, input="How do you do?", text_format=Answer, temperature=0)
+assert isinstance(parsed.output_parsed, Answer)
 print(
-    "models, completions (plain, stream, logprobs, arrays, async), "
-    "chat (n, stream, usage, schema, call), context error: right"
+    "models, completions (plain, stream, logprobs, arrays, async), chat (n, stream, usage, schema, call), context "
+    "error, responses (plain, stream, schema, a call and its result): right"
 )

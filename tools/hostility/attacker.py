@@ -14,6 +14,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from tools.hostility import requests, sockets
+from tools.hostility.conversations import conversations
 from tools.hostility.processes import listening
 from tools.hostility.report import Report
 from tools.hostility.wire import Target
@@ -24,7 +25,7 @@ ATTACKS: dict[str, Attack] = {
     for attack in (
         requests.numbers, requests.extreme_sampling, requests.ids, requests.texts, requests.types, requests.grammars,
         requests.broken_json, requests.large, requests.large_chat, requests.too_large, requests.compressed,
-        requests.heavy_but_allowed,
+        requests.heavy_but_allowed, conversations,
         requests.paths, requests.leavers, sockets.half_heads, sockets.smuggled, sockets.slow_bodies, sockets.deaf,
         sockets.flood, sockets.frames, sockets.websocket_requests,
     )

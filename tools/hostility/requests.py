@@ -86,21 +86,22 @@ async def texts(target: Target, chance: random.Random, report: Report) -> None:
 async def types(target: Target, chance: random.Random, report: Report) -> None:
     """Values of random types under known and unknown names."""
     for _ in range(12):
-        body = {chance.choice(FIELDS): _anything(chance, 3) for _ in range(chance.randrange(1, 6))}
+        body = {chance.choice(FIELDS): anything(chance, 3) for _ in range(chance.randrange(1, 6))}
         if chance.random() < 0.3:
-            body["".join(chance.choices(string.printable, k=chance.choice([1, 30, 5000])))] = _anything(chance, 2)
+            body["".join(chance.choices(string.printable, k=chance.choice([1, 30, 5000])))] = anything(chance, 2)
         report.answer(await post(target, chance.choice([COMPLETIONS, CHAT]), body))
 
 
-def _anything(chance: random.Random, depth: int) -> Any:
+def anything(chance: random.Random, depth: int) -> Any:
+    """A JSON value, more or less."""
     kind = chance.randrange(8 if depth else 6)
     if kind < 3:
         return chance.choice(NUMBERS)
     if kind < 6:
         return chance.choice(TEXTS)
     if kind == 6:
-        return [_anything(chance, depth - 1) for _ in range(chance.randrange(4))]
-    return {chance.choice(FIELDS): _anything(chance, depth - 1) for _ in range(chance.randrange(4))}
+        return [anything(chance, depth - 1) for _ in range(chance.randrange(4))]
+    return {chance.choice(FIELDS): anything(chance, depth - 1) for _ in range(chance.randrange(4))}
 
 
 async def grammars(target: Target, chance: random.Random, report: Report) -> None:

@@ -1,0 +1,1 @@
+"""Anthropic's Messages API: what a request asks of a chat, and how a chat's answer is told. Pure; knows no HTTP."""

@@ -1,0 +1,101 @@
+"""Answers as bytes: server-sent events while they come, or JSON once they are whole. Pure; knows no HTTP.
+
+A stream of OpenAI's older endpoints is chunks of one type, and says at last that it is done; those of the newer APIs
+are events that are named by their types, of which the last one ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import orjson
+
+from msi.server.calls import Call, ChunkAnswer, TypedAnswer, error_of, status_of
+from msi.server.chat import ChatAnswer
+from msi.server.completions import CompletionAnswer
+from msi.server.fields import Streaming
+from msi.server.typed_answers import Event
+from msi.server.whole import Whole
+from msi.types import Output
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Reply(Protocol):
+    """To one request: `events` of each output, then `end` or `failure`; or `add` each, then join the `parts`."""
+
+    def events(self, output: Output) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+    def failure(self, error: Exception) -> bytes: ...
+
+    def add(self, output: Output) -> None: ...
+
+    def parts(self) -> Iterator[bytes]: ...
+
+
+def reply_of(call: Call) -> Reply:
+    """As the endpoint that was asked has it."""
+    if isinstance(call.answer, CompletionAnswer | ChatAnswer):
+        return ChunkReply(call.answer, call.streaming)
+    return TypedReply(call.answer)
+
+
+class ChunkReply:
+    """Of /v1/completions and /v1/chat/completions."""
+
+    def __init__(self, answer: ChunkAnswer, streaming: Streaming) -> None:
+        self._answer = answer
+        self._streaming = streaming
+        self._whole = Whole(answer)
+
+    def events(self, output: Output) -> bytes:
+        chunks = [*self._answer.opening(output), self._answer.chunk(output)]
+        if self._streaming.include_usage:
+            usage = self._answer.usage.values() if self._streaming.continuous_usage else None
+            chunks = [{**chunk, "usage": usage} for chunk in chunks]
+        return b"".join(_data(chunk) for chunk in chunks)
+
+    def end(self) -> bytes:
+        return (_data(self._answer.usage_chunk()) if self._streaming.include_usage else b"") + DONE
+
+    def failure(self, error: Exception) -> bytes:
+        return _data({"error": error_of(error)}) + DONE
+
+    def add(self, output: Output) -> None:
+        self._whole.add(output)
+
+    def parts(self) -> Iterator[bytes]:
+        return self._whole.parts()
+
+
+class TypedReply:
+    """Of /v1/responses and /v1/messages."""
+
+    def __init__(self, answer: TypedAnswer) -> None:
+        self._answer = answer
+
+    def events(self, output: Output) -> bytes:
+        return _typed(self._answer.add(output))
+
+    def end(self) -> bytes:
+        return b""
+
+    def failure(self, error: Exception) -> bytes:
+        return _typed(self._answer.failed(error_of(error), status_of(error)))
+
+    def add(self, output: Output) -> None:
+        self._answer.add(output)
+
+    def parts(self) -> Iterator[bytes]:
+        yield self._answer.whole()
+
+
+def _data(values: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(values) + b"\n\n"
+
+
+def _typed(events: list[Event]) -> bytes:
+    return b"".join(b"event: " + event["type"].encode() + b"\n" + _data(event) for event in events)
