@@ -18,6 +18,11 @@ class Delivery:
         else:
             self._handler(endpoint, kind, immediate, reason)
 
+    @property
+    def shortest(self) -> Handler:
+        """What to call for a whole batch: the handler itself once there is one, which is half as dear."""
+        return self._handler or self
+
     def start(self, handler: Handler) -> None:
         """From now on to this handler, beginning with what came before."""
         self._handler = handler

@@ -127,6 +127,17 @@ class DispatchLink:
         self._acquire, self._release = self._turning.acquire, self._turning.release  # `with` costs twice as much
         self._thread = threading.get_ident()  # of the event loop
         self._incarnation, self._row_bytes = hello.incarnation, self.layout.row_bytes
+        self._words = [
+            [
+                (
+                    kind_word(Kind.DISPATCH, lane, more),
+                    pack_immediate(Kind.DISPATCH, more, lane, 0, 0, hello.incarnation),
+                    pack_immediate(Kind.EMPTY, more, lane, 0, 0, hello.incarnation),
+                )
+                for lane in range(hello.num_lanes)
+            ]
+            for more in (False, True)
+        ]  # a header's first word and both immediates, of sequence number 0
         self._answer_words = [kind_word(Kind.COMBINE, lane, False) for lane in range(hello.num_lanes)]
         transport.deliver(self._completed)
 
@@ -296,13 +307,13 @@ class DispatchLink:
         """Needs the lock: no answer is taken before all nodes have their post."""
         nodes, first = passing.nodes, lane * len(passing.nodes)
         seq, more, row_bytes, pack = passing.seq_of_turn_0 + turn, self._more[lane], self._row_bytes, OPENING.pack_into
-        if nodes is not self._nodes or None in nodes:
+        if nodes is not self._nodes or not passing.is_whole:
             changed = (node for node, peer in enumerate(nodes) if peer is None or peer is not self._nodes[node])
             self.failed(lane, turn, self._lost(next(changed)))
             return
-        empty = pack_immediate(Kind.EMPTY, more, lane, 0, seq, self._incarnation)
-        full = pack_immediate(Kind.DISPATCH, more, lane, 0, seq, self._incarnation)
-        word, life = kind_word(Kind.DISPATCH, lane, more), passing.life_word
+        word, full, empty = self._words[more][lane]
+        full, empty = full | (seq & SEQ_MASK) << SEQ_SHIFT, empty | (seq & SEQ_MASK) << SEQ_SHIFT
+        life = passing.life_word
         self._posted_seqs[lane] = seq
         self._posted_at[lane] = passing.since = self._clock()
         passing.turn = turn
@@ -400,18 +411,17 @@ class DispatchLink:
                     and life & LIFE_MASK == node.welcome.incarnation
                     and num_rows == self._counts[lane][node.index]
                 ):
-                    self._answered(node, lane, waiting & ~node.bit, seq, endpoint.came_at)
+                    self.counters.answers += 1
+                    self._waiting[lane] = waiting = waiting & ~node.bit
+                    if not waiting or not seq % EXCHANGES_APART or self.exchange_watch is not None:
+                        self._answered(node, lane, waiting, seq, endpoint.came_at or self._clock())
                     return
             self._arrived_otherwise(node, lane, immediate)
         finally:
             self._release()
 
-    def _answered(self, node: Node, lane: int, waiting: int, seq: int, came_at: float) -> None:
-        self.counters.answers += 1
-        self._waiting[lane] = waiting
-        if waiting and seq % EXCHANGES_APART and self.exchange_watch is None:
-            return
-        now = came_at or self._clock()
+    def _answered(self, node: Node, lane: int, waiting: int, seq: int, now: float) -> None:
+        """An answer that is noted, or the last one."""
         service_s, compute_s = TIMES.unpack_from(node.in_headers[lane], OPENING.size)
         if not seq % EXCHANGES_APART or self.exchange_watch is not None:
             self._exchanged(node, lane, now, service_s)

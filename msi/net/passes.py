@@ -62,8 +62,8 @@ class Pass:
     """One pass of a lane; which of its turns is away is told by the lane's row in the link's table."""
 
     __slots__ = (
-        "counts", "done", "first", "gates", "is_over", "last", "life_word", "may_continue", "nodes", "seq_of_turn_0",
-        "since", "turn",
+        "counts", "done", "first", "gates", "is_over", "is_whole", "last", "life_word", "may_continue", "nodes",
+        "seq_of_turn_0", "since", "turn",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +79,7 @@ class Pass:
     ) -> None:
         self.gates = gates
         self.nodes = nodes  # connected when it was begun: its rows lie where they leave to these
+        self.is_whole = all(nodes)
         self.life_word = life_word  # our life, and the placement that its rows are of to its end
         self.counts = gates.counts.cast("B").cast("i")  # lane after lane
         self.first = first

@@ -275,20 +275,22 @@ class RdmaTransport:
             flush()
         if self._early:
             self._hear_early()
-        incoming, deliver = self._incoming, self._deliver
+        incoming, deliver = self._incoming, self._deliver.shortest
+        num_sent = 0
         for status, opcode, number, word in completions:
             if opcode != RECEIVED_IMMEDIATE or status != SUCCESS:
+                num_sent += 1
                 self._sent(status, number)
                 continue
-            self._num_used += 1
             endpoint = incoming.get(number)
             if endpoint is None:
                 continue  # it was closed or revoked
             endpoint.num_received += 1
             if endpoint.is_ready:
-                deliver(endpoint, IMMEDIATE, word)
+                deliver(endpoint, IMMEDIATE, word, "")
             else:
                 self._hear(endpoint, word)
+        self._num_used += len(completions) - num_sent
         while self._num_used >= RECEIVES_PER_REFILL:
             self._num_used -= RECEIVES_PER_REFILL
             self._card.refill()
