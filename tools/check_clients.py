@@ -194,7 +194,7 @@ CLIENTS = {
         ("schemathesis==4.32.5",), "every endpoint of /openapi.json, by coverage and at random", _schemathesis
     ),
     "lm-eval": Client(
-        ("lm-eval[api]==0.4.13", "torch==2.13.0", "transformers==5.24.0"),
+        ("lm-eval[api]==0.4.13", "torch==2.13.0", "transformers==5.24.0", "accelerate==1.15.0"),
         "local-completions: generate_until, loglikelihood, multiple_choice, loglikelihood_rolling",
         _script("lm_eval_paths.py"),
     ),

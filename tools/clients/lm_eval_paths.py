@@ -1,7 +1,7 @@
 """Run by tools/check_clients.py inside an environment that has `lm-eval[api]`: URL, then the model's name.
 
-Tasks of each kind of request that lm-eval sends: texts are generated, choices and whole texts are scored, which is
-`echo` with `logprobs`.
+Tasks of each kind of request that lm-eval sends, over the server and over transformers on the same checkpoint: texts
+are generated, choices and whole texts are scored, which is `echo` with `logprobs`.
 """
 
 import json
@@ -56,6 +56,7 @@ doc_to_target: "{{begin}}{{end}}"
 metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
 """
 SCORES = {"likelihood": "perplexity,none", "choice": "acc,none", "rolling": "word_perplexity,none"}
+CLOSE = 1e-3  # relative
 
 
 def write_tasks(folder):
@@ -86,6 +87,8 @@ for tokenized in (True, False):
                                     task_manager=tasks, bootstrap_iters=0)  # fmt: skip
     assert found["samples"]["generation"], "nothing was generated"
 ours = scores(tasks, "local-completions", **server)
-assert all(map(math.isfinite, ours.values())), ours
+theirs = scores(tasks, "hf", pretrained=MODEL_DIR, dtype="float32", device="cpu", add_bos_token=True)
+for task, value in ours.items():
+    assert math.isclose(value, theirs[task], rel_tol=CLOSE), f"{task}: {value}; with transformers {theirs[task]}"
 told = ", ".join(f"{task} {value:.4f}" for task, value in ours.items())
-print(f"generations, prompts as text and as token ids; {told}")
+print(f"generations, prompts as text and as token ids; {told}, as with transformers")
