@@ -22,6 +22,7 @@ def test_hostile_requests_end_alone_and_live_streams_keep_their_texts():
         [
             sys.executable, "tools/hostile.py", "--minutes", "0.5", "--no-faults", "--only", *ATTACKS,
             "--delay-ms", "60000",  # a busy machine may be slow
+            "--growth", "2",  # six seconds after its start an instance still warms up
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip

@@ -13,7 +13,7 @@ the instance is idle again. Fails (status 1) when
 - a stream's text changed, or a stream ended with an error outside a fault of a machine;
 - a process ended that was not killed here;
 - a piece of a live stream came more than --delay-ms after the one before, faults of machines apart;
-- memory grew by more than 10 % between the first fifth and the end, or descriptors are left over at the end.
+- memory grew by more than 10 % (--growth) between the first fifth and the end, or descriptors are left over at the end.
 
 Attackers run at a lower priority, yet on few cores they take time from the server: run it on an idle machine.
 """
@@ -47,7 +47,6 @@ SLOW_S = 0.02
 CALM_S = 10.0  # streams alone, before and after
 START_TIMEOUT_S = 180.0
 FAULT_EVERY_S = 25.0
-MEMORY_GROWTH = 1.10
 SPARE_DESCRIPTORS = 8
 NUM_SHOWN_GAPS = 40
 API_KEY = "hostile"
@@ -61,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention-workers", type=integer(1, 64), default=1, metavar="N", help="1")
     parser.add_argument("--expert-workers", type=integer(1, 64), default=1, metavar="N", help="1")
     parser.add_argument("--delay-ms", type=number(0, 1e6), default=100.0, metavar="MS", help="allowed of a piece; 100")
+    parser.add_argument("--growth", type=number(1, 100), default=1.1, metavar="N", help="allowed of memory; 1.1")
     parser.add_argument("--no-faults", action="store_true", help="no process is killed or stopped")
     parser.add_argument("--only", nargs="+", default=[], type=one_of(*NAMES), metavar="ATTACK", help="some alone")
     parser.add_argument("--list", action="store_true", help="name the attacks, and end")
@@ -345,7 +345,7 @@ def _summary(server: Server, watch: Watch, streams: list[LiveStream], reports: l
     }
 
 
-def faults_of(seen: dict[str, Any], delay_ms: float) -> list[str]:
+def faults_of(seen: dict[str, Any], delay_ms: float, growth: float) -> list[str]:
     """Why the run failed, in sentences; nothing if it did not."""
     found = [f"{count} x {what}" for what, count in seen["violations"].items()]
     found += seen["deaths"] + seen["stream_errors"] + seen["wrong_texts"]
@@ -353,7 +353,7 @@ def faults_of(seen: dict[str, Any], delay_ms: float) -> list[str]:
         found.append("msi-launch ended")
     if seen["worst_gap_ms"] > delay_ms:
         found.append(f"a live stream waited {seen['worst_gap_ms']:.0f} ms; at most {delay_ms:g} are allowed")
-    if seen["memory_late_over_early"] > MEMORY_GROWTH:
+    if seen["memory_late_over_early"] > growth:
         found.append(f"memory at the end is {seen['memory_late_over_early']:.3f} of that after a fifth")
     for name, before in seen["descriptors_before"].items():
         if (after := seen["descriptors_after"].get(name, 0)) > before + SPARE_DESCRIPTORS:
@@ -374,7 +374,7 @@ async def main() -> int:
         seen = await attack(server, arguments)
     finally:
         await server.stop()
-    found = faults_of(seen, arguments.delay_ms)
+    found = faults_of(seen, arguments.delay_ms, arguments.growth)
     if arguments.json:
         arguments.json.write_text(json.dumps(seen, indent=1) + "\n")
     print(json.dumps({name: seen[name] for name in ("attacks", "answers", "faults", "calm_gap_ms", "worst_gap_ms",
