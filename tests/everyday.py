@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 IS_THOROUGH = os.environ.get("MSI_THOROUGH") == "1"
-NUM_SEEDS = 100 if IS_THOROUGH else 20
+NUM_SEEDS = 100 if IS_THOROUGH else 12
 
 
 def mostly_slow(values: Iterable[Any], keep: int = 1) -> list[Any]:

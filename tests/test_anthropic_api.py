@@ -313,3 +313,10 @@ def test_errors_have_anthropics_shape_and_are_an_event_in_a_stream(error, kind):
     told = {"type": "error", "error": {"type": kind, "message": "no"}}
     assert error_body(error_of(error), status_of(error)) == told
     assert answer_of().failed(error_of(error), status_of(error)) == [told]
+
+
+@pytest.mark.parametrize("content", [None, [], [{"type": "text", "text": ""}]])
+def test_a_conversation_in_which_nobody_says_anything_is_refused(content):
+    silent = {"role": "system"} if content is None else {"role": "system", "content": content}
+    with pytest.raises(InvalidRequest, match="nobody says anything"):
+        messages(silent, silent)

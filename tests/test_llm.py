@@ -166,7 +166,9 @@ def test_several_threads_may_ask(llm):
     assert found == {at: f"It is {at}" for at in range(4)}
 
 
-def test_an_interrupted_call_cancels_its_requests_and_the_engine_goes_on(llm):
+def test_an_interrupted_call_cancels_its_requests_and_the_engine_goes_on(llm, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever other tests have left there
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     forever = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
     threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):

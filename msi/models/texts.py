@@ -205,6 +205,8 @@ def read_sampling_defaults(model_dir: Path, generation_config: str) -> SamplingD
     defaults = SamplingDefaults(**found, is_limit=not is_own and "max_tokens" in found)
     try:
         defaults.params()
+        if defaults.max_tokens == 0:
+            raise InvalidRequest("max_tokens is 0, with which requests that leave it out would get no token")
     except InvalidRequest as error:
         raise ConfigError(f"{path}: {error}. `generation_config=vllm` leaves the file out of account") from error
     if found:

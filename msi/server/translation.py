@@ -163,6 +163,8 @@ def with_system_first(messages: Iterable[Message]) -> list[Message]:
     What leads is joined. What the system says later becomes the end of what the user or a tool has said just before, or
     else the beginning of what the user says next: so the prompt of each turn begins as that of the turn before, and
     nothing comes between a call and its result. `content` is an array of texts, which are not changed in place.
+
+    Raises InvalidRequest: nobody says anything.
     """
     found: list[Message] = []
     waiting: list[str] = []  # said after an answer
@@ -187,6 +189,8 @@ def with_system_first(messages: Iterable[Message]) -> list[Message]:
             found.append(message)
     if waiting:
         _say(found, waiting)
+    if not found:
+        raise InvalidRequest("nobody says anything in this conversation; give a message with a text", param="messages")
     return found
 
 
