@@ -4,8 +4,9 @@ import sys
 
 import litellm
 
+NUM_TOKENS = 16  # litellm makes 16 of any smaller max_output_tokens, which is the least that OpenAI takes
 url, model, calling_url = sys.argv[1:]
-given = {"api_base": f"{url}/v1", "api_key": "none", "max_tokens": 8, "temperature": 0}
+given = {"api_base": f"{url}/v1", "api_key": "none", "max_tokens": NUM_TOKENS, "temperature": 0}
 chat = {"model": f"openai/{model}", "messages": [{"role": "user", "content": "How do you do?"}], **given}
 whole = litellm.completion(**chat).choices[0].message.content
 streamed = litellm.completion(**chat, stream=True)
@@ -14,11 +15,11 @@ text = litellm.text_completion(model=f"text-completion-openai/{model}", prompt="
 assert text
 
 message = {"model": f"anthropic/{model}", "messages": chat["messages"], "api_base": url, "api_key": "none"}
-assert litellm.completion(**message, max_tokens=8, temperature=0).choices[0].message.content == whole
-response = {"model": f"openai/{model}", "input": "How do you do?", "max_output_tokens": 8, "temperature": 0}
+assert litellm.completion(**message, max_tokens=NUM_TOKENS, temperature=0).choices[0].message.content == whole
+response = {"model": f"openai/{model}", "input": "How do you do?", "max_output_tokens": NUM_TOKENS, "temperature": 0}
 answer = litellm.responses(**response, api_base=f"{url}/v1", api_key="none")
-assert answer.output[0].content[0].text
-assert answer.usage.output_tokens == 8
+assert answer.output[0].content[0].text == whole
+assert answer.usage.output_tokens == NUM_TOKENS
 tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 for prefix, base in (("openai", f"{calling_url}/v1"), ("anthropic", calling_url)):
     asked = {"model": f"{prefix}/{model}", "messages": chat["messages"], "tools": tools, "max_tokens": 50}
