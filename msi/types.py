@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
-from msi.errors import ConfigError, Failure
+from msi.errors import ConfigError, Failure, InvalidRequest
 from msi.prompt_logprobs import PromptLogprobs
 from msi.sampling_params import SamplingParams as SamplingParams  # one of these values; it checks itself
 
@@ -93,6 +93,9 @@ class TokenText:
     data: bytes
 
 
+Cause = str | InvalidRequest  # why a sequence cannot go on; the latter where what was asked is to blame
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """The chosen tokens of a micro-batch.
@@ -107,7 +110,7 @@ class Sampled:
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
+    failures: dict[int, Cause] = field(default_factory=dict)
     ended: tuple[int, ...] = ()
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 

@@ -143,6 +143,25 @@ def test_what_counts_are_the_tokens_that_it_is_told():
     assert "cannot go on in its grammar" in masks.failures[0]
 
 
+@pytest.mark.parametrize("rules", ['e e | "q"', 'e e e | e e | "q"'])
+def test_a_grammar_that_becomes_too_complex_is_the_requests_fault(rules):
+    tokenizer = tokenizer_of("byte-level")
+    state, tokens = grammars_of(tokenizer).begin(StructuredOutputs(grammar=f"start: e\ne: {rules}")), []
+
+    def walk():
+        for _ in range(1000):
+            state.allowed(tokens)
+            tokens.append(tokenizer.token_to_id("q"))
+
+    with pytest.raises(InvalidRequest, match="too complex behind") as found:
+        walk()
+    assert found.value.code == "grammar_too_complex"
+    masks = make_masks([Constrained(0, state, tuple(tokens))], 9)
+    assert isinstance(masks.failures[0], InvalidRequest)
+    with pytest.raises(InvalidRequest):
+        state.ends_with(tokenizer.token_to_id("q"))
+
+
 def test_an_object_too_wide_for_the_parser_is_refused_before_its_answer_begins():
     tokenizer = tokenizer_of("byte-level")
     wide = {"type": "object", "properties": {f"p{at}": {"type": "integer"} for at in range(3000)}}

@@ -124,7 +124,7 @@ def test_no_row_hurts_another_whatever_its_logits_and_parameters(rows):
     assert set(together.failures) <= set(range(len(rows)))
     for index, (_, sampling) in enumerate(rows):
         alone = sample(logits[index : index + 1].clone(), [sampling])
-        assert together.failures.get(index) == alone.failures.get(0)
+        assert str(together.failures.get(index)) == str(alone.failures.get(0))
         if index in together.failures:
             assert together.failures[index]
             continue
@@ -153,7 +153,11 @@ def test_logits_that_are_not_finite_are_said_greedy_or_not(temperature, damage, 
 def test_a_row_whose_tokens_are_all_banned_says_so():
     banned = SamplingExtras(changes=LogitChanges(banned_token_ids=tuple(range(VOCAB))))
     sampled = sample(torch.zeros(2, VOCAB), [TokenSampling(0.7, 1, 1, 1, 0, banned), TokenSampling(0, 1, 0, 1, 0)])
-    assert sampled.failures == {0: "no token can follow: every one is banned or impossible"}
+    assert list(sampled.failures) == [0]
+    assert isinstance(sampled.failures[0], InvalidRequest)
+    assert "no token can follow" in str(sampled.failures[0])
+    nothing = sample(torch.full((1, VOCAB), -math.inf), [TokenSampling(0, 1, 0, 1, 0)])
+    assert "not finite" in nothing.failures[0], "which is the model's doing"
 
 
 def test_where_choosing_for_all_at_once_raises_each_row_is_chosen_alone(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from msi import Engine, InvalidRequest, RequestFailed, SamplingParams, StructuredOutputs
+from msi import Engine, InvalidRequest, SamplingParams, StructuredOutputs
 from tests.conftest import TEXT
 from tests.everyday import mostly_slow
 from tests.schemas import answers
@@ -201,8 +201,9 @@ async def test_preempted_answers_go_on_where_they_were(tiny_model):
 async def test_where_nothing_can_follow_the_request_ends_alone_with_a_sentence(engine):
     live = asyncio.ensure_future(collect(engine, TEXT, max_tokens=60, temperature=0, ignore_eos=True))
     only = {"allowed_token_ids": (engine.encode("q")[0],)}
-    with pytest.raises(RequestFailed, match="no token can follow"):
+    with pytest.raises(InvalidRequest, match="no token can follow") as found:
         await collect(engine, TEXT, structured_outputs=asking(choice=("abc",)), **only)
+    assert found.value.code == "no_token_allowed"
     assert (await live)[2] == "length"
 
 
@@ -213,7 +214,7 @@ AMBIGUOUS = ["start: a\na: a a a | a a | /[a-z]/", 'start: a\na: "x" a "y" | b\n
 async def test_rules_that_mean_one_text_in_very_many_ways_end_before_they_cost_others_much(engine, grammar):
     live = asyncio.ensure_future(collect(engine, TEXT, max_tokens=60, temperature=0, ignore_eos=True))
     bias = {"logit_bias": {2: -100}, "max_tokens": 300}
-    with pytest.raises((RequestFailed, InvalidRequest), match=r"grammar.*(Too many items|Current row)"):
+    with pytest.raises(InvalidRequest, match=r"grammar.*(Too many items|Current row)"):
         await collect(engine, TEXT, structured_outputs=asking(grammar=grammar), **bias)
     assert (await live)[2] == "length"
 

@@ -28,7 +28,7 @@ from msi.kernels.replicas import PlacementTables, choose_replicas
 from msi.models.attend import PassView
 from msi.models.attention_weights import AttentionLayer, AttentionWeights
 from msi.models.config import ModelConfig
-from msi.types import MicroBatch, Placement, Sampled
+from msi.types import Cause, MicroBatch, Placement, Sampled
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class Forward:
         added = weights.attend(normed, state.plans[self._view_of[layer]], self._kv_cache.layers[layer])
         return self._kernels.add_norm(state.hidden, added, weights.mlp_norm)
 
-    def _failures(self, state: PassState, by_logit_row: Mapping[int, str]) -> dict[int, str]:
+    def _failures(self, state: PassState, by_logit_row: Mapping[int, Cause]) -> dict[int, Cause]:
         """Why sequences of the micro-batch cannot go on, by index; those whose values are not finite, too."""
         batch = state.micro_batch
         sequence_of = state.host_inputs.sequence_of.tolist()

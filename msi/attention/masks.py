@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msi.errors import one_line
-from msi.types import Constrained, Sampled
+from msi.errors import InvalidRequest, one_line
+from msi.types import Cause, Constrained, Sampled
 
 WITHIN_S = 30.0  # what a pass waits for its masks; each has bounds of its own, far below
 
@@ -31,7 +31,7 @@ class Masks:
 
     rows: list[int]
     allowed: Tensor
-    failures: dict[int, str]
+    failures: dict[int, Cause]
 
     def apply(self, logits: Tensor) -> None:
         """What is not allowed becomes -inf, unless it is broken: no mask hides that."""
@@ -68,11 +68,14 @@ class MaskMaker:
 
 def make_masks(constrained: Sequence[Constrained], vocab_size: int) -> Masks:
     rows: list[int] = []
-    failures: dict[int, str] = {}
+    failures: dict[int, Cause] = {}
     allowed = np.zeros((len(constrained), vocab_size), np.bool_)
     for one in constrained:
         try:
             bits = np.frombuffer(one.state.allowed(one.output_token_ids), np.uint8)
+        except InvalidRequest as error:
+            failures[one.row] = error
+            continue
         except Exception as error:
             failures[one.row] = f"it cannot go on in its grammar: {one_line(error)}"
             continue
@@ -92,6 +95,8 @@ def followed(constrained: Sequence[Constrained], sampled: Sampled) -> Sampled:
         try:
             if one.state.ends_with(sampled.token_ids[one.row]):
                 ended.append(one.row)
+        except InvalidRequest as error:
+            failures[one.row] = error
         except Exception as error:
             failures[one.row] = f"its token does not fit its grammar: {one_line(error)}"
     return replace(sampled, ended=tuple(ended), failures=failures)

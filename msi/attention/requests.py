@@ -226,7 +226,8 @@ class Requests:
         self.batch_contexts += sum(micro_batch.context_lens)
         try:
             for index, reason in sampled.failures.items():
-                self._fail(self.scheduler.fail(lane, (index,)), self._failed(reason))
+                error = reason if isinstance(reason, InvalidRequest) else self._failed(reason)
+                self._fail(self.scheduler.fail(lane, (index,)), error)
             progress = self.scheduler.update(
                 lane, sampled.token_ids, sampled.logprobs, sampled.ended, sampled.prompt_logprobs
             )

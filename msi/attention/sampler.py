@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from msi.attention.masks import Masks
-from msi.errors import one_line
+from msi.errors import InvalidRequest, one_line
 from msi.kernels.sampling import draw
 from msi.sampling import uniform_of
 from msi.sampling_params import MAX_LOGPROBS, MAX_TEMPERATURE, MIN_TEMPERATURE
-from msi.types import LogitChanges, Sampled, TokenLogprobs, TokenSampling
+from msi.types import Cause, LogitChanges, Sampled, TokenLogprobs, TokenSampling
 
 Draw = Callable[[Tensor, Tensor], Tensor]
 
@@ -53,9 +53,10 @@ def sample(logits: Tensor, sampling: Sequence[TokenSampling], draw: Draw = draw,
         _change(logits, changes)
     tokens = logits.argmax(dim=-1)  # a NaN counts as the most
     best = logits.gather(1, tokens[:, None]).flatten()
-    failures = {} if masks is None else dict(masks.failures)
+    failures: dict[int, Cause] = {} if masks is None else dict(masks.failures)
     if not (finite := best.isfinite()).all():
-        failures |= {row: _why_not(best[row].item()) for row in (~finite).nonzero().flatten().tolist()}
+        limited = {row for row, _ in changes} | set(() if masks is None else masks.rows)
+        failures |= {row: _why_not(best[row].item(), row in limited) for row in (~finite).nonzero().flatten().tolist()}
         logits[~finite] = 0.0  # no value of theirs gets into what follows
     if rows := [row for row, one in enumerate(sampling) if one.temperature >= MIN_TEMPERATURE]:
         tokens[rows] = draw(logits[rows], _numbers([sampling[row] for row in rows], logits))
@@ -69,7 +70,7 @@ def sample_each(
     """As `sample`, one row after the other: an exception is the failure of its row. For when `sample` raised."""
     token_ids = []
     logprobs = {}
-    failures = {}
+    failures: dict[int, Cause] = {}
     for row, one in enumerate(sampling):
         try:
             its_masks = None if masks is None else masks.of_row(row)
@@ -86,9 +87,14 @@ def sample_each(
     return Sampled(token_ids, logprobs, failures)
 
 
-def _why_not(best: float) -> str:
-    if best == -math.inf:
-        return "no token can follow: every one is banned or impossible"
+def _why_not(best: float, is_limited: bool) -> Cause:
+    """`is_limited`: the request says which tokens may follow."""
+    if best == -math.inf and is_limited:
+        return InvalidRequest(
+            "no token can follow: every one is banned by the request (allowed_token_ids, bad_words, logit_bias, "
+            "min_tokens, a grammar)",
+            code="no_token_allowed",
+        )
     return "the model gave logits that are not finite (NaN or infinity), so no token can be chosen"
 
 

@@ -29,6 +29,7 @@ MAX_FREE_ROW_ITEMS = 500  # where a client wrote the rules, which may mean one t
 LOOKS_WITHIN_S = 1.0  # for where a schema goes wrong
 MAX_LOOKS = 256
 MAX_COMPLAINT_CHARS = 300
+NOT_ALLOWED = "satisfy the grammar"  # of a token, as the library says it
 WHERE = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas by name
 WHERE_LISTED = ("prefixItems", "anyOf", "oneOf", "allOf", "items")
 WHERE_SINGLE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
@@ -47,7 +48,11 @@ def library() -> Any:
 
 
 class GrammarError(Exception):
-    """An answer cannot go on in its grammar; says why."""
+    """An answer is no beginning of what its grammar allows; says why."""
+
+
+class GrammarTooComplex(InvalidRequest):
+    """A grammar takes more than its limits in the middle of an answer."""
 
 
 # -- whether a grammar can be compiled -------------------------------------------------------------------------------
@@ -297,14 +302,15 @@ class GrammarState:
         """A bit for each token that may follow these, the lowest of each byte first.
 
         Raises:
-            GrammarError: they are no beginning of what the grammar allows, or it is too complex.
+            GrammarError: they are no beginning of what the grammar allows.
+            GrammarTooComplex: it is.
         """
         try:
             self._go_to(token_ids)
             mask = bytes(self._matcher.compute_bitmask())
             self._check()
         except BaseException as error:
-            if not _is_the_librarys(error) or isinstance(error, GrammarError):
+            if not _is_the_librarys(error) or isinstance(error, (GrammarError, GrammarTooComplex)):
                 raise
             raise GrammarError(_short(error)) from error
         return mask
@@ -314,13 +320,14 @@ class GrammarState:
 
         Raises:
             GrammarError: it was not allowed.
+            GrammarTooComplex: the grammar is.
         """
         if token_id in self._eos_token_ids:
             return False  # it is an end by itself
         try:
             self._take(token_id)
         except BaseException as error:
-            if not _is_the_librarys(error) or isinstance(error, GrammarError):
+            if not _is_the_librarys(error) or isinstance(error, (GrammarError, GrammarTooComplex)):
                 raise
             raise GrammarError(_short(error)) from error
         return bool(self._matcher.is_stopped())
@@ -339,5 +346,13 @@ class GrammarState:
         self._tokens.append(token_id)
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise GrammarError(_short(self._matcher.get_error()))
+        if not self._matcher.is_error():
+            return
+        why = _short(self._matcher.get_error())
+        if NOT_ALLOWED in why:
+            raise GrammarError(why)
+        raise GrammarTooComplex(
+            f"the answer cannot go on in its grammar, which is too complex behind {len(self._tokens)} tokens of it: "
+            f"{why}; ask for a simpler one, in which a text has one meaning",
+            code="grammar_too_complex",
+        )
