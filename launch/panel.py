@@ -61,7 +61,8 @@ def panel(stats: Stats, tokens_per_s: float, where: str, links: str, *, columns:
 
 def _head(stats: Stats, tokens_per_s: float, where: str) -> Text:
     attention = [worker.status for worker in stats.workers if worker.role == "attention"]
-    running, waiting = sum(one.num_running for one in attention), sum(one.num_waiting for one in attention)
+    running = sum(one.num_running for one in attention)
+    waiting = stats.num_waiting + sum(one.num_waiting for one in attention)
     return Text.assemble(
         (printable(where), "bold"), f"   {stats.num_requests} requests: {running} running, {waiting} waiting",
         f"   {tokens_per_s:.0f} tokens/s   m = {stats.num_lanes}",

@@ -237,13 +237,12 @@ def test_a_choice_of_nothing_that_is_there_is_refused_by_name(asked, choice, com
     assert caught.value.param == "tool_choice"
 
 
-def test_calls_can_be_forced_where_nobody_knows_how_the_model_writes_them_and_not_over_the_websocket(asked):
+def test_calls_can_be_forced_where_nobody_knows_how_the_model_writes_them(asked):
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
-        request = asked(template=TEMPLATE, tools=[WEATHER], tool_choice=choice)
-        assert request.parsing.tool_parser == "json"
-        assert "weather" in request.params.structured_outputs.grammar
-        with pytest.raises(InvalidRequest, match="found at /v1/chat/completions"):
-            asked(endpoint=MESSAGE, id="a", type="generate", tools=[WEATHER], tool_choice=choice)
+        for endpoint in ({}, {"endpoint": MESSAGE, "id": "a", "type": "generate"}):
+            request = asked(template=TEMPLATE, tools=[WEATHER], tool_choice=choice, **endpoint)
+            assert request.parsing.tool_parser == "json"
+            assert "weather" in request.params.structured_outputs.grammar
     with pytest.raises(InvalidRequest, match="there are no tools"):
         asked(tool_choice="required")
 
@@ -253,7 +252,7 @@ def test_calls_can_be_forced_where_nobody_knows_how_the_model_writes_them_and_no
     [
         ({"template": TEMPLATE}, "serve with `tool_call_parser`"),
         ({"parsers": ("none", "auto")}, "serve with `tool_call_parser`"),
-        ({"endpoint": MESSAGE, "id": "a", "type": "generate"}, "found at /v1/chat/completions"),
+        ({"template": TEMPLATE, "endpoint": MESSAGE, "id": "a", "type": "generate"}, "serve with `tool_call_parser`"),
     ],
 )
 def test_tools_without_a_parser_are_refused_with_what_to_do(asked, options, complaint):
@@ -265,8 +264,11 @@ def test_tools_without_a_parser_are_refused_with_what_to_do(asked, options, comp
     assert asked(tools=[WEATHER], tool_choice="none", **options) is not None
 
 
-def test_text_over_the_websocket_is_told_as_it_is(asked):
-    assert asked(endpoint=MESSAGE, id="a", type="generate").parsing is None
+def test_text_over_the_websocket_is_told_as_it_is_unless_tools_may_be_called(asked):
+    message = {"endpoint": MESSAGE, "id": "a", "type": "generate"}
+    assert asked(**message).parsing is None
+    assert asked(**message, tools=[WEATHER], tool_choice="none").parsing is None
+    assert asked(**message, tools=[WEATHER]).parsing == asked(tools=[WEATHER]).parsing
 
 
 def test_the_options_name_every_parser():
@@ -322,6 +324,31 @@ async def test_openais_client_gets_calls_streamed_and_whole(tokenizer):
             (call,) = choice.message.tool_calls
             assert call.function.arguments == '{"city": "Paris"}'
             assert choice.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+async def test_the_websocket_tells_calls_apart_where_they_may_be_made(tokenizer, choice):
+    asked = {"messages": [USER], "tools": [WEATHER], "tool_choice": choice, "n": 2}
+    async with saying(tokenizer, CUTS) as client, aiohttp.ClientSession() as session:
+        async with session.ws_connect(f"{client.base_url}stream") as socket:
+            await socket.send_json({"type": "generate", "id": "a", **asked})
+            outputs = []
+            while (message := await socket.receive_json(timeout=60))["type"] == "output":
+                outputs.append(message)
+        async with session.post(f"{client.base_url}chat/completions", json=asked) as response:
+            whole = await response.json()
+    assert message["type"] == "done"
+    if choice == "auto":
+        assert message["usage"] == whole["usage"]
+    for index, expected in enumerate(whole["choices"]):
+        mine = [one for one in outputs if one["index"] == index]
+        assert mine[-1]["finish_reason"] == expected["finish_reason"]
+        assert "".join(one["text"] for one in mine) == (expected["message"]["content"] if choice == "auto" else THOUGHT)
+        called = [call for one in mine for call in one.get("tool_calls", ())]
+        assert [call["function"]["name"] for call in called if "id" in call] == ["weather"] * (choice == "auto")
+        if choice == "auto":
+            assert "".join(one.get("reasoning", "") for one in mine) == expected["message"]["reasoning"]
+            assert "".join(call["function"]["arguments"] for call in called) == '{"city": "Paris"}'
 
 
 async def test_an_answer_with_calls_goes_back_into_the_history(tokenizer):

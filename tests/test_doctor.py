@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import math
+import re
 import shutil
 import socket
 import subprocess
@@ -13,6 +15,8 @@ import time
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from msi.errors import ConfigError
 from msi.net.rdma.options import RdmaOptions
@@ -243,8 +247,8 @@ class Clock(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(("off_s", "state"), [(0, "ok"), (-3600, "failed"), (3600, "failed")])
-def test_a_clock_that_is_off_by_an_hour(off_s, state):
+@pytest.mark.parametrize(("off_s", "state"), [(0, "ok"), (-3600, "failed"), (3600, "failed"), (1.5, "failed")])
+def test_a_clock_that_is_off(off_s, state):
     with http.server.HTTPServer(("127.0.0.1", 0), type("Off", (Clock,), {"off_s": off_s})) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -257,17 +261,25 @@ def test_a_clock_that_is_off_by_an_hour(off_s, state):
     assert clock.state == state
     if state == "failed":
         assert "NTP" in says_what_to_do(clock)
+        assert ("behind" if off_s < 0 else "ahead of") in clock.sentence
 
 
 def test_a_clock_that_nobody_tells_is_no_failure(listener):
     assert network.check_clock("127.0.0.1", listener, within_s=0.1).state == "ok"
 
 
-@pytest.mark.parametrize(
-    ("theirs", "state"), [(100.0, "ok"), (98.5, "ok"), (103.0, "ok"), (96.0, "failed"), (110.0, "failed")]
-)
-def test_clocks_are_judged_by_what_their_answers_leave_open(theirs, state):
-    assert network.judge_clock("clock", theirs, 100.0, 101.0).state == state
+@given(st.floats(-5, 5), st.floats(0, 0.05), st.floats(0, 1))
+def test_clocks_are_judged_by_what_their_answers_leave_open(off_s, takes_s, begin_s):
+    """Whole seconds, asked for a dozen times: they tell a clock to a fraction of one."""
+    times = [1e9 + begin_s + 0.1 * at for at in range(network.NUM_DATES)]
+    found = network.judge_clock("clock", [(at, math.floor(at + takes_s / 2 + off_s), at + takes_s) for at in times])
+    unsure_s = network.BETWEEN_DATES_S + takes_s + 1e-6
+    if abs(off_s) <= network.MAX_SKEW_S - 1e-6:
+        assert found.state == "ok"
+    if abs(off_s) > network.MAX_SKEW_S + unsure_s:
+        assert found.state == "failed"
+        (told,) = re.findall(r"is ([0-9.]+) s", found.sentence)
+        assert abs(off_s) - unsure_s - 0.1 <= float(told) <= abs(off_s) + 0.1
 
 
 @pytest.mark.slow

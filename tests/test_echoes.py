@@ -150,6 +150,28 @@ async def test_prompt_logprobs_come_in_vllms_shape(served, path):
     assert all("prompt_logprobs" not in holder for holder in (await post(path, **asked))[1]["choices"])
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+async def test_a_stream_begins_with_the_same_prompt_logprobs(served, path):
+    _, post = served
+    one = {"prompt": [TEXT, IDS]} if path == "completions" else {"messages": [{"role": "user", "content": TEXT}]}
+    asked = {**one, "prompt_logprobs": 1, "max_tokens": 2, "n": 2}
+    _, whole = await post(path, **asked)
+    _, chunks = await post(path, **asked, stream=True)
+    if path == "completions":
+        told = [choice for chunk in chunks for choice in chunk["choices"] if "prompt_logprobs" in choice]
+        expected = sorted(whole["choices"], key=lambda choice: choice["index"])
+        assert all(choice["logprobs"] is None and choice["text"] == "" for choice in told)
+        told.sort(key=lambda choice: choice["index"])
+        assert [choice["index"] for choice in told] == [0, 1, 2, 3]
+    else:
+        told, expected = [chunk for chunk in chunks if "prompt_logprobs" in chunk], [whole]
+        assert told == chunks[:1]
+    for found, wanted in zip(told, expected, strict=True):
+        assert [one and list(one) for one in found["prompt_logprobs"]] == [
+            one and list(one) for one in wanted["prompt_logprobs"]
+        ]
+
+
 async def test_both_shapes_at_once_have_each_its_own_number(served):
     _, post = served
     _, body = await post(prompt=TEXT, echo=True, logprobs=0, prompt_logprobs=3, max_tokens=0)

@@ -188,6 +188,10 @@ async def test_without_the_page_there_is_neither_it_nor_its_events(tiny_model):
             async with session.get(url + path) as response:
                 assert response.status == 404
                 assert "there is no" in (await response.json())["error"]["message"]
+        async with session.get(f"{url}/openapi.json") as response:
+            described = (await response.json())["paths"]
+            assert "/v1/models" in described
+            assert not {"/", "/v1/events"} & set(described)
 
 
 async def test_only_so_many_listen_and_a_shutdown_ends_all_streams(tiny_model, monkeypatch):

@@ -37,7 +37,7 @@ def stats():
     workers = [worker(f"attention-{number}", "attention", attention=attention, peers=peers) for number in range(2)]
     workers += [worker(f"expert-{number}", "expert", experts=one) for number, one in enumerate(experts)]
     drift = {"attention": 1.1, "alarms": 2.0}
-    return Stats(2, 9, tuple(workers), drift, {"not_a_message": 1.0}, LoopWatch("coordinator").counters())
+    return Stats(2, 9, tuple(workers), drift, {"not_a_message": 1.0}, LoopWatch("coordinator").counters(), 4)
 
 
 class Clock:
@@ -130,6 +130,7 @@ async def test_each_attention_worker_is_an_engine_of_vllms():
         assert found["vllm:prefix_cache_queries_total", *labels] == 1000
         assert found["vllm:prefix_cache_hits_total", *labels] == 400
         assert found["vllm:num_preemptions_total", *labels] == 7
+    assert found["vllm:num_requests_waiting", "engine=coordinator", "model_name=tiny"] == 4
     assert found["msi_peer_bytes_total", "direction=received", "peer=expert-0", "worker=attention-0"] == 6000
     assert found["msi_expert_imbalance_ratio", "scope=expert"] == 1.5
     assert found["msi_expert_imbalance_ratio", "scope=worker"] == pytest.approx(4 / 3)

@@ -133,7 +133,6 @@ BAD = [
     ({"json": {"prompt": "a", "stop_token_ids": 3}}, "stop_token_ids is a number; it must be an array"),
     ({"json": {"prompt": "a", "logprobs": 50}}, "logprobs is 50; it must be an integer from 0 to 20"),
     ({"json": {"prompt": "a", "prompt_logprobs": -1}}, "prompt_logprobs is -1; it must be an integer from 0 to 20"),
-    ({"json": {"prompt": "a", "prompt_logprobs": 1, "stream": True}}, "prompt_logprobs come with whole answers"),
     ({"json": {"prompt": "a", "min_tokens": 99}}, "min_tokens is 99"),
     (
         {"json": {"prompt": "a", "stream_options": {"include_usage": True}}},

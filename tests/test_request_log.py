@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -126,6 +127,7 @@ def test_load_is_a_line_while_something_happens_and_none_when_nothing_did():
         "12.0 prompt tokens/s, 45.6 generated tokens/s, 5 requests (3 running, 2 waiting), KV cache 25.0 % used, "
         "prefix hits 25 %"
     )
+    assert "(3 running, 6 waiting)" in load.line(replace(now, num_waiting=4), 10.0), "some have no worker yet"
     assert load.line(now, 10.0).startswith("0.0 prompt tokens/s"), "requests that wait are news"
     assert load.line(stats(0), 10.0) == ""
     assert LoadLog(None, requests).line(stats(0), 10.0), "a worker that loads has no KV cache yet"

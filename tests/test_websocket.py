@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from msi.server import websocket
+from msi.server import prompt_answers, websocket
 from tests.conftest import TEXT
 from tests.edge import gateway, with_template
 from tests.test_engine import collect, idle
@@ -39,7 +39,7 @@ async def results(socket, *ids):
     while len(last) < len(ids):
         message = await socket.receive_json(timeout=60)
         assert message["id"] not in last, "nothing follows the last message"
-        if message["type"] == "output":
+        if message["type"] in ("output", "prompt"):
             outputs[message["id"]].append(message)
         else:
             last[message["id"]] = message
@@ -118,6 +118,28 @@ async def test_a_request_can_be_cancelled_alone_and_its_id_used_again(served):
         assert (await results(socket, "long"))[1]["long"]["type"] == "done"
 
 
+async def test_log_probabilities_of_prompts_come_before_their_outputs_in_messages_that_are_small(served, monkeypatch):
+    monkeypatch.setattr(prompt_answers, "TOKENS_AT_A_TIME", 3)
+    engine, url = served
+    prompts = [engine.encode(TEXT)[:10], [5, 6, 7]]
+    async with connected(served) as socket:
+        asked = {"prompt": prompts, "prompt_logprobs": 1, "n": 2}
+        await socket.send_json({"type": "generate", "id": "a", **asked, **GREEDY})
+        await socket.send_json({"type": "generate", "id": "b", "prompt": TEXT, **GREEDY})
+        messages = (await results(socket, "a", "b"))[0]
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/completions", json=asked) as response:
+        choices = (await response.json())["choices"]
+    for at, prompt in enumerate(prompts):
+        mine = [one for one in messages["a"] if one["index"] // 2 == at]
+        parts = [one["prompt_logprobs"] for one in mine if one["type"] == "prompt"]
+        assert len(parts) == -(-len(prompt) // 3)
+        assert {one["type"] for one in mine[: len(parts)]} == {"prompt"}
+        assert [one["type"] for one in mine[len(parts) :]].count("prompt") == 0
+        found = [entries and set(entries) for part in parts for entries in part]
+        assert found == [entries and set(entries) for entries in choices[2 * at]["prompt_logprobs"]]
+    assert {one["type"] for one in messages["b"]} == {"output"}
+
+
 async def test_a_request_can_be_cancelled_before_it_began(served):
     engine, _ = served
     async with connected(served) as socket:
@@ -145,7 +167,6 @@ BAD = [
     ('{"type": "jump", "id": "x"}', "x", 'type is \'jump\'; it must be "generate" or "cancel"'),
     ('{"type": "generate", "id": "x"}', "x", "prompt is null"),
     ('{"type": "generate", "id": "x", "prompt": "a", "stream": true}', "x", "stream is not a field"),
-    ('{"type": "generate", "id": "x", "prompt": "a", "prompt_logprobs": 1}', "x", "not with streams"),
     ('{"type": "generate", "id": "x", "prompt": "a", "model": "other"}', "x", "model 'other' is not served"),
     ('{"type": "generate", "id": "x", "prompt": [9999]}', "x", "token id 9999"),
     ('{"type": "generate", "id": "x", "messages": []}', "x", "messages is missing or empty"),

@@ -101,7 +101,7 @@ class Requests:
             self._spans.begin(request.request_id, "attention worker", request.trace)
         if request.params.structured_outputs is None:
             self._add(request)
-        elif len(self._to_compile) + self.scheduler.num_waiting >= self._assignment.limits.max_num_waiting:
+        elif self.num_waiting >= self._assignment.limits.max_num_waiting:
             self._fail([request.request_id], Unavailable("too many requests wait here already; try again later"))
         else:
             self._to_compile[request.request_id] = request
@@ -152,6 +152,11 @@ class Requests:
             self.scheduler.cancel(request_id)
         self._forget(request_id)
         self._wake()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that do not run yet, be it that their grammars are being compiled."""
+        return self.scheduler.num_waiting + len(self._to_compile)
 
     @property
     def is_idle(self) -> bool:

@@ -188,7 +188,7 @@ class Coordinator:
                 counters = {} if self._watch is None else self._watch.counters()
                 stats = Stats(
                     cluster.num_lanes, len(self._router), cluster.stats(is_watching=message.is_watching), drift,
-                    counters=counters, dropped=dropped,
+                    counters=counters, dropped=dropped, num_waiting=self._router.num_unrouted,
                 )  # fmt: skip
                 self._server.send(route, stats)
             case ClientHello():

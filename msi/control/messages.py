@@ -477,6 +477,7 @@ class Stats:
     """Everything countable in the instance.
 
     Attributes:
+        num_waiting: requests that no worker has yet.
         drift: where a plan runs, measured over planned by stage ("attention", "expert", "comm"), and "alarms".
         dropped: what the coordinator did not take from its sockets, by kind.
         counters: the coordinator's own.
@@ -488,6 +489,7 @@ class Stats:
     drift: dict[str, float] = field(default_factory=dict)
     dropped: dict[str, float] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
+    num_waiting: int = 0
 
 
 FROM_WORKER = (

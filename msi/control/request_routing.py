@@ -119,6 +119,11 @@ class Router:
         excess = (max(0, load.num_requests - self._max_num_seqs) for load in self._loads.values())
         return len(self._waiting) + sum(excess)
 
+    @property
+    def num_unrouted(self) -> int:
+        """Requests that no worker has yet."""
+        return len(self._waiting)
+
     def route(self, capacities: Mapping[str, int], acks: Mapping[str, int] | None = None) -> list[tuple[str, Request]]:
         """Gives waiting requests to workers, in order of arrival.
 

@@ -85,12 +85,17 @@ TypedAnswer = ResponseAnswer | MessageAnswer
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request on its way. Closing `outputs` cancels it."""
+    """A request on its way. Closing `outputs` cancels it.
+
+    Attributes:
+        prompts: log-probabilities of the prompts, where those are wanted.
+    """
 
     outputs: AsyncGenerator[Output, None]
     answer: ChunkAnswer | TypedAnswer
     streaming: Streaming
     has_logprobs: bool
+    prompts: PromptAnswers | None = None
 
 
 class Calls:
@@ -211,7 +216,7 @@ class Calls:
             return followed if scored is None else with_prompts(followed, scored)
 
         outputs = start() if self._spans is None else traced(self._spans, parent, answer.request_id, start)
-        return Call(outputs, answer, asked.streaming, has_logprobs)
+        return Call(outputs, answer, asked.streaming, has_logprobs, scored)
 
     def _log_ignored(self, names: Sequence[str]) -> None:
         """Once per name; of a client that invents names, the first ones."""

@@ -18,7 +18,7 @@ from msi.server.fields import (
     as_integer,
     check_fields,
     kind_of,
-    num_listed,
+    num_logprobs,
     sampling_params,
     streaming,
     typed,
@@ -86,7 +86,6 @@ def parse_chat(
     max_tokens: int,
     defaults: SamplingDefaults = NO_DEFAULTS,
     no_calls: str = NO_PARSER,
-    no_forced_calls: str = "",
 ) -> ChatRequest:
     """Raises InvalidRequest: a field of the wrong type, or one that is not supported, by name.
 
@@ -94,7 +93,6 @@ def parse_chat(
         max_tokens: where neither the body nor the model's defaults say anything.
         defaults: the model's own parameters.
         no_calls: why answers are not searched for calls of tools, and what to do; "" where they are.
-        no_forced_calls: the same for calls that the request forces.
     """
     ignored = check_fields(values, FIELDS, NOT_IN_CHATS)
     sampling = values
@@ -118,7 +116,7 @@ def parse_chat(
             param="chat_template_kwargs",
         )
     tools = _tools(values)
-    forced = _forced_tools(values, tools, no_forced_calls)
+    forced = _forced_tools(values, tools)
     calls_tools = bool(forced) or _calls_tools(values, tools, no_calls)
     if (effort := typed(values, "reasoning_effort", str, None)) is not None:
         template_values = {"reasoning_effort": effort, **template_values}
@@ -129,7 +127,7 @@ def parse_chat(
             defaults=defaults,
             max_tokens=max_tokens,
             logprobs=_num_logprobs(values),
-            prompt_logprobs=num_listed(values),
+            prompt_logprobs=num_logprobs(values, "prompt_logprobs"),
         ),
         streaming=streaming(values),
         add_generation_prompt=not continues and typed(values, "add_generation_prompt", bool, True),
@@ -225,7 +223,7 @@ def _tools(values: Values) -> tuple[dict[str, Any], ...] | None:
     return tools
 
 
-def _forced_tools(values: Values, tools: Sequence[dict[str, Any]] | None, no_calls: str) -> tuple[str, ...]:
+def _forced_tools(values: Values, tools: Sequence[dict[str, Any]] | None) -> tuple[str, ...]:
     """Names of the tools of which the answer has to call one. Raises InvalidRequest."""
     choice = values.get("tool_choice")
     if choice in (None, "", {}, "auto", "none"):
@@ -248,8 +246,6 @@ def _forced_tools(values: Values, tools: Sequence[dict[str, Any]] | None, no_cal
         )
     if not names:
         raise InvalidRequest('tool_choice is "required", and there are no tools', param="tool_choice")
-    if no_calls:
-        raise InvalidRequest(f"a call of a tool is asked for, and {no_calls}", param="tool_choice")
     return names
 
 
@@ -323,26 +319,32 @@ class ChatAnswer:
         self._head = self._common | {"object": "chat.completion.chunk"}
 
     def opening(self, output: Output) -> list[dict[str, Any]]:
-        """Chunks that come before an output's: before the first one, who speaks."""
+        """Chunks that come before an output's: before the first one, who speaks, and the prompt's log-probabilities."""
         if self._is_open:
             return []
         self._is_open = True
         delta = {"role": "assistant", "content": ""}
-        return [self._head | {"choices": [_choice(index, "delta", delta)]} for index in range(self.num_choices)]
+        chunks = [self._head | {"choices": [_choice(index, "delta", delta)]} for index in range(self.num_choices)]
+        if self._prompts is not None:
+            chunks[0] |= self._prompts.listed(0)
+        return chunks
 
     def chunk(self, output: Output) -> dict[str, Any]:
         """One server-sent event."""
-        self.usage.add(output)
-        delta, reason = {"content": output.text}, output.finish_reason
-        if self._parsed:
-            delta, reason = self._parsed[output.index].delta(output)
-            if self._has_reasoning:
-                self.usage.num_reasoning = sum(one.num_reasoning for one in self._parsed)
-        elif not output.text and reason is not None:
-            delta = {}
+        delta, reason = self.delta(output)
         logprobs = logprobs_content(output, self._token_text) if self._has_logprobs else None
         choice = _choice(output.index, "delta", delta, logprobs, reason)
         return self._head | {"choices": [choice]}
+
+    def delta(self, output: Output) -> tuple[dict[str, Any], str | None]:
+        """What is new of a choice's message, and the reason with which it ends, if it does."""
+        self.usage.add(output)
+        if not self._parsed:
+            return {"content": output.text} if output.text or output.finish_reason is None else {}, output.finish_reason
+        delta, reason = self._parsed[output.index].delta(output)
+        if self._has_reasoning:
+            self.usage.num_reasoning = sum(one.num_reasoning for one in self._parsed)
+        return delta, reason
 
     def usage_chunk(self) -> dict[str, Any]:
         """The event that tells usage, after all others."""

@@ -17,7 +17,6 @@ from msi.server.fields import (
     as_integer,
     check_fields,
     kind_of,
-    num_listed,
     num_logprobs,
     sampling_params,
     streaming,
@@ -41,7 +40,7 @@ class CompletionRequest:
     Attributes:
         prompts: each gets `params.n` choices, which are numbered prompt by prompt.
         echo: whether the prompt comes before the text; with `params.logprobs`, its log-probabilities before theirs.
-        num_listed: see `msi.server.fields.num_listed`.
+        num_listed: how many of the most probable tokens `prompt_logprobs` has of each position; None for none of it.
         add_special_tokens: whether the tokenizer puts its own around a text.
         ignored: fields that nobody knows.
     """
@@ -62,7 +61,8 @@ def parse_completion(values: Values, defaults: SamplingDefaults = NO_DEFAULTS) -
         defaults: the model's own parameters.
     """
     ignored = check_fields(values, FIELDS, NOT_IN_COMPLETIONS)
-    echo, logprobs, listed = typed(values, "echo", bool, False), num_logprobs(values, "logprobs"), num_listed(values)
+    echo, logprobs = typed(values, "echo", bool, False), num_logprobs(values, "logprobs")
+    listed = num_logprobs(values, "prompt_logprobs")
     scored = [num for num in (listed, logprobs if echo else None) if num is not None]
     params = sampling_params(
         values, defaults=defaults, max_tokens=DEFAULT_MAX_TOKENS, logprobs=logprobs,
@@ -137,18 +137,21 @@ class CompletionAnswer:
         self._head = {"id": request_id, "object": "text_completion", "created": created, "model": model}
 
     def opening(self, output: Output) -> list[dict[str, Any]]:
-        """Chunks that come before an output's: the echoes, with their log-probabilities prompt by prompt."""
+        """Chunks that come before an output's: the echoes, and log-probabilities prompt by prompt."""
         if self._prompts is not None:
             if output.prompt_logprobs is None:
                 return []
             return [
-                self._head | {"choices": [_choice(index, self._echoes[index], self._prompts.echoed_whole(index))]}
+                self._head | {"choices": [self._opened(index, self._prompts)]}
                 for index in range(output.index, output.index + self._num_each)
             ]
         if self._is_open:
             return []
         self._is_open = True
         return [self._head | {"choices": [_choice(index, echo)]} for index, echo in enumerate(self._echoes) if echo]
+
+    def _opened(self, index: int, prompts: PromptAnswers) -> dict[str, Any]:
+        return _choice(index, self._echoes[index], prompts.echoed_whole(index) or None) | prompts.listed(index)
 
     def echoed(self, index: int) -> Mapping[str, bytes]:
         """What comes before a choice's own log-probabilities, items as JSON by name."""

@@ -61,6 +61,7 @@ OLDER_NAMES = {  # of fields of EdgeCounters
     "generation_tokens": ("msi_generation_tokens",),
 }
 MODEL = "model_name"
+COORDINATOR = "coordinator"  # where requests wait that no engine has yet
 
 
 def exposition(model_name: str, edge: EdgeCounters, stats: Stats, gateway: Mapping[str, float]) -> bytes:
@@ -79,7 +80,7 @@ class _Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from _edge_metrics(self._model_name, self._edge)
-        yield from _as_vllm(self._model_name, self._stats.workers)
+        yield from _as_vllm(self._model_name, self._stats)
         yield from _instance_metrics(self._stats, self._gateway)
 
 
@@ -120,9 +121,9 @@ def _counter(name: str, meaning: str, counts: Iterable[tuple[Sequence[str], floa
     return family
 
 
-def _as_vllm(model_name: str, workers: tuple[WorkerStats, ...]) -> Iterator[Metric]:
-    """What vLLM tells of each of its engines: each attention worker is one."""
-    engines = {(model_name, one.worker_id): one.status for one in workers if one.role == "attention"}
+def _as_vllm(model_name: str, stats: Stats) -> Iterator[Metric]:
+    """What vLLM tells of each of its engines: each attention worker is one. Requests may wait at the coordinator."""
+    engines = {(model_name, one.worker_id): one.status for one in stats.workers if one.role == "attention"}
     counted = {labels: one.attention for labels, one in engines.items() if one.attention is not None}
     running, waiting, used = (
         GaugeMetricFamily(f"vllm:{name}", meaning, labels=(MODEL, "engine"))
@@ -132,6 +133,7 @@ def _as_vllm(model_name: str, workers: tuple[WorkerStats, ...]) -> Iterator[Metr
             ("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all."),
         )
     )
+    waiting.add_metric((model_name, COORDINATOR), stats.num_waiting)
     for labels, status in engines.items():
         running.add_metric(labels, status.num_running)
         waiting.add_metric(labels, status.num_waiting)

@@ -185,17 +185,6 @@ def num_logprobs(values: Values, name: str) -> int | None:
     return wanted
 
 
-def num_listed(values: Values) -> int | None:
-    """`num_logprobs` of prompt_logprobs. Raises InvalidRequest: events of a stream have no place for them."""
-    wanted = num_logprobs(values, "prompt_logprobs")
-    if wanted is not None and typed(values, "stream", bool, False):
-        raise InvalidRequest(
-            "prompt_logprobs come with whole answers, not with streams; echo with logprobs goes with both",
-            param="prompt_logprobs",
-        )
-    return wanted
-
-
 def _stop(values: Values) -> tuple[str, ...]:
     stop = values.get("stop")
     if stop in ALWAYS_NEUTRAL:

@@ -124,7 +124,7 @@ class Gateway:
         self._sockets = Sockets(self._calls, self._running, MAX_BODY_BYTES)
         self._door = Door(self._handle, max_connections())
         self._entrance: Entrance | None = None
-        self._description = description(msi.__version__, needs_key=bool(api_keys))
+        self._description = description(msi.__version__, needs_key=bool(api_keys), has_page=has_page)
         self._endpoints: dict[str, dict[str, Handler]] = {
             **{path: {"POST": self._asking(endpoint)} for path, endpoint in ASKED.items()},
             "/v1/stream": {"GET": self._websocket},

@@ -47,14 +47,15 @@ INTEGER: Schema = {"type": "integer"}
 TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 OBJECT_OR_NULL: Schema = {"type": ["object", "null"]}
+PROMPT_LOGPROBS: Schema = {"type": "array", "items": OBJECT_OR_NULL}
 REASON: Schema = {"enum": ["stop", "length", "tool_calls", None]}
 HEAD: dict[str, Schema] = {"id": STRING, "object": STRING, "created": INTEGER, "model": STRING}
 
 
-def _answer(choice: Schema, *, is_chunk: bool = False) -> Schema:
+def _answer(choice: Schema, *, is_chunk: bool = False, **more: Schema) -> Schema:
     usage = {"anyOf": [_ref("Usage"), {"type": "null"}]} if is_chunk else _ref("Usage")
     required = "id object created model choices" + ("" if is_chunk else " usage")
-    return _object(required, **HEAD, choices=_list(choice), usage=usage)
+    return _object(required, **HEAD, choices=_list(choice), usage=usage, **more)
 
 
 SCHEMAS: dict[str, Schema] = {
@@ -76,7 +77,14 @@ SCHEMAS: dict[str, Schema] = {
         prompt_tokens_details=_object(cached_tokens=COUNT),
     ),
     "Completion": _answer(
-        _object("index text finish_reason", index=COUNT, text=STRING, finish_reason=REASON, logprobs=OBJECT_OR_NULL)
+        _object(
+            "index text finish_reason",
+            index=COUNT,
+            text=STRING,
+            finish_reason=REASON,
+            logprobs=OBJECT_OR_NULL,
+            prompt_logprobs=PROMPT_LOGPROBS,
+        )
     ),
     "ChatCompletion": _answer(
         _object(
@@ -92,11 +100,24 @@ SCHEMAS: dict[str, Schema] = {
                 reasoning_content=STRING,
                 tool_calls=_list({"type": "object"}),
             ),
-        )
+        ),
+        prompt_logprobs=PROMPT_LOGPROBS,
     ),
-    "CompletionEvent": _answer(_object("index text", index=COUNT, text=STRING, finish_reason=REASON), is_chunk=True),
+    "CompletionEvent": _answer(
+        _object(
+            "index text",
+            index=COUNT,
+            text=STRING,
+            finish_reason=REASON,
+            logprobs=OBJECT_OR_NULL,
+            prompt_logprobs=PROMPT_LOGPROBS,
+        ),
+        is_chunk=True,
+    ),
     "ChatCompletionEvent": _answer(
-        _object("index delta", index=COUNT, delta={"type": "object"}, finish_reason=REASON), is_chunk=True
+        _object("index delta", index=COUNT, delta={"type": "object"}, finish_reason=REASON, logprobs=OBJECT_OR_NULL),
+        is_chunk=True,
+        prompt_logprobs=PROMPT_LOGPROBS,
     ),
     "Models": _object("object data", object={"const": "list"}, data=_list(_object("id object created", **HEAD))),
     "Tokens": _object(
@@ -112,6 +133,7 @@ SCHEMAS: dict[str, Schema] = {
     "Version": _object("version", version=STRING),
     **ANSWERS,
 }
+OF_PAGE = ("/", "/v1/events")
 MESSAGES_OWN = own_schemas(anthropic.FIELDS, OF_MESSAGES, anthropic.NO_MATTER)
 
 
@@ -200,15 +222,17 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
 }  # fmt: skip
 
 
-def description(version: str, *, needs_key: bool = False) -> dict[str, Any]:
+def description(version: str, *, needs_key: bool = False, has_page: bool = True) -> dict[str, Any]:
     """The whole document.
 
     Args:
         needs_key: every request but probes needs one.
+        has_page: whether the page and its events are served.
     """
     paths = {
         path: {method.lower(): _operation(one, needs_key) for method, one in methods.items()}
         for path, methods in OPERATIONS.items()
+        if has_page or path not in OF_PAGE
     }
     return {
         "openapi": "3.1.0",

@@ -40,9 +40,6 @@ log = logging.getLogger(__name__)
 COMPLETION, CHAT, MESSAGE, TOKENIZE, DETOKENIZE = "completion", "chat", "message", "tokenize", "detokenize"
 RESPONSE, ANTHROPIC, ANTHROPIC_COUNT = "response", "anthropic", "anthropic_count"
 ENDPOINTS = (COMPLETION, CHAT, MESSAGE, TOKENIZE, DETOKENIZE, RESPONSE, ANTHROPIC, ANTHROPIC_COUNT)
-NO_CALLS_IN_MESSAGES = (
-    "the WebSocket tells text as the model writes it: calls of them are found at /v1/chat/completions"
-)
 MAX_PROMPT_TOKENS = 1 << 20  # of all prompts of a request
 
 
@@ -56,7 +53,7 @@ class Prepared:
         echoes: what comes before the text, for each prompt, in UTF-8.
         echo_ends: of each echo, the places in its text where the prompt's tokens end, as `prompts` are packed; () where
             its log-probabilities are not asked for.
-        num_listed: see `msi.server.fields.num_listed`.
+        num_listed: see `msi.server.completions.CompletionRequest`.
         ignored: fields that nobody knows.
         parsing: what is looked for in the answers of a chat; None to tell their text as it is.
         told: what the answer repeats of the request, a JSON object.
@@ -208,16 +205,14 @@ class Preparation:
         """Raises InvalidRequest.
 
         Args:
-            is_message: the text is told as it is, whatever stands in it.
+            is_message: the text is told as it is, whatever stands in it, unless it may call tools.
         """
         self._check_model(values)
-        no_calls = NO_CALLS_IN_MESSAGES if is_message else "" if self._parsers.tool_parser else NO_PARSER
         asked = parse_chat(
             values,
             max_tokens=self._welcome.max_model_len,
             defaults=self._welcome.sampling_defaults,
-            no_calls=no_calls,
-            no_forced_calls=NO_CALLS_IN_MESSAGES if is_message else "",
+            no_calls="" if self._parsers.tool_parser else NO_PARSER,
         )
         text = self._rendered(asked)
         params = self._prompts.checked(asked.params)
@@ -226,7 +221,7 @@ class Preparation:
             prompt = self._encode(text, params, add_special_tokens=asked.add_special_tokens)
         except InvalidRequest as error:
             raise InvalidRequest(str(error), param="messages", code=error.code) from error
-        parsing = None if is_message else self._parsers.parsing(asked, text)
+        parsing = None if is_message and not asked.calls_tools else self._parsers.parsing(asked, text)
         if parsing is not None:
             params = self._parsers.params(params, parsing)
         reasoning_parser = self._parsers.reasoning_parser

@@ -53,7 +53,7 @@ class PromptAnswers:
         self._num_echoed = num_echoed
         self._num_listed = num_listed
         self._echoed: dict[int, dict[str, bytes]] = {}  # by prompt: items as JSON, by name
-        self._listed: dict[int, bytes] = {}
+        self._listed: dict[int, list[bytes]] = {}  # by prompt: the same of some tokens each
 
     async def take(self, output: Output) -> None:
         """The one with a prompt's log-probabilities, before anything else is asked about that prompt."""
@@ -73,7 +73,7 @@ class PromptAnswers:
                 listed.append(_items(self._list(prompt, start, scored, self._num_listed)))
             await asyncio.sleep(0)
         self._echoed[number] = {name: b",".join(items) for name, items in echoed.items()}
-        self._listed[number] = b"[" + b",".join(listed) + b"]"
+        self._listed[number] = listed
 
     def echoed(self, index: int) -> dict[str, bytes]:
         """What comes before a choice's own log-probabilities: items as JSON, by name; {} where nothing does."""
@@ -87,7 +87,15 @@ class PromptAnswers:
         """The field of an answer or a choice; {} where it is not asked for."""
         if self._num_listed is None:
             return {}
-        return {"prompt_logprobs": orjson.Fragment(self._listed[index // self._num_choices])}
+        items = b",".join(self._listed[index // self._num_choices])
+        return {"prompt_logprobs": orjson.Fragment(b"[" + items + b"]")}
+
+    def listed_in_parts(self, index: int) -> list[dict[str, orjson.Fragment]]:
+        """The field of messages that are small; joined they are the whole."""
+        if self._num_listed is None:
+            return []
+        parts = self._listed[index // self._num_choices]
+        return [{"prompt_logprobs": orjson.Fragment(b"[" + items + b"]")} for items in parts]
 
     def _echo(
         self, prompt: ScoredPrompt, start: int, scored: Sequence[ScoredToken | None], num_top: int

@@ -168,9 +168,11 @@ def load_sentence(stats: Stats, prompt_per_s: float, tokens_per_s: float) -> str
     num_free = sum(one.num_free_blocks for one in attention if one.attention is not None)
     num_asked = sum(one.prompt_tokens for one in counters)
     num_hit = sum(one.prefix_hit_tokens for one in counters)
+    num_running = sum(one.num_running for one in attention)
+    num_waiting = stats.num_waiting + sum(one.num_waiting for one in attention)
     return (
         f"{prompt_per_s:.1f} prompt tokens/s, {tokens_per_s:.1f} generated tokens/s, {stats.num_requests} requests "
-        f"({sum(one.num_running for one in attention)} running, {sum(one.num_waiting for one in attention)} waiting), "
+        f"({num_running} running, {num_waiting} waiting), "
         f"KV cache {100 * (1 - num_free / num_blocks if num_blocks else 0):.1f} % used, "
         f"prefix hits {100 * num_hit / num_asked if num_asked else 0:.0f} %"
     )

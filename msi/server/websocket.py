@@ -10,7 +10,12 @@ Every message is a JSON object in a text frame. From the client:
 From the server, for each request one or more of the first and exactly one of the others, after which the id is free:
 
     {"type": "output", "id": "a", "index": 0, "text": " a truth", "token_ids": [..], "finish_reason": null,
-     "logprobs": null}                                            logprobs as in chat completions; `index`: the choice
+     "logprobs": null}                                            logprobs as in chat completions; `index`: the choice.
+                                                                  A chat with tools has also what is new of "reasoning"
+                                                                  and "tool_calls", as in deltas of chat completions
+    {"type": "prompt", "id": "a", "index": 0, "prompt_logprobs": [..]}
+                                                                  before a prompt's first output, where they are asked
+                                                                  for; joined they are those of the whole prompt
     {"type": "done", "id": "a", "usage": {"prompt_tokens": 3, "completion_tokens": 16, "total_tokens": 19}}
     {"type": "cancelled", "id": "a"}
     {"type": "error", "id": "a", "error": {"message": .., "type": .., "param": null, "code": 400}}
@@ -37,7 +42,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from msi.errors import InvalidRequest, Unavailable, shown
 from msi.server.calls import Call, Calls, error_of
-from msi.server.chat import logprobs_content
+from msi.server.chat import ChatAnswer, logprobs_content
 from msi.server.door import Connection, connection_of
 from msi.server.prepare import MESSAGE, Answered, NotUnderstood, Prepared
 from msi.server.running import Running
@@ -159,14 +164,15 @@ class _Connection:
         self._running[request_id] = asyncio.get_running_loop().create_task(self._run(request_id, call))
 
     async def _run(self, request_id: str, call: Call) -> None:
-        usage = call.answer.usage
         try:
             with self._all_running.request():
                 async with contextlib.aclosing(call.outputs):
                     async for output in call.outputs:
-                        usage.add(output)
-                        await self.send(self._output(request_id, output, call.has_logprobs))
-            last: dict[str, Any] = {"type": "done", "id": request_id, "usage": usage.values()}
+                        if output.prompt_logprobs is not None and call.prompts is not None:
+                            for part in call.prompts.listed_in_parts(output.index):
+                                await self.send({"type": "prompt", "id": request_id, "index": output.index, **part})
+                        await self.send(self._output(request_id, output, call))
+            last: dict[str, Any] = {"type": "done", "id": request_id, "usage": call.answer.usage.values()}
         except ConnectionResetError:
             return  # nobody is left to tell
         except Exception as error:
@@ -175,11 +181,16 @@ class _Connection:
         with contextlib.suppress(ConnectionResetError):
             await self.send(last)
 
-    def _output(self, request_id: str, output: Output, has_logprobs: bool) -> dict[str, Any]:
+    def _output(self, request_id: str, output: Output, call: Call) -> dict[str, Any]:
+        delta, reason = {"content": output.text}, output.finish_reason
+        if isinstance(call.answer, ChatAnswer):
+            delta, reason = call.answer.delta(output)
+        else:
+            call.answer.usage.add(output)
         return {
-            "type": "output", "id": request_id, "index": output.index, "text": output.text,
-            "token_ids": output.token_ids, "finish_reason": output.finish_reason,
-            "logprobs": logprobs_content(output, self._calls.token_text) if has_logprobs else None,
+            "type": "output", "id": request_id, "index": output.index, "text": delta.pop("content", ""),
+            "token_ids": output.token_ids, "finish_reason": reason,
+            "logprobs": logprobs_content(output, self._calls.token_text) if call.has_logprobs else None, **delta,
         }  # fmt: skip
 
 

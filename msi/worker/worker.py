@@ -415,7 +415,7 @@ class Worker:
             loaded_bytes=loaded_bytes,
             total_bytes=total_bytes,
             num_running=0 if attention is None else attention.requests.scheduler.num_running,
-            num_waiting=0 if attention is None else attention.requests.scheduler.num_waiting,
+            num_waiting=0 if attention is None else attention.requests.num_waiting,
             num_free_blocks=0 if attention is None else attention.requests.scheduler.num_free_blocks,
             times=replace(times, busy=busy, bubble=1 - busy if has_work else 0.0),
             process=replace(
