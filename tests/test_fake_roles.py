@@ -32,7 +32,7 @@ class FailsOnce:
     """A bank of experts that raises for one of its batches."""
 
     def __init__(self, bank, number):
-        self.num_rows = bank.num_rows
+        self.num_rows, self.weight_bytes_read = bank.num_rows, 0
         self._bank, self._left = bank, number
 
     def run(self, *batch):

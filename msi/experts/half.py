@@ -55,11 +55,11 @@ class ExpertHalf:
     ) -> None:
         self.depth = 1
         self.meter = StageMeter()  # T_e
-        self.weight_bytes_read = 0
         self._config = config
         self._bank = bank
         self._experts = experts
-        self._layer_rows: Tensor | None = None  # [layer, expert], while they are wanted
+        self._rows_before: Tensor | None = None  # the bank's [layer, expert] when somebody began to ask
+        self._bytes_before = 0  # that earlier banks read
         self._device = device
         self._dtype = dtype
         self._answer_layout = answer_layout
@@ -79,20 +79,24 @@ class ExpertHalf:
         """Computes with this one from now on: its experts are those of before, by the same local ids, and others."""
         had = self._experts
         assert experts[: len(had)] == had, f"{experts} do not begin with {had}"
+        self._bytes_before += self._bank.weight_bytes_read
         self._bank, self._experts = bank, experts
-        self._layer_rows = None
+        self._rows_before = None
+
+    @property
+    def weight_bytes_read(self) -> int:
+        return self._bytes_before + self._bank.weight_bytes_read
 
     def expert_rows(self) -> dict[int, int]:
-        return dict(zip(self._experts, self._bank.num_rows.tolist(), strict=False))
+        return dict(zip(self._experts, self._bank.num_rows.sum(0).tolist(), strict=False))
 
     def rows_by_layer(self, is_wanted: bool) -> list[list[int]]:
         if not is_wanted:
-            self._layer_rows = None
+            self._rows_before = None
             return []
-        if self._layer_rows is None:
-            num_rows = self._bank.num_rows
-            self._layer_rows = num_rows.new_zeros((self._config.num_sparse_layers, len(num_rows)))
-        counts: list[list[int]] = self._layer_rows.tolist()
+        if self._rows_before is None:
+            self._rows_before = self._bank.num_rows.clone()
+        counts: list[list[int]] = (self._bank.num_rows - self._rows_before).tolist()
         return counts
 
     # -- msi.experts.server.ExpertCompute -----------------------------------------------------------------------------
@@ -127,8 +131,4 @@ class ExpertHalf:
 
     def _run(self, batch: WaveBatch) -> None:
         seats = [(seat, num_rows) for seat, _, num_rows in batch.rows]
-        bank, layer_rows = self._bank, self._layer_rows
-        before = None if layer_rows is None else bank.num_rows.clone()
-        self.weight_bytes_read += bank.run(batch.layer, batch.lane, seats, self._rows, self._outboxes)
-        if layer_rows is not None and before is not None and len(before) == layer_rows.shape[1]:
-            layer_rows[batch.layer] += bank.num_rows - before
+        self._bank.run(batch.layer, batch.lane, seats, self._rows, self._outboxes)

@@ -77,7 +77,8 @@ class CpuExpertBank:
     def __init__(self, linear: Callable[[Tensor], Linear], num_layers: int, num_experts: int) -> None:
         self._linear = linear
         self._expert_bytes = 0
-        self.num_rows = torch.zeros(num_experts, dtype=torch.int64)
+        self.weight_bytes_read = 0
+        self.num_rows = torch.zeros(num_layers, num_experts, dtype=torch.int64)
         self._gate_up: list[list[Linear]] = [[_no_weights] * num_experts for _ in range(num_layers)]
         self._down: list[list[Linear]] = [[_no_weights] * num_experts for _ in range(num_layers)]
 
@@ -86,7 +87,7 @@ class CpuExpertBank:
         bank._expert_bytes = self._expert_bytes
         for local, place in enumerate(places):
             if place is not None:
-                bank.num_rows[local] = self.num_rows[place]
+                bank.num_rows[:, local] = self.num_rows[:, place]
                 for layer in range(len(self._gate_up)):
                     bank._gate_up[layer][local] = self._gate_up[layer][place]
                     bank._down[layer][local] = self._down[layer][place]
@@ -99,14 +100,14 @@ class CpuExpertBank:
 
     def run(
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
-    ) -> int:
+    ) -> None:
         rows = landed.gather(lane, seats)
         combined, num_rows = moe_experts(
             rows.hidden, rows.topk_ids, rows.topk_weights, self._gate_up[layer], self._down[layer]
         )
         scatter_answers(combined, lane, seats, answers)
-        self.num_rows += num_rows
-        return int(num_rows.count_nonzero()) * self._expert_bytes
+        self.num_rows[layer] += num_rows
+        self.weight_bytes_read += int(num_rows.count_nonzero()) * self._expert_bytes
 
 
 def _no_weights(rows: Tensor) -> Tensor:

@@ -40,10 +40,15 @@ class ExpertBank(Protocol):
     """Stacked weights of the experts of one node, in the device's layout: [layer, expert].
 
     Attributes:
-        num_rows: int64 [num_experts], rows that each expert has computed in all layers together.
+        num_rows: int64 [num_layers, num_experts], rows that each expert has computed; as of the last wave whose end the
+            host has seen, or later.
     """
 
     num_rows: Tensor
+
+    @property
+    def weight_bytes_read(self) -> int:
+        """Of all waves together, as of the same time."""
 
     def arranged(self, places: Sequence[int | None]) -> ExpertBank:
         """A bank whose experts are these of this one's, None for one without weights yet; this one stays as it is."""
@@ -53,10 +58,8 @@ class ExpertBank(Protocol):
 
     def run(
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
-    ) -> int:
+    ) -> None:
         """The weighted sum over each row's experts here, of a lane's rows from several seats together.
-
-        Returns how many bytes of weights it read.
 
         Args:
             seats: (seat, num_rows) of the lane's slot.

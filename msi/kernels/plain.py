@@ -130,7 +130,8 @@ class PlainExpertBank:
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
         self.gate_up = gate_up
         self.down = down
-        self.num_rows = torch.zeros(gate_up.shape[1], dtype=torch.int64, device=gate_up.device)
+        self.weight_bytes_read = 0
+        self.num_rows = torch.zeros(gate_up.shape[:2], dtype=torch.int64, device=gate_up.device)
 
     def arranged(self, places: Sequence[int | None]) -> PlainExpertBank:
         weights = []
@@ -143,7 +144,7 @@ class PlainExpertBank:
         bank = PlainExpertBank(*weights)
         for local, place in enumerate(places):
             if place is not None:
-                bank.num_rows[local] = self.num_rows[place]
+                bank.num_rows[:, local] = self.num_rows[:, place]
         return bank
 
     def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
@@ -152,18 +153,18 @@ class PlainExpertBank:
 
     def run(
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
-    ) -> int:
+    ) -> None:
         rows = landed.gather(lane, seats).to(self.down.device)
         combined = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=self.down.device)
         for expert, (gate_up, down) in enumerate(zip(self.gate_up[layer], self.down[layer], strict=True)):
             outputs = functional.linear(silu_and_mul(functional.linear(rows.hidden, gate_up)), down)
             chosen = rows.topk_ids == expert
-            self.num_rows[expert] += chosen.any(dim=-1).sum()
+            self.num_rows[layer, expert] += chosen.any(dim=-1).sum()
             weights = torch.where(chosen, rows.topk_weights, 0.0).sum(dim=-1)
             weighted = outputs.to(torch.float32) * weights[:, None]
             combined += torch.where(chosen.any(dim=-1)[:, None], weighted, 0.0)
         scatter_answers(combined, lane, seats, answers)
-        return (self.gate_up[layer].numel() + self.down[layer].numel()) * self.down.itemsize
+        self.weight_bytes_read += (self.gate_up[layer].numel() + self.down[layer].numel()) * self.down.itemsize
 
 
 def scatter_answers(

@@ -63,7 +63,9 @@ class ExpertPart(ExpertCompute, Protocol):
     """The experts of one node, and what they measure."""
 
     meter: StageMeter  # T_e
-    weight_bytes_read: int
+
+    @property
+    def weight_bytes_read(self) -> int: ...
 
     def expert_rows(self) -> dict[int, int]:
         """Rows that each expert has computed in all layers together, by its id in the model; {} where nobody counts."""
