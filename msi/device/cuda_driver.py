@@ -1,0 +1,194 @@
+"""The driver's calls that a device with streams is made of, behind one thin object.
+
+`CudaDriver` is the real one, by cuda-bindings; `msi.device.fake.streams` has one that does the same on a thread of the
+CPU, and one that does nothing. Knows no queues, programs or words: streams, addresses, events and host memory that the
+device reads and writes in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msi.errors import ConfigError, EngineError
+
+NEEDS_BINDINGS = "cuda-bindings is not installed; install the extra `cuda`"
+
+
+class DeviceLost(EngineError):
+    """The device takes no more work: what failed stays failed until the process ends."""
+
+
+class Driver(Protocol):
+    """Streams, events and values are the driver's own; addresses are the device's. Calls return at once."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def enter(self) -> None:
+        """The calling thread makes calls from now on."""
+
+    def stream(self) -> Any:
+        """Another order of work."""
+
+    def launch(self, stream: Any, work: Callable[[], object], reads: bool = False) -> None:
+        """Runs `work`, now, on this thread: what it launches goes onto the stream.
+
+        Args:
+            reads: it reads values of the device; all that was on the stream is through.
+        """
+
+    def wait(self, stream: Any, address: int, at_least: int) -> None:
+        """What follows starts once the 32 bits at `address` are there, seen as `Words` says."""
+
+    def write(self, stream: Any, address: int, value: int) -> None:
+        """Writes 32 bits once all before is through, and what that wrote is visible."""
+
+    def event(self) -> Any:
+        """To be recorded as often as one likes."""
+
+    def record(self, stream: Any, event: Any) -> None: ...
+
+    def elapsed_s(self, start: Any, end: Any) -> float:
+        """Between two events that are over."""
+
+    def map_host(self, memory: memoryview) -> int:
+        """Pins host memory, which the device sees in place from now on; its address there. Waits where it must."""
+
+    def unmap_host(self, memory: memoryview) -> None:
+        """Undoes that."""
+
+    def tensor(self, memory: memoryview) -> Tensor:
+        """uint8, as work on the device sees host memory that was mapped."""
+
+    def check(self) -> None:
+        """Raises DeviceLost when work that was launched has failed."""
+
+    def synchronize(self) -> None:
+        """Waits for all that was launched. Behind a closed gate that is for ever."""
+
+    def close(self) -> None:
+        """Nothing is called any more. Idempotent."""
+
+
+def host_address(memory: memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).ctypes.data)
+
+
+def why_no_streams(index: int = 0) -> str | None:
+    """A sentence where the device's streams cannot wait for words, else None. There is a device."""
+    try:
+        from cuda.bindings import driver as cu  # an optional dependency
+    except ImportError:
+        return NEEDS_BINDINGS
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    attributes = cu.CUdevice_attribute
+    for name in ("CAN_USE_64_BIT_STREAM_MEM_OPS", "CAN_MAP_HOST_MEMORY", "CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM"):
+        attribute = getattr(attributes, f"CU_DEVICE_ATTRIBUTE_{name}")
+        error, value = cu.cuDeviceGetAttribute(attribute, index)
+        if int(error) or not value:
+            return f"the device says no to {name.lower()}"
+    return None
+
+
+class CudaDriver:
+    """Implements `Driver` for one GPU, in the context that torch uses.
+
+    Raises:
+        ConfigError: cuda-bindings is missing.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        try:
+            from cuda.bindings import driver as cu  # an optional dependency
+        except ImportError as error:
+            raise ConfigError(NEEDS_BINDINGS) from error
+        self.device = torch.device("cuda", index)
+        self._cu = cu
+        torch.zeros(1, device=self.device)  # the context is there
+        self._wait, self._write, self._record = cu.cuStreamWaitValue32, cu.cuStreamWriteValue32, cu.cuEventRecord
+        self._handles: dict[torch.cuda.Stream, int] = {}
+        self._current: torch.cuda.Stream | None = None
+
+    def enter(self) -> None:
+        torch.cuda.set_device(self.device)
+
+    def stream(self) -> torch.cuda.Stream:
+        stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._handles[stream] = stream.cuda_stream
+        return stream
+
+    def launch(self, stream: torch.cuda.Stream, work: Callable[[], object], reads: bool = False) -> None:
+        if stream is not self._current:
+            torch.cuda.set_stream(stream)
+            self._current = stream
+        work()
+
+    def wait(self, stream: torch.cuda.Stream, address: int, at_least: int) -> None:
+        (error,) = self._wait(self._handles[stream], address, at_least, 0)  # 0: cyclic greater or equal
+        if error:
+            self._failed("cuStreamWaitValue32", error)
+
+    def write(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
+        (error,) = self._write(self._handles[stream], address, value, 0)  # 0: behind a fence for all of the system
+        if error:
+            self._failed("cuStreamWriteValue32", error)
+
+    def event(self) -> Any:
+        return self._ok("cuEventCreate", self._cu.cuEventCreate(0))
+
+    def record(self, stream: torch.cuda.Stream, event: Any) -> None:
+        (error,) = self._record(event, self._handles[stream])
+        if error:
+            self._failed("cuEventRecord", error)
+
+    def elapsed_s(self, start: Any, end: Any) -> float:
+        return float(self._ok("cuEventElapsedTime", self._cu.cuEventElapsedTime(start, end))) * 1e-3
+
+    def map_host(self, memory: memoryview) -> int:
+        self.enter()
+        cu, address = self._cu, host_address(memory)
+        flags = cu.CU_MEMHOSTREGISTER_DEVICEMAP | cu.CU_MEMHOSTREGISTER_PORTABLE
+        self._ok("cuMemHostRegister", cu.cuMemHostRegister(address, memory.nbytes, flags))
+        return int(self._ok("cuMemHostGetDevicePointer", cu.cuMemHostGetDevicePointer(address, 0)))
+
+    def unmap_host(self, memory: memoryview) -> None:
+        self.enter()
+        self._ok("cuMemHostUnregister", self._cu.cuMemHostUnregister(host_address(memory)))
+
+    def tensor(self, memory: memoryview) -> Tensor:
+        return torch.as_tensor(_Mapped(memory), device=self.device)
+
+    def check(self) -> None:
+        (error,) = self._cu.cuStreamQuery(0)
+        if error and error != self._cu.CUresult.CUDA_ERROR_NOT_READY:
+            self._failed("cuStreamQuery", error)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def close(self) -> None: ...
+
+    def _ok(self, call: str, result: tuple[Any, ...]) -> Any:
+        if result[0]:
+            self._failed(call, result[0])
+        return result[1] if len(result) > 1 else None
+
+    def _failed(self, call: str, error: Any) -> None:
+        _, text = self._cu.cuGetErrorString(error)
+        said = text.decode() if isinstance(text, bytes) else str(error)
+        raise DeviceLost(f"the CUDA device {self.device} failed at {call}: {said}")
+
+
+class _Mapped:
+    """Host memory as torch takes memory of a device: it asks the driver whose it is."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory  # stays as long as the tensor does
+        self.__cuda_array_interface__ = {
+            "shape": (memory.nbytes,), "typestr": "|u1", "data": (host_address(memory), False), "version": 2,
+        }  # fmt: skip
