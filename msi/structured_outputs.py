@@ -8,12 +8,12 @@ from msi.errors import InvalidRequest, shown
 
 MAX_BYTES = 128 * 1024  # of a schema, a regular expression, all choices together, or a grammar
 MAX_CHOICES = 4096
-KINDS = ("json", "regex", "choice", "grammar", "json_object")
+KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutputs:
-    """Exactly one of the first five is given. Names and meanings are vLLM's.
+    """Exactly one of the first six is given. Names and meanings are vLLM's.
 
     Attributes:
         json: a JSON schema, as JSON.
@@ -21,6 +21,7 @@ class StructuredOutputs:
         choice: the answers that are allowed.
         grammar: a context-free grammar, in Lark's syntax or in GBNF ("root ::= ...").
         json_object: any JSON object.
+        structural_tag: text in which tags hold to a form, as JSON; see `msi.text.structural_tags`.
         whitespace_pattern: a regular expression for the white space within JSON, wherever JSON allows some. By default
             there may be a space behind a comma and a colon, so that an answer comes to its end.
         disable_any_whitespace: there is no white space within JSON.
@@ -34,6 +35,7 @@ class StructuredOutputs:
     choice: tuple[str, ...] = ()
     grammar: str = ""
     json_object: bool = False
+    structural_tag: str = ""
     whitespace_pattern: str = ""
     disable_any_whitespace: bool = False
 

@@ -68,7 +68,7 @@ def test_neutral_values_of_any_field_ask_for_nothing(name):
 
 
 CHANGES = {
-    "best_of": 2, "suffix": "b", "structural_tag": "{}", "regex": "a+",
+    "best_of": 2, "suffix": "b", "regex": "a+",
     "use_beam_search": True, "length_penalty": 2, "logits_processors": ["x"], "prompt_embeds": "AAAA",
     "audio": {"voice": "x"}, "modalities": ["text", "audio"],
     "cache_salt": "s", "kv_transfer_params": {"a": 1}, "thinking_token_budget": 5,

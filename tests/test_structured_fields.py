@@ -13,14 +13,20 @@ from msi.errors import InvalidRequest
 from msi.server.prepare import ANSWERS, CHAT, COMPLETION, MESSAGE, Elsewhere, NotUnderstood, Preparation, Setup
 from msi.structured_outputs import StructuredOutputs
 from msi.text.grammar_text import lark_regex, lark_string, lark_text
-from msi.text.grammars import fault_of
+from msi.text.grammars import fault_of, in_lark
+from msi.text.structural_tags import tag_grammar
 from tests.edge import TEMPLATE
 from tests.test_bodies import USER
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 AS_TEXT = json.dumps(SCHEMA, separators=(",", ":"))
 JSON = StructuredOutputs(json=AS_TEXT)
+TAG = {"format": {"type": "const_string", "value": "x"}}
+TAGGED = StructuredOutputs(grammar=tag_grammar(json.dumps(TAG), {}, in_lark)[0])
 FORMS = {
+    "response_format tag": ({"response_format": {"type": "structural_tag", **TAG}}, TAGGED),
+    "structured_outputs tag": ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, TAGGED),
+    "tag": ({"structural_tag": TAG}, TAGGED),
     "response_format schema": ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, JSON),
     "response_format strict": (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}},
@@ -90,10 +96,14 @@ REFUSED = {
     "two inside": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "has regex and choice; give exactly one"),
     "none inside": ({"structured_outputs": {"disable_any_whitespace": True}}, "has nothing; give exactly one"),
     "unknown": ({"structured_outputs": {"ebnf": "a"}}, "has 'ebnf', which it does not have"),
-    "not built": ({"structured_outputs": {"structural_tag": "{}"}}, "has 'structural_tag', which is not built"),
+    "not built": (
+        {"structured_outputs": {"disable_additional_properties": True}},
+        "has 'disable_additional_properties', which is not built",
+    ),
+    "no tag": ({"structural_tag": "{}"}, "the structural tag has no format"),
     "no object": ({"structured_outputs": "a"}, "structured_outputs is 'a'; it must be an object"),
-    "format": ({"response_format": {"type": "grammar"}}, "its type must be text, json_object or json_schema"),
-    "format text": ({"response_format": "json"}, "its type must be text, json_object or json_schema"),
+    "format": ({"response_format": {"type": "grammar"}}, "its type must be text, json_object, json_schema or"),
+    "format text": ({"response_format": "json"}, "its type must be text, json_object, json_schema or"),
     "no schema": ({"response_format": {"type": "json_schema"}}, "response_format has no schema"),
     "choice": ({"guided_choice": "a"}, "choice of structured_outputs is 'a'"),
     "regex": ({"guided_regex": "("}, "cannot be compiled"),

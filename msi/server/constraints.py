@@ -16,7 +16,7 @@ from msi.server.parsing.readers import CHANNEL, MESSAGE, START
 from msi.server.parsing.writing import calls_rules, form_of
 from msi.structured_outputs import StructuredOutputs
 from msi.text.grammar_text import grammar_behind, lark_text, list_of, schema_of
-from msi.text.grammars import in_lark
+from msi.text.grammars import added_tokens, written_out
 
 ANSWER, CALLS = "@answer", "calls"
 ANYTHING = "/(?s:.*)/"
@@ -45,17 +45,15 @@ class Constraints:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, templates: Collection[str], vocab_size: int) -> None:
-        added = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
-        # llguidance takes no added token for text, be it special or not
-        self._special = {one.content: at for at, one in added.items() if at < vocab_size}
+        self._special = {} if tokenizer is None else added_tokens(tokenizer, vocab_size)
         self._templates = tuple(templates)
 
     def plain(self, structured: StructuredOutputs, field: str) -> Held:
         """Of an answer that has to fit from its beginning. Raises InvalidRequest."""
         try:
-            structured = in_lark(structured)
+            structured, schemas = written_out(structured, self._special)
             has_schema = structured.kind in ("json", "json_object")
-            return Held(structured, {field: schema_of(structured) if has_schema else None})
+            return Held(structured, {field: schema_of(structured) if has_schema else None, **schemas})
         except InvalidRequest as error:
             raise InvalidRequest(str(error), param=field) from error
 

@@ -159,9 +159,9 @@ FIELDS: dict[str, Schema] = {  # what is no sampling parameter, or looks otherwi
     "parallel_tool_calls": _switch("false: one call only."),
     "response_format": {
         "type": ["object", "null"],
-        "description": "JSON of a schema, or any JSON object.",
+        "description": "JSON of a schema, any JSON object, or a structural tag.",
         "properties": {
-            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
             "json_schema": {
                 "type": "object",
                 "required": ["schema"],
@@ -171,17 +171,19 @@ FIELDS: dict[str, Schema] = {  # what is no sampling parameter, or looks otherwi
                     "schema": JSON_SCHEMA,
                 },
             },
+            "format": {"type": "object", "description": "Of a structural tag."},
         },
     },
     "structured_outputs": {
         "type": ["object", "null"],
-        "description": "What the answer has to be: one of json, regex, choice, grammar and json_object.",
+        "description": "What the answer has to be: json, regex, choice, grammar, json_object or structural_tag.",
         "properties": {
             "json": {"anyOf": [JSON_SCHEMA, {"type": ["string", "null"]}]},
             "regex": {"type": ["string", "null"]},
             "choice": {"type": ["array", "null"], "items": {"type": "string"}},
             "grammar": {"type": ["string", "null"]},
             "json_object": {"type": ["boolean", "null"]},
+            "structural_tag": {"type": ["string", "object", "null"]},
             "whitespace_pattern": {"type": ["string", "null"]},
             "disable_any_whitespace": {"type": ["boolean", "null"]},
         },
@@ -199,6 +201,7 @@ FIELDS: dict[str, Schema] = {  # what is no sampling parameter, or looks otherwi
         "type": ["string", "null"],
         "description": GUIDED.format("whitespace_pattern"),
     },
+    "structural_tag": {"type": ["string", "object", "null"], "description": GUIDED.format("structural_tag")},
     "include_reasoning": _switch("false leaves out what the model thought."),
     "return_token_strs": _switch("Each token's name, too."),
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "Token ids."},

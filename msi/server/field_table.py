@@ -60,7 +60,6 @@ NOT_DONE = {
     "logits_processors": NotDone("a server runs no code of its clients"),
     "prompt_embeds": NotDone("prompts are text or token ids"),
     "detokenize": NotDone("answers are text; token ids come with the WebSocket /v1/stream", (True,)),
-    "structural_tag": NotDone("structural tags are not built; structured_outputs has json, regex, choice and grammar"),
     "chat_template": NotDone("the template is the model's, or the server's own `chat_template`"),
     "thinking_token_budget": NotDone("there is no limit for a part of the answer; max_tokens is for all of it", (-1,)),
     "repetition_detection": NotDone("repetition is not looked for; penalties work against it"),

@@ -14,14 +14,15 @@ from msi.text.grammar_text import is_list
 
 GUIDED = {  # older names, by what they are now
     "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
-    "guided_json_object": "json_object",
+    "guided_json_object": "json_object", "structural_tag": "structural_tag",
 }  # fmt: skip
 FIELDS = frozenset({"response_format", "structured_outputs", "guided_whitespace_pattern", *GUIDED})
 NAMES = (
-    "json", "regex", "choice", "grammar", "json_object", "whitespace_pattern", "disable_any_whitespace",
+    "json", "regex", "choice", "grammar", "json_object", "structural_tag", "whitespace_pattern",
+    "disable_any_whitespace",
 )  # fmt: skip
-NOT_BUILT = ("structural_tag", "disable_additional_properties")
-FORMATS = "text, json_object or json_schema"
+NOT_BUILT = ("disable_additional_properties",)
+FORMATS = "text, json_object, json_schema or structural_tag"
 
 
 def structured_outputs(values: Mapping[str, Any]) -> StructuredOutputs | None:
@@ -69,12 +70,12 @@ def _asked(name: str, value: Any) -> dict[str, Any]:
 
 
 def _value(key: str, value: Any) -> Any:
-    """A JSON schema as text, choices as a tuple; all else as it is, to be checked where it is put together."""
-    if key == "json" and not isinstance(value, str):
+    """JSON as text, choices as a tuple; all else as it is, to be checked where it is put together."""
+    if key in ("json", "structural_tag") and not isinstance(value, str):
         try:
             return orjson.dumps(value).decode()
         except TypeError as error:
-            raise InvalidRequest(f"the JSON schema is no JSON: {error}", param="structured_outputs") from error
+            raise InvalidRequest(f"{key} is no JSON: {error}", param="structured_outputs") from error
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -84,6 +85,8 @@ def _formatted(value: Any) -> dict[str, Any]:
         return {}
     if kind == "json_object":
         return {"json_object": True}
+    if kind == "structural_tag":
+        return {"structural_tag": _value(kind, value)}
     if kind != "json_schema":
         raise InvalidRequest(f"response_format is {shown(value)}; its type must be {FORMATS}", param="response_format")
     inner = value.get("json_schema")

@@ -112,9 +112,9 @@ def lark_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def lark_json(schema: Mapping[str, Any]) -> str:
-    """JSON of a schema, as a rule's body."""
-    return f"%json {json.dumps(with_spaces(schema))}"
+def lark_json(schema: Mapping[str, Any], asked: StructuredOutputs | None = None) -> str:
+    """JSON of a schema, as a rule's body; `asked` says which white space there may be."""
+    return f"%json {json.dumps(with_spaces(schema, asked))}"
 
 
 def lark_regex(pattern: str) -> str:

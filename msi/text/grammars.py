@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from msi.errors import InvalidRequest
 from msi.structured_outputs import StructuredOutputs
 from msi.text.grammar_text import grammar_text, has_free_rules, is_list, list_of, schema_of, unforced, with_spaces
+from msi.text.structural_tags import tag_grammar
 
 MAX_REMEMBERED = 64  # grammars, compiled or checked
 MAX_LEXER_STATES = 20_000  # 40 MB at most, for each answer
@@ -151,18 +152,36 @@ def _schemas_in(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]
             yield f"/{name}", inner
 
 
-def in_lark(asked: StructuredOutputs) -> StructuredOutputs:
-    """With a grammar in GBNF ("root ::= ...") in Lark's syntax. Raises InvalidRequest."""
-    if "::=" not in asked.grammar or is_list(asked.grammar):
-        return asked
+def written_out(
+    asked: StructuredOutputs, special: Mapping[str, int]
+) -> tuple[StructuredOutputs, dict[str, Mapping[str, Any]]]:
+    """With a grammar in GBNF ("root ::= ...") or a structural tag in Lark's syntax, and JSON schemas in that.
+
+    Args:
+        special: ids of the tokenizer's added tokens, by their texts.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    if asked.structural_tag:
+        grammar, schemas = tag_grammar(asked.structural_tag, special, in_lark)
+        return replace(asked, structural_tag="", grammar=grammar), schemas
+    if not asked.grammar or is_list(asked.grammar):
+        return asked, {}
+    return replace(asked, grammar=in_lark(asked.grammar)), {}
+
+
+def in_lark(grammar: str) -> str:
+    """A grammar that may be in GBNF. Raises InvalidRequest."""
+    if "::=" not in grammar:
+        return grammar
     library()
     try:
         from llguidance.gbnf_to_lark import any_to_lark
 
-        lark = any_to_lark(asked.grammar)
+        return str(any_to_lark(grammar))
     except Exception as error:  # it is a parser, which fails in all ways that parsers do
         raise InvalidRequest(f"the grammar cannot be read: {_short(error)}", param="structured_outputs") from error
-    return replace(asked, grammar=lark)
 
 
 def _limits(guidance: Any, grammar: str) -> Any:
@@ -199,6 +218,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._tokenizer: Any = None
+        self._special: dict[str, int] = {}  # ids of added tokens, by their texts
         self._added: list[str] = []  # texts of its added tokens, as a grammar has them, without backslashes
         self._compiled: OrderedDict[StructuredOutputs, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -216,10 +236,10 @@ class Grammars:
 
     def _compile(self, asked: StructuredOutputs) -> Any:
         guidance = library()
-        grammar = grammar_text(in_lark(asked))
         try:
             if self._tokenizer is None:
                 self._tokenizer = self._load(guidance)
+            grammar = grammar_text(written_out(asked, self._special)[0])
             if self._names_added_token(grammar):
                 grammar = unforced(grammar)
             matcher = guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits(guidance, grammar))
@@ -257,6 +277,7 @@ class Grammars:
         eos = list(self._eos_token_ids) or None
         tokenizer = Tokenizer.from_str(text)
         num_tokens = tokenizer.get_vocab_size()  # of which the model may have fewer
+        self._special = added_tokens(tokenizer, self._vocab_size)
         texts = (one.content for one in tokenizer.get_added_tokens_decoder().values())
         self._added = [json.dumps(text)[1:-1].replace("\\", "") for text in texts if text]
         decoder: bytes = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
@@ -273,6 +294,11 @@ class Grammars:
                 f"{_short(error)}",
                 param="structured_outputs",
             ) from error
+
+
+def added_tokens(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
+    """Ids by texts: llguidance takes no added token for text, be it special or not."""
+    return {one.content: at for at, one in tokenizer.get_added_tokens_decoder().items() if at < vocab_size}
 
 
 def _without_prefix(tokenizer: str) -> str:
