@@ -1,0 +1,162 @@
+"""The experts of one node on a GPU: their weights stacked, and a wave of rows through them without a host wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from msi.kernels.routing import PackedRows
+from msi.kernels.triton.launches import Counts, ExpertWeights, WaveLaunches
+from msi.kernels.triton.tiles import Tiles, choose, expected_rows, tiles_for
+
+MAX_ROWS = 4096  # of what is computed at a time: longer waves go in parts, so memory between the products has a bound
+INTERPRETED_SMS = 3  # programs that an interpreter is asked to play
+SHARED_BYTES = 227 * 1024  # where no device says it
+
+
+class TritonExpertBank:
+    """Implements `msi.kernels.kernels.ExpertBank`.
+
+    No more than `wave.RING` waves may be launched that are not through.
+
+    Args:
+        num_model_experts: of a layer of the whole model; how many rows an expert here can expect follows from it.
+        tiles: to compute with, in place of what this device is known to like.
+    """
+
+    def __init__(
+        self, weights: ExpertWeights, *, num_model_experts: int | None = None, tiles: tuple[Tiles, ...] | None = None
+    ) -> None:
+        num_layers, num_experts, hidden, inner = weights.w2.shape
+        self.weights = weights
+        self._device = weights.w2.device
+        self._num_model_experts = num_model_experts
+        self._wanted_tiles = tiles
+        dtype = weights.w2.dtype
+        if self._device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self._device)
+            self._num_sms = properties.multi_processor_count
+            shared = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)
+            self.tiles = tiles or tiles_for(properties.name, hidden, inner, dtype, shared)
+        else:
+            self._num_sms = INTERPRETED_SMS
+            self.tiles = tiles or tiles_for("", hidden, inner, dtype, SHARED_BYTES)
+        self._expert_bytes = 3 * hidden * inner * dtype.itemsize
+        rows = torch.zeros(num_layers, num_experts, dtype=torch.int64)
+        read = torch.zeros(1, dtype=torch.int64)
+        seen = [one.pin_memory() if self._device.type == "cuda" else one for one in (rows, read)]
+        self._counts = Counts(_fresh(rows, self._device), seen[0], _fresh(read, self._device), seen[1])
+        self.num_rows = self._counts.rows_seen
+        self._launches: WaveLaunches | None = None
+        self._landed: PackedRows | None = None
+        self._addresses: dict[int, tuple[Tensor, int]] = {}  # of where each seat's answers leave
+
+    @property
+    def weight_bytes_read(self) -> int:
+        return int(self._counts.read_seen[0]) * self._expert_bytes
+
+    def arranged(self, places: Sequence[int | None]) -> TritonExpertBank:
+        def moved(old: Tensor | None) -> Tensor | None:
+            if old is None:
+                return None
+            new = old.new_empty((old.shape[0], len(places), *old.shape[2:]))
+            for local, place in enumerate(places):
+                if place is not None:
+                    new[:, local] = old[:, place]
+            return new
+
+        had = self.weights
+        w13, w2 = moved(had.w13), moved(had.w2)
+        assert w13 is not None
+        assert w2 is not None
+        new = replace(
+            had, w13=w13, w2=w2, bias13=moved(had.bias13), bias2=moved(had.bias2), scale13=moved(had.scale13),
+            scale2=moved(had.scale2),
+        )  # fmt: skip
+        bank = TritonExpertBank(new, num_model_experts=self._num_model_experts, tiles=self._wanted_tiles)
+        for local, place in enumerate(places):
+            if place is not None:
+                bank.num_rows[:, local] = self.num_rows[:, place]
+        bank._counts.rows.copy_(bank.num_rows)
+        return bank
+
+    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        self.weights.w13[layer, expert] = gate_up
+        self.weights.w2[layer, expert] = down
+
+    def prepare(self, landed: PackedRows, answers: Tensor) -> None:
+        """Takes the memory for rows that land here and are answered there, as in `run`."""
+        strides = (answers.stride(0) * answers.element_size(), answers.stride(1) * answers.element_size())
+        num_seats, _, slot_rows, _ = landed.hidden.shape
+        self._landed, self._addresses = landed, {}
+        self._launches = WaveLaunches(
+            self.weights, self._counts, landed, strides, max_rows=min(num_seats * slot_rows, MAX_ROWS),
+            tiles=self.tiles, num_sms=self._num_sms, is_staged=landed.hidden.device != self._device,
+        )  # fmt: skip
+
+    def capture(self) -> None:
+        """Graphs for the memory of `prepare`, on a GPU; waits for it."""
+        assert self._launches is not None, "no memory was taken"
+        self._launches.capture()
+
+    def run(
+        self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
+    ) -> None:
+        if self._landed is not landed:
+            self.prepare(landed, next(iter(answers.values())))
+        launches = self._launches
+        assert launches is not None
+        k = landed.topk_ids.shape[-1]
+        num_experts = self.weights.w2.shape[1]
+        in_all = max(num_experts, self._num_model_experts or 0)
+        members = [(seat, num_rows, self._address(seat, answers[seat])) for seat, num_rows in seats]
+        for part in _parts(members, launches.max_rows):
+            num_rows = launches.descriptors.write(layer, lane, part)
+            launches.launch(choose(self.tiles, expected_rows(num_rows, k, num_experts, in_all)))
+
+    def _address(self, seat: int, answers: Tensor) -> int:
+        known = self._addresses.get(seat)
+        if known is None or known[0] is not answers:
+            known = self._addresses[seat] = (answers, answers.data_ptr())
+        return known[1]
+
+
+def new_expert_bank(
+    *,
+    num_layers: int,
+    num_experts: int,
+    hidden_size: int,
+    inner_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_model_experts: int | None = None,
+) -> TritonExpertBank:
+    """Without weights yet."""
+    w13 = torch.empty(num_layers, num_experts, 2 * inner_size, hidden_size, dtype=dtype, device=device)
+    w2 = torch.empty(num_layers, num_experts, hidden_size, inner_size, dtype=dtype, device=device)
+    return TritonExpertBank(ExpertWeights(w13, w2), num_model_experts=num_model_experts)
+
+
+def _fresh(counts: Tensor, device: torch.device) -> Tensor:
+    return torch.zeros_like(counts, device=device)
+
+
+def _parts(members: Sequence[tuple[int, int, int]], max_rows: int) -> Iterator[list[tuple[int, int, int, int]]]:
+    """(seat, first row, number of rows, address) of as many rows at a time as there is memory for."""
+    part: list[tuple[int, int, int, int]] = []
+    left = max_rows
+    for seat, num_rows, address in members:
+        first = 0
+        while first < num_rows:
+            taken = min(num_rows - first, left)
+            part.append((seat, first, taken, address))
+            first += taken
+            left -= taken
+            if not left:
+                yield part
+                part, left = [], max_rows
+    if part:
+        yield part

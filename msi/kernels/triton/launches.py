@@ -1,0 +1,203 @@
+"""What is launched for a wave: five kernels over memory that is taken once, with the same arguments for every wave.
+
+So a launch can be captured as a graph, and replayed with whatever the ring of descriptors says next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from msi.kernels.routing import PackedRows
+from msi.kernels.triton import experts
+from msi.kernels.triton.tiles import Product, Tiles
+from msi.kernels.triton.wave import RING, Descriptors, answer_rows, new_plan, plan_wave, stage_rows
+
+PLAN_ROWS = 64  # of a chunk that a program sorts at a time
+ANSWER_BLOCK = 1024
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """gate * sigmoid(alpha * gate) * (up + up_offset), with gate at most `limit` and up within both signs of it."""
+
+    alpha: float = 1.0
+    limit: float = 0.0  # none
+    up_offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """Of all layers and experts of a node.
+
+    Attributes:
+        w13: [layers, experts, 2 h', h], gate first.
+        w2: [layers, experts, h, h'].
+        bias13, bias2: [layers, experts, 2 h'] and [layers, experts, h].
+        scale13, scale2: float32, of blocks of `scale_block` rows and columns (of either half of w13 by itself).
+    """
+
+    w13: Tensor
+    w2: Tensor
+    bias13: Tensor | None = None
+    bias2: Tensor | None = None
+    scale13: Tensor | None = None
+    scale2: Tensor | None = None
+    scale_block: int = 0
+    activation: Activation = Activation()
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """int64 [layers, experts] rows and [1] experts read, on the device, and what the host sees of them."""
+
+    rows: Tensor
+    rows_seen: Tensor
+    read: Tensor
+    read_seen: Tensor
+
+
+class WaveLaunches:
+    """Launches for rows that land in one place.
+
+    Args:
+        landed: [seats, lanes, slot_rows], in memory that the device can read.
+        answer_strides: of a lane and of a row where answers leave, in bytes.
+        max_rows: of a wave.
+        is_staged: rows land in the host's memory, and are copied together before they are multiplied.
+    """
+
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        counts: Counts,
+        landed: PackedRows,
+        answer_strides: tuple[int, int],
+        *,
+        max_rows: int,
+        tiles: tuple[Tiles, ...],
+        num_sms: int,
+        is_staged: bool = False,
+    ) -> None:
+        num_seats, _, _, self._hidden = landed.hidden.shape
+        self._k = landed.topk_ids.shape[-1]
+        self._weights, self._counts, self._landed = weights, counts, landed
+        self._num_experts, self._inner = weights.w2.shape[1], weights.w2.shape[3]
+        self._answer_strides = answer_strides
+        self._num_sms, self._tiles = num_sms, tiles
+        self.max_rows = max_rows
+        device, dtype = weights.w2.device, landed.hidden.dtype
+        self.descriptors = Descriptors(num_seats, device)
+        self._num_pairs = max_rows * self._k
+        num_tiles = self._num_experts + self._num_pairs // min(one.block_m for one in tiles)
+        self._plan = new_plan(self._num_pairs, max_rows, num_tiles, self._num_experts, device)
+        self._act = torch.empty(self._num_pairs, self._inner, dtype=dtype, device=device)
+        splits = max(one.down.splits for one in tiles)
+        self._partial = torch.empty(splits, self._num_pairs, self._hidden, dtype=torch.float32, device=device)
+        self._staged = torch.empty(max_rows, self._hidden, dtype=dtype, device=device) if is_staged else None
+        self._upcast = dtype is torch.bfloat16 and device.type == "cpu"
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def launch(self, tiles: Tiles) -> None:
+        """A wave whose descriptor is the next in the ring."""
+        if (graph := self._graphs.get(id(tiles))) is not None:
+            graph.replay()
+        else:
+            self._launch(tiles)
+
+    def capture(self) -> None:
+        """Makes graphs, one of each of the tiles; waits for the device, and is for before the first wave.
+
+        Each is launched once for a wave of no rows before, which loads what it needs.
+        """
+        for tiles in self._tiles:
+            self.descriptors.write(0, 0, [])
+            self._launch(tiles)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._launch(tiles)
+            self._graphs[id(tiles)] = graph
+
+    def _launch(self, tiles: Tiles) -> None:
+        self.plan(tiles)
+        self.gate_up(tiles)
+        self.down(tiles)
+        self.answer(tiles)
+
+    def plan(self, tiles: Tiles) -> None:
+        plan, landed, counts = self._plan, self._landed, self._counts
+        descriptors = self.descriptors
+        source = landed.hidden if self._staged is None else self._staged
+        chunks = triton.cdiv(self.max_rows, PLAN_ROWS)
+        plan_wave[(min(chunks, self._num_sms),)](
+            descriptors.ring, descriptors.ticket, landed.topk_weights, landed.topk_ids,
+            *landed.topk_weights.stride()[:3], *landed.topk_ids.stride()[:3], *landed.hidden.stride()[:3],
+            *self._answer_strides,
+            *(plan[name] for name in (
+                "wave", "offsets", "tile_expert", "tile_begin", "tile_end", "pair_source", "row_pair", "row_weight",
+                "row_answer", "row_source",
+            )),
+            counts.rows, counts.rows_seen, counts.read, counts.read_seen, source.stride(-2),
+            NUM_EXPERTS=self._num_experts, EXPERTS=triton.next_power_of_2(max(2, self._num_experts)), K=self._k,
+            KS=triton.next_power_of_2(self._k), SEATS=descriptors.seats, ROWS=PLAN_ROWS, BLOCK_M=tiles.block_m,
+            RING=RING, IS_STAGED=self._staged is not None, num_warps=8,
+        )  # fmt: skip
+        if self._staged is not None:
+            stage_rows[(self._num_sms,)](
+                landed.hidden, plan["row_source"], plan["wave"], self._staged, HIDDEN=self._hidden, BLOCK=ANSWER_BLOCK
+            )
+
+    def gate_up(self, tiles: Tiles) -> None:
+        plan, weights, product = self._plan, self._weights, tiles.gate_up
+        hidden = self._landed.hidden if self._staged is None else self._staged
+        activation = weights.activation
+        w13 = self._descriptor(weights.w13, product) if product.is_tma else weights.w13
+        experts.gate_up[(self._num_sms * product.per_sm,)](
+            hidden, w13, weights.scale13, weights.bias13, self._act, plan["wave"],
+            plan["tile_expert"], plan["tile_begin"], plan["tile_end"], plan["pair_source"],
+            HIDDEN=self._hidden, INNER=self._inner, NUM_EXPERTS=self._num_experts, BLOCK_M=tiles.block_m,
+            BLOCK_N=product.block_n, BLOCK_K=product.block_k, ALIGN=_alignment(hidden), IS_TMA=product.is_tma,
+            IS_SWAPPED=product.is_swapped, SCALE_BLOCK=weights.scale_block, HAS_BIAS=weights.bias13 is not None,
+            ALPHA=activation.alpha, LIMIT=activation.limit, UP_OFFSET=activation.up_offset, UPCAST=self._upcast,
+            num_warps=product.num_warps, num_stages=product.num_stages,
+        )  # fmt: skip
+
+    def down(self, tiles: Tiles) -> None:
+        plan, weights, product = self._plan, self._weights, tiles.down
+        w2 = self._descriptor(weights.w2, product) if product.is_tma else weights.w2
+        experts.down[(self._num_sms * product.per_sm,)](
+            self._act, w2, weights.scale2, weights.bias2, self._partial, plan["wave"],
+            plan["tile_expert"], plan["tile_begin"], plan["tile_end"], self._num_pairs,
+            HIDDEN=self._hidden, INNER=self._inner, NUM_EXPERTS=self._num_experts, SPLITS=product.splits,
+            BLOCK_M=tiles.block_m, BLOCK_N=product.block_n, BLOCK_K=product.block_k, IS_TMA=product.is_tma,
+            IS_SWAPPED=product.is_swapped, SCALE_BLOCK=weights.scale_block, HAS_BIAS=weights.bias2 is not None,
+            UPCAST=self._upcast, num_warps=product.num_warps, num_stages=product.num_stages,
+        )  # fmt: skip
+
+    def answer(self, tiles: Tiles) -> None:
+        plan = self._plan
+        answer_rows[(self._num_sms * 2,)](
+            self._partial, plan["wave"], self.descriptors.ticket, plan["row_pair"], plan["row_weight"],
+            plan["row_answer"], self._num_pairs,
+            HIDDEN=self._hidden, K=self._k, SPLITS=tiles.down.splits,
+            BLOCK=min(ANSWER_BLOCK, triton.next_power_of_2(self._hidden)), DTYPE=TYPES[self._landed.hidden.dtype],
+        )  # fmt: skip
+
+    def _descriptor(self, stack: Tensor, product: Product) -> object:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        rows = stack.view(-1, stack.shape[-1])
+        return TensorDescriptor.from_tensor(rows, [product.block_n, product.block_k])
+
+
+def _alignment(rows: Tensor) -> int:
+    """Elements that every row's beginning is a multiple of: 16 bytes' worth, or what there is."""
+    wanted = 16 // rows.element_size()
+    fits = rows.data_ptr() % 16 == 0 and all(stride % wanted == 0 for stride in rows.stride()[:-1])
+    return wanted if fits else 1

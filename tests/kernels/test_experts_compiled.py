@@ -1,0 +1,107 @@
+"""The experts' kernels compiled for GPUs: nothing spilt, shared memory that is there, wide instructions."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed here")
+
+from msi.kernels.triton.tiles import LARGE, SMALL, Product, Tiles
+from tests.everyday import mostly_slow
+from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
+
+MIXTRAL = {"HIDDEN": 4096, "INNER": 14336, "NUM_EXPERTS": 8}
+WAVE = ("wave", "tile_expert", "tile_begin", "tile_end")
+
+
+def gate_up(tiles: Tiles, architecture: int, weights: str = "bf16", **shape: int) -> Request:
+    product = tiles.gate_up
+    w13 = f"tensordesc<bf16[{product.block_n}, {product.block_k}]>" if product.is_tma else f"*{weights}"
+    types = dict.fromkeys(WAVE, "*i32") | {"hidden": "*bf16", "w13": w13, "act": "*bf16", "pair_source": "*i64"}
+    scaled = {"scale13": None} if weights == "bf16" else {}
+    types |= {} if scaled else {"scale13": "*fp32"}
+    constants = MIXTRAL | shape | scaled | {
+        "bias13": None, "ALIGN": 8, "ALPHA": 1.0, "LIMIT": 0.0, "UP_OFFSET": 0.0, **_common(tiles, product, weights)
+    }  # fmt: skip
+    return _request("gate_up", types, constants, architecture, product)
+
+
+def down(tiles: Tiles, architecture: int, weights: str = "bf16", **shape: int) -> Request:
+    product = tiles.down
+    w2 = f"tensordesc<bf16[{product.block_n}, {product.block_k}]>" if product.is_tma else f"*{weights}"
+    types = dict.fromkeys(WAVE, "*i32") | {"act": "*bf16", "w2": w2, "partial": "*fp32", "num_pairs": "i32"}
+    scaled = {"scale2": None} if weights == "bf16" else {}
+    types |= {} if scaled else {"scale2": "*fp32"}
+    constants = MIXTRAL | shape | scaled | {
+        "bias2": None, "SPLITS": product.splits, **_common(tiles, product, weights)
+    }  # fmt: skip
+    return _request("down", types, constants, architecture, product)
+
+
+def _common(tiles: Tiles, product: Product, weights: str) -> dict[str, object]:
+    return {
+        "BLOCK_M": tiles.block_m, "BLOCK_N": product.block_n, "BLOCK_K": product.block_k, "IS_TMA": product.is_tma,
+        "IS_SWAPPED": product.is_swapped, "SCALE_BLOCK": 0 if weights == "bf16" else 128, "HAS_BIAS": False,
+        "UPCAST": False,
+    }  # fmt: skip
+
+
+def _request(name: str, types, constants, architecture: int, product: Product) -> Request:
+    kernel = f"msi.kernels.triton.experts:{name}"
+    return Request(kernel, types, constants, architecture, product.num_warps, product.num_stages)
+
+
+def plan(architecture: int, num_experts: int, k: int) -> Request:
+    int32 = ("topk_ids", "wave", "offsets", "tile_expert", "tile_begin", "tile_end", "row_pair")
+    int64 = (
+        "ring", "ticket", "pair_source", "row_answer", "row_source", "total_rows", "num_rows_seen", "total_read",
+        "num_read_seen",
+    )  # fmt: skip
+    strides = [f"{of}_{by}" for of in ("weights", "ids", "hidden") for by in ("seat", "lane", "row")]
+    types = dict.fromkeys(int32, "*i32") | dict.fromkeys(int64, "*i64")
+    types |= dict.fromkeys((*strides, "answer_lane", "answer_row", "source_row"), "i32")
+    types |= {"topk_weights": "*fp32", "row_weight": "*fp32"}
+    constants = {
+        "NUM_EXPERTS": num_experts, "EXPERTS": num_experts, "K": k, "KS": k, "SEATS": 64, "ROWS": 64, "BLOCK_M": 16,
+        "RING": 32, "IS_STAGED": False,
+    }  # fmt: skip
+    return Request("msi.kernels.triton.wave:plan_wave", types, constants, architecture, num_warps=8)
+
+
+def answer(architecture: int) -> Request:
+    types = {"partial": "*fp32", "wave": "*i32", "ticket": "*i64", "row_pair": "*i32", "row_weight": "*fp32"}
+    types |= {"row_answer": "*i64", "num_pairs": "i32"}
+    constants = {"HIDDEN": 4096, "K": 2, "SPLITS": 4, "BLOCK": 1024, "DTYPE": "tl.bfloat16"}
+    return Request("msi.kernels.triton.wave:answer_rows", types, constants, architecture)
+
+
+def stage(architecture: int) -> Request:
+    types = {"hidden": "*bf16", "row_source": "*i64", "wave": "*i32", "staged": "*bf16"}
+    return Request("msi.kernels.triton.wave:stage_rows", types, {"HIDDEN": 4096, "BLOCK": 1024}, architecture)
+
+
+def tiles_of(architecture: int) -> tuple[Tiles, ...]:
+    return SMALL if architecture == 89 else LARGE
+
+
+@pytest.mark.parametrize("architecture", mostly_slow(sorted(ARCHITECTURES, key=lambda one: one != 90)))
+def test_a_waves_plan_and_answers_fit_and_store_wide(architecture):
+    requests = [plan(architecture, 8, 2), plan(architecture, 128, 8), answer(architecture), stage(architecture)]
+    results = compile_all(requests)
+    for request, compiled in zip(requests, results, strict=True):
+        assert_fits(request, compiled)
+    for compiled in results[2:]:
+        assert compiled.count(r"STG\.E.*128"), compiled.instructions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_products_fit(architecture):
+    """With the tiles of a device that nobody has measured."""
+    tiles = tiles_of(architecture)
+    requests = [make(one, architecture) for one in tiles for make in (gate_up, down)]
+    for request, compiled in zip(requests, compile_all(requests), strict=True):
+        assert_fits(request, compiled)
+        assert compiled.count(r"LDGSTS.*128|UTMALDG"), "rows and weights come in wide loads"
+        if architecture == 90 and request.constants["BLOCK_M"] >= 64:
+            assert compiled.count("HGMMA"), request

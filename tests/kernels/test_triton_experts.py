@@ -1,0 +1,182 @@
+"""A wave through Triton's kernels, over memory whose other bytes are poison, against float64 and the plain bank."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from msi.kernels.plain import PlainExpertBank
+from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
+
+pytest.importorskip("triton", reason="Triton is not installed here")
+
+from msi.kernels.triton import expert_bank
+from msi.kernels.triton.expert_bank import TritonExpertBank
+from msi.kernels.triton.launches import ExpertWeights
+from msi.kernels.triton.tiles import Product, Tiles
+from tests.everyday import mostly_slow
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+POISON = 0xFF  # NaN in every format, -1 as an id
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+class Place:
+    """Rows that land, and where their answers leave; all poison but what is put there."""
+
+    def __init__(self, seats, lanes, slot_rows, k, hidden, dtype):
+        self.shape, self.k, self.hidden, self.dtype = (seats, lanes, slot_rows), k, hidden, dtype
+        memory = torch.full((*self.shape, row_bytes(hidden, k, dtype)), POISON, dtype=torch.uint8, device=DEVICE)
+        self.landed = PackedRows.view(memory, hidden, k, dtype)
+        each = (lanes, slot_rows, answer_row_bytes(hidden, dtype))
+        self.memory = [torch.full(each, POISON, dtype=torch.uint8, device=DEVICE) for _ in range(seats)]
+        self.answers = {seat: one[..., : hidden * dtype.itemsize].view(dtype) for seat, one in enumerate(self.memory)}
+
+    def put(self, seat, lane, num_rows, num_experts, generator, share_here=0.7):
+        ids = torch.stack([torch.randperm(num_experts, generator=generator)[: self.k] for _ in range(num_rows)])
+        ids[torch.rand(num_rows, self.k, generator=generator) > share_here] = -1
+        rows = (self.landed.hidden, self.landed.topk_ids, self.landed.topk_weights)
+        hidden = torch.randn(num_rows, self.hidden, generator=generator)
+        for into, what in zip(rows, (hidden, ids, torch.rand(num_rows, self.k, generator=generator)), strict=True):
+            into[seat, lane, :num_rows] = what.to(into.device, into.dtype)
+
+    def untouched(self, written):
+        """Whether all bytes are poison but those of these rows: (seat, lane, number of rows)."""
+        for seat, memory in enumerate(self.memory):
+            left = memory.clone()
+            for its, lane, num_rows in written:
+                if its == seat:
+                    left[lane, :num_rows, : self.hidden * self.dtype.itemsize] = POISON
+            if not bool((left == POISON).all()):
+                return False
+        return True
+
+
+def weights_of(layers, experts, hidden, inner, dtype, generator):
+    w13 = torch.randn(layers, experts, 2 * inner, hidden, generator=generator) * hidden**-0.5
+    w2 = torch.randn(layers, experts, hidden, inner, generator=generator) * inner**-0.5
+    return w13.to(DEVICE, dtype), w2.to(DEVICE, dtype)
+
+
+def expected(place, seat, lane, num_rows, w13, w2):
+    """float64 [num_rows, h] with the layer's matrices [experts, ...]."""
+    hidden, ids, weights = (
+        field[seat, lane, :num_rows].double()
+        for field in (place.landed.hidden, place.landed.topk_ids, place.landed.topk_weights)
+    )
+    result = torch.zeros_like(hidden)
+    for expert in range(len(w13)):
+        gate, up = (hidden @ w13[expert].double().T).chunk(2, -1)
+        output = (torch.nn.functional.silu(gate) * up) @ w2[expert].double().T
+        result += output * torch.where(ids == expert, weights, 0.0).sum(-1)[:, None]
+    return result
+
+
+def error(got, wanted):
+    """Relative, of a whole block of rows."""
+    return float((got.double() - wanted).norm() / wanted.norm().clamp(min=1e-9)) if wanted.numel() else 0.0
+
+
+def plain_product(**changes):
+    return Product(**({"block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2} | changes))
+
+
+def tiles_of(block_m=16, gate_up=None, down=None):
+    return (Tiles(1 << 30, block_m, plain_product(**(gate_up or {})), plain_product(**(down or {}))),)
+
+
+SHAPES = {  # seats, lanes, slot_rows, k, experts, hidden, inner
+    "one of each": (1, 1, 1, 1, 1, 32, 32),
+    "several seats": (3, 2, 8, 2, 4, 48, 40),
+    "full slots of more rows than a chunk": (2, 2, 70, 2, 3, 32, 32),
+    "many experts": (5, 3, 9, 4, 20, 64, 48),
+    "k is no power of two": (4, 2, 7, 3, 5, 64, 48),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", mostly_slow(SHAPES, keep=2))
+def test_waves_are_right_and_write_nothing_but_their_rows(shape, dtype):
+    """Many waves with the same launches, of all layers and lanes: empty, one row, ragged, full."""
+    seats, lanes, slot_rows, k, experts, hidden, inner = SHAPES[shape]
+    generator, rnd = torch.Generator().manual_seed(1), random.Random(1)
+    w13, w2 = weights_of(2, experts, hidden, inner, dtype, generator)
+    bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=tiles_of(down={"splits": 3}))
+    plain = PlainExpertBank(w13, w2)
+    place = Place(seats, lanes, slot_rows, k, hidden, dtype)
+    for number in range(4):
+        lane, layer = rnd.randrange(lanes), rnd.randrange(2)
+        counts = [rnd.choice([0, 1, slot_rows, rnd.randint(0, slot_rows)]) for _ in range(seats)]
+        members = [(seat, count) for seat, count in enumerate(counts) if count or number % 2]
+        rnd.shuffle(members)
+        for memory in place.memory:
+            memory.fill_(POISON)
+        for seat, count in members:
+            if count:
+                place.put(seat, lane, count, experts, generator)
+        bank.run(layer, lane, members, place.landed, place.answers)
+        for seat, count in members:
+            wanted = expected(place, seat, lane, count, w13[layer], w2[layer])
+            assert error(place.answers[seat][lane, :count], wanted) < TOLERANCE[dtype]
+        assert place.untouched([(seat, lane, count) for seat, count in members])
+        if members:
+            plain.run(layer, lane, members, place.landed, {s: a.clone() for s, a in place.answers.items()})
+            assert torch.equal(bank.num_rows.cpu(), plain.num_rows.cpu())
+
+
+def test_rows_without_an_expert_here_get_zeros():
+    generator = torch.Generator().manual_seed(0)
+    w13, w2 = weights_of(1, 3, 32, 32, torch.float32, generator)
+    bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=tiles_of())
+    place = Place(2, 1, 5, 2, 32, torch.float32)
+    place.put(1, 0, 5, 3, generator, share_here=0.0)
+    bank.run(0, 0, [(1, 5)], place.landed, place.answers)
+    assert not place.answers[1][0].any()
+    assert not bank.num_rows.any()
+    assert bank.weight_bytes_read == 0
+
+
+def test_longer_waves_go_in_parts(monkeypatch):
+    monkeypatch.setattr(expert_bank, "MAX_ROWS", 6)
+    generator = torch.Generator().manual_seed(2)
+    w13, w2 = weights_of(1, 4, 32, 32, torch.float32, generator)
+    bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=tiles_of())
+    place = Place(3, 2, 7, 2, 32, torch.float32)
+    members = [(2, 7), (0, 3), (1, 6)]
+    for seat, count in members:
+        place.put(seat, 1, count, 4, generator)
+    bank.run(0, 1, members, place.landed, place.answers)
+    for seat, count in members:
+        wanted = expected(place, seat, 1, count, w13[0], w2[0])
+        assert error(place.answers[seat][1, :count], wanted) < TOLERANCE[torch.float32]
+    assert place.untouched([(seat, 1, count) for seat, count in members])
+
+
+VARIANTS = {
+    "weights as the tall operand": {"gate_up": {"is_swapped": True}, "down": {"is_swapped": True, "splits": 2}},
+    "weights by descriptors": {"gate_up": {"is_tma": True}, "down": {"is_tma": True}},
+    "both": {
+        "gate_up": {"is_tma": True, "is_swapped": True},
+        "down": {"is_tma": True, "is_swapped": True, "splits": 2},
+    },
+    "more rows in a tile": {"block_m": 32},
+    "tiles that do not divide": {"gate_up": {"block_n": 64, "block_k": 64}, "down": {"block_n": 64, "splits": 5}},
+}
+
+
+@pytest.mark.parametrize(("hidden", "inner"), mostly_slow([(64, 48), (80, 96)]))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_way_to_cut_the_products_gives_the_same(variant, hidden, inner):
+    generator = torch.Generator().manual_seed(3)
+    w13, w2 = weights_of(2, 4, hidden, inner, torch.float16, generator)
+    bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=tiles_of(**VARIANTS[variant]))
+    place = Place(2, 1, 24, 2, hidden, torch.float16)
+    members = [(0, 24), (1, 11)]
+    for seat, count in members:
+        place.put(seat, 0, count, 4, generator)
+    bank.run(1, 0, members, place.landed, place.answers)
+    for seat, count in members:
+        wanted = expected(place, seat, 0, count, w13[1], w2[1])
+        assert error(place.answers[seat][0, :count], wanted) < TOLERANCE[torch.float16]
