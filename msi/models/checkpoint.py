@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -82,11 +83,23 @@ class Checkpoint:
         return self._files[file]
 
 
-class DummyCheckpoint:
-    """Random weights from shapes alone, the same for the same name: for benchmarks without a checkpoint."""
+DRAWN = 1_048_573  # of a dummy's values, a prime: rows are of lengths that it is no multiple of, and differ
 
-    def __init__(self, report: Callable[[int], None] = lambda num_bytes: None) -> None:
+
+class DummyCheckpoint:
+    """Random weights from shapes alone, the same for the same name: for benchmarks without a checkpoint.
+
+    A large tensor repeats what is drawn for its start: drawing all of it takes many times as long.
+
+    Args:
+        dtype: of the tensors.
+    """
+
+    def __init__(
+        self, report: Callable[[int], None] = lambda num_bytes: None, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.bytes_read = 0
+        self._dtype = dtype
         self._report = report
 
     def has(self, name: str) -> bool:
@@ -100,12 +113,14 @@ class DummyCheckpoint:
         if rows is not None:
             label, shape = f"{name}[{rows[0]}:{rows[1]}]", (rows[1] - rows[0], *shape[1:])
         if name.endswith(".bias"):
-            tensor = torch.zeros(shape)
+            tensor = torch.zeros(shape, dtype=self._dtype)
         elif len(shape) == 1:
-            tensor = torch.ones(shape)
+            tensor = torch.ones(shape, dtype=self._dtype)
         else:
             generator = torch.Generator().manual_seed(zlib.crc32(label.encode()))
-            tensor = torch.randn(shape, generator=generator) * 0.02
+            num_values = math.prod(shape)
+            drawn = torch.randn(min(num_values, DRAWN), generator=generator).mul_(0.02).to(self._dtype)
+            tensor = drawn.repeat(-(-num_values // DRAWN))[:num_values].view(shape)
         num_bytes = tensor.numel() * tensor.element_size()
         self.bytes_read += num_bytes
         self._report(num_bytes)

@@ -86,7 +86,7 @@ class ModelFiles:
     def open(self, report: Callable[[int], None] = lambda num_bytes: None) -> Checkpoint | DummyCheckpoint:
         """Raises CheckpointError."""
         if self.load_format == "dummy":
-            return DummyCheckpoint(report)
+            return DummyCheckpoint(report, DTYPES[self.config.dtype])
         source = Checkpoint(self.model_dir, report)
         check_tensors(self.config, source.index)
         return source
