@@ -146,29 +146,40 @@ def _change(first: Stats, last: Stats, name: str) -> float:
 
 
 class Transformers:
-    """The peer: generate() with a static batch, eager, its default attention."""
+    """The peer: generate() of a model with a static batch, eager, its default attention.
 
-    def __init__(self, model_dir: Path, dtype: str, num_threads: int) -> None:
+    Args:
+        num_threads: on a CPU.
+    """
+
+    def __init__(self, model: Any, num_threads: int = 0) -> None:
+        self._model = model
+        self._num_threads = num_threads
+
+    @staticmethod
+    def load(model_dir: Path, dtype: str, num_threads: int) -> Transformers:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self._torch = torch
-        self._num_threads = num_threads
-        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval()
+        return Transformers(
+            AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval(), num_threads
+        )
 
     def run(self, prompts: list[tuple[int, ...]], output_len: int) -> dict[str, float]:
-        torch = self._torch
-        torch.set_num_threads(self._num_threads)
+        import torch
+
+        if self._num_threads:
+            torch.set_num_threads(self._num_threads)
         seen: list[float] = []
 
         def note(input_ids: Any, scores: Any, **_: Any) -> Any:
             seen.append(time.monotonic())
-            return torch.zeros(len(prompts), dtype=torch.bool)
+            return torch.zeros(len(prompts), dtype=torch.bool, device=input_ids.device)
 
-        input_ids = torch.tensor(prompts)
+        input_ids = torch.tensor(prompts, device=self._model.device)
         started = time.monotonic()
         with torch.inference_mode():
             self._model.generate(
@@ -212,7 +223,7 @@ async def main() -> None:
              "output_len": arguments.output_len, **layout}  # fmt: skip
     peer: Transformers | None = None
     if arguments.compare:
-        peer = Transformers(arguments.model, arguments.compare_dtype, arguments.compare_threads)
+        peer = Transformers.load(arguments.model, arguments.compare_dtype, arguments.compare_threads)
     ours: list[Run] = []
     theirs: list[dict[str, float]] = []
     engine = Engine.local(

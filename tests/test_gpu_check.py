@@ -1,0 +1,142 @@
+"""The check of a GPU machine, without one: its report, its limits, and once, small, every section to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from dataclasses import replace
+
+import pytest
+
+from tests.test_pages import PAGES, ROOT
+from tools.gpu.report import Outcome, Report, Row, line, shown
+from tools.gpu.runner import NotHere, Place, Section, run_section
+
+RESULTS = sorted((ROOT / "tools" / "results").glob("gpu_*.json"))
+REPORT = Report({"device": "Some Card", "date": "2026-01-02T03:04:05Z"}, (), ()).with_section(
+    Outcome("times", "ok", 1.5),
+    [Row("a kernel", 200.0, "us", floor=160.0, asked=0.85), Row("it | works", True), Row("found", "yes")],
+)
+
+
+def test_a_report_survives_its_file(tmp_path):
+    path = REPORT.write(tmp_path)
+    assert path.name == "gpu_some-card_2026-01-02.json"
+    assert Report.of_json(path.read_text()) == REPORT
+    assert path.with_suffix(".md").read_text() == REPORT.to_markdown()
+
+
+def test_a_table_says_how_much_of_what_can_be_is_reached():
+    page = REPORT.to_markdown()
+    assert "| a kernel | 200 | us | 80%, asked 85% |  |" in page
+    assert r"| it \| works | yes |" in page
+    assert "80%, asked 85%" in line(REPORT.rows[0])
+    assert replace(REPORT.rows[0], value="failed").share is None
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_that_are_kept_are_those_of_their_page(path):
+    assert path.with_suffix(".md").read_text() == Report.of_json(path.read_text()).to_markdown()
+
+
+def test_figures_on_the_page_are_those_of_the_results():
+    """Of each machine and date, every number of the table with a unit is one that a row has."""
+    table = PAGES["tools/README.md"].split("### On a GPU")[1].split("\n### ")[0]
+    found = {
+        figure
+        for path in RESULTS
+        for row in Report.of_json(path.read_text()).rows
+        for figure in (shown(row.value), f"{row.value:.1f}" if isinstance(row.value, float) else "")
+        if row.unit
+    }
+    for figure in re.findall(r"([\d.]+) (?:us|TB/s|TF/s|tokens/s)", table):
+        assert figure in found, f"{figure} is no result"
+
+
+# -- sections --------------------------------------------------------------------------------------------------------
+
+
+def quick(place, add):
+    add(Row("found", 1))
+
+
+def wrong(place, add):
+    add(Row("found", 1))
+    raise ValueError("as it happens")
+
+
+def dies(place, add):
+    os._exit(9)
+
+
+def hangs(place, add):
+    add(Row("found", 1))
+    subprocess.Popen(["sleep", "600"])
+    time.sleep(600)
+
+
+def lacks(place, add):
+    raise NotHere("there is no card")
+
+
+@pytest.mark.parametrize(
+    ("run", "state", "note", "num_rows"),
+    [
+        (quick, "ok", "", 1),
+        (wrong, "failed", "ValueError: as it happens", 1),
+        (dies, "failed", "status 9", 0),
+        (hangs, "too late", "ended after", 1),
+        (lacks, "left out", "there is no card", 0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # the tool itself has one thread
+def test_a_section_ends_whatever_it_does_and_what_it_found_is_kept(run, state, note, num_rows):
+    told = []
+    place = Place("cpu", {}, time.monotonic() + (1.0 if run is hangs else 60.0))
+    outcome, rows = run_section(Section("one", run, 60), place, told.append)
+    assert (outcome.state, rows) == (state, [Row("found", 1)] * num_rows)
+    assert told == rows
+    assert note in outcome.note
+
+
+def test_a_section_that_is_none_is_refused():
+    done = subprocess.run(
+        [ROOT / "tools/gpu_check", "--sections", "nonsense"], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2
+    assert re.search(r"'nonsense' is not one; there are: machine, ceilings, ", done.stderr), done.stderr
+
+
+def dry(folder, *flags, limit_s):
+    done = subprocess.run(
+        [ROOT / "tools/gpu_check", "--dry", "--out", folder, *flags], capture_output=True, text=True, timeout=limit_s
+    )
+    (path,) = folder.glob("gpu_*.json")
+    return done, json.loads(path.read_text())
+
+
+def test_what_needs_no_engine_runs_on_a_cpu(tmp_path):
+    done, found = dry(tmp_path, "--sections", "machine,ceilings,gates,kernels,times", limit_s=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {section["state"] for section in found["sections"]} <= {"ok", "left out"}
+    assert not [row for row in found["rows"] if row["note"].endswith("WRONG") or row["value"] == "failed"]
+
+
+def test_sections_for_which_no_time_is_left_are_said(tmp_path):
+    done, found = dry(tmp_path, "--sections", "machine,tokens", "--budget", "1", limit_s=60)
+    assert [section["state"] for section in found["sections"]] == ["left out", "left out"], done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_section_runs_to_its_end_on_a_cpu(tmp_path):
+    done, found = dry(tmp_path, limit_s=590)
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = {section["section"]: section["state"] for section in found["sections"]}
+    assert {name for name, state in states.items() if state == "left out"} <= {"sanitizer"}, states
+    equal = [row["value"] for row in found["rows"] if row["name"].startswith("tokens equal")]
+    assert len(equal) == 3
+    assert all(equal)

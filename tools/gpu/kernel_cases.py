@@ -1,0 +1,349 @@
+"""Every operation of a `Kernels` object: right against plain torch in float64 on the same numbers, and its time.
+
+Plain torch is always there; Triton's kernels are looked at where they can be loaded. A case says how many bytes have to
+be moved and how much has to be calculated at least; floors follow from what the device was found to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msi.attention.pass_inputs import PassInputs
+from msi.kernels import BLOCK_TOKENS
+from msi.kernels.kernels import ExpertBank, Kernels, Outboxes
+from msi.kernels.norm import Norm, rms_norm
+from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.plain import PlainKernels
+from msi.kernels.rope import rope_frequencies
+from msi.kernels.routing import PackedRows, row_bytes
+from msi.kernels.triton import why_unavailable
+from msi.types import MicroBatch
+from tools.gpu.report import Add, Row
+from tools.gpu.runner import Place
+from tools.gpu.shapes import MIXTRAL, QWEN3, Shape
+from tools.gpu.timing import device_seconds, seconds
+
+HALVES = (torch.bfloat16, torch.float16)
+ALLOWED = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}  # relative error of a result's norm
+MEMORY_BOUND, COMPUTE_BOUND = 0.85, 0.65  # shares of the floor that are asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a layer and what goes through it."""
+
+    hidden: int
+    inner: int
+    num_experts: int
+    top_k: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_tokens: int
+    context_len: int
+
+    @staticmethod
+    def of(shape: Shape, num_tokens: int, context_len: int) -> Size:
+        return Size(
+            shape.hidden, shape.inner, shape.num_experts, shape.top_k, shape.num_heads, shape.num_kv_heads,
+            shape.head_dim, num_tokens, context_len,
+        )  # fmt: skip
+
+
+CHECKED = (  # small, so that float64 is quick; heads that share and that do not, rows that fill no tile
+    Size(1024, 1536, 6, 2, 16, 4, 128, 67, 301),
+    Size(512, 384, 16, 4, 8, 8, 64, 130, 97),
+    Size(256, 256, 5, 2, 4, 2, 80, 1, 33),
+)
+DRY = (Size(32, 48, 3, 2, 4, 2, 16, 3, 20),)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Something that can be run again and again.
+
+    Attributes:
+        run: on the device, without a wait.
+        result: what it leaves; compared in float64.
+        num_bytes, flop: that it has to move and calculate at least.
+        has_own_graphs: it replays graphs itself, and what it does besides must not be captured.
+    """
+
+    run: Callable[[], object]
+    result: Callable[[], Tensor]
+    num_bytes: float
+    flop: float = 0.0
+    has_own_graphs: bool = False
+
+
+class Numbers:
+    """The same random numbers for every dtype: made in `given`, handed out in `dtype`."""
+
+    def __init__(self, device: torch.device, given: torch.dtype, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._given = given
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=self._generator, device=self.device) * scale
+        return values.to(self._given).to(self.dtype)
+
+    def choices(self, num_rows: int, k: int, most: int) -> Tensor:
+        """int64 [num_rows, k], different within a row."""
+        return torch.rand(num_rows, most, generator=self._generator, device=self.device).topk(k).indices
+
+
+Make = Callable[[Kernels, Size, Numbers], Case]
+
+
+# -- the operations --------------------------------------------------------------------------------------------------
+
+
+def norm_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    hidden, norm = numbers.normal(size.num_tokens, size.hidden), _norm(size, numbers)
+    normed: list[Tensor] = []
+    return Case(
+        lambda: normed.__setitem__(slice(None), [kernels.norm(hidden, norm)]),
+        lambda: normed[0],
+        2 * hidden.nbytes,
+    )
+
+
+def mlp_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    rows = numbers.normal(size.num_tokens, size.hidden)
+    gate_up = kernels.linear(numbers.normal(2 * size.inner, size.hidden, scale=size.hidden**-0.5))
+    down = kernels.linear(numbers.normal(size.hidden, size.inner, scale=size.inner**-0.5))
+    found: list[Tensor] = []
+    values = 3 * size.hidden * size.inner
+    return Case(
+        lambda: found.__setitem__(slice(None), [kernels.gated_mlp(rows, gate_up, down)]),
+        lambda: found[0],
+        values * rows.itemsize,
+        2.0 * values * size.num_tokens,
+    )
+
+
+def rope_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    """Of fresh heads each time, as they are rotated in place."""
+    host, on_device = _decoding(size, numbers.device)
+    num_heads = size.num_heads + 2 * size.num_kv_heads
+    heads = numbers.normal(size.num_tokens, num_heads, size.head_dim)
+    cache = torch.zeros(_cache_shape(size), dtype=numbers.dtype, device=numbers.device)
+    plan = kernels.plan_attention(host, None, numbers.dtype)
+    frequencies = rope_frequencies(size.head_dim, 1e4).to(numbers.device)
+    table = kernels.rope_table(on_device.positions, frequencies, numbers.dtype, 1.0)
+    rotated = torch.empty_like(heads)
+
+    def run() -> None:
+        rotated.copy_(heads)
+        kernels.rope_and_write(rotated, size.num_heads, table, cache, plan)
+
+    kept = size.num_heads + size.num_kv_heads
+    return Case(run, lambda: torch.cat((rotated[:, :kept].flatten(), cache.flatten())), 2 * heads.nbytes)
+
+
+def attention_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    host, _ = _decoding(size, numbers.device)
+    query = numbers.normal(size.num_tokens, size.num_heads, size.head_dim)
+    cache = numbers.normal(*_cache_shape(size))
+    plan = kernels.plan_attention(host, None, numbers.dtype)
+    found: list[Tensor] = []
+    read = sum(host.context_lens.tolist()) * 2 * size.num_kv_heads * size.head_dim * query.itemsize
+    return Case(
+        lambda: found.__setitem__(slice(None), [kernels.paged_attention(query, cache, plan)]),
+        lambda: found[0],
+        read + 2 * query.nbytes,
+    )
+
+
+def pack_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    """Rows to two nodes and, as if each had answered with what it was sent, back."""
+    hidden = numbers.normal(size.num_tokens, size.hidden)
+    normed, norm = numbers.normal(size.num_tokens, size.hidden), _norm(size, numbers)
+    ids = numbers.choices(size.num_tokens, size.top_k, size.num_experts)
+    weights = torch.full(ids.shape, 1 / size.top_k, device=numbers.device)
+    half = (size.num_experts + 1) // 2
+    experts = torch.arange(size.num_experts, dtype=torch.int32, device=numbers.device)
+    local = torch.stack((torch.where(experts < half, experts, -1), torch.where(experts < half, -1, experts - half)))
+    bytes_each = row_bytes(size.hidden, size.top_k, numbers.dtype)
+    memory = torch.full((2, size.num_tokens, bytes_each), 0xFF, dtype=torch.uint8, device=numbers.device)
+    rows = [PackedRows.view(one, size.hidden, size.top_k, numbers.dtype) for one in memory]
+    counts = torch.zeros(2, dtype=torch.int32, pin_memory=numbers.device.type == "cuda")
+    found: list[Tensor] = []
+    stream = torch.empty_like(hidden)
+
+    def run() -> None:
+        stream.copy_(hidden)
+        sent = kernels.pack(normed, weights, ids, local, Outboxes(rows, counts))
+        answers = torch.stack([one.hidden for one in rows])
+        found[:] = [kernels.combine_norm(stream, answers, sent, norm)]
+
+    return Case(run, lambda: torch.cat((found[0].double(), stream.double())), 6 * hidden.nbytes)
+
+
+def experts_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    """One wave of four seats, the last without rows."""
+    bank = kernels.expert_bank(
+        num_layers=1, num_experts=size.num_experts, hidden_size=size.hidden, inner_size=size.inner, dtype=numbers.dtype
+    )
+    for expert in range(size.num_experts):
+        gate_up = numbers.normal(2 * size.inner, size.hidden, scale=size.hidden**-0.5)
+        bank.put(0, expert, gate_up, numbers.normal(size.hidden, size.inner, scale=size.inner**-0.5))
+    each = -(-size.num_tokens // 3)
+    seats = [(seat, min(each, size.num_tokens - seat * each)) for seat in range(3) if size.num_tokens > seat * each]
+    bytes_each = row_bytes(size.hidden, size.top_k, numbers.dtype)
+    memory = torch.full((4, 1, each, bytes_each), 0xFF, dtype=torch.uint8, device=numbers.device)
+    landed = PackedRows.view(memory, size.hidden, size.top_k, numbers.dtype)
+    for seat, num_rows in seats:
+        landed.hidden[seat, 0, :num_rows] = numbers.normal(num_rows, size.hidden)
+        landed.topk_weights[seat, 0, :num_rows] = 1 / size.top_k
+        landed.topk_ids[seat, 0, :num_rows] = numbers.choices(num_rows, size.top_k, size.num_experts).to(torch.int32)
+    answers = {seat: torch.zeros(1, each, size.hidden, dtype=numbers.dtype, device=numbers.device) for seat in range(4)}
+    ids = torch.cat([landed.topk_ids[seat, 0, :num_rows].flatten() for seat, num_rows in seats])
+    active = len(set(ids.tolist()))
+    has_own_graphs = hasattr(bank, "prepare")
+    if has_own_graphs:  # more than a bank has to have
+        prepared: Any = bank
+        prepared.prepare(landed, answers[0])
+        if numbers.device.type == "cuda":
+            prepared.capture()
+    expert_values = 3 * size.hidden * size.inner
+    return Case(
+        lambda: bank.run(0, 0, seats, landed, answers),
+        lambda: torch.cat([answers[seat][0, :num_rows] for seat, num_rows in seats]),
+        active * expert_values * numbers.dtype.itemsize,
+        2.0 * expert_values * len(ids),
+        has_own_graphs,
+    )
+
+
+CASES: dict[str, Make] = {
+    "norm": norm_case,
+    "gated MLP": mlp_case,
+    "rope and KV write": rope_case,
+    "paged decode attention": attention_case,
+    "pack, combine and norm": pack_case,
+    "experts": experts_case,
+}
+
+
+def _norm(size: Size, numbers: Numbers) -> Norm:
+    return Norm(rms_norm, numbers.normal(size.hidden), 1e-5)
+
+
+def _cache_shape(size: Size) -> tuple[int, ...]:
+    return (1 + size.num_tokens * _blocks(size), 2, BLOCK_TOKENS, size.num_kv_heads, size.head_dim)
+
+
+def _blocks(size: Size) -> int:
+    """Of each sequence."""
+    return -(-size.context_len // BLOCK_TOKENS)
+
+
+def _decoding(size: Size, device: torch.device) -> tuple[PassTensors, PassTensors]:
+    """A pass of decoding sequences, host's and device's; their contexts lie between half and all of the size's."""
+    count, blocks = size.num_tokens, _blocks(size)
+    lens = tuple(size.context_len - (37 * sequence) % (size.context_len // 2 + 1) for sequence in range(count))
+    scattered = (torch.randperm(count * blocks, generator=torch.Generator().manual_seed(0)) + 1).tolist()
+    tables = tuple(tuple(scattered[blocks * at : blocks * at + -(-n // BLOCK_TOKENS)]) for at, n in enumerate(lens))
+    batch = MicroBatch((5,) * count, tuple(n - 1 for n in lens), (1,) * count, lens, tables)
+    on_device, host = PassInputs(lambda block: block.to(device)).lay_out(batch)
+    return host, on_device
+
+
+# -- sections --------------------------------------------------------------------------------------------------------
+
+
+def are_right(place: Place, add: Add) -> None:
+    """Each operation's largest relative error over all sizes, in each dtype of 16 bits."""
+    device = torch.device(place.device)
+    for name, kernels, cases in kernels_here(device):
+        for case_name in cases:
+            make = CASES[case_name]
+            for dtype in HALVES:
+                worst, note = 0.0, ""
+                for size in DRY if place.is_dry else CHECKED:
+                    try:
+                        worst = max(worst, error_of(make, kernels, size, dtype))
+                    except Exception as error:
+                        worst, note = float("inf"), f"{type(error).__name__}: {str(error)[:160]}"
+                        break
+                is_right = worst <= ALLOWED[dtype]
+                add(
+                    Row(
+                        f"{name}: {case_name}, {str(dtype).removeprefix('torch.')}, relative error", worst,
+                        note=note or ("" if is_right else f"more than {ALLOWED[dtype]}: WRONG"),
+                    )
+                )  # fmt: skip
+
+
+def error_of(make: Make, kernels: Kernels, size: Size, dtype: torch.dtype) -> float:
+    """Against plain torch in float64 on the same numbers."""
+    results = []
+    with torch.inference_mode():
+        for one, used in ((kernels, dtype), (PlainKernels(kernels.device), torch.float64)):
+            case = make(one, size, Numbers(kernels.device, dtype, used))
+            case.run()
+            results.append(case.result().double())
+    found, truth = results
+    assert bool(found.isfinite().all()), "something was not written, or is not finite"
+    return float((found - truth).norm() / truth.norm())
+
+
+def take(place: Place, add: Add) -> None:
+    """What each operation takes of layers of known models, beside its floor."""
+    device = torch.device(place.device)
+    for name, kernels, there in kernels_here(device):
+        for label, size, cases in _timed(place):
+            for case_name in (one for one in cases if one in there):
+                with torch.inference_mode():
+                    row = _time(place, f"{name}: {case_name}, {label}", kernels, CASES[case_name], size)
+                add(row)
+
+
+def _timed(place: Place) -> Iterator[tuple[str, Size, list[str]]]:
+    if place.is_dry:
+        yield "small", DRY[0], list(CASES)
+        return
+    for num_tokens in (16, 128):
+        yield f"Mixtral-8x7B, {num_tokens} rows", Size.of(MIXTRAL, num_tokens, 1024), list(CASES)
+        yield f"Qwen3-30B-A3B, {num_tokens} rows", Size.of(QWEN3, num_tokens, 1024), list(CASES)
+    yield "Mixtral-8x7B, 2048 rows", Size.of(MIXTRAL, 2048, 64), ["experts"]
+
+
+def _time(place: Place, name: str, kernels: Kernels, make: Make, size: Size) -> Row:
+    try:
+        case = make(kernels, size, Numbers(kernels.device, torch.bfloat16, torch.bfloat16))
+        if case.has_own_graphs:
+            took_s, how = seconds(place, case.run), "its own graphs"
+        else:
+            took_s, how = device_seconds(place, case.run)
+    except Exception as error:
+        return Row(name, "failed", note=f"{type(error).__name__}: {str(error)[:160]}")
+    floor = asked = None
+    if "bytes_per_s" in place.ceilings and "flop_per_s" in place.ceilings:
+        moved, calculated = case.num_bytes / place.ceilings["bytes_per_s"], case.flop / place.ceilings["flop_per_s"]
+        floor, asked = max(moved, calculated) * 1e6, MEMORY_BOUND if moved >= calculated else COMPUTE_BOUND
+    return Row(name, took_s * 1e6, "us", floor, asked, note=how)
+
+
+def kernels_here(device: torch.device) -> list[tuple[str, Kernels, list[str]]]:
+    """By name, what can compute on the device, and which of the cases it has."""
+    found: list[tuple[str, Kernels, list[str]]] = [("plain torch", PlainKernels(device), list(CASES))]
+    if why_unavailable() is None:
+        found.append(("Triton", TritonExperts(device), ["experts"]))
+    return found
+
+
+class TritonExperts(PlainKernels):
+    """Plain torch, but for experts."""
+
+    def expert_bank(self, **shape: Any) -> ExpertBank:
+        from msi.kernels.triton.expert_bank import new_expert_bank
+
+        return new_expert_bank(**shape, device=self.device)

@@ -1,0 +1,44 @@
+"""The kernels' own tests under compute-sanitizer's memcheck: no access outside of what was given."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.gpu.report import Add, Row
+from tools.gpu.runner import NotHere, Place
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TESTS = ROOT / "tests" / "kernels"
+
+
+def run(place: Place, add: Add) -> None:
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if not TESTS.exists():
+        raise NotHere("there are no tests of kernels")
+    if tool is None or place.is_dry:
+        raise NotHere("compute-sanitizer is not installed" if tool is None else "a dry run has no device memory")
+    command = [
+        tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all",
+        sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", str(TESTS),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor is an allocation of its own
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=place.left_s - 5, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        add(Row("memcheck of the kernels' tests", "not at its end", note=_last(said)))
+        return
+    add(Row("memcheck of the kernels' tests", done.returncode == 0, note=_last(done.stdout)))
+    if done.returncode:
+        print(done.stdout[-4000:], done.stderr[-2000:], flush=True)
+
+
+def _last(said: str) -> str:
+    lines = [line for line in said.splitlines() if "passed" in line or "ERROR SUMMARY" in line or "failed" in line]
+    return "; ".join(lines[-2:])[:200]
