@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch  # loaded once, before sections fork  # noqa: F401
 
-from tools.gpu import ceilings, decode, kernel_cases, machine, sanitizer, stages, tokens
+from tools.gpu import ceilings, decode, kernel_cases, machine, sanitizer, stages, tokens, tuning
 from tools.gpu.gates import gates
 from tools.gpu.handles import handles
 from tools.gpu.host_memory import host_memory
@@ -35,6 +35,7 @@ SECTIONS = {
         Section("ceilings", ceilings.run, 30),
         Section("gates", by_rows(gates), 45),
         Section("kernels", kernel_cases.are_right, 90),
+        Section("tuning", tuning.run, 80),
         Section("times", kernel_cases.take, 90),
         Section("tokens", tokens.run, 150),
         *(

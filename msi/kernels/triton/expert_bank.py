@@ -115,7 +115,12 @@ class TritonExpertBank:
         members = [(seat, num_rows, self._address(seat, answers[seat])) for seat, num_rows in seats]
         for part in _parts(members, launches.max_rows):
             num_rows = launches.descriptors.write(layer, lane, part)
-            launches.launch(choose(self.tiles, expected_rows(num_rows, k, num_experts, in_all)))
+            tiles = choose(self.tiles, expected_rows(num_rows, k, num_experts, in_all))
+            if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                launches.descriptors.write_everywhere(layer, lane, part)  # whoever replays this, means this wave
+                launches.launch_eagerly(tiles)
+            else:
+                launches.launch(tiles)
 
     def _address(self, seat: int, answers: Tensor) -> int:
         known = self._addresses.get(seat)

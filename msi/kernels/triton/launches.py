@@ -95,10 +95,10 @@ class WaveLaunches:
         self.descriptors = Descriptors(num_seats, device)
         self._num_pairs = max_rows * self._k
         num_tiles = self._num_experts + self._num_pairs // min(one.block_m for one in tiles)
-        self._plan = new_plan(self._num_pairs, max_rows, num_tiles, self._num_experts, device)
-        self._act = torch.empty(self._num_pairs, self._inner, dtype=dtype, device=device)
+        self.planned = new_plan(self._num_pairs, max_rows, num_tiles, self._num_experts, device)
+        self.act = torch.empty(self._num_pairs, self._inner, dtype=dtype, device=device)
         splits = max(one.down.splits for one in tiles)
-        self._partial = torch.empty(splits, self._num_pairs, self._hidden, dtype=torch.float32, device=device)
+        self.partial = torch.empty(splits, self._num_pairs, self._hidden, dtype=torch.float32, device=device)
         self._staged = torch.empty(max_rows, self._hidden, dtype=dtype, device=device) if is_staged else None
         self._upcast = dtype is torch.bfloat16 and device.type == "cpu"
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -108,7 +108,7 @@ class WaveLaunches:
         if (graph := self._graphs.get(id(tiles))) is not None:
             graph.replay()
         else:
-            self._launch(tiles)
+            self.launch_eagerly(tiles)
 
     def capture(self) -> None:
         """Makes graphs, one of each of the tiles; waits for the device, and is for before the first wave.
@@ -117,21 +117,22 @@ class WaveLaunches:
         """
         for tiles in self._tiles:
             self.descriptors.write(0, 0, [])
-            self._launch(tiles)
+            self.launch_eagerly(tiles)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._launch(tiles)
+                self.launch_eagerly(tiles)
             self._graphs[id(tiles)] = graph
 
-    def _launch(self, tiles: Tiles) -> None:
+    def launch_eagerly(self, tiles: Tiles) -> None:
+        """The same, and never a graph."""
         self.plan(tiles)
         self.gate_up(tiles)
         self.down(tiles)
         self.answer(tiles)
 
     def plan(self, tiles: Tiles) -> None:
-        plan, landed, counts = self._plan, self._landed, self._counts
+        plan, landed, counts = self.planned, self._landed, self._counts
         descriptors = self.descriptors
         source = landed.hidden if self._staged is None else self._staged
         chunks = triton.cdiv(self.max_rows, PLAN_ROWS)
@@ -154,12 +155,12 @@ class WaveLaunches:
             )
 
     def gate_up(self, tiles: Tiles) -> None:
-        plan, weights, product = self._plan, self._weights, tiles.gate_up
+        plan, weights, product = self.planned, self._weights, tiles.gate_up
         hidden = self._landed.hidden if self._staged is None else self._staged
         activation = weights.activation
         w13 = self._descriptor(weights.w13, product) if product.is_tma else weights.w13
         experts.gate_up[(self._num_sms * product.per_sm,)](
-            hidden, w13, weights.scale13, weights.bias13, self._act, plan["wave"],
+            hidden, w13, weights.scale13, weights.bias13, self.act, plan["wave"],
             plan["tile_expert"], plan["tile_begin"], plan["tile_end"], plan["pair_source"],
             HIDDEN=self._hidden, INNER=self._inner, NUM_EXPERTS=self._num_experts, BLOCK_M=tiles.block_m,
             BLOCK_N=product.block_n, BLOCK_K=product.block_k, ALIGN=_alignment(hidden), IS_TMA=product.is_tma,
@@ -169,10 +170,10 @@ class WaveLaunches:
         )  # fmt: skip
 
     def down(self, tiles: Tiles) -> None:
-        plan, weights, product = self._plan, self._weights, tiles.down
+        plan, weights, product = self.planned, self._weights, tiles.down
         w2 = self._descriptor(weights.w2, product) if product.is_tma else weights.w2
         experts.down[(self._num_sms * product.per_sm,)](
-            self._act, w2, weights.scale2, weights.bias2, self._partial, plan["wave"],
+            self.act, w2, weights.scale2, weights.bias2, self.partial, plan["wave"],
             plan["tile_expert"], plan["tile_begin"], plan["tile_end"], self._num_pairs,
             HIDDEN=self._hidden, INNER=self._inner, NUM_EXPERTS=self._num_experts, SPLITS=product.splits,
             BLOCK_M=tiles.block_m, BLOCK_N=product.block_n, BLOCK_K=product.block_k, IS_TMA=product.is_tma,
@@ -181,9 +182,9 @@ class WaveLaunches:
         )  # fmt: skip
 
     def answer(self, tiles: Tiles) -> None:
-        plan = self._plan
+        plan = self.planned
         answer_rows[(self._num_sms * 2,)](
-            self._partial, plan["wave"], self.descriptors.ticket, plan["row_pair"], plan["row_weight"],
+            self.partial, plan["wave"], self.descriptors.ticket, plan["row_pair"], plan["row_weight"],
             plan["row_answer"], self._num_pairs,
             HIDDEN=self._hidden, K=self._k, SPLITS=tiles.down.splits,
             BLOCK=min(ANSWER_BLOCK, triton.next_power_of_2(self._hidden)), DTYPE=TYPES[self._landed.hidden.dtype],

@@ -1,7 +1,7 @@
 """How the experts' matrix products are cut: by how many rows an expert has, for a shape, a dtype and a device.
 
-What a device has been measured to like lies in `tuned/`, one JSON file for each device; without one, tiles that fit
-every device of its kind.
+What a device has been measured to like lies in `tuned/`, one JSON file for each device, made by
+`tools/tune_kernels.py`; without one, tiles that fit every device of its kind.
 """
 
 from __future__ import annotations

@@ -34,6 +34,11 @@ class Descriptors:
         self._rows = self.ring.numpy()
         self._num_written = 0
 
+    def write_everywhere(self, layer: int, lane: int, members: Sequence[tuple[int, int, int, int]]) -> None:
+        """This wave's, however often what was captured is replayed; while none is out that is not through."""
+        for _ in range(RING):
+            self.write(layer, lane, members)
+
     def write(self, layer: int, lane: int, members: Sequence[tuple[int, int, int, int]]) -> int:
         """The next wave's; returns its rows. Read by the launches that follow.
 
