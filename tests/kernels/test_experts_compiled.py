@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
+from msi.kernels.triton.launches import plan_rows
 from msi.kernels.triton.tiles import LARGE, SMALL, Product, Tiles
 from tests.everyday import mostly_slow
 from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
@@ -62,8 +63,8 @@ def plan(architecture: int, num_experts: int, k: int) -> Request:
     types |= dict.fromkeys((*strides, "answer_lane", "answer_row", "source_row"), "i32")
     types |= {"topk_weights": "*fp32", "row_weight": "*fp32"}
     constants = {
-        "NUM_EXPERTS": num_experts, "EXPERTS": num_experts, "K": k, "KS": k, "SEATS": 64, "ROWS": 64, "BLOCK_M": 16,
-        "RING": 32, "IS_STAGED": False,
+        "NUM_EXPERTS": num_experts, "EXPERTS": num_experts, "K": k, "KS": k, "SEATS": 64,
+        "ROWS": plan_rows(num_experts), "BLOCK_M": 16, "RING": 32, "IS_STAGED": False,
     }  # fmt: skip
     return Request("msi.kernels.triton.wave:plan_wave", types, constants, architecture, num_warps=8)
 
@@ -86,11 +87,17 @@ def tiles_of(architecture: int) -> tuple[Tiles, ...]:
 
 @pytest.mark.parametrize("architecture", mostly_slow(sorted(ARCHITECTURES, key=lambda one: one != 90)))
 def test_a_waves_plan_and_answers_fit_and_store_wide(architecture):
-    requests = [plan(architecture, 8, 2), plan(architecture, 128, 8), answer(architecture), stage(architecture)]
+    requests = [
+        plan(architecture, 8, 2),
+        plan(architecture, 128, 8),
+        plan(architecture, 256, 8),
+        answer(architecture),
+        stage(architecture),
+    ]
     results = compile_all(requests)
     for request, compiled in zip(requests, results, strict=True):
         assert_fits(request, compiled)
-    for compiled in results[2:]:
+    for compiled in results[3:]:
         assert compiled.count(r"STG\.E.*128"), compiled.instructions
 
 

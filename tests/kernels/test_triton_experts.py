@@ -12,9 +12,9 @@ from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
-from msi.kernels.triton import expert_bank
+from msi.kernels.triton import expert_bank, host_rows
 from msi.kernels.triton.expert_bank import TritonExpertBank
-from msi.kernels.triton.launches import ExpertWeights
+from msi.kernels.triton.launches import Activation, ExpertWeights
 from msi.kernels.triton.tiles import Product, Tiles
 from tests.everyday import mostly_slow
 
@@ -152,6 +152,73 @@ def test_longer_waves_go_in_parts(monkeypatch):
         wanted = expected(place, seat, 1, count, w13[0], w2[0])
         assert error(place.answers[seat][1, :count], wanted) < TOLERANCE[torch.float32]
     assert place.untouched([(seat, 1, count) for seat, count in members])
+
+
+@pytest.mark.parametrize("how", ["is_far", "can_reach"])
+def test_rows_in_host_memory_are_copied_and_never_read_twice(monkeypatch, how):
+    """Memory on the other side of a bus, and memory that a kernel cannot reach."""
+    monkeypatch.setattr(host_rows, how, lambda device, memory: how == "is_far")
+    generator = torch.Generator().manual_seed(2)
+    w13, w2 = weights_of(1, 4, 48, 32, torch.float32, generator)
+    bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=tiles_of())
+    place = Place(3, 2, 7, 2, 48, torch.float32)
+    for members in ([(2, 7), (1, 6)], [(0, 3), (2, 1)]):
+        for seat, count in members:
+            place.put(seat, 1, count, 4, generator)
+        bank.run(0, 1, members, place.landed, place.answers)
+        for seat, count in members:
+            wanted = expected(place, seat, 1, count, w13[0], w2[0])
+            assert error(place.answers[seat][1, :count], wanted) < TOLERANCE[torch.float32]
+    assert place.untouched([(0, 1, 3), (1, 1, 6), (2, 1, 7)])
+
+
+@pytest.mark.parametrize("weights_in_blocks", [False, True], ids=["float16", "scaled float8"])
+def test_biases_limits_and_scales_are_those_of_the_definition(weights_in_blocks):
+    generator = torch.Generator().manual_seed(4)
+    hidden, inner, experts, block = 160, 144, 3, 128
+    w13, w2 = weights_of(2, experts, hidden, inner, torch.float32, generator)
+    biases = (
+        torch.randn(2, experts, 2 * inner, generator=generator),
+        torch.randn(2, experts, hidden, generator=generator),
+    )
+    bias13, bias2 = (one.to(DEVICE, torch.float16) for one in biases)
+    activation = Activation(alpha=1.702, limit=1.5, up_offset=1.0)
+    if weights_in_blocks:
+        halves = w13.view(2, experts, 2, inner, hidden)
+        (w13, scale13, seen13), (w2, scale2, seen2) = (in_blocks(one, block) for one in (halves, w2))
+        w13, scale13, seen13 = (one.reshape(2, experts, -1, one.shape[-1]) for one in (w13, scale13, seen13))
+        weights = ExpertWeights(w13, w2, bias13, bias2, scale13, scale2, block, activation)
+    else:
+        seen13, seen2 = w13.half(), w2.half()
+        weights = ExpertWeights(seen13, seen2, bias13, bias2, activation=activation)
+    bank = TritonExpertBank(weights, tiles=tiles_of(down={"splits": 2, "block_n": 64}))
+    place = Place(1, 1, 9, 2, hidden, torch.float16)
+    place.put(0, 0, 9, experts, generator)
+    bank.run(1, 0, [(0, 9)], place.landed, place.answers)
+    rows, ids, factors = (
+        field[0, 0].double() for field in (place.landed.hidden, place.landed.topk_ids, place.landed.topk_weights)
+    )
+    wanted = torch.zeros_like(rows)
+    for expert in range(experts):
+        gate, up = (rows @ seen13[1, expert].double().T + bias13[1, expert].double()).chunk(2, -1)
+        gate, up = gate.clamp(max=1.5), up.clamp(-1.5, 1.5)
+        output = (gate * torch.sigmoid(1.702 * gate) * (up + 1)) @ seen2[1, expert].double().T + bias2[
+            1, expert
+        ].double()
+        wanted += output * torch.where(ids == expert, factors, 0.0).sum(-1)[:, None]
+    assert error(place.answers[0][0], wanted) < TOLERANCE[torch.float16]
+
+
+def in_blocks(matrices, block):
+    """As float8 with a scale for each block of rows and columns, and what they stand for."""
+    rows, columns = matrices.shape[-2:]
+    wide = [-(-size // block) for size in (rows, columns)]
+    padded = torch.nn.functional.pad(matrices, (0, wide[1] * block - columns, 0, wide[0] * block - rows))
+    tiles = padded.view(*matrices.shape[:-2], wide[0], block, wide[1], block)
+    scales = tiles.abs().amax((-3, -1)) / 448
+    packed = (tiles / scales[..., :, None, :, None]).to(torch.float8_e4m3fn)
+    seen = (packed.float() * scales[..., :, None, :, None]).view(padded.shape)[..., :rows, :columns]
+    return packed.view(padded.shape)[..., :rows, :columns].contiguous(), scales.contiguous(), seen
 
 
 VARIANTS = {

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from msi.kernels.routing import PackedRows
+from msi.kernels.triton import host_rows
+from msi.kernels.triton.host_rows import HostRows
 from msi.kernels.triton.launches import Counts, ExpertWeights, WaveLaunches
 from msi.kernels.triton.tiles import Tiles, choose, expected_rows, tiles_for
 
@@ -52,6 +54,7 @@ class TritonExpertBank:
         self.num_rows = self._counts.rows_seen
         self._launches: WaveLaunches | None = None
         self._landed: PackedRows | None = None
+        self._host_rows: HostRows | None = None
         self._addresses: dict[int, tuple[Tensor, int]] = {}  # of where each seat's answers leave
 
     @property
@@ -94,7 +97,7 @@ class TritonExpertBank:
         self._landed, self._addresses = landed, {}
         self._launches = WaveLaunches(
             self.weights, self._counts, landed, strides, max_rows=min(num_seats * slot_rows, MAX_ROWS),
-            tiles=self.tiles, num_sms=self._num_sms, is_staged=landed.hidden.device != self._device,
+            tiles=self.tiles, num_sms=self._num_sms, is_staged=host_rows.is_far(self._device, landed.hidden),
         )  # fmt: skip
 
     def capture(self) -> None:
@@ -105,8 +108,24 @@ class TritonExpertBank:
     def run(
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
     ) -> None:
+        if not seats:
+            return
+        if (self._host_rows is None or not self._host_rows.is_of(landed)) and self._landed is not landed:
+            first = answers[seats[0][0]]
+            is_reached = all(host_rows.can_reach(self._device, one) for one in (landed.hidden, first))
+            self._host_rows = None if is_reached else HostRows(landed, self._device)
+        if self._host_rows is None:
+            self._launch(layer, lane, seats, landed, answers)
+        else:
+            self._host_rows.take_up(lane, seats)
+            self._launch(layer, lane, seats, self._host_rows.landed, self._host_rows.answers)
+            self._host_rows.bring_down(lane, seats, answers)
+
+    def _launch(
+        self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
+    ) -> None:
         if self._landed is not landed:
-            self.prepare(landed, next(iter(answers.values())))
+            self.prepare(landed, answers[seats[0][0]])
         launches = self._launches
         assert launches is not None
         k = landed.topk_ids.shape[-1]

@@ -17,7 +17,7 @@ from msi.kernels.triton import experts
 from msi.kernels.triton.tiles import Product, Tiles
 from msi.kernels.triton.wave import RING, Descriptors, answer_rows, new_plan, plan_wave, stage_rows
 
-PLAN_ROWS = 64  # of a chunk that a program sorts at a time
+PLAN_ROWS, PLAN_VALUES = 64, 4096  # of a chunk that a program sorts at a time; times experts, which lie in registers
 ANSWER_BLOCK = 1024
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -135,7 +135,8 @@ class WaveLaunches:
         plan, landed, counts = self.planned, self._landed, self._counts
         descriptors = self.descriptors
         source = landed.hidden if self._staged is None else self._staged
-        chunks = triton.cdiv(self.max_rows, PLAN_ROWS)
+        rows = plan_rows(self._num_experts)
+        chunks = triton.cdiv(self.max_rows, rows)
         plan_wave[(min(chunks, self._num_sms),)](
             descriptors.ring, descriptors.ticket, landed.topk_weights, landed.topk_ids,
             *landed.topk_weights.stride()[:3], *landed.topk_ids.stride()[:3], *landed.hidden.stride()[:3],
@@ -145,8 +146,8 @@ class WaveLaunches:
                 "row_answer", "row_source",
             )),
             counts.rows, counts.rows_seen, counts.read, counts.read_seen, source.stride(-2),
-            NUM_EXPERTS=self._num_experts, EXPERTS=triton.next_power_of_2(max(2, self._num_experts)), K=self._k,
-            KS=triton.next_power_of_2(self._k), SEATS=descriptors.seats, ROWS=PLAN_ROWS, BLOCK_M=tiles.block_m,
+            NUM_EXPERTS=self._num_experts, EXPERTS=padded(self._num_experts), K=self._k,
+            KS=triton.next_power_of_2(self._k), SEATS=descriptors.seats, ROWS=rows, BLOCK_M=tiles.block_m,
             RING=RING, IS_STAGED=self._staged is not None, num_warps=8,
         )  # fmt: skip
         if self._staged is not None:
@@ -195,6 +196,15 @@ class WaveLaunches:
 
         rows = stack.view(-1, stack.shape[-1])
         return TensorDescriptor.from_tensor(rows, [product.block_n, product.block_k])
+
+
+def padded(num_experts: int) -> int:
+    """To a power of two."""
+    return max(2, int(triton.next_power_of_2(num_experts)))
+
+
+def plan_rows(num_experts: int) -> int:
+    return max(16, min(PLAN_ROWS, PLAN_VALUES // padded(num_experts)))
 
 
 def _alignment(rows: Tensor) -> int:

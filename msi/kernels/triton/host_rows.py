@@ -1,0 +1,45 @@
+"""Rows in the host's memory: what of it a device can reach, and copies for what it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from msi.kernels.routing import PackedRows
+
+
+def can_reach(device: torch.device, memory: Tensor) -> bool:
+    """Whether a kernel there can read and write it: the device's own, or the host's that the driver was told of."""
+    return memory.device == device or (device.type == "cuda" and memory.device.type == "cpu" and memory.is_pinned())
+
+
+def is_far(device: torch.device, memory: Tensor) -> bool:
+    """Whether reading it twice crosses a bus twice."""
+    return memory.device != device
+
+
+class HostRows:
+    """A twin, on the device, of landed rows and of where answers leave. The host waits for every copy."""
+
+    def __init__(self, landed: PackedRows, device: torch.device) -> None:
+        self._source = landed
+        fields = (landed.hidden, landed.topk_weights, landed.topk_ids)
+        self.landed = PackedRows(*(torch.empty(field.shape, dtype=field.dtype, device=device) for field in fields))
+        answers = torch.empty(landed.hidden.shape, dtype=landed.hidden.dtype, device=device)
+        self.answers: dict[int, Tensor] = dict(enumerate(answers))
+
+    def is_of(self, landed: PackedRows) -> bool:
+        return self._source is landed
+
+    def take_up(self, lane: int, seats: Sequence[tuple[int, int]]) -> None:
+        ours, theirs = self.landed, self._source
+        for seat, num_rows in seats:
+            ours.hidden[seat, lane, :num_rows] = theirs.hidden[seat, lane, :num_rows]
+            ours.topk_weights[seat, lane, :num_rows] = theirs.topk_weights[seat, lane, :num_rows]
+            ours.topk_ids[seat, lane, :num_rows] = theirs.topk_ids[seat, lane, :num_rows]
+
+    def bring_down(self, lane: int, seats: Sequence[tuple[int, int]], answers: Mapping[int, Tensor]) -> None:
+        for seat, num_rows in seats:
+            answers[seat][lane, :num_rows] = self.answers[seat][lane, :num_rows]
