@@ -71,8 +71,10 @@ def _product(
 GATE_UP = {
     16: [
         _product(64, 128, 4, 3, per_sm=2),
-        _product(32, 128, 4, 4, per_sm=2),
-        _product(64, 256, 4, 2, per_sm=1),
+        _product(64, 128, 4, 3, per_sm=3),
+        _product(64, 128, 4, 4, per_sm=2),
+        _product(32, 128, 4, 4, per_sm=3),
+        _product(64, 256, 4, 2, per_sm=2),
         _product(128, 128, 4, 3),
         _product(64, 128, 4, 3, per_sm=2, how="t"),
         _product(64, 128, 4, 3, per_sm=2, how="st"),
@@ -88,8 +90,10 @@ GATE_UP = {
     ],
     128: [
         _product(64, 64, 8, 4),
+        _product(64, 64, 8, 3, per_sm=2),
         _product(128, 64, 8, 4),
         _product(64, 64, 8, 5, how="t"),
+        _product(64, 64, 8, 3, per_sm=2, how="t"),
         _product(128, 64, 8, 4, how="t"),
         _product(64, 64, 4, 4, how="st"),
     ],
@@ -106,7 +110,8 @@ DOWN = {
         _product(128, 128, 4, 3, per_sm=2, splits=4),
         _product(64, 256, 4, 3, per_sm=2, splits=4),
         _product(32, 256, 4, 4, per_sm=2, splits=4),
-        _product(64, 128, 4, 4, per_sm=2, splits=8),
+        _product(64, 128, 4, 4, per_sm=3, splits=4),
+        _product(64, 128, 4, 4, per_sm=3, splits=8),
         _product(64, 128, 4, 4, per_sm=2, splits=1),
         _product(64, 128, 4, 4, per_sm=2, splits=4, how="t"),
         _product(128, 128, 4, 4, splits=8, how="st"),
@@ -121,6 +126,7 @@ DOWN = {
     ],
     128: [
         _product(128, 64, 8, 4, splits=4),
+        _product(128, 64, 8, 3, per_sm=2, splits=4),
         _product(128, 64, 8, 4, splits=1),
         _product(64, 64, 4, 4, per_sm=2, splits=2),
         _product(128, 64, 8, 4, splits=4, how="t"),

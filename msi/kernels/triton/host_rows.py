@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from msi.kernels.routing import PackedRows
+
+MEMORY_TYPE, HOST_MEMORY = 2, 1  # CU_POINTER_ATTRIBUTE_MEMORY_TYPE and CU_MEMORYTYPE_HOST of the driver
 
 
 def can_reach(device: torch.device, memory: Tensor) -> bool:
@@ -16,8 +19,16 @@ def can_reach(device: torch.device, memory: Tensor) -> bool:
 
 
 def is_far(device: torch.device, memory: Tensor) -> bool:
-    """Whether reading it twice crosses a bus twice."""
-    return memory.device != device
+    """Whether reading it twice crosses a bus twice: also of the host behind a tensor of the device."""
+    if memory.device != device:
+        return True
+    if device.type != "cuda":
+        return False
+    kind = ctypes.c_uint(0)
+    asked = ctypes.CDLL("libcuda.so.1").cuPointerGetAttribute(
+        ctypes.byref(kind), MEMORY_TYPE, ctypes.c_uint64(memory.data_ptr())
+    )
+    return asked == 0 and kind.value == HOST_MEMORY
 
 
 class HostRows:
