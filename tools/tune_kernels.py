@@ -245,7 +245,7 @@ class Bench:
         """Launches after the plan of a wave in which every expert has this many rows."""
         bank, landed, members = self._wave(tiles, rows)
         answers = torch.empty(1, landed.hidden.shape[2], self.shape.hidden, dtype=self.dtype, device=self.device)
-        bank.prepare(landed, answers)
+        bank.prepare(landed, (answers[0].nbytes, answers[0, 0].nbytes))
         launches = bank._launches
         assert launches is not None
         launches.descriptors.write_everywhere(0, 0, [(seat, 0, count, answers.data_ptr()) for seat, count in members])
@@ -361,7 +361,7 @@ def _compile(work: list[tuple[Shape, Tiles]]) -> None:
             memory = torch.zeros(2, 1, 16, bytes_each, dtype=torch.uint8, device=device)
             landed[shape] = PackedRows.view(memory, shape.hidden, shape.k, torch.bfloat16)
         bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=(tiles,))
-        bank.prepare(landed[shape], torch.empty(1, 16, shape.hidden, dtype=torch.bfloat16, device=device))
+        bank.prepare(landed[shape], (32 * shape.hidden, 2 * shape.hidden))
         launches = bank._launches
         assert launches is not None
         launches.planned["wave"].zero_()

@@ -63,8 +63,10 @@ class ExpertHalf:
         self._device = device
         self._dtype = dtype
         self._answer_layout = answer_layout
+        self._answer_strides = (answer_layout.slot_bytes, answer_layout.row_bytes)
         rows = slot_rows(landing, num_seats, dispatch_layout)
         self._rows = PackedRows.view(rows, config.hidden_size, config.top_k, dtype)
+        bank.prepare(self._rows, self._answer_strides)
         self._outboxes: dict[int, Tensor] = {}
         self._batches: deque[WaveBatch] = deque()  # launched, not yet run
         self._programs = [
@@ -79,6 +81,7 @@ class ExpertHalf:
         """Computes with this one from now on: its experts are those of before, by the same local ids, and others."""
         had = self._experts
         assert experts[: len(had)] == had, f"{experts} do not begin with {had}"
+        bank.prepare(self._rows, self._answer_strides)
         self._bytes_before += self._bank.weight_bytes_read
         self._bank, self._experts = bank, experts
         self._rows_before = None

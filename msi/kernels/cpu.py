@@ -98,6 +98,12 @@ class CpuExpertBank:
         self._down[layer][expert] = self._linear(down)
         self._expert_bytes = (gate_up.numel() + down.numel()) * down.itemsize
 
+    def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
+        """There is nothing to load."""
+
+    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int]) -> None:
+        """Memory is taken as it is needed."""
+
     def run(
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
     ) -> None:

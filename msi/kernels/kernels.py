@@ -56,6 +56,18 @@ class ExpertBank(Protocol):
     def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
         """One expert's matrices, gate_up [2 h', h] (gate first) and down [h, h']."""
 
+    def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
+        """Loads what `run` needs for rows of this dtype that chose k of the experts of a layer. Slow; called once all
+        experts are put, in whatever thread.
+        """
+
+    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int]) -> None:
+        """Takes the memory that `run` needs for rows that land here, before the first.
+
+        Args:
+            answer_strides: bytes from lane to lane and from row to row where answers leave.
+        """
+
     def run(
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
     ) -> None:

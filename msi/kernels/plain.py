@@ -151,6 +151,12 @@ class PlainExpertBank:
         self.gate_up[layer, expert] = gate_up
         self.down[layer, expert] = down
 
+    def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
+        """There is nothing to load."""
+
+    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int]) -> None:
+        """Memory is taken as it is needed."""
+
     def run(
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
     ) -> None:

@@ -19,10 +19,13 @@ def load_expert_bank(
     kernels: Kernels,
     dtype: torch.dtype,
     had: tuple[ExpertBank, tuple[int, ...]] | None = None,
+    *,
+    row_dtype: torch.dtype | None = None,
 ) -> ExpertBank:
     """Reads the matrices of these experts, and no others, however they lie on disk.
 
     Args:
+        row_dtype: of what will be computed; None for that of the weights.
         had: a bank of these kernels and this dtype, and its experts: what is wanted of them is not read again.
 
     Raises:
@@ -46,6 +49,7 @@ def load_expert_bank(
                 continue
             gate_up, down = _read_expert(config, source, layer, expert)
             bank.put(index, local, gate_up.to(dtype), down.to(dtype))
+    bank.warm(config.num_experts, config.top_k, row_dtype or dtype)
     return bank
 
 

@@ -133,7 +133,9 @@ class ModelFiles:
         attention, experts = had.attention, had.experts
         if assignment.experts:
             kept = None if experts is None else (experts, had.expert_ids)
-            experts = load_expert_bank(self.config, assignment.experts, source, device.kernels, dtype, kept)
+            experts = load_expert_bank(
+                self.config, assignment.experts, source, device.kernels, dtype, kept, row_dtype=DTYPES[precision.rows]
+            )
         if assignment.has_attention and attention is None:
             compute_dtype = DTYPES[precision.compute]
             attention = load_attention_weights(self.config, source, device, dtype, compute_dtype)

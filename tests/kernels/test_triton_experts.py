@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from msi.kernels.triton import expert_bank, host_rows
 from msi.kernels.triton.expert_bank import TritonExpertBank
 from msi.kernels.triton.launches import Activation, ExpertWeights
-from msi.kernels.triton.tiles import Product, Tiles
+from msi.kernels.triton.tiles import Product, Tiles, choose, expected_rows
 from tests.everyday import mostly_slow
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,6 +137,22 @@ def test_rows_without_an_expert_here_get_zeros():
     assert not place.answers[1][0].any()
     assert not bank.num_rows.any()
     assert bank.weight_bytes_read == 0
+
+
+def test_a_bank_that_was_warmed_counts_nothing_and_knows_how_many_rows_to_expect():
+    generator = torch.Generator().manual_seed(0)
+    w13, w2 = weights_of(1, 3, 32, 32, torch.float32, generator)
+    tiles = tiles_of()[0]
+    bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=(replace(tiles, rows=2), replace(tiles, block_m=32)))
+    bank.warm(12, 2, torch.float32)
+    assert not bank.num_rows.any()
+    place = Place(2, 1, 16, 2, 32, torch.float32)
+    for rows in (3, 16):  # of which an expert of ours can expect 1.1 and 6.1: either of the two
+        place.put(1, 0, rows, 3, generator)
+        bank.run(0, 0, [(1, rows)], place.landed, place.answers)
+        wanted = expected(place, 1, 0, rows, w13[0], w2[0])
+        assert error(place.answers[1][0, :rows], wanted) < TOLERANCE[torch.float32]
+        assert choose(bank.tiles, expected_rows(rows, 2, 3, 12)).block_m == (16 if rows == 3 else 32)
 
 
 def test_longer_waves_go_in_parts(monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from msi.kernels.routing import PackedRows
+from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
 from msi.kernels.triton import host_rows
 from msi.kernels.triton.host_rows import HostRows
 from msi.kernels.triton.launches import Counts, ExpertWeights, WaveLaunches
@@ -16,6 +16,7 @@ from msi.kernels.triton.tiles import Tiles, choose, expected_rows, tiles_for
 
 MAX_ROWS = 4096  # of what is computed at a time: longer waves go in parts, so memory between the products has a bound
 INTERPRETED_SMS = 3  # programs that an interpreter is asked to play
+WARM_ROWS = 16  # of a slot
 SHARED_BYTES = 227 * 1024  # where no device says it
 
 
@@ -90,14 +91,36 @@ class TritonExpertBank:
         self.weights.w13[layer, expert] = gate_up
         self.weights.w2[layer, expert] = down
 
-    def prepare(self, landed: PackedRows, answers: Tensor) -> None:
-        """Takes the memory for rows that land here and are answered there, as in `run`."""
-        strides = (answers.stride(0) * answers.element_size(), answers.stride(1) * answers.element_size())
-        num_seats, _, slot_rows, _ = landed.hidden.shape
+    def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
+        """With waves of no rows, through memory of their own."""
+        self._num_model_experts = num_model_experts
+        hidden = self.weights.w2.shape[2]
+        memory = torch.zeros(2, 2, WARM_ROWS, row_bytes(hidden, k, dtype), dtype=torch.uint8, device=self._device)
+        landed = PackedRows.view(memory, hidden, k, dtype)
+        strides = (WARM_ROWS * answer_row_bytes(hidden, dtype), answer_row_bytes(hidden, dtype))
+        is_gpu = self._device.type == "cuda"
+        with torch.cuda.device_of(self.weights.w2):
+            for is_staged in (False, True) if is_gpu else (False,):
+                launches = self._new_launches(landed, strides, is_staged)
+                for tiles in self.tiles:
+                    launches.descriptors.write(0, 0, [])
+                    launches.launch_eagerly(tiles)
+            if is_gpu:
+                torch.cuda.current_stream().synchronize()
+
+    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int]) -> None:
+        is_reached = host_rows.can_reach(self._device, landed.hidden)
+        self._host_rows = None if is_reached else HostRows(landed, self._device)
+        if self._host_rows is not None:
+            landed, answer_strides = self._host_rows.landed, self._host_rows.answer_strides
         self._landed, self._addresses = landed, {}
-        self._launches = WaveLaunches(
-            self.weights, self._counts, landed, strides, max_rows=min(num_seats * slot_rows, MAX_ROWS),
-            tiles=self.tiles, num_sms=self._num_sms, is_staged=host_rows.is_far(self._device, landed.hidden),
+        self._launches = self._new_launches(landed, answer_strides, host_rows.is_far(self._device, landed.hidden))
+
+    def _new_launches(self, landed: PackedRows, answer_strides: tuple[int, int], is_staged: bool) -> WaveLaunches:
+        num_seats, _, slot_rows, _ = landed.hidden.shape
+        return WaveLaunches(
+            self.weights, self._counts, landed, answer_strides, max_rows=min(num_seats * slot_rows, MAX_ROWS),
+            tiles=self.tiles, num_sms=self._num_sms, is_staged=is_staged,
         )  # fmt: skip
 
     def capture(self) -> None:
@@ -110,10 +133,9 @@ class TritonExpertBank:
     ) -> None:
         if not seats:
             return
-        if (self._host_rows is None or not self._host_rows.is_of(landed)) and self._landed is not landed:
+        if self._landed is not landed and not (self._host_rows is not None and self._host_rows.is_of(landed)):
             first = answers[seats[0][0]]
-            is_reached = all(host_rows.can_reach(self._device, one) for one in (landed.hidden, first))
-            self._host_rows = None if is_reached else HostRows(landed, self._device)
+            self.prepare(landed, (first.stride(0) * first.element_size(), first.stride(1) * first.element_size()))
         if self._host_rows is None:
             self._launch(layer, lane, seats, landed, answers)
         else:
@@ -124,8 +146,6 @@ class TritonExpertBank:
     def _launch(
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
     ) -> None:
-        if self._landed is not landed:
-            self.prepare(landed, answers[seats[0][0]])
         launches = self._launches
         assert launches is not None
         k = landed.topk_ids.shape[-1]

@@ -40,6 +40,7 @@ class HostRows:
         self.landed = PackedRows(*(torch.empty(field.shape, dtype=field.dtype, device=device) for field in fields))
         answers = torch.empty(landed.hidden.shape, dtype=landed.hidden.dtype, device=device)
         self.answers: dict[int, Tensor] = dict(enumerate(answers))
+        self.answer_strides = (answers.stride(1) * answers.element_size(), answers.stride(2) * answers.element_size())
 
     def is_of(self, landed: PackedRows) -> bool:
         return self._source is landed

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 RING = 32  # waves that may be launched and not yet planned
+LEAST_SEATS = 8  # that a descriptor has places for, so that few kinds of kernels are compiled
 LAYER, LANE, NUM_MEMBERS, NUM_ROWS, MEMBERS = 0, 1, 2, 3, 4  # of a descriptor; then four numbers of each member
 WAVE_LAYER, WAVE_ROWS, WAVE_TILES = 0, 1, 2  # of what the plan tells the kernels after it
 
@@ -27,7 +28,7 @@ class Descriptors:
     """
 
     def __init__(self, num_seats: int, device: torch.device) -> None:
-        self.seats = triton.next_power_of_2(max(2, num_seats))
+        self.seats = max(LEAST_SEATS, int(triton.next_power_of_2(num_seats)))
         pinned = device.type == "cuda"
         self.ring = torch.zeros(RING, MEMBERS + 4 * self.seats, dtype=torch.int64, pin_memory=pinned)
         self.ticket = torch.zeros(1, dtype=torch.int64, device=device)  # waves whose last kernel has run
@@ -125,7 +126,8 @@ def plan_wave(
 
         tiles = tl.cdiv(total, BLOCK_M)
         first_tile = tl.cumsum(tiles, 0) - tiles
-        for tile in range(program, tl.max(tiles, 0), tl.cdiv(num_rows, tl.maximum(each, 1))):  # by those with rows
+        num_busy = tl.maximum(tl.cdiv(num_rows, tl.maximum(each, 1)), 1)  # programs with rows
+        for tile in range(program, tl.max(tiles, 0), num_busy):
             to = first_tile + tile
             there = tile < tiles
             tl.store(tile_expert + to, experts, mask=there)
