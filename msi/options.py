@@ -35,6 +35,7 @@ class InstanceOptions:
     """Options of one instance on this machine: its own parameters, and sections that travel to whom they concern.
 
     Attributes:
+        expert_redundancy, redundant_experts: see `msi.placement.place_with_replicas`.
         micro_batches: m, or 0 to choose by measurement.
         colocated: both roles in one process.
         plan: file of the plan that is run (see `with_plan`); the coordinator holds what is measured against it.
@@ -49,6 +50,13 @@ class InstanceOptions:
     source: ModelSource = ModelSource()
     attention_workers: Workers = parameter(1, "attention processes", metavar="N", group=MODEL_AND_WORKERS)
     expert_workers: Workers = parameter(1, "expert processes", metavar="N", group=MODEL_AND_WORKERS)
+    expert_redundancy: Annotated[int, range(64)] = parameter(
+        0, "replicas of each expert besides the first, on other expert workers, which stand in when one is lost",
+        metavar="R", group=MODEL_AND_WORKERS,
+    )  # fmt: skip
+    redundant_experts: Annotated[int, range(2**16)] = parameter(
+        0, "experts that get a replica on top of that", metavar="N", group=MODEL_AND_WORKERS
+    )
     micro_batches: Annotated[int, range(MAX_MICRO_BATCHES + 1)] = parameter(
         0, "in flight per attention worker: 1 to 4, or auto, which measures", metavar="M", group=MODEL_AND_WORKERS,
         zero="auto",

@@ -8,7 +8,6 @@ import ctypes
 import os
 import signal
 import threading
-import time
 
 import pytest
 
@@ -65,18 +64,13 @@ async def succeeds(engine):
     return await outcome(engine, [7, 8, 9], SHORT) == ("done", 4)
 
 
-async def test_a_connection_that_is_reset_ends_what_runs_and_the_peer_is_taken_back_in_a_new_life(checkpoint):
+async def test_what_runs_waits_for_the_peer_of_a_reset_connection_which_is_taken_back_in_a_new_life(checkpoint):
     async with inside(checkpoint) as (engine, workers):
         tasks = await running_requests(engine, 3)
         (transport,) = workers["attention-0"].life.transports
         assert isinstance(transport, TcpTransport)
-        broken_at = time.monotonic()
         reset(next(iter(transport._endpoints))._sock)
-        for message, tokens in await asyncio.gather(*tasks):
-            assert "expert worker expert-" in message
-            assert "was lost: connection lost" in message
-            assert 0 < tokens < 450
-        assert time.monotonic() - broken_at < ENDS_WITHIN_S
+        assert await asyncio.gather(*tasks) == [("done", 450)] * 3
         await until(lambda: succeeds(engine), RETURNS_WITHIN_S)
         incarnations = {one.worker_id: one.incarnation for one in (await engine.stats()).workers}
         assert sorted(incarnations.values()) == [0, 0, 1], incarnations
@@ -84,9 +78,7 @@ async def test_a_connection_that_is_reset_ends_what_runs_and_the_peer_is_taken_b
 
 
 @pytest.mark.parametrize("work", ["route_and_pack", "sample"])
-async def test_a_connection_that_breaks_and_is_back_while_the_device_is_busy_ends_what_runs_for_that_reason(
-    checkpoint, work
-):
+async def test_a_connection_that_breaks_and_is_back_while_the_device_is_busy_costs_no_token(checkpoint, work):
     """Rows for a life that is over went to the next one, which did not answer; tokens were sampled without answers."""
     async with inside(checkpoint) as (engine, workers):
         attention = workers["attention-0"].life.attention
@@ -102,30 +94,32 @@ async def test_a_connection_that_breaks_and_is_back_while_the_device_is_busy_end
         try:
             assert await asyncio.to_thread(is_held.wait, RETURNS_WITHIN_S)
             reset(next(iter(workers["attention-0"].life.transports[0]._endpoints))._sock)
+            link = attention.links.link  # a seat whose answers are read by the work that is held is not given away yet
             await waiting.until(
-                lambda: sum(expert_lives(workers)) and not attention.links.link.missing_nodes, RETURNS_WITHIN_S
+                lambda: sum(expert_lives(workers)) and (link._left or not link.missing_nodes), RETURNS_WITHIN_S
             )
         finally:
             may_go_on.set()
-        for message, tokens in await asyncio.gather(*tasks):
-            assert "was lost: connection lost" in message
-            assert 0 < tokens < 450
+        assert await asyncio.gather(*tasks) == [("done", 450)] * 3
         await until(lambda: succeeds(engine), RETURNS_WITHIN_S)
         assert sum(expert_lives(workers)) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-async def test_a_lost_expert_worker_over_tcp_fails_what_runs_and_is_taken_back(checkpoint, number):
+async def test_what_runs_waits_for_a_lost_expert_worker_over_tcp_which_is_taken_back(checkpoint, number):
     engine = Engine.local(model=checkpoint, expert_workers=2, micro_batches=2, threads_per_worker=1, transport="tcp")
     async with engine:
         tasks = await running_requests(engine, 3)
         pid = engine.pids["expert-1"]
         os.kill(pid, number)
-        for message, tokens in await asyncio.wait_for(asyncio.gather(*tasks), 20):
-            assert "expert-1 was lost" in message
-            assert 0 < tokens < 450
+
+        async def is_noticed():
+            return not engine.status[0]
+
+        await until(is_noticed, RETURNS_WITHIN_S)
         if number == signal.SIGSTOP:
             os.kill(pid, signal.SIGCONT)
+        assert await asyncio.wait_for(asyncio.gather(*tasks), RETURNS_WITHIN_S) == [("done", 450)] * 3
         await until(lambda: succeeds(engine), RETURNS_WITHIN_S)
         if number == signal.SIGSTOP:
             assert engine.pids["expert-1"] == pid

@@ -51,6 +51,10 @@ class Compute:
     def lanes(self):
         return [batch.lane for batch, _ in self.out]
 
+    @property
+    def batches(self):
+        return [(batch.lane, batch.layer, batch.rows, batch.is_alone) for batch, _ in self.out]
+
     def finish(self, error=None):
         _, ticket = self.out.pop(0)
         self.finished(ticket, 0.001, error)
@@ -136,3 +140,22 @@ async def test_a_server_that_is_closed_starts_nothing():
     node.compute.finish()
     await asyncio.sleep(0)
     assert node.compute.lanes == []
+
+
+async def test_rows_that_land_again_run_next_and_alone_and_the_wave_takes_no_notice():
+    node = Node(1)
+    node.land(0)
+    node.compute.finish()
+    node.land(1)  # on the device
+    node.land(2)  # ready
+    node.land(0, seats=(1,), seq=1)
+    node.server.landed_again(0, 0, 0, 3)
+    node.compute.finish()
+    assert node.compute.batches == [(0, 0, ((0, 0, 3),), True)]
+    node.compute.finish()
+    assert node.compute.lanes == [2]
+    node.land(0, seats=(0,), seq=1)
+    node.compute.finish()
+    assert node.compute.batches == [(0, 1, ((0, 1, 2), (1, 1, 2)), False)]
+    assert (0, 0, 0, 3) in node.link.answers
+    assert node.waves.counters.evictions == 0

@@ -28,6 +28,14 @@ def test_workers_that_wait_for_all_they_must_are_right(model, loses_node, seeds)
     assert not any(runs.values()), runs
 
 
+@pytest.mark.parametrize("seeds", SEEDS_OF, ids=str)
+@pytest.mark.parametrize("redundancy", [0, 1])
+def test_whatever_was_under_way_when_a_node_is_lost_goes_on_and_is_right(model, redundancy, seeds):
+    held = Model(model.files.model_dir, model.expected, redundancy, holds=True)
+    runs = {seed: play(held, seed, loses_node=True) for seed in seeds}
+    assert not any(runs.values()), runs
+
+
 class FailsOnce:
     """A bank of experts that raises for one of its batches."""
 

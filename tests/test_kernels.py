@@ -304,6 +304,19 @@ def test_one_row_a_pass_spreads_by_what_it_chose():
     assert sorted(row[0] for (row,) in chosen) == [0, 1, 2]
 
 
+def test_rows_go_to_nodes_that_are_there_where_one_has_their_expert():
+    placement = Placement(((0, 1), (1, 2), (2, 3)), 4)
+    topk_ids = torch.tensor([[0, 1], [1, 2], [2, 3]] * 8)
+    for missing in range(3):
+        tables = PlacementTables.of(placement.experts, 4, missing=(missing,))
+        assert tables.most_replicas == 2, "tables have one shape"
+        chosen = zip(topk_ids.tolist(), nodes_of(choose_replicas(topk_ids, tables), tables), strict=True)
+        for experts, nodes in chosen:
+            for expert, node in zip(experts, nodes, strict=True):
+                others = [one for one in placement.nodes_of(expert) if one != missing]
+                assert node in (others or placement.nodes_of(expert))
+
+
 def test_without_replicas_there_is_nothing_to_choose():
     tables, topk_ids = PlacementTables.of(place_evenly(7, 3).experts, 7), torch.tensor([[0, 6], [2, 3], [5, 1]])
     assert tables.most_replicas == 1

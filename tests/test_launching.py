@@ -43,7 +43,7 @@ class Compute:
         self.error = [None] * NUM_LANES
         self.has_shared = has_shared
         self.queues = LaneQueues(device, 2, [self.programs(lane) for lane in range(NUM_LANES)])
-        self.counts, self.open = self.queues.counts, self.queues.open
+        self.counts, self.open, self.pack_again = self.queues.counts, self.queues.open, self.queues.pack_again
 
     def programs(self, lane):
         def program(place):
@@ -53,6 +53,7 @@ class Compute:
         return LanePrograms(
             [(program(layer), shared[layer]) for layer in range(self.num_layers)],
             program("end"),
+            program("again"),
         )
 
     def run(self, lane, place):
@@ -299,7 +300,8 @@ async def test_whatever_is_cancelled_or_fails_when_the_passes_that_follow_are_wh
             with contextlib.suppress(asyncio.CancelledError, Boom, TransportError):
                 assert await passing == name
                 whole_passes += 1
-                assert [step for step in world.compute.log[lane] if step[0] == name] == whole(name)
+                steps = [step for step in world.compute.log[lane] if step[0] == name and step[1] != "again"]
+                assert steps == whole(name)
         return whole_passes
 
     connecting = asyncio.Lock()

@@ -7,10 +7,15 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from msi.attention.expert_links import lacking
 from msi.control.client import CoordinatorClient
+from msi.errors import ConfigError
 from msi.instance.inproc import InprocInstance
 from msi.options import InstanceOptions
+from msi.placement import place_evenly, place_with_replicas
 from msi.types import Placement, Request, SamplingParams
 from tests.reference import references, save_tiny
 from tests.waiting import until
@@ -80,6 +85,49 @@ async def serving(path, placement):
     finally:
         await instance.stop()
     assert not failures
+
+
+@given(num_nodes=st.integers(1, 6), per_node=st.integers(1, 5), draw=st.data())
+def test_replicas_are_as_many_as_asked_for_spread_and_never_two_on_one_node(num_nodes, per_node, draw):
+    num_experts = draw.draw(st.integers(num_nodes, num_nodes * per_node), "experts")
+    redundancy = draw.draw(st.integers(0, num_nodes - 1), "redundancy")
+    most = num_experts if redundancy + 1 < num_nodes else 0
+    num_redundant = draw.draw(st.integers(0, most), "redundant")
+    placement = place_with_replicas(num_experts, num_nodes, redundancy, num_redundant)
+    counts = sorted(len(placement.nodes_of(expert)) for expert in range(num_experts))
+    assert counts == [1 + redundancy] * (num_experts - num_redundant) + [2 + redundancy] * num_redundant
+    first = place_evenly(num_experts, num_nodes).experts
+    assert [held[: len(own)] for held, own in zip(placement.experts, first, strict=True)] == list(first)
+    assert all(not lacking(placement, (node,)) for node in range(num_nodes) if redundancy)
+    replicas = [len(held) - len(own) for held, own in zip(placement.experts, first, strict=True)]
+    assert not redundancy or max(replicas) - min(replicas) <= 2 * num_nodes
+
+
+@pytest.mark.parametrize(
+    ("redundancy", "num_redundant", "complaint"),
+    [
+        (2, 0, "`expert_redundancy` 2 puts each expert on 3 workers, and there are 2; give at most 1"),
+        (1, 1, "`redundant_experts` 1 is more than the 0 experts that could be on one worker more"),
+        (0, 8, "`redundant_experts` 8 is more than the 7 experts"),
+    ],
+)
+def test_more_replicas_than_there_is_room_for_are_refused(redundancy, num_redundant, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        place_with_replicas(7, 2, redundancy, num_redundant)
+
+
+@pytest.mark.parametrize(
+    ("placement", "nodes", "says"),
+    [
+        (ONCE, (), ""),
+        (ONCE, (1,), "no worker has had 2 of 7 experts (3, 4)"),
+        (TWICE, (1,), ""),
+        (TWICE, (0, 1), "no worker has had 2 of 7 experts (3, 4)"),
+        (place_evenly(40, 2), (0,), "no worker has had 20 of 40 experts (0, 1, 2, 3, 4, 5, 6, 7, ...)"),
+    ],
+)
+def test_what_is_missing_is_what_no_other_node_has(placement, nodes, says):
+    assert lacking(placement, nodes) == says
 
 
 @pytest.mark.parametrize("placement", [TWICE, MIXED], ids=["each twice", "some twice"])

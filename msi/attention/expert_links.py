@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from msi.complaints import Complaints
@@ -14,11 +14,13 @@ from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
 from msi.net.regions import Allocator
 from msi.net.transport import Transport
+from msi.types import Placement
 from msi.worker.host import AttentionPart, ServedShape
 
 log = logging.getLogger(__name__)
 
 CONNECT_AGAIN_S = 0.25
+MOST_NAMED = 8  # experts in a sentence
 
 
 class ExpertLinks:
@@ -29,7 +31,8 @@ class ExpertLinks:
         clock: seconds, monotonic.
 
     Attributes:
-        link: what lanes post to; it is complete once every expert node is connected.
+        link: what lanes post to; it is complete while every expert is on a node that is connected.
+        placement: of passes that begin.
     """
 
     def __init__(
@@ -50,9 +53,14 @@ class ExpertLinks:
             allocator=allocator,
             timeout_s=assignment.timeouts.peer_timeout_s,
             clock=clock,
+            missing=self._missing,
+            hold_s=assignment.timeouts.hold_timeout_s,
         )
+        self.placement = assignment.placement
+        self._half: AttentionPart | None = None
         self._assignment = assignment
         self._report = report
+        self._was_complete = False  # as was said last
         self._wanted: dict[int, ExpertAddress] = {}
         self._connected: dict[int, ExpertAddress] = {}
         self._topology_changed = Alarm()
@@ -60,8 +68,18 @@ class ExpertLinks:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every expert worker is connected."""
-        return len(self._connected) == self._assignment.placement.num_nodes
+        """Whether every expert is on a worker that is connected."""
+        return not self._missing(self.link.missing_nodes)
+
+    def _missing(self, nodes: Sequence[int]) -> str:
+        return lacking(self.placement, nodes)
+
+    def use_placement(self, placement: Placement) -> None:
+        """For passes that begin from now on."""
+        self.placement = placement
+        self.link.placement_version = placement.version
+        self.link.look_again()
+        self._say_if_changed()
 
     def use_topology(self, topology: Topology) -> None:
         """These expert workers are there now. Others are dropped, new ones connected."""
@@ -72,7 +90,8 @@ class ExpertLinks:
         self._topology_changed.ring()
 
     async def keep_connected(self, half: AttentionPart) -> None:
-        """For ever; `half` gets the outboxes."""
+        """For ever; `half` gets the outboxes, and hears who is missing."""
+        self._half = half
         while True:
             failed = False
             for node, expert in sorted(self._wanted.items()):
@@ -94,21 +113,34 @@ class ExpertLinks:
             self.link.drop(node, "replaced")
             return False
         self._connected[node] = expert
-        if not self.link.missing_nodes:
-            self._say_linked(True)
+        half.use_nodes(tuple(self.link.missing_nodes))
+        self.link.look_again()
+        self._say_if_changed()
         return True
 
     def _lost_peer(self, node: int, worker_id: str, reason: str) -> None:
         expert = self._connected.pop(node, None)
         if expert is None:
             return
-        was_complete = len(self._connected) + 1 == self._assignment.placement.num_nodes
         if self._wanted.get(node) == expert:  # we noticed first; it comes back under a new incarnation
             del self._wanted[node]
             ours = self._assignment
             self._report(PeerLost(ours.worker_id, ours.incarnation, expert.worker_id, expert.incarnation, reason))
-        if was_complete:
-            self._say_linked(False)
+        if self._half is not None:
+            self._half.use_nodes(tuple(self.link.missing_nodes))
+        self._say_if_changed()
 
-    def _say_linked(self, is_complete: bool) -> None:
-        self._report(Linked(self._assignment.worker_id, self._assignment.incarnation, is_complete))
+    def _say_if_changed(self) -> None:
+        if self._was_complete != self.is_complete:
+            self._was_complete = self.is_complete
+            self._report(Linked(self._assignment.worker_id, self._assignment.incarnation, self._was_complete))
+
+
+def lacking(placement: Placement, nodes: Sequence[int]) -> str:
+    """What cannot be computed without these nodes, in words; "" where others hold all that they do."""
+    there = {expert for node, held in enumerate(placement.experts) if node not in nodes for expert in held}
+    missing = [expert for expert in range(placement.num_experts) if expert not in there]
+    if not missing:
+        return ""
+    named = ", ".join(map(str, missing[:MOST_NAMED])) + (", ..." if len(missing) > MOST_NAMED else "")
+    return f"no worker has had {len(missing)} of {placement.num_experts} experts ({named})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +44,8 @@ class PassState:
         plans: of each of the model's views of a pass.
         sent: what the kernels say of the rows that are away; None before the first turn.
         normed: what a shared expert is still to see.
+        turn: whose rows were packed last; -1 before the first.
+        routed: those rows' hidden states, weights and ids of experts, to pack them again from.
         masks: of rows that are held to a grammar; None where there are none.
     """
 
@@ -55,6 +57,8 @@ class PassState:
     plans: list[Any]
     sent: Any = None
     normed: Tensor | None = None
+    turn: int = -1
+    routed: tuple[Tensor, Tensor, Tensor] | None = None
     masks: Future[Masks] | None = None
 
 
@@ -86,9 +90,9 @@ class Forward:
         self._upload = device.upload
         self.use_placement(placement)
 
-    def use_placement(self, placement: Placement) -> None:
-        """For passes that begin from now on with `tables`."""
-        self.tables = PlacementTables.of(placement.experts, placement.num_experts, self._upload)
+    def use_placement(self, placement: Placement, missing: Collection[int] = ()) -> None:
+        """For passes that begin from now on with `tables`; no rows go to nodes that are missing."""
+        self.tables = PlacementTables.of(placement.experts, placement.num_experts, self._upload, missing)
 
     def begin(
         self,
@@ -120,11 +124,22 @@ class Forward:
         normed = self._attention(state, self._enter(state, turn, answers), weights, layer)
         assert weights.route is not None, f"layer {layer} has no router"
         topk_weights, topk_ids = weights.route(normed)
+        state.turn, state.routed = turn, (normed, topk_weights, topk_ids)
+        self._pack(state, outboxes)
+        if self.has_shared:
+            state.normed = normed
+
+    def pack_again(self, state: PassState, tables: PlacementTables, outboxes: Outboxes) -> None:
+        """The rows of the turn that is away, and those of later turns, go where `tables` say."""
+        state.tables = tables
+        self._pack(state, outboxes)
+
+    def _pack(self, state: PassState, outboxes: Outboxes) -> None:
+        assert state.routed is not None, "no turn was computed"
+        normed, topk_weights, topk_ids = state.routed
         tables = state.tables
         replicas = topk_ids if tables.most_replicas == 1 else choose_replicas(topk_ids, tables)
         state.sent = self._kernels.pack(normed, topk_weights, replicas, tables.local_ids, outboxes)
-        if self.has_shared:
-            state.normed = normed
 
     def shared_experts(self, state: PassState, turn: int) -> None:
         """Added to the residual stream at once: the rows that are away are copies, and nothing else reads it now."""

@@ -81,6 +81,7 @@ class AttentionHalf:
         self.meter = StageMeter()  # T_a, without shared experts
         self.shared_meter = StageMeter()
         self.pass_meter = StageMeter()  # head and sampling, once per pass
+        self.again_meter = StageMeter()  # rows packed again after a loss
         self.weight_bytes_read = 0
         self.kv_cache = kv_cache
         self.forward = Forward(config, weights, kv_cache, placement, device)
@@ -95,6 +96,9 @@ class AttentionHalf:
         self._current: list[_Launched | None] = [None for _ in lanes]
         self._lanes: list[_InFlight | None] = [None for _ in lanes]
         self._sampled: list[Sampled | Exception | None] = [None for _ in lanes]
+        self._placement = placement
+        self._missing: tuple[int, ...] = ()
+        self._tables_again = [self.forward.tables for _ in lanes]  # that rows are packed again by
         self._queues = LaneQueues(device, placement.num_nodes, [self._programs(lane) for lane in lanes])
         self.counts = self._queues.counts
         nowhere = PackedRows.view(
@@ -115,7 +119,14 @@ class AttentionHalf:
 
     def use_placement(self, placement: Placement) -> None:
         """Passes that begin from now on send rows where it says."""
-        self.forward.use_placement(placement)
+        self._placement = placement
+        self.forward.use_placement(placement, self._missing)
+
+    def use_nodes(self, missing: tuple[int, ...]) -> None:
+        """These expert nodes are not there: rows that others can compute do not go to them."""
+        if missing != self._missing:
+            self._missing = missing
+            self.forward.use_placement(self._placement, missing)
 
     # -- msi.attention.lanes.AttentionCompute --------------------------------------------------------------------------
 
@@ -126,6 +137,10 @@ class AttentionHalf:
 
     def open(self, lane: int, turn: int) -> None:
         self._queues.open(lane, turn)
+
+    def pack_again(self, lane: int, turn: int) -> None:
+        self._tables_again[lane] = self.forward.tables
+        self._queues.pack_again(lane, turn)
 
     async def sampled(self, lane: int) -> Sampled:
         await self._queues.sampled(lane)
@@ -151,7 +166,11 @@ class AttentionHalf:
                 run = partial(self._shared_layer, lane, layer)
                 shared = Program(run, failed, self.shared_meter, "shared experts", lane)
             layers.append((attention, shared))
-        return LanePrograms(layers, Program(partial(self._end, lane), failed, self.pass_meter, "sample", lane))
+        return LanePrograms(
+            layers,
+            Program(partial(self._end, lane), failed, self.pass_meter, "sample", lane),
+            Program(partial(self._again, lane), failed, self.again_meter, "pack again", lane),
+        )
 
     def _layer(self, lane: int, layer: int) -> None:
         """One turn; the embedding is looked up at the start of the first."""
@@ -170,6 +189,14 @@ class AttentionHalf:
         in_flight = self._lanes[lane]
         if in_flight is not None and in_flight.error is None:  # else there was no turn
             self._shared(lane, layer)
+
+    def _again(self, lane: int) -> None:
+        launched, in_flight = self._current[lane], self._lanes[lane]
+        if launched is None or in_flight is None or in_flight.error is not None:
+            return  # the pass was given up
+        state = in_flight.state
+        if launched.first + state.turn == self._queues.turn_again(lane):  # else it was, and another has begun
+            self.forward.pack_again(state, self._tables_again[lane], self._outboxes[lane])
 
     def _end(self, lane: int) -> None:
         self._sampled[lane] = None

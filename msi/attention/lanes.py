@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from msi.errors import TransportError
 from msi.net.dispatch_link import DispatchLink
 from msi.net.passes import Gates
 from msi.types import MicroBatch, Sampled
@@ -44,11 +45,18 @@ class MicroBatches(Protocol):
     def fail(self, lane: int, micro_batch: MicroBatch, error: Exception) -> None:
         """A pass was given up: a peer was lost (TransportError), or whatever else came out of it."""
 
+    def hold_is_over(self, error: TransportError) -> None:
+        """What passes cannot do without has been missing for as long as requests are held."""
+
 
 async def run_lane(lane: int, batches: MicroBatches, compute: AttentionCompute, link: DispatchLink) -> None:
     """One lane, for ever. Cancel it to stop; what was in flight is then lost."""
     while True:
-        await link.wait_complete()
+        try:
+            await link.wait_complete()
+        except TransportError as error:
+            batches.hold_is_over(error)
+            continue
         micro_batch = await batches.next(lane)
         try:
             sampled = await run_pass(lane, micro_batch, compute, link, batches.may_continue)
@@ -68,7 +76,7 @@ async def run_pass(
     """One micro-batch through the model. When it raises, or is cancelled, the lane is ready for another pass.
 
     Raises:
-        TransportError: an expert node was lost on the way, or refused.
+        TransportError: an expert node was lost on the way and nobody stood in for it in time, or it refused.
         TimeoutError: this device computed nothing for too long.
         Exception: what a computation raised.
     """

@@ -4,6 +4,8 @@
                       rows are away); behind the last gate: run(head and sampling), signal(sampled, last turn)
     packed, turn      the rows lie in the outboxes, their numbers in `counts`: the link posts, a layer more is launched
     open(lane, turn)  the answers to a turn have landed, or never will
+    pack_again        the rows of a turn whose gate is closed are packed anew: run(again), signal(again, n), on a queue
+                      beside that of the lane, which waits
     sampled           the tokens are there
 
 Knows programs by their places alone; knows no tensors, sockets or sequences.
@@ -30,6 +32,9 @@ class Link(Protocol):
     def packed(self, lane: int, turn: int) -> None:
         """The rows of a turn lie in the outboxes. From any thread; does not raise."""
 
+    def packed_again(self, lane: int, turn: int) -> None:
+        """They lie there once more, packed anew. Likewise."""
+
 
 class LanePrograms(Generic[P]):
     """What one lane runs in a pass.
@@ -37,20 +42,26 @@ class LanePrograms(Generic[P]):
     Attributes:
         layers: of each layer: up to where its rows are packed, and (or None) what goes on while they are away.
         sample: head and sampling, at the end.
+        again: packs the rows of the layer that is away once more.
     """
 
-    def __init__(self, layers: Sequence[tuple[P, P | None]], sample: P) -> None:
+    def __init__(self, layers: Sequence[tuple[P, P | None]], sample: P, again: P) -> None:
         self.layers = layers
         self.sample = sample
+        self.again = again
 
 
 class _Lane(Generic[P]):
-    __slots__ = ("first", "gate", "last", "link", "next", "packed", "programs", "queue", "sampled", "waiter")
+    __slots__ = (
+        "again", "first", "gate", "last", "link", "next", "num_again", "packed", "programs", "queue", "sampled",
+        "turn_again", "waiter",
+    )  # fmt: skip
 
     def __init__(self, device: QueueDevice[P], index: int, programs: LanePrograms[P]) -> None:
         self.programs = programs
         self.queue: Queue[P] = device.queue(f"lane {index}")
-        self.gate, self.packed, self.sampled = (device.words.take() for _ in range(3))
+        self.gate, self.packed, self.sampled, self.again = (device.words.take() for _ in range(4))
+        self.num_again = self.turn_again = 0
         self.link: Link | None = None
         self.first = self.next = 1  # turns of the pass, and the one to be launched next
         self.last = 0
@@ -72,8 +83,10 @@ class LaneQueues(Generic[P]):
         self._words = device.words
         self._lock = threading.Lock()  # over launching, which goes on where a signal is seen
         self._lanes = [_Lane(device, index, programs[index]) for index in range(len(programs))]
+        self._beside = device.queue("again")
         for index, lane in enumerate(self._lanes):
             device.follow(lane.packed, partial(self._packed, index))
+            device.follow(lane.again, partial(self._packed_again, index))
             device.watch(lane.sampled, partial(self._sampled, index))
 
     def launch(self, lane_index: int, first: int, link: Link) -> None:
@@ -90,6 +103,18 @@ class LaneQueues(Generic[P]):
         """What waits for the answers to a turn may go on. From any thread."""
         self._words.open(self._lanes[lane_index].gate, turn)
 
+    def pack_again(self, lane_index: int, turn: int) -> None:
+        """Runs the lane's program for that, of a turn whose gate is closed; one at a time."""
+        lane = self._lanes[lane_index]
+        lane.num_again += 1
+        lane.turn_again = turn
+        self._beside.run(lane.programs.again)
+        self._beside.signal(lane.again, lane.num_again)
+
+    def turn_again(self, lane_index: int) -> int:
+        """The turn that is packed again."""
+        return self._lanes[lane_index].turn_again
+
     def is_given_up(self, lane_index: int, turn: int) -> bool:
         """Whether the gate behind a turn that was not yet packed is open: nobody wants its rows any more."""
         return self._words.is_there(self._lanes[lane_index].gate, turn)
@@ -104,7 +129,7 @@ class LaneQueues(Generic[P]):
     def close(self) -> None:
         """Gives the words back, so that the device holds nothing of ours. No pass is in flight any more."""
         for lane in self._lanes:
-            for word in (lane.gate, lane.packed, lane.sampled):
+            for word in (lane.gate, lane.packed, lane.sampled, lane.again):
                 self._words.give_back(word)
 
     def _launch_next(self, lane: _Lane[P]) -> None:
@@ -131,6 +156,12 @@ class LaneQueues(Generic[P]):
         with self._lock:
             if lane.first <= turn <= lane.last:  # else of a pass that was given up, and its successor is launched
                 self._launch_next(lane)
+
+    def _packed_again(self, lane_index: int, number: int) -> None:
+        lane = self._lanes[lane_index]
+        assert lane.link is not None
+        if number == lane.num_again:
+            lane.link.packed_again(lane_index, lane.turn_again)
 
     def _sampled(self, lane_index: int, turn: int) -> None:
         waiter = self._lanes[lane_index].waiter

@@ -265,8 +265,7 @@ class Requests:
         scheduler = self.scheduler
         if isinstance(error, TransportError) and not isinstance(error, BatchRefused):
             scheduler.give_up(lane)
-            lost = RequestFailed(f"expert worker {error.peer} was lost: {error.reason}")
-            self._fail(scheduler.fail_running(), lost)
+            self.hold_is_over(error)
         elif isinstance(error, TimeoutError):
             self._complaints.say(error, "a pass was given up")
             failed = scheduler.fail(lane, range(len(micro_batch.query_lens)))
@@ -279,6 +278,12 @@ class Requests:
             else:
                 cause = self._failed(f"could not compute it: {one_line(error)}")
             self._fail(scheduler.suspect(lane), cause)
+        self._wake()
+
+    def hold_is_over(self, error: TransportError) -> None:
+        """Ends every request that was admitted."""
+        lost = RequestFailed(f"expert worker {error.peer} was lost: {error.reason}")
+        self._fail(self.scheduler.fail_running(), lost)
         self._wake()
 
     def _end_lane(self, lane: int, error: Exception) -> None:

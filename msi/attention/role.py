@@ -36,7 +36,6 @@ class AttentionRole:
 
     Attributes:
         num_lanes: that run; 0 before they do.
-        placement: of passes that begin.
     """
 
     def __init__(
@@ -59,9 +58,13 @@ class AttentionRole:
         self._spans = spans
         self.measuring = Measuring(assignment, model.shape, num_blocks, self.half, self.links.link)
         self.num_lanes = 0
-        self.placement = assignment.placement
         self._num_blocks = num_blocks
         self._tasks: asyncio.TaskGroup | None = None
+
+    @property
+    def placement(self) -> Placement:
+        """Of passes that begin."""
+        return self.links.placement
 
     async def run(self) -> None:
         """Links and lanes, for ever. Cancel it to stop."""
@@ -104,9 +107,8 @@ class AttentionRole:
                 f"{ours.num_experts} on {ours.num_nodes}"
             )
         if placement.version > ours.version:
-            self.placement = placement
-            self.links.link.placement_version = placement.version
             self.half.use_placement(placement)
+            self.links.use_placement(placement)
 
     def peers(self) -> tuple[PeerDelay, ...]:
         """The expert workers, the slowest first."""

@@ -95,6 +95,15 @@ class ExpertServer:
             self._complaints.say(error, "rows that landed could not be taken")
             self._refuse(seat, lane, seq, error)
 
+    def landed_again(self, seat: int, lane: int, seq: int, num_rows: int) -> None:
+        """Their peer waits for these alone, and its wave has gone on: they run next."""
+        try:
+            self._again.append(self._waves.again(seat, lane, seq, num_rows))
+            self._start_next()
+        except Exception as error:
+            self._complaints.say(error, "rows that landed again could not be taken")
+            self._refuse(seat, lane, seq, error)
+
     def _set_timer(self) -> None:
         self._loop.call_later(max(0.0, self._timer_at - self._clock()), self._time_is_up, self._timer_at)
 

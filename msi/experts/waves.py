@@ -90,6 +90,14 @@ class Waves:
         """
         return self._waves[lane].landed(seat, seq, num_rows, more, now)
 
+    def again(self, seat: int, lane: int, seq: int, num_rows: int) -> WaveBatch:
+        """Rows of a sequence number that landed before, packed anew since another node was lost: a batch of their own,
+        for their seat is where it was, and the wave further on.
+        """
+        self.counters.alone_batches += 1
+        self.counters.batch_of(1)
+        return WaveBatch(lane, seq % self._num_layers, ((seat, seq, num_rows),), is_alone=True)
+
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def take(self, now: float, is_busy: bool = False) -> WaveBatch | None:

@@ -15,7 +15,7 @@ from msi.net.control import MessageClient
 from msi.net.control_inproc import InprocServer
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
-from msi.placement import PlaceExperts, place_evenly
+from msi.placement import PlaceExperts
 
 if TYPE_CHECKING:
     from msi.worker.worker import Worker
@@ -38,7 +38,7 @@ class InprocInstance:
         options: InstanceOptions,
         report_failure: Callable[[EngineError], None],
         trace_dir: Path | None = None,
-        place: PlaceExperts = place_evenly,
+        place: PlaceExperts | None = None,
     ) -> None:
         self._options = options
         self._report_failure = report_failure

@@ -10,6 +10,7 @@ import secrets
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,7 +27,7 @@ from msi.net.control import ControlClient, MessageClient, MessageServer
 from msi.net.control_server import ControlServer
 from msi.net.secret import NO_SECRET, Trust
 from msi.options import InstanceOptions
-from msi.placement import PlaceExperts, place_evenly
+from msi.placement import PlaceExperts, place_with_replicas
 from msi.planner.drift import DriftWatch
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan_file import check_model, read_plan_file
@@ -41,8 +42,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def build_plan(options: InstanceOptions, place: PlaceExperts = place_evenly) -> tuple[InstancePlan, ModelConfig]:
-    """Raises ConfigError: the model directory or the options cannot work, or the plan is for another model."""
+def build_plan(options: InstanceOptions, place: PlaceExperts | None = None) -> tuple[InstancePlan, ModelConfig]:
+    """Experts are placed as the options say, or by `place`.
+
+    Raises:
+        ConfigError: the model directory or the options cannot work, or the plan is for another model.
+    """
+    if place is None:
+        place = partial(
+            place_with_replicas, redundancy=options.expert_redundancy, num_redundant=options.redundant_experts
+        )
     config, values = load_config(options.source.model_dir)
     if options.plan is not None:
         check_model(
@@ -92,7 +101,7 @@ def create_coordinator(
     options: InstanceOptions,
     server: MessageServer,
     watch: LoopWatch | None = None,
-    place: PlaceExperts = place_evenly,
+    place: PlaceExperts | None = None,
 ) -> Coordinator:
     """Takes the server over, and closes it where this raises.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +26,23 @@ class PlacementTables:
 
     @staticmethod
     def of(
-        experts: Sequence[Sequence[int]], num_experts: int, upload: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        experts: Sequence[Sequence[int]],
+        num_experts: int,
+        upload: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        missing: Collection[int] = (),
     ) -> PlacementTables:
-        """Of the experts of each node, in the order of their local ids; `upload` moves a tensor to the device."""
+        """Of the experts of each node, in the order of their local ids.
+
+        Args:
+            upload: moves a tensor to the device.
+            missing: nodes whose experts are left to others, but for those that no other has.
+        """
         homes: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]  # (node, local id), nodes ascending
         for node, held in enumerate(experts):
             for local, expert in enumerate(held):
                 homes[expert].append((node, local))
         most = max(map(len, homes))
+        homes = [[home for home in of_expert if home[0] not in missing] or of_expert for of_expert in homes]
         local_ids = torch.full((len(experts), num_experts * most), -1, dtype=torch.int32)
         for expert, its_homes in enumerate(homes):
             for replica, (node, local) in enumerate(its_homes):

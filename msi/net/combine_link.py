@@ -20,6 +20,7 @@ from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_hello
 from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import (
     HEADER,
+    HEADER_ATTEMPT_AT,
     HEADER_BYTES,
     INCARNATION_MASK,
     KIND_WORD_FIXED,
@@ -60,6 +61,9 @@ class Listener(Protocol):
         On whatever thread takes immediates, with the link's lock held.
         """
 
+    def landed_again(self, seat: int, lane: int, seq: int, num_rows: int) -> None:
+        """Rows of a sequence number that landed before, packed anew since another node was lost. Likewise."""
+
 
 @dataclass(slots=True)
 class _Slot:
@@ -72,6 +76,7 @@ class _Slot:
     kind_word: int
     post: Callable[[int, int, int], None]
     landed_at: float = 0.0
+    again: tuple[int, int] = (-1, 0)  # the sequence number that rows landed for again, and their attempt
 
 
 def _no_post(lane: int, immediate: int, num_rows: int) -> None:
@@ -279,6 +284,8 @@ class CombineLink:
             reason = "lane"
         elif (immediate ^ seat.hello.incarnation) & INCARNATION_MASK:
             reason = "incarnation"
+        elif immediate >> SEQ_SHIFT & SEQ_MASK == slot.seq & SEQ_MASK:
+            reason = self._landed_again(seat, slot, lane, immediate, now)
         elif not 0 < (ahead := (immediate >> SEQ_SHIFT) - slot.seq & SEQ_MASK) <= self._max_skip:
             reason = "stale"
         else:
@@ -289,7 +296,25 @@ class CombineLink:
                 self.counters.rows += num_rows
                 self._tell(seat.index, lane, seq, num_rows, bool(immediate >> 29 & 1), now)
                 return
-        self.counters.dropped[reason] += 1
+        if reason:
+            self.counters.dropped[reason] += 1
+
+    def _landed_again(self, seat: _Seat, slot: _Slot, lane: int, immediate: int, now: float) -> str:
+        """Rows of the sequence number that is here already are taken if their attempt is higher; else why they are not.
+
+        Their sender has the answers to all attempts before: nothing reads the slot.
+        """
+        seq, attempt = slot.again
+        header_attempt = slot.header[HEADER_ATTEMPT_AT]
+        if immediate >> 30 != Kind.DISPATCH or header_attempt <= (attempt if seq == slot.seq else 0):
+            return "stale"
+        num_rows, reason = self._rows_of(seat, lane, slot.seq, immediate)
+        if not reason:
+            slot.again, slot.landed_at = (slot.seq, header_attempt), now
+            self.counters.rows += num_rows
+            assert self._listener is not None
+            self._listener.landed_again(seat.index, lane, slot.seq, num_rows)
+        return reason
 
     def _rows_of(self, seat: _Seat, lane: int, seq: int, immediate: int) -> tuple[int, str]:
         """How many rows an immediate announces, and why it is not used, or ""."""

@@ -4,8 +4,10 @@ For each turn of a lane every connected node gets exactly one post: rows in its 
 none. A lane has one turn in flight; its slots are free again when the answers have landed, so there are no credits.
 A turn is a row of numbers: the last answer opens the gate that the lane's queue waits at, and only the end of the pass
 wakes a coroutine. Whatever goes wrong, the gates open, and what is computed behind them is dropped.
-A pass lives and dies with the connections that it was begun with: when a node is lost, what it had answered is wiped
-with its seat, so that every pass in flight fails, and none that was begun before goes to a node that came after.
+A pass keeps to the connections that it was begun with. When a node is lost that owes rows of a turn, the others'
+answers are awaited, and then the whole turn is packed again for the nodes that are there, and posted with the same
+sequence number and a higher *attempt*; the pass goes on with those. Where what is missing is nowhere else, it is
+*held*: until it is somewhere, or for `hold_s`. A lost node's seat is wiped once nobody reads what it had answered.
 Rows themselves are written where they leave to the nodes and read from `landing` by whoever computes, on the thread
 that computes; that thread posts them, and takes the answers where the transport lets it. Everything else here happens
 on the event loop.
@@ -19,7 +21,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from msi.errors import BatchRefused, ProtocolError, TransportError
@@ -29,6 +31,9 @@ from msi.net.passes import EXCHANGES_APART, Gates, Node, Pass, Watch
 from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import (
     ANSWER,
+    ATTEMPT_MASK,
+    ATTEMPT_SHIFT,
+    ATTEMPT_WORD_SHIFT,
     HEADER,
     HEADER_BYTES,
     INCARNATION_MASK,
@@ -53,16 +58,18 @@ IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it w
 
 NO_WORD = 1 << 32  # no immediate
 WATCH_SHARE = 16  # of the time-out: how often turns are checked against it
+MAX_ATTEMPTS = 255  # what a header holds
 ABSENCE_SHARE = 4  # of the time-out: who checks so late has been away, and everybody's time starts anew
 
 
 @dataclass
 class DispatchCounters:
-    """Counts since start; `dropped` by the reason why an immediate was not used."""
+    """Counts since start; `dropped` by the reason why an immediate was not used, `packed_again` counts turns."""
 
     posts: int = 0
     rows: int = 0
     answers: int = 0
+    packed_again: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
 
@@ -78,6 +85,8 @@ class DispatchLink:
             is not packed within that time fails its pass.
         clock: seconds, monotonic.
         watch: told of each exchange as it ends, on whatever thread took the answer.
+        missing: what cannot be computed without these nodes, in words; "" where all can.
+        hold_s: passes wait so long for what is missing; where 0, they fail as soon as a node is lost.
     """
 
     def __init__(
@@ -91,6 +100,8 @@ class DispatchLink:
         timeout_s: float = 4.0,
         clock: Callable[[], float] = time.monotonic,
         watch: Watch | None = None,
+        missing: Callable[[Sequence[int]], str] = lambda nodes: f"nodes {list(nodes)}" if nodes else "",
+        hold_s: float = 0.0,
     ) -> None:
         self.layout = hello.dispatch_layout
         self.answer_layout = hello.combine_layout
@@ -103,6 +114,9 @@ class DispatchLink:
         self._nodes: tuple[Node | None, ...] = (None,) * num_nodes
         self._node_of: dict[Endpoint, Node] = {}
         self._gone: dict[int, tuple[str, str]] = {}  # worker id and reason of the one lost last, by node
+        self._left: dict[int, Node] = {}  # lost, and their seats not wiped yet
+        self._wiped = asyncio.Event()
+        self._missing, self._hold_s = missing, hold_s
         self.placement_version = hello.placement_version  # of hellos, and of passes that begin
         self._passes: list[Pass | None] = [None] * hello.num_lanes
         self._next_turns = [1] * hello.num_lanes
@@ -146,6 +160,9 @@ class DispatchLink:
     async def connect(self, node: int, address: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Region:
         """Connects a node and returns where rows to it leave. Raises TransportError."""
         assert self._nodes[node] is None, f"node {node} is connected already"
+        while node in self._left:  # a pass reads for less than a turn
+            self._wiped.clear()
+            await self._wiped.wait()
         hello = LINK_CODEC.encode(self._own_hello())
         endpoint = await self._transport.connect(address, hello, self.landing, node, timeout_s=timeout_s)
         try:
@@ -157,8 +174,7 @@ class DispatchLink:
         with self._turning:
             self._set(node, peer)
             self._node_of[endpoint] = peer
-        if all(self._nodes):
-            self._complete.set()
+        self._loop.call_soon(self.look_again)  # the caller has to know first where rows leave
         return endpoint.out_rows
 
     def _own_hello(self) -> LinkHello:
@@ -167,27 +183,96 @@ class DispatchLink:
         )
 
     def drop(self, node: int, reason: str) -> None:
-        """Fences a node: connection closed, its seat revoked, all passes in flight fail. Idempotent."""
+        """Fences a node: its connection is closed, its seat revoked; who waits for it waits no longer. Idempotent."""
         peer = self._nodes[node]
         if peer is None:
             return
+        short = []
         with self._turning:
             self._set(node, None)
             self._gone[node] = (peer.welcome.worker_id, reason)
-        del self._node_of[peer.endpoint]
-        self._complete.clear()
+            del self._node_of[peer.endpoint]
+            peer.is_lost = True
+            self._left[node] = peer
+            for lane, passing in enumerate(self._passes):
+                waiting = self._waiting[lane]
+                if passing is not None and waiting and peer in passing.nodes and self._counts[lane][node]:
+                    passing.is_short = True  # whether it has answered or not: the turn is packed again
+                    self._waiting[lane] = waiting = waiting & ~peer.bit
+                    if not waiting:
+                        short.append((lane, passing))
         peer.endpoint.close()
-        self.landing.revoke(node)
-        for lane, passing in enumerate(self._passes):
-            if passing is not None:
-                self._fail(lane, passing, TransportError(peer.welcome.worker_id, reason))
+        self._wipe()
         self._report_loss(node, peer.welcome.worker_id, reason)
+        self.look_again()
+        if not self._hold_s and not self._complete.is_set():
+            for lane, passing in enumerate(self._passes):
+                if passing is not None:
+                    self._fail(lane, passing, TransportError(peer.welcome.worker_id, reason))
+        for lane, passing in short:
+            self._go_on(lane, passing)
+
+    def _wipe(self) -> None:
+        """The seats of lost nodes whose answers nobody reads any more. On the event loop."""
+        with self._turning:
+            for node, peer in list(self._left.items()):
+                if not any(
+                    passing is not None and passing.is_reading and self._counts[lane][node] and peer in passing.nodes
+                    for lane, passing in enumerate(self._passes)
+                ):
+                    self.landing.revoke(node)
+                    del self._left[node]
+                    self._wiped.set()
+
+    def look_again(self) -> None:
+        """Nodes have come or gone, or `missing` says something else: those that are held may go on."""
+        if self._missing(self.missing_nodes):
+            self._complete.clear()
+            return
+        self._complete.set()
+        for lane, passing in enumerate(self._passes):
+            if passing is not None and passing.held_since is not None:
+                self._go_on(lane, passing)
+
+    def _go_on(self, lane: int, passing: Pass) -> None:
+        """A turn that lacks answers of lost nodes is packed again, or held until it can be. On the event loop."""
+        if passing.is_over or self._passes[lane] is not passing or not passing.is_short:
+            return
+        if not self._complete.is_set():
+            if passing.held_since is None:
+                passing.held_since = self._clock()
+            if not self._hold_s:
+                self._fail(lane, passing, self._held_too_long())
+            return
+        if passing.attempt == MAX_ATTEMPTS:
+            self._fail(lane, passing, self._lost(next(iter(self._gone))))
+            return
+        with self._turning:
+            passing.is_short, passing.held_since, passing.since = False, None, self._clock()
+            passing.attempt += 1
+            passing.nodes = self._connected
+            passing.life_word = life_word(self._incarnation, self.placement_version)
+        self.counters.packed_again += 1
+        passing.gates.pack_again(lane, passing.turn)
+
+    def _held_too_long(self) -> TransportError:
+        """Names the node that was lost, and what is missing since."""
+        nodes = self.missing_nodes
+        error = self._lost(min(nodes, key=lambda node: node not in self._gone, default=0))
+        if not self._hold_s:
+            return error
+        lacking = f"{self._missing(nodes)} for {self._hold_s:g} s"
+        return TransportError(error.peer, f"{error.reason}; {lacking}")
 
     def _set(self, node: int, peer: Node | None) -> None:
         self._nodes = (*self._nodes[:node], peer, *self._nodes[node + 1 :])
 
     def _lost(self, node: int) -> TransportError:
         return TransportError(*self._gone.get(node, (f"node {node}", "is not connected")))
+
+    @property
+    def _connected(self) -> tuple[Node, ...]:
+        return tuple(node for node in self._nodes if node is not None)
 
     @property
     def num_nodes(self) -> int:
@@ -203,23 +288,28 @@ class DispatchLink:
 
         Each is a difference on one clock; no clocks are compared.
         """
-        return {node.welcome.worker_id: tuple(node.exchanges) for node in self._nodes if node is not None}
+        return {node.welcome.worker_id: tuple(node.exchanges) for node in self._connected}
 
     @property
     def num_bytes(self) -> dict[str, tuple[int, int]]:
         """Of the rows that each connected node was sent, and of its answers, by worker id."""
         row_bytes, answer_bytes = self.layout.row_bytes, self.answer_layout.row_bytes
-        connected = [node for node in self._nodes if node is not None]
-        return {one.welcome.worker_id: (one.num_rows * row_bytes, one.num_rows * answer_bytes) for one in connected}
+        return {
+            one.welcome.worker_id: (one.num_rows * row_bytes, one.num_rows * answer_bytes) for one in self._connected
+        }
 
     @property
     def ways(self) -> dict[str, str]:
         """How rows get to each connected node, by worker id."""
-        return {node.welcome.worker_id: node.endpoint.way for node in self._nodes if node is not None}
+        return {node.welcome.worker_id: node.endpoint.way for node in self._connected}
 
     async def wait_complete(self) -> None:
-        """Until every node is connected. Whoever calls says how long that may take."""
-        await self._complete.wait()
+        """Until nothing is missing. Raises TransportError: not within `hold_s`, where that is more than 0."""
+        try:
+            async with asyncio.timeout(self._hold_s or None):
+                await self._complete.wait()
+        except TimeoutError:
+            raise self._held_too_long() from None
 
     # -- the layer loop ----------------------------------------------------------------------------------------------
 
@@ -236,7 +326,7 @@ class DispatchLink:
         first, num_layers = self._next_turns[lane], gates.num_layers
         more = num_layers > 1 or may_continue(lane)
         passing = Pass(
-            gates, self._nodes, life_word(self._incarnation, self.placement_version), first, self._next_seqs[lane],
+            gates, self._connected, life_word(self._incarnation, self.placement_version), first, self._next_seqs[lane],
             may_continue, self._clock(),
             self._loop.create_future(),
         )  # fmt: skip
@@ -250,7 +340,7 @@ class DispatchLink:
         """Until the answers to the last turn of a lane's pass have landed. Cancelled or not, call `end` or `give_up`.
 
         Raises:
-            TransportError: a node was lost; `peer` names it.
+            TransportError: a node was lost that nobody stood in for in time; `peer` names it.
             BatchRefused: a node is there, but has no answer to a turn.
             TimeoutError: a turn was not packed in time.
             Exception: what `failed` was given.
@@ -263,15 +353,11 @@ class DispatchLink:
         await passing.done
 
     def end(self, lane: int) -> None:
-        """A pass is through, its last answers read. Raises TransportError if a node was lost since it was begun, and
-        what it had answered with it.
-        """
-        passing = self._passes[lane]
-        assert passing is not None, f"lane {lane} has no pass"
-        for node, peer in enumerate(self._nodes):
-            if peer is not passing.nodes[node]:
-                raise self._lost(node)
+        """A pass is through, its last answers read."""
+        assert self._passes[lane] is not None, f"lane {lane} has no pass"
         self._passes[lane] = None
+        if self._left:
+            self._wipe()
 
     def give_up(self, lane: int) -> None:
         """Ends a pass that failed, wherever it was: its gates open, nothing of it is posted, answers are late.
@@ -288,6 +374,8 @@ class DispatchLink:
             self._next_seqs[lane] = -(-(self._posted_seqs[lane] + 1) // num_layers) * num_layers
             self._waiting[lane] = 0
             self._passes[lane] = None
+        if self._left:
+            self._wipe()
         passing.gates.open(lane, passing.last)
         if passing.done.done() and not passing.done.cancelled():
             passing.done.exception()  # whoever gave up has another reason
@@ -305,37 +393,82 @@ class DispatchLink:
 
     def _post(self, lane: int, passing: Pass, turn: int) -> None:
         """Needs the lock: no answer is taken before all nodes have their post."""
-        nodes, first = passing.nodes, lane * len(passing.nodes)
+        nodes = passing.nodes
         seq, more, row_bytes, pack = passing.seq_of_turn_0 + turn, self._more[lane], self._row_bytes, OPENING.pack_into
-        if nodes is not self._nodes or not passing.is_whole:
-            changed = (node for node, peer in enumerate(nodes) if peer is None or peer is not self._nodes[node])
-            self.failed(lane, turn, self._lost(next(changed)))
-            return
         word, full, empty = self._words[more][lane]
         full, empty = full | (seq & SEQ_MASK) << SEQ_SHIFT, empty | (seq & SEQ_MASK) << SEQ_SHIFT
         life = passing.life_word
+        counts = self._open_turn(lane, passing, turn, seq)
+        waiting = posted = 0
+        for peer in nodes:
+            try:
+                if count := counts[peer.index]:
+                    pack(peer.out_headers[lane], 0, word, life, seq, count, row_bytes)  # its times stay 0
+                    peer.post(lane, full, count)
+                    peer.num_rows += count
+                    posted += count
+                    waiting |= peer.bit
+                else:
+                    peer.post(lane, empty)
+            except TransportError as error:
+                if not peer.is_lost:
+                    self._loop.call_soon_threadsafe(self._not_posted, peer, error)
+        self.counters.posts += len(nodes)
+        self._posted(lane, passing, waiting, posted)
+
+    def packed_again(self, lane: int, turn: int) -> None:
+        """The same for a turn whose gates' `pack_again` was called: to those that get rows; all others have seen it."""
+        passing = self._passes[lane]
+        if passing is not None and passing.turn == turn:
+            with self._turning:
+                if not passing.is_over:
+                    self._post_again(lane, passing, turn)
+
+    def _post_again(self, lane: int, passing: Pass, turn: int) -> None:
+        seq = self._posted_seqs[lane]
+        attempt = passing.attempt
+        word, full, _ = self._words[self._more[lane]][lane]
+        word |= attempt << ATTEMPT_WORD_SHIFT
+        full |= (seq & SEQ_MASK) << SEQ_SHIFT | (attempt & ATTEMPT_MASK) << ATTEMPT_SHIFT
+        counts = self._open_turn(lane, passing, turn, seq)
+        waiting = posted = 0
+        for peer in passing.nodes:
+            if count := counts[peer.index]:
+                OPENING.pack_into(peer.out_headers[lane], 0, word, passing.life_word, seq, count, self._row_bytes)
+                try:
+                    peer.post(lane, full, count)
+                except TransportError as error:
+                    if not peer.is_lost:
+                        self._loop.call_soon_threadsafe(self._not_posted, peer, error)
+                    continue
+                peer.num_rows += count
+                posted += count
+                waiting |= peer.bit
+                self.counters.posts += 1
+        self._posted(lane, passing, waiting, posted)
+
+    def _open_turn(self, lane: int, passing: Pass, turn: int, seq: int) -> list[int]:
+        """A turn is about to be posted; the rows that lie ready for each node."""
+        passing.is_reading = False
+        if self._left:
+            self._loop.call_soon_threadsafe(self._wipe)
         self._posted_seqs[lane] = seq
         self._posted_at[lane] = passing.since = self._clock()
         passing.turn = turn
         self._awaited[lane] = lane << LANE_SHIFT | (seq & SEQ_MASK) << SEQ_SHIFT
-        self._counts[lane] = counts = passing.counts[first : first + len(nodes)].tolist()
-        waiting = 0
-        peer: Node
-        try:
-            for peer, count in zip(nodes, counts, strict=True):  # type: ignore[assignment]  # none is None
-                if count:
-                    waiting |= peer.bit
-                    peer.num_rows += count
-                    pack(peer.out_headers[lane], 0, word, life, seq, count, row_bytes)  # its times stay 0
-                    peer.post(lane, full, count)
-                else:
-                    peer.post(lane, empty)
-        except TransportError as error:
-            self._loop.call_soon_threadsafe(self._not_posted, lane, passing, peer.index, error)
-            return
+        first = lane * len(self._nodes)
+        self._counts[lane] = counts = passing.counts[first : first + len(self._nodes)].tolist()
+        return counts
+
+    def _posted(self, lane: int, passing: Pass, waiting: int, num_posted: int) -> None:
+        """Rows that could not be posted are those of nodes that were lost: they are packed again."""
+        self.counters.rows += num_posted
+        if num_posted != sum(self._counts[lane]):
+            passing.is_short = True
+            if not self._hold_s and not self._complete.is_set():
+                self.failed(lane, passing.turn, self._held_too_long())
+                return
         self._waiting[lane] = waiting
-        self.counters.posts += len(nodes)
-        self.counters.rows += sum(counts)
         if not waiting:
             self._loop.call_soon_threadsafe(self._landed, lane, passing, self._posted_at[lane])
 
@@ -358,16 +491,18 @@ class DispatchLink:
                 self._waiting[lane] = 0
         passing.gates.open(lane, passing.last)
 
-    def _not_posted(self, lane: int, passing: Pass, node: int, error: TransportError) -> None:
-        """A connection that takes no post is lost, whether or not the transport has said so, and the pass with it."""
-        if self._nodes[node] is passing.nodes[node]:
-            self.drop(node, f"connection lost ({error.reason})")
-        self._fail(lane, passing, self._lost(node))
+    def _not_posted(self, peer: Node, error: TransportError) -> None:
+        """A connection that takes no post is lost, whether or not the transport has said so."""
+        if self._nodes[peer.index] is peer:
+            self.drop(peer.index, f"connection lost ({error.reason})")
 
     def _landed(self, lane: int, passing: Pass, now: float) -> None:
         """All answers to the turn that is away are here. On whatever thread took the last."""
         turn = passing.turn
         if passing.is_over:
+            return
+        if passing.is_short:
+            self._loop.call_soon_threadsafe(self._go_on, lane, passing)
             return
         if turn + 1 == passing.last:
             try:
@@ -376,6 +511,7 @@ class DispatchLink:
                 self.failed(lane, turn, error)
                 return
         passing.since = now
+        passing.attempt, passing.is_reading = 0, True
         passing.gates.open(lane, turn)
         if turn == passing.last:
             if threading.get_ident() == self._thread:
@@ -487,8 +623,11 @@ class DispatchLink:
         if in_flight:
             self._watch_later()
         for lane, passing in in_flight:
+            if passing.held_since is not None:
+                if self._clock() - passing.held_since >= self._hold_s:
+                    self._fail(lane, passing, self._held_too_long())
             # our own computing is not held against those who answer
-            if self._clock() - max(passing.since, self._back_at) >= self._timeout_s:
+            elif self._clock() - max(passing.since, self._back_at) >= self._timeout_s:
                 self._expire(lane, passing)
 
     def _expire(self, lane: int, passing: Pass) -> None:
@@ -496,5 +635,5 @@ class DispatchLink:
         for node in range(len(self._nodes)):
             if waiting >> node & 1:
                 self.drop(node, f"no answer for {self._timeout_s:g} s")
-        if not passing.done.done():
+        if not waiting and not passing.done.done():
             self._fail(lane, passing, TimeoutError(f"nothing was computed for {self._timeout_s:g} s"))

@@ -30,6 +30,11 @@ class Gates(Protocol):
     def open(self, lane: int, turn: int) -> None:
         """What waits for the answers to that turn of a lane, or to one before, may go on. From any thread."""
 
+    def pack_again(self, lane: int, turn: int) -> None:
+        """Packs the rows of a turn, whose gate is closed, for the nodes that are there now; then the link's
+        `packed_again` is called. On the event loop.
+        """
+
 
 class Node:
     """A node that is connected, and who it said it is.
@@ -39,10 +44,12 @@ class Node:
         answer: the immediate of its answer to sequence number 0 of lane 0.
         exchanges: the last ones: seconds from a post to its answer, and those of them that the node had the rows.
         num_rows: that it was sent.
+        is_lost: its connection is closed; what it had answered may still be read.
     """
 
     __slots__ = (
-        "answer", "bit", "endpoint", "exchanges", "in_headers", "index", "num_rows", "out_headers", "post", "welcome",
+        "answer", "bit", "endpoint", "exchanges", "in_headers", "index", "is_lost", "num_rows", "out_headers", "post",
+        "welcome",
     )  # fmt: skip
 
     def __init__(self, index: int, endpoint: Endpoint, welcome: LinkWelcome, in_headers: Sequence[memoryview]) -> None:
@@ -53,23 +60,36 @@ class Node:
         self.post = endpoint.post
         self.exchanges: deque[tuple[float, float]] = deque(maxlen=EXCHANGES_KEPT)
         self.num_rows = 0
+        self.is_lost = False
         self.out_headers = tuple(endpoint.out_headers)
         self.in_headers = tuple(in_headers)
         self.answer = pack_immediate(Kind.COMBINE, False, 0, 0, 0, welcome.incarnation)
 
 
 class Pass:
-    """One pass of a lane; which of its turns is away is told by the lane's row in the link's table."""
+    """One pass of a lane; which of its turns is away is told by the lane's row in the link's table.
+
+    Attributes:
+        nodes: that it sends to: those that were there when it was begun, or when rows of it were packed again.
+        life_word: our life, and the placement that its rows are of.
+        turn: posted last.
+        attempt: how often its rows were packed again.
+        is_short: somebody who was lost owes rows of it.
+        held_since: since when it has waited for a node that holds what it lacks.
+        is_reading: answers to that turn are read by what computes the next.
+        is_over: nothing of it is posted any more.
+        since: when something happened to it last.
+    """
 
     __slots__ = (
-        "counts", "done", "first", "gates", "is_over", "is_whole", "last", "life_word", "may_continue", "nodes",
-        "seq_of_turn_0", "since", "turn",
+        "attempt", "counts", "done", "first", "gates", "held_since", "is_over", "is_reading", "is_short", "last",
+        "life_word", "may_continue", "nodes", "seq_of_turn_0", "since", "turn",
     )  # fmt: skip
 
     def __init__(
         self,
         gates: Gates,
-        nodes: tuple[Node | None, ...],
+        nodes: tuple[Node, ...],
         life_word: int,
         first: int,
         first_seq: int,
@@ -78,18 +98,19 @@ class Pass:
         done: asyncio.Future[None],
     ) -> None:
         self.gates = gates
-        self.nodes = nodes  # connected when it was begun: its rows lie where they leave to these
-        self.is_whole = all(nodes)
-        self.life_word = life_word  # our life, and the placement that its rows are of to its end
+        self.nodes = nodes
+        self.life_word = life_word
         self.counts = gates.counts.cast("B").cast("i")  # lane after lane
         self.first = first
         self.last = first + gates.num_layers - 1
         self.seq_of_turn_0 = first_seq - first
         self.may_continue = may_continue
-        self.since = since  # when something happened to it last
+        self.since = since
         self.done = done
-        self.turn = first - 1  # posted last
-        self.is_over = False  # nothing of it is posted any more
+        self.turn = first - 1
+        self.attempt = 0
+        self.is_short = self.is_reading = self.is_over = False
+        self.held_since: float | None = None
 
     def set_done(self) -> None:
         """On the event loop: wakes who awaits it."""

@@ -141,6 +141,9 @@ class _NoExperts:
         if turn == self._next - 1:
             self._loop.call_soon_threadsafe(_resolve, self._done, None)
 
+    def packed_again(self, lane: int, turn: int) -> None:
+        """Nobody is ever lost."""
+
     def failed(self, lane: int, turn: int, error: Exception) -> None:
         self._loop.call_soon_threadsafe(_resolve, self._done, error)
 

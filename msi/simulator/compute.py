@@ -26,6 +26,7 @@ from msi.types import MicroBatch, Placement, Sampled
 ROW_BYTES = ROW_ALIGNMENT  # of a simulated row, either way
 DRAW = struct.Struct("<II")  # lies where the first row would: the mark of the draw, and the tokens it was for
 
+PACKING_S = 20e-6  # rows once more, after a loss
 TOKEN_ID = 0  # what every simulated sequence says, again and again
 
 
@@ -89,6 +90,12 @@ class SimulatedAttention:
     def open(self, lane: int, turn: int) -> None:
         self._queues.open(lane, turn)
 
+    def use_nodes(self, missing: tuple[int, ...]) -> None:
+        """Rows go where `routing` says."""
+
+    def pack_again(self, lane: int, turn: int) -> None:
+        self._queues.pack_again(lane, turn)
+
     async def sampled(self, lane: int) -> Sampled:
         await self._queues.sampled(lane)
         return Sampled([TOKEN_ID] * len(self._lanes[lane].micro_batch.logit_rows))
@@ -103,7 +110,9 @@ class SimulatedAttention:
             for layer in range(self.num_layers)
         ]
         return LanePrograms(
-            layers, SimulatedProgram(partial(self._sample_s, lane), self.pass_meter.add, "sample", lane)
+            layers,
+            SimulatedProgram(partial(self._sample_s, lane), self.pass_meter.add, "sample", lane),
+            SimulatedProgram(lambda: PACKING_S, lambda duration_s: self._draw(lane), "pack again", lane),
         )
 
     def _attention_s(self, lane: int, layer: int) -> float | None:
@@ -119,6 +128,9 @@ class SimulatedAttention:
 
     def _pack(self, lane: int, duration_s: float) -> None:
         self.meter.add(duration_s)
+        self._draw(lane)
+
+    def _draw(self, lane: int) -> None:
         num_tokens = self._lanes[lane].num_tokens
         mark, num_rows = self._routing.draw(num_tokens, self._chance)
         for node, slots in self._slots.items():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from msi.attention.lanes import run_lane
+from msi.errors import TransportError
 from msi.experts.server import ExpertServer
 from msi.experts.waves import Waves
 from msi.net.combine_link import CombineLink
@@ -104,6 +105,9 @@ class Passes:
     def fail(self, lane: int, micro_batch: MicroBatch, error: Exception) -> None:
         self.failures.append(error)
         self._left[lane] += 1  # tried again
+
+    def hold_is_over(self, error: TransportError) -> None:
+        self.failures.append(error)
 
 
 class SimulatedAttentionWorker:

@@ -55,6 +55,9 @@ class AttentionPart(AttentionCompute, Protocol):
     def use_placement(self, placement: Placement) -> None:
         """Passes that begin from now on send rows where it says."""
 
+    def use_nodes(self, missing: tuple[int, ...]) -> None:
+        """These expert nodes are not there: rows that others can compute do not go to them."""
+
     def close(self) -> None:
         """The device, which outlives it, lets go of it. No pass is in flight any more."""
 
