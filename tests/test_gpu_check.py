@@ -10,8 +10,11 @@ import time
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.test_pages import PAGES, ROOT
+from tools.gpu.idle import busy_share
 from tools.gpu.report import Outcome, Report, Row, line, shown
 from tools.gpu.runner import NotHere, Place, Section, run_section
 
@@ -54,6 +57,13 @@ def test_figures_on_the_page_are_those_of_the_results():
     }
     for figure in re.findall(r"([\d.]+) (?:us|TB/s|TF/s|tokens/s)", table):
         assert figure in found, f"{figure} is no result"
+
+
+@given(st.lists(st.tuples(st.integers(-20, 120), st.integers(0, 60)), max_size=8))
+def test_time_that_kernels_share_counts_once(pieces):
+    intervals = [(first, first + length) for first, length in pieces]
+    covered = {at for first, last in intervals for at in range(max(0, first), min(100, last))}
+    assert busy_share(intervals, 0, 100) == pytest.approx(len(covered) / 100)
 
 
 # -- sections --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Decoding with dummy weights of known models' shapes: colocated and split on one GPU, and transformers beside it.
+"""Decoding with dummy weights of known models' shapes: colocated and split on one GPU.
 
 Of each model as many layers as are made up quickly and fit: times are per layer, tokens/s are of these layers and the
 head. Two processes on one GPU take turns on it, so their throughput is no figure of a split instance with a GPU each.
@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import random
-import shutil
-import subprocess
 import tempfile
-import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import torch
-
 from msi import Engine
-from tools.bench_decode import Run, Transformers, drive, run_ours
+from tools.bench_decode import Run, drive, run_ours
+from tools.gpu import peers
+from tools.gpu.batches import WARM_TOKENS, prompts_of, sizes
+from tools.gpu.idle import Utilisation, profiled_idle
 from tools.gpu.report import Add, Row
-from tools.gpu.runner import NotHere, Place
+from tools.gpu.runner import Place
 from tools.gpu.shapes import Shape
 
-BATCHES, INPUT_LEN, OUTPUT_LEN = (32, 128, 256), 128, 96
-DRY_BATCHES, DRY_INPUT_LEN, DRY_OUTPUT_LEN = (2,), 4, 12
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {"colocated": True, "transport": "inproc"},
     "split": {"micro_batches": 2, "transport": "shm"},
 }
-WARM_TOKENS = 6
+PROFILED_BATCH = 128
+HEARTBEAT_S = 1.2
 
 
 def sections_of(shape: Shape, small: Shape) -> dict[str, Any]:
@@ -40,21 +36,10 @@ def sections_of(shape: Shape, small: Shape) -> dict[str, Any]:
     sections: dict[str, Any] = {
         layout: functools.partial(_ours, shape, small, layout, options) for layout, options in LAYOUTS.items()
     }
-    return sections | {"transformers": functools.partial(_theirs, shape, small)}
-
-
-def _sizes(place: Place) -> tuple[tuple[int, ...], int, int]:
-    if place.is_dry:
-        return DRY_BATCHES, DRY_INPUT_LEN, DRY_OUTPUT_LEN
-    return BATCHES, INPUT_LEN, OUTPUT_LEN
-
-
-def _prompts(shape: Shape, batch: int, input_len: int) -> list[tuple[int, ...]]:
-    chance = random.Random(0)
-    return [tuple(chance.randrange(3, shape.vocab_size) for _ in range(input_len)) for _ in range(batch)]
-
-
-# -- ours ------------------------------------------------------------------------------------------------------------
+    return sections | {
+        "transformers": functools.partial(peers.generate, shape, small),
+        "continuous": functools.partial(peers.generate_batch, shape, small),
+    }
 
 
 def _ours(shape: Shape, small: Shape, layout: str, options: dict[str, Any], place: Place, add: Add) -> None:
@@ -64,7 +49,7 @@ def _ours(shape: Shape, small: Shape, layout: str, options: dict[str, Any], plac
 
 
 async def _decode(shape: Shape, model: Path, layout: str, options: dict[str, Any], place: Place, add: Add) -> None:
-    batches, input_len, output_len = _sizes(place)
+    batches, input_len, output_len = sizes(place)
     started = time.monotonic()
     async with Engine.local(
         model=model, device=place.device, load_format="dummy", max_num_seqs=max(batches), start_timeout_s=180,
@@ -73,13 +58,31 @@ async def _decode(shape: Shape, model: Path, layout: str, options: dict[str, Any
     ) as engine:  # fmt: skip
         print(f"   started in {time.monotonic() - started:.1f} s", flush=True)
         for batch in batches:
-            prompts = _prompts(shape, batch, input_len)
+            prompts = prompts_of(shape, batch, input_len)
             await drive(engine, prompts, WARM_TOKENS)
             with Utilisation() as utilisation:
                 run = await run_ours(engine, prompts, output_len)
                 ended = time.monotonic()
             busy = utilisation.between(ended - run.tpot_s * (output_len - 2), ended)
+            await asyncio.sleep(HEARTBEAT_S)  # with the medians of the last turns
+            stats = await engine.stats()
+            times = next(worker for worker in stats.workers if worker.role == "attention").status.times
+            run = replace(run, t_attention_s=times.attention_s, t_expert_s=times.expert_s)
             _add(shape, layout, batch, input_len + output_len // 2, run, busy, place, add)
+        if options["transport"] == "inproc" and not place.is_dry:
+            await _idle(shape, layout, engine, prompts_of(shape, PROFILED_BATCH, input_len), add)
+
+
+async def _idle(shape: Shape, layout: str, engine: Engine, prompts: list[tuple[int, ...]], add: Add) -> None:
+    name = f"{shape.label}, {layout}, {len(prompts)} sequences: GPU idle"
+    try:
+        add(
+            Row(
+                name, await profiled_idle(engine, prompts), "", note="by the profiler, which slows launches; asked: 5 %"
+            )
+        )
+    except Exception as error:  # the profiler's own, of many kinds; what was measured before stays
+        add(Row(name, "not measured", note=f"{type(error).__name__}: {error}"[:200]))
 
 
 def _add(
@@ -99,65 +102,4 @@ def _add(
     add(Row(f"{at}: T_a of a layer", run.t_attention_s * 1e6, "us", attention_floor, note=f"{in_one} sequences"))
     add(Row(f"{at}: T_e of a layer", run.t_expert_s * 1e6, "us", expert_floor, note=f"{in_one} sequences"))
     if busy is not None:
-        add(Row(f"{at}: GPU idle", 1 - busy, "", note="share of time in which no kernel ran, by the driver's samples"))
-
-
-class Utilisation:
-    """The share of time in which some kernel ran, as the driver's tool samples it. A context manager."""
-
-    def __init__(self) -> None:
-        self._samples: list[tuple[float, float]] = []
-        self._process: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> Utilisation:
-        if shutil.which("nvidia-smi") is not None:
-            command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=50"]
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip().isdigit():
-                self._samples.append((time.monotonic(), int(line) / 100))
-
-    def between(self, begin: float, end: float) -> float | None:
-        """None where there are no samples of that time."""
-        inside = [value for at, value in self._samples if begin + 0.2 <= at <= end]
-        return fmean(inside) if inside else None
-
-
-# -- transformers ----------------------------------------------------------------------------------------------------
-
-
-def _theirs(shape: Shape, small: Shape, place: Place, add: Add) -> None:
-    try:
-        import transformers
-    except ImportError as error:
-        raise NotHere("transformers is not installed") from error
-    shape = small if place.is_dry else shape
-    batches, input_len, output_len = _sizes(place)
-    with tempfile.TemporaryDirectory(prefix="msi-gpu-") as folder:
-        config: Any = transformers.AutoConfig.from_pretrained(shape.save(Path(folder)))
-    config.eos_token_id = None
-    with torch.device(place.device):
-        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    model.generation_config.eos_token_id = None
-    peer = Transformers(model)
-    how = getattr(config, "_experts_implementation", None)
-    for batch in batches:
-        prompts = _prompts(shape, batch, input_len)
-        peer.run(prompts, WARM_TOKENS)
-        found = peer.run(prompts, output_len)
-        add(
-            Row(
-                f"{shape.label}, transformers' generate, {batch} sequences: decoding", found["decode_tokens_per_s"],
-                "tokens/s", note=f"{found['tpot_s'] * 1e3:.2f} ms a pass; {transformers.__version__}, experts: {how}",
-            )
-        )  # fmt: skip
+        add(Row(f"{at}: GPU idle", 1 - busy, "", note="by the driver's samples; asked: 5 %"))
