@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -145,7 +146,7 @@ BLOCK_M = {16: 16, 64: 64, 128: 128, 1024: 128}
 def tune(shapes: tuple[Shape, ...], budget_s: float, tell: Callable[[str], None]) -> dict[str, Any]:
     """What is written: of every shape that there was time for, its best tiles and how long they took."""
     ends_at = time.monotonic() + budget_s
-    is_dry = not torch.cuda.is_available()
+    is_dry = not has_gpu()
     if not is_dry:
         _compile_ahead(shapes, tell)
     name = "interpreter" if is_dry else torch.cuda.get_device_name()
@@ -169,6 +170,11 @@ def tune(shapes: tuple[Shape, ...], budget_s: float, tell: Callable[[str], None]
             found["shapes"].append(entry)
         del bench
     return found
+
+
+def has_gpu() -> bool:
+    """Asked without the driver, which no process may have touched that others are forked from."""
+    return Path("/dev/nvidiactl").exists() and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 class Bench:
@@ -285,7 +291,7 @@ class Bench:
     @staticmethod
     def seconds(work: Callable[[], object]) -> float:
         """The median of launches one after another; weights are more than any cache holds."""
-        if not torch.cuda.is_available():
+        if not has_gpu():
             started = time.perf_counter()
             work()
             return time.perf_counter() - started
@@ -345,21 +351,21 @@ def _pairs(rows: int) -> Iterator[Tiles]:
 
 
 def _compile(work: list[tuple[Shape, Tiles]]) -> None:
-    """Launches each for a wave of no rows, with memory of one matrix in place of all."""
+    """Launches each for a wave of no rows; all weights are the same memory."""
     device = torch.device("cuda")
+    most = max(2 * shape.num_experts * shape.inner * shape.hidden for shape, _ in work)
+    memory = torch.empty(most, dtype=torch.bfloat16, device=device)
     landed = {}
     for shape, tiles in work:
-        sizes = (2 * shape.inner, shape.hidden), (shape.hidden, shape.inner)
-        w13, w2 = (
-            torch.empty(1, shape.num_experts, *size, dtype=torch.bfloat16, device=device)
-            if (tiles.gate_up.is_tma or tiles.down.is_tma) and shape.num_experts * size[0] * size[1] <= 1 << 30
-            else torch.empty(1, 1, *size, dtype=torch.bfloat16, device=device).expand(1, shape.num_experts, *size)
-            for size in sizes
+        sizes = (
+            (1, shape.num_experts, 2 * shape.inner, shape.hidden),
+            (1, shape.num_experts, shape.hidden, shape.inner),
         )
+        w13, w2 = (memory[: math.prod(size)].view(size) for size in sizes)
         if shape not in landed:
             bytes_each = row_bytes(shape.hidden, shape.k, torch.bfloat16)
-            memory = torch.zeros(2, 1, 16, bytes_each, dtype=torch.uint8, device=device)
-            landed[shape] = PackedRows.view(memory, shape.hidden, shape.k, torch.bfloat16)
+            rows = torch.zeros(2, 1, 16, bytes_each, dtype=torch.uint8, device=device)
+            landed[shape] = PackedRows.view(rows, shape.hidden, shape.k, torch.bfloat16)
         bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=(tiles,))
         bank.prepare(landed[shape], (32 * shape.hidden, 2 * shape.hidden))
         launches = bank._launches
@@ -387,7 +393,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds, after which no other shape is begun")
     parser.add_argument("--dry", action="store_true", help="in the interpreter, on a small shape; writes nothing")
     options = parser.parse_args()
-    if not options.dry and not torch.cuda.is_available():
+    if not options.dry and not has_gpu():
         parser.error("there is no GPU here to measure; --dry goes through all of it in Triton's interpreter")
     found = tune((DRY,) if options.dry else SHAPES, options.budget, lambda line: print(line, flush=True))
     if options.dry:

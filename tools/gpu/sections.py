@@ -35,7 +35,7 @@ SECTIONS = {
         Section("ceilings", ceilings.run, 30),
         Section("gates", by_rows(gates), 45),
         Section("kernels", kernel_cases.are_right, 90),
-        Section("tuning", tuning.run, 80),
+        Section("tuning", tuning.run, 100),
         Section("times", kernel_cases.take, 90),
         Section("tokens", tokens.run, 150),
         *(
