@@ -206,10 +206,10 @@ def experts_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     answers = {seat: torch.zeros(1, each, size.hidden, dtype=numbers.dtype, device=numbers.device) for seat in range(4)}
     ids = torch.cat([landed.topk_ids[seat, 0, :num_rows].flatten() for seat, num_rows in seats])
     active = len(set(ids.tolist()))
-    has_own_graphs = hasattr(bank, "prepare")
+    has_own_graphs = hasattr(bank, "capture")
     if has_own_graphs:  # more than a bank has to have
         prepared: Any = bank
-        prepared.prepare(landed, answers[0])
+        prepared.prepare(landed, (answers[0].nbytes, answers[0][0, 0].nbytes))
         if numbers.device.type == "cuda":
             prepared.capture()
     expert_values = 3 * size.hidden * size.inner
