@@ -90,7 +90,7 @@ class _Rules:
     def write(self, asked: Any, where: str, ends: Ends) -> str:
         """The name of a rule for a format and what ends it. Raises InvalidRequest."""
         kind = _object(asked, where).get("type")
-        if kind in NOT_BUILT:
+        if isinstance(kind, str) and kind in NOT_BUILT:
             raise _wrong(where, f"has the type {kind}, which is not supported: {NOT_BUILT[kind]}")
         writer = getattr(self, f"_{kind}", None) if isinstance(kind, str) and kind in TYPES else None
         if writer is None:
