@@ -84,6 +84,8 @@ class Client:
     Attributes:
         packages: what its environment needs, pinned; itself first.
         unwanted: of what that brings, what has to go again.
+        max_model_len: of the model that it asks; 0 for the model's own. Whoever asks for answers without a limit waits
+            for as many tokens.
         what: is run.
         run: runs it; a sentence about the result. Raises Failed.
     """
@@ -92,6 +94,7 @@ class Client:
     what: str
     run: Callable[[Place], str]
     unwanted: tuple[str, ...] = ()
+    max_model_len: int = 0
 
 
 def _script(name: str) -> Callable[[Place], str]:
@@ -191,7 +194,10 @@ CLIENTS = {
     "guidellm": Client(("guidellm==0.8.1", "torch==2.13.0"), "run, concurrent", _guidellm),
     "aiperf": Client(("aiperf==0.13.0",), "profile, completions and chat, streaming", _aiperf),
     "schemathesis": Client(
-        ("schemathesis==4.32.5",), "every endpoint of /openapi.json, by coverage and at random", _schemathesis
+        ("schemathesis==4.32.5",),
+        "every endpoint of /openapi.json, by coverage and at random",
+        _schemathesis,
+        max_model_len=128,
     ),
     "lm-eval": Client(
         ("lm-eval[api]==0.4.13", "torch==2.13.0", "transformers==5.24.0", "accelerate==1.15.0"),
@@ -217,20 +223,12 @@ def environment(name: str, client: Client) -> Path:
     return python
 
 
-def serve(port: int) -> subprocess.Popen[bytes]:
+def serve(port: int, max_model_len: int = 0) -> subprocess.Popen[bytes]:
     """The demo model at a port, ready. Raises SystemExit: it does not start."""
-    command = [
-        sys.executable,
-        "-m",
-        "msi_launch",
-        "--port",
-        str(port),
-        "--threads-per-worker",
-        "1",
-        "--dtype",
-        "float32",
-    ]
-    return started([*command, "--log-level", "warning"], f"http://127.0.0.1:{port}/ready")
+    options = ["--port", str(port), "--threads-per-worker", "1", "--dtype", "float32", "--log-level", "warning"]
+    if max_model_len:
+        options += ["--max-model-len", str(max_model_len)]
+    return started([sys.executable, "-m", "msi_launch", *options], f"http://127.0.0.1:{port}/ready")
 
 
 def started(command: list[str], url: str) -> subprocess.Popen[bytes]:
@@ -252,10 +250,10 @@ def main() -> int:
     parser.add_argument("clients", nargs="*", metavar="CLIENT", type=one_of(*CLIENTS), help=f"of {', '.join(CLIENTS)}")
     parser.add_argument(
         "--port",
-        type=integer(1, 65534),
+        type=integer(1, 65533),
         default=8765,
         metavar="P",
-        help="where the model is served; 8765, and the next",
+        help="where the model is served; 8765, and the next two",
     )
     arguments = parser.parse_args()
     chosen = {name: CLIENTS[name] for name in arguments.clients or CLIENTS}
@@ -270,8 +268,12 @@ def main() -> int:
         servers.append(started(calling, f"{calling_url}/health"))
         for name, client in chosen.items():
             folder = Path(tempfile.mkdtemp(prefix=f"client-{name}-"))
+            own_url = url
+            if client.max_model_len:
+                own_url = f"http://127.0.0.1:{arguments.port + 2}"
+                servers.append(serve(arguments.port + 2, client.max_model_len))
             try:
-                result = client.run(Place(pythons[name], url, calling_url, folder))
+                result = client.run(Place(pythons[name], own_url, calling_url, folder))
             except (Failed, subprocess.TimeoutExpired, KeyError, OSError) as error:
                 result = f"FAILED: {str(error)[-TOLD_CHARS:]}"
                 num_failed += 1

@@ -1,4 +1,4 @@
-"""Run by tools/check_clients.py inside an environment that has `lm-eval[api]`: URL, then the model's name.
+"""Run by tools/check_clients.py where there is `lm-eval[api]`: URL, the model's name, and one that it needs not.
 
 Tasks of each kind of request that lm-eval sends, over the server and over transformers on the same checkpoint: texts
 are generated, choices and whole texts are scored, which is `echo` with `logprobs`.
@@ -73,7 +73,7 @@ def scores(tasks, kind, /, **arguments):
     return {task: found["results"][task][name] for task, name in SCORES.items()}
 
 
-url, name = sys.argv[1:]
+url, name, _ = sys.argv[1:]
 folder = Path.cwd()
 write_tasks(folder)
 tasks = TaskManager(include_path=str(folder), include_defaults=False)
