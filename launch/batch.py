@@ -174,8 +174,8 @@ class Batch:
                 raise NotARequestError(f"custom_id {request.custom_id[:64]} is on a line before; give each its own")
             self._seen.add(request.custom_id)
         except NotARequestError as error:
-            known = error.custom_id or line.answer_id
-            if known in self._answers.ids:
+            answers = self._answers
+            if error.custom_id in answers.ids or (not error.custom_id and line.answer_id in answers.lines):
                 self._counts.known += 1
             else:
                 self._counts.refused += 1

@@ -58,7 +58,8 @@ class Answers:
     """The file of answers, open for adding, and held against a second run. `close` at the end.
 
     Attributes:
-        ids: that have an answer: custom_ids, and `Line.answer_id` of lines that have none.
+        ids: custom_ids that have an answer.
+        lines: `Line.answer_id` of lines without a custom_id that have one; a custom_id may look like it.
 
     Raises:
         ConfigError: the file cannot be written, another run writes it, or it holds something else.
@@ -69,7 +70,9 @@ class Answers:
         self._file = _open(path, "a+b")
         try:
             self._hold()
-            self.ids, end = self._read()
+            self.ids: set[str] = set()
+            self.lines: set[str] = set()
+            end = self._read()
             self._repair(end)
         except BaseException:
             self._file.close()
@@ -100,9 +103,8 @@ class Answers:
                 error
             )
 
-    def _read(self) -> tuple[set[str], int]:
-        """The ids, and where the last whole line ends."""
-        ids: set[str] = set()
+    def _read(self) -> int:
+        """The ids; returns where the last whole line ends."""
         end = 0
         self._file.seek(0)
         for number, line in enumerate(self._file, 1):
@@ -114,9 +116,13 @@ class Answers:
                 raise ConfigError(
                     f"line {number} of {self._path} is no answer of a batch; name another file, or move this one away"
                 )
-            ids.add(answer)
+            custom_id, answer_id = answer
+            if custom_id:
+                self.ids.add(custom_id)
+            else:
+                self.lines.add(answer_id)
             end += len(line)
-        return ids, end
+        return end
 
     def _repair(self, end: int) -> None:
         self._file.truncate(end)
@@ -126,16 +132,17 @@ class Answers:
                 self.add(b"\n")
 
 
-def _answer_of(line: bytes) -> str | None:
-    """The id that it answers; None where it is no answer."""
+def _answer_of(line: bytes) -> tuple[str, str] | None:
+    """(custom_id or "", id) of what it answers; None where it is no answer."""
     try:
         values = orjson.loads(line)
     except ValueError:
         return None
     if not isinstance(values, dict) or "response" not in values:
         return None
-    found = values.get("custom_id") or values.get("id")
-    return found if isinstance(found, str) else None
+    custom_id, answer_id = values.get("custom_id") or "", values.get("id") or ""
+    is_answer = isinstance(custom_id, str) and isinstance(answer_id, str) and (custom_id or answer_id)
+    return (custom_id, answer_id) if is_answer else None
 
 
 def _open(path: Path, mode: str) -> IO[Any]:

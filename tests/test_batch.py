@@ -102,10 +102,18 @@ def test_a_file_that_was_cut_anywhere_is_repaired(tmp_path, cut):
     first = WHOLE.index(b"\n")
     expected = {"a"} if first <= cut < len(WHOLE) - 1 else {"a", "line-2"} if cut >= len(WHOLE) - 1 else set()
     answers = Answers(path)
-    assert answers.ids == expected
+    assert (answers.ids, answers.lines) == (expected & {"a"}, expected & {"line-2"})
     answers.add(answered(Line(3, b""), "c", 200, "r", b"{}"))
     answers.close()
     assert answers_of(path).keys() == expected | {"c"}
+
+
+def test_a_custom_id_that_looks_like_a_line_answers_no_line(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(answered(Line(1, b""), "line-2", 200, "r", b"{}"))
+    answers = Answers(path)
+    assert (answers.ids, answers.lines) == ({"line-2"}, set())
+    answers.close()
 
 
 @pytest.mark.parametrize("text", ["{}\n", "notes\n", "notes", '{"a": 1}\n{"id":"line-', WHOLE.decode() + "notes\n"])

@@ -71,7 +71,7 @@ class Place:
         done = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
         )
-        said = done.stdout + done.stderr
+        said = done.stderr + done.stdout
         if done.returncode != 0:
             raise Failed(f"status {done.returncode}: {said}")
         return said
