@@ -59,7 +59,7 @@ def compile_all(requests: list[Request]) -> list[Compiled]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.compiled"], input=json.dumps([asdict(one) for one in requests]),
-        capture_output=True, text=True, timeout=110, cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=90 + 15 * len(requests), cwd=ROOT, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [Compiled(**one) for one in json.loads(done.stdout.splitlines()[-1])]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 from msi.kernels.triton.launches import plan_rows
-from msi.kernels.triton.tiles import LARGE, SMALL, Product, Tiles
+from msi.kernels.triton.tiles import Product, Tiles, default_tiles
 from tests.everyday import mostly_slow
-from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
+from tests.kernels.compiled import ARCHITECTURES, SHARED_BYTES, Request, assert_fits, compile_all
 
 MIXTRAL = {"HIDDEN": 4096, "INNER": 14336, "NUM_EXPERTS": 8}
 WAVE = ("wave", "tile_expert", "tile_begin", "tile_end")
@@ -81,10 +82,6 @@ def stage(architecture: int) -> Request:
     return Request("msi.kernels.triton.wave:stage_rows", types, {"HIDDEN": 4096, "BLOCK": 1024}, architecture)
 
 
-def tiles_of(architecture: int) -> tuple[Tiles, ...]:
-    return SMALL if architecture == 89 else LARGE
-
-
 @pytest.mark.parametrize("architecture", mostly_slow(sorted(ARCHITECTURES, key=lambda one: one != 90)))
 def test_a_waves_plan_and_answers_fit_and_store_wide(architecture):
     requests = [
@@ -102,11 +99,15 @@ def test_a_waves_plan_and_answers_fit_and_store_wide(architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_products_fit(architecture):
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("architecture", "weights"),
+    [*((one, "bf16") for one in ARCHITECTURES), *((one, "fp8e4nv") for one in ARCHITECTURES if one >= 89)],
+)
+def test_the_products_fit(architecture, weights):
     """With the tiles of a device that nobody has measured."""
-    tiles = tiles_of(architecture)
-    requests = [make(one, architecture) for one in tiles for make in (gate_up, down)]
+    tiles = default_tiles(torch.bfloat16, SHARED_BYTES[architecture])
+    requests = [make(one, architecture, weights) for one in tiles for make in (gate_up, down)]
     for request, compiled in zip(requests, compile_all(requests), strict=True):
         assert_fits(request, compiled)
         assert compiled.count(r"LDGSTS.*128|UTMALDG"), "rows and weights come in wide loads"

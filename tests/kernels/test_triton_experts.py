@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from msi.kernels.blocks import BLOCK, from_blocks, to_blocks
 from msi.kernels.plain import PlainExpertBank
 from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 from msi.kernels.triton import expert_bank, host_rows
-from msi.kernels.triton.expert_bank import TritonExpertBank
+from msi.kernels.triton.expert_bank import TritonExpertBank, new_expert_bank
 from msi.kernels.triton.launches import Activation, ExpertWeights
 from msi.kernels.triton.tiles import Product, Tiles, choose, expected_rows
 from tests.everyday import mostly_slow
@@ -192,7 +193,7 @@ def test_rows_in_host_memory_are_copied_and_never_read_twice(monkeypatch, how):
 @pytest.mark.parametrize("weights_in_blocks", [False, True], ids=["float16", "scaled float8"])
 def test_biases_limits_and_scales_are_those_of_the_definition(weights_in_blocks):
     generator = torch.Generator().manual_seed(4)
-    hidden, inner, experts, block = 160, 144, 3, 128
+    hidden, inner, experts = 160, 144, 3
     w13, w2 = weights_of(2, experts, hidden, inner, torch.float32, generator)
     biases = (
         torch.randn(2, experts, 2 * inner, generator=generator),
@@ -202,9 +203,9 @@ def test_biases_limits_and_scales_are_those_of_the_definition(weights_in_blocks)
     activation = Activation(alpha=1.702, limit=1.5, up_offset=1.0)
     if weights_in_blocks:
         halves = w13.view(2, experts, 2, inner, hidden)
-        (w13, scale13, seen13), (w2, scale2, seen2) = (in_blocks(one, block) for one in (halves, w2))
+        (w13, scale13, seen13), (w2, scale2, seen2) = (in_blocks(one) for one in (halves, w2))
         w13, scale13, seen13 = (one.reshape(2, experts, -1, one.shape[-1]) for one in (w13, scale13, seen13))
-        weights = ExpertWeights(w13, w2, bias13, bias2, scale13, scale2, block, activation)
+        weights = ExpertWeights(w13, w2, bias13, bias2, scale13, scale2, BLOCK, activation)
     else:
         seen13, seen2 = w13.half(), w2.half()
         weights = ExpertWeights(seen13, seen2, bias13, bias2, activation=activation)
@@ -226,16 +227,29 @@ def test_biases_limits_and_scales_are_those_of_the_definition(weights_in_blocks)
     assert error(place.answers[0][0], wanted) < TOLERANCE[torch.float16]
 
 
-def in_blocks(matrices, block):
+def in_blocks(matrices):
     """As float8 with a scale for each block of rows and columns, and what they stand for."""
-    rows, columns = matrices.shape[-2:]
-    wide = [-(-size // block) for size in (rows, columns)]
-    padded = torch.nn.functional.pad(matrices, (0, wide[1] * block - columns, 0, wide[0] * block - rows))
-    tiles = padded.view(*matrices.shape[:-2], wide[0], block, wide[1], block)
-    scales = tiles.abs().amax((-3, -1)) / 448
-    packed = (tiles / scales[..., :, None, :, None]).to(torch.float8_e4m3fn)
-    seen = (packed.float() * scales[..., :, None, :, None]).view(padded.shape)[..., :rows, :columns]
-    return packed.view(padded.shape)[..., :rows, :columns].contiguous(), scales.contiguous(), seen
+    made = [to_blocks(one) for one in matrices.flatten(0, -3)]
+    packed, scales = (torch.stack(ones).unflatten(0, matrices.shape[:-2]) for ones in zip(*made, strict=True))
+    seen = torch.stack([from_blocks(*one) for one in made]).unflatten(0, matrices.shape[:-2])
+    return packed, scales, seen
+
+
+def test_what_is_put_into_a_float8_bank_is_kept_in_blocks():
+    generator = torch.Generator().manual_seed(5)
+    w13, w2 = weights_of(1, 3, 136, 144, torch.float32, generator)
+    shape = {"num_layers": 1, "hidden_size": 136, "inner_size": 144, "device": DEVICE}
+    bank = new_expert_bank(num_experts=3, dtype=torch.float8_e4m3fn, **shape)
+    for expert in range(3):
+        bank.put(0, expert, w13[0, expert], w2[0, expert])
+    order = [2, 0, 1]
+    moved = bank.arranged(order)
+    place = Place(1, 1, 5, 2, 136, torch.float16)
+    place.put(0, 0, 5, 3, generator)
+    moved.run(0, 0, [(0, 5)], place.landed, place.answers)
+    wanted = expected(place, 0, 0, 5, w13[0, order], w2[0, order])
+    assert error(place.answers[0][0], wanted) < 0.06  # three bits of mantissa
+    assert moved.weight_bytes_read == len(set(place.landed.topk_ids.flatten().tolist()) - {-1}) * 3 * 136 * 144
 
 
 VARIANTS = {

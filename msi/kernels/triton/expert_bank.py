@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from msi.kernels.blocks import BLOCK, num_blocks, to_blocks
 from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
 from msi.kernels.triton import host_rows
 from msi.kernels.triton.host_rows import HostRows
@@ -88,8 +89,17 @@ class TritonExpertBank:
         return bank
 
     def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
-        self.weights.w13[layer, expert] = gate_up
-        self.weights.w2[layer, expert] = down
+        weights = self.weights
+        if weights.scale13 is None or weights.scale2 is None:
+            weights.w13[layer, expert] = gate_up
+            weights.w2[layer, expert] = down
+            return
+        inner, height = gate_up.shape[0] // 2, num_blocks(gate_up.shape[0] // 2)
+        for half in range(2):
+            packed, scales = to_blocks(gate_up[half * inner : (half + 1) * inner])
+            weights.w13[layer, expert, half * inner : (half + 1) * inner] = packed
+            weights.scale13[layer, expert, half * height : (half + 1) * height] = scales
+        weights.w2[layer, expert], weights.scale2[layer, expert] = to_blocks(down)
 
     def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
         """With waves of no rows, through memory of their own."""
@@ -178,10 +188,21 @@ def new_expert_bank(
     device: torch.device,
     num_model_experts: int | None = None,
 ) -> TritonExpertBank:
-    """Without weights yet."""
-    w13 = torch.empty(num_layers, num_experts, 2 * inner_size, hidden_size, dtype=dtype, device=device)
-    w2 = torch.empty(num_layers, num_experts, hidden_size, inner_size, dtype=dtype, device=device)
-    return TritonExpertBank(ExpertWeights(w13, w2), num_model_experts=num_model_experts)
+    """Without weights yet.
+
+    Args:
+        dtype: that weights are kept in; with float8_e4m3fn, in blocks that have a scale each, whatever is put.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(num_layers, num_experts, *shape, dtype=dtype, device=device)
+
+    weights = ExpertWeights(empty(2 * inner_size, hidden_size), empty(hidden_size, inner_size))
+    if dtype is torch.float8_e4m3fn:
+        across, along = num_blocks(hidden_size), num_blocks(inner_size)
+        scales = empty(2 * along, across, dtype=torch.float32), empty(across, along, dtype=torch.float32)
+        weights = replace(weights, scale13=scales[0], scale2=scales[1], scale_block=BLOCK)
+    return TritonExpertBank(weights, num_model_experts=num_model_experts)
 
 
 def _fresh(counts: Tensor, device: torch.device) -> Tensor:

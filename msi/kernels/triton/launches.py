@@ -111,18 +111,25 @@ class WaveLaunches:
             self.launch_eagerly(tiles)
 
     def capture(self) -> None:
-        """Makes graphs, one of each of the tiles; waits for the device, and is for before the first wave.
+        """Makes graphs, one of each of the tiles, before the first wave; waits for nothing but its own stream.
 
         Each is launched once for a wave of no rows before, which loads what it needs.
         """
-        for tiles in self._tiles:
-            self.descriptors.write(0, 0, [])
-            self.launch_eagerly(tiles)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream(self._weights.w2.device)
+        stream.wait_stream(torch.cuda.current_stream(self._weights.w2.device))
+        with torch.cuda.stream(stream):
+            for tiles in self._tiles:
+                self.descriptors.write(0, 0, [])
                 self.launch_eagerly(tiles)
-            self._graphs[id(tiles)] = graph
+            stream.synchronize()
+            for tiles in self._tiles:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.launch_eagerly(tiles)
+                finally:
+                    graph.capture_end()
+                self._graphs[id(tiles)] = graph
 
     def launch_eagerly(self, tiles: Tiles) -> None:
         """The same, and never a graph."""

@@ -7,7 +7,7 @@ What a device has been measured to like lies in `tuned/`, one JSON file for each
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,17 @@ def default_tiles(dtype: torch.dtype, shared_bytes: int) -> tuple[Tiles, ...]:
     """Without measurements; `shared_bytes` of memory a program can have."""
     if dtype.itemsize > 2:
         return TINY
-    return SMALL if shared_bytes < SMALL_SHARED_BYTES else LARGE
+    return SMALL if shared_bytes < SMALL_SHARED_BYTES else tuple(_fitted(one, shared_bytes) for one in LARGE)
+
+
+def _fitted(tiles: Tiles, shared_bytes: int) -> Tiles:
+    """With as few stages as there is shared memory for."""
+
+    def fitted(product: Product, num_weights: int) -> Product:
+        stage_bytes = 2 * product.block_k * (tiles.block_m + num_weights * product.block_n)
+        return replace(product, num_stages=min(product.num_stages, shared_bytes // stage_bytes))
+
+    return replace(tiles, gate_up=fitted(tiles.gate_up, 2), down=fitted(tiles.down, 1))
 
 
 def tiles_for(device: str, hidden: int, inner: int, dtype: torch.dtype, shared_bytes: int) -> tuple[Tiles, ...]:
