@@ -54,7 +54,7 @@ async def _decode(shape: Shape, model: Path, layout: str, options: dict[str, Any
     async with Engine.local(
         model=model, device=place.device, load_format="dummy", max_num_seqs=max(batches), start_timeout_s=180,
         peer_timeout_s=30, gpu_memory_utilization=0.3, enable_prefix_caching=False,
-        threads_per_worker=1 if place.is_dry else 0, **options,
+        threads_per_worker=1 if place.is_dry else 0, **options, **place.engine,
     ) as engine:  # fmt: skip
         print(f"   started in {time.monotonic() - started:.1f} s", flush=True)
         for batch in batches:

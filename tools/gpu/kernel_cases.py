@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msi.attention.pass_inputs import PassInputs
-from msi.kernels import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS, SigmoidRouting
 from msi.kernels.kernels import ExpertBank, Kernels, Outboxes
 from msi.kernels.norm import Norm, rms_norm
 from msi.kernels.pass_tensors import PassTensors
@@ -31,6 +31,7 @@ from tools.gpu.timing import device_seconds, seconds
 HALVES = (torch.bfloat16, torch.float16)
 ALLOWED = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}  # relative error of a result's norm
 MEMORY_BOUND, COMPUTE_BOUND = 0.85, 0.65  # shares of the floor that are asked for
+ASKED = ("attention", "experts")  # of what moves enough that a launch counts for little
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +47,22 @@ class Size:
     head_dim: int
     num_tokens: int
     context_len: int
+    vocab_size: int
 
     @staticmethod
     def of(shape: Shape, num_tokens: int, context_len: int) -> Size:
         return Size(
             shape.hidden, shape.inner, shape.num_experts, shape.top_k, shape.num_heads, shape.num_kv_heads,
-            shape.head_dim, num_tokens, context_len,
+            shape.head_dim, num_tokens, context_len, shape.vocab_size,
         )  # fmt: skip
 
 
 CHECKED = (  # small, so that float64 is quick; heads that share and that do not, rows that fill no tile
-    Size(1024, 1536, 6, 2, 16, 4, 128, 67, 301),
-    Size(512, 384, 16, 4, 8, 8, 64, 130, 97),
-    Size(256, 256, 5, 2, 4, 2, 80, 1, 33),
+    Size(1024, 1536, 6, 2, 16, 4, 128, 67, 301, 32000),
+    Size(512, 384, 16, 4, 8, 8, 64, 130, 97, 5003),
+    Size(256, 256, 5, 2, 4, 2, 80, 1, 33, 199),
 )
-DRY = (Size(32, 48, 3, 2, 4, 2, 16, 3, 20),)
+DRY = (Size(32, 48, 3, 2, 4, 2, 16, 3, 20, 199),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,10 @@ class Numbers:
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         values = torch.randn(shape, generator=self._generator, device=self.device) * scale
         return values.to(self._given).to(self.dtype)
+
+    def distinct(self, *shape: int) -> Tensor:
+        """float32, not rounded, so that no two are equal."""
+        return torch.randn(shape, generator=self._generator, device=self.device)
 
     def choices(self, num_rows: int, k: int, most: int) -> Tensor:
         """int64 [num_rows, k], different within a row."""
@@ -186,6 +192,42 @@ def pack_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     return Case(run, lambda: torch.cat((found[0].double(), stream.double())), 6 * hidden.nbytes)
 
 
+def softmax_routing_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    logits = numbers.distinct(size.num_tokens, size.num_experts)
+    found: list[Tensor] = []
+
+    def run() -> None:
+        weights, ids = kernels.topk_softmax(logits, size.top_k, True)
+        found[:] = [torch.cat((weights.double(), ids.double()))]
+
+    return Case(run, lambda: found[0], logits.nbytes)
+
+
+def sigmoid_routing_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    logits, bias = numbers.distinct(size.num_tokens, size.num_experts), numbers.distinct(size.num_experts)
+    found: list[Tensor] = []
+
+    def run() -> None:
+        weights, ids = kernels.topk_sigmoid(logits, bias, size.top_k, True, SigmoidRouting(scale=2.5))
+        found[:] = [torch.cat((weights.double(), ids.double()))]
+
+    return Case(run, lambda: found[0], logits.nbytes)
+
+
+def draw_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    """Tokens by temperature, top-k, top-p and min-p; every error is another token."""
+    logits = numbers.distinct(size.num_tokens, size.vocab_size) * 3
+    options = torch.tensor([[0.8, 40, 0.9, 0.02, 0.0]], dtype=torch.float64, device=numbers.device).T
+    options = options.repeat(1, size.num_tokens)
+    options[4] = torch.linspace(0.001, 0.999, size.num_tokens, dtype=torch.float64, device=numbers.device)
+    found: list[Tensor] = []
+    return Case(
+        lambda: found.__setitem__(slice(None), [kernels.draw(logits.clone(), options)]),
+        lambda: found[0],
+        logits.nbytes,
+    )
+
+
 def experts_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     """One wave of four seats, the last without rows."""
     bank = kernels.expert_bank(
@@ -227,8 +269,11 @@ CASES: dict[str, Make] = {
     "gated MLP": mlp_case,
     "rope and KV write": rope_case,
     "paged decode attention": attention_case,
+    "softmax routing": softmax_routing_case,
+    "sigmoid routing": sigmoid_routing_case,
     "pack, combine and norm": pack_case,
     "experts": experts_case,
+    "drawing tokens": draw_case,
 }
 
 
@@ -328,7 +373,9 @@ def _time(place: Place, name: str, kernels: Kernels, make: Make, size: Size) -> 
     floor = asked = None
     if "bytes_per_s" in place.ceilings and "flop_per_s" in place.ceilings:
         moved, calculated = case.num_bytes / place.ceilings["bytes_per_s"], case.flop / place.ceilings["flop_per_s"]
-        floor, asked = max(moved, calculated) * 1e6, MEMORY_BOUND if moved >= calculated else COMPUTE_BOUND
+        floor = max(moved, calculated) * 1e6
+        if any(word in name for word in ASKED):
+            asked = MEMORY_BOUND if moved >= calculated else COMPUTE_BOUND
     return Row(name, took_s * 1e6, "us", floor, asked, note=how)
 
 

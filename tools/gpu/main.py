@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
     values = parse(argv, list(SECTIONS))
     is_dry = values.dry
     ends_at = time.monotonic() + values.budget
-    report = Report(about(is_dry), (), ())
+    report = Report(about(is_dry, values.engine), (), ())
     ceilings: dict[str, float] = {}
     for name in values.sections:
         section = SECTIONS[name]
@@ -67,7 +67,7 @@ def run(argv: list[str]) -> int:
             continue
         limit = min(section.dry_limit_s if is_dry else section.limit_s, left)
         print(f"-- {name} (at most {limit:.0f} s)", flush=True)
-        place = Place("cpu" if is_dry else "cuda", dict(ceilings), time.monotonic() + limit)
+        place = Place("cpu" if is_dry else "cuda", dict(ceilings), time.monotonic() + limit, values.engine)
         outcome, rows = run_section(section, place, lambda row: print(line(row), flush=True))
         for row in rows:
             if row.name in UNITS and isinstance(row.value, float):
@@ -98,6 +98,12 @@ def parse(argv: list[str], names: list[str]) -> argparse.Namespace:
                 raise argparse.ArgumentTypeError(f"{name!r} is not one; there are: {', '.join(names)}")
         return wanted
 
+    def options(word: str) -> dict[str, str]:
+        pairs = [one.partition("=") for one in word.split(",")]
+        if not all(name and value for name, _, value in pairs):
+            raise argparse.ArgumentTypeError(f"{word!r} is not OPTION=VALUE[,...]")
+        return {name: value for name, _, value in pairs}
+
     parser = ScriptLine(__doc__)
     parser.add_argument("--sections", type=sections, default=names, metavar="S[,S...]",
         help=f"in this order; all of them: {', '.join(names)}")  # fmt: skip
@@ -105,12 +111,14 @@ def parse(argv: list[str], names: list[str]) -> argparse.Namespace:
         help="seconds for all; sections for which none are left are left out; 3600")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also gpu_DEVICE_DATE.json and .md there")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels to use that are not installed")
+    parser.add_argument("--engine", type=options, default={}, metavar="OPTION=VALUE[,...]",
+        help="of instances, as Engine.local takes them")  # fmt: skip
     parser.add_argument("--dry", action="store_true", help="on a CPU: that every section runs")
     values: argparse.Namespace = parser.parse_args(argv)
     return values
 
 
-def about(is_dry: bool) -> dict[str, str]:
+def about(is_dry: bool, engine: dict[str, str]) -> dict[str, str]:
     """What it runs on, without touching the GPU: sections fork from this process."""
     import subprocess
 
@@ -122,13 +130,16 @@ def about(is_dry: bool) -> dict[str, str]:
         return done.stdout.strip().splitlines()[0]
 
     device, _, driver = said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition(", ")
-    return {
+    found = {
         "device": "dry run" if is_dry else device,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "driver": driver or "none",
         "commit": os.environ.get("GPU_CHECK_COMMIT") or said("git", "rev-parse", "--short", "HEAD"),
         "processors": str(os.cpu_count()),
     }
+    if engine:
+        found["engine"] = ", ".join(f"{name}={value}" for name, value in engine.items())
+    return found
 
 
 if __name__ == "__main__":

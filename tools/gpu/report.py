@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -95,10 +96,11 @@ class Report:
         return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
     def write(self, folder: Path) -> Path:
-        """gpu_<device>_<date>.json and .md; the JSON's path."""
+        """gpu_<device>_<date>.json and .md, with what instances were told in the name; the JSON's path."""
         folder.mkdir(parents=True, exist_ok=True)
         device = "-".join(self.about.get("device", "unknown").split()).lower()
-        path = folder / f"gpu_{device}_{self.about.get('date', '')[:10]}.json"
+        told = "".join(f"_{value}" for _, value in re.findall(r"(\w+)=([\w.-]+)", self.about.get("engine", "")))
+        path = folder / f"gpu_{device}_{self.about.get('date', '')[:10]}{told}.json"
         path.write_text(self.to_json() + "\n")
         path.with_suffix(".md").write_text(self.to_markdown())
         return path

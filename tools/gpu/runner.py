@@ -11,9 +11,10 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import Any
 
 from tools.gpu.report import Add, Outcome, Row
 
@@ -28,11 +29,13 @@ class Place:
         device: "cuda", or "cpu" in a dry run, which goes through everything in its smallest size.
         ceilings: by name, what the machine itself was found to do: "bytes_per_s" and "flop_per_s".
         ends_at: when its time is up, on time.monotonic(); long sections look at it before they begin something.
+        engine: options of instances, beside those that a section gives.
     """
 
     device: str
     ceilings: dict[str, float]
     ends_at: float
+    engine: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_dry(self) -> bool:

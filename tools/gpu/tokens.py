@@ -76,5 +76,6 @@ async def _tokens(model: Path, expected: Any, place: Place, options: dict[str, A
         num_gpu_blocks_override=128,
         threads_per_worker=1 if place.is_dry else 0,
         **options,
+        **place.engine,
     ) as engine:
         return await asyncio.gather(*(tokens_of(engine, one.prompt) for one in expected))
