@@ -17,6 +17,7 @@ from msi.planner.plan import Plan
 from msi.planner.plan_file import read_plan_file
 from msi.precision import Precision
 from msi.settings import (
+    LIMITS,
     MODEL_AND_WORKERS,
     SLOT_ROWS,
     HostOptions,
@@ -77,6 +78,9 @@ class InstanceOptions:
     limits: SchedulerLimits = SchedulerLimits()
     link: LinkShape = LinkShape()
     timeouts: Timeouts = Timeouts()
+    max_resumptions: Annotated[int, range(2**15)] = parameter(
+        3, "how often a request goes on elsewhere when its attention worker is lost", metavar="N", group=LIMITS
+    )
     trace: Path | None = parameter(
         None, "write a Chrome trace at the end", metavar="FILE", group=DIAGNOSIS, file="write"
     )

@@ -202,7 +202,7 @@ class Timeouts:
         peer_timeout_s: an expert worker that owes an answer for that long is lost.
         heartbeat_s: between two heartbeats of a worker.
         lost_after_s: a worker that was not heard of for so long is lost.
-        hold_timeout_s: requests that run wait so long for experts that are on no worker that is there.
+        hold_timeout_s: requests that run wait so long for a worker in place of theirs, or for experts that are on none.
     """
 
     start_timeout_s: Seconds = parameter(120.0, "seconds that workers may take to come", metavar="S", group=LIMITS)
@@ -210,8 +210,8 @@ class Timeouts:
         4.0, "seconds after which an expert worker that owes an answer is lost", metavar="S", group=LIMITS
     )
     hold_timeout_s: Seconds = parameter(
-        60.0, "seconds that running requests wait for experts that are on no worker any more", metavar="S",
-        group=LIMITS,
+        60.0, "seconds that running requests wait for a worker, or for experts, in place of those that were lost",
+        metavar="S", group=LIMITS,
     )  # fmt: skip
     heartbeat_s: Seconds = 1.0
     lost_after_s: Seconds = 3.0

@@ -198,12 +198,18 @@ class Request:
 
     Attributes:
         trace: W3C's traceparent of the span that it belongs to; "" where nobody traces it.
+        output_token_ids: that its client has already, from attention workers that were lost; the answer goes on behind.
+        num_scored: tokens of the prompt whose log-probabilities it has from them.
+        num_resumptions: how often it was given to another attention worker.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     trace: str = ""
+    output_token_ids: tuple[int, ...] = ()
+    num_scored: Annotated[int, range(2**40)] = 0
+    num_resumptions: Annotated[int, range(2**16)] = 0
 
 
 @dataclass(frozen=True, slots=True)

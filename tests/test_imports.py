@@ -27,7 +27,7 @@ LAYERS = [
     {  # decisions about an instance, and its messages
         "msi.control.messages", "msi.control.members", "msi.control.formation", "msi.control.membership",
         "msi.control.calibration", "msi.control.clients", "msi.control.counters", "msi.control.lane_choice",
-        "msi.control.suspects", "msi.control.request_routing", "msi.control.restarts", "msi.control.watched",
+        "msi.control.suspects", "msi.control.routed", "msi.control.request_routing", "msi.control.restarts", "msi.control.watched",
         "msi.options",
     },
     {"msi.device", "msi.models", "msi.text"},

@@ -1,16 +1,13 @@
-"""When a worker that ended is started again, and what becomes of requests under which workers crashed."""
+"""When a worker that ended is started again."""
 
 from __future__ import annotations
 
 import errno
 
-from msi.control.request_routing import Router
 from msi.control.restarts import HEALTHY_AFTER_S, TRIES, Restarts, restart_delay_s
-from msi.control.suspects import SUSPECTED_FOR_S
 from msi.instance import processes as process_instance
 from msi.instance.children import Child
 from msi.options import InstanceOptions
-from msi.types import Progress, Request, SamplingParams
 
 
 def test_delays_grow_to_half_a_minute():
@@ -41,37 +38,6 @@ def test_one_that_never_was_ready_is_given_up_when_it_says_why_or_after_some_tri
     restarts = Restarts()
     delays = [restarts.ended(0.0, has_said_why=False) for _ in range(TRIES)]
     assert delays == [0, 1, 2, None]
-
-
-def request(name, seed, prompt=(1, 2, 3)):
-    return Request(name, prompt, SamplingParams(max_tokens=5, seed=seed))
-
-
-def crash(router, name, now, seed=1, has_crashed=True):
-    assert router.add(request(name, seed), b"c", now) is None
-    router.route({"a": 1000})
-    router.worker_lost("a", "it was killed by signal 11", now, has_crashed)
-
-
-def test_a_request_under_which_workers_crashed_twice_is_not_tried_a_third_time():
-    router = Router()
-    crash(router, "r", 0.0)
-    crash(router, "s", 1.0, seed=2)
-    refused = router.add(request("t", 3), b"c", 2.0)
-    assert "crashed 2 times while they ran this very request" in refused.failure.message
-    assert router.add(request("u", 3, prompt=(1, 2)), b"c", 2.0) is None, "others are"
-    assert router.add(request("v", 3), b"c", 2.0 + SUSPECTED_FOR_S) is None, "not for ever"
-
-
-def test_a_worker_that_was_killed_says_nothing_of_its_requests_nor_does_a_crash_after_which_they_were_answered():
-    router = Router()
-    for number in range(5):
-        crash(router, f"r{number}", 0.0, has_crashed=False)
-    for number in range(5):
-        crash(router, f"s{number}", 0.0)
-        assert router.add(request(f"t{number}", 1), b"c", 1.0) is None
-        router.route({"a": 1000})
-        router.progress("a", [Progress(f"t{number}", (1,), "stop")])
 
 
 async def test_a_worker_for_which_the_machine_has_no_room_is_tried_again_and_ends_nobody(tiny_model, monkeypatch):

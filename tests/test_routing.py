@@ -113,12 +113,12 @@ def test_progress_reaches_the_client_that_asked_and_nobody_else():
     assert len(router) == 1
 
 
-def test_a_lost_worker_fails_its_requests_by_name():
-    router = Router()
+def test_a_lost_worker_fails_its_requests_by_name_where_none_is_resumed():
+    router = Router(max_resumptions=0)
     router.add(request("r"), b"c", 0.0)
     router.route({"a": 100})
     router.add(request("waits"), b"c", 0.0)
-    assert router.worker_lost("a", "it died") == {
+    assert router.worker_lost("a", "it died", 0.0) == {
         b"c": [error("r", "request_failed", "attention worker a was lost: it died")]
     }
     assert len(router) == 1
@@ -197,19 +197,28 @@ def test_what_waits_here_counts_as_waiting():
     assert router.add(request("t"), b"c", 0.0) is None
 
 
-def test_a_request_that_never_came_to_its_worker_ends_and_one_that_nobody_wants_is_cancelled_again():
+def test_a_request_that_never_came_to_its_worker_is_given_to_it_again_and_one_that_nobody_wants_is_cancelled_again():
     router = Router()
     for name in ("r", "s"):
         router.add(request(name), b"c", 0.0)
     router.route({"a": 1000}, {"a": 7})
     router.add(request("t"), b"c", 0.0)
     router.route({"a": 1000}, {"a": 8})
-    found = router.reconcile("a", ["r", "ghost"], acked=7)
+    found = router.reconcile("a", ["r", "ghost"], 7, 0.0)
     assert (found.unknown_here, found.updates) == (["ghost"], {}), "the answer that came last was sent before"
-    found = router.reconcile("a", ["r", "ghost"], acked=8)
-    (update,) = found.updates[b"c"]
+    assert router.reconcile("a", ["r", "ghost"], 8, 0.0).updates == {}
+    assert [(worker, one.request_id, one.num_resumptions) for worker, one in router.route({"a": 1000})] == [
+        ("a", "s", 1)
+    ]
+    assert len(router) == 3
+    for _ in range(2):
+        router.reconcile("a", ["r", "t"], 8, 0.0)
+        router.route({"a": 1000})
+    (update,) = router.reconcile("a", ["r", "t"], 8, 0.0).updates[b"c"]
     assert (update.request_id, update.failure.kind) == ("s", "request_failed")
-    assert "attention worker a" in update.failure.message
+    assert (
+        "attention worker a does not have this request any more; it had been resumed 3 times" in update.failure.message
+    )
     assert len(router) == 2
 
 

@@ -50,7 +50,7 @@ class Admission:
     """The waiting room, and the KV blocks of those who are through it.
 
     Attributes:
-        waiting: in order of arrival.
+        waiting: in order of `Sequence.arrival`.
         num_admissions: since the start.
         admitted: for the first time, and not yet taken by whoever wants to know.
 
@@ -78,8 +78,8 @@ class Admission:
         return sum(len(lane.sequences) for lane in self._lanes)
 
     def wait(self, sequence: Sequence) -> None:
-        """One has arrived, after all others."""
-        self.waiting.append(sequence)
+        """One has arrived."""
+        insort(self.waiting, sequence, key=lambda one: one.arrival)
         self.admit()
 
     def release(self, sequence: Sequence) -> None:

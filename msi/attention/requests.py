@@ -96,12 +96,13 @@ class Requests:
 
     def submit(self, request: Request) -> None:
         """Takes a request, or reports why it cannot."""
-        self._came_at.setdefault(request.request_id, self._clock())
+        if not request.output_token_ids:
+            self._came_at.setdefault(request.request_id, self._clock())
         if self._spans is not None and request.trace:
             self._spans.begin(request.request_id, "attention worker", request.trace)
         if request.params.structured_outputs is None:
             self._add(request)
-        elif self.num_waiting >= self._assignment.limits.max_num_waiting:
+        elif not request.num_resumptions and self.num_waiting >= self._assignment.limits.max_num_waiting:
             self._fail([request.request_id], Unavailable("too many requests wait here already; try again later"))
         else:
             self._to_compile[request.request_id] = request

@@ -17,12 +17,13 @@ from itertools import chain
 from msi.attention.admission import Admission
 from msi.attention.block_pool import BlockPool
 from msi.attention.sequence import Lane, Sequence, micro_batch, share_budget
-from msi.errors import InvalidRequest, Unavailable, context_exceeded, shown
+from msi.errors import InvalidRequest, RequestFailed, Unavailable, context_exceeded, shown
 from msi.prompt_logprobs import PromptLogprobs
 from msi.sampling import is_stop_token
 from msi.settings import SchedulerLimits
 from msi.types import GrammarState, MicroBatch, Progress, Request, TokenLogprobs
 
+RESUMED_FIRST = 2**62  # requests that were running elsewhere are taken to have arrived so many before the others
 NO_LOGPROBS: Mapping[int, TokenLogprobs] = {}
 NOT_SCORED: Mapping[int, PromptLogprobs] = {}
 
@@ -95,7 +96,7 @@ class Scheduler:
 
     @property
     def requests(self) -> list[Request]:
-        """All that are here, in order of arrival."""
+        """All that are here, in the order in which they came."""
         return [sequence.request for sequence in self._sequences.values()]
 
     @property
@@ -132,6 +133,7 @@ class Scheduler:
 
         Raises:
             InvalidRequest: it can never run here; says why.
+            RequestFailed: it ran elsewhere, and cannot go on here.
             Unavailable: too many wait already.
         """
         num_prompt = len(request.prompt_token_ids)
@@ -145,13 +147,17 @@ class Scheduler:
                 f"the prompt has {num_prompt} tokens; the whole KV cache holds {self._cache_len}. Shorten it, or give "
                 f"the attention workers more memory"
             )
-        if self.num_waiting >= self._limits.max_num_waiting:
+        if not request.num_resumptions and self.num_waiting >= self._limits.max_num_waiting:
             raise Unavailable(f"{self.num_waiting} requests wait here already; try again later")
         if request.request_id in self._sequences:
             raise InvalidRequest(f"request id {shown(request.request_id)} is in use")
         self._check_tokens(request)
         max_len = min(num_prompt + request.params.max_tokens, self._limits.max_model_len, self._cache_len)
-        sequence = Sequence(request, self._num_arrived, max_len, list(request.prompt_token_ids), grammar=grammar)
+        tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        if len(tokens) >= max_len and request.output_token_ids:
+            raise RequestFailed(f"it has {len(tokens)} tokens, and the KV cache here holds {self._cache_len}")
+        arrival = self._num_arrived - (RESUMED_FIRST if request.num_resumptions else 0)
+        sequence = Sequence(request, arrival, max_len, tokens, grammar=grammar)
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence
         self._admission.wait(sequence)
@@ -346,6 +352,7 @@ class Scheduler:
             return
         listed = {
             "prompt": request.prompt_token_ids,
+            "output": request.output_token_ids,
             "logit_bias": request.params.logit_bias,
             "stop_token_ids": request.params.stop_token_ids,
             "allowed_token_ids": request.params.allowed_token_ids,

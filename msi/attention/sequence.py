@@ -36,7 +36,7 @@ class Sequence:
         num_computed: tokens whose keys and values are in the cache.
         hashes: of its full blocks, as far as they were needed.
         num_kept: full blocks that can be found by their hashes.
-        num_admitted: how often it was; more than once after preemptions.
+        num_admitted: how often it was, elsewhere included; more than once after preemptions.
         num_cached: tokens of the prompt that were known at its first admission.
         served_at: the pass of its lane that last computed something for it.
         is_cancelled: nobody waits for it any more; it goes when its pass is through.
@@ -75,6 +75,8 @@ class Sequence:
         self.seen = SeenTokens() if is_penalised(self.request.params) else None
         is_scored = self.request.params.prompt_logprobs is not None
         self.num_to_score = len(self.request.prompt_token_ids) - 1 if is_scored else 0
+        self.num_scored = min(self.request.num_scored, self.num_to_score)
+        self.num_admitted = int(bool(self.request.output_token_ids))  # its client has been told what was cached
 
     @property
     def num_left(self) -> int:

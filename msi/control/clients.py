@@ -18,7 +18,7 @@ from msi.control.messages import (
     Refused,
     Welcome,
 )
-from msi.control.request_routing import Updates
+from msi.control.routed import Updates
 
 LOST_AFTER_S = 10.0
 MAX_CLIENTS = 1024

@@ -47,7 +47,8 @@ from msi.control.messages import (
     WorkerReady,
     WorkerStats,
 )
-from msi.control.request_routing import Router, Updates
+from msi.control.request_routing import Router
+from msi.control.routed import Updates
 from msi.errors import Failure, InvalidRequest, Unavailable
 from msi.kernels import BLOCK_TOKENS
 from msi.net.control import MessageServer
@@ -99,6 +100,8 @@ class Coordinator:
             max_model_len=plan.limits.max_model_len,
             max_num_seqs=plan.limits.max_num_seqs,
             max_waiting=plan.num_attention * plan.limits.max_num_waiting,
+            max_resumptions=plan.max_resumptions,
+            hold_timeout_s=plan.timeouts.hold_timeout_s,
         )
         self._clients = Clients(welcome)
         self._lane_choice = LaneChoice(plan, num_micro_batches, num_layers)
@@ -185,7 +188,8 @@ class Coordinator:
                     cluster.watch(now)
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
                 dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
-                counters = {} if self._watch is None else self._watch.counters()
+                counters = {"resumptions": float(self._router.num_resumptions)}
+                counters |= {} if self._watch is None else self._watch.counters()
                 stats = Stats(
                     cluster.num_lanes, len(self._router), cluster.stats(is_watching=message.is_watching), drift,
                     counters=counters, dropped=dropped, num_waiting=self._router.num_unrouted,
@@ -221,7 +225,7 @@ class Coordinator:
         self._carry_out(self._cluster.heartbeat(route, message, now))
         if self._cluster.knows(route, message.worker_id, message.incarnation):
             belief = message.belief
-            found = self._router.reconcile(message.worker_id, belief.request_ids, belief.acked)
+            found = self._router.reconcile(message.worker_id, belief.request_ids, belief.acked, now)
             for request_id in found.unknown_here:
                 self._server.send(route, Cancel(request_id))
             self._tell(found.updates)

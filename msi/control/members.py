@@ -22,6 +22,7 @@ class InstancePlan:
         attention_ranks, expert_ranks: workers of each node.
         limits: without zeros that stand for something else.
         precision: as it was asked for; "auto" leaves it to the first worker.
+        max_resumptions: how often a request goes on elsewhere when its attention worker is lost.
     """
 
     instance: str
@@ -35,6 +36,7 @@ class InstancePlan:
     precision: Precision = Precision()
     attention_ranks: int = 1
     expert_ranks: int = 1
+    max_resumptions: int = 3
 
     @property
     def ranks(self) -> dict[str, int]:

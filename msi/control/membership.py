@@ -214,7 +214,8 @@ class Cluster:
             return []
         member.loop_lag_s = pulse.loop_lag_s
         if pulse.loop_lag_s > STUCK_AFTER_S:
-            return self._lose(member, f"its loop has been standing still for {pulse.loop_lag_s:.0f} s")
+            reason = f"its loop has been standing still for {pulse.loop_lag_s:.0f} s"
+            return self._lose(member, reason, has_crashed=True)
         member.last_seen = member.heard_at = now
         return []
 

@@ -1,68 +1,26 @@
 """Where requests go: to the attention worker with the least predicted load, or they wait for one.
 
 A decode step of a worker takes a time that grows with its sequences and with their contexts, and every sequence waits
-for all of them: so requests are placed by the sum of both, on workers whose KV cache has room. Decides; does not act.
-Holds every request's prompt and the tokens emitted so far. Knows no sockets or clock.
+for all of them: so requests are placed by the sum of both, on workers whose KV cache has room.
+
+Holds every request's prompt and the tokens emitted so far: those of a worker that is lost are resumed on another, which
+computes prompt and output again; or wait for one. Decides; does not act. Knows no sockets or clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
 
 from msi.attention.sequence import CONTEXT_UNIT
-from msi.control.suspects import CRASHES_ALLOWED, SUSPECTED_FOR_S, Suspects
+from msi.control.routed import Load, Reconciled, Routed, Updates
+from msi.control.suspects import CRASHES_ALLOWED, SUSPECTED_FOR_S, Suspects, Trials, asked_by
 from msi.errors import EngineError, Failure, InvalidRequest, RequestFailed, Unavailable
 from msi.types import Progress, Request
 
 WAIT_FOR_WORKERS_S = 30.0
 OUTPUTS_REMEMBERED = 64  # the mean length of answers is that of about the last so many
-
-
-@dataclass(slots=True)
-class Routed:
-    """A request and where it is. `worker_id` is "" while it waits for a worker."""
-
-    request: Request  # by the name that it has here: no two are the same
-    client: bytes
-    name: str  # that its client gave it: no two of that client's are the same
-    arrived_at: float
-    num_tokens: int  # the most that it can come to need cache for
-    worker_id: str = ""
-    ack: int = 0  # number of the first HeartbeatAck that its worker gets after it
-    token_ids: list[int] = field(default_factory=list)
-    predicted: float = 0.0  # its part of the worker's load
-
-
-Updates = dict[bytes, list[Progress]]  # by client
-
-
-@dataclass(slots=True)
-class Load:
-    """What a worker has been given and has not finished.
-
-    Attributes:
-        predicted: of a decode step, in units of one sequence without context (`msi.attention.sequence.CONTEXT_UNIT`).
-        num_tokens: of KV cache that may come to be needed.
-    """
-
-    predicted: float = 0.0
-    num_tokens: int = 0
-    num_requests: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Reconciled:
-    """What comes out of comparing requests with what a worker holds.
-
-    Attributes:
-        unknown_here: that it holds and nobody waits for.
-        updates: of those that it should hold and does not.
-    """
-
-    unknown_here: list[str]
-    updates: Updates
 
 
 class Router:
@@ -72,15 +30,30 @@ class Router:
         max_model_len: the longest sequence, prompt included.
         max_num_seqs: sequences that run at a time, per worker.
         max_waiting: requests that may wait, here or at workers.
+        max_resumptions: how often a request is given to another worker.
+        hold_timeout_s: it waits so long for that one.
+
+    Attributes:
+        num_resumptions: of all requests, since the start.
     """
 
     def __init__(
-        self, *, max_model_len: int = 1 << 62, max_num_seqs: int = 1 << 62, max_waiting: int = 1 << 62
+        self,
+        *,
+        max_model_len: int = 1 << 62,
+        max_num_seqs: int = 1 << 62,
+        max_waiting: int = 1 << 62,
+        max_resumptions: int = 3,
+        hold_timeout_s: float = 60.0,
     ) -> None:
+        self.num_resumptions = 0
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._max_waiting = max_waiting
+        self._max_resumptions = max_resumptions
+        self._hold_timeout_s = hold_timeout_s
         self._suspects = Suspects()
+        self._trials = Trials()
         self._requests: dict[str, Routed] = {}
         self._by_name: dict[tuple[bytes, str], Routed] = {}
         self._waiting: dict[str, Routed] = {}  # those without a worker, in order of arrival
@@ -98,18 +71,18 @@ class Router:
             error = InvalidRequest(f"request id {name} is in use")
         elif (num_waiting := self.num_waiting) >= self._max_waiting:
             error = Unavailable(f"{num_waiting} requests wait here already; try again later")
-        elif self._suspects.is_guilty(request, now):
-            error = RequestFailed(
-                f"attention workers crashed {CRASHES_ALLOWED} times while they ran this very request; "
-                f"it is not tried again for {SUSPECTED_FOR_S / 60:.0f} minutes"
-            )
+        elif request.output_token_ids or request.num_scored or request.num_resumptions:
+            error = InvalidRequest("a new request has no output; leave out what only the coordinator may add")
+        elif self._suspects and self._suspects.is_guilty(asked_by(request), now):
+            error = _guilty()
         if error is not None:
             return Progress(name, failure=Failure.of(error))
         if name in self._requests:  # another client's, which is none of this one's business
             number = next(number for number in count(2) if f"{name}~{number}" not in self._requests)
             request = replace(request, request_id=f"{name}~{number}")
         num_tokens = min(len(request.prompt_token_ids) + request.params.max_tokens, self._max_model_len)
-        routed = self._by_name[client, name] = Routed(request, client, name, now, num_tokens)
+        routed = self._by_name[client, name] = Routed(request, client, name, now + WAIT_FOR_WORKERS_S, num_tokens)
+        routed.is_suspect = bool(self._suspects) and self._suspects.is_suspected(routed.asked, now)
         self._requests[request.request_id] = self._waiting[request.request_id] = routed
         return None
 
@@ -131,19 +104,27 @@ class Router:
             capacities: tokens of KV cache of each worker that serves, by id.
             acks: HeartbeatAcks that were sent to each so far.
         """
-        if not capacities:
-            return []
-        given = []
-        for routed in self._waiting.values():
-            routed.worker_id = self._least_loaded(routed.num_tokens, capacities)
+        given: list[tuple[str, Request]] = []
+        for name, routed in self._waiting.items():
+            free = capacities
+            if self._trials:
+                free = {worker: capacity for worker, capacity in capacities.items() if worker not in self._trials}
+            if not free:
+                break
+            if routed.is_suspect and self._trials.is_tried(routed.asked):
+                continue
+            routed.worker_id = self._least_loaded(routed.num_tokens, free)
+            if routed.is_suspect:
+                self._trials.begin(routed.worker_id, name, routed.asked, len(routed.token_ids))
             routed.predicted = self._predicted(routed.request)
             routed.ack = 1 + (acks or {}).get(routed.worker_id, 0)
             load = self._loads[routed.worker_id]
             load.predicted += routed.predicted
             load.num_tokens += routed.num_tokens
             load.num_requests += 1
-            given.append((routed.worker_id, routed.request))
-        self._waiting.clear()
+            given.append((routed.worker_id, routed.handed_out))
+        for _, request in given:
+            del self._waiting[request.request_id]
         return given
 
     def progress(self, worker_id: str, progress: Iterable[Progress]) -> Updates:
@@ -154,27 +135,33 @@ class Router:
             if routed is None or routed.worker_id != worker_id:
                 continue
             routed.token_ids.extend(one.token_ids)
+            if one.prompt_logprobs is not None:
+                routed.num_scored += len(one.prompt_logprobs)
+            if routed.is_suspect and self._trials.is_acquitted(worker_id, one.request_id, len(routed.token_ids)):
+                self._acquit(routed)
             if one.is_last:
                 self._forget(routed)
             if one.finish_reason is not None:
-                self._suspects.clear(routed.request)
+                if self._suspects:
+                    self._suspects.clear(routed.asked)
                 weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
                 self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
             its_name = one if routed.name == one.request_id else replace(one, request_id=routed.name)
             updates.setdefault(routed.client, []).append(its_name)
         return updates
 
-    def reconcile(self, worker_id: str, held: Iterable[str], acked: int) -> Reconciled:
-        """Compares with what a worker says that it holds; what was lost on its way ends, rather than hang.
+    def reconcile(self, worker_id: str, held: Iterable[str], acked: int, now: float) -> Reconciled:
+        """Compares with what a worker says that it holds; what was lost on its way is given to a worker again.
 
         Args:
             acked: number of the last HeartbeatAck that had come to the worker when it said so; see `Routed.ack`.
         """
         ids = set(held)
         ours = {name: routed for name, routed in self._requests.items() if routed.worker_id == worker_id}
-        lost = [name for name, routed in ours.items() if name not in ids and routed.ack <= acked]
-        error = RequestFailed(f"attention worker {worker_id} does not have this request any more")
-        return Reconciled([name for name in ids if name not in ours], self.fail(lost, Failure.of(error)))
+        lost = [routed for name, routed in ours.items() if name not in ids and routed.ack <= acked]
+        unknown_here = [name for name in ids if name not in ours]
+        why = f"attention worker {worker_id} does not have this request any more"
+        return Reconciled(unknown_here, self._resume(lost, why, now))
 
     def fail(self, request_ids: Iterable[str], failure: Failure, worker_id: str | None = None) -> Updates:
         """These requests end with an error; only those of `worker_id`, where that is given."""
@@ -191,22 +178,63 @@ class Router:
         given = [(routed.worker_id, name) for name, routed in self._requests.items() if routed.worker_id]
         return self.fail(list(self._requests), failure), given
 
-    def worker_lost(self, worker_id: str, reason: str, now: float = 0.0, has_crashed: bool = False) -> Updates:
-        """The requests of a worker are lost with it; where it crashed, each is suspected of having done that."""
-        lost = [request_id for request_id, routed in self._requests.items() if routed.worker_id == worker_id]
-        if has_crashed:
-            self._suspects.crashed([self._requests[request_id].request for request_id in lost], now)
-        updates = self.fail(lost, Failure.of(RequestFailed(f"attention worker {worker_id} was lost: {reason}")))
+    def worker_lost(self, worker_id: str, reason: str, now: float, has_crashed: bool = False) -> Updates:
+        """The requests of a worker wait for another one; the ends of those that may not.
+
+        Args:
+            has_crashed: it ended by itself: each of them is suspected of having done that, or the one that is guilty.
+        """
+        lost = [routed for routed in self._requests.values() if routed.worker_id == worker_id]
         self._loads.pop(worker_id, None)
+        on_trial = [routed for routed in lost if self._trials.end(worker_id, routed.request.request_id)]
+        if has_crashed and on_trial:
+            self._suspects.convict(on_trial[0].asked, now)
+            lost += [one for one in self._waiting.values() if one.is_suspect and one.asked == on_trial[0].asked]
+        elif has_crashed:
+            ran = [routed for index, routed in enumerate(lost) if index < self._max_num_seqs or routed.token_ids]
+            self._suspects.crashed([routed.asked for routed in ran], now)
+            for routed in ran:
+                routed.is_suspect = True
+        return self._resume(lost, f"attention worker {worker_id} was lost: {reason}", now)
+
+    def _resume(self, lost: Iterable[Routed], why: str, now: float) -> Updates:
+        """These wait for another worker, before those that came later; the ends of those that may not."""
+        updates: Updates = {}
+        for routed in lost:
+            self._take_back(routed)
+            routed.lost_by = why
+            error = self._why_not_resumed(routed, now)
+            if error is not None:
+                self._forget(routed)
+                updates.setdefault(routed.client, []).append(Progress(routed.name, failure=Failure.of(error)))
+                continue
+            routed.num_resumptions += 1
+            self.num_resumptions += 1
+            routed.waits_until = now + self._hold_timeout_s
+        self._waiting = {name: routed for name, routed in self._requests.items() if not routed.worker_id}
         return updates
+
+    def _why_not_resumed(self, routed: Routed, now: float) -> EngineError | None:
+        if self._suspects and self._suspects.is_guilty(routed.asked, now):
+            return _guilty(routed.lost_by)
+        if routed.num_resumptions >= self._max_resumptions:
+            times = routed.num_resumptions
+            before = f"; it had been resumed {times} time{'s' * (times != 1)} before, and is no more" if times else ""
+            return RequestFailed(routed.lost_by + before)
+        return None
 
     def expire(self, now: float, reason: str) -> Updates:
         """Requests that have waited for a worker for too long."""
-        late = [
-            request_id for request_id, routed in self._waiting.items() if now - routed.arrived_at > WAIT_FOR_WORKERS_S
-        ]
-        error = Unavailable(f"no worker could take it for {WAIT_FOR_WORKERS_S:g} s: {reason}")
-        return self.fail(late, Failure.of(error))
+        updates: Updates = {}
+        for name, routed in list(self._waiting.items()):
+            if now <= routed.waits_until:
+                continue
+            why = f"no worker could take it for {WAIT_FOR_WORKERS_S:g} s: {reason}"
+            if routed.lost_by:
+                why = f"{routed.lost_by}; no other could go on with it for {self._hold_timeout_s:g} s: {reason}"
+            for client, ends in self.fail([name], Failure.of(Unavailable(why))).items():
+                updates.setdefault(client, []).extend(ends)
+        return updates
 
     def cancel(self, client: bytes, name: str) -> tuple[str, str] | None:
         """Forgets a request of this client; (worker id, request id) where a worker has it."""
@@ -242,10 +270,32 @@ class Router:
         num_output = min(most, self._mean_output) if self._mean_output else most
         return 1 + (len(request.prompt_token_ids) + num_output / 2) / CONTEXT_UNIT
 
+    def _acquit(self, routed: Routed) -> None:
+        """It is not what its worker crashed by."""
+        self._trials.end(routed.worker_id, routed.request.request_id)
+        self._suspects.clear(routed.asked)
+        routed.is_suspect = False
+
     def _forget(self, routed: Routed) -> None:
         del self._requests[routed.request.request_id], self._by_name[routed.client, routed.name]
         self._waiting.pop(routed.request.request_id, None)
+        self._free(routed)
+
+    def _take_back(self, routed: Routed) -> None:
+        self._free(routed)
+        routed.worker_id, routed.predicted = "", 0.0
+
+    def _free(self, routed: Routed) -> None:
+        """It counts for its worker no longer."""
+        self._trials.end(routed.worker_id, routed.request.request_id)
         if (load := self._loads.get(routed.worker_id)) is not None:
             load.predicted -= routed.predicted
             load.num_tokens -= routed.num_tokens
             load.num_requests -= 1
+
+
+def _guilty(lost_by: str = "") -> RequestFailed:
+    return RequestFailed(
+        f"{lost_by}{'; ' * bool(lost_by)}attention workers crashed {CRASHES_ALLOWED} times while they ran this very "
+        f"request; it is not tried again for {SUSPECTED_FOR_S / 60:.0f} minutes"
+    )

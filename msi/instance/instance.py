@@ -77,6 +77,7 @@ def build_plan(options: InstanceOptions, place: PlaceExperts | None = None) -> t
         link=replace(options.link, num_lanes=lanes),
         timeouts=options.timeouts,
         precision=options.precision,
+        max_resumptions=options.max_resumptions,
     )
     return plan, config
 

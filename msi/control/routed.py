@@ -1,0 +1,92 @@
+"""The values that routing decides about: a request of an instance, and a worker's load of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from msi.control.suspects import asked_by
+from msi.types import Progress, Request
+
+
+@dataclass(slots=True)
+class Routed:
+    """A request and where it is.
+
+    Attributes:
+        request: by the name that it has here: no two are the same.
+        name: that its client gave it: no two of that client's are the same.
+        waits_until: where no worker takes it before, it ends.
+        num_tokens: the most that it can come to need cache for.
+        worker_id: "" while it waits for a worker.
+        ack: number of the first HeartbeatAck that its worker gets after it.
+        token_ids: that its client was told.
+        predicted: its part of the worker's load.
+        num_scored: tokens of its prompt whose log-probabilities its client was told.
+        num_resumptions: workers that it had before.
+        lost_by: why it has none, once it had one.
+        is_suspect: it runs alone.
+    """
+
+    request: Request
+    client: bytes
+    name: str
+    waits_until: float
+    num_tokens: int
+    worker_id: str = ""
+    ack: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    predicted: float = 0.0
+    num_scored: int = 0
+    num_resumptions: int = 0
+    lost_by: str = ""
+    is_suspect: bool = False
+    _asked: bytes = b""
+
+    @property
+    def asked(self) -> bytes:
+        """What suspects are known by."""
+        if not self._asked:
+            self._asked = asked_by(self.request)
+        return self._asked
+
+    @property
+    def handed_out(self) -> Request:
+        """What its next worker is told."""
+        if not self.num_resumptions:
+            return self.request
+        return replace(
+            self.request,
+            output_token_ids=tuple(self.token_ids),
+            num_scored=self.num_scored,
+            num_resumptions=self.num_resumptions,
+        )
+
+
+Updates = dict[bytes, list[Progress]]  # by client
+
+
+@dataclass(slots=True)
+class Load:
+    """What a worker has been given and has not finished.
+
+    Attributes:
+        predicted: of a decode step, in units of one sequence without context (`msi.attention.sequence.CONTEXT_UNIT`).
+        num_tokens: of KV cache that may come to be needed.
+    """
+
+    predicted: float = 0.0
+    num_tokens: int = 0
+    num_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """What comes out of comparing requests with what a worker holds.
+
+    Attributes:
+        unknown_here: that it holds and nobody waits for.
+        updates: of those that it should hold and does not, and that are not resumed.
+    """
+
+    unknown_here: list[str]
+    updates: Updates
