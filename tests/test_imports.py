@@ -27,8 +27,8 @@ LAYERS = [
     {  # decisions about an instance, and its messages
         "msi.control.messages", "msi.control.members", "msi.control.formation", "msi.control.membership",
         "msi.control.calibration", "msi.control.clients", "msi.control.counters", "msi.control.lane_choice",
-        "msi.control.suspects", "msi.control.routed", "msi.control.request_routing", "msi.control.restarts", "msi.control.watched",
-        "msi.options",
+        "msi.control.suspects", "msi.control.routed", "msi.control.request_routing", "msi.control.restarts",
+        "msi.control.watched", "msi.options",
     },
     {"msi.device", "msi.models", "msi.text"},
     {"msi.attention", "msi.experts", "msi.worker"},

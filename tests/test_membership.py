@@ -499,7 +499,9 @@ def test_a_ready_worker_whose_word_was_lost_is_ready_by_its_heartbeat():
 def test_tokens_that_miss_others_before_them_end_the_life_that_lost_them():
     cluster = formed()
     assert cluster.passed(b"a0", PassDone("attention-0", 0, 0, ())) == []
-    assert cluster.passed(b"x", PassDone("attention-0", 0, 1, ())) is None
+    (again,) = cluster.passed(b"x", PassDone("attention-0", 0, 1, ()))
+    assert isinstance(again.message, HelloAgain), "its connection was another: it begins a new life at once"
+    assert again.route == b"x"
     assert cluster.passed(b"a0", PassDone("attention-0", 1, 1, ())) is None
     assert cluster.passed(b"a0", PassDone("attention-0", 0, 1, ())) == []
     _, lost, *_ = cluster.passed(b"a0", PassDone("attention-0", 0, 3, ()))

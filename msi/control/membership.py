@@ -222,8 +222,10 @@ class Cluster:
     def passed(self, route: bytes, done: PassDone) -> list[Instruction] | None:
         """What follows from new tokens but the tokens themselves; None where they do not count."""
         member = self._known(route, done.worker_id, done.incarnation)
-        if member is None:
-            return None  # earlier ones may have been lost with its connection: its requests will be, too
+        if member is None:  # earlier ones may have been lost with its connection: its requests go on in another life
+            if any(one.is_live and one.route == route for one in self._members.values()):
+                return None  # of its former life
+            return [Send(route, HelloAgain("the coordinator does not know this worker (any more)"))]
         if done.number != member.num_passes:
             return self._lose(member, "tokens of its were lost on the way")
         member.num_passes += 1

@@ -12,6 +12,7 @@ msi_requests_total{outcome}, msi_prompt_tokens_total, msi_generation_tokens_tota
 msi_time_to_first_token_seconds, msi_inter_token_seconds
                                             the same counts; outcome: stop, length, error or cancelled
 msi_requests_in_flight, msi_micro_batches   in the whole instance; m
+msi_workers{role,state}                     how many there are: loading, ready, draining or lost
 msi_resumptions_total                       requests that went on elsewhere when their attention worker was lost
 msi_attention_seconds, msi_expert_seconds, msi_comm_seconds   T_a, T_e and T_c of each worker, medians
 msi_peer_delay_seconds{peer,quantile}, msi_peer_residence_seconds{peer,quantile}
@@ -162,6 +163,10 @@ def _as_vllm(model_name: str, stats: Stats) -> Iterator[Metric]:
 
 def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Metric]:
     yield GaugeMetricFamily("msi_requests_in_flight", "Requests in the instance now.", stats.num_requests)
+    states = GaugeMetricFamily("msi_workers", "Workers by role and state.", labels=["role", "state"])
+    for (role, state), count in sorted(Counter((one.role, one.state) for one in stats.workers).items()):
+        states.add_metric([role, state], count)
+    yield states
     resumptions = stats.counters.get("resumptions", 0.0)
     yield CounterMetricFamily("msi_resumptions", "Requests that went on elsewhere.", resumptions)
     yield GaugeMetricFamily("msi_micro_batches", "Micro-batches in flight per attention worker: m.", stats.num_lanes)
