@@ -25,7 +25,6 @@ import asyncio
 import json
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -38,18 +37,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 from msi_launch.command_line import ScriptLine, integer, number, one_of
 from tools.hostility.attacker import NAMES
 from tools.hostility.machines import Fault, strike
-from tools.hostility.processes import family, held
+from tools.hostility.processes import family, held, num_descriptors
+from tools.hostility.server import API_KEY, Server
 from tools.hostility.streams import LiveStream, live_streams
-from tools.hostility.wire import Target, ask
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW_S = 0.02
 CALM_S = 10.0  # streams alone, before and after
-START_TIMEOUT_S = 180.0
 FAULT_EVERY_S = 25.0
 SPARE_DESCRIPTORS = 8
 NUM_SHOWN_GAPS = 40
-API_KEY = "hostile"
 
 
 def parse() -> argparse.Namespace:
@@ -68,58 +65,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--log", type=Path, default=Path("/dev/null"), metavar="FILE", help="what the server says")
     values: argparse.Namespace = parser.parse_args()
     return values
-
-
-class Server:
-    """msi-launch as a child."""
-
-    def __init__(self, process: asyncio.subprocess.Process, target: Target, logging: asyncio.Task[None]) -> None:
-        self.process = process
-        self.target = target
-        self._logging = logging
-
-    @staticmethod
-    async def start(arguments: argparse.Namespace) -> Server:
-        flags = [
-            "--attention-workers", str(arguments.attention_workers), "--expert-workers", str(arguments.expert_workers),
-            "--threads-per-worker", "1", "--port", "0", "--api-key", API_KEY,
-        ]  # fmt: skip
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "msi_launch", *([arguments.model] if arguments.model else []), *flags,
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        logging = asyncio.ensure_future(_follow(process, arguments.log, url))
-        async with asyncio.timeout(START_TIMEOUT_S):
-            either: set[asyncio.Future[Any]] = {url, logging}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not url.done():
-                raise SystemExit("msi-launch ended before it was ready; --log FILE keeps what it said")
-            target = Target.of(url.result(), API_KEY)
-            while (await ask(target, "GET", "/ready")).status != 200:
-                await asyncio.sleep(0.2)
-        return Server(process, target, logging)
-
-    async def stop(self) -> None:
-        if self.process.returncode is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                await asyncio.wait_for(self.process.wait(), 15.0)
-            except TimeoutError:
-                self.process.kill()
-                await self.process.wait()
-        self._logging.cancel()
-
-
-async def _follow(process: asyncio.subprocess.Process, log: Path, url: asyncio.Future[str]) -> None:
-    assert process.stderr is not None
-    with log.open("wb") as file:
-        while line := await process.stderr.readline():
-            file.write(line)
-            file.flush()
-            found = re.search(rb"(http://\S+:[1-9]\d*)", line)
-            if found and not url.done():
-                url.set_result(found[1].decode())
 
 
 class Attackers:
@@ -254,19 +199,14 @@ def _is_forgiven(faults: list[Fault], begun_at: float, ended_at: float) -> bool:
 
 def memory(server: Server) -> dict[str, int]:
     """Resident bytes of each process."""
-    return {name: _held(pid)[0] for name, pid in family(server.process.pid).items()}
+    return {name: _resident_bytes(pid) for name, pid in family(server.process.pid).items()}
 
 
-def num_descriptors(server: Server) -> dict[str, int]:
-    return {name: _held(pid)[1] for name, pid in family(server.process.pid).items()}
-
-
-def _held(pid: int) -> tuple[int, int]:
+def _resident_bytes(pid: int) -> int:
     try:
-        one = held(pid)
+        return held(pid).resident_bytes
     except OSError:
-        return 0, 0
-    return one.resident_bytes, one.num_descriptors
+        return 0
 
 
 async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -280,7 +220,7 @@ async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any
     calm_until = time.monotonic()
     for stream in streams:
         stream.slow_s = SLOW_S
-    descriptors_before = num_descriptors(server)
+    descriptors_before = num_descriptors(server.process.pid)
     watch, attackers = Watch(server, streams), Attackers()
     chance = random.Random(arguments.seed)
     watching = [
@@ -314,7 +254,7 @@ async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any
         "memory_early": early,
         "memory_late": late,
         "descriptors_before": descriptors_before,
-        "descriptors_after": num_descriptors(server),
+        "descriptors_after": num_descriptors(server.process.pid),
     }
 
 
@@ -369,7 +309,13 @@ async def main() -> int:
     running = asyncio.current_task()
     assert running is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)  # nothing is left behind
-    server = await Server.start(arguments)
+    server = await Server.start(
+        (
+            *([arguments.model] if arguments.model else []), "--attention-workers", str(arguments.attention_workers),
+            "--expert-workers", str(arguments.expert_workers), "--threads-per-worker", "1",
+        ),
+        arguments.log,
+    )  # fmt: skip
     try:
         seen = await attack(server, arguments)
     finally:

@@ -1,1 +1,4 @@
-"""What `tools/hostile.py` is made of: attacks, streams that must not notice, and the processes under attack."""
+"""What `tools/hostile.py` and `tools/chaos.py` are made of.
+
+Attacks, disasters, streams that must not notice, and the processes under attack.
+"""

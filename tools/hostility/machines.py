@@ -44,34 +44,34 @@ async def strike(target: Target, launcher: int, chance: random.Random) -> Fault:
     if kind == "kill" and workers:
         name = chance.choice(workers)
         what = f"kill -9 of {name}"
-        _signal(processes[name], signal.SIGKILL)
+        send_signal(processes[name], signal.SIGKILL)
     elif kind == "stop":
         name = chance.choice([*workers, *others, "launcher"])
         seconds = chance.uniform(*STOPPED_S)
         what = f"{name} stopped for {seconds:.1f} s"
-        _signal(processes[name], signal.SIGSTOP)
+        send_signal(processes[name], signal.SIGSTOP)
         await asyncio.sleep(seconds)
-        _signal(processes[name], signal.SIGCONT)
+        send_signal(processes[name], signal.SIGCONT)
     else:
         what = "SIGWINCH, SIGCHLD, SIGURG and SIGCONT to all"
         for pid in processes.values():
             for number in (signal.SIGWINCH, signal.SIGCHLD, signal.SIGURG, signal.SIGCONT):
-                _signal(pid, number)
+                send_signal(pid, number)
     await asyncio.sleep(0.5)
     async with asyncio.timeout(RECOVERY_S):
-        while not await _is_ready(target):
+        while not await is_ready(target):
             await asyncio.sleep(0.1)
     await asyncio.sleep(SETTLED_S)
     return Fault(what, began_at, time.monotonic())
 
 
-async def _is_ready(target: Target) -> bool:
+async def is_ready(target: Target) -> bool:
     try:
         return (await ask(target, "GET", "/ready")).status == 200
     except (OSError, TimeoutError):
         return False
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
+def send_signal(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)

@@ -62,6 +62,16 @@ def held(pid: int) -> Held:
     return Held(pages * os.sysconf("SC_PAGE_SIZE"), len(list((PROC / str(pid) / "fd").iterdir())))
 
 
+def num_descriptors(launcher: int) -> dict[str, int]:
+    """Of a launcher and all that it started, by name; 0 of one that has just gone."""
+    counts = {}
+    for name, pid in family(launcher).items():
+        counts[name] = 0
+        with contextlib.suppress(OSError):
+            counts[name] = held(pid).num_descriptors
+    return counts
+
+
 def listening(launcher: int) -> list[str]:
     """Where a launcher's family listens, its HTTP port included: "unix:PATH" (abstract: "unix:@NAME") or "tcp:PORT"."""
     inodes = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from tools.hostility.wire import CLOSE, TEXT, Target, connected, frame, read_fra
 
 PROMPTS = ("It was a fine morning", "She had never", "Mr. Elliot was", "The weather in Bath")
 AGAIN_S = 0.3
+BUCKET_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +125,24 @@ def live_streams(target: Target, max_tokens: int) -> list[LiveStream]:
         LiveStream(f"stream-{index}", target, prompt, max_tokens, is_websocket=index == last)
         for index, prompt in enumerate(PROMPTS)
     ]
+
+
+@dataclass(slots=True)
+class PacedStream(LiveStream):
+    """One whose pieces are counted. `pieces`: by the tenth of a second (`BUCKET_S`) in which they came."""
+
+    pieces: Counter[int] = field(default_factory=Counter)
+
+    def _heard(self, last_at: float | None) -> float:
+        now = LiveStream._heard(self, last_at)
+        self.pieces[int(now / BUCKET_S)] += 1
+        return now
+
+
+def paced_streams(target: Target, count: int, max_tokens: int) -> list[PacedStream]:
+    """With texts of their own."""
+    return [
+        PacedStream(f"stream-{index}", target, f"{PROMPTS[index % len(PROMPTS)]}{' indeed' * (index // len(PROMPTS))}",
+                    max_tokens, is_websocket=index % len(PROMPTS) == len(PROMPTS) - 1, slow_s=0.05)
+        for index in range(count)
+    ]  # fmt: skip

@@ -1,0 +1,69 @@
+"""tools/chaos.py: what it counts, and a short run in which no client notices a lost attention worker but by a pause."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+import pytest
+
+from tests.test_pages import ROOT
+from tools.hostility.chaos_report import Run, differences, summary
+from tools.hostility.disasters import Disaster, num_ready
+from tools.hostility.streams import BUCKET_S, Gap, PacedStream
+from tools.hostility.wire import Target
+
+
+@pytest.mark.parametrize(
+    ("given", "changed", "repeated", "lost"),
+    [("abcd", 0, 0, 0), ("abxd", 1, 0, 0), ("abcdcd", 0, 2, 0), ("ab", 0, 0, 2), ("", 0, 0, 4)],
+)
+def test_a_wrong_answer_is_said_by_how_it_is_wrong(given, changed, repeated, lost):
+    assert differences("abcd", given) == {"changed": changed, "repeated": repeated, "lost": lost}
+
+
+def paced(pieces, gaps=()):
+    """Pieces per second of one stream."""
+    stream = PacedStream("stream-0", Target("here", 1), "a", 1, text="abcd", gaps=list(gaps), wrong=["abxd", "abcdcd"])
+    for second, count in enumerate(pieces):
+        for number in range(count):
+            stream.pieces[int((second + number / count) / BUCKET_S)] += 1
+    return stream
+
+
+def test_stalls_recovery_and_what_throughput_was_lost_are_measured_against_the_calm():
+    stream = paced([10] * 10 + [10, 0, 0, 10, 10, 10, 10, 10, 10, 10], [Gap(5.0, 0.1), Gap(13.0, 2.1), Gap(18.0, 0.2)])
+    run = Run([stream], [Disaster("kill -9 of attention-0", 11.0, 14.0)], [], 0.0, 10.0, 20.0)
+    seen = summary(run)
+    assert (seen["num_changed_answers"], seen["changed_characters"], seen["repeated_characters"]) == (2, 1, 2)
+    assert (seen["calm_stall_ms"], seen["stall_max_ms"]) == (100.0, 2100.0)
+    assert seen["throughput_lost"] == 0.2
+    (fault,) = seen["faults"]
+    assert 1.7 <= fault["recovery_s"] <= 2.0
+    assert fault["whole_again_s"] == 3.0
+
+
+def test_workers_that_serve_are_counted_by_the_metrics():
+    lines = [
+        '{role="attention",state="ready"} 2.0',
+        '{role="expert",state="lost"} 1.0',
+        '{role="expert",state="ready"} 1.0',
+    ]
+    assert num_ready("\n".join(f"msi_workers{line}" for line in lines)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_attention_workers_die_and_are_cut_off_and_no_answer_changes(tmp_path, transport):
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "tools/chaos.py", "--minutes", "0.4", "--every", "5", "--calm", "3", "--streams", "4",
+        "--max-tokens", "100", "--transport", transport, "--json", str(tmp_path / "seen.json"),
+        cwd=ROOT, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    _, complaints = await asyncio.wait_for(process.communicate(), 280)
+    assert process.returncode == 0, complaints.decode()
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["num_faults"] >= 2
+    assert (seen["num_failed"], seen["num_changed_answers"], seen["deaths"], seen["leftovers"]) == (0, 0, [], [])

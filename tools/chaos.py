@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Workers killed, stopped and cut off again and again while streams run: what do clients notice?
+
+    tools/chaos.py --minutes 5                                    # 2 + 2 workers of the demo model, a fault every 10 s
+    tools/chaos.py --minutes 5 --faults kill-attention --transport tcp
+    tools/chaos.py --seed 3 --json chaos.json --picture chaos     # chaos.svg and chaos.png, which need matplotlib
+
+Starts msi-launch, learns each stream's greedy text and the streams' pace undisturbed, then strikes by a schedule that
+the seed fixes. Each stream asks for its text again and again; every answer is held against the undisturbed one. At the
+end it waits until the instance is whole again. Fails (status 1) when
+
+- a request ended with an error, or a text was not the undisturbed one to the letter;
+- the instance was not whole again within a minute of a fault;
+- a process ended that was not killed here, or descriptors or processes are left over at the end.
+
+Told of each fault: the longest wait of a stream for its next piece meanwhile (stall), and when the streams were as fast
+as before again (recovery). A slow machine makes both longer: run it on an idle one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
+
+from msi_launch.command_line import ScriptLine, integer, number, one_of
+from tools.hostility.chaos_report import Run, draw, summary
+from tools.hostility.disasters import KINDS, NOTICED_S, Disaster, Disasters, exists, is_whole
+from tools.hostility.processes import family, num_descriptors
+from tools.hostility.server import ROOT, Server
+from tools.hostility.streams import PacedStream, paced_streams
+
+WHOLE_WITHIN_S = 60.0
+SPARE_DESCRIPTORS = 8
+
+
+def parse() -> argparse.Namespace:
+    parser = ScriptLine(__doc__)
+    parser.add_argument("model", nargs="?", help="the demo model without it")
+    parser.add_argument("--minutes", type=number(0, 1e5), default=5.0, metavar="N", help="5")
+    parser.add_argument("--every", type=number(0, 1e5), default=10.0, metavar="S", help="seconds between faults; 10")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="0")
+    parser.add_argument("--streams", type=integer(1, 1024), default=8, metavar="N", help="8")
+    parser.add_argument("--max-tokens", type=integer(1, 100_000), default=300, metavar="N", help="of an answer; 300")
+    parser.add_argument("--calm", type=number(0, 1e5), default=10.0, metavar="S", help="seconds undisturbed before; 10")
+    parser.add_argument("--attention-workers", type=integer(1, 64), default=2, metavar="N", help="2")
+    parser.add_argument("--expert-workers", type=integer(1, 64), default=2, metavar="N", help="2")
+    parser.add_argument("--transport", type=one_of("auto", "shm", "tcp"), default="auto", metavar="T", help="auto")
+    parser.add_argument("--faults", nargs="+", default=list(ATTENTION), type=one_of(*KINDS), metavar="FAULT",
+                        help=f"{', '.join(ATTENTION)}; of: {', '.join(KINDS)}")  # fmt: skip
+    parser.add_argument("--launch", nargs="+", default=[], metavar="OPTION", help="more for msi-launch, -- before each")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was seen")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="throughput and stalls over time")
+    parser.add_argument("--log", type=Path, default=Path("/dev/null"), metavar="FILE", help="what the server says")
+    values: argparse.Namespace = parser.parse_args()
+    return values
+
+
+ATTENTION = tuple(kind for kind in KINDS if not kind.endswith("expert") and kind != "reset-data")
+
+
+def launched_with(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return (
+        *([arguments.model] if arguments.model else []), "--attention-workers", str(arguments.attention_workers),
+        "--expert-workers", str(arguments.expert_workers), "--threads-per-worker", "1",
+        "--transport", arguments.transport, *(f"--{option.removeprefix('--')}" for option in arguments.launch),
+    )  # fmt: skip
+
+
+async def whole_again(server: Server, num_workers: int) -> bool:
+    await asyncio.sleep(NOTICED_S)
+    try:
+        async with asyncio.timeout(WHOLE_WITHIN_S):
+            while not await is_whole(server.target, num_workers):
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        return False
+    return True
+
+
+async def storm(server: Server, arguments: argparse.Namespace, run: Run) -> None:
+    """Strikes until the time is over. The next fault comes when it is due, and when the instance is whole again."""
+    num_workers = arguments.attention_workers + arguments.expert_workers
+    disasters = Disasters(server.process.pid, random.Random(arguments.seed), arguments.faults)
+    expected = family(server.process.pid)
+    until = time.monotonic() + 60 * arguments.minutes
+    while (due := time.monotonic() + arguments.every) < until:
+        await asyncio.sleep(due - time.monotonic())
+        now = await asyncio.to_thread(family, server.process.pid)
+        run.deaths += [f"{name} ended by itself" for name, pid in expected.items() if now.get(name) != pid]
+        disaster = await disasters.strike()
+        run.disasters.append(disaster)
+        if not await whole_again(server, num_workers):
+            run.deaths.append(f"the instance was not whole {WHOLE_WITHIN_S:g} s after {disaster.what}")
+        disaster.whole_at = time.monotonic()
+        expected = await asyncio.to_thread(family, server.process.pid)
+        say_progress(disaster, run.streams)
+
+
+def say_progress(disaster: Disaster, streams: list[PacedStream]) -> None:
+    line = {
+        "fault": disaster.what,
+        "stall_ms": round(1e3 * disaster.stall_s(streams)),
+        "whole_again_s": round(disaster.whole_at - disaster.began_at, 1),
+        "answers": sum(stream.num_answers for stream in streams),
+        "errors": sum(len(stream.errors) for stream in streams),
+        "changed": sum(len(stream.wrong) for stream in streams),
+    }
+    print(json.dumps(line), flush=True)
+
+
+async def observed(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The whole run; what was seen."""
+    streams = paced_streams(server.target, arguments.streams, arguments.max_tokens)
+    run = Run(streams)
+    living = [asyncio.ensure_future(stream.run()) for stream in streams]
+    while not all(stream.num_answers for stream in streams):
+        await asyncio.sleep(0.1)
+        if wrong := [one.errors for one in streams if one.errors]:
+            raise SystemExit(f"a stream ended with an error before anything was done to it: {wrong[0]}")
+    run.calm_from = time.monotonic()
+    await asyncio.sleep(arguments.calm)
+    before = num_descriptors(server.process.pid)
+    run.storm_from = time.monotonic()
+    await storm(server, arguments, run)
+    run.storm_until = time.monotonic()
+    await asyncio.sleep(arguments.calm)
+    for one in living:
+        one.cancel()
+    await asyncio.gather(*living, return_exceptions=True)
+    await asyncio.sleep(arguments.calm)
+    after = num_descriptors(server.process.pid)
+    return summary(run) | {
+        "options": {name: str(value) for name, value in vars(arguments).items()},
+        "descriptors_before": before,
+        "descriptors_after": after,
+        "leftovers": [
+            f"{name} holds {count} descriptors; {before.get(name, 0)} before"
+            for name, count in after.items()
+            if count > before.get(name, 0) + SPARE_DESCRIPTORS
+        ],
+    }
+
+
+def failures_of(seen: dict[str, Any]) -> list[str]:
+    """Why the run failed, in sentences; nothing if it did not."""
+    return [*seen["errors"], *seen["changed"], *seen["deaths"], *seen["leftovers"]]
+
+
+async def main() -> int:
+    arguments = parse()
+    running = asyncio.current_task()
+    assert running is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)  # nothing is left behind
+    server = await Server.start(launched_with(arguments), arguments.log)
+    children = family(server.process.pid)
+    try:
+        seen = await observed(server, arguments)
+    finally:
+        children |= family(server.process.pid)
+        await server.stop()
+    left = [f"{name} (pid {pid}) outlived msi-launch" for name, pid in children.items() if exists(pid)]
+    seen["leftovers"] += left
+    if arguments.json:
+        arguments.json.write_text(json.dumps(seen, indent=1) + "\n")
+    if arguments.picture:
+        draw(arguments.picture, seen)
+    print(json.dumps({name: value for name, value in seen.items() if isinstance(value, int | float)}))
+    failures = failures_of(seen)
+    for sentence in failures:
+        print(f"FAILED: {sentence}", file=sys.stderr)
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    try:
+        status = asyncio.run(main())
+    except asyncio.CancelledError:
+        status = 128 + signal.SIGTERM
+    sys.exit(status)

@@ -1,0 +1,105 @@
+"""What `tools/chaos.py` does to an instance: one process killed or stopped, or one of its connections broken."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tools.hostility.breaking import break_control, break_data
+from tools.hostility.machines import send_signal
+from tools.hostility.processes import family
+from tools.hostility.streams import PacedStream
+from tools.hostility.wire import Target, ask
+
+NOTICED_S = 1.0  # by then whoever is to notice has
+STOPPED_S = (0.5, 6.0)  # shorter and longer than a silence that counts as a loss
+KINDS = ("kill-attention", "stop-attention", "reset-control", "kill-expert", "stop-expert", "reset-data")
+
+
+@dataclass(slots=True)
+class Disaster:
+    """One fault. `whole_at`: when all workers served again."""
+
+    what: str
+    began_at: float
+    whole_at: float = 0.0
+
+    def stall_s(self, streams: Iterable[PacedStream]) -> float:
+        """The longest wait for a piece that began before all was well again, and ended after it went wrong."""
+        gaps = (gap for stream in streams for gap in stream.gaps)
+        return max(
+            (
+                gap.seconds
+                for gap in gaps
+                if gap.ended_at >= self.began_at and gap.ended_at - gap.seconds <= self.whole_at
+            ),
+            default=0.0,
+        )
+
+
+class Disasters:
+    """By a schedule that `chance` fixes.
+
+    Args:
+        launcher: process id.
+        kinds: of `KINDS`.
+    """
+
+    def __init__(self, launcher: int, chance: random.Random, kinds: Sequence[str]) -> None:
+        self._launcher = launcher
+        self._chance = chance
+        self._kinds = kinds
+
+    async def strike(self) -> Disaster:
+        """One; returns when it is done, not when it is over."""
+        chance, pids = self._chance, await asyncio.to_thread(family, self._launcher)
+        kind = chance.choice(self._kinds)
+        role = "expert" if kind.endswith("expert") else "attention"
+        name = chance.choice(sorted(name for name in pids if name.startswith(role)))
+        seconds = chance.uniform(*STOPPED_S)
+        expert = chance.choice(sorted(name for name in pids if name.startswith("expert")) or [name])
+        began_at = time.monotonic()
+        if kind.startswith("kill"):
+            send_signal(pids[name], signal.SIGKILL)
+            return Disaster(f"kill -9 of {name}", began_at)
+        if kind.startswith("stop"):
+            send_signal(pids[name], signal.SIGSTOP)
+            await asyncio.sleep(seconds)
+            send_signal(pids[name], signal.SIGCONT)
+            return Disaster(f"{name} stopped for {seconds:.1f} s", began_at)
+        if kind == "reset-control":
+            was_broken = await asyncio.to_thread(break_control, pids["coordinator"], pids[name])
+            return Disaster(f"{name}'s connection to the coordinator broken{'' if was_broken else ': none'}", began_at)
+        was_broken = await asyncio.to_thread(break_data, pids[name], pids[expert])
+        return Disaster(f"{name}'s connection to {expert} broken{'' if was_broken else ': none'}", began_at)
+
+
+async def is_whole(target: Target, num_workers: int) -> bool:
+    """Whether requests are taken and all workers are there."""
+    try:
+        if (await ask(target, "GET", "/ready")).status != 200:
+            return False
+        metrics = (await ask(target, "GET", "/metrics")).body.decode()
+    except (OSError, TimeoutError):
+        return False
+    return num_ready(metrics) >= num_workers
+
+
+def num_ready(metrics: str) -> int:
+    """Workers that serve, of what /metrics says."""
+    lines = (line for line in metrics.splitlines() if line.startswith("msi_workers{") and 'state="ready"' in line)
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines)
+
+
+def exists(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
