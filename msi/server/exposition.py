@@ -164,8 +164,8 @@ def _as_vllm(model_name: str, stats: Stats) -> Iterator[Metric]:
 def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Metric]:
     yield GaugeMetricFamily("msi_requests_in_flight", "Requests in the instance now.", stats.num_requests)
     states = GaugeMetricFamily("msi_workers", "Workers by role and state.", labels=["role", "state"])
-    for (role, state), count in sorted(Counter((one.role, one.state) for one in stats.workers).items()):
-        states.add_metric([role, state], count)
+    for (role, state), number in sorted(Counter((one.role, one.state) for one in stats.workers).items()):
+        states.add_metric([role, state], number)
     yield states
     resumptions = stats.counters.get("resumptions", 0.0)
     yield CounterMetricFamily("msi_resumptions", "Requests that went on elsewhere.", resumptions)
