@@ -28,7 +28,7 @@ STANDS = [
     ("launch/README.md", r"workers may take to come \((\d+)\)", OPTIONS.timeouts.start_timeout_s),
     ("launch/README.md", r"counts as lost \((\d+)\)", OPTIONS.timeouts.peer_timeout_s),
     ("launch/README.md", r"when its attention worker is lost \((\d+)\)", OPTIONS.max_resumptions),
-    ("launch/README.md", r"for one that takes it \((\d+)\)", OPTIONS.timeouts.hold_timeout_s),
+    ("launch/README.md", r"on no worker any more \((\d+)\)", OPTIONS.timeouts.hold_timeout_s),
     ("launch/README.md", r"plan's by more than F \(([\d.]+)\)", OPTIONS.plan_drift),
     ("launch/README.md", r"127\.0\.0\.1 and (\d+); port 0", LAUNCH.port),
     ("launch/README.md", r"have S seconds \((\d+)\)", LAUNCH.shutdown_timeout_s),
