@@ -16,7 +16,7 @@ from msi.kernels.cpu import CpuKernels
 from msi.kernels.experts import gated_mlp, sigmoid_gated, silu_and_mul
 from msi.kernels.kernels import Outboxes
 from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms_norm
-from msi.kernels.paged_attention import kv_rows, write_kv
+from msi.kernels.paged_attention import AttentionShape, kv_rows, write_kv
 from msi.kernels.plain import PlainKernels
 from msi.kernels.replicas import PlacementTables, choose_replicas
 from msi.kernels.rope import apply_rope, rope_frequencies, rope_table
@@ -116,7 +116,9 @@ def test_paged_attention_equals_attention_over_each_sequence_alone(kernels, wind
     order = iter((torch.randperm(63) + 1).tolist())
     tables = [[next(order) for _ in range(-(-length // BLOCK_TOKENS))] for length in context_lens]
     query = torch.randn(sum(query_lens), num_heads, head_dim)
-    plan = kernels.plan_attention(inputs_of(query_lens, context_lens, tables), window, torch.float32)
+    inputs = inputs_of(query_lens, context_lens, tables)
+    shape = AttentionShape(num_heads, num_kv_heads, head_dim, window)
+    plan = kernels.plan_attention(inputs, inputs, shape, torch.float32)
     result = kernels.paged_attention(query, cache, plan)
     row = 0
     for query_len, length, table in zip(query_lens, context_lens, tables, strict=True):

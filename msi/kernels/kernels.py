@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msi.kernels import SigmoidRouting
 from msi.kernels.norm import Norm
-from msi.kernels.paged_attention import AttentionPlan
+from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.routing import PackedRows
 
@@ -110,15 +110,15 @@ class Kernels(Protocol):
     def rope_table(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float) -> Any:
         """What `rope_and_write` wants of a pass's positions."""
 
-    def plan_attention(self, host: PassTensors, sliding_window: int | None, dtype: torch.dtype) -> AttentionPlan:
-        """What every layer's attention reads of a pass, from what the host knows of it."""
+    def plan_attention(self, inputs: PassTensors, host: PassTensors, shape: AttentionShape, dtype: torch.dtype) -> Any:
+        """What every layer's attention reads of a pass, from what the host knows of it; `inputs`: on the device."""
 
-    def rope_and_write(self, heads: Tensor, num_q: int, rope: Any, layer_cache: Tensor, plan: AttentionPlan) -> None:
-        """Rotates queries and keys of heads [num_tokens, num_q + 2 num_kv, head_dim] in place; keys and values go to
-        the cache.
+    def rope_and_write(self, heads: Tensor, num_q: int, rope: Any, layer_cache: Tensor, plan: Any) -> None:
+        """Of heads [num_tokens, num_q + 2 num_kv, head_dim], rotates queries in place; rotated keys, and values, go to
+        the cache, and whether they stay in `heads` too is not said.
         """
 
-    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan) -> Tensor:
+    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: Any) -> Tensor:
         """Attention of query [num_tokens, num_heads, head_dim] to its sequences' cache; same shape."""
 
     # -- routing -------------------------------------------------------------------------------------------------------

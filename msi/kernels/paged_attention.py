@@ -25,6 +25,20 @@ Ints = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Of the layers that read one plan.
+
+    Attributes:
+        sliding_window: tokens that a query sees, its own included; None for all.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceGroup:
     """Sequences that are attended to in one call.
 

@@ -17,7 +17,7 @@ from msi.kernels import SigmoidRouting
 from msi.kernels.experts import gated_mlp, silu_and_mul
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
 from msi.kernels.norm import Norm
-from msi.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, write_kv
+from msi.kernels.paged_attention import AttentionPlan, AttentionShape, paged_attention, plan_attention, write_kv
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.rope import apply_rope, rope_table
 from msi.kernels.routing import PackedRows, topk_sigmoid, topk_softmax
@@ -62,8 +62,10 @@ class PlainKernels:
     def rope_table(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float) -> RopeTable:
         return rope_table(positions, frequencies, dtype, scale)
 
-    def plan_attention(self, host: PassTensors, sliding_window: int | None, dtype: torch.dtype) -> AttentionPlan:
-        return plan_attention(host, sliding_window, dtype, self.device)
+    def plan_attention(
+        self, inputs: PassTensors, host: PassTensors, shape: AttentionShape, dtype: torch.dtype
+    ) -> AttentionPlan:
+        return plan_attention(host, shape.sliding_window, dtype, self.device)
 
     def rope_and_write(
         self, heads: Tensor, num_q: int, rope: RopeTable, layer_cache: Tensor, plan: AttentionPlan

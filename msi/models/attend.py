@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from msi.kernels.kernels import Kernels, Linear
-from msi.kernels.paged_attention import AttentionPlan
+from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 
 
@@ -42,19 +42,19 @@ class GroupedQueryView:
     Attributes:
         frequencies: radians per position.
         rope_scale: of cosines and sines.
-        sliding_window: tokens, itself included; None for all.
+        shape: of heads, with how far back they look.
     """
 
     kernels: Kernels
     frequencies: Tensor
     rope_scale: float
-    sliding_window: int | None
+    shape: AttentionShape
     dtype: torch.dtype
 
-    def plan(self, inputs: PassTensors, host: PassTensors) -> tuple[Any, AttentionPlan]:
+    def plan(self, inputs: PassTensors, host: PassTensors) -> tuple[Any, Any]:
         """The rotary table, and attention's plan."""
         rope = self.kernels.rope_table(inputs.positions, self.frequencies, self.dtype, self.rope_scale)
-        return rope, self.kernels.plan_attention(host, self.sliding_window, self.dtype)
+        return rope, self.kernels.plan_attention(inputs, host, self.shape, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class GroupedQueryAttention:
     num_kv_heads: int
     head_dim: int
 
-    def __call__(self, normed: Tensor, plan: tuple[Any, AttentionPlan], layer_cache: Tensor) -> Tensor:
+    def __call__(self, normed: Tensor, plan: tuple[Any, Any], layer_cache: Tensor) -> Tensor:
         rope, attention = plan
         heads = self.qkv(normed).view(len(normed), self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         self.kernels.rope_and_write(heads, self.num_heads, rope, layer_cache, attention)

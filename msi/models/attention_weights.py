@@ -16,6 +16,7 @@ from torch import Tensor
 from msi.device.device import Device
 from msi.kernels.experts import sigmoid_gated
 from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms_norm
+from msi.kernels.paged_attention import AttentionShape
 from msi.models.attend import Attend, GroupedQueryAttention, GroupedQueryView
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
@@ -105,7 +106,7 @@ class _Reader:
             device.kernels,
             device.upload(frequencies_of(config.rope, config.rope.num_rotated(config.head_dim))),
             config.rope.scale,
-            config.sliding_window,
+            AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window),
             compute_dtype,
         )
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from msi.attention.pass_inputs import PassInputs
 from msi.kernels import BLOCK_TOKENS, SigmoidRouting
-from msi.kernels.kernels import ExpertBank, Kernels, Outboxes
+from msi.kernels.kernels import Kernels, Outboxes
 from msi.kernels.norm import Norm, rms_norm
+from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels
 from msi.kernels.rope import rope_frequencies
@@ -140,7 +141,7 @@ def rope_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     num_heads = size.num_heads + 2 * size.num_kv_heads
     heads = numbers.normal(size.num_tokens, num_heads, size.head_dim)
     cache = torch.zeros(_cache_shape(size), dtype=numbers.dtype, device=numbers.device)
-    plan = kernels.plan_attention(host, None, numbers.dtype)
+    plan = kernels.plan_attention(on_device, host, _heads(size), numbers.dtype)
     frequencies = rope_frequencies(size.head_dim, 1e4).to(numbers.device)
     table = kernels.rope_table(on_device.positions, frequencies, numbers.dtype, 1.0)
     rotated = torch.empty_like(heads)
@@ -149,15 +150,14 @@ def rope_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
         rotated.copy_(heads)
         kernels.rope_and_write(rotated, size.num_heads, table, cache, plan)
 
-    kept = size.num_heads + size.num_kv_heads
-    return Case(run, lambda: torch.cat((rotated[:, :kept].flatten(), cache.flatten())), 2 * heads.nbytes)
+    return Case(run, lambda: torch.cat((rotated[:, : size.num_heads].flatten(), cache.flatten())), 2 * heads.nbytes)
 
 
 def attention_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
-    host, _ = _decoding(size, numbers.device)
+    host, on_device = _decoding(size, numbers.device)
     query = numbers.normal(size.num_tokens, size.num_heads, size.head_dim)
     cache = numbers.normal(*_cache_shape(size))
-    plan = kernels.plan_attention(host, None, numbers.dtype)
+    plan = kernels.plan_attention(on_device, host, _heads(size), numbers.dtype)
     found: list[Tensor] = []
     read = sum(host.context_lens.tolist()) * 2 * size.num_kv_heads * size.head_dim * query.itemsize
     return Case(
@@ -277,6 +277,10 @@ CASES: dict[str, Make] = {
 }
 
 
+def _heads(size: Size) -> AttentionShape:
+    return AttentionShape(size.num_heads, size.num_kv_heads, size.head_dim)
+
+
 def _norm(size: Size, numbers: Numbers) -> Norm:
     return Norm(rms_norm, numbers.normal(size.hidden), 1e-5)
 
@@ -383,14 +387,7 @@ def kernels_here(device: torch.device) -> list[tuple[str, Kernels, list[str]]]:
     """By name, what can compute on the device, and which of the cases it has."""
     found: list[tuple[str, Kernels, list[str]]] = [("plain torch", PlainKernels(device), list(CASES))]
     if why_unavailable() is None:
-        found.append(("Triton", TritonExperts(device), ["experts"]))
+        from msi.kernels.triton.kernels import TritonKernels
+
+        found.append(("Triton", TritonKernels(device), list(CASES)))
     return found
-
-
-class TritonExperts(PlainKernels):
-    """Plain torch, but for experts."""
-
-    def expert_bank(self, **shape: Any) -> ExpertBank:
-        from msi.kernels.triton.expert_bank import new_expert_bank
-
-        return new_expert_bank(**shape, device=self.device)

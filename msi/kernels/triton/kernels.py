@@ -1,0 +1,148 @@
+"""What a GPU computes with: our kernels where memory is what costs, torch's matrix products where those are.
+
+Nothing waits for the device, and no shape depends on a value. On a CPU, Triton interprets: for tests. Memory that a
+kernel could not reach, which is host memory that the driver was not told of, is left to the plain kernels, which copy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from msi.kernels import SigmoidRouting
+from msi.kernels.kernels import ExpertBank, Linear, Outboxes
+from msi.kernels.norm import Norm, layer_norm, rms_norm
+from msi.kernels.paged_attention import AttentionShape
+from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.plain import PlainKernels
+from msi.kernels.triton import attention, attention_plan, rope, routing, rows, sampling
+from msi.kernels.triton.attention_plan import PagedPlan
+from msi.kernels.triton.expert_bank import new_expert_bank
+
+INTERPRETED_PROCESSORS = 3  # so that little is split
+
+
+class TritonKernels(PlainKernels):
+    """Implements `msi.kernels.kernels.Kernels`."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._is_interpreted = device.type == "cpu"
+        self._addresses: dict[tuple[int, ...], Tensor] = {}  # of outboxes; never dropped, as graphs hold them
+        self._num_processors = INTERPRETED_PROCESSORS
+        if not self._is_interpreted:
+            self._num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def expert_bank(
+        self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
+    ) -> ExpertBank:
+        return new_expert_bank(
+            num_layers=num_layers, num_experts=num_experts, hidden_size=hidden_size, inner_size=inner_size,
+            dtype=dtype, device=self.device,
+        )  # fmt: skip
+
+    # -- norms and MLPs ------------------------------------------------------------------------------------------------
+
+    def norm(self, hidden: Tensor, norm: Norm) -> Tensor:
+        return rows.norm(hidden, norm.weight, norm.eps, _is_layer_norm(norm))
+
+    def add_norm(self, hidden: Tensor, added: Tensor, norm: Norm) -> Tensor:
+        return rows.add_norm(hidden, added, norm.weight, norm.eps, _is_layer_norm(norm))
+
+    def gated_mlp(self, rows_: Tensor, gate_up: Linear, down: Linear) -> Tensor:
+        return down(rows.silu_and_mul(gate_up(rows_)))
+
+    # -- attention -----------------------------------------------------------------------------------------------------
+
+    def rope_table(
+        self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return rope.rope_table(positions, frequencies, scale)
+
+    def plan_attention(  # type: ignore[override]
+        self, inputs: PassTensors, host: PassTensors, shape: AttentionShape, dtype: torch.dtype
+    ) -> PagedPlan:
+        return attention_plan.plan_attention(
+            inputs,
+            host,
+            shape,
+            num_processors=self._num_processors,
+            upload=self._upload,
+            split=attention_plan.split_tiles(shape, dtype.itemsize),
+            chunks=attention_plan.chunk_tiles(shape, dtype.itemsize),
+            upcast=self._is_interpreted and dtype is torch.bfloat16,  # whose products the interpreter gets wrong
+        )
+
+    def rope_and_write(  # type: ignore[override]
+        self, heads: Tensor, num_q: int, rope_table: tuple[Tensor, Tensor], layer_cache: Tensor, plan: PagedPlan
+    ) -> None:
+        rope.rope_and_write(heads, num_q, rope_table, layer_cache, plan.slots)
+
+    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: PagedPlan) -> Tensor:  # type: ignore[override]
+        return attention.paged_attention(query, layer_cache, plan)
+
+    # -- routing -------------------------------------------------------------------------------------------------------
+
+    def topk_softmax(self, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+        return routing.topk_softmax(logits, k, renormalise)
+
+    def topk_sigmoid(
+        self, logits: Tensor, bias: Tensor, k: int, renormalise: bool, routing_: SigmoidRouting
+    ) -> tuple[Tensor, Tensor]:
+        return routing.topk_sigmoid(logits, bias, k, renormalise, routing_)
+
+    def pack(
+        self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes
+    ) -> Tensor:
+        """int32 [num_nodes, num_tokens]: the row of each token in each node's outbox, -1 for none."""
+        if not all(self._is_reached(out.hidden) for out in outboxes.rows):
+            positions: Tensor = super().pack(normed, topk_weights, topk_ids, local_ids, outboxes)
+            return positions
+        counts = outboxes.counts
+        is_written = self._is_reached(counts)
+        at = counts if is_written else torch.empty(counts.shape, dtype=counts.dtype, device=self.device)
+        positions = routing.count(topk_ids, local_ids, at)
+        if not is_written:
+            counts.copy_(at)
+        first = outboxes.rows[0].hidden
+        row_bytes = first.stride(0) * first.itemsize
+        routing.pack(normed, topk_weights, topk_ids, local_ids, positions, self._addresses_of(outboxes), row_bytes)
+        return positions
+
+    def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Tensor, norm: Norm) -> Tensor:
+        if not self._is_reached(answers):
+            answers = answers.to(self.device)
+        return rows.combine_norm(hidden, answers, sent, norm.weight, norm.eps, _is_layer_norm(norm))
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        return sampling.draw(logits, numbers)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _is_reached(self, tensor: Tensor) -> bool:
+        return self._is_interpreted or tensor.is_cuda or tensor.is_pinned()
+
+    def _addresses_of(self, outboxes: Outboxes) -> Tensor:
+        at = tuple(out.hidden.data_ptr() for out in outboxes.rows)
+        found = self._addresses.get(at)
+        if found is None:
+            for out in outboxes.rows:
+                ends = out.hidden.data_ptr() + out.hidden.shape[-1] * out.hidden.itemsize
+                assert out.topk_weights.data_ptr() == ends, "a row is `hidden | weights | ids`"
+            found = self._addresses[at] = routing.addresses(at, self.device)
+        return found
+
+    def _upload(self, numbers: npt.NDArray[np.int32]) -> Tensor:
+        tensor = torch.from_numpy(numbers)
+        return tensor if self._is_interpreted else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _is_layer_norm(norm: Norm) -> bool:
+    assert norm.apply in (rms_norm, layer_norm), f"no kernel for {norm.apply}"
+    return norm.apply is layer_norm
