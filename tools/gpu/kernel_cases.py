@@ -1,14 +1,12 @@
-"""Every operation of a `Kernels` object: right against plain torch in float64 on the same numbers, and its time.
+"""Every operation of a `Kernels` object as something that can be run, compared and timed.
 
-Plain torch is always there; Triton's kernels are looked at where they can be loaded. A case says how many bytes have to
-be moved and how much has to be calculated at least; floors follow from what the device was found to do.
+A case says how many bytes have to be moved and how much has to be calculated at least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,17 +20,10 @@ from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels
 from msi.kernels.rope import rope_frequencies
 from msi.kernels.routing import PackedRows, row_bytes
-from msi.kernels.triton import why_unavailable
 from msi.types import MicroBatch
-from tools.gpu.report import Add, Row
-from tools.gpu.runner import Place
-from tools.gpu.shapes import MIXTRAL, QWEN3, Shape
-from tools.gpu.timing import device_seconds, seconds
+from tools.gpu.shapes import Shape
 
-HALVES = (torch.bfloat16, torch.float16)
-ALLOWED = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}  # relative error of a result's norm
-MEMORY_BOUND, COMPUTE_BOUND = 0.85, 0.65  # shares of the floor that are asked for
-ASKED = ("attention", "experts")  # of what moves enough that a launch counts for little
+RING = 32  # waves whose descriptors an expert bank of Triton's holds at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +49,6 @@ class Size:
         )  # fmt: skip
 
 
-CHECKED = (  # small, so that float64 is quick; heads that share and that do not, rows that fill no tile
-    Size(1024, 1536, 6, 2, 16, 4, 128, 67, 301, 32000),
-    Size(512, 384, 16, 4, 8, 8, 64, 130, 97, 5003),
-    Size(256, 256, 5, 2, 4, 2, 80, 1, 33, 199),
-)
-DRY = (Size(32, 48, 3, 2, 4, 2, 16, 3, 20, 199),)
-
-
 @dataclass(frozen=True, slots=True)
 class Case:
     """Something that can be run again and again.
@@ -74,14 +57,14 @@ class Case:
         run: on the device, without a wait.
         result: what it leaves; compared in float64.
         num_bytes, flop: that it has to move and calculate at least.
-        has_own_graphs: it replays graphs itself, and what it does besides must not be captured.
+        num_warm: times that it has to be run before what is captured of it can be replayed; 0 for never, as it waits.
     """
 
     run: Callable[[], object]
     result: Callable[[], Tensor]
     num_bytes: float
     flop: float = 0.0
-    has_own_graphs: bool = False
+    num_warm: int = 3
 
 
 class Numbers:
@@ -189,7 +172,8 @@ def pack_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
         answers = torch.stack([one.hidden for one in rows])
         found[:] = [kernels.combine_norm(stream, answers, sent, norm)]
 
-    return Case(run, lambda: torch.cat((found[0].double(), stream.double())), 6 * hidden.nbytes)
+    num_warm = 0 if type(kernels) is PlainKernels else 3  # which copies its counts, and waits
+    return Case(run, lambda: torch.cat((found[0].double(), stream.double())), 6 * hidden.nbytes, num_warm=num_warm)
 
 
 def softmax_routing_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
@@ -248,19 +232,14 @@ def experts_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     answers = {seat: torch.zeros(1, each, size.hidden, dtype=numbers.dtype, device=numbers.device) for seat in range(4)}
     ids = torch.cat([landed.topk_ids[seat, 0, :num_rows].flatten() for seat, num_rows in seats])
     active = len(set(ids.tolist()))
-    has_own_graphs = hasattr(bank, "capture")
-    if has_own_graphs:  # more than a bank has to have
-        prepared: Any = bank
-        prepared.prepare(landed, (answers[0].nbytes, answers[0][0, 0].nbytes))
-        if numbers.device.type == "cuda":
-            prepared.capture()
+    bank.prepare(landed, (answers[0].nbytes, answers[0][0, 0].nbytes))
     expert_values = 3 * size.hidden * size.inner
     return Case(
         lambda: bank.run(0, 0, seats, landed, answers),
         lambda: torch.cat([answers[seat][0, :num_rows] for seat, num_rows in seats]),
         active * expert_values * numbers.dtype.itemsize,
         2.0 * expert_values * len(ids),
-        has_own_graphs,
+        num_warm=2 * RING,  # then the ring says the same everywhere
     )
 
 
@@ -303,91 +282,3 @@ def _decoding(size: Size, device: torch.device) -> tuple[PassTensors, PassTensor
     batch = MicroBatch((5,) * count, tuple(n - 1 for n in lens), (1,) * count, lens, tables)
     on_device, host = PassInputs(lambda block: block.to(device)).lay_out(batch)
     return host, on_device
-
-
-# -- sections --------------------------------------------------------------------------------------------------------
-
-
-def are_right(place: Place, add: Add) -> None:
-    """Each operation's largest relative error over all sizes, in each dtype of 16 bits."""
-    device = torch.device(place.device)
-    for name, kernels, cases in kernels_here(device):
-        for case_name in cases:
-            make = CASES[case_name]
-            for dtype in HALVES:
-                worst, note = 0.0, ""
-                for size in DRY if place.is_dry else CHECKED:
-                    try:
-                        worst = max(worst, error_of(make, kernels, size, dtype))
-                    except Exception as error:
-                        worst, note = float("inf"), f"{type(error).__name__}: {str(error)[:160]}"
-                        break
-                is_right = worst <= ALLOWED[dtype]
-                add(
-                    Row(
-                        f"{name}: {case_name}, {str(dtype).removeprefix('torch.')}, relative error", worst,
-                        note=note or ("" if is_right else f"more than {ALLOWED[dtype]}: WRONG"),
-                    )
-                )  # fmt: skip
-
-
-def error_of(make: Make, kernels: Kernels, size: Size, dtype: torch.dtype) -> float:
-    """Against plain torch in float64 on the same numbers."""
-    results = []
-    with torch.inference_mode():
-        for one, used in ((kernels, dtype), (PlainKernels(kernels.device), torch.float64)):
-            case = make(one, size, Numbers(kernels.device, dtype, used))
-            case.run()
-            results.append(case.result().double())
-    found, truth = results
-    assert bool(found.isfinite().all()), "something was not written, or is not finite"
-    return float((found - truth).norm() / truth.norm())
-
-
-def take(place: Place, add: Add) -> None:
-    """What each operation takes of layers of known models, beside its floor."""
-    device = torch.device(place.device)
-    for name, kernels, there in kernels_here(device):
-        for label, size, cases in _timed(place):
-            for case_name in (one for one in cases if one in there):
-                with torch.inference_mode():
-                    row = _time(place, f"{name}: {case_name}, {label}", kernels, CASES[case_name], size)
-                add(row)
-
-
-def _timed(place: Place) -> Iterator[tuple[str, Size, list[str]]]:
-    if place.is_dry:
-        yield "small", DRY[0], list(CASES)
-        return
-    for num_tokens in (16, 128):
-        yield f"Mixtral-8x7B, {num_tokens} rows", Size.of(MIXTRAL, num_tokens, 1024), list(CASES)
-        yield f"Qwen3-30B-A3B, {num_tokens} rows", Size.of(QWEN3, num_tokens, 1024), list(CASES)
-    yield "Mixtral-8x7B, 2048 rows", Size.of(MIXTRAL, 2048, 64), ["experts"]
-
-
-def _time(place: Place, name: str, kernels: Kernels, make: Make, size: Size) -> Row:
-    try:
-        case = make(kernels, size, Numbers(kernels.device, torch.bfloat16, torch.bfloat16))
-        if case.has_own_graphs:
-            took_s, how = seconds(place, case.run), "its own graphs"
-        else:
-            took_s, how = device_seconds(place, case.run)
-    except Exception as error:
-        return Row(name, "failed", note=f"{type(error).__name__}: {str(error)[:160]}")
-    floor = asked = None
-    if "bytes_per_s" in place.ceilings and "flop_per_s" in place.ceilings:
-        moved, calculated = case.num_bytes / place.ceilings["bytes_per_s"], case.flop / place.ceilings["flop_per_s"]
-        floor = max(moved, calculated) * 1e6
-        if any(word in name for word in ASKED):
-            asked = MEMORY_BOUND if moved >= calculated else COMPUTE_BOUND
-    return Row(name, took_s * 1e6, "us", floor, asked, note=how)
-
-
-def kernels_here(device: torch.device) -> list[tuple[str, Kernels, list[str]]]:
-    """By name, what can compute on the device, and which of the cases it has."""
-    found: list[tuple[str, Kernels, list[str]]] = [("plain torch", PlainKernels(device), list(CASES))]
-    if why_unavailable() is None:
-        from msi.kernels.triton.kernels import TritonKernels
-
-        found.append(("Triton", TritonKernels(device), list(CASES)))
-    return found

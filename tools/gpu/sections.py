@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch  # loaded once, before sections fork  # noqa: F401
 
-from tools.gpu import ceilings, decode, kernel_cases, machine, sanitizer, stages, tokens, tuning
+from tools.gpu import ceilings, decode, kernels, machine, sanitizer, stages, tokens, tuning
 from tools.gpu.gates import gates
 from tools.gpu.handles import handles
 from tools.gpu.host_memory import host_memory
@@ -34,9 +34,9 @@ SECTIONS = {
         Section("machine", machine.run, 30),
         Section("ceilings", ceilings.run, 30),
         Section("gates", by_rows(gates), 45),
-        Section("kernels", kernel_cases.are_right, 90),
+        Section("kernels", kernels.are_right, 90),
         Section("tuning", tuning.run, 100),
-        Section("times", kernel_cases.take, 90),
+        Section("times", kernels.take_times, 90),
         Section("tokens", tokens.run, 150),
         *(
             Section(f"{name}-{how}", run, 90)

@@ -35,13 +35,13 @@ def seconds(place: Place, work: Callable[[], object], repeat: int = 20) -> float
     return float(median(begin.elapsed_time(end) for begin, end in pairs)) / 1e3
 
 
-def captured(place: Place, work: Callable[[], object]) -> Callable[[], object]:
-    """Replays of the work as one graph. Raises RuntimeError where it cannot be captured."""
+def captured(place: Place, work: Callable[[], object], num_warm: int) -> Callable[[], object]:
+    """Replays of the work as one graph, after so many runs. Raises RuntimeError where it cannot be captured."""
     if place.is_dry:
         return work
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        for _ in range(WARM):
+        for _ in range(num_warm):
             work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -50,10 +50,12 @@ def captured(place: Place, work: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def device_seconds(place: Place, work: Callable[[], object], repeat: int = 20) -> tuple[float, str]:
-    """The median time without that of launching, where the work can be captured, and how it was taken."""
+def device_seconds(place: Place, work: Callable[[], object], num_warm: int = WARM) -> tuple[float, str]:
+    """The median time without that of launching, and how it was taken; with no warm runs, as it is launched."""
+    if not num_warm:
+        return seconds(place, work), "launched"
     try:
-        return seconds(place, captured(place, work), repeat), "graph"
+        return seconds(place, captured(place, work, num_warm)), "graph"
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return seconds(place, work, repeat), f"launched; no graph: {str(error).splitlines()[0][:80]}"
+        return seconds(place, work), f"launched; no graph: {str(error).splitlines()[0][:80]}"
