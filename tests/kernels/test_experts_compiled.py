@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
-from msi.kernels.triton.launches import plan_rows
+from msi.kernels.triton.launches import counted_rows, plan_rows
 from msi.kernels.triton.tiles import Product, Tiles, default_tiles
 from tests.everyday import mostly_slow
 from tests.kernels.compiled import ARCHITECTURES, SHARED_BYTES, Request, assert_fits, compile_all
@@ -53,7 +53,7 @@ def _request(name: str, types, constants, architecture: int, product: Product) -
     return Request(kernel, types, constants, architecture, product.num_warps, product.num_stages)
 
 
-def plan(architecture: int, num_experts: int, k: int) -> Request:
+def plan(architecture: int, num_experts: int, k: int, seats: int = 64) -> Request:
     int32 = ("topk_ids", "wave", "offsets", "tile_expert", "tile_begin", "tile_end", "row_pair")
     int64 = (
         "ring", "ticket", "pair_source", "row_answer", "row_source", "total_rows", "num_rows_seen", "total_read",
@@ -64,8 +64,9 @@ def plan(architecture: int, num_experts: int, k: int) -> Request:
     types |= dict.fromkeys((*strides, "answer_lane", "answer_row", "source_row"), "i32")
     types |= {"topk_weights": "*fp32", "row_weight": "*fp32"}
     constants = {
-        "NUM_EXPERTS": num_experts, "EXPERTS": num_experts, "K": k, "KS": k, "SEATS": 64,
-        "ROWS": plan_rows(num_experts), "BLOCK_M": 16, "RING": 32, "IS_STAGED": False,
+        "NUM_EXPERTS": num_experts, "EXPERTS": num_experts, "K": k, "KS": k, "SEATS": seats,
+        "ROWS": plan_rows(k, num_experts), "COUNTED": counted_rows(k, seats),
+        "BLOCK_M": 16, "RING": 32, "IS_STAGED": False,
     }  # fmt: skip
     return Request("msi.kernels.triton.wave:plan_wave", types, constants, architecture, num_warps=8)
 
@@ -88,13 +89,14 @@ def test_a_waves_plan_and_answers_fit_and_store_wide(architecture):
         plan(architecture, 8, 2),
         plan(architecture, 128, 8),
         plan(architecture, 256, 8),
+        plan(architecture, 8, 2, seats=8),
         answer(architecture),
         stage(architecture),
     ]
     results = compile_all(requests)
     for request, compiled in zip(requests, results, strict=True):
         assert_fits(request, compiled)
-    for compiled in results[3:]:
+    for compiled in results[4:]:
         assert compiled.count(r"STG\.E.*128"), compiled.instructions
 
 

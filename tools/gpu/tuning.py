@@ -23,7 +23,7 @@ def run(place: Place, add: Add) -> None:
     found = tune((DRY,) if place.is_dry else SHAPES, place.left_s - LEFT_S, lambda line: print("  ", line, flush=True))
     for entry in found["shapes"]:
         for tiles in entry["tiles"]:
-            cut = f"{tiles['gate_up_us']} + {tiles['down_us']} us of products"
+            cut = f"{tiles['gate_up_us']} us of gate and up, {tiles['down_and_answer_us']} of down and answers"
             name = f"tuned experts, {entry['name']}, {tiles['num_rows']} rows each: a wave"
             if place.is_dry:
                 add(Row(name, True, note="went through"))

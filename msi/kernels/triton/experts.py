@@ -149,7 +149,7 @@ def down(
     IS_TMA: tl.constexpr, IS_SWAPPED: tl.constexpr, SCALE_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """partial [SPLITS, num_pairs, HIDDEN] float32: sums of act [pairs, INNER] @ down.T over parts of INNER.
+    """partial [SPLITS, num_pairs, HIDDEN], sums of act [pairs, INNER] @ down.T over parts of INNER.
 
     A few rows have too few columns to keep a GPU busy: its programs share the long way along INNER, too, and
     `answer_rows` adds up what they found, always in the same order.
@@ -187,4 +187,4 @@ def down(
             bias = tl.load(bias2 + matrix * HIDDEN + columns, mask=columns < HIDDEN, other=0.0).to(tl.float32)
             sums += tl.where(split == 0, bias, 0.0)[None, :]
         to = partial + (split * num_pairs + pairs).to(tl.int64)[:, None] * HIDDEN + columns[None, :]
-        tl.store(to, sums, mask=(pairs < end)[:, None] & (columns < HIDDEN)[None, :])
+        tl.store(to, sums.to(partial.dtype.element_ty), mask=(pairs < end)[:, None] & (columns < HIDDEN)[None, :])

@@ -17,7 +17,8 @@ from msi.kernels.triton import experts
 from msi.kernels.triton.tiles import Product, Tiles
 from msi.kernels.triton.wave import RING, Descriptors, answer_rows, new_plan, plan_wave, stage_rows
 
-PLAN_ROWS, PLAN_VALUES = 64, 4096  # of a chunk that a program sorts at a time; times experts, which lie in registers
+PLAN_PAIRS, PLAN_VALUES = 64, 8192  # of rows and choices, that a program sorts at a time; the same times experts
+COUNTED_PAIRS, COUNTED_VALUES = 2048, 8192  # that it counts at a time; rows of them times seats, which lie in registers
 ANSWER_BLOCK = 1024
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -98,7 +99,7 @@ class WaveLaunches:
         self.planned = new_plan(self._num_pairs, max_rows, num_tiles, self._num_experts, device)
         self.act = torch.empty(self._num_pairs, self._inner, dtype=dtype, device=device)
         splits = max(one.down.splits for one in tiles)
-        self.partial = torch.empty(splits, self._num_pairs, self._hidden, dtype=torch.float32, device=device)
+        self._partial = torch.empty(splits, self._num_pairs, self._hidden, dtype=torch.float32, device=device)
         self._staged = torch.empty(max_rows, self._hidden, dtype=dtype, device=device) if is_staged else None
         self._upcast = dtype is torch.bfloat16 and device.type == "cpu"
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -135,14 +136,13 @@ class WaveLaunches:
         """The same, and never a graph."""
         self.plan(tiles)
         self.gate_up(tiles)
-        self.down(tiles)
-        self.answer(tiles)
+        self.down_and_answer(tiles)
 
     def plan(self, tiles: Tiles) -> None:
         plan, landed, counts = self.planned, self._landed, self._counts
         descriptors = self.descriptors
         source = landed.hidden if self._staged is None else self._staged
-        rows = plan_rows(self._num_experts)
+        rows = plan_rows(self._k, self._num_experts)
         chunks = triton.cdiv(self.max_rows, rows)
         plan_wave[(min(chunks, self._num_sms),)](
             descriptors.ring, descriptors.ticket, landed.topk_weights, landed.topk_ids,
@@ -154,8 +154,9 @@ class WaveLaunches:
             )),
             counts.rows, counts.rows_seen, counts.read, counts.read_seen, source.stride(-2),
             NUM_EXPERTS=self._num_experts, EXPERTS=padded(self._num_experts), K=self._k,
-            KS=triton.next_power_of_2(self._k), SEATS=descriptors.seats, ROWS=rows, BLOCK_M=tiles.block_m,
-            RING=RING, IS_STAGED=self._staged is not None, num_warps=8,
+            KS=triton.next_power_of_2(self._k), SEATS=descriptors.seats, ROWS=rows,
+            COUNTED=counted_rows(self._k, descriptors.seats), BLOCK_M=tiles.block_m, RING=RING,
+            IS_STAGED=self._staged is not None, num_warps=8,
         )  # fmt: skip
         if self._staged is not None:
             stage_rows[(self._num_sms,)](
@@ -181,7 +182,7 @@ class WaveLaunches:
         plan, weights, product = self.planned, self._weights, tiles.down
         w2 = self._descriptor(weights.w2, product) if product.is_tma else weights.w2
         experts.down[(self._num_sms * product.per_sm,)](
-            self.act, w2, weights.scale2, weights.bias2, self.partial, plan["wave"],
+            self.act, w2, weights.scale2, weights.bias2, self.partial_of(tiles), plan["wave"],
             plan["tile_expert"], plan["tile_begin"], plan["tile_end"], self._num_pairs,
             HIDDEN=self._hidden, INNER=self._inner, NUM_EXPERTS=self._num_experts, SPLITS=product.splits,
             BLOCK_M=tiles.block_m, BLOCK_N=product.block_n, BLOCK_K=product.block_k, IS_TMA=product.is_tma,
@@ -189,10 +190,24 @@ class WaveLaunches:
             UPCAST=self._upcast, num_warps=product.num_warps, num_stages=product.num_stages,
         )  # fmt: skip
 
+    def down_and_answer(self, tiles: Tiles) -> None:
+        self.down(tiles)
+        self.answer(tiles)
+
+    def partial_of(self, tiles: Tiles) -> Tensor:
+        """Outputs of pairs in the rows' dtype, or, where several are added up, in float32."""
+        if tiles.down.splits > 1:
+            return self._partial
+        return (
+            self._partial.flatten()
+            .view(self._landed.hidden.dtype)[: self._num_pairs * self._hidden]
+            .view(1, self._num_pairs, self._hidden)
+        )
+
     def answer(self, tiles: Tiles) -> None:
         plan = self.planned
         answer_rows[(self._num_sms * 2,)](
-            self.partial, plan["wave"], self.descriptors.ticket, plan["row_pair"], plan["row_weight"],
+            self.partial_of(tiles), plan["wave"], self.descriptors.ticket, plan["row_pair"], plan["row_weight"],
             plan["row_answer"], self._num_pairs,
             HIDDEN=self._hidden, K=self._k, SPLITS=tiles.down.splits,
             BLOCK=min(ANSWER_BLOCK, triton.next_power_of_2(self._hidden)), DTYPE=TYPES[self._landed.hidden.dtype],
@@ -210,8 +225,12 @@ def padded(num_experts: int) -> int:
     return max(2, int(triton.next_power_of_2(num_experts)))
 
 
-def plan_rows(num_experts: int) -> int:
-    return max(16, min(PLAN_ROWS, PLAN_VALUES // padded(num_experts)))
+def plan_rows(k: int, num_experts: int) -> int:
+    return max(1, min(PLAN_PAIRS, PLAN_VALUES // padded(num_experts)) // int(triton.next_power_of_2(k)))
+
+
+def counted_rows(k: int, seats: int) -> int:
+    return max(1, min(COUNTED_PAIRS // int(triton.next_power_of_2(k)), COUNTED_VALUES // seats))
 
 
 def _alignment(rows: Tensor) -> int:

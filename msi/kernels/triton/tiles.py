@@ -102,7 +102,7 @@ def choose(tiles: tuple[Tiles, ...], rows_per_expert: float) -> Tiles:
 def expected_rows(num_rows: int, k: int, num_experts: int, num_model_experts: int) -> float:
     """Of an expert here, of a wave's rows, which chose k of all experts of the model and at least one of ours each."""
     share = num_experts / num_model_experts
-    return num_rows * k / num_model_experts / (1.0 - (1.0 - share) ** k)
+    return min(float(num_rows), num_rows * k / num_model_experts / (1.0 - (1.0 - share) ** k))
 
 
 def from_json(entry: dict[str, Any]) -> Tiles:

@@ -62,10 +62,10 @@ class Descriptors:
 
 
 @triton.jit
-def _of_member(rows, begins, ends, values):
-    """Of rows of the wave, the value of the member whose they are; 0 past the last."""
-    is_its = (begins[None, :] <= rows[:, None]) & (rows[:, None] < ends[None, :])
-    return tl.sum(tl.where(is_its, values[None, :], 0), 1)
+def _member(rows, ends):
+    """Of rows of the wave, whose they are; past the last, the last place."""
+    is_behind = ends[None, :] <= rows[:, None]
+    return tl.minimum(tl.sum(is_behind.to(tl.int32), 1), ends.shape[0] - 1)
 
 
 @triton.jit
@@ -76,11 +76,12 @@ def plan_wave(
     wave, offsets, tile_expert, tile_begin, tile_end, pair_source, row_pair, row_weight, row_answer, row_source,
     total_rows, num_rows_seen, total_read, num_read_seen, source_row,
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr, KS: tl.constexpr, SEATS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, RING: tl.constexpr, IS_STAGED: tl.constexpr,
+    ROWS: tl.constexpr, COUNTED: tl.constexpr, BLOCK_M: tl.constexpr, RING: tl.constexpr, IS_STAGED: tl.constexpr,
 ):  # fmt: skip
     """A stable counting sort of the wave's (row, choice) pairs by expert. Every program counts all, and sorts its own.
 
     Args:
+        ROWS, COUNTED: that are sorted, and counted, at a time.
         *_seat, *_lane, *_row: strides, of topk_weights, topk_ids and hidden in elements, of answers in bytes.
         wave: int32 [3]: layer, rows, tiles of BLOCK_M pairs.
         offsets: int32 [experts + 1], where an expert's pairs begin.
@@ -108,19 +109,21 @@ def plan_wave(
         members = tl.arange(0, SEATS)
         choices = tl.arange(0, KS)
         seats = tl.load(at + 4 + members)
-        ends = tl.load(at + 4 + 2 * SEATS + members)
+        ends = tl.load(at + 4 + 2 * SEATS + members).to(tl.int32)
         begins = tl.load(at + 3 + 2 * SEATS + members, mask=members > 0, other=0)
         skipped = tl.load(at + 4 + SEATS + members) - begins  # what turns a row of the wave into one of its slot
         ids_base = seats * ids_seat + lane * ids_lane + skipped * ids_row
-        for start in range(0, num_rows, ROWS):
-            rows = start + tl.arange(0, ROWS)
-            from_ids = _of_member(rows, begins, ends, ids_base) + rows * ids_row
+        for start in range(0, num_rows, COUNTED):
+            rows = start + tl.arange(0, COUNTED)
+            from_ids = tl.gather(ids_base, _member(rows, ends), 0) + rows * ids_row
             is_one = (rows < num_rows)[:, None] & (choices < K)[None, :]
             ids = tl.load(topk_ids + from_ids[:, None] + choices[None, :], mask=is_one, other=-1)
-            ids = tl.reshape(ids, [ROWS * KS])
-            count = tl.histogram(ids, EXPERTS, mask=(ids >= 0) & (ids < NUM_EXPERTS))
-            total += count
-            before += tl.where(start < mine, count, 0)
+            ids = tl.where(ids < NUM_EXPERTS, ids, -1)
+            all_ids = tl.reshape(ids, [COUNTED * KS])
+            total += tl.histogram(all_ids, EXPERTS, mask=all_ids >= 0)
+            if start < mine:
+                ids_before = tl.reshape(tl.where((rows < mine)[:, None], ids, -1), [COUNTED * KS])
+                before += tl.histogram(ids_before, EXPERTS, mask=ids_before >= 0)
         first = tl.cumsum(total, 0) - total
         begin = first + before
 
@@ -150,27 +153,32 @@ def plan_wave(
         weights_base = seats * weights_seat + lane * weights_lane + skipped * weights_row
         hidden_base = seats * hidden_seat + lane * hidden_lane + skipped * hidden_row
         answer_base = tl.load(at + 4 + 3 * SEATS + members) + lane * answer_lane + skipped * answer_row
+        pairs = tl.arange(0, ROWS * KS)
+        choice = pairs % KS
         for start in range(mine, until, ROWS):
-            rows = start + tl.arange(0, ROWS)
-            alive = rows < num_rows
-            source = _of_member(rows, begins, ends, hidden_base) + rows * hidden_row
-            tl.store(row_source + rows, source, mask=alive)
+            rows = start + pairs // KS
+            alive = (rows < num_rows) & (choice < K)
+            is_first = alive & (choice == 0)
+            member = _member(rows, ends)
+            source = tl.gather(hidden_base, member, 0) + rows * hidden_row
+            tl.store(row_source + rows, source, mask=is_first)
             if IS_STAGED:
                 source = rows.to(tl.int64) * source_row
-            tl.store(row_answer + rows, _of_member(rows, begins, ends, answer_base) + rows * answer_row, mask=alive)
-            from_ids = topk_ids + _of_member(rows, begins, ends, ids_base) + rows * ids_row
-            from_weights = topk_weights + _of_member(rows, begins, ends, weights_base) + rows * weights_row
-            for choice in tl.static_range(K):
-                ids = tl.load(from_ids + choice, mask=alive, other=-1)
-                here = (ids >= 0) & (ids < NUM_EXPERTS)
-                hot = ((ids[:, None] == experts[None, :]) & here[:, None]).to(tl.int32)
-                rank = tl.cumsum(hot, 0) - hot
-                to = tl.sum(hot * (rank + begin[None, :]), 1)
-                tl.store(pair_source + to, source, mask=here)
-                tl.store(row_pair + rows * K + choice, tl.where(here, to, -1), mask=alive)
-                weight = tl.load(from_weights + choice, mask=alive, other=0.0)
-                tl.store(row_weight + rows * K + choice, weight, mask=alive)
-                begin += tl.sum(hot, 0)
+            answer = tl.gather(answer_base, member, 0) + rows * answer_row
+            tl.store(row_answer + rows, answer, mask=is_first)
+            from_weights = tl.gather(weights_base, member, 0) + rows * weights_row + choice
+            weights = tl.load(topk_weights + from_weights, mask=alive, other=0.0)
+            tl.store(row_weight + rows * K + choice, weights, mask=alive)
+            from_ids = tl.gather(ids_base, member, 0) + rows * ids_row + choice
+            ids = tl.load(topk_ids + from_ids, mask=alive, other=-1)
+            here = (ids >= 0) & (ids < NUM_EXPERTS)
+            ids = tl.where(here, ids, -1)
+            is_earlier = (ids[:, None] == ids[None, :]) & (pairs[None, :] < pairs[:, None])
+            hot = ids[:, None] == experts[None, :]
+            to = tl.sum(is_earlier.to(tl.int32), 1) + tl.sum(tl.where(hot, begin[None, :], 0), 1)
+            tl.store(pair_source + to, source, mask=here)
+            tl.store(row_pair + rows * K + choice, tl.where(here, to, -1), mask=alive)
+            begin += tl.sum(hot.to(tl.int32), 0)
 
 
 @triton.jit
@@ -194,7 +202,7 @@ def answer_rows(
     """Each row's experts added up by their weights, in the order of its choices, to where its answer leaves.
 
     Args:
-        partial: float32 [SPLITS, num_pairs, HIDDEN].
+        partial: [SPLITS, num_pairs, HIDDEN], as `msi.kernels.triton.experts.down` left it.
     """
     num_rows = tl.load(wave + 1)
     if tl.program_id(0) == 0:
@@ -211,7 +219,7 @@ def answer_rows(
             source = partial + tl.maximum(pair, 0).to(tl.int64) * HIDDEN + cols
             output = tl.zeros([BLOCK], tl.float32)
             for split in tl.static_range(SPLITS):
-                output += tl.load(source + split * num_pairs * HIDDEN, mask=here, other=0.0)
+                output += tl.load(source + split * num_pairs * HIDDEN, mask=here, other=0.0).to(tl.float32)
             combined += tl.where(here, output * weight, 0.0)
         to = tl.multiple_of(tl.load(row_answer + row).to(tl.pointer_type(DTYPE)), 16)
         tl.store(to + cols, combined.to(DTYPE), mask=cols < HIDDEN)
