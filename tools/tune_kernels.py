@@ -282,7 +282,7 @@ class Bench:
         landed.topk_ids.copy_(pairs.view(NUM_SEATS, 1, each, shape.k).to(torch.int32))
         left = [min(each, max(0, num_rows - seat * each)) for seat in range(NUM_SEATS)]
         members = [(seat, count) for seat, count in enumerate(left) if count]
-        return TritonExpertBank(self.weights, tiles=(tiles,)), landed, members
+        return TritonExpertBank(self.weights, tiles=(tiles,), uses_graphs=False), landed, members
 
     def _wave_s(self, tiles: Tiles, rows: int) -> float:
         """A whole wave, as one replayed graph."""
@@ -376,7 +376,7 @@ def _compile(work: list[tuple[Shape, Tiles]]) -> None:
             bytes_each = row_bytes(shape.hidden, shape.k, torch.bfloat16)
             rows = torch.zeros(2, 1, 16, bytes_each, dtype=torch.uint8, device=device)
             landed[shape] = PackedRows.view(rows, shape.hidden, shape.k, torch.bfloat16)
-        bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=(tiles,))
+        bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=(tiles,), uses_graphs=False)
         bank.prepare(landed[shape], (32 * shape.hidden, 2 * shape.hidden))
         launches = bank._launches
         assert launches is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from msi.kernels.triton.host_rows import HostRows
 from msi.kernels.triton.launches import Counts, ExpertWeights, WaveLaunches
 from msi.kernels.triton.tiles import Tiles, choose, expected_rows, tiles_for
 
+log = logging.getLogger(__name__)
 MAX_ROWS = 4096  # of what is computed at a time: longer waves go in parts, so memory between the products has a bound
 INTERPRETED_SMS = 3  # programs that an interpreter is asked to play
 WARM_ROWS = 16  # of a slot
@@ -29,16 +31,23 @@ class TritonExpertBank:
     Args:
         num_model_experts: of a layer of the whole model; how many rows an expert here can expect follows from it.
         tiles: to compute with, in place of what this device is known to like.
+        uses_graphs: on a GPU, waves are replays of graphs that `prepare` captures.
     """
 
     def __init__(
-        self, weights: ExpertWeights, *, num_model_experts: int | None = None, tiles: tuple[Tiles, ...] | None = None
+        self,
+        weights: ExpertWeights,
+        *,
+        num_model_experts: int | None = None,
+        tiles: tuple[Tiles, ...] | None = None,
+        uses_graphs: bool = True,
     ) -> None:
         num_layers, num_experts, hidden, inner = weights.w2.shape
         self.weights = weights
         self._device = weights.w2.device
         self._num_model_experts = num_model_experts
         self._wanted_tiles = tiles
+        self._uses_graphs = uses_graphs and self._device.type == "cuda"
         dtype = weights.w2.dtype
         if self._device.type == "cuda":
             properties = torch.cuda.get_device_properties(self._device)
@@ -81,7 +90,9 @@ class TritonExpertBank:
             had, w13=w13, w2=w2, bias13=moved(had.bias13), bias2=moved(had.bias2), scale13=moved(had.scale13),
             scale2=moved(had.scale2),
         )  # fmt: skip
-        bank = TritonExpertBank(new, num_model_experts=self._num_model_experts, tiles=self._wanted_tiles)
+        bank = TritonExpertBank(
+            new, num_model_experts=self._num_model_experts, tiles=self._wanted_tiles, uses_graphs=self._uses_graphs
+        )
         for local, place in enumerate(places):
             if place is not None:
                 bank.num_rows[:, local] = self.num_rows[:, place]
@@ -125,6 +136,14 @@ class TritonExpertBank:
             landed, answer_strides = self._host_rows.landed, self._host_rows.answer_strides
         self._landed, self._addresses = landed, {}
         self._launches = self._new_launches(landed, answer_strides, host_rows.is_far(self._device, landed.hidden))
+        if self._uses_graphs:
+            try:
+                self._launches.capture()
+            except RuntimeError as error:
+                log.warning(
+                    "waves of experts are launched kernel by kernel: no graph of them could be captured: %s", error
+                )
+                self._launches.forget_graphs()
 
     def _new_launches(self, landed: PackedRows, answer_strides: tuple[int, int], is_staged: bool) -> WaveLaunches:
         num_seats, _, slot_rows, _ = landed.hidden.shape
@@ -132,11 +151,6 @@ class TritonExpertBank:
             self.weights, self._counts, landed, answer_strides, max_rows=min(num_seats * slot_rows, MAX_ROWS),
             tiles=self.tiles, num_sms=self._num_sms, is_staged=is_staged,
         )  # fmt: skip
-
-    def capture(self) -> None:
-        """Graphs for the memory of `prepare`, on a GPU; waits for it."""
-        assert self._launches is not None, "no memory was taken"
-        self._launches.capture()
 
     def run(
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]

@@ -132,6 +132,9 @@ class WaveLaunches:
                     graph.capture_end()
                 self._graphs[id(tiles)] = graph
 
+    def forget_graphs(self) -> None:
+        self._graphs = {}
+
     def launch_eagerly(self, tiles: Tiles) -> None:
         """The same, and never a graph."""
         self.plan(tiles)
