@@ -130,6 +130,12 @@ class HostOptions:
         "pays where cores are idle",
         metavar="N", group=MODEL_AND_WORKERS,
     )  # fmt: skip
+    cuda_queues: str = parameter(
+        "threads",
+        "how a GPU's lanes take turns: threads (each lane has one, which waits for the GPU), or streams (the GPU waits "
+        "for rows itself; new)",
+        metavar="Q", group=MODEL_AND_WORKERS, choices=("threads", "streams"),
+    )  # fmt: skip
     gpu_memory_utilization: Annotated[float, (0.0, 1.0)] = parameter(
         0.9, "share of free memory (on a CPU: of free RAM) for KV cache", metavar="F", group=LIMITS
     )

@@ -15,12 +15,13 @@ needs_gpu = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_una
 
 @needs_gpu
 @pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3", "olmoe", "dbrx", "glm4"])
+@pytest.mark.parametrize("queues", ["threads", "streams"])
 @pytest.mark.parametrize("transport", ["inproc", "shm"])
-async def test_tokens_equal_transformers_on_a_gpu(tmp_path, family, transport):
+async def test_tokens_equal_transformers_on_a_gpu(tmp_path, family, transport, queues):
     expected = references(save_tiny(tmp_path, family=family), [1, 17, 64, 129], 12)
     async with Engine.local(
         model=tmp_path, device="cuda", transport=transport, attention_workers=2, expert_workers=2, micro_batches=2,
-        gpu_memory_utilization=0.1, slot_rows=48,
+        gpu_memory_utilization=0.1, slot_rows=48, cuda_queues=queues,
     ) as engine:  # fmt: skip
 
         async def tokens_of(prompt):

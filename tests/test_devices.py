@@ -7,14 +7,19 @@ import contextlib
 import threading
 
 import pytest
+import torch
 
+from msi.device.choice import open_device
 from msi.device.compute_thread import ComputeThread, Program, as_failure
-from msi.device.contract import CHECKS, Checked
+from msi.device.contract import CHECKS, Checked, nobody_is_told_within_a_call
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice, why_unavailable
 from msi.device.fake.device import FakeDevice
+from msi.device.fake.streams import FakeStreams
 from msi.device.fake.world import FakeWorld
 from msi.device.host_words import HostWords
+from msi.device.stream_device import StreamDevice
+from msi.kernels.plain import PlainKernels
 from msi.meter import StageMeter
 from msi.simulator.clock import run_virtual
 from msi.simulator.device import SimulatedDevice, SimulatedProgram
@@ -25,11 +30,17 @@ DEVICES = {
     "cpu": lambda: CpuDevice(num_threads=1),
     "cuda": CudaDevice,
     "fake": lambda: FakeDevice(FakeWorld(seed=1)),
+    "cuda streams": lambda: open_device("cuda", 0, cuda_queues="streams"),
+    "streams": lambda: StreamDevice(FakeStreams(), PlainKernels(torch.device("cpu"))),
 }
 
 
 def program(run, failed):
     return Program(run, failed, StageMeter(), "checked", 0)
+
+
+def reading(run, failed):
+    return Program(run, failed, StageMeter(), "checked", 0, reads=True)
 
 
 each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -38,10 +49,29 @@ each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__
 @each_check
 @pytest.mark.parametrize("name", DEVICES)
 async def test_a_device_keeps_the_contract(name, check):
-    if name == "cuda" and why_unavailable() is not None:
+    if name.startswith("cuda") and why_unavailable() is not None:
         pytest.skip(str(why_unavailable()))
     device = DEVICES[name]()
-    await asyncio.wait_for(check(Checked(device, program)), 20)
+    await asyncio.wait_for(check(Checked(device, reading if isinstance(device, StreamDevice) else program)), 20)
+    await device.close()
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if check is not nobody_is_told_within_a_call])
+async def test_what_is_launched_onto_streams_keeps_the_contract(check):
+    """But for when the host sees what: it may do so after what comes behind a signal has run."""
+    driver = FakeStreams(seed=2)
+
+    def launched(run, failed):
+        def on_the_stream():
+            try:
+                run()
+            except BaseException as error:
+                failed(as_failure(error))
+
+        return program(lambda: driver.call(on_the_stream), failed)
+
+    device = StreamDevice(driver, PlainKernels(driver.device))
+    await asyncio.wait_for(check(Checked(device, launched)), 20)
     await device.close()
 
 

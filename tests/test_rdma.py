@@ -328,7 +328,7 @@ class ExportedRows:
     def region(self, num_bytes):
         return ExportedRegion(num_bytes, self.flush)
 
-    def adopt(self, memory):
+    def adopt(self, memory, num_parts=1):
         raise AssertionError("nothing of the host's")
 
     def write(self, region, at, content):

@@ -99,13 +99,15 @@ class AttentionHalf:
         self._placement = placement
         self._missing: tuple[int, ...] = ()
         self._tables_again = [self.forward.tables for _ in lanes]  # that rows are packed again by
-        self._queues = LaneQueues(device, placement.num_nodes, [self._programs(lane) for lane in lanes])
+        counts = device.host_region(4 * len(lanes) * placement.num_nodes)
+        programs = [self._programs(lane) for lane in lanes]
+        self._queues = LaneQueues(device, placement.num_nodes, programs, counts.host())
         self.counts = self._queues.counts
         nowhere = PackedRows.view(
             torch.empty(0, dispatch_layout.row_bytes, dtype=torch.uint8), config.hidden_size, config.top_k, self._dtype
         )
-        counts = torch.frombuffer(self.counts, dtype=torch.int32).view(len(lanes), placement.num_nodes)
-        self._outboxes = [Outboxes([nowhere] * placement.num_nodes, of_lane) for of_lane in counts]
+        of_lanes = counts.tensor().view(torch.int32).view(len(lanes), placement.num_nodes)
+        self._outboxes = [Outboxes([nowhere] * placement.num_nodes, of_lane) for of_lane in of_lanes]
         answers = slot_rows(landing, placement.num_nodes, answer_layout)
         answers = answers[..., : config.hidden_size * self._dtype.itemsize].view(self._dtype)
         self._answers = answers.unbind(1)  # by lane: [num_nodes, slot_rows, hidden_size]
@@ -168,7 +170,7 @@ class AttentionHalf:
             layers.append((attention, shared))
         return LanePrograms(
             layers,
-            Program(partial(self._end, lane), failed, self.pass_meter, "sample", lane),
+            Program(partial(self._end, lane), failed, self.pass_meter, "sample", lane, reads=True),
             Program(partial(self._again, lane), failed, self.again_meter, "pack again", lane),
         )
 
@@ -194,9 +196,11 @@ class AttentionHalf:
         launched, in_flight = self._current[lane], self._lanes[lane]
         if launched is None or in_flight is None or in_flight.error is not None:
             return  # the pass was given up
-        state = in_flight.state
-        if launched.first + state.turn == self._queues.turn_again(lane):  # else it was, and another has begun
+        state, turn = in_flight.state, self._queues.turn_again(lane)
+        if launched.first + state.turn == turn:
             self.forward.pack_again(state, self._tables_again[lane], self._outboxes[lane])
+        elif turn >= launched.first:  # else the pass was given up, and another has begun
+            raise RuntimeError("layers behind a closed gate are launched already, so rows cannot be packed again")
 
     def _end(self, lane: int) -> None:
         self._sampled[lane] = None

@@ -73,13 +73,24 @@ class LaneQueues(Generic[P]):
 
     Implements `msi.net.passes.Gates`.
 
+    Args:
+        counts: memory for them that the device sees; by default any.
+
     Attributes:
         counts: int32 [num_lanes, num_nodes], in host memory: rows packed for each node, for programs to write.
     """
 
-    def __init__(self, device: QueueDevice[P], num_nodes: int, programs: Sequence[LanePrograms[P]]) -> None:
+    def __init__(
+        self,
+        device: QueueDevice[P],
+        num_nodes: int,
+        programs: Sequence[LanePrograms[P]],
+        counts: memoryview | None = None,
+    ) -> None:
         self.num_layers = len(programs[0].layers)
-        self.counts = memoryview(bytearray(4 * len(programs) * num_nodes)).cast("i", (len(programs), num_nodes))
+        num_bytes = 4 * len(programs) * num_nodes
+        counts = memoryview(bytearray(num_bytes)) if counts is None else counts[:num_bytes]
+        self.counts = counts.cast("i", (len(programs), num_nodes))
         self._words = device.words
         self._lock = threading.Lock()  # over launching, which goes on where a signal is seen
         self._lanes = [_Lane(device, index, programs[index]) for index in range(len(programs))]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice, why_unavailable
+from msi.device.cuda_driver import CudaDriver, prepare, why_no_streams
+from msi.device.stream_device import StreamDevice
 from msi.errors import ConfigError
+from msi.kernels.plain import PlainKernels
+
+log = logging.getLogger(__name__)
+
+OpenedDevice = CpuDevice | CudaDevice | StreamDevice
 
 
 def check_device(name: str) -> None:
@@ -17,12 +25,13 @@ def check_device(name: str) -> None:
         raise ConfigError(f"`device` {name} cannot work: {reason}; without one, use `device=cpu`")
 
 
-def open_device(name: str, num_threads: int, poll_s: float = 0.0) -> CpuDevice | CudaDevice:
+def open_device(name: str, num_threads: int, poll_s: float = 0.0, cuda_queues: str = "threads") -> OpenedDevice:
     """The device of this process: "cpu", "cuda:N", or "cuda": that of torchrun's LOCAL_RANK, else the first.
 
     Args:
         num_threads: torch's threads on a CPU; 0 leaves it to torch.
         poll_s: how long a CPU's compute thread looks for something to do before it sleeps.
+        cuda_queues: of a GPU: "threads", or "streams", in whose place threads are taken where it has no such.
 
     Raises:
         ConfigError: there is no such device here.
@@ -30,4 +39,12 @@ def open_device(name: str, num_threads: int, poll_s: float = 0.0) -> CpuDevice |
     if name == "cpu":
         return CpuDevice(num_threads=num_threads or torch.get_num_threads(), poll_s=poll_s)
     _, _, index = name.partition(":")
-    return CudaDevice(index=int(index or os.environ.get("LOCAL_RANK", "0")))
+    number = int(index or os.environ.get("LOCAL_RANK", "0"))
+    if cuda_queues == "streams":
+        check_device(name)
+        prepare()
+        if (reason := why_no_streams(number)) is None:
+            driver = CudaDriver(number)
+            return StreamDevice(driver, PlainKernels(driver.device))
+        log.warning("CUDA device %d has a thread for each lane in place of streams: %s", number, reason)
+    return CudaDevice(index=number)

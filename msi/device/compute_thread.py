@@ -34,21 +34,30 @@ class Program:
         failed: called there with what `run` raised, before what comes behind it in the queue; must not raise.
         meter: gets the time of each run.
         name, lane: its label in traces.
+        reads: it reads values of the device (`item`, `tolist`): it runs once all before it in the queue is through, as
+            programs of a device that computes on threads do anyway.
 
     Attributes:
         spent_s: device time of the run that was through last.
     """
 
-    __slots__ = ("failed", "lane", "meter", "name", "run", "spent_s")
+    __slots__ = ("failed", "lane", "meter", "name", "reads", "run", "spent_s")
 
     def __init__(
-        self, run: Callable[[], None], failed: Callable[[Exception], None], meter: StageMeter, name: str, lane: int
+        self,
+        run: Callable[[], None],
+        failed: Callable[[Exception], None],
+        meter: StageMeter,
+        name: str,
+        lane: int,
+        reads: bool = False,
     ) -> None:
         self.run = run
         self.failed = failed
         self.meter = meter
         self.name = name
         self.lane = lane
+        self.reads = reads
         self.spent_s = 0.0
 
 

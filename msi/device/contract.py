@@ -212,9 +212,9 @@ async def a_program_that_raises_is_told_and_the_queue_goes_on(on: Checked) -> No
 
     word, seen, queue = on.words.take(), [], on.device.queue("raising")
     on.device.follow(word, lambda value: seen.append(len(on.log)))
-    for error in (ValueError("one"), StopIteration("two"), Panic("three")):
+    for value, error in enumerate((ValueError("one"), StopIteration("two"), Panic("three")), 1):
         queue.run(on.raises(error))
-        queue.signal(word, len(on.log) + 1)
+        queue.signal(word, value)
     queue.run(on.says("on"))
     await on.through(queue)
     *told, last = on.log

@@ -83,7 +83,10 @@ class CudaDevice(ThreadedDevice):
     def region(self, num_bytes: int) -> Region:
         return self._memory.region(num_bytes)
 
-    def adopt(self, memory: memoryview) -> Region:
+    def host_region(self, num_bytes: int) -> Region:
+        return self._memory.region(num_bytes)
+
+    def adopt(self, memory: memoryview, num_parts: int = 1) -> Region:
         return self._memory.adopt(memory)
 
     def upload(self, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ device reads and writes in place.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from msi.errors import ConfigError, EngineError
 
-NEEDS_BINDINGS = "cuda-bindings is not installed; install the extra `cuda`"
+NEEDS_BINDINGS = "cuda-bindings is not installed; `pip install 'msi[cuda]'`"
 
 
 class DeviceLost(EngineError):
@@ -65,8 +66,21 @@ class Driver(Protocol):
     def tensor(self, memory: memoryview) -> Tensor:
         """uint8, as work on the device sees host memory that was mapped."""
 
+    def upload(self, tensor: Tensor) -> Tensor:
+        """Within what is launched: a copy in the device's memory, there when the stream comes to it. The tensor may be
+        written again at once.
+        """
+
     def check(self) -> None:
         """Raises DeviceLost when work that was launched has failed."""
+
+    def finish(self, stream: Any) -> None:
+        """Waits for all that was launched on a stream, whose gates are open."""
+
+    def settle(self) -> None:
+        """Waits for what this thread launched outside of streams."""
+
+    def free_memory_bytes(self) -> int: ...
 
     def synchronize(self) -> None:
         """Waits for all that was launched. Behind a closed gate that is for ever."""
@@ -77,6 +91,14 @@ class Driver(Protocol):
 
 def host_address(memory: memoryview) -> int:
     return int(np.frombuffer(memory, np.uint8).ctypes.data)
+
+
+def prepare() -> None:
+    """Before CUDA starts in this process: many streams go on beside gated ones, and no kernel is loaded behind a closed
+    gate, which would wait until that opens.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 
 def why_no_streams(index: int = 0) -> str | None:
@@ -118,8 +140,10 @@ class CudaDriver:
         torch.cuda.set_device(self.device)
 
     def stream(self) -> torch.cuda.Stream:
-        stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._handles[stream] = stream.cuda_stream
+        # torch's own streams come from a pool and may be another queue's; 1: it waits for no default stream
+        handle = int(self._ok("cuStreamCreate", self._cu.cuStreamCreate(1)))
+        stream: torch.cuda.Stream = torch.cuda.ExternalStream(handle, self.device)  # type: ignore[no-untyped-call]
+        self._handles[stream] = handle
         return stream
 
     def launch(self, stream: torch.cuda.Stream, work: Callable[[], object], reads: bool = False) -> None:
@@ -147,7 +171,10 @@ class CudaDriver:
             self._failed("cuEventRecord", error)
 
     def elapsed_s(self, start: Any, end: Any) -> float:
-        return float(self._ok("cuEventElapsedTime", self._cu.cuEventElapsedTime(start, end))) * 1e-3
+        error, milliseconds = self._cu.cuEventElapsedTime(start, end)
+        if error == self._cu.CUresult.CUDA_ERROR_NOT_READY:  # the flag behind it was faster
+            return 0.0
+        return float(self._ok("cuEventElapsedTime", (error, milliseconds))) * 1e-3
 
     def map_host(self, memory: memoryview) -> int:
         self.enter()
@@ -163,10 +190,23 @@ class CudaDriver:
     def tensor(self, memory: memoryview) -> Tensor:
         return torch.as_tensor(_Mapped(memory), device=self.device)
 
+    def upload(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # torch keeps it until the copy is through
+
     def check(self) -> None:
         (error,) = self._cu.cuStreamQuery(0)
         if error and error != self._cu.CUresult.CUDA_ERROR_NOT_READY:
             self._failed("cuStreamQuery", error)
+
+    def finish(self, stream: torch.cuda.Stream) -> None:
+        self.enter()
+        stream.synchronize()
+
+    def settle(self) -> None:
+        torch.cuda.default_stream(self.device).synchronize()
+
+    def free_memory_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

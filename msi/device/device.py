@@ -29,8 +29,13 @@ class Device(QueueDevice[Program], Protocol):
     def region(self, num_bytes: int) -> Region:
         """As `msi.net.regions.Allocator` says: a device is one."""
 
-    def adopt(self, memory: memoryview) -> Region:
+    def adopt(self, memory: memoryview, num_parts: int = 1) -> Region:
         """As `msi.net.regions.Allocator` says."""
+
+    def host_region(self, num_bytes: int) -> Region:
+        """Host memory that the device sees in place, zeroed: what programs write there the host reads behind a signal,
+        and the other way round behind a gate.
+        """
 
     def upload(self, tensor: Tensor) -> Tensor:
         """The tensor in the device's memory."""

@@ -59,7 +59,9 @@ class QueueDevice(Protocol[P]):
     opened.
     """
 
-    busy_s: float  # time spent computing since the start
+    @property
+    def busy_s(self) -> float:
+        """Time spent computing since the start."""
 
     @property
     def words(self) -> Words: ...

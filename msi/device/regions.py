@@ -19,7 +19,7 @@ class HostTensors:
     def region(self, num_bytes: int) -> HostRegion:
         return self.adopt(map_zeroed(num_bytes))
 
-    def adopt(self, memory: memoryview) -> HostRegion:
+    def adopt(self, memory: memoryview, num_parts: int = 1) -> HostRegion:
         return HostRegion(memory, lambda memory: torch.frombuffer(memory, dtype=torch.uint8))
 
 
@@ -34,6 +34,7 @@ class DeviceRegion:
     """
 
     is_host = False
+    remapped = None
 
     def __init__(
         self,

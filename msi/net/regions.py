@@ -32,6 +32,12 @@ class Region(Protocol):
         any thread; must not raise.
         """
 
+    @property
+    def remapped(self) -> Callable[[int], None] | None:
+        """What a transport calls, with its number, after it has put other memory at the addresses of one of its parts;
+        None where nobody minds. No work that is launched reads or writes that part any more.
+        """
+
     def host(self) -> memoryview:
         """Its bytes, writable. Raises ConfigError for a device's memory: nothing is copied by accident."""
 
@@ -54,8 +60,10 @@ class Allocator(Protocol):
         Raises ConfigError where there is not enough.
         """
 
-    def adopt(self, memory: memoryview) -> Region:
-        """Host memory that a transport maps, as work on the device sees it."""
+    def adopt(self, memory: memoryview, num_parts: int = 1) -> Region:
+        """Host memory that a transport maps, as work on the device sees it; of equal parts, each of which may be mapped
+        anew (`Region.remapped`).
+        """
 
 
 class HostRegion:
@@ -63,12 +71,19 @@ class HostRegion:
 
     Args:
         as_tensor: what `tensor` calls with the memory.
+        remapped: as a region says it.
     """
 
     is_host = True
     flush = None
 
-    def __init__(self, memory: memoryview, as_tensor: Callable[[memoryview], Any] | None = None) -> None:
+    def __init__(
+        self,
+        memory: memoryview,
+        as_tensor: Callable[[memoryview], Any] | None = None,
+        remapped: Callable[[int], None] | None = None,
+    ) -> None:
+        self.remapped = remapped
         self.num_bytes = memory.nbytes
         self._memory = memory
         self._as_tensor = as_tensor
@@ -91,7 +106,7 @@ class HostMemory:
     def region(self, num_bytes: int) -> HostRegion:
         return HostRegion(map_zeroed(num_bytes))
 
-    def adopt(self, memory: memoryview) -> HostRegion:
+    def adopt(self, memory: memoryview, num_parts: int = 1) -> HostRegion:
         return HostRegion(memory)
 
 

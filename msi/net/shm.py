@@ -110,7 +110,7 @@ class ShmLanding:
         self._rows_at = AddressRange(num_seats * self._stride)
         starts = range(0, num_seats * HEADERS_BYTES, HEADERS_BYTES)
         self.headers = tuple(layout.split_headers(self._headers_at.memory[start:]) for start in starts)
-        self.rows = allocator.adopt(self._rows_at.memory)
+        self.rows = allocator.adopt(self._rows_at.memory, num_seats)
         self._generations = [0] * num_seats
 
     def revoke(self, index: int) -> None:
@@ -126,6 +126,8 @@ class ShmLanding:
         region = SharedRegion.create(seat_bytes(self.layout))
         region.map_into(self._headers_at, index * HEADERS_BYTES, RING_BYTES, HEADERS_BYTES)
         region.map_into(self._rows_at, index * self._stride, ROWS_AT, self._stride)
+        if self.rows.remapped is not None:
+            self.rows.remapped(index)
         return region
 
 

@@ -24,9 +24,8 @@ from msi.attention.kv_cache import KvCache
 from msi.attention.role import AttentionRole
 from msi.attention.scheduler import Scheduler
 from msi.control.messages import FROM_WORKER, Assignment, ExpertAddress, Linked, PassDone, Topology
-from msi.device.choice import open_device
+from msi.device.choice import OpenedDevice, open_device
 from msi.device.cpu import CpuDevice
-from msi.device.cuda import CudaDevice
 from msi.errors import ConfigError, EngineError
 from msi.experts.role import ExpertRole
 from msi.kernels import BLOCK_TOKENS
@@ -136,7 +135,7 @@ class _Host:
         self._files = ModelFiles(hosting.model_dir, hosting.load_format)
         self._config = self._files.config
         self._placement = place_evenly(self._config.num_experts, 1)
-        self._device: CpuDevice | CudaDevice | None = None
+        self._device: OpenedDevice | None = None
         self._loaded: LoadedPart | None = None
         self._precision = Precision()
         self._kv_cache: KvCache | None = None

@@ -16,8 +16,7 @@ import torch
 from msi.attention.half import AttentionHalf
 from msi.attention.kv_cache import KvCache
 from msi.attention.lanes import run_pass
-from msi.device.cpu import CpuDevice
-from msi.device.cuda import CudaDevice
+from msi.device.choice import OpenedDevice
 from msi.device.regions import slot_rows
 from msi.errors import ConfigError
 from msi.experts.batches import WaveBatch
@@ -71,7 +70,7 @@ class AttentionSide:
         loaded: LoadedPart,
         kv_cache: KvCache,
         num_blocks: int,
-        device: CpuDevice | CudaDevice,
+        device: OpenedDevice,
         placement: Placement,
         dtype: torch.dtype,
     ) -> None:
@@ -169,9 +168,7 @@ def _resolve(done: asyncio.Future[None], error: Exception | None) -> None:
 class ExpertSide:
     """The expert half of a model with all experts on one node, and rows made up to hit as many as are asked for."""
 
-    def __init__(
-        self, config: ModelConfig, loaded: LoadedPart, device: CpuDevice | CudaDevice, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, loaded: LoadedPart, device: OpenedDevice, dtype: torch.dtype) -> None:
         assert loaded.experts is not None
         layout = SlotLayout(1, SLOT_ROWS, row_bytes(config.hidden_size, config.top_k, dtype))
         answers = SlotLayout(1, SLOT_ROWS, answer_row_bytes(config.hidden_size, dtype))

@@ -11,9 +11,8 @@ from msi.attention.half import AttentionHalf
 from msi.attention.kv_cache import KvCache
 from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
-from msi.device.choice import open_device
-from msi.device.cpu import CpuDevice
-from msi.device.cuda import CudaDevice
+from msi.device.choice import OpenedDevice, open_device
+from msi.device.stream_device import StreamDevice
 from msi.errors import ConfigError
 from msi.experts.half import ExpertHalf
 from msi.kernels.routing import answer_row_bytes, row_bytes
@@ -69,7 +68,7 @@ class TorchModel:
         files: ModelFiles,
         part: LoadedPart,
         assignment: Assignment,
-        device: CpuDevice | CudaDevice,
+        device: OpenedDevice,
         memory_utilization: float,
     ) -> None:
         config, precision = files.config, assignment.precision
@@ -146,7 +145,7 @@ class TorchHost:
         self._settings = settings
         self._files = ModelFiles(settings.source.model_dir, settings.source.load_format)
         self._complain = Complaints(log)
-        self._device: CpuDevice | CudaDevice | None = None
+        self._device: OpenedDevice | None = None
         self._part: LoadedPart | None = None
 
     @property
@@ -170,10 +169,10 @@ class TorchHost:
         fastest = self._device.compute_dtype(DTYPES[self._files.config.dtype])
         return self._files.fingerprint(), settings.precision.resolved(str(fastest).removeprefix("torch."))
 
-    def open_device(self) -> CpuDevice | CudaDevice:
+    def open_device(self) -> OpenedDevice:
         """What this worker computes on. Raises ConfigError."""
         host = self._settings.host
-        return open_device(host.device, self._settings.num_threads, host.poll_us / 1e6)
+        return open_device(host.device, self._settings.num_threads, host.poll_us / 1e6, host.cuda_queues)
 
     def use_tracer(self, tracer: Spans | None) -> None:
         assert self._device is not None
@@ -224,6 +223,8 @@ class TorchHost:
         return LOOPBACK
 
     def counters(self) -> ProcessCounters:
+        if isinstance(self._device, StreamDevice) and self._device.lost is not None:
+            raise self._device.lost  # which ends the worker
         return ProcessCounters(
             loop_cpu_s=time.thread_time(), rss_bytes=resident_memory_bytes(), cut_off=by_reason(self._complain.counts)
         )

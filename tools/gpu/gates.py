@@ -6,7 +6,6 @@ are named, and the others run over the fake streams.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import mmap
 import os
@@ -82,8 +81,16 @@ class Bench:
         self.words[0] = self._asked
         return self._asked
 
+    def open_all(self) -> None:
+        """Whatever a stream still waits for, so that nothing stays behind a gate."""
+        for word in range(4, self.word()):
+            self.words[word * STRIDE] = 1 << 30
+        self.driver.synchronize()
+
     def close(self) -> None:
         self.words[32] = 1
+        self.words[STRIDE] = 1 << 30
+        self.open_all()
         self.opener.wait(10)
         self.driver.synchronize()
         self.driver.unmap_host(self.memory)
@@ -109,39 +116,43 @@ def gates(row: Row, dry: bool = False) -> None:
 
 
 def _latencies(bench: Bench, row: Row, dry: bool) -> None:
-    def shown(name: str, times: list[float], note: str = "") -> None:
-        times.sort()
-        row(f"{name}, p50", round(statistics.median(times) * 1e6, 2), "us", note=note)
-        row(f"{name}, p99", round(times[int(len(times) * 0.99)] * 1e6, 2), "us")
-
     driver, stream = bench.driver, bench.stream
-    count = 50 if dry else 1000
-    shown("gate opened -> flag seen, 32 bits", _round_trips(bench, count, *_plain(bench, stream)))
-    shown("flag alone: launched on an idle stream -> seen", _flags_alone(bench, count))
+    count = 50 if dry else 500
+    wait, write = _plain(bench, stream)
+
+    def measured(name: str, times: Callable[[], list[float]], note: str = "") -> None:
+        """What fails, or never comes, is a row like another."""
+        try:
+            took = sorted(times())
+        except Exception as error:
+            row(name, "failed", note=f"{type(error).__name__}: {error}"[:160])
+            bench.open_all()
+            return
+        if not took:
+            row(name, "never seen")
+            bench.open_all()
+            return
+        row(f"{name}, p50", round(statistics.median(took) * 1e6, 2), "us", note=note)
+        row(f"{name}, p99", round(took[int(len(took) * 0.99)] * 1e6, 2), "us")
+
+    measured("gate opened -> flag seen, 32 bits", lambda: _round_trips(bench, count, wait, write))
+    measured("flag alone: launched on an idle stream -> seen", lambda: _flags_alone(bench, count))
     if dry:
         return
+    for num in (1, 3, 7, 15):
+        measured(f"the same, beside {num} streams at closed gates", partial(_beside_closed, bench, count // 2, num))
     cu = driver._cu  # type: ignore[attr-defined]
     handle = stream.cuda_stream  # type: ignore[union-attr]
+    flag = driver.tensor(bench.memory).view(torch.int32)
 
     def wait64(at: int, value: int) -> None:
-        assert not cu.cuStreamWaitValue64(handle, at, value, 0)[0]
+        _ok(cu.cuStreamWaitValue64(handle, at, value, 0))
 
     def write64(at: int, value: int) -> None:
-        assert not cu.cuStreamWriteValue64(handle, at, value, 0)[0]
+        _ok(cu.cuStreamWriteValue64(handle, at, value, 0))
 
     def bare(at: int, value: int) -> None:
-        flag = cu.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER
-        assert not cu.cuStreamWriteValue32(handle, at, value, int(flag))[0]
-
-    wait, write = _plain(bench, stream)
-    shown("the same, 64 bits", _round_trips(bench, count, wait64, write64))
-    shown("the same, written without a fence", _round_trips(bench, count, wait, bare))
-
-    def equal(at: int, value: int) -> None:
-        assert not cu.cuStreamWaitValue32(handle, at, value, 1)[0]
-
-    shown("the same, waits for equality", _round_trips(bench, count, equal, write))
-    flag = driver.tensor(bench.memory).view(torch.int32)
+        _ok(cu.cuStreamWriteValue32(handle, at, value, 1))  # 1: behind no fence
 
     def kernel(at: int, value: int) -> None:
         index = (at - bench.at) // 4
@@ -149,26 +160,29 @@ def _latencies(bench: Bench, row: Row, dry: bool) -> None:
 
     kernel(bench.address(bench.word()), 1)
     driver.synchronize()
-    shown("the same, a kernel writes the flag", _round_trips(bench, count, wait, kernel))
-    with contextlib.suppress(Exception):
-        shown("the same, wait and write in one batch call", _batched(bench, count, cu, handle))
-    allocated = torch.zeros(1024, dtype=torch.int32, pin_memory=True)
-    words = allocated.numpy()
-    other = _round_trips(bench, count, wait, write, words=words, base=allocated.data_ptr())
-    shown("the same, words by cudaHostAlloc", other)
-    for num in (1, 3, 7, 15):
-        gate = bench.word()
-        closed = [driver.stream() for _ in range(num)]
-        for one in closed:
-            driver.wait(one, bench.address(gate), 1)
-        times = _round_trips(bench, count // 2, wait, write, within_s=1.0)
-        bench.words[gate * STRIDE] = 1
-        driver.synchronize()
-        if times:
-            shown(f"the same, beside {num} streams at closed gates", times)
-        else:
-            row(f"the same, beside {num} streams at closed gates", "never opened within 1 s")
-    _spinning(bench, row, shown, count)
+    allocated = torch.zeros(1 << 14, dtype=torch.int32, pin_memory=True)
+    by_cuda = partial(_round_trips, words=allocated.numpy(), base=allocated.data_ptr())
+    measured("the same, a kernel writes the flag", lambda: _round_trips(bench, count, wait, kernel))
+    measured("the same, wait and write in one batch call", lambda: _batched(bench, count, cu, handle))
+    measured("the same, words by cudaHostAlloc", lambda: by_cuda(bench, count, wait, write))
+    measured("the same, 64 bits", lambda: _round_trips(bench, count, wait64, write64))
+    measured("the same, a kernel that spins at the gate", lambda: _spinning(bench, 300), "a floor, not a design")
+    measured("the same, written without a fence", lambda: _round_trips(bench, count, wait, bare))
+
+
+def _ok(result: tuple[Any, ...]) -> None:
+    if result[0]:
+        raise RuntimeError(str(result[0]))
+
+
+def _beside_closed(bench: Bench, count: int, num: int) -> list[float]:
+    gate = bench.word()
+    for _ in range(num):
+        bench.driver.wait(bench.driver.stream(), bench.address(gate), 1)
+    times = _round_trips(bench, count, *_plain(bench, bench.stream), within_s=0.5)
+    bench.words[gate * STRIDE] = 1
+    bench.driver.synchronize()
+    return times
 
 
 def _plain(bench: Bench, stream: Any) -> tuple[Callable[[int, int], None], Callable[[int, int], None]]:
@@ -237,16 +251,17 @@ def _batched(bench: Bench, count: int, cu: Any, handle: int) -> list[float]:
             operation(types.CU_STREAM_MEM_OP_WAIT_VALUE_32, bench.address(gate), n),
             operation(types.CU_STREAM_MEM_OP_WRITE_VALUE_32, bench.address(flag), n),
         ]
-        assert not cu.cuStreamBatchMemOp(handle, 2, both, 0)[0]
+        _ok(cu.cuStreamBatchMemOp(handle, 2, both, 0))
         time.sleep(3e-5)
         started = time.perf_counter()
         bench.words[gate * STRIDE] = n
-        assert bench.seen(flag, n), "not seen"
+        if not bench.seen(flag, n):
+            return []
         times.append(time.perf_counter() - started)
     return times
 
 
-def _spinning(bench: Bench, row: Row, shown: Callable[..., None], count: int) -> None:
+def _spinning(bench: Bench, count: int) -> list[float]:
     """A kernel that looks at the gate itself and writes the flag: how fast the bus is. It takes an SM."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "spinning.py")
@@ -255,27 +270,20 @@ def _spinning(bench: Bench, row: Row, shown: Callable[..., None], count: int) ->
         sys.path.insert(0, folder)
         try:
             import spinning  # type: ignore[import-not-found]
-
-            words = bench.driver.tensor(bench.memory).view(torch.int32)
-
-            def both(gate: int, flag: int, value: int) -> None:
-                bench.driver.launch(bench.stream, lambda: spinning.pass_on(words, gate * STRIDE, flag * STRIDE, value))
-
-            gate, flag, times = bench.word(), bench.word(), []
-            for n in range(1, min(count, 300) + 1):
-                both(gate, flag, n)
-                time.sleep(1e-4)
-                started = time.perf_counter()
-                bench.words[gate * STRIDE] = n
-                if not bench.seen(flag, n):
-                    row("the same, a kernel that spins at the gate", "not seen")
-                    return
-                times.append(time.perf_counter() - started)
-            shown("the same, a kernel that spins at the gate", times[20:], "a floor, not a design")
-        except Exception as error:
-            row("the same, a kernel that spins at the gate", "not run", note=f"{type(error).__name__}: {error}"[:120])
         finally:
             sys.path.remove(folder)
+        words = bench.driver.tensor(bench.memory).view(torch.int32)
+        gate, flag, times = bench.word(), bench.word(), []
+        for n in range(1, count + 1):
+            launch = partial(spinning.pass_on, words, gate * STRIDE, flag * STRIDE, n)
+            bench.driver.launch(bench.stream, launch)
+            time.sleep(1e-4)
+            started = time.perf_counter()
+            bench.words[gate * STRIDE] = n
+            if not bench.seen(flag, n):
+                return []
+            times.append(time.perf_counter() - started)
+        return times[20:]
 
 
 SPINNING = """

@@ -213,7 +213,10 @@ class FakeDevice:
     def region(self, num_bytes: int) -> Region:
         return DeviceRegion(self.memory.allocate(num_bytes), "the fake device", flush=self.flush)
 
-    def adopt(self, memory: memoryview) -> Region:
+    def host_region(self, num_bytes: int) -> Region:
+        return HostTensors().region(num_bytes)
+
+    def adopt(self, memory: memoryview, num_parts: int = 1) -> Region:
         return HostTensors().adopt(memory)
 
     def upload(self, tensor: Tensor) -> Tensor:

@@ -51,12 +51,9 @@ class Late(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A view, or what is one only at times: then what it is made of says so."""
-        if not func.is_view:
-            with self:
-                made_of = func.decompose(*args, **kwargs)
-            if made_of is not NotImplemented:
-                return made_of
-        return func(*args, **kwargs)
+        with self:
+            made_of = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if made_of is NotImplemented else made_of
 
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._later(lambda: func(*args, **kwargs))

@@ -121,6 +121,9 @@ class FakeStreams:
         self._word(host_address(memory) + APART)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
+    def upload(self, tensor: Tensor) -> Tensor:
+        return torch.from_numpy(tensor.numpy().copy())
+
     def _word(self, address: int) -> ctypes.c_uint32:
         address -= APART
         assert any(start <= address < start + size for start, size in self._mapped.items()), "nothing is mapped there"
@@ -129,6 +132,15 @@ class FakeStreams:
     def check(self) -> None:
         if self._failure is not None:
             raise DeviceLost(f"the fake device failed: {type(self._failure).__name__}: {self._failure}")
+
+    def finish(self, stream: FakeStream) -> None:
+        while stream.steps and self._failure is None:
+            time.sleep(LOOK_AGAIN_S)
+
+    def settle(self) -> None: ...
+
+    def free_memory_bytes(self) -> int:
+        return 1 << 30
 
     def synchronize(self) -> None:
         while any(stream.steps for stream in self._streams) and self._failure is None:

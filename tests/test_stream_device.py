@@ -1,0 +1,182 @@
+"""The device with streams, over a driver without a device: the real engine's tokens, and what becomes of failures."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+import torch
+
+from msi import Engine
+from msi.attention.launching import LanePrograms, LaneQueues
+from msi.device.compute_thread import Program
+from msi.device.fake.late import WouldWait
+from msi.device.fake.nothing import NothingDriver
+from msi.device.fake.streams import FakeStreams
+from msi.device.stream_device import StreamDevice
+from msi.device.stream_words import WORD_BYTES
+from msi.instance.instance import create_coordinator, create_worker, listen, worker_ids
+from msi.kernels.plain import PlainKernels
+from msi.meter import StageMeter
+from msi.net.socket_dir import SocketDir
+from msi.options import InstanceOptions
+from msi.worker.torch_host import TorchHost
+from tests.everyday import mostly_slow
+from tests.reference import references, save_tiny
+from tests.test_tokens import FAMILIES, NUM_TOKENS, check_equal
+from tests.waiting import until
+
+
+class StreamHost(TorchHost):
+    """The host of a real worker, whose device's driver is the fake one."""
+
+    def open_device(self):
+        return StreamDevice(FakeStreams(), PlainKernels(torch.device("cpu")))
+
+
+@contextlib.asynccontextmanager
+async def stream_engine(**options):
+    options = InstanceOptions.of(transport="inproc", peer_timeout_s=60, num_gpu_blocks_override=200, **options)
+    sockets = SocketDir()
+    coordinator = create_coordinator(options, listen(sockets.address("coordinator")))
+    workers = [
+        create_worker(options, coordinator.address, role, name, make_host=StreamHost)
+        for role, name in worker_ids(options)
+    ]
+    tasks = [asyncio.ensure_future(one.run()) for one in (coordinator, *workers)]
+    try:
+        async with Engine.connect(coordinator.address) as engine:
+            await engine.wait_ready(60)
+            yield engine
+    finally:
+        for task in reversed(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        sockets.close()
+
+
+async def test_a_device_that_fails_fails_all_work_and_says_why():
+    driver = FakeStreams()
+    device, failures, seen = StreamDevice(driver, PlainKernels(driver.device)), [], []
+    queue, gate, word = device.queue("failing"), device.words.take(), device.words.take()
+    device.follow(word, seen.append)
+
+    def works(run):
+        return Program(run, failures.append, StageMeter(), "works", 0)
+
+    queue.run(works(lambda: driver.call(lambda: 1 / 0)))
+    queue.signal(word, 1)
+    queue.wait(gate, 1)
+    queue.run(works(lambda: None))
+    queue.signal(word, 2)
+    await until(lambda: device.lost is not None and 2 in seen)
+    queue.run(works(lambda: None))
+    queue.signal(word, 3)
+    await until(lambda: 3 in seen)
+    assert str(device.lost) == "the fake device failed: ZeroDivisionError: division by zero"
+    assert failures == [device.lost] * 3
+    assert seen == [1, 2, 3]
+    await device.close()
+
+
+async def test_what_would_wait_for_a_value_is_refused_where_it_is_launched():
+    driver = FakeStreams()
+    device, failures = StreamDevice(driver, PlainKernels(driver.device)), []
+    x = torch.zeros(3)
+    for run in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0]):
+        device.queue("reads").run(Program(run, failures.append, StageMeter(), "reads", 0))
+    await until(lambda: len(failures) == 3)
+    assert {type(failure) for failure in failures} == {WouldWait}
+    await device.close()
+
+
+async def test_nothing_is_left_on_the_device_when_it_closes_behind_closed_gates():
+    driver = FakeStreams()
+    device = StreamDevice(driver, PlainKernels(driver.device))
+    for number in range(3):
+        queue, gate = device.queue(str(number)), device.words.take()
+        queue.wait(gate, 1)
+        queue.signal(device.words.take(), 1)
+    await asyncio.sleep(0.01)
+    await device.close()
+    await device.close()
+    assert all(not stream.steps for stream in driver._streams)
+    assert not driver._mapped
+
+
+@pytest.fixture(scope="module", params=mostly_slow(["mixtral", *FAMILIES]))
+def checkpoint(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    model = save_tiny(path, family=request.param)
+    return path, references(model, [1, 17, 64], NUM_TOKENS)
+
+
+@pytest.mark.parametrize(("layout", "micro_batches"), [((1, 1), 1), ((2, 2), 2)], ids=str)
+async def test_tokens_of_every_family_equal_transformers(checkpoint, layout, micro_batches):
+    path, expected = checkpoint
+    async with stream_engine(
+        model=path, attention_workers=layout[0], expert_workers=layout[1], micro_batches=micro_batches, slot_rows=48
+    ) as engine:
+        await check_equal(engine, expected, 0)
+
+
+async def test_tokens_equal_transformers_colocated(checkpoint):
+    path, expected = checkpoint
+    async with stream_engine(model=path, colocated=True) as engine:
+        await check_equal(engine, expected, 0)
+
+
+class Recorded(NothingDriver):
+    """What was asked of the driver, in order; words by their number."""
+
+    def __init__(self):
+        super().__init__()
+        self.log, self.at = [], 0
+
+    def map_host(self, memory):
+        self.at = super().map_host(memory) if not self.at else self.at
+        return self.at
+
+    def word(self, address):
+        return (address - self.at) // WORD_BYTES
+
+    def wait(self, stream, address, at_least):
+        self.log.append(("wait", self.word(address), at_least))
+
+    def write(self, stream, address, value):
+        self.log.append(("write", self.word(address), value))
+        super().write(stream, address, value)
+
+    def unmap_host(self, memory): ...
+
+
+async def test_a_pass_is_launched_as_the_lanes_say_it_and_no_further_than_they_may():
+    """Programs, gates and flags in the order in which `LaneQueues` has them, each gate before what it holds."""
+    driver = Recorded()
+    device = StreamDevice(driver, PlainKernels(driver.device))
+
+    def says(what, reads=False):
+        return Program(lambda: driver.log.append(what), pytest.fail, StageMeter(), what, 0, reads=reads)
+
+    class Link:
+        def packed(self, lane, turn): ...
+
+    layers = [(says(f"layer {layer}"), says(f"shared {layer}")) for layer in range(4)]
+    queues = LaneQueues(device, 1, [LanePrograms(layers, says("sample", reads=True), says("again"))])
+    gate, packed, sampled, _ = range(4)
+    queues.launch(0, 1, Link())
+    await until(lambda: len(driver.log) >= 10)
+    await asyncio.sleep(0.01)
+    ahead = ["layer 0", ("write", packed, 1), "shared 0"]
+    for layer in (1, 2, 3):
+        ahead += [("wait", gate, layer), f"layer {layer}", ("write", packed, layer + 1), f"shared {layer}"]
+    assert driver.log == ahead, "three layers, and one more since the first is packed"
+    for turn in (1, 2, 3):
+        queues.open(0, turn)
+    await until(lambda: ("wait", gate, 4) in driver.log)
+    assert "sample" not in driver.log, "it reads what is behind a closed gate"
+    queues.open(0, 4)
+    await queues.sampled(0)
+    assert driver.log[-2:] == ["sample", ("write", sampled, 4)]
+    await device.close()

@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""What decode passes cost the host of a GPU whose lanes are streams, over a driver that does nothing.
+
+Each lane's queue is kept a few layers ahead by the real `LaneQueues` on the real `StreamDevice`: per layer a wait, a
+program between two events (as a captured graph is: one call that launches nothing here), a signal, the loop's sight of
+it, and the gate. The pass is laid out by the real `PassInputs`. Left out: what operators of torch cost where no graph
+was captured, the links' posts (tools/bench_links.py), the coordinator's messages, what the driver itself takes.
+
+One JSON line: milliseconds of processor time of a step of all lanes, its share of 50 ms, and bytes that 1,000 passes
+left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+import tracemalloc
+from functools import partial
+
+from msi.attention.launching import LanePrograms, LaneQueues
+from msi.attention.pass_inputs import PassInputs
+from msi.device.compute_thread import Program
+from msi.device.fake.nothing import NothingDriver
+from msi.device.stream_device import StreamDevice
+from msi.kernels import BLOCK_TOKENS
+from msi.kernels.plain import PlainKernels
+from msi.meter import StageMeter
+from msi.types import MicroBatch, TokenSampling
+
+STEP_S = 0.05
+CONTEXT = 743
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=128, help="of each lane's micro-batch")
+    parser.add_argument("--layers", type=int, default=60)
+    parser.add_argument("--lanes", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30, help="that are timed")
+    parser.add_argument("--passes", type=int, default=1000, help="over which memory is watched; 0: not")
+    print(json.dumps(asyncio.run(measure(**vars(parser.parse_args())))))
+
+
+async def measure(sequences: int, layers: int, lanes: int, steps: int, passes: int) -> dict[str, float]:
+    driver = NothingDriver()
+    device = StreamDevice(driver, PlainKernels(driver.device))
+    bench = _Bench(device, layers, lanes, sequences)
+    for _ in range(5):
+        await bench.step()
+    before = dict(driver.calls)
+    times = []
+    for _ in range(steps):
+        started = time.process_time()
+        await bench.step()
+        times.append(time.process_time() - started)
+    figures = {
+        "ms_per_step": round(statistics.median(times) * 1e3, 2),
+        "share_of_50_ms": round(statistics.median(times) / STEP_S, 3),
+        "us_per_layer_and_lane": round(statistics.median(times) / layers / lanes * 1e6, 2),
+        **{f"{name}s_per_step": (count - before[name]) / steps for name, count in driver.calls.items()},
+    }
+    if passes:
+        figures["bytes_left_by_passes"] = await bench.left_behind(passes)
+    bench.queues.close()
+    await device.close()
+    return figures
+
+
+class _Bench:
+    """Implements `msi.attention.launching.Link`: the experts' answers are there as soon as anything is posted."""
+
+    def __init__(self, device: StreamDevice, layers: int, lanes: int, sequences: int) -> None:
+        meter = StageMeter()
+        self.layers, self.lanes = layers, range(lanes)
+        self._inputs = [PassInputs(device.upload) for _ in self.lanes]
+        self._batch = _micro_batch(sequences)
+        programs = [
+            LanePrograms(
+                [
+                    (Program(partial(self._layer, lane, layer), self._failed, meter, "attention", lane), None)
+                    for layer in range(layers)
+                ],
+                Program(lambda: None, self._failed, meter, "sample", lane, reads=True),
+                Program(lambda: None, self._failed, meter, "pack again", lane),
+            )
+            for lane in self.lanes
+        ]
+        counts = device.host_region(4 * lanes)
+        self.queues = LaneQueues(device, 1, programs, counts.host())
+        self._first = 1
+
+    async def step(self) -> None:
+        """A pass of every lane, side by side."""
+        first, self._first = self._first, self._first + self.layers
+        for lane in self.lanes:
+            self.queues.launch(lane, first, self)
+        for lane in self.lanes:
+            await self.queues.sampled(lane)
+
+    async def left_behind(self, passes: int) -> float:
+        """Bytes; what the first passes of those leave is not counted."""
+        tracemalloc.start()
+        for number in range(passes // len(self.lanes)):
+            if number == 10:
+                before = tracemalloc.get_traced_memory()[0]
+            await self.step()
+        left = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        return left
+
+    def packed(self, lane: int, turn: int) -> None:
+        self.queues.open(lane, turn)
+
+    def packed_again(self, lane: int, turn: int) -> None: ...
+
+    def _layer(self, lane: int, layer: int) -> None:
+        if layer == 0:
+            self._inputs[lane].lay_out(self._batch)
+
+    def _failed(self, error: Exception) -> None:
+        raise error
+
+
+def _micro_batch(sequences: int) -> MicroBatch:
+    used = -(-CONTEXT // BLOCK_TOKENS)
+    return MicroBatch(
+        token_ids=tuple(range(sequences)),
+        positions=(CONTEXT - 1,) * sequences,
+        query_lens=(1,) * sequences,
+        context_lens=(CONTEXT,) * sequences,
+        block_tables=tuple(tuple(range(1 + used * one, 1 + used * (one + 1))) for one in range(sequences)),
+        logit_rows=tuple(range(sequences)),
+        sampling=(TokenSampling(0.0, 1.0, 0, 0, 0),) * sequences,
+    )
+
+
+if __name__ == "__main__":
+    main()
