@@ -74,6 +74,7 @@ class ExpertHalf:
             for lane in range(dispatch_layout.num_lanes)
         ]
         self._ran: deque[_Ran] = deque()  # whose tickets have not been seen yet
+        self._replaced: deque[tuple[_Ran, ExpertBank]] = deque()  # what is out may still read a bank, and up to which
         self._queue = device.queue("experts")
         self._done = device.words.take()
 
@@ -83,6 +84,8 @@ class ExpertHalf:
         assert experts[: len(had)] == had, f"{experts} do not begin with {had}"
         bank.prepare(self._rows, self._answer_strides)
         self._bytes_before += self._bank.weight_bytes_read
+        if self._ran:
+            self._replaced.append((self._ran[-1], self._bank))
         self._bank, self._experts = bank, experts
         self._rows_before = None
 
@@ -116,6 +119,8 @@ class ExpertHalf:
     def tell(self, finished: Finished) -> None:
         def seen(ticket: int) -> None:
             ran = self._ran.popleft()
+            while self._replaced and self._replaced[0][0] is ran:
+                self._replaced.popleft()
             finished(ticket, ran.program.spent_s, ran.error)
 
         self._device.follow(self._done, seen)
