@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 from msi.errors import EngineError
 
+from .free_memory import start_giving_back
 from .logs import flush_errors, say_at_end
 
 log = logging.getLogger(__name__)
@@ -64,12 +65,14 @@ def requests_to_end() -> tuple[signal.Signals, ...]:
 
 
 def settle() -> None:
-    """For a process that is ready: the garbage collector leaves alone what is there now, most of it modules.
+    """For a process that is ready: the garbage collector leaves alone what is there now, most of it modules, and memory
+    that is freed from now on goes back to the system.
 
     Else it walks through all of it every now and then, for 0.1 s in which no thread of the process does anything.
     """
     gc.collect()
     gc.freeze()
+    start_giving_back()
 
 
 def open_missing_streams() -> None:

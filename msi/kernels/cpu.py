@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from msi.kernels.routing import PackedRows, pack_rows, rows_for_node
 
 log = logging.getLogger(__name__)
 PACKED_BYTES = 1 << 20  # a call of oneDNN costs 80 us before it computes, one of MKL 14: smaller weights are not packed
+EXACT_ROWS = 32  # up to so many rows a product has exactly those; above, a multiple of a power of 2
 PACKING_ROWS = 32  # a hint of how many rows a product will have; the packed layout does not depend on it much
 
 
@@ -32,11 +34,13 @@ class CpuKernels(PlainKernels):
         is_small = weight.numel() * weight.element_size() < PACKED_BYTES
         if self._packing is None or weight.dtype is torch.float16 or is_small:
             kept = weight.contiguous()
-            return lambda rows: functional.linear(rows, kept, bias)
+            if weight.dtype is torch.float32:  # which MKL computes
+                return lambda rows: functional.linear(rows, kept, bias)
+            return partial(_of_few_sizes, lambda rows: functional.linear(rows, kept, bias))
         pack, apply = self._packing
         with torch.inference_mode():
             packed = pack(weight, PACKING_ROWS)
-        return lambda rows: apply(rows, packed, bias, "none", [], "")
+        return partial(_of_few_sizes, lambda rows: apply(rows, packed, bias, "none", [], ""))
 
     def expert_bank(
         self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
@@ -114,6 +118,23 @@ class CpuExpertBank:
         scatter_answers(combined, lane, seats, answers)
         self.num_rows[layer] += num_rows
         self.weight_bytes_read += int(num_rows.count_nonzero()) * self._expert_bytes
+
+
+def rows_computed(num_rows: int) -> int:
+    """How many rows a product of oneDNN is made to have: it compiles a kernel for each number and shape of weights,
+    and keeps it, half a megabyte. 4 % more rows at the mean above 32, and 64 kernels up to 512 rows, not 512.
+    """
+    if num_rows <= EXACT_ROWS:
+        return num_rows
+    step = 1 << (num_rows - 1).bit_length() - 4
+    return -(-num_rows // step) * step
+
+
+def _of_few_sizes(product: Linear, rows: Tensor) -> Tensor:
+    """The product of as many rows as `rows_computed` says, without those that were added."""
+    num_rows = rows.shape[0]
+    missing = rows_computed(num_rows) - num_rows
+    return product(functional.pad(rows, (0, 0, 0, missing)))[:num_rows] if missing else product(rows)
 
 
 def _no_weights(rows: Tensor) -> Tensor:
