@@ -65,7 +65,7 @@ DRY = Shape("small", 64, 48, 4, 2)
 def _product(
     block_n: int, block_k: int, num_warps: int, num_stages: int, per_sm: int = 1, splits: int = 1, how: str = ""
 ) -> Product:
-    return Product(block_n, block_k, num_warps, num_stages, per_sm, splits, "s" in how, "t" in how)
+    return Product(block_n, block_k, num_warps, num_stages, per_sm, splits, "s" in how, "t" in how, "f" in how)
 
 
 # (block_n, block_k, warps, stages): what is tried, the plainest first
@@ -112,6 +112,7 @@ DOWN = {
         _product(128, 128, 4, 3, per_sm=3, splits=1),
         _product(64, 256, 4, 3, per_sm=2, splits=1),
         _product(64, 128, 4, 4, per_sm=3, splits=1, how="t"),
+        _product(64, 128, 4, 4, per_sm=3, splits=1, how="f"),
         _product(64, 128, 4, 4, per_sm=3, splits=4),
         _product(64, 256, 4, 3, per_sm=2, splits=4),
         _product(64, 128, 4, 4, per_sm=3, splits=8),
@@ -122,6 +123,7 @@ DOWN = {
         _product(64, 128, 4, 3, per_sm=2, splits=1),
         _product(64, 64, 4, 4, per_sm=3, splits=1),
         _product(128, 64, 4, 4, per_sm=2, splits=1, how="t"),
+        _product(128, 64, 4, 4, per_sm=2, splits=1, how="f"),
         _product(64, 128, 4, 4, per_sm=2, splits=2),
         _product(64, 128, 4, 3, per_sm=2, splits=4),
         _product(128, 64, 4, 4, per_sm=2, splits=5),
@@ -131,7 +133,9 @@ DOWN = {
         _product(128, 64, 8, 3, per_sm=2, splits=1),
         _product(64, 64, 8, 4, per_sm=2, splits=1),
         _product(128, 64, 8, 3, per_sm=2, splits=1, how="t"),
+        _product(128, 64, 8, 3, per_sm=2, splits=1, how="f"),
         _product(256, 64, 8, 4, splits=1, how="t"),
+        _product(256, 64, 8, 4, splits=1, how="tf"),
         _product(64, 64, 4, 4, per_sm=2, splits=2),
         _product(256, 64, 8, 4, splits=5, how="t"),
         _product(256, 64, 8, 4, splits=11, how="t"),
@@ -141,6 +145,7 @@ DOWN = {
         _product(128, 64, 8, 4),
         _product(128, 64, 8, 3, per_sm=2, how="t"),
         _product(256, 64, 8, 4, how="t"),
+        _product(256, 64, 8, 4, how="tf"),
         _product(128, 64, 8, 4, how="t"),
     ],
 }

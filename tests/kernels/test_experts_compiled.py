@@ -43,7 +43,8 @@ def down(tiles: Tiles, architecture: int, weights: str = "bf16", **shape: int) -
 def _common(tiles: Tiles, product: Product, weights: str) -> dict[str, object]:
     return {
         "BLOCK_M": tiles.block_m, "BLOCK_N": product.block_n, "BLOCK_K": product.block_k, "IS_TMA": product.is_tma,
-        "IS_SWAPPED": product.is_swapped, "SCALE_BLOCK": 0 if weights == "bf16" else 128, "HAS_BIAS": False,
+        "IS_SWAPPED": product.is_swapped, "IS_FLAT": product.is_flat,
+        "SCALE_BLOCK": 0 if weights == "bf16" else 128, "HAS_BIAS": False,
         "UPCAST": False,
     }  # fmt: skip
 

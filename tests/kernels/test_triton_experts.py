@@ -259,6 +259,7 @@ VARIANTS = {
         "gate_up": {"is_tma": True, "is_swapped": True},
         "down": {"is_tma": True, "is_swapped": True, "splits": 2},
     },
+    "loops that are one": {"gate_up": {"is_flat": True}, "down": {"is_flat": True, "splits": 2}},
     "more rows in a tile": {"block_m": 32},
     "tiles that do not divide": {"gate_up": {"block_n": 64, "block_k": 64}, "down": {"block_n": 64, "splits": 5}},
 }

@@ -87,8 +87,8 @@ def gate_up(
     hidden, w13, scale13, bias13, act, wave, tile_expert, tile_begin, tile_end, pair_source,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
-    IS_TMA: tl.constexpr, IS_SWAPPED: tl.constexpr, SCALE_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr, UPCAST: tl.constexpr,
+    IS_TMA: tl.constexpr, IS_SWAPPED: tl.constexpr, IS_FLAT: tl.constexpr, SCALE_BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """act [pairs, INNER] = gate * sigmoid(ALPHA * gate) * (up + UP_OFFSET) of each pair's hidden row.
 
@@ -97,13 +97,14 @@ def gate_up(
         scale13: float32 [layers, experts, 2 * INNER / SCALE_BLOCK, HIDDEN / SCALE_BLOCK] (SCALE_BLOCK > 0).
         bias13: [layers, experts, 2 * INNER] (HAS_BIAS).
         ALIGN: elements that every row's beginning is a multiple of.
+        IS_FLAT: loops over units and along rows are one, so that a unit's loads begin before the unit before it ends.
         LIMIT: gate is at most this, and up within both signs of it; 0 for none.
     """
     layer = tl.load(wave).to(tl.int64)
     num_tiles = tl.load(wave + 2)
     column_tiles: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     IS_SCALED: tl.constexpr = SCALE_BLOCK > 0
-    for unit in range(tl.program_id(0), num_tiles * column_tiles, tl.num_programs(0)):
+    for unit in tl.range(tl.program_id(0), num_tiles * column_tiles, tl.num_programs(0), flatten=IS_FLAT):
         tile = unit % num_tiles
         column = (unit // num_tiles) * BLOCK_N
         matrix = layer * NUM_EXPERTS + tl.load(tile_expert + tile)
@@ -146,8 +147,8 @@ def down(
     act, w2, scale2, bias2, partial, wave, tile_expert, tile_begin, tile_end, num_pairs,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, NUM_EXPERTS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_TMA: tl.constexpr, IS_SWAPPED: tl.constexpr, SCALE_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    IS_TMA: tl.constexpr, IS_SWAPPED: tl.constexpr, IS_FLAT: tl.constexpr, SCALE_BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """partial [SPLITS, num_pairs, HIDDEN], sums of act [pairs, INNER] @ down.T over parts of INNER.
 
@@ -162,7 +163,7 @@ def down(
     column_tiles: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     each: tl.constexpr = ((INNER + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
     IS_SCALED: tl.constexpr = SCALE_BLOCK > 0
-    for unit in range(tl.program_id(0), num_tiles * column_tiles * SPLITS, tl.num_programs(0)):
+    for unit in tl.range(tl.program_id(0), num_tiles * column_tiles * SPLITS, tl.num_programs(0), flatten=IS_FLAT):
         tile = unit % num_tiles
         column = (unit // num_tiles) % column_tiles * BLOCK_N
         split = unit // num_tiles // column_tiles

@@ -176,7 +176,8 @@ class WaveLaunches:
             plan["tile_expert"], plan["tile_begin"], plan["tile_end"], plan["pair_source"],
             HIDDEN=self._hidden, INNER=self._inner, NUM_EXPERTS=self._num_experts, BLOCK_M=tiles.block_m,
             BLOCK_N=product.block_n, BLOCK_K=product.block_k, ALIGN=_alignment(hidden), IS_TMA=product.is_tma,
-            IS_SWAPPED=product.is_swapped, SCALE_BLOCK=weights.scale_block, HAS_BIAS=weights.bias13 is not None,
+            IS_SWAPPED=product.is_swapped, IS_FLAT=product.is_flat,
+            SCALE_BLOCK=weights.scale_block, HAS_BIAS=weights.bias13 is not None,
             ALPHA=activation.alpha, LIMIT=activation.limit, UP_OFFSET=activation.up_offset, UPCAST=self._upcast,
             num_warps=product.num_warps, num_stages=product.num_stages,
         )  # fmt: skip
@@ -189,7 +190,8 @@ class WaveLaunches:
             plan["tile_expert"], plan["tile_begin"], plan["tile_end"], self._num_pairs,
             HIDDEN=self._hidden, INNER=self._inner, NUM_EXPERTS=self._num_experts, SPLITS=product.splits,
             BLOCK_M=tiles.block_m, BLOCK_N=product.block_n, BLOCK_K=product.block_k, IS_TMA=product.is_tma,
-            IS_SWAPPED=product.is_swapped, SCALE_BLOCK=weights.scale_block, HAS_BIAS=weights.bias2 is not None,
+            IS_SWAPPED=product.is_swapped, IS_FLAT=product.is_flat,
+            SCALE_BLOCK=weights.scale_block, HAS_BIAS=weights.bias2 is not None,
             UPCAST=self._upcast, num_warps=product.num_warps, num_stages=product.num_stages,
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ class Product:
         splits: parts that the long way is cut into (only of the second product).
         is_swapped: weights are the tall operand.
         is_tma: weights come by descriptors.
+        is_flat: a unit's loads begin before the one before it ends.
     """
 
     block_n: int
@@ -37,6 +38,7 @@ class Product:
     splits: int = 1
     is_swapped: bool = False
     is_tma: bool = False
+    is_flat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
