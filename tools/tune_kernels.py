@@ -94,6 +94,8 @@ GATE_UP = {
         _product(64, 64, 8, 3, per_sm=2),
         _product(128, 64, 8, 4),
         _product(64, 64, 8, 5, how="t"),
+        _product(64, 128, 8, 3),
+        _product(64, 128, 8, 3, how="t"),
         _product(64, 64, 8, 3, per_sm=2, how="t"),
         _product(128, 64, 8, 4, how="t"),
         _product(64, 64, 4, 4, how="st"),
@@ -139,6 +141,7 @@ DOWN = {
         _product(64, 64, 4, 4, per_sm=2, splits=2),
         _product(256, 64, 8, 4, splits=5, how="t"),
         _product(256, 64, 8, 4, splits=11, how="t"),
+        _product(128, 128, 8, 3, splits=8, how="t"),
         _product(128, 64, 8, 4, splits=8, how="t"),
     ],
     1024: [

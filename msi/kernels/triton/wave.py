@@ -216,10 +216,10 @@ def answer_rows(
             pair = tl.load(row_pair + row * K + choice)
             weight = tl.load(row_weight + row * K + choice)
             here = cols < tl.where(pair >= 0, HIDDEN, 0)
-            source = partial + tl.maximum(pair, 0).to(tl.int64) * HIDDEN + cols
             output = tl.zeros([BLOCK], tl.float32)
             for split in tl.static_range(SPLITS):
-                output += tl.load(source + split * num_pairs * HIDDEN, mask=here, other=0.0).to(tl.float32)
+                at = (tl.maximum(pair, 0) + split * num_pairs).to(tl.int64) * HIDDEN + cols
+                output += tl.load(partial + at, mask=here, other=0.0).to(tl.float32)
             combined += tl.where(here, output * weight, 0.0)
         to = tl.multiple_of(tl.load(row_answer + row).to(tl.pointer_type(DTYPE)), 16)
         tl.store(to + cols, combined.to(DTYPE), mask=cols < HIDDEN)
