@@ -136,6 +136,11 @@ class HostOptions:
         "for rows itself; new)",
         metavar="Q", group=MODEL_AND_WORKERS, choices=("threads", "streams"),
     )  # fmt: skip
+    cuda_kernels: str = parameter(
+        "plain",
+        "what a GPU computes with: plain (torch's operators), or triton (kernels of our own; new)",
+        metavar="K", group=MODEL_AND_WORKERS, choices=("plain", "triton"),
+    )  # fmt: skip
     gpu_memory_utilization: Annotated[float, (0.0, 1.0)] = parameter(
         0.9, "share of free memory (on a CPU: of free RAM) for KV cache", metavar="F", group=LIMITS
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -12,6 +13,8 @@ from msi.device.cuda import CudaDevice, why_unavailable
 from msi.device.cuda_driver import CudaDriver, prepare, why_no_streams
 from msi.device.stream_device import StreamDevice
 from msi.errors import ConfigError
+from msi.kernels import triton
+from msi.kernels.kernels import Kernels
 from msi.kernels.plain import PlainKernels
 
 log = logging.getLogger(__name__)
@@ -25,13 +28,16 @@ def check_device(name: str) -> None:
         raise ConfigError(f"`device` {name} cannot work: {reason}; without one, use `device=cpu`")
 
 
-def open_device(name: str, num_threads: int, poll_s: float = 0.0, cuda_queues: str = "threads") -> OpenedDevice:
+def open_device(
+    name: str, num_threads: int, poll_s: float = 0.0, cuda_queues: str = "threads", cuda_kernels: str = "plain"
+) -> OpenedDevice:
     """The device of this process: "cpu", "cuda:N", or "cuda": that of torchrun's LOCAL_RANK, else the first.
 
     Args:
         num_threads: torch's threads on a CPU; 0 leaves it to torch.
         poll_s: how long a CPU's compute thread looks for something to do before it sleeps.
         cuda_queues: of a GPU: "threads", or "streams", in whose place threads are taken where it has no such.
+        cuda_kernels: of a GPU: "plain" or "triton".
 
     Raises:
         ConfigError: there is no such device here.
@@ -40,11 +46,23 @@ def open_device(name: str, num_threads: int, poll_s: float = 0.0, cuda_queues: s
         return CpuDevice(num_threads=num_threads or torch.get_num_threads(), poll_s=poll_s)
     _, _, index = name.partition(":")
     number = int(index or os.environ.get("LOCAL_RANK", "0"))
+    kernels = gpu_kernels(cuda_kernels)
     if cuda_queues == "streams":
         check_device(name)
         prepare()
         if (reason := why_no_streams(number)) is None:
             driver = CudaDriver(number)
-            return StreamDevice(driver, PlainKernels(driver.device))
+            return StreamDevice(driver, kernels(driver.device))
         log.warning("CUDA device %d has a thread for each lane in place of streams: %s", number, reason)
-    return CudaDevice(index=number)
+    return CudaDevice(index=number, kernels=kernels)
+
+
+def gpu_kernels(wanted: str) -> Callable[[torch.device], Kernels]:
+    """Makes the kernels for a GPU, "plain" or "triton". Raises ConfigError where there are none."""
+    if wanted == "plain":
+        return PlainKernels
+    if (reason := triton.why_unavailable()) is not None:
+        raise ConfigError(f"`cuda_kernels` {wanted} cannot work: {reason}; without it, use `cuda_kernels=plain`")
+    from msi.kernels.triton.kernels import TritonKernels
+
+    return TritonKernels

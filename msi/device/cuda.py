@@ -8,7 +8,7 @@ captured graphs and gates on the stream itself come later.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from msi.device.compute_thread import ComputeQueue, ComputeThread, ThreadedDevice
 from msi.device.regions import HostTensors
 from msi.errors import ConfigError
+from msi.kernels.kernels import Kernels
 from msi.kernels.plain import PlainKernels
 from msi.net.regions import Region
 
@@ -34,19 +35,20 @@ class CudaDevice(ThreadedDevice):
 
     Args:
         index: which; CUDA_VISIBLE_DEVICES applies before.
+        kernels: makes what it computes with.
 
     Raises:
         ConfigError: there is no such device here.
     """
 
-    def __init__(self, *, index: int = 0) -> None:
+    def __init__(self, *, index: int = 0, kernels: Callable[[torch.device], Kernels] = PlainKernels) -> None:
         super().__init__()
         if (reason := why_unavailable()) is not None:
             raise ConfigError(f"`device` cuda cannot work: {reason}; without one, use `device=cpu`")
         if not 0 <= index < torch.cuda.device_count():
             raise ConfigError(f"there is no CUDA device {index}; this process sees {torch.cuda.device_count()}")
         self._device = torch.device("cuda", index)
-        self.kernels = PlainKernels(self._device)
+        self.kernels = kernels(self._device)
         self._threads: dict[str, ComputeThread] = {}
         self._memory = HostTensors()  # rows are copied up and down, as every transport of today writes host memory
 

@@ -172,7 +172,9 @@ class TorchHost:
     def open_device(self) -> OpenedDevice:
         """What this worker computes on. Raises ConfigError."""
         host = self._settings.host
-        return open_device(host.device, self._settings.num_threads, host.poll_us / 1e6, host.cuda_queues)
+        return open_device(
+            host.device, self._settings.num_threads, host.poll_us / 1e6, host.cuda_queues, host.cuda_kernels
+        )
 
     def use_tracer(self, tracer: Spans | None) -> None:
         assert self._device is not None

@@ -96,12 +96,13 @@ def split_tiles(shape: AttentionShape, itemsize: int) -> Tiles:
     return Tiles(rows, _keys(shape, itemsize, 8 << 10), 4, 5, per_processor=4 if rows == 16 else 2)
 
 
-def chunk_tiles(shape: AttentionShape, itemsize: int) -> Tiles:
-    """Of 16-bit rows for tensor cores; float32 is for tests."""
-    rows = max(32 if itemsize == 4 else 128, _power_of_2(shape.num_heads // shape.num_kv_heads))
+def chunk_tiles(shape: AttentionShape, itemsize: int, architecture: int = 90) -> Tiles:
+    """Of 16-bit rows for tensor cores, which keep less in registers before `architecture` 90; float32 is for tests."""
+    rows, num_bytes, num_warps = (128, 16 << 10, 8) if architecture >= 90 else (64, 8 << 10, 4)
     if itemsize == 4:
-        return Tiles(rows, _keys(shape, itemsize, 8 << 10), 8, 2)
-    return Tiles(rows, _keys(shape, itemsize, 16 << 10), 8, 2)
+        rows, num_bytes, num_warps = 32, 8 << 10, 8
+    rows = max(rows, _power_of_2(shape.num_heads // shape.num_kv_heads))
+    return Tiles(rows, _keys(shape, itemsize, num_bytes), num_warps, 2)
 
 
 def _keys(shape: AttentionShape, itemsize: int, num_bytes: int) -> int:

@@ -32,8 +32,11 @@ class TritonKernels(PlainKernels):
         self._is_interpreted = device.type == "cpu"
         self._addresses: dict[tuple[int, ...], Tensor] = {}  # of outboxes; never dropped, as graphs hold them
         self._num_processors = INTERPRETED_PROCESSORS
+        self._architecture = 90
         if not self._is_interpreted:
-            self._num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+            properties = torch.cuda.get_device_properties(device)
+            self._num_processors = properties.multi_processor_count
+            self._architecture = 10 * properties.major + properties.minor
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -73,7 +76,7 @@ class TritonKernels(PlainKernels):
             num_processors=self._num_processors,
             upload=self._upload,
             split=attention_plan.split_tiles(shape, dtype.itemsize),
-            chunks=attention_plan.chunk_tiles(shape, dtype.itemsize),
+            chunks=attention_plan.chunk_tiles(shape, dtype.itemsize, self._architecture),
             upcast=self._is_interpreted and dtype is torch.bfloat16,  # whose products the interpreter gets wrong
         )
 

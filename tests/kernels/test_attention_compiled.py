@@ -1,0 +1,109 @@
+"""What the compiler makes of the attention side's kernels for GPUs that are not here."""
+
+from __future__ import annotations
+
+import pytest
+
+from msi.kernels.paged_attention import AttentionShape
+from msi.kernels.triton.attention_plan import ITEM, chunk_tiles, split_tiles
+from tests.everyday import mostly_slow
+from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
+
+BF16, F32, I32, I64 = "*bf16", "*fp32", "*i32", "*i64"
+NAMES = "query", "cache", "block_tables", "items", "item_starts", "output", "partial", "partial_lse"
+
+
+def attention(shape, dtype, is_split, architecture):
+    itemsize = 4 if dtype == F32 else 2
+    tiles = split_tiles(shape, itemsize) if is_split else chunk_tiles(shape, itemsize, architecture)
+    return Request(
+        "msi.kernels.triton.attention:paged_attention_kernel",
+        dict(zip(NAMES, (dtype, dtype, I32, I32, I32, dtype, F32, F32), strict=True))
+        | {"query_stride": "i32", "table_stride": "i32", "scale": "fp32", "window": "i32"},
+        {
+            "GROUP": shape.num_heads // shape.num_kv_heads, "num_kv": shape.num_kv_heads, "head_dim": shape.head_dim,
+            "BLOCK_TOKENS": 16, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys,
+            "D": 1 << (max(16, shape.head_dim) - 1).bit_length(), "IS_SPLIT": is_split, "UPCAST": False, "ITEM": ITEM,
+        },
+        architecture, tiles.num_warps, tiles.num_stages,
+        unaligned=("block_tables", "item_starts", "table_stride", "window", "scale"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", mostly_slow((90, *(one for one in ARCHITECTURES if one != 90))))
+def test_attention_of_served_shapes_fits_and_loads_whole_lines(architecture):
+    shapes = [
+        AttentionShape(48, 8, 128), AttentionShape(32, 8, 128), AttentionShape(32, 4, 128), AttentionShape(96, 8, 128),
+        AttentionShape(16, 16, 128),
+    ]  # fmt: skip
+    requests = [attention(shape, BF16, is_split, architecture) for shape in shapes for is_split in (True, False)]
+    for request, compiled in zip(requests, compile_all(requests), strict=True):
+        assert_fits(request, compiled)
+        assert compiled.count(r"LDGSTS\.E.*128") >= 4, "keys and values are copied in lines of 16 bytes, ahead"
+        if architecture == 90 and not request.constants["IS_SPLIT"]:
+            assert compiled.count("HGMMA"), "chunks of prompts use the tensor cores' own way"
+
+
+@pytest.mark.slow
+def test_attention_of_other_shapes_fits():
+    shapes = [AttentionShape(16, 2, 80), AttentionShape(8, 8, 96), AttentionShape(8, 4, 64), AttentionShape(8, 2, 256)]
+    kinds = [(BF16, True), (BF16, False), (F32, True), (F32, False)]
+    requests = [attention(shape, dtype, is_split, 90) for shape in shapes for dtype, is_split in kinds]
+    for request, compiled in zip(requests, compile_all(requests), strict=True):
+        if request.types["query"] == BF16 or request.constants["IS_SPLIT"]:  # chunks in float32 are for tests alone
+            assert_fits(request, compiled)
+
+
+def small_kernels(architecture, dtype=BF16):
+    """Each with how many stores of 16 bytes it has at least."""
+    at = "msi.kernels.triton."
+    route = {"logits": dtype, "topk_weights": F32, "topk_ids": I64, "num_tokens": "i32", "row_stride": "i32"}
+    normed = {"weight": dtype, "out": dtype, "eps": "fp32"}
+    hidden = {"hidden": 6144, "is_layer_norm": False, "BLOCK": 8192}
+    return [
+        (Request(at + "routing:route_softmax_kernel", route,
+                 {"num_experts": 128, "k": 8, "renormalise": True, "EXPERTS": 128, "K": 8, "BLOCK_T": 1},
+                 architecture, 1, unaligned=("num_tokens",)), 0),
+        (Request(at + "routing:route_sigmoid_kernel", {**route, "logits": F32, "bias": F32, "scale": "fp32"},
+                 {"num_experts": 256, "k": 8, "renormalise": True, "num_groups": 8, "num_chosen_groups": 4,
+                  "EXPERTS": 256, "GROUPS": 8, "K": 8, "BLOCK_T": 1}, architecture, 1,
+                 unaligned=("num_tokens", "scale")), 0),
+        (Request(at + "routing:count_kernel",
+                 {"topk_ids": I64, "local_ids": I32, "positions": I32, "counts": I32, "num_tokens": "i32",
+                  "num_ids": "i32"},
+                 {"k": 2, "K": 2, "BLOCK_T": 128}, architecture, 4, unaligned=("num_tokens", "num_ids", "counts")), 0),
+        (Request(at + "routing:pack_kernel",
+                 {"normed": dtype, "topk_weights": F32, "topk_ids": I64, "local_ids": I32, "positions": I32,
+                  "outboxes": I64, "num_tokens": "i32", "num_ids": "i32", "out_row_stride": "i32"},
+                 {"hidden": 6144, "num_nodes": 8, "NODES": 4, "k": 2, "K": 2, "BLOCK": 2048}, architecture, 4,
+                 unaligned=("num_tokens", "num_ids")), 2),
+        (Request(at + "rows:norm_kernel", {"rows": dtype, **normed, "row_stride": "i32"}, hidden, architecture, 16,
+                 unaligned=("eps",)), 1),
+        (Request(at + "rows:add_norm_kernel", {"residual": dtype, "added": dtype, **normed, "added_stride": "i32"},
+                 hidden, architecture, 16, unaligned=("eps",)), 2),
+        (Request(at + "rows:combine_norm_kernel",
+                 {"residual": dtype, "answers": dtype, "positions": I32, **normed, "num_tokens": "i32",
+                  "num_nodes": "i32", "node_stride": "i32", "row_stride": "i32"},
+                 hidden, architecture, 16, unaligned=("eps", "num_tokens", "num_nodes")), 2),
+        (Request(at + "rows:silu_mul_kernel", {"gate_up": dtype, "out": dtype}, {"inner": 2048, "BLOCK": 1024},
+                 architecture), 1),
+        (Request(at + "rope:rope_write_kernel",
+                 {"heads": dtype, "cache": dtype, "cosines": F32, "sines": F32, "slots": I32, "token_stride": "i32"},
+                 {"num_q": 48, "num_kv": 8, "head_dim": 128, "half": 64, "HEADS": 8, "HALF": 64, "REST": 1,
+                  "BLOCK_TOKENS": 16}, architecture, 2, unaligned=("slots",)), 4),
+        (Request(at + "attention:merge_kernel",
+                 {"items": I32, "part_starts": I32, "partial": F32, "partial_lse": F32, "output": dtype},
+                 {"GROUP": 6, "num_kv": 8, "head_dim": 128, "BLOCK_M": 16, "D": 128, "ITEM": ITEM}, architecture,
+                 unaligned=("part_starts",)), 1),
+        (Request(at + "sampling:draw_kernel",
+                 {"logits": F32, "numbers": "*fp64", "tokens": I64, "num_rows": "i32", "vocab_size": "i32",
+                  "row_stride": "i32"}, {"BLOCK": 4096}, architecture, 8, unaligned=("num_rows",)), 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", mostly_slow((90, *(one for one in ARCHITECTURES if one != 90))))
+def test_small_kernels_fit_and_store_whole_lines(architecture):
+    requests, stores = zip(*small_kernels(architecture), strict=True)
+    for request, compiled, least in zip(requests, compile_all(list(requests)), stores, strict=True):
+        assert_fits(request, compiled)
+        assert compiled.count(r"STG\.E.*128") >= least, request.kernel
