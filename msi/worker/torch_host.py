@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from msi.attention.half import AttentionHalf
 from msi.attention.kv_cache import KvCache
+from msi.attention.warming import warm
 from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
 from msi.device.choice import OpenedDevice, open_device
@@ -101,17 +102,23 @@ class TorchModel:
 
     def attention_half(self, link: DispatchLink, num_blocks: int) -> AttentionHalf:
         assert self.part.attention is not None
-        return AttentionHalf(
-            self._files.config,
+        config, device, placement = self._files.config, self._device, self._assignment.placement
+        precision = self._assignment.precision
+        kv_cache = KvCache(config, num_blocks, device, DTYPES[precision.kv_cache])
+        half = AttentionHalf(
+            config,
             self.part.attention,
-            KvCache(self._files.config, num_blocks, self._device, DTYPES[self._assignment.precision.kv_cache]),
-            self._assignment.placement,
-            self._device,
-            DTYPES[self._assignment.precision.rows],
+            kv_cache,
+            placement,
+            device,
+            DTYPES[precision.rows],
             dispatch_layout=link.layout,
             answer_layout=link.answer_layout,
             landing=link.landing.rows,
         )
+        if device.kernels.device.type == "cuda":
+            warm(half.forward, config, kv_cache, placement.num_nodes, device, DTYPES[precision.rows])
+        return half
 
     def expert_half(self, link: CombineLink, num_seats: int) -> ExpertHalf:
         assert self.part.experts is not None

@@ -8,6 +8,7 @@ import torch
 from msi.attention.forward import Forward
 from msi.attention.kv_cache import KvCache
 from msi.attention.pass_inputs import PassInputs
+from msi.attention.warming import warm
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.kernels import Outboxes
 from msi.kernels.routing import PackedRows, row_bytes
@@ -43,13 +44,15 @@ class Model:
     """Two expert nodes, which answer at once."""
 
     def __init__(self, path, dtype):
-        device = KernelDevice()
+        self.device = device = KernelDevice()
         config, _ = load_config(path)
+        self.config = config
         source = Checkpoint(path)
         placement = place_evenly(config.num_experts, NUM_NODES)
         self.banks = [load_expert_bank(config, held, source, device.kernels, dtype) for held in placement.experts]
         weights = load_attention_weights(config, source, device, dtype)
-        self.forward = Forward(config, weights, KvCache(config, NUM_BLOCKS, device, dtype), placement, device)
+        self.kv_cache = KvCache(config, NUM_BLOCKS, device, dtype)
+        self.forward = Forward(config, weights, self.kv_cache, placement, device)
         shape = (NUM_NODES, 1, 1, 96, row_bytes(config.hidden_size, config.top_k, dtype))
         memory = torch.full(shape, 0xFF, dtype=torch.uint8, device=DEVICE)
         self.landed = [PackedRows.view(of_node, config.hidden_size, config.top_k, dtype) for of_node in memory]
@@ -109,6 +112,13 @@ def test_every_familys_greedy_tokens_are_transformers(tmp_path, family):
     assert generate(Model(tmp_path, torch.float32), [one.prompt for one in expected], 6) == [
         one.tokens for one in expected
     ]
+
+
+def test_a_pass_before_the_first_leaves_nothing_behind(tmp_path):
+    save_tiny(tmp_path, family="qwen2")
+    model = Model(tmp_path, torch.float32)
+    warm(model.forward, model.config, model.kv_cache, NUM_NODES, model.device, torch.float32)
+    assert not any(layer.any() for layer in model.kv_cache.layers)
 
 
 @pytest.mark.slow

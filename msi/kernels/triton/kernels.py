@@ -6,6 +6,8 @@ kernel could not reach, which is host memory that the driver was not told of, is
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -113,6 +115,7 @@ class TritonKernels(PlainKernels):
             counts.copy_(at)
         first = outboxes.rows[0].hidden
         row_bytes = first.stride(0) * first.itemsize
+        normed = normed.to(first.dtype)
         routing.pack(normed, topk_weights, topk_ids, local_ids, positions, self._addresses_of(outboxes), row_bytes)
         return positions
 
@@ -138,10 +141,10 @@ class TritonKernels(PlainKernels):
             for out in outboxes.rows:
                 ends = out.hidden.data_ptr() + out.hidden.shape[-1] * out.hidden.itemsize
                 assert out.topk_weights.data_ptr() == ends, "a row is `hidden | weights | ids`"
-            found = self._addresses[at] = routing.addresses(at, self.device)
+            found = self._addresses[at] = self._upload(np.array(at, np.int64))
         return found
 
-    def _upload(self, numbers: npt.NDArray[np.int32]) -> Tensor:
+    def _upload(self, numbers: npt.NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(numbers)
         return tensor if self._is_interpreted else tensor.pin_memory().to(self.device, non_blocking=True)
 

@@ -6,8 +6,6 @@ is chosen, and a NaN before anything else, so that it shows in the row's weights
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -207,7 +205,7 @@ def count(topk_ids: Tensor, local_ids: Tensor, counts: Tensor) -> Tensor:
     num_nodes, num_ids = local_ids.shape
     positions = torch.empty(num_nodes, num_tokens, dtype=torch.int32, device=topk_ids.device)
     wide = triton.next_power_of_2(k)
-    block = min(1024 // min(wide, 16), max(16, triton.next_power_of_2(num_tokens)))
+    block = 1024 // min(wide, 16)  # whatever the tokens are: or it would be compiled for each
     count_kernel[(num_nodes,)](
         topk_ids, local_ids, positions, counts, num_tokens, num_ids, k=k, K=wide, BLOCK_T=block, num_warps=4
     )
@@ -230,8 +228,3 @@ def pack(
         normed, topk_weights, topk_ids, local_ids, positions, outboxes, num_tokens, num_ids, row_bytes,
         hidden=hidden, num_nodes=num_nodes, NODES=nodes, k=k, K=triton.next_power_of_2(k), BLOCK=block, num_warps=4,
     )  # fmt: skip
-
-
-def addresses(outboxes: Sequence[int], device: torch.device) -> Tensor:
-    """What `pack` takes: int64 [num_nodes]."""
-    return torch.tensor(outboxes, dtype=torch.int64).to(device)

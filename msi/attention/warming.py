@@ -1,0 +1,58 @@
+"""A pass that nobody asked for, before the first: so that what passes need is compiled and loaded by then.
+
+A device may load code where it is first launched, and may wait for all of its streams to do so: behind the closed gate
+of a lane that would be for ever.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from msi.attention.forward import Forward
+from msi.attention.kv_cache import KvCache
+from msi.attention.pass_inputs import PassInputs
+from msi.device.device import Device
+from msi.kernels import BLOCK_TOKENS
+from msi.kernels.kernels import Outboxes
+from msi.kernels.routing import PackedRows, row_bytes
+from msi.models.config import ModelConfig
+from msi.types import MicroBatch, TokenSampling
+
+CHUNK = 2 * BLOCK_TOKENS  # tokens of a prompt, beside a sequence that decodes
+SAMPLING = (TokenSampling(0.0, 1.0, 0, 0, 0), TokenSampling(0.7, 0.9, 5, 0, 0))
+
+
+def warm(
+    forward: Forward, config: ModelConfig, kv_cache: KvCache, num_nodes: int, device: Device, row_dtype: torch.dtype
+) -> None:
+    """Through all layers, to outboxes of its own; the KV blocks that it writes are zero again. Waits for the device.
+
+    A cache of fewer than three blocks is left alone, and so is the device.
+    """
+    if len(kv_cache.layers[0]) < 3:
+        return
+    at, num_tokens = device.kernels.device, 1 + CHUNK
+    shape = (num_nodes, num_tokens, row_bytes(config.hidden_size, config.top_k, row_dtype))
+    memory = torch.zeros(shape, dtype=torch.uint8, device=at)
+    counts = torch.zeros(num_nodes, dtype=torch.int32, pin_memory=at.type == "cuda")
+    outboxes = Outboxes([PackedRows.view(one, config.hidden_size, config.top_k, row_dtype) for one in memory], counts)
+    answers = torch.zeros(num_nodes, num_tokens, config.hidden_size, dtype=row_dtype, device=at)
+    batch = MicroBatch(
+        token_ids=(0,) * num_tokens,
+        positions=(0, *range(CHUNK)),
+        query_lens=(1, CHUNK),
+        context_lens=(1, CHUNK),
+        block_tables=((1,), (1, 2)),
+        logit_rows=(0, CHUNK),
+        sampling=SAMPLING,
+    )
+    with torch.inference_mode():
+        state = forward.begin(batch, *PassInputs(device.upload).lay_out(batch))
+        for turn in range(forward.num_turns):
+            forward.route_and_pack(state, turn, answers, outboxes)
+            if forward.has_shared:
+                forward.shared_experts(state, turn)
+        forward.sample(state, answers)
+        kv_cache.clear(torch.tensor([1, 2], device=at))
+        if at.type == "cuda":
+            torch.cuda.current_stream(at).synchronize()
