@@ -109,10 +109,11 @@ def test_a_waves_plan_and_answers_fit_and_store_wide(architecture):
 )
 def test_the_products_fit(architecture, weights):
     """With the tiles of a device that nobody has measured."""
-    tiles = default_tiles(torch.bfloat16, SHARED_BYTES[architecture])
+    tiles = default_tiles(torch.bfloat16 if weights == "bf16" else torch.float8_e4m3fn, SHARED_BYTES[architecture])
     requests = [make(one, architecture, weights) for one in tiles for make in (gate_up, down)]
     for request, compiled in zip(requests, compile_all(requests), strict=True):
         assert_fits(request, compiled)
         assert compiled.count(r"LDGSTS.*128|UTMALDG"), "rows and weights come in wide loads"
+        assert compiled.count(r"STG\.E\.128") == compiled.count("STG"), "and results leave in wide stores"
         if architecture == 90 and request.constants["BLOCK_M"] >= 64:
             assert compiled.count("HGMMA"), request

@@ -17,7 +17,7 @@ from msi.kernels.triton import experts
 from msi.kernels.triton.tiles import Product, Tiles
 from msi.kernels.triton.wave import RING, Descriptors, answer_rows, new_plan, plan_wave, stage_rows
 
-PLAN_PAIRS, PLAN_VALUES = 64, 8192  # of rows and choices, that a program sorts at a time; the same times experts
+PLAN_PAIRS, PLAN_VALUES = 64, 4096  # of rows and choices, that a program sorts at a time; the same times experts
 COUNTED_PAIRS, COUNTED_VALUES = 2048, 8192  # that it counts at a time; rows of them times seats, which lie in registers
 ANSWER_BLOCK = 1024
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

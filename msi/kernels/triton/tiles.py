@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 TUNED = Path(__file__).parent / "tuned"
-SMALL_SHARED_BYTES = 128 * 1024  # a device has less than this for a program, or has twice as much
+SMALL_SHARED_BYTES, LARGE_SHARED_BYTES = 128 * 1024, 200 * 1024  # of a program: less than the one, at least the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,22 @@ LARGE = (
 )
 
 
+MEDIUM = (  # the first product of many rows is narrower, for registers would not hold it
+    *LARGE[:2],
+    Tiles(64, 64, Product(64, 64, 8, 4, per_sm=2), Product(128, 64, 4, 4, splits=4)),
+    LARGE[3],
+    Tiles(1 << 30, 128, Product(64, 64, 8, 4), Product(128, 64, 8, 4)),
+)
+
+
 def default_tiles(dtype: torch.dtype, shared_bytes: int) -> tuple[Tiles, ...]:
     """Without measurements; `shared_bytes` of memory a program can have."""
     if dtype.itemsize > 2:
         return TINY
-    return SMALL if shared_bytes < SMALL_SHARED_BYTES else tuple(_fitted(one, shared_bytes) for one in LARGE)
+    if shared_bytes < SMALL_SHARED_BYTES:
+        return SMALL
+    is_wide = shared_bytes >= LARGE_SHARED_BYTES and dtype.itemsize == 2
+    return tuple(_fitted(one, shared_bytes) for one in (LARGE if is_wide else MEDIUM))
 
 
 def _fitted(tiles: Tiles, shared_bytes: int) -> Tiles:
