@@ -33,14 +33,17 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from msi.kernels.blocks import BLOCK, num_blocks  # noqa: E402
 from msi.kernels.routing import PackedRows, row_bytes  # noqa: E402
 from msi.kernels.triton.expert_bank import MAX_ROWS, TritonExpertBank  # noqa: E402
 from msi.kernels.triton.launches import ExpertWeights, WaveLaunches  # noqa: E402
-from msi.kernels.triton.tiles import Product, Tiles, file_name, to_json  # noqa: E402
+from msi.kernels.triton.tiles import Tiles, choose, default_tiles, file_name, to_json  # noqa: E402
+from tools.gpu.expert_candidates import BLOCK_M, DOWN, GATE_UP  # noqa: E402
 
 NUM_SEATS = 8
 REPEATS = 8
 MOST_ROWS = 1 << 30
+FLOAT8_FACTOR = 256.0  # brings the weights here into its range
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,99 +63,6 @@ SHAPES = (
     Shape("Mixtral-8x22B, one expert of a node", 6144, 16384, 1, 1),
 )
 DRY = Shape("small", 64, 48, 4, 2)
-
-
-def _product(
-    block_n: int, block_k: int, num_warps: int, num_stages: int, per_sm: int = 1, splits: int = 1, how: str = ""
-) -> Product:
-    return Product(block_n, block_k, num_warps, num_stages, per_sm, splits, "s" in how, "t" in how, "f" in how)
-
-
-# (block_n, block_k, warps, stages): what is tried, the plainest first
-GATE_UP = {
-    16: [
-        _product(64, 128, 4, 3, per_sm=2),
-        _product(64, 128, 4, 3, per_sm=3),
-        _product(64, 128, 4, 4, per_sm=2),
-        _product(32, 128, 4, 4, per_sm=3),
-        _product(64, 256, 4, 2, per_sm=2),
-        _product(128, 128, 4, 3),
-        _product(64, 128, 4, 3, per_sm=2, how="t"),
-        _product(64, 128, 4, 3, per_sm=2, how="st"),
-        _product(128, 64, 8, 5, how="st"),
-    ],
-    64: [
-        _product(64, 64, 4, 4, per_sm=2),
-        _product(64, 128, 4, 3),
-        _product(128, 64, 8, 4),
-        _product(64, 64, 4, 4, per_sm=2, how="t"),
-        _product(64, 128, 4, 4, how="st"),
-        _product(128, 64, 8, 5, how="st"),
-    ],
-    128: [
-        _product(64, 64, 8, 4),
-        _product(64, 64, 8, 3, per_sm=2),
-        _product(128, 64, 8, 4),
-        _product(64, 64, 8, 5, how="t"),
-        _product(64, 128, 8, 3),
-        _product(64, 128, 8, 3, how="t"),
-        _product(64, 64, 8, 3, per_sm=2, how="t"),
-        _product(128, 64, 8, 4, how="t"),
-        _product(64, 64, 4, 4, how="st"),
-    ],
-    1024: [
-        _product(128, 64, 8, 4),
-        _product(128, 64, 8, 3),
-        _product(128, 64, 8, 4, how="t"),
-        _product(64, 64, 4, 4, per_sm=2, how="t"),
-    ],
-}
-DOWN = {
-    16: [
-        _product(64, 128, 4, 4, per_sm=2, splits=1),
-        _product(64, 128, 4, 4, per_sm=3, splits=1),
-        _product(128, 128, 4, 3, per_sm=3, splits=1),
-        _product(64, 256, 4, 3, per_sm=2, splits=1),
-        _product(64, 128, 4, 4, per_sm=3, splits=1, how="t"),
-        _product(64, 128, 4, 4, per_sm=3, splits=1, how="f"),
-        _product(64, 128, 4, 4, per_sm=3, splits=4),
-        _product(64, 256, 4, 3, per_sm=2, splits=4),
-        _product(64, 128, 4, 4, per_sm=3, splits=8),
-    ],
-    64: [
-        _product(128, 64, 4, 4, per_sm=2, splits=1),
-        _product(128, 64, 4, 3, per_sm=3, splits=1),
-        _product(64, 128, 4, 3, per_sm=2, splits=1),
-        _product(64, 64, 4, 4, per_sm=3, splits=1),
-        _product(128, 64, 4, 4, per_sm=2, splits=1, how="t"),
-        _product(128, 64, 4, 4, per_sm=2, splits=1, how="f"),
-        _product(64, 128, 4, 4, per_sm=2, splits=2),
-        _product(64, 128, 4, 3, per_sm=2, splits=4),
-        _product(128, 64, 4, 4, per_sm=2, splits=5),
-    ],
-    128: [
-        _product(128, 64, 8, 4, splits=1),
-        _product(128, 64, 8, 3, per_sm=2, splits=1),
-        _product(64, 64, 8, 4, per_sm=2, splits=1),
-        _product(128, 64, 8, 3, per_sm=2, splits=1, how="t"),
-        _product(128, 64, 8, 3, per_sm=2, splits=1, how="f"),
-        _product(256, 64, 8, 4, splits=1, how="t"),
-        _product(256, 64, 8, 4, splits=1, how="tf"),
-        _product(64, 64, 4, 4, per_sm=2, splits=2),
-        _product(256, 64, 8, 4, splits=5, how="t"),
-        _product(256, 64, 8, 4, splits=11, how="t"),
-        _product(128, 128, 8, 3, splits=8, how="t"),
-        _product(128, 64, 8, 4, splits=8, how="t"),
-    ],
-    1024: [
-        _product(128, 64, 8, 4),
-        _product(128, 64, 8, 3, per_sm=2, how="t"),
-        _product(256, 64, 8, 4, how="t"),
-        _product(256, 64, 8, 4, how="tf"),
-        _product(128, 64, 8, 4, how="t"),
-    ],
-}
-BLOCK_M = {16: 16, 64: 64, 128: 128, 1024: 128}
 
 
 def tune(shapes: tuple[Shape, ...], budget_s: float, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -180,6 +90,11 @@ def tune(shapes: tuple[Shape, ...], budget_s: float, tell: Callable[[str], None]
                 entry["tiles"].append(bench.best(rows, rates, ends_at, tell))
         if len(entry["tiles"]) == len(GATE_UP):
             found["shapes"].append(entry)
+        if shape is shapes[0] and time.monotonic() < ends_at:
+            try:
+                entry["float8"] = bench.float8(rates, tell)
+            except Exception as error:  # a GPU before sm_89 has none
+                tell(f"{shape.name}, float8: {type(error).__name__}: {str(error)[:120]}")
         del bench
     return found
 
@@ -215,7 +130,7 @@ class Bench:
         gate_up, gate_up_s = self._fastest(candidates, each, False, ends_at, tell)
         candidates = [Tiles(rows, BLOCK_M[rows], gate_up.gate_up, one) for one in downs]
         tiles, down_s = self._fastest(candidates, each, True, ends_at, tell)
-        wave_s = None if self.is_dry else self._wave_s(tiles, each)
+        wave_s = None if self.is_dry else self._wave_s(tiles, each)[0]
         last = list(GATE_UP)[-1]
         entry = to_json(replace(tiles, rows=MOST_ROWS if rows == last else rows)) | {
             "num_rows": each, "gate_up_us": round(gate_up_s * 1e6, 1), "down_and_answer_us": round(down_s * 1e6, 1),
@@ -276,7 +191,9 @@ class Bench:
         launches.plan(tiles)
         return launches
 
-    def _wave(self, tiles: Tiles, rows: int) -> tuple[TritonExpertBank, PackedRows, list[tuple[int, int]]]:
+    def _wave(
+        self, tiles: Tiles, rows: int, weights: ExpertWeights | None = None
+    ) -> tuple[TritonExpertBank, PackedRows, list[tuple[int, int]]]:
         shape = self.shape
         num_rows = rows * shape.num_experts // shape.k
         each = -(-num_rows // NUM_SEATS)
@@ -290,21 +207,49 @@ class Bench:
         landed.topk_ids.copy_(pairs.view(NUM_SEATS, 1, each, shape.k).to(torch.int32))
         left = [min(each, max(0, num_rows - seat * each)) for seat in range(NUM_SEATS)]
         members = [(seat, count) for seat, count in enumerate(left) if count]
-        return TritonExpertBank(self.weights, tiles=(tiles,), uses_graphs=False), landed, members
+        return TritonExpertBank(weights or self.weights, tiles=(tiles,), uses_graphs=False), landed, members
 
-    def _wave_s(self, tiles: Tiles, rows: int) -> float:
-        """A whole wave, as one replayed graph."""
-        bank, landed, members = self._wave(tiles, rows)
-        place = torch.empty(
+    def float8(self, rates: tuple[float, float] | None, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Waves with the same weights in float8, cut as by default: how long, and how far from those in bfloat16."""
+        made: list[dict[str, Any]] = []
+        shape = self.shape
+        w13, w2 = ((one * FLOAT8_FACTOR).to(torch.float8_e4m3fn) for one in (self.weights.w13, self.weights.w2))
+        across, along = num_blocks(shape.hidden), num_blocks(shape.inner)
+        scale13, scale2 = (
+            torch.full((1, shape.num_experts, *size), 1 / FLOAT8_FACTOR, device=self.device)
+            for size in ((2 * along, across), (across, along))
+        )
+        scaled = ExpertWeights(w13, w2, scale13=scale13, scale2=scale2, scale_block=BLOCK)
+        for rows in (2,) if self.is_dry else (16, 128):
+            tiles = choose(default_tiles(torch.float8_e4m3fn, 227 * 1024), rows)
+            _, truth = self._wave_s(choose(default_tiles(torch.bfloat16, 227 * 1024), rows), rows)
+            wave_s, answers = self._wave_s(tiles, rows, scaled)
+            apart = float((answers.float() - truth.float()).norm() / truth.float().norm())
+            num_bytes = 3 * shape.hidden * shape.inner * shape.num_experts
+            floor_s = 0.0 if rates is None else num_bytes / rates[0]
+            share = f"{floor_s / wave_s:.0%} of what can be"
+            tell(f"{shape.name}, {rows} rows, float8: {wave_s * 1e6:.1f} us, {share}; {apart:.3f} from bfloat16's")
+            made.append({
+                "num_rows": rows, "wave_us": round(wave_s * 1e6, 1), "floor_us": round(floor_s * 1e6, 1),
+                "apart": round(apart, 4),
+            })  # fmt: skip
+        return made
+
+    def _wave_s(self, tiles: Tiles, rows: int, weights: ExpertWeights | None = None) -> tuple[float, torch.Tensor]:
+        """A whole wave, as one replayed graph; and its answers."""
+        bank, landed, members = self._wave(tiles, rows, weights)
+        place = torch.zeros(
             NUM_SEATS, 1, landed.hidden.shape[2], self.shape.hidden, dtype=self.dtype, device=self.device
         )
         answers = dict(enumerate(place))
         bank.run(0, 0, members, landed, answers)
+        if self.is_dry:
+            return 1.0, place
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             bank.run(0, 0, members, landed, answers)
-        return self.seconds(graph.replay)
+        return self.seconds(graph.replay), place
 
     @staticmethod
     def seconds(work: Callable[[], object]) -> float:

@@ -29,6 +29,9 @@ def run(place: Place, add: Add) -> None:
                 add(Row(name, True, note="went through"))
             else:
                 add(Row(name, tiles["wave_us"], "us", tiles["floor_us"], tiles["asked"], note=cut))
+        for wave in entry.get("float8", ()) if not place.is_dry else ():
+            name = f"experts in float8, {entry['name']}, {wave['num_rows']} rows each: a wave"
+            add(Row(name, wave["wave_us"], "us", wave["floor_us"], note=f"{wave['apart']} from bfloat16's answers"))
     if not place.is_dry and found["shapes"]:
         for folder in (TUNED, *([Path(os.environ["OUT"]) / "tuned"] if "OUT" in os.environ else [])):
             print("  ", write(found, folder), flush=True)

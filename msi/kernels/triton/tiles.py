@@ -103,7 +103,8 @@ def tiles_for(device: str, hidden: int, inner: int, dtype: torch.dtype, shared_b
     path = TUNED / f"{file_name(device)}.json"
     if path.exists():
         for entry in json.loads(path.read_text())["shapes"]:
-            if (entry["hidden"], entry["inner"], entry["dtype"]) == (hidden, inner, _name(dtype)):
+            is_as_wide = getattr(torch, entry["dtype"]).itemsize == dtype.itemsize
+            if is_as_wide and (entry["hidden"], entry["inner"]) == (hidden, inner):
                 return tuple(from_json(one) for one in entry["tiles"])
     return default_tiles(dtype, shared_bytes)
 
@@ -128,7 +129,3 @@ def to_json(tiles: Tiles) -> dict[str, Any]:
 
 def file_name(device: str) -> str:
     return "".join(one if one.isalnum() else "_" for one in device)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
