@@ -114,7 +114,7 @@ class WaveLaunches:
     def capture(self) -> None:
         """Makes graphs, one of each of the tiles, before the first wave; waits for nothing but its own stream.
 
-        Each is launched once for a wave of no rows before, which loads what it needs.
+        Each is launched for a wave of no rows before, which loads what it needs, and replayed for another.
         """
         stream = torch.cuda.Stream(self._weights.w2.device)
         stream.wait_stream(torch.cuda.current_stream(self._weights.w2.device))
@@ -130,7 +130,10 @@ class WaveLaunches:
                     self.launch_eagerly(tiles)
                 finally:
                     graph.capture_end()
+                self.descriptors.write(0, 0, [])
+                graph.replay()  # what a first replay sets up may wait for all streams
                 self._graphs[id(tiles)] = graph
+            stream.synchronize()
 
     def forget_graphs(self) -> None:
         self._graphs = {}
