@@ -93,7 +93,9 @@ def split_tiles(shape: AttentionShape, itemsize: int) -> Tiles:
     others have.
     """
     rows = max(16, _power_of_2(shape.num_heads // shape.num_kv_heads))
-    return Tiles(rows, _keys(shape, itemsize, 8 << 10), 4, 5, per_processor=4 if rows == 16 else 2)
+    return Tiles(
+        rows, _keys(shape, itemsize, 8 << 10), 4, 5, per_processor=3 if rows == 16 else 2
+    )  # whose registers fit
 
 
 def chunk_tiles(shape: AttentionShape, itemsize: int, architecture: int = 90) -> Tiles:
