@@ -21,6 +21,7 @@ from tests.test_bodies import USER
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 AS_TEXT = json.dumps(SCHEMA, separators=(",", ":"))
 JSON = StructuredOutputs(json=AS_TEXT)
+OPEN, CLOSED = {"properties": {}, "additionalProperties": True}, {"additionalProperties": False}
 TAG = {"format": {"type": "const_string", "value": "x"}}
 TAGGED = StructuredOutputs(grammar=tag_grammar(json.dumps(TAG), {}, in_lark)[0])
 FORMS = {
@@ -35,6 +36,10 @@ FORMS = {
     "response_format object": ({"response_format": {"type": "json_object"}}, StructuredOutputs(json_object=True)),
     "response_format text": ({"response_format": {"type": "text"}}, None),
     "structured_outputs json": ({"structured_outputs": {"json": SCHEMA, "regex": None, "json_object": False}}, JSON),
+    "structured_outputs closed": (
+        {"structured_outputs": {"json": {"items": [SCHEMA, OPEN]}, "disable_additional_properties": True}},
+        StructuredOutputs(json=json.dumps({"items": [SCHEMA | CLOSED, OPEN]}, separators=(",", ":"))),
+    ),
     "structured_outputs json text": ({"structured_outputs": {"json": AS_TEXT}}, JSON),
     "structured_outputs regex": ({"structured_outputs": {"regex": "a+"}}, StructuredOutputs(regex="a+")),
     "structured_outputs choice": (
@@ -96,9 +101,9 @@ REFUSED = {
     "two inside": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "has regex and choice; give exactly one"),
     "none inside": ({"structured_outputs": {"disable_any_whitespace": True}}, "has nothing; give exactly one"),
     "unknown": ({"structured_outputs": {"ebnf": "a"}}, "has 'ebnf', which it does not have"),
-    "not built": (
-        {"structured_outputs": {"disable_additional_properties": True}},
-        "has 'disable_additional_properties', which is not built",
+    "closed": (
+        {"structured_outputs": {"json": {}, "disable_additional_properties": "yes"}},
+        "disable_additional_properties of structured_outputs is 'yes'",
     ),
     "no tag": ({"structural_tag": "{}"}, "the structural tag has no format"),
     "no object": ({"structured_outputs": "a"}, "structured_outputs is 'a'; it must be an object"),

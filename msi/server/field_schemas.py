@@ -186,6 +186,7 @@ FIELDS: dict[str, Schema] = {  # what is no sampling parameter, or looks otherwi
             "structural_tag": {"type": ["string", "object", "null"]},
             "whitespace_pattern": {"type": ["string", "null"]},
             "disable_any_whitespace": {"type": ["boolean", "null"]},
+            "disable_additional_properties": {"type": ["boolean", "null"]},
         },
     },
     "guided_json": {"anyOf": [JSON_SCHEMA, {"type": ["string", "null"]}], "description": GUIDED.format("json")},

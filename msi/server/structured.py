@@ -19,9 +19,8 @@ GUIDED = {  # older names, by what they are now
 FIELDS = frozenset({"response_format", "structured_outputs", "guided_whitespace_pattern", *GUIDED})
 NAMES = (
     "json", "regex", "choice", "grammar", "json_object", "structural_tag", "whitespace_pattern",
-    "disable_any_whitespace",
+    "disable_any_whitespace", "disable_additional_properties",
 )  # fmt: skip
-NOT_BUILT = ("disable_additional_properties",)
 FORMATS = "text, json_object, json_schema or structural_tag"
 
 
@@ -63,10 +62,32 @@ def _asked(name: str, value: Any) -> dict[str, Any]:
         if one is None or one is False:
             continue
         if key not in NAMES:
-            why = "which is not built" if key in NOT_BUILT else f"which it does not have; it has {', '.join(NAMES)}"
+            why = f"which it does not have; it has {', '.join(NAMES)}"
             raise InvalidRequest(f"structured_outputs has {shown(key)}, {why}", param=name)
         asked[key] = _value(key, one)
+    if (is_closed := asked.pop("disable_additional_properties", False)) not in (True, False):
+        raise InvalidRequest(
+            f"disable_additional_properties of structured_outputs is {shown(is_closed)}; it must be true or false",
+            param=name,
+        )
+    if is_closed and isinstance(asked.get("json"), str):
+        asked["json"] = _closed(asked["json"])
     return asked
+
+
+def _closed(schema: str) -> str:
+    """With no properties but those that it names, where it does not say otherwise, as vLLM."""
+    try:
+        values = orjson.loads(schema)
+    except orjson.JSONDecodeError:
+        return schema  # whoever compiles it says what is wrong
+    left = [values]
+    while left:
+        one = left.pop()
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        if isinstance(one, dict) and ("properties" in one or "patternProperties" in one):
+            one.setdefault("additionalProperties", False)
+    return orjson.dumps(values).decode()
 
 
 def _value(key: str, value: Any) -> Any:

@@ -42,6 +42,7 @@ _LOGPROBS = "log-probabilities are told by /v1/chat/completions"
 NOT_IN_RESPONSES = NOT_IN_CHATS | {
     "previous_response_id": NotDone(_KEPT),
     "conversation": NotDone(_KEPT),
+    "previous_input_messages": NotDone("all that was said belongs to input"),
     "prompt": NotDone("no prompts are kept here: send instructions and input"),
     "background": NotDone("an answer comes on the connection that asked for it"),
     "context_management": NotDone("all of the input is used"),
