@@ -171,8 +171,7 @@ class SamplingDefaults:
 
     def values(self) -> dict[str, float | int]:
         """What the model says, by the parameter's name."""
-        names = (one.name for one in fields(self) if one.name != "is_limit")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in DEFAULTED if (value := getattr(self, name)) is not None}
 
     def params(self) -> SamplingParams:
         """For a request that says nothing. Raises InvalidRequest: a value that is not allowed."""
@@ -186,6 +185,7 @@ class SamplingDefaults:
 
 
 NO_DEFAULTS = SamplingDefaults()
+DEFAULTED = tuple(one.name for one in fields(SamplingDefaults) if one.name != "is_limit")
 
 
 def _is_int(value: object, least: int, most: int = MAX_INTEGER) -> bool:

@@ -308,7 +308,7 @@ class Gateway:
     async def _stream(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
         """A failure before the first event is an HTTP error, and one after it an event."""
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers}
-        response, reply = web.StreamResponse(headers=headers), reply_of(call)
+        response, reply = _Events(headers=headers), reply_of(call)
         connection = connection_of(request)
         try:
             with self._running.request():
@@ -319,14 +319,14 @@ class Gateway:
                         if connection.is_behind:
                             await connection.caught_up()
                         await _write(response, reply.events(output))
-            await _write(response, reply.end())
+            last = reply.end()
         except ConnectionResetError:
             raise
         except Exception as error:
             if not response.prepared:
                 raise
-            await _write(response, reply.failure(error))
-        await response.write_eof()
+            last = reply.failure(error)
+        await response.write_eof(last)
         return response
 
     async def _websocket(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
@@ -394,6 +394,12 @@ async def _send(request: web.BaseRequest, parts: Sequence[bytes], headers: Mappi
         await _write(response, part)
     await response.write_eof()
     return response
+
+
+class _Events(web.StreamResponse):
+    """Server-sent events; the headers go with the first, as one piece."""
+
+    _send_headers_immediately = False  # aiohttp's; without it they go alone
 
 
 async def _write(response: web.StreamResponse, part: bytes) -> None:

@@ -7,6 +7,7 @@ has to be an address, localhost, or a name that was given.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def is_loopback(host: str) -> bool:
     return host.lower() == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
+@functools.lru_cache(maxsize=64)  # each request names a host
 def is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from msi.server.refusals import Refused
 
@@ -46,7 +46,7 @@ class Bodies:
         try:
             num_bytes = 0
             async with asyncio.timeout(WHOLE_WITHIN_S):
-                while part := await asyncio.wait_for(request.content.readany(), PART_WITHIN_S):
+                while part := await _next_part(request.content):
                     num_bytes += len(part)
                     parts.append(part)
                     if num_bytes > self.max_bytes:
@@ -90,6 +90,13 @@ class Bodies:
                 503, "bodies of other requests fill the memory that is set aside for them; try again",
                 headers={"Retry-After": "1"}, is_unread=True,
             )  # fmt: skip
+
+
+async def _next_part(content: StreamReader) -> bytes:
+    """b"" at the end. Raises TimeoutError."""
+    if content.is_eof():  # all of it is here, as of most
+        return content.read_nowait()
+    return await asyncio.wait_for(content.readany(), PART_WITHIN_S)
 
 
 async def discard(request: web.BaseRequest, max_bytes: int = MAX_BODY_BYTES) -> None:
