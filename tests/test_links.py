@@ -199,7 +199,6 @@ GARBAGE = [
     ("lane", pack_immediate(Kind.DISPATCH, True, 5, 0, 0, 5)),
     ("incarnation", pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 4)),
     ("stale", pack_immediate(Kind.EMPTY, True, 0, 0, 4095, 5)),
-    ("stale", pack_immediate(Kind.EMPTY, True, 0, 0, 200, 5)),
     ("kind", pack_immediate(Kind.COMBINE, True, 0, 0, 0, 5)),
     ("header", pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5)),
 ]
@@ -472,6 +471,32 @@ async def test_a_node_that_is_lost_while_rows_are_packed_for_it_again_is_no_end(
         await pair.landed(1)
     pair.nodes[1].answer(0, [(0, 0, 1)], compute_s=0.0)
     await asyncio.wait_for(passing, 5)
+    await pair.stop()
+
+
+async def test_lanes_go_on_while_a_node_connects_and_from_then_on_jump_by_no_more_than_they_may(pair):
+    endpoint = pair.link._nodes[0].endpoint
+    for seq in (3000, 3100, 3201):
+        endpoint.post(0, pack_immediate(Kind.EMPTY, True, 0, 0, seq, 5))
+    await until(lambda: pair.nodes[0].counters.dropped == {"stale": 1})
+    assert pair.recorders[0].events == [(0, 0, 3000, 0, True), (0, 0, 3100, 0, True)]
+
+
+async def test_a_node_that_connects_while_a_lane_goes_too_far_is_tried_again():
+    pair = await replicated()
+    await pair.transports[2].close()
+    await until(lambda: pair.link.missing_nodes)
+    connect = pair.transports[0].connect
+
+    async def slowly(*arguments, **options):
+        endpoint = await connect(*arguments, **options)
+        pair.link._posted_seqs[1] += 2048
+        return endpoint
+
+    pair.transports[0].connect = slowly
+    with pytest.raises(TransportError, match="took 2048 turns of a lane to connect; it is tried again"):
+        await pair.come_back(1)
+    assert pair.link.missing_nodes == [1]
     await pair.stop()
 
 

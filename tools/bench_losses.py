@@ -1,84 +1,127 @@
 #!/usr/bin/env python
-"""How long streams stand still when a local attention worker dies, and until errors come when an expert worker does.
+"""What streams notice of a local worker that is killed (SIGKILL): their longest pause, and whether a token changed.
 
     tools/bench_losses.py --rounds 5
+    tools/bench_losses.py --rounds 5 --worker expert-1 --redundancy 0
 
-Each round kills a worker while streams run on all, takes the longest wait for a token (an attention worker: its streams
-go on elsewhere) or the time until the last lost stream has its error (an expert worker), and waits until the instance
-serves again. One line per kind: median and worst.
+Each round runs greedy streams on all workers, kills one in their midst, and then waits until all workers are there
+again. A pause is the longest time between two outputs of a stream from the kill on; beside it the longest before, when
+nothing was wrong. Streams are compared with those of a round without a kill.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import statistics
 import time
+from dataclasses import dataclass, field
 
 from msi import Engine, RequestFailed, SamplingParams, Unavailable
 from msi_launch.command_line import ScriptLine
 
-LONG = SamplingParams(max_tokens=900, temperature=0, ignore_eos=True)
-SHORT = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+BACK_WITHIN_S = 120.0
 
 
-async def stream(engine: Engine, index: int, has_begun: asyncio.Event) -> tuple[str, float, float]:
-    """How a request ended, when, and the longest wait for a token behind the first."""
-    last_at = worst_s = 0.0
-    try:
-        async for _ in engine.generate([5 + index] * 8, LONG):
-            has_begun.set()
-            now = time.monotonic()
-            worst_s = max(worst_s, now - last_at if last_at else 0.0)
-            last_at = now
-    except (RequestFailed, Unavailable) as error:
-        has_begun.set()
-        return str(error), time.monotonic(), worst_s
-    return "", time.monotonic(), worst_s
+@dataclass
+class Stream:
+    """When a stream's outputs came, what they were, and how it failed, "" if it did not."""
+
+    came_at: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    failure: str = ""
+
+    async def run(self, engine: Engine, index: int, num_tokens: int) -> None:
+        params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+        try:
+            async for output in engine.generate([5 + index] * 8, params):
+                self.came_at.append(time.monotonic())
+                self.token_ids += output.token_ids
+        except (RequestFailed, Unavailable) as error:
+            self.failure = str(error)
+
+    def pauses_s(self, killed_at: float) -> tuple[float, float]:
+        """The longest before and after."""
+        gaps = [(then, then - before) for before, then in zip(self.came_at, self.came_at[1:], strict=False)]
+        before = [gap_s for then, gap_s in gaps if then <= killed_at]
+        after = [gap_s for then, gap_s in gaps if then > killed_at]
+        return max(before, default=0.0), max(after, default=0.0)
 
 
-async def serves(engine: Engine) -> bool:
-    try:
-        async for _ in engine.generate([7, 8, 9], SHORT):
-            pass
-    except (RequestFailed, Unavailable):
-        return False
-    return engine.status[0]
+async def played(engine: Engine, num_streams: int, num_tokens: int, kill: str = "") -> tuple[list[Stream], float]:
+    """All streams to their end, and when `kill` was killed: a third of the way."""
+    streams = [Stream() for _ in range(num_streams)]
+    running = asyncio.gather(*(one.run(engine, index, num_tokens) for index, one in enumerate(streams)))
+    killed_at = 0.0
+    while not running.done():
+        await asyncio.wait([running], timeout=0.01)
+        if kill and not killed_at and min(len(one.token_ids) for one in streams) >= num_tokens // 3:
+            killed_at = time.monotonic()
+            os.kill(engine.pids[kill], signal.SIGKILL)
+    await running
+    return streams, killed_at
 
 
-async def loss_s(engine: Engine, worker_id: str, num_streams: int) -> tuple[float, float]:
-    """Seconds that streams stood still, or from a kill to the last error; and until everybody serves again."""
-    begun = [asyncio.Event() for _ in range(num_streams)]
-    streams = [asyncio.create_task(stream(engine, index, begun[index])) for index in range(num_streams)]
-    await asyncio.gather(*(one.wait() for one in begun))
-    pid = engine.pids[worker_id]
-    killed_at = time.monotonic()
-    os.kill(pid, signal.SIGKILL)
-    ended = await asyncio.gather(*streams)
-    noticed_s = max((at - killed_at for error, at, _ in ended if error), default=max(worst_s for *_, worst_s in ended))
-    while engine.pids[worker_id] == pid or not await serves(engine):
-        await asyncio.sleep(0.05)
-    return noticed_s, time.monotonic() - killed_at
+async def all_are_back(engine: Engine) -> None:
+    async with asyncio.timeout(BACK_WITHIN_S):
+        while not engine.status[0] or any(one.state != "ready" for one in (await engine.stats()).workers):
+            await asyncio.sleep(0.05)
 
 
 async def main() -> None:
     parser = ScriptLine(__doc__)
+    parser.add_argument("--worker", default="expert-1", help="who is killed")
+    parser.add_argument("--redundancy", type=int, default=1, help="replicas of each expert")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=600)
+    parser.add_argument("--transport", default="shm")
+    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    for worker_id in ("attention-1", "expert-1"):
-        told, back = [], []
-        async with Engine.local(attention_workers=2, expert_workers=2, micro_batches=2, threads_per_worker=1) as engine:
-            for _ in range(arguments.rounds):
-                told_s, back_s = await loss_s(engine, worker_id, arguments.streams)
-                told.append(told_s)
-                back.append(back_s)
-        print(
-            f"{worker_id} killed {arguments.rounds} times: noticed for {statistics.median(told):.3f} s "
-            f"(worst {max(told):.3f} s), served again after {statistics.median(back):.1f} s (worst {max(back):.1f} s)",
-            flush=True,
-        )
+    before: list[float] = []
+    after: list[float] = []
+    num_failed = num_changed = 0
+    async with Engine.local(
+        attention_workers=2, expert_workers=2, micro_batches=2, threads_per_worker=1,
+        expert_redundancy=arguments.redundancy, transport=arguments.transport,
+    ) as engine:  # fmt: skip
+        await played(engine, arguments.streams, 20)
+        undisturbed, _ = await played(engine, arguments.streams, arguments.tokens)
+        for _ in range(arguments.rounds):
+            streams, killed_at = await played(engine, arguments.streams, arguments.tokens, arguments.worker)
+            for stream, expected in zip(streams, undisturbed, strict=True):
+                num_failed += bool(stream.failure)
+                num_changed += not stream.failure and stream.token_ids != expected.token_ids
+                for pauses, pause_s in zip((before, after), stream.pauses_s(killed_at), strict=True):
+                    pauses.append(pause_s)
+            await all_are_back(engine)
+    found = {
+        "schema_version": 1,
+        "num_streams": len(after),
+        "num_failed": num_failed,
+        "num_changed": num_changed,
+        "longest_pause_before_s": _tail(before),
+        "longest_pause_after_s": _tail(after),
+    }
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    print(
+        f"{arguments.worker} killed {arguments.rounds} times under {arguments.streams} streams, {arguments.transport}, "
+        f"redundancy {arguments.redundancy}: {num_failed} failed, {num_changed} changed; longest pause of a stream "
+        f"{_words(after)}, before the kill {_words(before)}"
+    )
+
+
+def _tail(pauses_s: list[float]) -> dict[str, float]:
+    return {"p50_s": statistics.median(pauses_s), "p99_s": sorted(pauses_s)[int(0.99 * len(pauses_s))]}
+
+
+def _words(pauses_s: list[float]) -> str:
+    tail = _tail(pauses_s)
+    return f"{1e3 * tail['p50_s']:.0f} ms (median), {1e3 * tail['p99_s']:.0f} ms (99th percentile)"
 
 
 if __name__ == "__main__":

@@ -286,7 +286,9 @@ class CombineLink:
             reason = "incarnation"
         elif immediate >> SEQ_SHIFT & SEQ_MASK == slot.seq & SEQ_MASK:
             reason = self._landed_again(seat, slot, lane, immediate, now)
-        elif not 0 < (ahead := (immediate >> SEQ_SHIFT) - slot.seq & SEQ_MASK) <= self._max_skip:
+        elif (ahead := (immediate >> SEQ_SHIFT) - slot.seq & SEQ_MASK) > (
+            self._max_skip if slot.landed_at else SEQ_MASK  # its lanes went on while it connected
+        ):
             reason = "stale"
         else:
             seq = slot.seq + ahead

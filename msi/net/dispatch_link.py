@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 
 from msi.errors import BatchRefused, ProtocolError, TransportError
 from msi.meter import StageMeter
+from msi.net.left_seats import LeftSeats
 from msi.net.link_hello import LINK_CODEC, LinkHello, decode_welcome
 from msi.net.passes import EXCHANGES_APART, Gates, Node, Pass, Watch
 from msi.net.regions import HOST_MEMORY, Allocator, Region
@@ -58,6 +59,7 @@ IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it w
 
 NO_WORD = 1 << 32  # no immediate
 WATCH_SHARE = 16  # of the time-out: how often turns are checked against it
+MOST_TURNS_MEANWHILE = SEQ_MASK // 2  # while a node connects: it is to tell the next one by an immediate's low bits
 MAX_ATTEMPTS = 255  # what a header holds
 ABSENCE_SHARE = 4  # of the time-out: who checks so late has been away, and everybody's time starts anew
 
@@ -114,8 +116,7 @@ class DispatchLink:
         self._nodes: tuple[Node | None, ...] = (None,) * num_nodes
         self._node_of: dict[Endpoint, Node] = {}
         self._gone: dict[int, tuple[str, str]] = {}  # worker id and reason of the one lost last, by node
-        self._left: dict[int, Node] = {}  # lost, and their seats not wiped yet
-        self._wiped = asyncio.Event()
+        self._left = LeftSeats(self.landing)
         self._missing, self._hold_s = missing, hold_s
         self.placement_version = hello.placement_version  # of hellos, and of passes that begin
         self._passes: list[Pass | None] = [None] * hello.num_lanes
@@ -160,16 +161,20 @@ class DispatchLink:
     async def connect(self, node: int, address: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Region:
         """Connects a node and returns where rows to it leave. Raises TransportError."""
         assert self._nodes[node] is None, f"node {node} is connected already"
-        while node in self._left:  # a pass reads for less than a turn
-            self._wiped.clear()
-            await self._wiped.wait()
-        hello = LINK_CODEC.encode(self._own_hello())
-        endpoint = await self._transport.connect(address, hello, self.landing, node, timeout_s=timeout_s)
+        await self._left.until_wiped(node)
+        hello = self._own_hello()
+        endpoint = await self._transport.connect(
+            address, LINK_CODEC.encode(hello), self.landing, node, timeout_s=timeout_s
+        )
         try:
             welcome = decode_welcome(endpoint.peer)
         except ProtocolError as error:
             endpoint.close()
             raise TransportError(address, str(error)) from error
+        moved = max(now + 1 - then for now, then in zip(self._posted_seqs, hello.next_seqs, strict=True))
+        if moved > MOST_TURNS_MEANWHILE:
+            endpoint.close()
+            raise TransportError(address, f"took {moved} turns of a lane to connect; it is tried again")
         peer = Node(node, endpoint, welcome, self.landing.headers[node])
         with self._turning:
             self._set(node, peer)
@@ -193,7 +198,7 @@ class DispatchLink:
             self._gone[node] = (peer.welcome.worker_id, reason)
             del self._node_of[peer.endpoint]
             peer.is_lost = True
-            self._left[node] = peer
+            self._left.add(peer)
             for lane, passing in enumerate(self._passes):
                 waiting = self._waiting[lane]
                 if passing is not None and waiting and peer in passing.nodes and self._counts[lane][node]:
@@ -215,14 +220,13 @@ class DispatchLink:
     def _wipe(self) -> None:
         """The seats of lost nodes whose answers nobody reads any more. On the event loop."""
         with self._turning:
-            for node, peer in list(self._left.items()):
-                if not any(
-                    passing is not None and passing.is_reading and self._counts[lane][node] and peer in passing.nodes
-                    for lane, passing in enumerate(self._passes)
-                ):
-                    self.landing.revoke(node)
-                    del self._left[node]
-                    self._wiped.set()
+            self._left.wipe(self._is_read)
+
+    def _is_read(self, peer: Node) -> bool:
+        return any(
+            passing is not None and passing.is_reading and self._counts[lane][peer.index] and peer in passing.nodes
+            for lane, passing in enumerate(self._passes)
+        )
 
     def look_again(self) -> None:
         """Nodes have come or gone, or `missing` says something else: those that are held may go on."""
