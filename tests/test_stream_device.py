@@ -11,6 +11,7 @@ import torch
 from msi import Engine
 from msi.attention.launching import LanePrograms, LaneQueues
 from msi.device.compute_thread import Program
+from msi.device.cuda_driver import host_address
 from msi.device.fake.late import WouldWait
 from msi.device.fake.nothing import NothingDriver
 from msi.device.fake.streams import FakeStreams
@@ -19,6 +20,8 @@ from msi.device.stream_words import WORD_BYTES
 from msi.instance.instance import create_coordinator, create_worker, listen, worker_ids
 from msi.kernels.plain import PlainKernels
 from msi.meter import StageMeter
+from msi.net.shm import ShmLanding
+from msi.net.slots import SlotLayout
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 from msi.worker.torch_host import TorchHost
@@ -26,6 +29,7 @@ from tests.everyday import mostly_slow
 from tests.reference import references, save_tiny
 from tests.test_tokens import FAMILIES, NUM_TOKENS, check_equal
 from tests.waiting import until
+from tools.bench_cuda_host import measure
 
 
 class StreamHost(TorchHost):
@@ -36,8 +40,8 @@ class StreamHost(TorchHost):
 
 
 @contextlib.asynccontextmanager
-async def stream_engine(**options):
-    options = InstanceOptions.of(transport="inproc", peer_timeout_s=60, num_gpu_blocks_override=200, **options)
+async def stream_engine(transport="inproc", **options):
+    options = InstanceOptions.of(transport=transport, peer_timeout_s=60, num_gpu_blocks_override=200, **options)
     sockets = SocketDir()
     coordinator = create_coordinator(options, listen(sockets.address("coordinator")))
     workers = [
@@ -121,10 +125,38 @@ async def test_tokens_of_every_family_equal_transformers(checkpoint, layout, mic
         await check_equal(engine, expected, 0)
 
 
+async def test_tokens_equal_transformers_over_shared_memory(checkpoint):
+    path, expected = checkpoint
+    async with stream_engine("shm", model=path, attention_workers=2, expert_workers=2, micro_batches=2) as engine:
+        await check_equal(engine, expected, 0)
+
+
 async def test_tokens_equal_transformers_colocated(checkpoint):
     path, expected = checkpoint
     async with stream_engine(model=path, colocated=True) as engine:
         await check_equal(engine, expected, 0)
+
+
+async def test_a_seat_that_is_mapped_anew_is_so_for_the_device_and_others_stay():
+    driver = NothingDriver()
+    device = StreamDevice(driver, PlainKernels(driver.device))
+    landing = ShmLanding(3, SlotLayout(num_lanes=2, slot_rows=4, row_bytes=256), device)
+    mapped, log = dict(driver._mapped), []
+    driver.unmap_host = lambda memory: log.append(("unmapped", host_address(memory), memory.nbytes))
+    driver.map_host = lambda memory: log.append(("mapped", host_address(memory), memory.nbytes))
+    with landing.open(1):
+        first, second, third = sorted(mapped)[-3:]
+        stride = second - first
+        assert log == [("unmapped", second, stride), ("mapped", second, stride)]
+        assert third - second == stride
+    landing.revoke(1)
+    assert len(log) == 2, "what the device sees of it is nobody's until the next peer comes"
+
+
+async def test_a_thousand_passes_leave_nothing_behind():
+    figures = await measure(sequences=4, layers=3, lanes=2, steps=2, passes=1000)
+    assert figures["bytes_left_by_passes"] < 10_000
+    assert figures["launch_calls_per_step"] == 2 * (3 + 1), "a program for each layer and one at the end"
 
 
 class Recorded(NothingDriver):

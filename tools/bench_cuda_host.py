@@ -60,7 +60,7 @@ async def measure(sequences: int, layers: int, lanes: int, steps: int, passes: i
         "ms_per_step": round(statistics.median(times) * 1e3, 2),
         "share_of_50_ms": round(statistics.median(times) / STEP_S, 3),
         "us_per_layer_and_lane": round(statistics.median(times) / layers / lanes * 1e6, 2),
-        **{f"{name}s_per_step": (count - before[name]) / steps for name, count in driver.calls.items()},
+        **{f"{name}_calls_per_step": (count - before[name]) / steps for name, count in driver.calls.items()},
     }
     if passes:
         figures["bytes_left_by_passes"] = await bench.left_behind(passes)

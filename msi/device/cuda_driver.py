@@ -20,6 +20,9 @@ from msi.errors import ConfigError, EngineError
 NEEDS_BINDINGS = "cuda-bindings is not installed; `pip install 'msi[cuda]'`"
 
 
+CAPTURING = range(900, 910)  # errors of a graph that is being captured, which lose no device
+
+
 class DeviceLost(EngineError):
     """The device takes no more work: what failed stays failed until the process ends."""
 
@@ -135,6 +138,7 @@ class CudaDriver:
         self._wait, self._write, self._record = cu.cuStreamWaitValue32, cu.cuStreamWriteValue32, cu.cuEventRecord
         self._handles: dict[torch.cuda.Stream, int] = {}
         self._current: torch.cuda.Stream | None = None
+        self._idle = self.stream().cuda_stream  # that nothing is launched on, to be asked whether the device has failed
 
     def enter(self) -> None:
         torch.cuda.set_device(self.device)
@@ -194,8 +198,9 @@ class CudaDriver:
         return tensor.pin_memory().to(self.device, non_blocking=True)  # torch keeps it until the copy is through
 
     def check(self) -> None:
-        (error,) = self._cu.cuStreamQuery(0)
-        if error and error != self._cu.CUresult.CUDA_ERROR_NOT_READY:
+        results = self._cu.CUresult
+        (error,) = self._cu.cuStreamQuery(self._idle)
+        if error and error != results.CUDA_ERROR_NOT_READY and error not in CAPTURING:
             self._failed("cuStreamQuery", error)
 
     def finish(self, stream: torch.cuda.Stream) -> None:

@@ -34,7 +34,7 @@ class DeviceRegion:
     """
 
     is_host = False
-    remapped = None
+    remapping = None
 
     def __init__(
         self,

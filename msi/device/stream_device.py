@@ -5,6 +5,9 @@ Rows that transports move lie in host memory, pinned and mapped: kernels take th
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -107,12 +110,14 @@ class StreamDevice:
                 ) from error
             self._mapped.append(part)
 
-        def remapped(index: int) -> None:
+        @contextlib.contextmanager
+        def remapping(index: int) -> Iterator[None]:
             self._streams.wait_quiet()
             self._driver.unmap_host(parts[index])
+            yield
             self._driver.map_host(parts[index])
 
-        return HostRegion(memory, self._driver.tensor, remapped)
+        return HostRegion(memory, self._driver.tensor, remapping)
 
     def upload(self, tensor: Tensor) -> Tensor:
         if self._streams.is_launching:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from msi.errors import ConfigError
@@ -33,9 +34,9 @@ class Region(Protocol):
         """
 
     @property
-    def remapped(self) -> Callable[[int], None] | None:
-        """What a transport calls, with its number, after it has put other memory at the addresses of one of its parts;
-        None where nobody minds. No work that is launched reads or writes that part any more.
+    def remapping(self) -> Callable[[int], AbstractContextManager[None]] | None:
+        """Within what this gives of a part, by its number, a transport puts other memory at that part's addresses; None
+        where nobody minds. No work that is launched reads or writes that part any more.
         """
 
     def host(self) -> memoryview:
@@ -62,7 +63,7 @@ class Allocator(Protocol):
 
     def adopt(self, memory: memoryview, num_parts: int = 1) -> Region:
         """Host memory that a transport maps, as work on the device sees it; of equal parts, each of which may be mapped
-        anew (`Region.remapped`).
+        anew (`Region.remapping`).
         """
 
 
@@ -71,7 +72,7 @@ class HostRegion:
 
     Args:
         as_tensor: what `tensor` calls with the memory.
-        remapped: as a region says it.
+        remapping: as a region says it.
     """
 
     is_host = True
@@ -81,9 +82,9 @@ class HostRegion:
         self,
         memory: memoryview,
         as_tensor: Callable[[memoryview], Any] | None = None,
-        remapped: Callable[[int], None] | None = None,
+        remapping: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> None:
-        self.remapped = remapped
+        self.remapping = remapping
         self.num_bytes = memory.nbytes
         self._memory = memory
         self._as_tensor = as_tensor

@@ -35,7 +35,7 @@ class SharedRegion:
 
     is_host = True
     flush = None
-    remapped = None
+    remapping = None
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         self.num_bytes = num_bytes

@@ -125,9 +125,8 @@ class ShmLanding:
         """Fresh shared memory for a seat, with a ring and the headers in front of the rows."""
         region = SharedRegion.create(seat_bytes(self.layout))
         region.map_into(self._headers_at, index * HEADERS_BYTES, RING_BYTES, HEADERS_BYTES)
-        region.map_into(self._rows_at, index * self._stride, ROWS_AT, self._stride)
-        if self.rows.remapped is not None:
-            self.rows.remapped(index)
+        with contextlib.nullcontext() if self.rows.remapping is None else self.rows.remapping(index):
+            region.map_into(self._rows_at, index * self._stride, ROWS_AT, self._stride)
         return region
 
 
