@@ -22,6 +22,7 @@ from tools.gpu.idle import Utilisation, profiled_idle
 from tools.gpu.report import Add, Row
 from tools.gpu.runner import Place
 from tools.gpu.shapes import Shape
+from tools.gpu.ways import BOTH, DEFAULT, Way
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {"colocated": True, "transport": "inproc"},
@@ -34,7 +35,9 @@ HEARTBEAT_S = 1.2
 def sections_of(shape: Shape, small: Shape) -> dict[str, Any]:
     """By name, what measures a shape; in a dry run the small one in its place."""
     sections: dict[str, Any] = {
-        layout: functools.partial(_ours, shape, small, layout, options) for layout, options in LAYOUTS.items()
+        layout + way.ending: functools.partial(_ours, shape, small, layout, way)
+        for layout in LAYOUTS
+        for way in (BOTH, DEFAULT)
     }
     return sections | {
         "transformers": functools.partial(peers.generate, shape, small),
@@ -42,10 +45,12 @@ def sections_of(shape: Shape, small: Shape) -> dict[str, Any]:
     }
 
 
-def _ours(shape: Shape, small: Shape, layout: str, options: dict[str, Any], place: Place, add: Add) -> None:
+def _ours(shape: Shape, small: Shape, layout: str, way: Way, place: Place, add: Add) -> None:
     shape = small if place.is_dry else shape
+    options = LAYOUTS[layout] | way.options | dict(place.engine)
     with tempfile.TemporaryDirectory(prefix="msi-gpu-") as folder:
-        asyncio.run(_decode(shape, shape.save(Path(folder) / shape.model_type), layout, options, place, add))
+        model = shape.save(Path(folder) / shape.model_type)
+        asyncio.run(_decode(shape, model, layout + way.label, options, place, add))
 
 
 async def _decode(shape: Shape, model: Path, layout: str, options: dict[str, Any], place: Place, add: Add) -> None:
@@ -54,7 +59,7 @@ async def _decode(shape: Shape, model: Path, layout: str, options: dict[str, Any
     async with Engine.local(
         model=model, device=place.device, load_format="dummy", max_num_seqs=max(batches), start_timeout_s=180,
         peer_timeout_s=30, gpu_memory_utilization=0.3, enable_prefix_caching=False,
-        threads_per_worker=1 if place.is_dry else 0, **options, **place.engine,
+        threads_per_worker=1 if place.is_dry else 0, **options,
     ) as engine:  # fmt: skip
         print(f"   started in {time.monotonic() - started:.1f} s", flush=True)
         for batch in batches:
@@ -89,7 +94,7 @@ def _add(
     shape: Shape, layout: str, batch: int, context_len: int, run: Run, busy: float | None, place: Place, add: Add
 ) -> None:
     in_one = -(-batch // max(1, run.num_micro_batches))  # sequences of a micro-batch
-    how = f", m = {run.num_micro_batches}" if layout == "split" else ""
+    how = f", m = {run.num_micro_batches}" if layout.startswith("split") else ""
     at = f"{shape.label}, {layout}{how}, {batch} sequences"
     attention_floor = expert_floor = None
     if (bandwidth := place.ceilings.get("bytes_per_s")) is not None:

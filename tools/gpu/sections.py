@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch  # loaded once, before sections fork  # noqa: F401
 
@@ -14,6 +15,7 @@ from tools.gpu.replays import replays
 from tools.gpu.report import Add, Row, Value
 from tools.gpu.runner import Place, Section
 from tools.gpu.shapes import MIXTRAL, QWEN3, SMALL, SMALL_QWEN3
+from tools.gpu.ways import WAYS
 
 
 def by_rows(look: Callable[..., None]) -> Callable[[Place, Add], None]:
@@ -38,7 +40,7 @@ SECTIONS = {
         Section("tuning", tuning.run, 100),
         Section("times", kernels.take_times, 90),
         Section("attention-tiles", attention_tiles.run, 60),
-        Section("tokens", tokens.run, 150),
+        *(Section("tokens" + way.ending, partial(tokens.run, way), 100) for way in WAYS),
         *(
             Section(f"{name}-{how}", run, 90)
             for name, shape, small in (("mixtral", MIXTRAL, SMALL), ("qwen3", QWEN3, SMALL_QWEN3))
