@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Workers killed, stopped and cut off again and again while streams run: what do clients notice?
 
-    tools/chaos.py --minutes 5                                    # 2 + 2 workers of the demo model, a fault every 10 s
-    tools/chaos.py --minutes 5 --faults kill-attention --transport tcp
-    tools/chaos.py --seed 3 --json chaos.json --picture chaos     # chaos.svg and chaos.png, which need matplotlib
+    tools/chaos.py --minutes 5                       # 2 + 2 workers of the demo model, each expert twice; every 10 s
+    tools/chaos.py --minutes 5 --faults kill-attention --transport tcp --redundancy 0
+    tools/chaos.py --seed 3 --json chaos.json --picture chaos      # chaos.svg and chaos.png, which need matplotlib
 
 Starts msi-launch, learns each stream's greedy text and the streams' pace undisturbed, then strikes by a schedule that
 the seed fixes. Each stream asks for its text again and again; every answer is held against the undisturbed one. At the
@@ -55,8 +55,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention-workers", type=integer(1, 64), default=2, metavar="N", help="2")
     parser.add_argument("--expert-workers", type=integer(1, 64), default=2, metavar="N", help="2")
     parser.add_argument("--transport", type=one_of("auto", "shm", "tcp"), default="auto", metavar="T", help="auto")
-    parser.add_argument("--faults", nargs="+", default=list(ATTENTION), type=one_of(*KINDS), metavar="FAULT",
-                        help=f"{', '.join(ATTENTION)}; of: {', '.join(KINDS)}")  # fmt: skip
+    parser.add_argument("--redundancy", type=integer(0, 63), default=1, metavar="R", help="more of each expert; 1")
+    parser.add_argument("--faults", nargs="+", default=list(KINDS), type=one_of(*KINDS), metavar="FAULT",
+                        help=f"all of: {', '.join(KINDS)}")  # fmt: skip
     parser.add_argument("--launch", nargs="+", default=[], metavar="OPTION", help="more for msi-launch, -- before each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was seen")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="throughput and stalls over time")
@@ -65,13 +66,11 @@ def parse() -> argparse.Namespace:
     return values
 
 
-ATTENTION = tuple(kind for kind in KINDS if not kind.endswith("expert") and kind != "reset-data")
-
-
 def launched_with(arguments: argparse.Namespace) -> tuple[str, ...]:
     return (
         *([arguments.model] if arguments.model else []), "--attention-workers", str(arguments.attention_workers),
         "--expert-workers", str(arguments.expert_workers), "--threads-per-worker", "1",
+        "--expert-redundancy", str(arguments.redundancy),
         "--transport", arguments.transport, *(f"--{option.removeprefix('--')}" for option in arguments.launch),
     )  # fmt: skip
 
