@@ -132,9 +132,9 @@ class HostOptions:
     )  # fmt: skip
     cuda_queues: str = parameter(
         "threads",
-        "how a GPU's lanes take turns: threads (each lane has one, which waits for the GPU), or streams (the GPU waits "
-        "for rows itself; new)",
-        metavar="Q", group=MODEL_AND_WORKERS, choices=("threads", "streams"),
+        "how a GPU's lanes take turns: threads (each has one, which waits for the GPU), streams (nobody waits; new), "
+        "or gates (streams that wait for rows themselves; hung on a GPU)",
+        metavar="Q", group=MODEL_AND_WORKERS, choices=("threads", "streams", "gates"),
     )  # fmt: skip
     cuda_kernels: str = parameter(
         "plain",

@@ -31,6 +31,7 @@ DEVICES = {
     "cuda": CudaDevice,
     "fake": lambda: FakeDevice(FakeWorld(seed=1)),
     "cuda streams": lambda: open_device("cuda", 0, cuda_queues="streams"),
+    "streams with gates": lambda: StreamDevice(FakeStreams(), PlainKernels(torch.device("cpu")), gates=True),
     "streams": lambda: StreamDevice(FakeStreams(), PlainKernels(torch.device("cpu"))),
 }
 
@@ -57,7 +58,8 @@ async def test_a_device_keeps_the_contract(name, check):
 
 
 @pytest.mark.parametrize("check", [check for check in CHECKS if check is not nobody_is_told_within_a_call])
-async def test_what_is_launched_onto_streams_keeps_the_contract(check):
+@pytest.mark.parametrize("gates", [False, True])
+async def test_what_is_launched_onto_streams_keeps_the_contract(check, gates):
     """But for when the host sees what: it may do so after what comes behind a signal has run."""
     driver = FakeStreams(seed=2)
 
@@ -70,7 +72,7 @@ async def test_what_is_launched_onto_streams_keeps_the_contract(check):
 
         return program(lambda: driver.call(on_the_stream), failed)
 
-    device = StreamDevice(driver, PlainKernels(driver.device))
+    device = StreamDevice(driver, PlainKernels(driver.device), gates)
     await asyncio.wait_for(check(Checked(device, launched)), 20)
     await device.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 
 import pytest
 import torch
@@ -35,18 +36,23 @@ from tools.bench_cuda_host import measure
 class StreamHost(TorchHost):
     """The host of a real worker, whose device's driver is the fake one."""
 
+    gates = False
+
     def open_device(self):
-        return StreamDevice(FakeStreams(), PlainKernels(torch.device("cpu")))
+        return StreamDevice(FakeStreams(), PlainKernels(torch.device("cpu")), self.gates)
+
+
+class GatedHost(StreamHost):
+    gates = True
 
 
 @contextlib.asynccontextmanager
-async def stream_engine(transport="inproc", **options):
+async def stream_engine(transport="inproc", host=StreamHost, **options):
     options = InstanceOptions.of(transport=transport, peer_timeout_s=60, num_gpu_blocks_override=200, **options)
     sockets = SocketDir()
     coordinator = create_coordinator(options, listen(sockets.address("coordinator")))
     workers = [
-        create_worker(options, coordinator.address, role, name, make_host=StreamHost)
-        for role, name in worker_ids(options)
+        create_worker(options, coordinator.address, role, name, make_host=host) for role, name in worker_ids(options)
     ]
     tasks = [asyncio.ensure_future(one.run()) for one in (coordinator, *workers)]
     try:
@@ -116,11 +122,17 @@ def checkpoint(request, tmp_path_factory):
     return path, references(model, [1, 17, 64], NUM_TOKENS)
 
 
+@pytest.mark.parametrize("host", [StreamHost, GatedHost])
 @pytest.mark.parametrize(("layout", "micro_batches"), [((1, 1), 1), ((2, 2), 2)], ids=str)
-async def test_tokens_of_every_family_equal_transformers(checkpoint, layout, micro_batches):
+async def test_tokens_of_every_family_equal_transformers(checkpoint, layout, micro_batches, host):
     path, expected = checkpoint
     async with stream_engine(
-        model=path, attention_workers=layout[0], expert_workers=layout[1], micro_batches=micro_batches, slot_rows=48
+        host=host,
+        model=path,
+        attention_workers=layout[0],
+        expert_workers=layout[1],
+        micro_batches=micro_batches,
+        slot_rows=48,
     ) as engine:
         await check_equal(engine, expected, 0)
 
@@ -151,6 +163,26 @@ async def test_a_seat_that_is_mapped_anew_is_so_for_the_device_and_others_stay()
         assert third - second == stride
     landing.revoke(1)
     assert len(log) == 2, "what the device sees of it is nobody's until the next peer comes"
+
+
+async def test_without_gates_no_work_lies_behind_one_that_is_closed():
+    driver = Recorded()
+    device = StreamDevice(driver, PlainKernels(driver.device))
+    queue, gate, word = device.queue("held"), device.words.take(), device.words.take()
+    for number in (1, 2):
+        queue.wait(gate, number)
+        queue.run(Program(partial(driver.log.append, number), pytest.fail, StageMeter(), "held", 0))
+        queue.signal(word, number)
+    await asyncio.sleep(0.02)
+    assert driver.log == []
+    device.words.open(gate, 1)
+    await until(lambda: device.words.is_there(word, 1))
+    await asyncio.sleep(0.02)
+    assert driver.log == [1, ("write", word, 1)]
+    device.words.open(gate, 2)
+    await until(lambda: device.words.is_there(word, 2))
+    assert driver.log[2:] == [2, ("write", word, 2)]
+    await device.close()
 
 
 async def test_a_thousand_passes_leave_nothing_behind():
@@ -186,7 +218,7 @@ class Recorded(NothingDriver):
 async def test_a_pass_is_launched_as_the_lanes_say_it_and_no_further_than_they_may():
     """Programs, gates and flags in the order in which `LaneQueues` has them, each gate before what it holds."""
     driver = Recorded()
-    device = StreamDevice(driver, PlainKernels(driver.device))
+    device = StreamDevice(driver, PlainKernels(driver.device), gates=True)
 
     def says(what, reads=False):
         return Program(lambda: driver.log.append(what), pytest.fail, StageMeter(), what, 0, reads=reads)

@@ -41,12 +41,15 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30, help="that are timed")
     parser.add_argument("--passes", type=int, default=1000, help="over which memory is watched; 0: not")
+    parser.add_argument("--gates", action="store_true", help="streams wait at gates themselves")
     print(json.dumps(asyncio.run(measure(**vars(parser.parse_args())))))
 
 
-async def measure(sequences: int, layers: int, lanes: int, steps: int, passes: int) -> dict[str, float]:
+async def measure(
+    sequences: int, layers: int, lanes: int, steps: int, passes: int, gates: bool = False
+) -> dict[str, float]:
     driver = NothingDriver()
-    device = StreamDevice(driver, PlainKernels(driver.device))
+    device = StreamDevice(driver, PlainKernels(driver.device), gates)
     bench = _Bench(device, layers, lanes, sequences)
     for _ in range(5):
         await bench.step()

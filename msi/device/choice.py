@@ -36,7 +36,8 @@ def open_device(
     Args:
         num_threads: torch's threads on a CPU; 0 leaves it to torch.
         poll_s: how long a CPU's compute thread looks for something to do before it sleeps.
-        cuda_queues: of a GPU: "threads", or "streams", in whose place threads are taken where it has no such.
+        cuda_queues: of a GPU: "threads"; or "streams" or "gates", in whose place threads are taken where it has no
+            such.
         cuda_kernels: of a GPU: "plain" or "triton".
 
     Raises:
@@ -47,12 +48,12 @@ def open_device(
     _, _, index = name.partition(":")
     number = int(index or os.environ.get("LOCAL_RANK", "0"))
     kernels = gpu_kernels(cuda_kernels)
-    if cuda_queues == "streams":
+    if cuda_queues != "threads":
         check_device(name)
         prepare()
         if (reason := why_no_streams(number)) is None:
             driver = CudaDriver(number)
-            return StreamDevice(driver, kernels(driver.device))
+            return StreamDevice(driver, kernels(driver.device), cuda_queues == "gates")
         log.warning("CUDA device %d has a thread for each lane in place of streams: %s", number, reason)
     return CudaDevice(index=number, kernels=kernels)
 

@@ -27,13 +27,14 @@ class StreamDevice:
     Args:
         driver: of the device; closed with it.
         kernels: that launch what they compute, and read no values.
+        gates: as `Streams` says.
     """
 
-    def __init__(self, driver: Driver, kernels: Kernels) -> None:
+    def __init__(self, driver: Driver, kernels: Kernels, gates: bool = False) -> None:
         driver.enter()
         self.kernels = kernels
         self._driver = driver
-        self._streams = Streams(driver)
+        self._streams = Streams(driver, gates)
         self._mapped: list[memoryview] = []
 
     @property

@@ -1,12 +1,14 @@
-"""Ordered queues on a driver's streams: all is launched as soon as it is enqueued, and gates are the streams' own.
+"""Ordered queues on a driver's streams: nobody waits for the device, and one thread launches for all queues.
 
-    wait, signal   operations of the stream on a word in host memory
-    run            its closure is called when it is launched; what it launches comes to its turn on the stream
-    sight          the event loop looks at the words that will be signalled while any may be, and sleeps otherwise
+    run      its closure is called when it is launched; what it launches comes to its turn on the stream
+    signal   the stream writes the word; the event loop looks at those that will be signalled while any may be, and
+             sleeps otherwise
+    wait     what comes after it is launched once the loop sees the word; or, with `gates`, at once, and the stream
+             itself waits for the word
 
-One thread launches for all queues, and the loop never makes a call that may wait: gates go on being opened whatever a
-call of the driver waits for. A program that reads values of the device is launched once a flag says that all before it
-is through.
+With gates the device goes on without the host, but whatever a call of the driver waits for (memory, a kernel that is
+loaded) it may wait for behind a closed gate, and hang: so it did on the first GPU. A program that reads values of the
+device is launched once a flag says that all before it is through.
 """
 
 from __future__ import annotations
@@ -45,6 +47,13 @@ class _Signal(NamedTuple):
     value: int
 
 
+class _Hold(NamedTuple):
+    """A gate that the host waits at: what comes after it is launched once the word is there."""
+
+    word: int
+    value: int
+
+
 class _Ran(NamedTuple):
     """Launched, between two events."""
 
@@ -67,11 +76,11 @@ Step = _Wait | _Signal | Program
 class StreamQueue:
     """Implements `msi.device.queues.Queue`."""
 
-    def __init__(self, streams: Streams, name: str) -> None:
+    def __init__(self, streams: Streams, name: str, stream: Any) -> None:
         self.name = name
-        self.stream: Any = None  # until something is launched
+        self.stream = stream
         self.held: deque[Step] = deque()  # behind a program that is to be launched later
-        self.out: deque[_Wait | _Signal | _Ran | _Read] = deque()  # launched, not yet seen to be through
+        self.out: deque[_Wait | _Hold | _Signal | _Ran | _Read] = deque()  # launched, not yet seen to be through
         self.is_held = False
         self.mark = -1  # the word of its programs that read
         self.num_marks = 0
@@ -90,17 +99,22 @@ class StreamQueue:
 class Streams:
     """All queues of one device.
 
+    Args:
+        gates: streams wait at gates themselves; else nothing is launched behind a closed gate, and so no call of the
+            driver can wait for one.
+
     Attributes:
         busy_s: device time of all programs together.
         lost: why the device takes no more work; None while it does.
         tracer: gets a span for all work.
     """
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, gates: bool = False) -> None:
         self.busy_s = 0.0
         self.lost: DeviceLost | None = None
         self.tracer: Spans | None = None
         self.driver = driver
+        self._gates = gates
         self.words = StreamWords(driver, self._look_soon)
         self._queues: tuple[StreamQueue, ...] = ()
         self._events: list[Any] = []  # that are free
@@ -115,7 +129,7 @@ class Streams:
         self._thread.start()
 
     def queue(self, name: str) -> StreamQueue:
-        queue = StreamQueue(self, name)
+        queue = StreamQueue(self, name, self.driver.stream())  # now: while work is out, the driver might wait for it
         self._queues = (*self._queues, queue)
         return queue
 
@@ -148,8 +162,7 @@ class Streams:
         if is_out or self.lost is not None:
             return False
         for queue in self._queues:
-            if queue.stream is not None:
-                await asyncio.to_thread(self.driver.finish, queue.stream)
+            await asyncio.to_thread(self.driver.finish, queue.stream)
         self.words.close()
         return True
 
@@ -212,15 +225,19 @@ class Streams:
         if self.lost is not None:
             self._drop(step, self.lost)
             return
-        if queue.stream is None:
-            queue.stream = self.driver.stream()
         try:
             if isinstance(step, _Signal):
                 self.driver.write(queue.stream, self.words.address(step.word), step.value)
                 queue.out.append(step)
                 self._look_soon()
             elif isinstance(step, _Wait):
-                if not self.words.is_there(step.word, step.at_least):
+                if self.words.is_there(step.word, step.at_least):
+                    pass
+                elif not self._gates:
+                    queue.is_held = True
+                    queue.out.append(_Hold(step.word, step.at_least))
+                    self._look_soon()
+                else:
                     self.driver.wait(queue.stream, self.words.address(step.word), step.at_least)
                     queue.out.append(step)
             elif isinstance(step, Program):
@@ -300,7 +317,7 @@ class Streams:
                 step = queue.out.popleft()
                 if isinstance(step, _Ran | _Read):
                     self._tell_failed(step.program, self.lost)
-                if isinstance(step, _Read):
+                if isinstance(step, _Read | _Hold):
                     self._todo.put((queue, None))
                 if isinstance(step, _Signal):
                     self.words.open(step.word, step.value)
@@ -352,6 +369,12 @@ class Streams:
             if isinstance(step, _Wait):
                 if not self.words.is_there(step.word, step.at_least):
                     return -1
+            elif isinstance(step, _Hold):
+                if not self.words.is_there(step.word, step.value):
+                    return -1
+                out.pop()  # it is the last: what is behind it is held
+                self._todo.put((queue, None))
+                return 0
             elif not isinstance(step, _Ran):
                 return index + 1 if self.words.is_there(step.word, step.value) else 0
         return -1

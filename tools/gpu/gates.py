@@ -177,8 +177,9 @@ def _ok(result: tuple[Any, ...]) -> None:
 
 def _beside_closed(bench: Bench, count: int, num: int) -> list[float]:
     gate = bench.word()
-    for _ in range(num):
-        bench.driver.wait(bench.driver.stream(), bench.address(gate), 1)
+    streams = [bench.driver.stream() for _ in range(num)]  # all of them first: the driver may wait for a gate here
+    for stream in streams:
+        bench.driver.wait(stream, bench.address(gate), 1)
     times = _round_trips(bench, count, *_plain(bench, bench.stream), within_s=0.5)
     bench.words[gate * STRIDE] = 1
     bench.driver.synchronize()

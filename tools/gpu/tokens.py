@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import importlib
 import tempfile
 import time
@@ -49,8 +50,12 @@ async def _compare(folder: Path, expected: dict[str, Any], way: Way, place: Plac
 
         async def one(family: str, options: dict[str, Any] = options) -> tuple[bool, str]:
             try:
-                async with asyncio.timeout(WITHIN_S):
-                    found = await _tokens(folder / family, expected[family], place, options | way.options)
+                faulthandler.dump_traceback_later(WITHIN_S + 5)  # a loop that is blocked says where
+                try:
+                    async with asyncio.timeout(WITHIN_S):
+                        found = await _tokens(folder / family, expected[family], place, options | way.options)
+                finally:
+                    faulthandler.cancel_dump_traceback_later()
             except (EngineError, TimeoutError) as error:
                 return False, f"{type(error).__name__}: {error}"[:200]
             wrong = sum(tokens != one.tokens for tokens, one in zip(found, expected[family], strict=True))
