@@ -131,15 +131,16 @@ class HostOptions:
         metavar="N", group=MODEL_AND_WORKERS,
     )  # fmt: skip
     cuda_queues: str = parameter(
-        "threads",
-        "how a GPU's lanes take turns: threads (each has one, which waits for the GPU), streams (nobody waits; new), "
-        "or gates (streams that wait for rows themselves; hung on a GPU)",
-        metavar="Q", group=MODEL_AND_WORKERS, choices=("threads", "streams", "gates"),
+        "streams",
+        "how a GPU's lanes take turns: streams (nobody waits), threads (each has one, which waits for the GPU), or "
+        "gates (streams that wait for rows themselves; hung on a GPU)",
+        metavar="Q", group=MODEL_AND_WORKERS, choices=("streams", "threads", "gates"),
     )  # fmt: skip
     cuda_kernels: str = parameter(
-        "plain",
-        "what a GPU computes with: plain (torch's operators), or triton (kernels of our own; new)",
-        metavar="K", group=MODEL_AND_WORKERS, choices=("plain", "triton"),
+        "auto",
+        "what a GPU computes with: triton (kernels of our own), plain (torch's operators), or auto (triton where "
+        "Triton is installed)",
+        metavar="K", group=MODEL_AND_WORKERS, choices=("auto", "triton", "plain"),
     )  # fmt: skip
     gpu_memory_utilization: Annotated[float, (0.0, 1.0)] = parameter(
         0.9, "share of free memory (on a CPU: of free RAM) for KV cache", metavar="F", group=LIMITS

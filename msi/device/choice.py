@@ -29,7 +29,7 @@ def check_device(name: str) -> None:
 
 
 def open_device(
-    name: str, num_threads: int, poll_s: float = 0.0, cuda_queues: str = "threads", cuda_kernels: str = "plain"
+    name: str, num_threads: int, poll_s: float = 0.0, cuda_queues: str = "streams", cuda_kernels: str = "auto"
 ) -> OpenedDevice:
     """The device of this process: "cpu", "cuda:N", or "cuda": that of torchrun's LOCAL_RANK, else the first.
 
@@ -38,7 +38,7 @@ def open_device(
         poll_s: how long a CPU's compute thread looks for something to do before it sleeps.
         cuda_queues: of a GPU: "threads"; or "streams" or "gates", in whose place threads are taken where it has no
             such.
-        cuda_kernels: of a GPU: "plain" or "triton".
+        cuda_kernels: of a GPU: "triton", "plain", or "auto": the former where it can work.
 
     Raises:
         ConfigError: there is no such device here.
@@ -59,10 +59,13 @@ def open_device(
 
 
 def gpu_kernels(wanted: str) -> Callable[[torch.device], Kernels]:
-    """Makes the kernels for a GPU, "plain" or "triton". Raises ConfigError where there are none."""
+    """Makes the kernels for a GPU, "triton", "plain", or "auto". Raises ConfigError where there are none."""
     if wanted == "plain":
         return PlainKernels
     if (reason := triton.why_unavailable()) is not None:
+        if wanted == "auto":
+            log.warning("the GPU computes with torch's own operators: %s", reason)
+            return PlainKernels
         raise ConfigError(f"`cuda_kernels` {wanted} cannot work: {reason}; without it, use `cuda_kernels=plain`")
     from msi.kernels.triton.kernels import TritonKernels
 

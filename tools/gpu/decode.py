@@ -22,7 +22,7 @@ from tools.gpu.idle import Utilisation, profiled_idle
 from tools.gpu.report import Add, Row
 from tools.gpu.runner import Place
 from tools.gpu.shapes import Shape
-from tools.gpu.ways import BOTH, DEFAULT, Way
+from tools.gpu.ways import DEFAULT, PLAIN, Way
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {"colocated": True, "transport": "inproc"},
@@ -37,7 +37,7 @@ def sections_of(shape: Shape, small: Shape) -> dict[str, Any]:
     sections: dict[str, Any] = {
         layout + way.ending: functools.partial(_ours, shape, small, layout, way)
         for layout in LAYOUTS
-        for way in (BOTH, DEFAULT)
+        for way in (PLAIN, DEFAULT)
     }
     return sections | {
         "transformers": functools.partial(peers.generate, shape, small),

@@ -19,8 +19,8 @@ class Way:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-DEFAULT = Way()
-KERNELS = Way("-triton", ", Triton's kernels", {"cuda_kernels": "triton"})
-STREAMS = Way("-streams", ", streams", {"cuda_queues": "streams"})
-BOTH = Way("-fast", ", streams and Triton's kernels", {"cuda_queues": "streams", "cuda_kernels": "triton"})
-WAYS = (DEFAULT, BOTH, KERNELS, STREAMS)
+DEFAULT = Way()  # streams and Triton's kernels
+PLAIN = Way("-plain", ", threads and torch's operators", {"cuda_queues": "threads", "cuda_kernels": "plain"})
+THREADS = Way("-threads", ", threads", {"cuda_queues": "threads"})
+OPERATORS = Way("-operators", ", torch's operators", {"cuda_kernels": "plain"})
+WAYS = (DEFAULT, PLAIN, THREADS, OPERATORS)
