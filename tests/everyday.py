@@ -30,3 +30,6 @@ def thorough(*value: Any) -> Any:
     return pytest.param(
         *value, marks=[pytest.mark.slow, pytest.mark.skipif(not IS_THOROUGH, reason="MSI_THOROUGH=1 tries it")]
     )
+
+
+SOME_FAMILIES = [*mostly_slow(["mixtral", "glm4"]), *map(thorough, ["qwen2", "qwen3", "olmoe", "dbrx"])]

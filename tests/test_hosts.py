@@ -7,7 +7,6 @@ import contextlib
 import json
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from tests.test_launch import running
 
 REASON = hosts.why_not()
 PORT = 5555
-ENDS_WITHIN_S = 5.0
+LOST_S = 6.0  # in which a silent host is noticed
 NUM_TOKENS = 24
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.skipif(bool(REASON), reason=REASON)]
@@ -92,16 +91,19 @@ async def test_three_hosts_serve_the_tokens_of_one_process_and_come_back_after_a
                 assert await child.ended() != 0
                 assert f"the secret differs: the coordinator at {address}" in child.said
 
-            for host, lost in (("experts", "expert-"), ("attention", "attention-0")):
+            for host in ("experts", "attention"):
                 async with asked(net, 2, 900) as client:
                     await client.until_said("running")
-                    pulled_at = time.monotonic()
                     net.set_link(host, "down")
-                    await client.until_said(r"\[\[", 3 * ENDS_WITHIN_S)
-                    took_s = time.monotonic() - pulled_at
-                    assert all(lost in how for how, _, _ in results(client)), client.said
-                    assert took_s < ENDS_WITHIN_S
-                net.set_link(host, "up")
+                    await asyncio.sleep(LOST_S)
+                    assert client.process.returncode is None, f"requests are held: {client.said}"
+                    if host == "attention":
+                        await processes["coordinator"].until_said("attention worker attention-0 was lost")
+                    net.set_link(host, "up")
+                    assert await client.ended(120) == 0, client.said
+                    for how, tokens, _ in results(client):
+                        assert (how, len(tokens)) == ("done", 900)
+                        assert tokens[:NUM_TOKENS] == expected
                 for how, tokens, _ in await answers(net):
                     assert (how, tokens) == ("done", expected), "the workers were taken back"
             assert all(child.process.returncode is None for child in processes.values())

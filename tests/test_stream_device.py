@@ -26,9 +26,9 @@ from msi.net.slots import SlotLayout
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
 from msi.worker.torch_host import TorchHost
-from tests.everyday import mostly_slow
+from tests.everyday import SOME_FAMILIES
 from tests.reference import references, save_tiny
-from tests.test_tokens import FAMILIES, NUM_TOKENS, check_equal
+from tests.test_tokens import NUM_TOKENS, check_equal
 from tests.waiting import until
 from tools.bench_cuda_host import measure
 
@@ -115,7 +115,7 @@ async def test_nothing_is_left_on_the_device_when_it_closes_behind_closed_gates(
     assert not driver._mapped
 
 
-@pytest.fixture(scope="module", params=mostly_slow(["mixtral", *FAMILIES]))
+@pytest.fixture(scope="module", params=SOME_FAMILIES)
 def checkpoint(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     model = save_tiny(path, family=request.param)

@@ -12,12 +12,12 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from msi import Engine, SamplingParams
 from msi.kernels.cpu import CpuKernels
 from msi.kernels.triton.expert_bank import TritonExpertBank, new_expert_bank
-from tests.everyday import mostly_slow
+from tests.everyday import SOME_FAMILIES
 from tests.reference import references, save_tiny
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU that is here")
-@pytest.mark.parametrize("family", mostly_slow(["mixtral", "qwen2", "qwen3", "olmoe", "dbrx", "glm4"]))
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 async def test_tokens_equal_transformers_with_experts_in_triton(tmp_path, monkeypatch, family):
     banks: list[TritonExpertBank] = []
 
