@@ -396,11 +396,17 @@ class DispatchLink:
                     self._post(lane, passing, turn)
 
     def _post(self, lane: int, passing: Pass, turn: int) -> None:
-        """Needs the lock: no answer is taken before all nodes have their post."""
-        nodes = passing.nodes
+        """Needs the lock: no answer is taken before all nodes have their post.
+
+        A turn that is packed again goes to those that get rows; all others have seen it.
+        """
+        nodes, attempt = passing.nodes, passing.attempt
         seq, more, row_bytes, pack = passing.seq_of_turn_0 + turn, self._more[lane], self._row_bytes, OPENING.pack_into
         word, full, empty = self._words[more][lane]
         full, empty = full | (seq & SEQ_MASK) << SEQ_SHIFT, empty | (seq & SEQ_MASK) << SEQ_SHIFT
+        if attempt:
+            word |= attempt << ATTEMPT_WORD_SHIFT
+            full |= (attempt & ATTEMPT_MASK) << ATTEMPT_SHIFT
         life = passing.life_word
         counts = self._open_turn(lane, passing, turn, seq)
         waiting = posted = 0
@@ -412,44 +418,21 @@ class DispatchLink:
                     peer.num_rows += count
                     posted += count
                     waiting |= peer.bit
-                else:
+                elif not attempt:
                     peer.post(lane, empty)
             except TransportError as error:
                 if not peer.is_lost:
                     self._loop.call_soon_threadsafe(self._not_posted, peer, error)
-        self.counters.posts += len(nodes)
+        self.counters.posts += waiting.bit_count() if attempt else len(nodes)
         self._posted(lane, passing, waiting, posted)
 
     def packed_again(self, lane: int, turn: int) -> None:
-        """The same for a turn whose gates' `pack_again` was called: to those that get rows; all others have seen it."""
+        """The same for a turn whose gates' `pack_again` was called."""
         passing = self._passes[lane]
         if passing is not None and passing.turn == turn:
             with self._turning:
                 if not passing.is_over:
-                    self._post_again(lane, passing, turn)
-
-    def _post_again(self, lane: int, passing: Pass, turn: int) -> None:
-        seq = self._posted_seqs[lane]
-        attempt = passing.attempt
-        word, full, _ = self._words[self._more[lane]][lane]
-        word |= attempt << ATTEMPT_WORD_SHIFT
-        full |= (seq & SEQ_MASK) << SEQ_SHIFT | (attempt & ATTEMPT_MASK) << ATTEMPT_SHIFT
-        counts = self._open_turn(lane, passing, turn, seq)
-        waiting = posted = 0
-        for peer in passing.nodes:
-            if count := counts[peer.index]:
-                OPENING.pack_into(peer.out_headers[lane], 0, word, passing.life_word, seq, count, self._row_bytes)
-                try:
-                    peer.post(lane, full, count)
-                except TransportError as error:
-                    if not peer.is_lost:
-                        self._loop.call_soon_threadsafe(self._not_posted, peer, error)
-                    continue
-                peer.num_rows += count
-                posted += count
-                waiting |= peer.bit
-                self.counters.posts += 1
-        self._posted(lane, passing, waiting, posted)
+                    self._post(lane, passing, turn)
 
     def _open_turn(self, lane: int, passing: Pass, turn: int, seq: int) -> list[int]:
         """A turn is about to be posted; the rows that lie ready for each node."""
