@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from functools import partial
 
 import pytest
 import torch
 
-from msi import Engine
 from msi.attention.launching import LanePrograms, LaneQueues
 from msi.device.compute_thread import Program
 from msi.device.cuda_driver import host_address
@@ -18,14 +16,12 @@ from msi.device.fake.nothing import NothingDriver
 from msi.device.fake.streams import FakeStreams
 from msi.device.stream_device import StreamDevice
 from msi.device.stream_words import WORD_BYTES
-from msi.instance.instance import create_coordinator, create_worker, listen, worker_ids
 from msi.kernels.plain import PlainKernels
 from msi.meter import StageMeter
 from msi.net.shm import ShmLanding
 from msi.net.slots import SlotLayout
-from msi.net.socket_dir import SocketDir
-from msi.options import InstanceOptions
 from msi.worker.torch_host import TorchHost
+from tests.engine_in_tasks import engine_in_tasks
 from tests.everyday import SOME_FAMILIES
 from tests.reference import references, save_tiny
 from tests.test_tokens import NUM_TOKENS, check_equal
@@ -46,24 +42,8 @@ class GatedHost(StreamHost):
     gates = True
 
 
-@contextlib.asynccontextmanager
-async def stream_engine(transport="inproc", host=StreamHost, **options):
-    options = InstanceOptions.of(transport=transport, peer_timeout_s=60, num_gpu_blocks_override=200, **options)
-    sockets = SocketDir()
-    coordinator = create_coordinator(options, listen(sockets.address("coordinator")))
-    workers = [
-        create_worker(options, coordinator.address, role, name, make_host=host) for role, name in worker_ids(options)
-    ]
-    tasks = [asyncio.ensure_future(one.run()) for one in (coordinator, *workers)]
-    try:
-        async with Engine.connect(coordinator.address) as engine:
-            await engine.wait_ready(60)
-            yield engine
-    finally:
-        for task in reversed(tasks):
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        sockets.close()
+def stream_engine(transport="inproc", host=StreamHost, **options):
+    return engine_in_tasks(host, transport=transport, **options)
 
 
 async def test_a_device_that_fails_fails_all_work_and_says_why():
