@@ -38,10 +38,9 @@ from msi_launch.command_line import ScriptLine, integer, number, one_of
 from tools.hostility.attacker import NAMES
 from tools.hostility.machines import Fault, strike
 from tools.hostility.processes import family, held, num_descriptors
-from tools.hostility.server import API_KEY, Server
+from tools.hostility.server import API_KEY, ROOT, Server
 from tools.hostility.streams import LiveStream, live_streams
 
-ROOT = Path(__file__).resolve().parent.parent
 SLOW_S = 0.02
 CALM_S = 10.0  # streams alone, before and after
 FAULT_EVERY_S = 25.0
