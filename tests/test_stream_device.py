@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from msi.attention.launching import LanePrograms, LaneQueues
 from msi.device.compute_thread import Program
-from msi.device.cuda_driver import host_address
+from msi.device.cuda_driver import DeviceLost, host_address
 from msi.device.fake.late import WouldWait
 from msi.device.fake.nothing import NothingDriver
 from msi.device.fake.streams import FakeStreams
@@ -67,6 +68,38 @@ async def test_a_device_that_fails_fails_all_work_and_says_why():
     assert str(device.lost) == "the fake device failed: ZeroDivisionError: division by zero"
     assert failures == [device.lost] * 3
     assert seen == [1, 2, 3]
+    await device.close()
+
+
+class DiesUnseen(FakeStreams):
+    """Signals do not come; the second is launched only after the loop has noticed that the device is gone."""
+
+    ours = None
+    num_writes = 0
+
+    def write(self, stream, address, value):
+        self.num_writes += 1
+        if self.num_writes == 2:
+            until_s = time.monotonic() + 10
+            while self.ours.lost is None and time.monotonic() < until_s:
+                time.sleep(0.001)
+            time.sleep(0.05)
+
+    def check(self):
+        if self.num_writes == 2:
+            raise DeviceLost("it is gone")
+
+
+async def test_what_is_launched_while_the_loop_notices_that_a_device_failed_fails_too():
+    driver = DiesUnseen()
+    driver.ours = device = StreamDevice(driver, PlainKernels(driver.device))
+    queue, word, seen = device.queue("failing"), device.words.take(), []
+    device.follow(word, seen.append)
+    for value in (1, 2, 3):
+        queue.signal(word, value)
+    await until(lambda: 3 in seen)
+    assert seen == [1, 2, 3]
+    assert str(device.lost) == "it is gone"
     await device.close()
 
 

@@ -112,6 +112,7 @@ class Streams:
     def __init__(self, driver: Driver, gates: bool = False) -> None:
         self.busy_s = 0.0
         self.lost: DeviceLost | None = None
+        self._losing = threading.Lock()
         self.tracer: Spans | None = None
         self.driver = driver
         self._gates = gates
@@ -222,8 +223,9 @@ class Streams:
             self._launch(queue, queue.held.popleft())
 
     def _launch(self, queue: StreamQueue, step: Step) -> None:
-        if self.lost is not None:
-            self._drop(step, self.lost)
+        lost = self.lost
+        if lost is not None:
+            self._drop(step, lost)
             return
         try:
             if isinstance(step, _Signal):
@@ -243,8 +245,9 @@ class Streams:
             elif isinstance(step, Program):
                 self._run(queue, step)
         except DeviceLost as error:
-            self._lose(error)
-            self._drop(step, error)
+            self._drop(step, self._lose(error))
+        if self.lost is not None:  # the loop may have said so, and dropped what was out, before this step was
+            self._loop.call_soon_threadsafe(self._drop_all)
 
     def _run(self, queue: StreamQueue, program: Program) -> None:
         if program.reads:
@@ -295,12 +298,15 @@ class Streams:
 
     # -- a device that failed ----------------------------------------------------------------------------------------
 
-    def _lose(self, error: DeviceLost) -> None:
-        """All work fails from now on, rather than waits for ever."""
-        if self.lost is None:
+    def _lose(self, error: DeviceLost) -> DeviceLost:
+        """All work fails from now on, rather than waits for ever; what it fails with. From any thread."""
+        with self._losing:
+            if self.lost is not None:
+                return self.lost
             self.lost = error
-            self._complaints.say(error, "no more work is taken")
-            self._loop.call_soon_threadsafe(self._drop_all)
+        self._complaints.say(error, "no more work is taken")
+        self._loop.call_soon_threadsafe(self._drop_all)
+        return error
 
     def _drop(self, step: Step, error: DeviceLost) -> None:
         if isinstance(step, Program):
