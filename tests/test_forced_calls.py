@@ -104,7 +104,7 @@ def calls_of(answer):
     return calls
 
 
-@pytest.mark.parametrize(("parser", "is_special"), mostly_slow(CASES, keep=3))
+@pytest.mark.parametrize(("parser", "is_special"), mostly_slow(CASES))
 async def test_forced_calls_are_read_back_whatever_way_the_family_writes_them(model_of, parser, is_special):
     model = model_of(SPECIAL[parser] if is_special else ())
     named = {"type": "function", "function": {"name": "weather.get-1"}}
@@ -171,7 +171,7 @@ async def test_a_forced_call_may_follow_a_thought(model_of):
     assert any(getattr(answer.choices[0].message, "reasoning", "") for answer in answers)
 
 
-@pytest.mark.parametrize("is_special", [True, False])
+@pytest.mark.parametrize("is_special", mostly_slow([True, False]))
 async def test_gpt_oss_thinks_and_answers_in_messages(model_of, is_special):
     tokens = SPECIAL["openai"]
     model = model_of(tokens if is_special else (), () if is_special else tokens)
@@ -184,7 +184,7 @@ async def test_gpt_oss_thinks_and_answers_in_messages(model_of, is_special):
     assert all(calls_of(answer) for answer in answers[4:])
 
 
-@pytest.mark.parametrize("reasoning", ["none", "qwen3"])
+@pytest.mark.parametrize("reasoning", mostly_slow(["qwen3", "none"]))
 async def test_beside_a_schema_a_model_may_call_its_tools_all_the_same(model_of, reasoning):
     model = model_of((), ["<think>", "</think>", "<tool_call>", "</tool_call>"])
     bodies = [

@@ -23,7 +23,7 @@ from msi.net.shm import ShmLanding
 from msi.net.slots import SlotLayout
 from msi.worker.torch_host import TorchHost
 from tests.engine_in_tasks import engine_in_tasks
-from tests.everyday import SOME_FAMILIES
+from tests.everyday import SOME_FAMILIES, mostly_slow
 from tests.reference import references, save_tiny
 from tests.test_tokens import NUM_TOKENS, check_equal
 from tests.waiting import until
@@ -135,7 +135,7 @@ def checkpoint(request, tmp_path_factory):
     return path, references(model, [1, 17, 64], NUM_TOKENS)
 
 
-@pytest.mark.parametrize("host", [StreamHost, GatedHost])
+@pytest.mark.parametrize("host", mostly_slow([StreamHost, GatedHost]))
 @pytest.mark.parametrize(("layout", "micro_batches"), [((1, 1), 1), ((2, 2), 2)], ids=str)
 async def test_tokens_of_every_family_equal_transformers(checkpoint, layout, micro_batches, host):
     path, expected = checkpoint
@@ -150,6 +150,7 @@ async def test_tokens_of_every_family_equal_transformers(checkpoint, layout, mic
         await check_equal(engine, expected, 0)
 
 
+@pytest.mark.slow
 async def test_tokens_equal_transformers_over_shared_memory(checkpoint):
     path, expected = checkpoint
     async with stream_engine("shm", model=path, attention_workers=2, expert_workers=2, micro_batches=2) as engine:

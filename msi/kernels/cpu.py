@@ -28,16 +28,17 @@ class CpuKernels(PlainKernels):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        self._packing = _packing()
+        self._packings = {dtype: _packing(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         is_small = weight.numel() * weight.element_size() < PACKED_BYTES
-        if self._packing is None or weight.dtype is torch.float16 or is_small:
+        packing = self._packings.get(weight.dtype)
+        if packing is None or is_small:
             kept = weight.contiguous()
             if weight.dtype is torch.float32:  # which MKL computes
                 return lambda rows: functional.linear(rows, kept, bias)
             return partial(_of_few_sizes, lambda rows: functional.linear(rows, kept, bias))
-        pack, apply = self._packing
+        pack, apply = packing
         with torch.inference_mode():
             packed = pack(weight, PACKING_ROWS)
         return partial(_of_few_sizes, lambda rows: apply(rows, packed, bias, "none", [], ""))
@@ -141,14 +142,16 @@ def _no_weights(rows: Tensor) -> Tensor:
     raise AssertionError("an expert has no weights yet")
 
 
-def _packing() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
-    """oneDNN's packed linear as torch's own CPU compiler calls it (private names, so checked by use)."""
+def _packing(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+    """oneDNN's packed linear as torch's own CPU compiler calls it (private names, and not every processor can every
+    type, so checked by use).
+    """
     try:
         pack, apply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-        weight, rows = torch.eye(16), torch.ones(2, 16)
+        weight, rows = torch.eye(16, dtype=dtype), torch.ones(2, 16, dtype=dtype)
         with torch.inference_mode():
             if torch.equal(apply(rows, pack(weight, 2), None, "none", [], ""), rows):
                 return pack, apply
     except (AttributeError, RuntimeError, TypeError) as error:
-        log.info("weights are not packed: this torch has no oneDNN linear (%s)", error)
+        log.info("weights in %s are not packed: no linear of oneDNN for them here (%s)", dtype, error)
     return None

@@ -6,7 +6,6 @@ import pytest
 
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.triton.attention_plan import ITEM, chunk_tiles, split_tiles
-from tests.everyday import mostly_slow
 from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
 
 BF16, F32, I32, I64 = "*bf16", "*fp32", "*i32", "*i64"
@@ -30,7 +29,8 @@ def attention(shape, dtype, is_split, architecture):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", mostly_slow((90, *(one for one in ARCHITECTURES if one != 90))))
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attention_of_served_shapes_fits_and_loads_whole_lines(architecture):
     shapes = [
         AttentionShape(48, 8, 128), AttentionShape(32, 8, 128), AttentionShape(32, 4, 128), AttentionShape(96, 8, 128),
@@ -101,7 +101,8 @@ def small_kernels(architecture, dtype=BF16):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", mostly_slow((90, *(one for one in ARCHITECTURES if one != 90))))
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_small_kernels_fit_and_store_whole_lines(architecture):
     requests, stores = zip(*small_kernels(architecture), strict=True)
     for request, compiled, least in zip(requests, compile_all(list(requests)), stores, strict=True):

@@ -106,7 +106,7 @@ def generate(model, prompts, num_tokens):
     raise AssertionError("it does not end")
 
 
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, keep=2))
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES))
 def test_every_familys_greedy_tokens_are_transformers(tmp_path, family):
     expected = references(save_tiny(tmp_path, family=family), [1, 17, 45], 6)
     assert generate(Model(tmp_path, torch.float32), [one.prompt for one in expected], 6) == [
