@@ -16,6 +16,7 @@ from msi.experts.half import ExpertHalf
 from msi.experts.wave import Wave
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
+from msi.net.turns import Turns
 from tests.fake_roles import Play
 
 
@@ -141,11 +142,11 @@ def counts_before(half):
 # -- links and waves ---------------------------------------------------------------------------------------------------
 
 
-def first_answer(original, link, endpoint, immediate):
+def first_answer(original, turns, endpoint, immediate):
     lane = immediate >> 26 & 7
-    passing, num_answers = link._passes[lane], link.counters.answers
-    original(link, endpoint, immediate)
-    if link.counters.answers > num_answers and link._waiting[lane]:
+    passing, num_answers = turns.passes[lane], turns.counters.answers
+    original(turns, endpoint, immediate)
+    if turns.counters.answers > num_answers and turns.waiting[lane]:
         passing.gates.open(lane, passing.turn)
 
 
@@ -161,7 +162,7 @@ def clear_header(endpoint, lane):
 
 def cleared_once_posted(clear, original, link, lane, turn):
     original(link, lane, turn)
-    for peer in filter(None, link._nodes):
+    for peer in link.nodes.connected:
         clear(peer.endpoint, lane)
 
 
@@ -185,7 +186,7 @@ LEFT_OUT = {
     "attention does not wait for its gate": partial(lane_queues, waits=lambda turn: None),
     "a gate is a flag that is never taken back": partial(lane_queues, waits=lambda turn: min(turn, 1)),
     "a gate opens a turn early": partial(lane_queues, waits=lambda turn: turn - 1),
-    "a gate opens at the first answer": partial(patched, DispatchLink, "_arrived", first_answer),
+    "a gate opens at the first answer": partial(patched, Turns, "take", first_answer),
     "rows are posted before they are packed": partial(lane_queues, ["packed"]),
     "counts are read before they are packed": partial(made, AttentionHalf, counts_before),
     "tokens are read before they are there": partial(lane_queues, ["sampled"]),
@@ -224,7 +225,7 @@ def no_gates_at_a_loss():
         original(link, lane, passing, error)
 
     def give_up(original, link, lane):
-        if (passing := link._passes[lane]) is not None:
+        if (passing := link.turns.passes[lane]) is not None:
             passing.gates = Deaf(passing.gates)
         original(link, lane)
 

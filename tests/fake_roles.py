@@ -97,7 +97,7 @@ class Play:
             loaded, transport = self.model.on(device, assignment), self.new_transport("attention", device)
             role = AttentionRole(assignment, loaded, transport, BLOCKS, self.report, clock=self.clock)
             if not self.model.holds:
-                role.links.link._hold_s = 0.0
+                role.links.link.nodes.hold_s = 0.0
             self.attentions.append(role)
             self.tasks.append(asyncio.create_task(role.run()))
         await asyncio.sleep(0)
@@ -215,10 +215,10 @@ def play(model, seed, left_out=contextlib.nullcontext, loses_node=False):
         left_out: makes what leaves a synchronisation out, while it is entered.
         loses_node: an expert worker is lost in the middle: where nothing is held, requests begin again.
     """
-    try:
-        with left_out():
+    with left_out():  # what cannot be left out is no catch
+        try:
             return run_virtual(_play(model, seed, loses_node), LIMIT_S)
-    except (SimulationStalled, Exception) as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        gc.collect(0)
+        except (SimulationStalled, Exception) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            gc.collect(0)

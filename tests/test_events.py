@@ -132,7 +132,7 @@ async def test_workers_keep_spans_only_while_somebody_listens(tiny_model, monkey
 
         def are_watched():
             life = [one.life for one in workers if one.life is not None and one.life.attention is not None]
-            watches = [one.attention.links.link.exchange_watch for one in life]
+            watches = [one.attention.links.link.turns.exchange_watch for one in life]
             return {one._watching.spans is not None for one in workers} | {watch is not None for watch in watches}
 
         async def wait_for(expected):

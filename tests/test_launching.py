@@ -138,7 +138,7 @@ class World:
 
     async def connect(self):
         """Nodes that were lost are there again, in new lives."""
-        for index in self.link.missing_nodes:
+        for index in self.link.nodes.missing:
             node = self.nodes[index] = Node(index, self.num_lives)
             self.num_lives += 1
             await self.link.connect(index, await node.link.listen(node))
@@ -235,7 +235,7 @@ async def gets_no_answer(world):
 async def cannot_post(world):
     def answer_and_break(seat, lane, seq, num_rows):
         world.nodes[1].answer(seat, lane, seq, num_rows)
-        world.link._nodes[1].endpoint.close()
+        world.link.nodes[1].endpoint.close()
 
     world.nodes[1].does = answer_and_break
     return TransportError
@@ -284,7 +284,7 @@ async def test_whatever_is_cancelled_or_fails_when_the_passes_that_follow_are_wh
         whole_passes = 0
         for number in range(40):
             name = f"{lane}/{number}"
-            while world.link.missing_nodes:
+            while world.link.nodes.missing:
                 await world.connect()
             passing = asyncio.create_task(world.run(lane, name))
             if chance.random() < 0.3:

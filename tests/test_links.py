@@ -156,7 +156,7 @@ async def test_a_turn_is_one_post_per_node_and_an_answer_from_those_that_had_row
     assert not turn.done()
     pair.nodes[0].answer(1, [(0, 0, 2)], compute_s=0.001)
     await asyncio.wait_for(turn, 5)
-    assert pair.link.compute_meter.median_s == pytest.approx(0.001)
+    assert pair.link.turns.compute_meter.median_s == pytest.approx(0.001)
     turn = pair.exchange(1, (0, 1), more=False)
     assert await pair.landed(0) == [(0, 1, 1, 0, False)]
     assert await pair.landed(1) == [(0, 1, 1, 1, False)]
@@ -179,7 +179,7 @@ async def test_peers_are_ranked_by_the_way_to_them_whatever_their_clocks_say():
     now = 100.625  # as long under way
     await asyncio.wait_for(turn, 5)
     ranked = (PeerDelay("expert-1", 0.5, 0.5, 0.125, 0.125), PeerDelay("expert-0", 0.0, 0.0, 0.125, 0.125))
-    assert peer_delays(pair.link.exchanges) == ranked
+    assert peer_delays(pair.link.nodes.exchanges) == ranked
     assert watched == [("expert-0", 0, 100.0, 100.125, 0.125), ("expert-1", 0, 100.0, 100.625, 0.125)]
     await pair.stop()
 
@@ -217,7 +217,7 @@ GOOD = Header(MAGIC, Kind.DISPATCH, 0, 0, 1, 5, 2, 0, 3, 256, 0.0, 0.0)
 
 @pytest.mark.parametrize(("reason", "immediate"), GARBAGE)
 async def test_a_foreign_or_stale_immediate_is_dropped_and_counted(pair, reason, immediate):
-    endpoint = pair.link._nodes[0].endpoint
+    endpoint = pair.link.nodes[0].endpoint
     endpoint.post(0, immediate)
     assert await pair.nothing_landed(0)
     assert pair.nodes[0].counters.dropped == {reason: 1}
@@ -225,7 +225,7 @@ async def test_a_foreign_or_stale_immediate_is_dropped_and_counted(pair, reason,
 
 @pytest.mark.parametrize(("reason", "changes"), HEADERS)
 async def test_a_header_that_does_not_match_its_immediate_is_dropped_and_counted(pair, reason, changes):
-    endpoint = pair.link._nodes[0].endpoint
+    endpoint = pair.link.nodes[0].endpoint
     HEADER.pack_into(endpoint.out_headers[0], 0, *GOOD._replace(**changes))
     endpoint.post(0, pack_immediate(Kind.DISPATCH, True, 0, 0, 0, 5), num_rows=1)
     assert await pair.nothing_landed(0)
@@ -268,7 +268,7 @@ async def test_a_peer_that_closes_fails_the_turns_that_wait_for_it(pair):
     with pytest.raises(TransportError, match="expert-1: connection lost"):
         await asyncio.wait_for(turn, 5)
     assert [(node, worker_id) for node, worker_id, _ in pair.losses] == [(1, "expert-1")]
-    assert pair.link.missing_nodes == [1]
+    assert pair.link.nodes.missing == [1]
     with pytest.raises(TransportError, match="expert-1: connection lost"):
         await pair.exchange(1, (1, 1))
 
@@ -277,7 +277,7 @@ async def test_a_peer_that_does_not_answer_is_lost_after_its_time():
     pair = await Pair().start(timeout_s=0.1)
     with pytest.raises(TransportError, match=r"expert-0: no answer for 0\.1 s"):
         await asyncio.wait_for(pair.exchange(0, (1, 0)), 5)
-    assert pair.link.missing_nodes == [0]
+    assert pair.link.nodes.missing == [0]
     await pair.stop()
 
 
@@ -287,7 +287,7 @@ LOST = r"^expert-1: connection lost"
 async def lose_and_return(pair):
     """The second node's connection breaks, and it is there again in a new life."""
     await pair.transports[2].close()
-    await until(lambda: pair.link.missing_nodes == [1])
+    await until(lambda: pair.link.nodes.missing == [1])
     await pair.come_back(1)
 
 
@@ -363,7 +363,7 @@ async def had_answered(pair):
     pair.nodes[1].answer(0, [(0, 0, 1)], compute_s=0.0)
     await until(lambda: pair.link.counters.answers == 1)
     await pair.transports[2].close()
-    await until(lambda: pair.link.missing_nodes)
+    await until(lambda: pair.link.nodes.missing)
     assert not pair.gates.again, "its slots are in use"
     pair.nodes[0].answer(0, [(0, 0, 1)], compute_s=0.0)
 
@@ -399,7 +399,7 @@ async def test_a_pass_with_no_rows_for_a_lost_node_does_not_notice():
     passing = pair.exchange(0, (1, 0))
     await pair.landed(1)
     await pair.transports[2].close()
-    await until(lambda: pair.link.missing_nodes)
+    await until(lambda: pair.link.nodes.missing)
     pair.nodes[0].answer(0, [(0, 0, 1)], compute_s=0.0)
     await asyncio.wait_for(passing, 5)
     assert not pair.link.counters.packed_again
@@ -415,7 +415,7 @@ async def test_what_a_lost_node_had_answered_is_read_before_its_seat_is_wiped_an
     await until(lambda: pair.gates.opened[0] == [1])
     landing, generation = pair.link.landing, pair.link.landing.generation(1)
     await pair.transports[2].close()
-    await until(lambda: pair.link.missing_nodes)
+    await until(lambda: pair.link.nodes.missing)
     again = asyncio.create_task(pair.come_back(1))
     await asyncio.sleep(0.05)
     assert (landing.generation(1), again.done()) == (generation, False), "the next layer may be reading"
@@ -433,7 +433,7 @@ async def test_a_pass_is_held_until_what_it_lacks_is_back_and_its_next_life_take
     passing = pair.exchange(0, (1, 1))
     await pair.landed(0)
     await pair.transports[2].close()
-    await until(lambda: pair.link.missing_nodes)
+    await until(lambda: pair.link.nodes.missing)
     pair.nodes[0].answer(0, [(0, 0, 1)], compute_s=0.0)
     await asyncio.sleep(0.05)
     assert not pair.gates.again
@@ -454,9 +454,9 @@ async def test_a_pass_that_was_held_too_long_fails_and_says_what_is_missing():
     with pytest.raises(TransportError, match=r"^expert-1: connection lost \(.*\); nodes \[1\] for 0\.2 s$"):
         await asyncio.wait_for(passing, 5)
     with pytest.raises(TransportError, match=r"nodes \[1\] for 0\.2 s$"):
-        await asyncio.wait_for(pair.link.wait_complete(), 5)
+        await asyncio.wait_for(pair.link.nodes.wait_complete(), 5)
     await pair.come_back(1)
-    await asyncio.wait_for(pair.link.wait_complete(), 5)
+    await asyncio.wait_for(pair.link.nodes.wait_complete(), 5)
     await pair.stop()
 
 
@@ -465,7 +465,7 @@ async def test_a_node_that_is_lost_while_rows_are_packed_for_it_again_is_no_end(
     passing = pair.exchange(0, (0, 1))
     for _ in range(3):
         await pair.transports[2].close()
-        await until(lambda: pair.link.missing_nodes)
+        await until(lambda: pair.link.nodes.missing)
         await pair.come_back(1)
         await packs_again(pair, 0, 1, (0, 1))
         await pair.landed(1)
@@ -475,7 +475,7 @@ async def test_a_node_that_is_lost_while_rows_are_packed_for_it_again_is_no_end(
 
 
 async def test_lanes_go_on_while_a_node_connects_and_from_then_on_jump_by_no_more_than_they_may(pair):
-    endpoint = pair.link._nodes[0].endpoint
+    endpoint = pair.link.nodes[0].endpoint
     for seq in (3000, 3100, 3201):
         endpoint.post(0, pack_immediate(Kind.EMPTY, True, 0, 0, seq, 5))
     await until(lambda: pair.nodes[0].counters.dropped == {"stale": 1})
@@ -485,18 +485,18 @@ async def test_lanes_go_on_while_a_node_connects_and_from_then_on_jump_by_no_mor
 async def test_a_node_that_connects_while_a_lane_goes_too_far_is_tried_again():
     pair = await replicated()
     await pair.transports[2].close()
-    await until(lambda: pair.link.missing_nodes)
+    await until(lambda: pair.link.nodes.missing)
     connect = pair.transports[0].connect
 
     async def slowly(*arguments, **options):
         endpoint = await connect(*arguments, **options)
-        pair.link._posted_seqs[1] += 2048
+        pair.link.turns.seqs[1] += 2048
         return endpoint
 
     pair.transports[0].connect = slowly
     with pytest.raises(TransportError, match="took 2048 turns of a lane to connect; it is tried again"):
         await pair.come_back(1)
-    assert pair.link.missing_nodes == [1]
+    assert pair.link.nodes.missing == [1]
     await pair.stop()
 
 
@@ -504,7 +504,7 @@ async def test_a_node_that_connects_while_a_lane_goes_too_far_is_tried_again():
 async def test_a_sequence_number_is_taken_again_with_a_higher_attempt_alone(pair, attempt, is_taken):
     turn = pair.exchange(0, (1, 0))
     await pair.landed(0)
-    endpoint = pair.link._nodes[0].endpoint
+    endpoint = pair.link.nodes[0].endpoint
     for _ in range(2):
         HEADER.pack_into(endpoint.out_headers[0], 0, *GOOD._replace(attempt=attempt))
         endpoint.post(0, pack_immediate(Kind.DISPATCH, True, 0, attempt & 3, 0, 5), num_rows=1)
@@ -514,11 +514,11 @@ async def test_a_sequence_number_is_taken_again_with_a_higher_attempt_alone(pair
 
 
 async def test_a_connection_that_takes_no_post_is_a_loss_of_the_worker_and_not_of_an_address(pair):
-    pair.link._nodes[1].endpoint.close()  # broken, and nobody has said so yet
+    pair.link.nodes[1].endpoint.close()  # broken, and nobody has said so yet
     with pytest.raises(TransportError, match=r"^expert-1: connection lost \(the connection is closed\)$"):
         await asyncio.wait_for(pair.exchange(0, (1, 0)), 5)
     assert pair.losses == [(1, "expert-1", "connection lost (the connection is closed)")]
-    assert pair.link.missing_nodes == [1]
+    assert pair.link.nodes.missing == [1]
 
 
 async def test_the_time_that_a_turn_was_computed_for_is_not_held_against_those_who_answer():
@@ -600,7 +600,7 @@ async def lost(pair, turn):
 
 
 async def takes_no_post(pair, turn):
-    pair.link._nodes[1].endpoint.close()
+    pair.link.nodes[1].endpoint.close()
     pair.link.packed(0, turn + 1)
 
 
@@ -665,14 +665,14 @@ async def test_gates_open_on_failure_and_nothing_of_the_pass_is_posted_or_used_a
 
 async def is_served_again(pair):
     """The lane's next pass goes through, and late answers to the one before are none of its own."""
-    for node in pair.link.missing_nodes:
+    for node in pair.link.nodes.missing:
         await pair.come_back(node)
     again = pair.exchange(0, (1, 1))
     for node in range(2):
         events = pair.recorders[node].events
         await until(lambda events=events: events and events[-1][2] == pair.link.next_seq(0) - 1)
         seat, lane, seq, num_rows, _ = events[-1]
-        late = pack_immediate(Kind.COMBINE, False, 0, 0, seq - 1, pair.link._nodes[node].welcome.incarnation)
+        late = pack_immediate(Kind.COMBINE, False, 0, 0, seq - 1, pair.link.nodes[node].welcome.incarnation)
         pair.nodes[node]._seats[seat].endpoint.post(lane, late)
         pair.nodes[node].answer(lane, [(seat, seq, num_rows)], compute_s=0.0)
     await asyncio.wait_for(again, 5)

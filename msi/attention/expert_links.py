@@ -69,7 +69,7 @@ class ExpertLinks:
     @property
     def is_complete(self) -> bool:
         """Whether every expert is on a worker that is connected."""
-        return not self._missing(self.link.missing_nodes)
+        return not self._missing(self.link.nodes.missing)
 
     def _missing(self, nodes: Sequence[int]) -> str:
         return lacking(self.placement, nodes)
@@ -113,7 +113,7 @@ class ExpertLinks:
             self.link.drop(node, "replaced")
             return False
         self._connected[node] = expert
-        half.use_nodes(tuple(self.link.missing_nodes))
+        half.use_nodes(tuple(self.link.nodes.missing))
         self.link.look_again()
         self._say_if_changed()
         return True
@@ -127,7 +127,7 @@ class ExpertLinks:
             ours = self._assignment
             self._report(PeerLost(ours.worker_id, ours.incarnation, expert.worker_id, expert.incarnation, reason))
         if self._half is not None:
-            self._half.use_nodes(tuple(self.link.missing_nodes))
+            self._half.use_nodes(tuple(self.link.nodes.missing))
         self._say_if_changed()
 
     def _say_if_changed(self) -> None:

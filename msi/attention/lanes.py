@@ -53,7 +53,7 @@ async def run_lane(lane: int, batches: MicroBatches, compute: AttentionCompute, 
     """One lane, for ever. Cancel it to stop; what was in flight is then lost."""
     while True:
         try:
-            await link.wait_complete()
+            await link.nodes.wait_complete()
         except TransportError as error:
             batches.hold_is_over(error)
             continue

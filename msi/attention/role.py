@@ -81,7 +81,7 @@ class AttentionRole:
 
     def trace(self, spans: Spans | None) -> None:
         """Each exchange with an expert worker gets a span from now on; None: no longer."""
-        self.links.link.exchange_watch = None if spans is None else partial(_trace_exchange, spans)
+        self.links.link.turns.exchange_watch = None if spans is None else partial(_trace_exchange, spans)
 
     def use_lanes(self, num_lanes: int) -> None:
         """Serves with this many micro-batches in flight, until this life ends; a second time is the same."""
@@ -112,7 +112,8 @@ class AttentionRole:
 
     def peers(self) -> tuple[PeerDelay, ...]:
         """The expert workers, the slowest first."""
-        return peer_delays(self.links.link.exchanges, self.links.link.num_bytes)
+        link = self.links.link
+        return peer_delays(link.nodes.exchanges, link.nodes.num_bytes(link.layout))
 
     def counters(self) -> AttentionCounters:
         requests, scheduler, link, half = self.requests, self.requests.scheduler, self.links.link.counters, self.half

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
-from msi.net.link_hello import LinkWelcome
-from msi.net.slots import Kind, pack_immediate
-from msi.net.transport import Endpoint
-
-EXCHANGES_KEPT = 512  # of each node
-EXCHANGES_APART = 7  # turns of a lane: to keep each would cost 0.5 us an answer (tools/bench_links.py)
-Watch = Callable[[str, int, float, float, float], None]  # worker id, lane, posted at, answer came at, residence
+from msi.net.dispatch_nodes import Node
 
 
 class Gates(Protocol):
@@ -34,36 +27,6 @@ class Gates(Protocol):
         """Packs the rows of a turn, whose gate is closed, for the nodes that are there now; then the link's
         `packed_again` is called. On the event loop.
         """
-
-
-class Node:
-    """A node that is connected, and who it said it is.
-
-    Attributes:
-        out_headers, in_headers: by lane: where headers to it leave, and where its land.
-        answer: the immediate of its answer to sequence number 0 of lane 0.
-        exchanges: the last ones: seconds from a post to its answer, and those of them that the node had the rows.
-        num_rows: that it was sent.
-        is_lost: its connection is closed; what it had answered may still be read.
-    """
-
-    __slots__ = (
-        "answer", "bit", "endpoint", "exchanges", "in_headers", "index", "is_lost", "num_rows", "out_headers", "post",
-        "welcome",
-    )  # fmt: skip
-
-    def __init__(self, index: int, endpoint: Endpoint, welcome: LinkWelcome, in_headers: Sequence[memoryview]) -> None:
-        self.index = index
-        self.bit = 1 << index
-        self.endpoint = endpoint
-        self.welcome = welcome
-        self.post = endpoint.post
-        self.exchanges: deque[tuple[float, float]] = deque(maxlen=EXCHANGES_KEPT)
-        self.num_rows = 0
-        self.is_lost = False
-        self.out_headers = tuple(endpoint.out_headers)
-        self.in_headers = tuple(in_headers)
-        self.answer = pack_immediate(Kind.COMBINE, False, 0, 0, 0, welcome.incarnation)
 
 
 class Pass:

@@ -73,7 +73,7 @@ class SimulatedAttention:
         lanes = range(link.layout.num_lanes)
         self._launched: list[deque[_Launched]] = [deque() for _ in lanes]  # whose first layer has not opened yet
         self._lanes = [NO_PASS for _ in lanes]
-        self._queues = LaneQueues(device, link.num_nodes, [self._programs(lane) for lane in lanes])
+        self._queues = LaneQueues(device, len(link.nodes), [self._programs(lane) for lane in lanes])
         self.counts = self._queues.counts
 
     def attach(self, node: int, out_rows: Region) -> None:

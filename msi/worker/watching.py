@@ -137,7 +137,7 @@ class Watching:
             return None
         rows = [] if experts is None else experts.half.rows_by_layer(True)
         packed = packed_rows(rows)
-        ways = () if attention is None else tuple(attention.links.link.ways.items())
+        ways = () if attention is None else tuple(attention.links.link.nodes.ways.items())
         return Watched(
             self._recorder.windows(),
             tuple(Way(worker_id, way[: MAX_WAY_CHARS - len(worker_id)]) for worker_id, way in ways),

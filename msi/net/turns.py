@@ -1,0 +1,263 @@
+"""The turns of a dispatching end that are away: what was posted of each lane, who owes an answer to it, what comes.
+
+A turn is a row of numbers, written and read with the link's lock held: by whatever thread posts it, and by whatever
+thread takes an answer. Nearly always that is the one that is owed, which a few comparisons tell. What becomes of a
+lane's pass when the last answer is here, or when one will not come, the link decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from msi.errors import BatchRefused, TransportError
+from msi.meter import StageMeter
+from msi.net.dispatch_nodes import DispatchNodes, Node
+from msi.net.link_hello import LinkHello
+from msi.net.passes import Pass
+from msi.net.slots import (
+    ANSWER,
+    ATTEMPT_MASK,
+    ATTEMPT_SHIFT,
+    ATTEMPT_WORD_SHIFT,
+    HEADER,
+    HEADER_BYTES,
+    INCARNATION_MASK,
+    LANE_SHIFT,
+    LIFE_MASK,
+    MAGIC,
+    MAX_LANES,
+    OPENING,
+    SEQ_MASK,
+    SEQ_SHIFT,
+    TIMES,
+    Kind,
+    kind_word,
+    pack_immediate,
+)
+from msi.net.transport import Endpoint
+
+NO_WORD = 1 << 32  # no immediate
+EXCHANGES_APART = 7  # turns of a lane: to keep each would cost 0.5 us an answer (tools/bench_links.py)
+Watch = Callable[[str, int, float, float, float], None]  # worker id, lane, posted at, answer came at, residence
+
+
+@dataclass
+class DispatchCounters:
+    """Counts since start; `dropped` by the reason why an immediate was not used, `packed_again` counts turns."""
+
+    posts: int = 0
+    rows: int = 0
+    answers: int = 0
+    packed_again: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+class Course(Protocol):
+    """Who decides what becomes of passes. Called with the lock held, on whatever thread posts or takes answers."""
+
+    def posted(self, lane: int, passing: Pass, is_short: bool) -> None:
+        """A turn was posted that nobody owes an answer to, or (`is_short`) not all of its rows could be."""
+
+    def landed(self, lane: int, passing: Pass, now: float) -> None:
+        """All answers to the turn that is away are here."""
+
+    def failed(self, lane: int, turn: int, error: Exception) -> None:
+        """A node has no answer to a turn."""
+
+    def not_posted(self, node: Node, error: TransportError) -> None:
+        """Its connection takes no post."""
+
+
+class Turns:
+    """Of all lanes.
+
+    Args:
+        hello: who we are; its `next_seqs` are those that lanes begin with.
+        clock: seconds, monotonic.
+        watch: told of each exchange as it ends, on whatever thread took the answer.
+
+    Attributes:
+        passes: of each lane, the one in flight.
+        more: of each lane, whether it goes on after its turn.
+        seqs: of each lane, the last that any node may have seen.
+        waiting: of each lane, a bit per node that owes an answer.
+    """
+
+    def __init__(
+        self,
+        hello: LinkHello,
+        nodes: DispatchNodes,
+        course: Course,
+        *,
+        clock: Callable[[], float],
+        watch: Watch | None,
+    ) -> None:
+        self.counters = DispatchCounters()
+        self.comm_meter = StageMeter()  # T_c: half of a turn that was not the other side's service
+        self.compute_meter = StageMeter()  # T_e, as the other side measures it
+        self.exchange_watch = watch
+        self.passes: list[Pass | None] = [None] * hello.num_lanes
+        self.more = [True] * hello.num_lanes
+        self.seqs = [seq - 1 for seq in hello.next_seqs]
+        self.waiting = [0] * hello.num_lanes
+        self._posted_at = [0.0] * hello.num_lanes
+        self._awaited = [NO_WORD] * MAX_LANES  # the immediate of its answers, but for their senders' lives
+        self._counts: list[list[int]] = [[]] * hello.num_lanes  # rows to each node
+        self._nodes, self._node_of = nodes, nodes.of
+        self._course = course
+        self._clock = clock
+        self._row_bytes = hello.dispatch_layout.row_bytes
+        self._words = [
+            [
+                (
+                    kind_word(Kind.DISPATCH, lane, more),
+                    pack_immediate(Kind.DISPATCH, more, lane, 0, 0, hello.incarnation),
+                    pack_immediate(Kind.EMPTY, more, lane, 0, 0, hello.incarnation),
+                )
+                for lane in range(hello.num_lanes)
+            ]
+            for more in (False, True)
+        ]  # a header's first word and both immediates, of sequence number 0
+        self._answer_words = [kind_word(Kind.COMBINE, lane, False) for lane in range(hello.num_lanes)]
+
+    # -- posts -------------------------------------------------------------------------------------------------------
+
+    def post(self, lane: int, passing: Pass, turn: int) -> None:
+        """A turn whose rows lie where they leave: one post to every node of the pass.
+
+        One that is packed again goes to those that get rows; all others have seen it.
+        """
+        nodes, attempt = passing.nodes, passing.attempt
+        seq, more, row_bytes, pack = passing.seq_of_turn_0 + turn, self.more[lane], self._row_bytes, OPENING.pack_into
+        word, full, empty = self._words[more][lane]
+        full, empty = full | (seq & SEQ_MASK) << SEQ_SHIFT, empty | (seq & SEQ_MASK) << SEQ_SHIFT
+        if attempt:
+            word |= attempt << ATTEMPT_WORD_SHIFT
+            full |= (attempt & ATTEMPT_MASK) << ATTEMPT_SHIFT
+        life = passing.life_word
+        counts = self._open(lane, passing, turn, seq)
+        waiting = posted = 0
+        for node in nodes:
+            try:
+                if count := counts[node.index]:
+                    pack(node.out_headers[lane], 0, word, life, seq, count, row_bytes)  # its times stay 0
+                    node.post(lane, full, count)
+                    node.num_rows += count
+                    posted += count
+                    waiting |= node.bit
+                elif not attempt:
+                    node.post(lane, empty)
+            except TransportError as error:
+                self._course.not_posted(node, error)
+        self.counters.posts += waiting.bit_count() if attempt else len(nodes)
+        self.counters.rows += posted
+        self.waiting[lane] = waiting
+        is_short = posted != sum(counts)  # what could not be posted are rows to nodes that are lost
+        if is_short or not waiting:
+            self._course.posted(lane, passing, is_short)
+
+    def _open(self, lane: int, passing: Pass, turn: int, seq: int) -> list[int]:
+        """A turn is about to be posted; the rows that lie ready for each node."""
+        passing.is_reading = False
+        self.seqs[lane] = seq
+        self._posted_at[lane] = passing.since = self._clock()
+        passing.turn = turn
+        self._awaited[lane] = lane << LANE_SHIFT | (seq & SEQ_MASK) << SEQ_SHIFT
+        first = lane * len(self._nodes)
+        self._counts[lane] = counts = passing.counts[first : first + len(self._nodes)].tolist()
+        return counts
+
+    # -- lost nodes --------------------------------------------------------------------------------------------------
+
+    def lose(self, node: Node) -> list[tuple[int, Pass]]:
+        """Passes fall short whose turn has rows for it, answered or not; returned are those that nothing is owed to."""
+        short = []
+        for lane, passing in enumerate(self.passes):
+            waiting = self.waiting[lane]
+            if passing is not None and waiting and node in passing.nodes and self._counts[lane][node.index]:
+                passing.is_short = True
+                self.waiting[lane] = waiting = waiting & ~node.bit
+                if not waiting:
+                    short.append((lane, passing))
+        return short
+
+    def is_read(self, node: Node) -> bool:
+        """Whether somebody reads what it had answered."""
+        return any(
+            passing is not None and passing.is_reading and self._counts[lane][node.index] and node in passing.nodes
+            for lane, passing in enumerate(self.passes)
+        )
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def take(self, endpoint: Endpoint, immediate: int) -> None:
+        """An immediate that has come."""
+        node = self._node_of.get(endpoint)
+        if node is None:
+            self.counters.dropped["closed endpoint"] += 1
+            return
+        lane = immediate >> LANE_SHIFT & 7
+        if immediate == node.answer | self._awaited[lane] and (waiting := self.waiting[lane]) & node.bit:
+            # nearly always: an answer that is owed, which a few comparisons tell
+            word, life, seq, num_rows = ANSWER.unpack_from(node.in_headers[lane])
+            if (
+                word == self._answer_words[lane]
+                and seq == self.seqs[lane]
+                and life & LIFE_MASK == node.welcome.incarnation
+                and num_rows == self._counts[lane][node.index]
+            ):
+                self.counters.answers += 1
+                self.waiting[lane] = waiting = waiting & ~node.bit
+                if not waiting or not seq % EXCHANGES_APART or self.exchange_watch is not None:
+                    self._answered(node, lane, waiting, seq, endpoint.came_at or self._clock())
+                return
+        self._arrived_otherwise(node, lane, immediate)
+
+    def _answered(self, node: Node, lane: int, waiting: int, seq: int, now: float) -> None:
+        """An answer that is noted, or the last one."""
+        service_s, compute_s = TIMES.unpack_from(node.in_headers[lane], OPENING.size)
+        if not seq % EXCHANGES_APART or self.exchange_watch is not None:
+            self._exchanged(node, lane, now, service_s)
+        if not waiting:
+            if 0.0 <= service_s < math.inf and 0.0 <= compute_s < math.inf:  # bytes may say anything
+                self.comm_meter.add(max(0.0, (now - self._posted_at[lane] - service_s) / 2))
+                self.compute_meter.add(compute_s)
+            passing = self.passes[lane]
+            assert passing is not None, f"lane {lane} has no pass, and answers were owed to it"
+            self._course.landed(lane, passing, now)
+
+    def _exchanged(self, node: Node, lane: int, now: float, service_s: float) -> None:
+        posted_at = self._posted_at[lane]
+        node.exchanges.append((now - posted_at, service_s))
+        if (watch := self.exchange_watch) is not None:  # which another thread may take away
+            watch(node.welcome.worker_id, lane, posted_at, now, service_s)
+
+    def _arrived_otherwise(self, node: Node, lane: int, immediate: int) -> None:
+        """Not the answer: a refusal, or dropped for the first field that does not match."""
+        dropped, incarnation = self.counters.dropped, node.welcome.incarnation
+        if lane >= len(self.passes):
+            dropped["lane"] += 1
+            return
+        passing, expected = self.passes[lane], self.seqs[lane]
+        is_stale = not self.waiting[lane] & node.bit or (immediate >> SEQ_SHIFT ^ expected) & SEQ_MASK
+        if passing is None or is_stale:
+            dropped["stale"] += 1
+            return
+        header = node.in_headers[lane]
+        magic, kind, its_lane, _, _, its_incarnation, _, seq, num_rows, *_ = HEADER.unpack_from(header)
+        if (immediate ^ incarnation) & INCARNATION_MASK:
+            dropped["incarnation"] += 1
+        elif (magic, kind, its_lane) != (MAGIC, immediate >> 30, lane) or (seq, its_incarnation) != (
+            expected,
+            incarnation,
+        ):
+            dropped["header"] += 1
+        elif kind == Kind.ERROR:
+            reason = bytes(header[HEADER_BYTES : HEADER_BYTES + num_rows]).decode(errors="replace")
+            self._course.failed(lane, passing.turn, BatchRefused(node.welcome.worker_id, reason))
+        else:
+            dropped["rows"] += 1
