@@ -292,6 +292,9 @@ class Engine:
         request_id: str = "",
         trace: str = "",
         thinking: Thinking | None = None,
+        priority: int = 0,
+        timeout_s: float = 0.0,
+        flow: str = "",
     ) -> AsyncGenerator[Output, None]:
         """Generates, yielding what is new as it comes; the last output of each choice has a finish_reason.
 
@@ -302,10 +305,14 @@ class Engine:
             params: None for what the model's generation_config.json says.
             trace: a traceparent that the instance's spans of it belong to, where it sends spans.
             thinking: how the model marks what it thinks, where stop strings do not count.
+            priority: lower is earlier, and is not preempted for what is higher.
+            timeout_s: the whole answer has to come in that time; 0 for none.
+            flow: who asks; flows share the instance evenly. "" for this engine.
 
         Raises:
             InvalidRequest: the prompt or the parameters cannot be served.
-            Unavailable: nothing can take it now.
+            Unavailable: nothing can take it now; Overloaded where it would come too late (see `ttft_slo`).
+            DeadlineExceeded: `timeout_s` were over.
             RequestFailed: it was lost on the way; names the worker.
         """
         params = params or self.sampling_defaults.params()
@@ -323,7 +330,10 @@ class Engine:
         choices = choices_of(params, seed, self.max_model_len - len(token_ids))
         texts = text_streams(self._vocabulary, token_ids, params, thinking)
         num_cached = [0] * params.n
-        requests = [Request(name, token_ids, one, trace) for name, one in zip(names, choices, strict=True)]
+        requests = [
+            Request(name, token_ids, one, trace, priority=priority, timeout_s=timeout_s, flow=flow)
+            for name, one in zip(names, choices, strict=True)
+        ]
         updates = client.generate(requests)
         if params.prompt_logprobs is not None:
             updates = gathered(updates, names[0])

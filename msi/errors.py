@@ -6,6 +6,8 @@
     ├── InvalidRequest         what a client asked for cannot be done (HTTP 400)
     │   └── ModelNotFound      it names a model that is not served here (HTTP 404)
     ├── Unavailable            the instance cannot serve now, try again later (HTTP 503)
+    │   └── Overloaded         it could, but not within its objectives: `.retry_after_s` says when (HTTP 429)
+    ├── DeadlineExceeded       a request's own time was over before its answer was whole (HTTP 504)
     ├── RequestFailed          a request was accepted and then lost; the message names the worker (HTTP 502)
     ├── ProtocolError          bytes that are not ours, or of another protocol version
     └── TransportError         a peer failed: `.peer` names it
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass
+from typing import Annotated
 
 MAX_SHOWN_CHARS = 100
 MAX_LINE_CHARS = 200
@@ -56,6 +59,22 @@ class ModelNotFound(InvalidRequest):
 
 class Unavailable(EngineError):
     """The instance cannot serve now; trying again later may help."""
+
+
+class Overloaded(Unavailable):
+    """What is asked now would come too late.
+
+    Attributes:
+        retry_after_s: until it is predicted to come in time; 0 where nothing is predicted.
+    """
+
+    def __init__(self, message: str = "", *, param: str = "", code: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(EngineError):
+    """The time that a request gave itself was over before its answer was whole."""
 
 
 class RequestFailed(EngineError):
@@ -136,6 +155,7 @@ class Failure:
     Attributes:
         kind: one of `KINDS`.
         peer: of a TransportError, or of a kind of it.
+        retry_after_s: of an Overloaded.
     """
 
     kind: str
@@ -143,12 +163,15 @@ class Failure:
     param: str = ""
     code: str = ""
     peer: str = ""
+    retry_after_s: Annotated[float, (0.0, 1e6)] = 0.0
 
     @staticmethod
     def of(error: EngineError) -> Failure:
         kind = next(kind for kind, known in KINDS.items() if isinstance(error, known))
         if isinstance(error, TransportError):
             return Failure(kind, error.reason, error.param, error.code, error.peer)
+        if isinstance(error, Overloaded):
+            return Failure(kind, str(error), error.param, error.code, retry_after_s=error.retry_after_s)
         return Failure(kind, str(error), error.param, error.code)
 
     def error(self) -> EngineError:
@@ -156,6 +179,8 @@ class Failure:
         known = KINDS.get(self.kind, EngineError)
         if issubclass(known, TransportError):
             return known(self.peer, self.message)
+        if issubclass(known, Overloaded):
+            return known(self.message, param=self.param, code=self.code, retry_after_s=self.retry_after_s)
         return known(self.message, param=self.param, code=self.code)
 
 
@@ -164,7 +189,9 @@ KINDS: dict[str, type[EngineError]] = {  # a class before its bases
     "config": ConfigError,
     "model_not_found": ModelNotFound,
     "invalid_request": InvalidRequest,
+    "overloaded": Overloaded,
     "unavailable": Unavailable,
+    "deadline_exceeded": DeadlineExceeded,
     "request_failed": RequestFailed,
     "protocol": ProtocolError,
     "batch_refused": BatchRefused,

@@ -24,6 +24,7 @@ from msi.settings import (
     LinkShape,
     ModelSource,
     SchedulerLimits,
+    ServiceLevel,
     Timeouts,
 )
 
@@ -78,6 +79,7 @@ class InstanceOptions:
     limits: SchedulerLimits = SchedulerLimits()
     link: LinkShape = LinkShape()
     timeouts: Timeouts = Timeouts()
+    service: ServiceLevel = ServiceLevel()
     max_resumptions: Annotated[int, range(2**15)] = parameter(
         3, "how often a request goes on elsewhere when its attention worker is lost", metavar="N", group=LIMITS
     )

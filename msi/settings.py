@@ -230,3 +230,25 @@ class Timeouts:
 
     def __post_init__(self) -> None:
         check_parameters(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLevel:
+    """What requests that are taken can expect; those that could not are refused (429).
+
+    Attributes:
+        ttft_slo_ms: the first token comes within so many milliseconds; 0 for no such promise.
+        tpot_slo_ms: each further one within so many, on average; workers run no more sequences than that allows.
+    """
+
+    ttft_slo_ms: Annotated[int, range(10**8)] = parameter(
+        0, "milliseconds within which first tokens come: what would be later is refused (429)", metavar="MS",
+        group=LIMITS, name="ttft_slo",
+    )  # fmt: skip
+    tpot_slo_ms: Annotated[int, range(10**8)] = parameter(
+        0, "milliseconds that each further token takes at most, on average: no more sequences run than that allows",
+        metavar="MS", group=LIMITS, name="tpot_slo",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_parameters(self)

@@ -11,6 +11,8 @@ from msi.prompt_logprobs import PromptLogprobs
 from msi.sampling_params import SamplingParams as SamplingParams  # one of these values; it checks itself
 
 Measured = Annotated[float, (0.0, 1e18)]  # a time, a share or a count: whoever reads it may calculate with it
+MAX_PRIORITY = 2**31 - 1
+MAX_TIMEOUT_S = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,9 @@ class Request:
         output_token_ids: that its client has already, from attention workers that were lost; the answer goes on behind.
         num_scored: tokens of the prompt whose log-probabilities it has from them.
         num_resumptions: how often it was given to another attention worker.
+        priority: vLLM's: lower is earlier, and gives its blocks up later.
+        timeout_s: from now on, after which nobody wants its answer any more; 0 for none.
+        flow: who asks: flows share the instance evenly. "" for the connection that it comes by.
     """
 
     request_id: str
@@ -210,6 +215,9 @@ class Request:
     output_token_ids: tuple[int, ...] = ()
     num_scored: Annotated[int, range(2**40)] = 0
     num_resumptions: Annotated[int, range(2**16)] = 0
+    priority: Annotated[int, range(-MAX_PRIORITY, MAX_PRIORITY + 1)] = 0
+    timeout_s: Annotated[float, (0.0, MAX_TIMEOUT_S)] = 0.0
+    flow: str = ""
 
 
 @dataclass(frozen=True, slots=True)

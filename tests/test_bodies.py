@@ -53,7 +53,7 @@ NEUTRAL = {
     "tool_choice": [None, "none", "auto"], "functions": [None, []], "function_call": [None, "none", "auto"],
     "skip_special_tokens": [None, True], "include_stop_str_in_output": [None, False], "store": [None, True, False],
     "metadata": [None, {"a": "b"}], "service_tier": ["auto"], "parallel_tool_calls": [None, True, False],
-    "priority": [0, 3], "spaces_between_special_tokens": [True, False], "kv_transfer_params": [None],
+    "spaces_between_special_tokens": [True, False], "kv_transfer_params": [None],
     "return_token_ids": [None, False], "num_beams": [1], "do_sample": [True], "typical_p": [1.0], "cache_salt": [None],
     "verbosity": [None, "medium"], "request_id": ["x"],
 }  # fmt: skip

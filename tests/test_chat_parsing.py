@@ -288,7 +288,7 @@ class Saying(Engine):
         self._prompts = Prompts.of(tokenizer, 290, 512)
         self._pieces = pieces
 
-    async def generate(self, prompt, params=None, *, request_id="", thinking=None):
+    async def generate(self, prompt, params=None, *, request_id="", thinking=None, **urgency):
         for index in range(params.n):
             for output in outputs_of(self._pieces):
                 yield Output("r", output.text, output.token_ids, output.finish_reason, len(prompt), index)

@@ -28,6 +28,7 @@ LAYERS = [
         "msi.control.messages", "msi.control.members", "msi.control.formation", "msi.control.membership",
         "msi.control.calibration", "msi.control.clients", "msi.control.counters", "msi.control.lane_choice",
         "msi.control.suspects", "msi.control.routed", "msi.control.request_routing", "msi.control.restarts",
+        "msi.control.fair_queue", "msi.control.overload", "msi.control.prediction",
         "msi.control.watched", "msi.options",
     },
     {"msi.device", "msi.models", "msi.text"},

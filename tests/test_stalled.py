@@ -32,7 +32,7 @@ class Ready(Engine):
         self._prompts = Prompts.of(content, 2048, 1024)
         self.made = []
 
-    async def generate(self, prompt, params=None, *, request_id="", thinking=None):
+    async def generate(self, prompt, params=None, *, request_id="", thinking=None, **urgency):
         mine = len(self.made)
         self.made.append(0)
         wanted = MANY if prompt[0] == 5 else FEW

@@ -68,6 +68,7 @@ class MadeUp(Engine):
         request_id: str = "",
         trace: str = "",
         thinking: Any = None,
+        **urgency: Any,
     ) -> AsyncGenerator[Output, None]:
         for index in range(NUM_TOKENS):
             await asyncio.sleep(TOKEN_EVERY_S)

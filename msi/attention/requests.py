@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from heapq import heappop, heappush
 from typing import Any
 
 from msi.attention.scheduler import Scheduler
@@ -18,6 +19,7 @@ from msi.complaints import Complaints
 from msi.control.messages import Assignment, PassDone, RequestsFailed
 from msi.errors import (
     BatchRefused,
+    DeadlineExceeded,
     EngineError,
     Failure,
     InvalidRequest,
@@ -73,6 +75,7 @@ class Requests:
         self._grammars = grammars
         self._to_compile: dict[str, Request] = {}  # by id, in order of arrival
         self._has_to_compile = Alarm()
+        self._deadlines: list[tuple[float, str]] = []  # a heap; also of requests that have ended
         self._complaints = Complaints(log)
 
     def _new_scheduler(self, num_lanes: int) -> Scheduler:
@@ -96,6 +99,8 @@ class Requests:
 
     def submit(self, request: Request) -> None:
         """Takes a request, or reports why it cannot."""
+        if request.timeout_s:
+            heappush(self._deadlines, (self._clock() + request.timeout_s, request.request_id))
         if not request.output_token_ids:
             self._came_at.setdefault(request.request_id, self._clock())
         if self._spans is not None and request.trace:
@@ -153,6 +158,14 @@ class Requests:
             self.scheduler.cancel(request_id)
         self._forget(request_id)
         self._wake()
+
+    def _end_late_ones(self) -> None:
+        """Those whose own time is over are not computed any more; the coordinator ends them, too."""
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heappop(self._deadlines)
+            if self._to_compile.pop(request_id, None) is not None or self.scheduler.cancel(request_id):
+                self._fail([request_id], DeadlineExceeded("the time that this request gave itself is over"))
 
     @property
     def num_waiting(self) -> int:
@@ -212,6 +225,8 @@ class Requests:
     async def next(self, lane: int) -> MicroBatch:
         while True:
             seen = self.scheduler.num_admissions
+            if self._deadlines:
+                self._end_late_ones()
             try:
                 micro_batch = self.scheduler.plan(lane)
             except Exception as error:

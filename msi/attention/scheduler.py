@@ -24,6 +24,7 @@ from msi.settings import SchedulerLimits
 from msi.types import GrammarState, MicroBatch, Progress, Request, TokenLogprobs
 
 RESUMED_FIRST = 2**62  # requests that were running elsewhere are taken to have arrived so many before the others
+PRIORITY_STEP = 2**64  # and those of a lower priority by so many times as much
 NO_LOGPROBS: Mapping[int, TokenLogprobs] = {}
 NOT_SCORED: Mapping[int, PromptLogprobs] = {}
 
@@ -157,6 +158,7 @@ class Scheduler:
         if len(tokens) >= max_len and request.output_token_ids:
             raise RequestFailed(f"it has {len(tokens)} tokens, and the KV cache here holds {self._cache_len}")
         arrival = self._num_arrived - (RESUMED_FIRST if request.num_resumptions else 0)
+        arrival += request.priority * PRIORITY_STEP
         sequence = Sequence(request, arrival, max_len, tokens, grammar=grammar)
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence

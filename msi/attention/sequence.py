@@ -31,7 +31,7 @@ class Sequence:
     """One request, its tokens so far, and the KV blocks it has.
 
     Attributes:
-        arrival: its number in the order of arrival.
+        arrival: its number in the order of arrival, within its priority.
         max_len: tokens, prompt included, at which it ends.
         num_computed: tokens whose keys and values are in the cache.
         hashes: of its full blocks, as far as they were needed.

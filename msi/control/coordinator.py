@@ -47,6 +47,7 @@ from msi.control.messages import (
     WorkerReady,
     WorkerStats,
 )
+from msi.control.overload import Objectives, backlog_of
 from msi.control.request_routing import Router
 from msi.control.routed import Updates
 from msi.errors import Failure, InvalidRequest, Unavailable
@@ -102,6 +103,8 @@ class Coordinator:
             max_waiting=plan.num_attention * plan.limits.max_num_waiting,
             max_resumptions=plan.max_resumptions,
             hold_timeout_s=plan.timeouts.hold_timeout_s,
+            objectives=Objectives.of(plan.service),
+            backlog=backlog_of(plan.limits.max_num_seqs),
         )
         self._clients = Clients(welcome)
         self._lane_choice = LaneChoice(plan, num_micro_batches, num_layers)
@@ -139,7 +142,7 @@ class Coordinator:
                 self._server.send(route, Refused("this connection is a client's, and can be no worker's"))
                 return
             case PassDone():
-                self._passed(route, message)
+                self._passed(route, message, now)
             case Heartbeat():
                 self._heartbeat(route, message, now)
             case Pulse():
@@ -188,7 +191,7 @@ class Coordinator:
                     cluster.watch(now)
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
                 dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
-                counters = {"resumptions": float(self._router.num_resumptions)}
+                counters = self._router.counters
                 counters |= {} if self._watch is None else self._watch.counters()
                 stats = Stats(
                     cluster.num_lanes, len(self._router), cluster.stats(is_watching=message.is_watching), drift,
@@ -209,10 +212,10 @@ class Coordinator:
         self._carry_out(self._cluster.worker_exited(worker_id, pid, how, now, has_crashed=has_crashed))
         self._advance(now)
 
-    def _passed(self, route: bytes, message: PassDone) -> None:
+    def _passed(self, route: bytes, message: PassDone, now: float) -> None:
         instructions = self._cluster.passed(route, message)
         if instructions == []:
-            self._tell(self._router.progress(message.worker_id, message.progress))
+            self._tell(self._router.progress(message.worker_id, message.progress, now))
             self._let_experts_end()
         elif instructions:
             self._carry_out(instructions)
@@ -330,8 +333,9 @@ class Coordinator:
         serving = cluster.serving
         capacities = {worker_id: (member.num_blocks - 1) * BLOCK_TOKENS for worker_id, member in serving.items()}
         acks = {worker_id: member.num_acks for worker_id, member in serving.items()}
-        for worker_id, request in self._router.route(capacities, acks):
+        for worker_id, request in self._router.route(capacities, acks, now):
             self._server.send(serving[worker_id].route, Submit(request))
+        self._tell(self._router.take_ended())
         self._carry_out(self._lane_choice.next(cluster, now))
         if self._is_ending and not len(self._router):
             self._all_ended.set()
@@ -361,6 +365,8 @@ class Coordinator:
             now = self._clock()
             self._carry_out(self._cluster.tick(now, late_s))
             self._tell(self._router.expire(now, self._cluster.sentence(now)))
+            for given in self._router.take_to_cancel():
+                self._cancel(*given)
             self._forget_clients(self._clients.tick(now, late_s))
             self._say_status(now)
             self._let_experts_end()

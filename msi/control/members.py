@@ -7,7 +7,7 @@ from typing import Any
 
 from msi.control.messages import Assignment, WorkerHello, WorkerStatus
 from msi.precision import Precision
-from msi.settings import LinkShape, SchedulerLimits, Timeouts
+from msi.settings import LinkShape, SchedulerLimits, ServiceLevel, Timeouts
 from msi.types import Place, Placement, StageTimes
 
 NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes())
@@ -37,6 +37,7 @@ class InstancePlan:
     attention_ranks: int = 1
     expert_ranks: int = 1
     max_resumptions: int = 3
+    service: ServiceLevel = ServiceLevel()
 
     @property
     def ranks(self) -> dict[str, int]:

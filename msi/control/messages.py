@@ -35,7 +35,7 @@ from msi.sampling_params import NO_DEFAULTS, SamplingDefaults
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
 from msi.types import Measured, Place, Placement, Progress, Request, StageTimes
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 
 Count = Annotated[int, range(2**40)]
 Seats = Annotated[int, range(2**16)]

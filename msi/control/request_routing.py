@@ -1,5 +1,9 @@
 """Where requests go: to the attention worker with the least predicted load, or they wait for one.
 
+Workers are given what they can run and a few more; the others wait here, in the order of `fair_queue`. What is
+predicted to come too late, by what the requests before took (`prediction`), is refused when it comes, and ended when it
+has waited for too long, before it costs anything; what has had its time ends wherever it is.
+
 A decode step of a worker takes a time that grows with its sequences and with their contexts, and every sequence waits
 for all of them: so requests are placed by the sum of both, on workers whose KV cache has room.
 
@@ -11,15 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from heapq import heappop, heappush
 from itertools import count
 
 from msi.attention.sequence import CONTEXT_UNIT
-from msi.control.routed import Load, Reconciled, Routed, Updates
+from msi.control.fair_queue import FairQueue
+from msi.control.overload import FIRST_ANSWER, Objectives, Service, out_of_time
+from msi.control.routed import Load, Order, Reconciled, Routed, Updates
 from msi.control.suspects import CRASHES_ALLOWED, SUSPECTED_FOR_S, Suspects, Trials, asked_by
-from msi.errors import EngineError, Failure, InvalidRequest, RequestFailed, Unavailable
+from msi.errors import DeadlineExceeded, EngineError, Failure, InvalidRequest, RequestFailed, Unavailable
 from msi.types import Progress, Request
 
 WAIT_FOR_WORKERS_S = 30.0
+OUT_OF_TIME = Failure.of(DeadlineExceeded()).kind
 OUTPUTS_REMEMBERED = 64  # the mean length of answers is that of about the last so many
 
 
@@ -32,9 +40,14 @@ class Router:
         max_waiting: requests that may wait, here or at workers.
         max_resumptions: how often a request is given to another worker.
         hold_timeout_s: it waits so long for that one.
+        objectives: what those that are taken can expect.
+        backlog: requests that a worker has besides those that it can run, so that it need not wait for more.
 
     Attributes:
         num_resumptions: of all requests, since the start.
+        num_refused, num_shed: requests that were predicted to come too late when they came; and as they waited.
+        num_out_of_time: whose own time was over.
+        num_displaced: that gave up their place to one that goes before them.
     """
 
     def __init__(
@@ -45,8 +58,16 @@ class Router:
         max_waiting: int = 1 << 62,
         max_resumptions: int = 3,
         hold_timeout_s: float = 60.0,
+        objectives: Objectives = Objectives(),
+        backlog: int = 1 << 62,
     ) -> None:
-        self.num_resumptions = 0
+        self.num_resumptions = self.num_refused = self.num_shed = self.num_out_of_time = self.num_displaced = 0
+        self._service = Service(objectives, max_num_seqs)
+        self._backlog = backlog
+        self._capacities: Mapping[str, int] = {}
+        self._deadlines: list[tuple[float, str]] = []  # a heap; also of requests that have ended
+        self._ended: Updates = {}
+        self._to_cancel: list[tuple[str, str]] = []
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._max_waiting = max_waiting
@@ -56,7 +77,7 @@ class Router:
         self._trials = Trials()
         self._requests: dict[str, Routed] = {}
         self._by_name: dict[tuple[bytes, str], Routed] = {}
-        self._waiting: dict[str, Routed] = {}  # those without a worker, in order of arrival
+        self._waiting = FairQueue()  # those without a worker
         self._loads: dict[str, Load] = {}
         self._mean_output = 0.0  # of finished answers; 0 before the first
 
@@ -66,15 +87,22 @@ class Router:
     def add(self, request: Request, client: bytes, now: float) -> Progress | None:
         """Takes a request; its end where it cannot."""
         error: EngineError | None = None
-        name = request.request_id
+        name, flow = request.request_id, request.flow or client.hex()
+        order = self._waiting.order_of(flow, request.priority)
         if (client, name) in self._by_name:
             error = InvalidRequest(f"request id {name} is in use")
-        elif (num_waiting := self.num_waiting) >= self._max_waiting:
-            error = Unavailable(f"{num_waiting} requests wait here already; try again later")
         elif request.output_token_ids or request.num_scored or request.num_resumptions:
             error = InvalidRequest("a new request has no output; leave out what only the coordinator may add")
+        elif (num_waiting := self.num_waiting) >= self._max_waiting and not self._displace_one_behind(order, flow):
+            error = Unavailable(f"{num_waiting} requests wait here already; try again later")
         elif self._suspects and self._suspects.is_guilty(asked_by(request), now):
             error = _guilty()
+        elif error := self._service.refusal(
+            len(request.prompt_token_ids),
+            self._waiting.num_before(order),
+            ((capacity, self.load(worker)) for worker, capacity in self._capacities.items()),
+        ):
+            self.num_refused += 1
         if error is not None:
             return Progress(name, failure=Failure.of(error))
         if name in self._requests:  # another client's, which is none of this one's business
@@ -83,8 +111,25 @@ class Router:
         num_tokens = min(len(request.prompt_token_ids) + request.params.max_tokens, self._max_model_len)
         routed = self._by_name[client, name] = Routed(request, client, name, now + WAIT_FOR_WORKERS_S, num_tokens)
         routed.is_suspect = bool(self._suspects) and self._suspects.is_suspected(routed.asked, now)
-        self._requests[request.request_id] = self._waiting[request.request_id] = routed
+        routed.flow, routed.came_at = flow, now
+        routed.cost = self._expected_tokens(request)
+        if request.timeout_s:
+            routed.ends_at = now + request.timeout_s
+            heappush(self._deadlines, (routed.ends_at, request.request_id))
+        self._requests[request.request_id] = routed
+        self._waiting.add(routed, routed.cost)
         return None
+
+    def _displace_one_behind(self, order: Order, flow: str) -> bool:
+        """The last that waits gives its place to one of another flow, or of a higher priority, that goes before it."""
+        last = self._waiting.last
+        if last is None or last.order < order or last.num_resumptions:
+            return False
+        if last.flow == flow and last.request.priority == order[0]:
+            return False
+        self.num_displaced += 1
+        self._end(last, Unavailable("requests of others that go first have taken its place; try again later"))
+        return True
 
     @property
     def num_waiting(self) -> int:
@@ -97,43 +142,79 @@ class Router:
         """Requests that no worker has yet."""
         return len(self._waiting)
 
-    def route(self, capacities: Mapping[str, int], acks: Mapping[str, int] | None = None) -> list[tuple[str, Request]]:
-        """Gives waiting requests to workers, in order of arrival.
+    @property
+    def counters(self) -> dict[str, float]:
+        """Of requests, since the start."""
+        return {
+            "resumptions": float(self.num_resumptions),
+            "requests_refused_as_too_late": float(self.num_refused),
+            "requests_shed": float(self.num_shed),
+            "requests_out_of_time": float(self.num_out_of_time),
+            "requests_displaced": float(self.num_displaced),
+        }
+
+    def route(
+        self, capacities: Mapping[str, int], acks: Mapping[str, int] | None = None, now: float = 0.0
+    ) -> list[tuple[str, Request]]:
+        """Gives waiting requests to workers that can take more, in their order.
 
         Args:
             capacities: tokens of KV cache of each worker that serves, by id.
             acks: HeartbeatAcks that were sent to each so far.
         """
+        self._capacities = capacities
         given: list[tuple[str, Request]] = []
-        for name, routed in self._waiting.items():
+        for routed in list(self._waiting) if capacities and len(self._waiting) else ():
             free = capacities
             if self._trials:
                 free = {worker: capacity for worker, capacity in capacities.items() if worker not in self._trials}
+            if not routed.num_resumptions:
+                free = {worker: size for worker, size in free.items() if self._takes_more(worker, size, routed.cost)}
             if not free:
                 break
             if routed.is_suspect and self._trials.is_tried(routed.asked):
                 continue
-            routed.worker_id = self._least_loaded(routed.num_tokens, free)
-            if routed.is_suspect:
-                self._trials.begin(routed.worker_id, name, routed.asked, len(routed.token_ids))
-            routed.predicted = self._predicted(routed.request)
-            routed.ack = 1 + (acks or {}).get(routed.worker_id, 0)
-            load = self._loads[routed.worker_id]
-            load.predicted += routed.predicted
-            load.num_tokens += routed.num_tokens
-            load.num_requests += 1
-            given.append((routed.worker_id, routed.handed_out))
-        for _, request in given:
-            del self._waiting[request.request_id]
+            if self._shed(routed, now):
+                continue
+            self._give(routed, self._least_loaded(routed.num_tokens, free), acks or {}, now)
+            given.append((routed.worker_id, routed.handed_out(now)))
         return given
 
-    def progress(self, worker_id: str, progress: Iterable[Progress]) -> Updates:
+    def _takes_more(self, worker: str, capacity: int, cost: float) -> bool:
+        """Whether a worker could begin with a request of about so many tokens, or has less than its backlog."""
+        load = self.load(worker)
+        if load.num_unstarted < self._backlog:
+            return True
+        return self._service.is_free(load, capacity, cost)
+
+    def _give(self, routed: Routed, worker_id: str, acks: Mapping[str, int], now: float) -> None:
+        self._waiting.hand_out(routed)
+        routed.worker_id, routed.given_at = worker_id, now
+        if routed.is_suspect:
+            self._trials.begin(worker_id, routed.request.request_id, routed.asked, len(routed.token_ids))
+        routed.predicted = self._predicted(routed.request)
+        routed.ack = 1 + acks.get(worker_id, 0)
+        load = self._loads[worker_id]
+        load.predicted += routed.predicted
+        load.num_tokens += routed.num_tokens
+        load.num_requests += 1
+        load.num_expected += routed.cost
+        load.num_unstarted += 1
+        load.num_prompt_tokens += len(routed.request.prompt_token_ids)
+        routed.num_computed = load.num_prompt_tokens
+        routed.is_started = False
+
+    def progress(self, worker_id: str, progress: Iterable[Progress], now: float = 0.0) -> Updates:
         """New tokens from a worker, as updates for each client. What nobody waits for any more is dropped."""
         updates: Updates = {}
         for one in progress:
             routed = self._requests.get(one.request_id)
             if routed is None or routed.worker_id != worker_id:
                 continue
+            if one.token_ids and not routed.is_started:
+                load = self._loads[worker_id]
+                self._count_started(routed, load)
+                one = self._service.started(routed, load, one, now)
             routed.token_ids.extend(one.token_ids)
             if one.prompt_logprobs is not None:
                 routed.num_scored += len(one.prompt_logprobs)
@@ -146,9 +227,18 @@ class Router:
                     self._suspects.clear(routed.asked)
                 weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
                 self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
+                num_tokens = len(routed.request.prompt_token_ids) + len(routed.token_ids)
+                self._waiting.took(routed.flow, num_tokens - routed.cost)
+                self._service.ended(routed, self.load(worker_id), now)
             its_name = one if routed.name == one.request_id else replace(one, request_id=routed.name)
             updates.setdefault(routed.client, []).append(its_name)
         return updates
+
+    @staticmethod
+    def _count_started(routed: Routed, load: Load) -> None:
+        routed.is_started = True
+        load.num_unstarted -= 1
+        load.num_prompt_tokens -= len(routed.request.prompt_token_ids)
 
     def reconcile(self, worker_id: str, held: Iterable[str], acked: int, now: float) -> Reconciled:
         """Compares with what a worker says that it holds; what was lost on its way is given to a worker again.
@@ -170,6 +260,9 @@ class Router:
             routed = self._requests.get(request_id)
             if routed is not None and worker_id in (None, routed.worker_id):
                 self._forget(routed)
+                if failure.kind == OUT_OF_TIME and routed.request.timeout_s:
+                    self.num_out_of_time += 1
+                    failure = Failure.of(out_of_time(routed.request.timeout_s, len(routed.token_ids)))
                 updates.setdefault(routed.client, []).append(Progress(routed.name, failure=failure))
         return updates
 
@@ -186,10 +279,11 @@ class Router:
         """
         lost = [routed for routed in self._requests.values() if routed.worker_id == worker_id]
         self._loads.pop(worker_id, None)
+        self._capacities = {name: size for name, size in self._capacities.items() if name != worker_id}
         on_trial = [routed for routed in lost if self._trials.end(worker_id, routed.request.request_id)]
         if has_crashed and on_trial:
             self._suspects.convict(on_trial[0].asked, now)
-            lost += [one for one in self._waiting.values() if one.is_suspect and one.asked == on_trial[0].asked]
+            lost += [one for one in self._waiting if one.is_suspect and one.asked == on_trial[0].asked]
         elif has_crashed:
             ran = [routed for index, routed in enumerate(lost) if index < self._max_num_seqs or routed.token_ids]
             self._suspects.crashed([routed.asked for routed in ran], now)
@@ -211,7 +305,7 @@ class Router:
             routed.num_resumptions += 1
             self.num_resumptions += 1
             routed.waits_until = now + self._hold_timeout_s
-        self._waiting = {name: routed for name, routed in self._requests.items() if not routed.worker_id}
+            self._waiting.add_again(routed)
         return updates
 
     def _why_not_resumed(self, routed: Routed, now: float) -> EngineError | None:
@@ -224,17 +318,52 @@ class Router:
         return None
 
     def expire(self, now: float, reason: str) -> Updates:
-        """Requests that have waited for a worker for too long."""
-        updates: Updates = {}
-        for name, routed in list(self._waiting.items()):
-            if now <= routed.waits_until:
+        """Requests that have waited for a worker for too long, or whose own time is over."""
+        self._expire_deadlines(now)
+        for routed in list(self._waiting):
+            if self._shed(routed, now) or now <= routed.waits_until:
+                continue
+            if self._capacities and not routed.lost_by:
+                routed.waits_until = now + WAIT_FOR_WORKERS_S  # there are workers, and its turn comes
                 continue
             why = f"no worker could take it for {WAIT_FOR_WORKERS_S:g} s: {reason}"
             if routed.lost_by:
                 why = f"{routed.lost_by}; no other could go on with it for {self._hold_timeout_s:g} s: {reason}"
-            for client, ends in self.fail([name], Failure.of(Unavailable(why))).items():
-                updates.setdefault(client, []).extend(ends)
-        return updates
+            self._end(routed, Unavailable(why))
+        return self.take_ended()
+
+    def _expire_deadlines(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, name = heappop(self._deadlines)
+            routed = self._requests.get(name)
+            if routed is not None and routed.ends_at <= now:
+                self.num_out_of_time += 1
+                if routed.worker_id:
+                    self._to_cancel.append((routed.worker_id, name))
+                self._end(routed, out_of_time(routed.request.timeout_s, len(routed.token_ids)))
+
+    def _shed(self, routed: Routed, now: float) -> bool:
+        """Ends one that cannot have its first token in time any more."""
+        error = self._service.is_too_late(routed, now)
+        if error is not None:
+            self.num_shed += 1
+            self._end(routed, error)
+        return error is not None
+
+    def _end(self, routed: Routed, error: EngineError) -> None:
+        """It ends with this error, which `take_ended` tells."""
+        self._forget(routed)
+        self._ended.setdefault(routed.client, []).append(Progress(routed.name, failure=Failure.of(error)))
+
+    def take_ended(self) -> Updates:
+        """Ends that followed from other requests, or from time."""
+        ended, self._ended = self._ended, {}
+        return ended
+
+    def take_to_cancel(self) -> list[tuple[str, str]]:
+        """(worker id, request id) of those that ended while workers had them."""
+        to_cancel, self._to_cancel = self._to_cancel, []
+        return to_cancel
 
     def cancel(self, client: bytes, name: str) -> tuple[str, str] | None:
         """Forgets a request of this client; (worker id, request id) where a worker has it."""
@@ -270,6 +399,11 @@ class Router:
         num_output = min(most, self._mean_output) if self._mean_output else most
         return 1 + (len(request.prompt_token_ids) + num_output / 2) / CONTEXT_UNIT
 
+    def _expected_tokens(self, request: Request) -> float:
+        """Prompt and answer."""
+        num_output = min(request.params.max_tokens, self._mean_output or FIRST_ANSWER)
+        return min(len(request.prompt_token_ids) + num_output, self._max_model_len)
+
     def _acquit(self, routed: Routed) -> None:
         """It is not what its worker crashed by."""
         self._trials.end(routed.worker_id, routed.request.request_id)
@@ -278,7 +412,8 @@ class Router:
 
     def _forget(self, routed: Routed) -> None:
         del self._requests[routed.request.request_id], self._by_name[routed.client, routed.name]
-        self._waiting.pop(routed.request.request_id, None)
+        if not routed.worker_id:
+            self._waiting.remove(routed)
         self._free(routed)
 
     def _take_back(self, routed: Routed) -> None:
@@ -292,6 +427,9 @@ class Router:
             load.predicted -= routed.predicted
             load.num_tokens -= routed.num_tokens
             load.num_requests -= 1
+            load.num_expected -= routed.cost
+            if not routed.is_started:
+                self._count_started(routed, load)
 
 
 def _guilty(lost_by: str = "") -> RequestFailed:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from msi.control.suspects import asked_by
 from msi.types import Progress, Request
+
+Order = tuple[int, bool, float, int]  # priority; has it had no worker; tag, in tokens; number in the order of arrival
 
 
 @dataclass(slots=True)
@@ -25,6 +28,16 @@ class Routed:
         num_resumptions: workers that it had before.
         lost_by: why it has none, once it had one.
         is_suspect: it runs alone.
+        flow: who asks; see `msi.control.fair_queue`.
+        order: its place among those that wait.
+        cost: tokens that it was thought to take, prompt and answer.
+        came_at, given_at: when it came, and when its worker got it.
+        ends_at: when nobody wants its answer any more.
+        is_started: a token has come from its worker.
+        num_computed: tokens of prompts that were to be computed there before its first one, its own among them.
+        num_beside: sequences on its worker at its first token.
+        admitted_at: when its worker began with it, once it has a token.
+        first_at: when its first token came.
     """
 
     request: Request
@@ -40,6 +53,17 @@ class Routed:
     num_resumptions: int = 0
     lost_by: str = ""
     is_suspect: bool = False
+    flow: str = ""
+    order: Order = (0, True, 0.0, 0)
+    cost: float = 0.0
+    came_at: float = 0.0
+    given_at: float = 0.0
+    ends_at: float = math.inf
+    is_started: bool = False
+    num_computed: int = 0
+    num_beside: int = 0
+    admitted_at: float = 0.0
+    first_at: float | None = None
     _asked: bytes = b""
 
     @property
@@ -49,13 +73,15 @@ class Routed:
             self._asked = asked_by(self.request)
         return self._asked
 
-    @property
-    def handed_out(self) -> Request:
+    def handed_out(self, now: float) -> Request:
         """What its next worker is told."""
+        request = self.request
+        if self.ends_at < math.inf:
+            request = replace(request, timeout_s=max(0.001, self.ends_at - now))
         if not self.num_resumptions:
-            return self.request
+            return request
         return replace(
-            self.request,
+            request,
             output_token_ids=tuple(self.token_ids),
             num_scored=self.num_scored,
             num_resumptions=self.num_resumptions,
@@ -72,11 +98,17 @@ class Load:
     Attributes:
         predicted: of a decode step, in units of one sequence without context (`msi.attention.sequence.CONTEXT_UNIT`).
         num_tokens: of KV cache that may come to be needed.
+        num_expected: the same as it is thought to be.
+        num_unstarted: requests that have no token from it yet.
+        num_prompt_tokens: of those.
     """
 
     predicted: float = 0.0
     num_tokens: int = 0
     num_requests: int = 0
+    num_expected: float = 0.0
+    num_unstarted: int = 0
+    num_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

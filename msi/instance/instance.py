@@ -78,6 +78,7 @@ def build_plan(options: InstanceOptions, place: PlaceExperts | None = None) -> t
         timeouts=options.timeouts,
         precision=options.precision,
         max_resumptions=options.max_resumptions,
+        service=options.service,
     )
     return plan, config
 

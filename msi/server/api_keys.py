@@ -10,6 +10,8 @@ import hashlib
 import hmac
 from collections.abc import Collection
 
+FLOW_CHARS = 16
+
 
 class ApiKeys:
     """Args: keys: any of them will do; without any, every request will."""
@@ -22,12 +24,16 @@ class ApiKeys:
 
     def admits(self, authorization: str) -> bool:
         """Whether an Authorization header has a key, as `Bearer KEY`."""
+        return not self._digests or bool(self.flow_of(authorization))
+
+    def flow_of(self, authorization: str) -> str:
+        """A name for whoever has the key of an Authorization header; "" where it has none of them."""
         scheme, _, given = authorization.partition(" ")
         digest = _digest(given.strip())
         is_known = False
         for known in self._digests:
             is_known |= hmac.compare_digest(digest, known)
-        return not self._digests or (is_known and scheme.lower() == "bearer")
+        return digest.hex()[:FLOW_CHARS] if is_known and scheme.lower() == "bearer" else ""
 
 
 def _digest(key: str) -> bytes:

@@ -7,12 +7,22 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from msi.engine import Engine
-from msi.errors import EngineError, Failure, InvalidRequest, ModelNotFound, RequestFailed, Unavailable, shown
+from msi.errors import (
+    DeadlineExceeded,
+    EngineError,
+    Failure,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    RequestFailed,
+    Unavailable,
+    shown,
+)
 from msi.request_spans import OpenSpans
 from msi.server.answers import error_object
 from msi.server.anthropic.answer import MessageAnswer
@@ -44,6 +54,7 @@ from msi.server.prompt_answers import PromptAnswers, ScoredPrompt, ends_of
 from msi.server.request_log import RequestLog
 from msi.server.responses.answer import ResponseAnswer
 from msi.server.traced import traced
+from msi.server.urgency import shortest_timeout_s
 from msi.types import Output, TokenText
 
 log = logging.getLogger(__name__)
@@ -54,7 +65,10 @@ MOMENT_S = 0.03  # for small ones; a template may make much of little
 CLIENTS_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 
 
-STATUS_OF = {ModelNotFound: 404, InvalidRequest: 400, Unavailable: 503, RequestFailed: 502}
+STATUS_OF = {
+    ModelNotFound: 404, InvalidRequest: 400, Overloaded: 429, Unavailable: 503, RequestFailed: 502,
+    DeadlineExceeded: 504,
+}  # fmt: skip
 
 
 def status_of(error: Exception) -> int:
@@ -96,6 +110,33 @@ class Call:
     streaming: Streaming
     has_logprobs: bool
     prompts: PromptAnswers | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks.
+
+    Attributes:
+        flow: see `msi.types.Request`.
+        headers: of the request, or of the connection's beginning.
+        came_at: when, by the monotonic clock.
+    """
+
+    flow: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    came_at: float | None = None
+
+    def context(self, asked: Prepared) -> dict[str, Any]:
+        """What `Engine.generate` is told of it; only what is not as it always is."""
+        urgency = asked.urgency
+        timeout_s = shortest_timeout_s(urgency.timeout_s, self.headers, is_streamed=asked.streaming.stream)
+        if timeout_s and self.came_at is not None:  # understanding it took time
+            timeout_s = max(0.001, timeout_s - (time.monotonic() - self.came_at))
+        told = {"priority": urgency.priority, "timeout_s": timeout_s, "flow": self.flow}
+        return {name: value for name, value in told.items() if value}
+
+
+ANYBODY = Caller()
 
 
 class Calls:
@@ -174,12 +215,13 @@ class Calls:
             self._preparation.remember(answer.request.params)
         return answer
 
-    def call(self, asked: Prepared, request_id: str = "", parent: str = "") -> Call:
+    def call(self, asked: Prepared, request_id: str = "", parent: str = "", caller: Caller = ANYBODY) -> Call:
         """Nothing runs before the first output is asked for.
 
         Args:
             request_id: the client's own, "" for none.
             parent: the client's traceparent, "" for none.
+            caller: who asks, and how long it waits.
         """
         self._log_ignored(asked.ignored)
         engine, num_choices = self._engine, asked.params.n
@@ -207,6 +249,7 @@ class Calls:
             context: dict[str, Any] = {"trace": trace} if trace else {}
             if thinking is not None:
                 context["thinking"] = thinking
+            context |= caller.context(asked)
             outputs = [
                 self._metrics.observed(engine.generate(tokens_of(one), asked.params, **context), num_choices)
                 for one in asked.prompts

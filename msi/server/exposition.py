@@ -14,6 +14,11 @@ msi_time_to_first_token_seconds, msi_inter_token_seconds
 msi_requests_in_flight, msi_micro_batches   in the whole instance; m
 msi_workers{role,state}                     how many there are: loading, ready, draining or lost
 msi_resumptions_total                       requests that went on elsewhere when their attention worker was lost
+msi_requests_refused_as_too_late_total, msi_requests_shed_total
+                                            requests whose first token was predicted to come too late, when they came
+                                            and as they waited
+msi_requests_out_of_time_total              requests whose own time was over
+msi_requests_displaced_total                requests whose place in a full queue was given to one that goes first
 msi_attention_seconds, msi_expert_seconds, msi_comm_seconds   T_a, T_e and T_c of each worker, medians
 msi_peer_delay_seconds{peer,quantile}, msi_peer_residence_seconds{peer,quantile}
                                             of each attention worker's last exchanges with each expert worker: the way
@@ -56,6 +61,12 @@ from msi.watchdog import BUCKETS_S
 
 # counters that are told in a form of their own
 TOLD_APART = ("blocks", "seats", "at_s", "rss_bytes", "wave_sizes_", "expert_rows_")
+TURNED_AWAY = {
+    "requests_refused_as_too_late": "Requests that were predicted to have their first token too late.",
+    "requests_shed": "Requests that waited until their first token could not come in time.",
+    "requests_out_of_time": "Requests whose own time was over.",
+    "requests_displaced": "Requests that lost their place in a full queue to one that goes first.",
+}
 OLDER_NAMES = {  # of fields of EdgeCounters
     "inter_token_latency_seconds": ("vllm:time_per_output_token_seconds", "msi_inter_token_seconds"),
     "time_to_first_token_seconds": ("msi_time_to_first_token_seconds",),
@@ -169,6 +180,8 @@ def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Me
     yield states
     resumptions = stats.counters.get("resumptions", 0.0)
     yield CounterMetricFamily("msi_resumptions", "Requests that went on elsewhere.", resumptions)
+    for name, meaning in TURNED_AWAY.items():
+        yield CounterMetricFamily(f"msi_{name}", meaning, stats.counters.get(name, 0.0))
     yield GaugeMetricFamily("msi_micro_batches", "Micro-batches in flight per attention worker: m.", stats.num_lanes)
     attention = [worker for worker in stats.workers if worker.role == "attention"]
     gauges = {

@@ -25,6 +25,7 @@ from msi.sampling_params import (
     SamplingParams,
 )
 from msi.server.field_table import ALWAYS_NEUTRAL, IGNORED, NOT_DONE, NotDone
+from msi.types import MAX_PRIORITY, MAX_TIMEOUT_S
 
 Schema = dict[str, Any]
 
@@ -204,6 +205,18 @@ FIELDS: dict[str, Schema] = {  # what is no sampling parameter, or looks otherwi
     },
     "structural_tag": {"type": ["string", "object", "null"], "description": GUIDED.format("structural_tag")},
     "include_reasoning": _switch("false leaves out what the model thought."),
+    "priority": {
+        "type": ["integer", "null"],
+        "minimum": -MAX_PRIORITY,
+        "maximum": MAX_PRIORITY,
+        "description": "Lower is earlier, and is not preempted for what is higher.",
+    },
+    "timeout_s": {
+        "type": ["number", "null"],
+        "exclusiveMinimum": 0,
+        "maximum": MAX_TIMEOUT_S,
+        "description": "The whole answer comes in so many seconds, or ends with an error (504).",
+    },
     "return_token_strs": _switch("Each token's name, too."),
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "Token ids."},
 }

@@ -2,7 +2,7 @@
 
 A field that would change the answer is refused unless its value is neutral: a client that spells out a default gets its
 answer, and one that wants more learns which field it was. A field that changes nothing (who asks, what it is billed
-to, how the server should order its work) is ignored; so is one that nobody knows, and the log names it once.
+to) is ignored; so is one that nobody knows, and the log names it once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TRANSFER = "a KV cache cannot be handed over yet"
 _OTHER_SAMPLER = "this way of sampling is not built"
 
 IGNORED = frozenset({
-    "user", "metadata", "store", "service_tier", "safety_identifier", "session_id", "request_id", "priority",
+    "user", "metadata", "store", "service_tier", "safety_identifier", "session_id", "request_id",
     "prompt_cache_key", "prompt_cache_retention", "prediction", "stream_interval",
     "spaces_between_special_tokens", "truncation_side", "media_io_kwargs",
     "mm_processor_kwargs", "return_mm_kwargs", "early_stopping", "disable_log_stats", "guided_decoding_backend",

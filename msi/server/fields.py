@@ -24,6 +24,7 @@ SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "freque
 SHARED_FIELDS = frozenset({
     "model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "add_special_tokens",
     "allowed_token_ids", "bad_words", "skip_special_tokens", "include_stop_str_in_output", "prompt_logprobs",
+    "priority", "timeout_s",
     *SAMPLING_INTEGERS, *SAMPLING_NUMBERS, *STRUCTURED_FIELDS,
 })  # fmt: skip
 MAX_DEPTH = 100  # of arrays and objects within one another

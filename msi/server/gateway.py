@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import socket
 import time
@@ -22,12 +23,12 @@ from aiohttp import web
 
 import msi
 from msi.engine import Engine
-from msi.errors import MAX_SHOWN_CHARS
+from msi.errors import MAX_SHOWN_CHARS, Overloaded
 from msi.request_spans import OpenSpans
 from msi.server.answers import error_object
 from msi.server.anthropic.errors import error_body, is_anthropics
 from msi.server.api_keys import ApiKeys
-from msi.server.calls import Call, Calls, error_of, request_id_of, status_of
+from msi.server.calls import Call, Caller, Calls, error_of, request_id_of, status_of
 from msi.server.door import Door, connection_of
 from msi.server.events import Events
 from msi.server.exposition import CONTENT_TYPE_LATEST
@@ -217,7 +218,7 @@ class Gateway:
             log.info("client left; its request is cancelled")
             raise
         except Exception as failure:
-            response = error_response(request.path, status_of(failure), error_of(failure))
+            response = error_response(request.path, status_of(failure), error_of(failure), retry_after(failure))
         if not response.prepared:
             response.headers.update(headers)
             if is_unread or self._running.is_ending:
@@ -236,15 +237,17 @@ class Gateway:
             raise Refused(503, "the server is shutting down", is_unread=True)
         if request.path in self._without_key or request.method == "OPTIONS":
             return
-        bearers = [request.headers.get("Authorization", "")]
-        bearers += [f"Bearer {key}" for key in request.headers.getall(KEY_HEADER, ())]
-        if True not in [self._api_keys.admits(bearer) for bearer in bearers]:  # all are looked at
+        if True not in [self._api_keys.admits(bearer) for bearer in bearers_of(request)]:  # all are looked at
             raise Refused(
                 401,
                 f"this server needs an API key: send it as `Authorization: Bearer KEY` or `{KEY_HEADER}: KEY`",
                 headers={"WWW-Authenticate": "Bearer"},
                 is_unread=True,
             )
+
+    def _caller(self, request: web.BaseRequest, came_at: float | None = None) -> Caller:
+        flows = [self._api_keys.flow_of(bearer) for bearer in bearers_of(request)]
+        return Caller(next(filter(None, flows), ""), request.headers, came_at)
 
     def _endpoint(self, request: web.BaseRequest) -> Handler:
         """Raises Refused."""
@@ -280,6 +283,7 @@ class Gateway:
         return lambda request, headers: self._answer(request, headers, endpoint)
 
     async def _answer(self, request: web.BaseRequest, headers: dict[str, str], endpoint: str) -> web.StreamResponse:
+        came_at = time.monotonic()
         with self._running.request():
             async with self._bodies.read(request) as body:
                 asked = await self._calls.understand(endpoint, body, client=request.protocol)
@@ -289,7 +293,8 @@ class Gateway:
             if isinstance(asked, Answered):
                 return await _send(request, [asked.body], headers)
             assert asked.request is not None
-            call = self._calls.call(asked.request, headers[ID_HEADER], request.headers.get("traceparent", ""))
+            parent, caller = request.headers.get("traceparent", ""), self._caller(request, came_at)
+            call = self._calls.call(asked.request, headers[ID_HEADER], parent, caller)
             if not call.streaming.stream:
                 return await self._whole(request, call, headers)
         return await self._stream(request, call, headers)
@@ -333,7 +338,7 @@ class Gateway:
         if request.method != "GET" or request.headers.get("Upgrade", "").lower() != "websocket":
             raise Refused(426, f"{request.path} speaks WebSocket", headers={"Upgrade": "websocket"})
         try:
-            return await self._sockets.serve(request, headers)
+            return await self._sockets.serve(request, headers, self._caller(request).flow)
         except web.HTTPException as error:  # a handshake that is none
             raise Refused(400, f"this is no WebSocket handshake: {error.text}") from error
 
@@ -363,6 +368,18 @@ class Gateway:
 
     async def _version(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
         return json_response({"version": msi.__version__})
+
+
+def bearers_of(request: web.BaseRequest) -> list[str]:
+    """The keys of a request as Authorization headers."""
+    bearers = [request.headers.get("Authorization", "")]
+    return bearers + [f"Bearer {key}" for key in request.headers.getall(KEY_HEADER, ())]
+
+
+def retry_after(error: Exception) -> dict[str, str]:
+    """The header of a refusal that knows when it would be none."""
+    after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
+    return {"Retry-After": str(math.ceil(after_s))} if after_s else {}
 
 
 # -- answers -------------------------------------------------------------------------------------------------------

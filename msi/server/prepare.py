@@ -30,6 +30,7 @@ from msi.server.responses import request as responses
 from msi.server.structured import field_of
 from msi.server.tokenizing import check_number, parse_detokenize, parse_tokenize
 from msi.server.translation import Translation
+from msi.server.urgency import Urgency, urgency
 from msi.text.grammar_text import grammar_text
 from msi.text.grammars import GrammarChecks
 from msi.text.prompts import Prompts
@@ -57,6 +58,7 @@ class Prepared:
         ignored: fields that nobody knows.
         parsing: what is looked for in the answers of a chat; None to tell their text as it is.
         told: what the answer repeats of the request, a JSON object.
+        urgency: what the body says of it.
     """
 
     endpoint: str
@@ -69,6 +71,7 @@ class Prepared:
     echo_ends: tuple[bytes, ...] = ()
     num_listed: int | None = None
     told: bytes = b"{}"
+    urgency: Urgency = Urgency()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +202,7 @@ class Preparation:
         check_size(num_tokens, params)
         echoes, echo_ends = self._echoes.of(asked, prompts) if asked.echo else ((b"",) * len(prompts), ())
         prepared = self._prepared(COMPLETION, prompts, params, asked.streaming, echoes, asked.ignored)
-        return replace(prepared, echo_ends=echo_ends, num_listed=asked.num_listed)
+        return replace(prepared, echo_ends=echo_ends, num_listed=asked.num_listed, urgency=urgency(values))
 
     def chat(self, values: Values, *, is_message: bool = False) -> Prepared:
         """Raises InvalidRequest.
@@ -229,7 +232,7 @@ class Preparation:
         params = params if held is None else self._held(params, held)
         check_size(len(prompt), params)
         prepared = self._prepared(CHAT, [prompt], params, asked.streaming, (b"",), asked.ignored)
-        return replace(prepared, parsing=parsing, num_listed=params.prompt_logprobs)
+        return replace(prepared, parsing=parsing, num_listed=params.prompt_logprobs, urgency=urgency(values))
 
     def translated(self, endpoint: str, asked: Translation) -> Prepared:
         """A chat that another API asked for. Raises InvalidRequest."""

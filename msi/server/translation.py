@@ -16,6 +16,7 @@ PASSED = frozenset({
     "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logit_bias", "allowed_token_ids", "bad_words", "stop_token_ids", "min_tokens", "ignore_eos",
     "skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens", "include_reasoning",
+    "priority", "timeout_s",
     *STRUCTURED_FIELDS,
 }) - {"response_format"}  # fmt: skip
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"

@@ -41,7 +41,7 @@ import orjson
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from msi.errors import InvalidRequest, Unavailable, shown
-from msi.server.calls import Call, Calls, error_of
+from msi.server.calls import Call, Caller, Calls, error_of
 from msi.server.chat import ChatAnswer, logprobs_content
 from msi.server.door import Connection, connection_of
 from msi.server.prepare import MESSAGE, Answered, NotUnderstood, Prepared
@@ -62,18 +62,19 @@ class Sockets:
         self._max_message_bytes = max_message_bytes
         self._open: set[web.WebSocketResponse] = set()
 
-    async def serve(self, request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+    async def serve(self, request: web.BaseRequest, headers: Mapping[str, str], flow: str = "") -> web.StreamResponse:
         """One connection, until either side closes it. Cancellation cancels its requests.
 
         Args:
             headers: of the handshake's answer.
+            flow: who asks; see `msi.types.Request`.
         """
         socket = web.WebSocketResponse(
             heartbeat=HEARTBEAT_S, max_msg_size=self._max_message_bytes, compress=False, timeout=CLOSES_WITHIN_S
         )
         socket.headers.update(headers)
         await socket.prepare(request)
-        connection = _Connection(socket, connection_of(request), self._calls, self._running)
+        connection = _Connection(socket, connection_of(request), self._calls, self._running, Caller(flow))
         self._open.add(socket)
         try:
             async for message in socket:
@@ -102,7 +103,15 @@ _NOT_TEXT = InvalidRequest("a binary frame; messages are JSON in text frames")
 class _Connection:
     """The requests of one connection."""
 
-    def __init__(self, socket: web.WebSocketResponse, below: Connection, calls: Calls, all_running: Running) -> None:
+    def __init__(
+        self,
+        socket: web.WebSocketResponse,
+        below: Connection,
+        calls: Calls,
+        all_running: Running,
+        caller: Caller,
+    ) -> None:
+        self._caller = caller
         self._socket = socket
         self._below = below
         self._calls = calls
@@ -160,7 +169,7 @@ class _Connection:
             raise InvalidRequest(
                 f"{MAX_REQUESTS} requests run on this connection already; wait for one, or open another"
             )
-        call = self._calls.call(asked)
+        call = self._calls.call(asked, caller=self._caller)
         self._running[request_id] = asyncio.get_running_loop().create_task(self._run(request_id, call))
 
     async def _run(self, request_id: str, call: Call) -> None:

@@ -10,7 +10,7 @@ from msi.control.members import InstancePlan
 from msi.errors import ConfigError
 from msi.placement import place_evenly
 from msi.planner.pipeline import MAX_MICRO_BATCHES
-from msi.settings import LinkShape, SchedulerLimits
+from msi.settings import LinkShape, SchedulerLimits, ServiceLevel
 
 LIMITS = SchedulerLimits(
     max_model_len=65_536,
@@ -34,6 +34,7 @@ class Deployment:
         limits: of each attention worker; its KV blocks are `num_gpu_blocks_override`, of 16 tokens each.
         link: its number of lanes follows from m.
         control_latency_s: of every message to or from the coordinator.
+        service: what requests that are taken can expect.
 
     Raises:
         ConfigError: names the number, what was given and what is allowed.
@@ -51,6 +52,7 @@ class Deployment:
     limits: SchedulerLimits = LIMITS
     link: LinkShape = LinkShape()
     control_latency_s: float = 100e-6
+    service: ServiceLevel = ServiceLevel()
 
     def __post_init__(self) -> None:
         numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in ("int", "float")}
@@ -81,6 +83,7 @@ class Deployment:
                 self.limits, max_num_batched_tokens=self.limits.max_num_batched_tokens or self.link.slot_rows
             ),
             link=replace(self.link, num_lanes=self.num_micro_batches or MAX_MICRO_BATCHES),
+            service=self.service,
         )
 
     @property

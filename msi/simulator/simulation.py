@@ -184,7 +184,10 @@ class _Simulation:
         clock = asyncio.get_running_loop().time
         prompt = (index % VOCAB_SIZE,) * arrival.input_len
         params = SamplingParams(max_tokens=arrival.output_len, temperature=0, seed=index, ignore_eos=True)
-        request = Request(f"request-{index}", prompt, params)
+        request = Request(
+            f"request-{index}", prompt, params, flow=arrival.flow, priority=arrival.priority,
+            timeout_s=arrival.timeout_s,
+        )  # fmt: skip
         num_tokens, first_at, kind, error = 0, None, "", ""
         try:
             async for update in client.generate([request]):

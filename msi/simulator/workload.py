@@ -18,11 +18,17 @@ KEYS = ("arrival_s", "input_len", "output_len")
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request. Raises ConfigError: a negative time, or a length below 1."""
+    """One request; `flow`, `priority` and `timeout_s` are those of `msi.types.Request`.
+
+    Raises ConfigError: a negative time, or a length below 1.
+    """
 
     arrival_s: float
     input_len: int
     output_len: int
+    flow: str = ""
+    priority: int = 0
+    timeout_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.arrival_s < math.inf:
