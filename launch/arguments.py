@@ -285,8 +285,9 @@ def _add_role(parser: CommandLine) -> None:
     add("--secret-file", type=Path, metavar="FILE",
         help="a secret that all processes of the instance share and prove; or MSI_SECRET")  # fmt: skip
     add("--insecure-network", action="store_true", help="listen on a network without a secret, for whoever reaches it")
+    add("--no-gateway", dest="has_gateway", action="store_false",
+        help="a coordinator without HTTP: gateways are processes of their own, which survive it")  # fmt: skip
     hidden = argparse.SUPPRESS  # what a launcher tells its children
-    add("--no-gateway", dest="has_gateway", action="store_false", help=hidden)
     add("--parent", type=integer(0, MAX_CHILD_NUMBER), default=0, help=hidden)
     add("--announce", type=integer(-1, MAX_CHILD_NUMBER), default=-1, help=hidden)
     add("--trace-dir", type=Path, help=hidden)

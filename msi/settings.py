@@ -215,6 +215,7 @@ class Timeouts:
         heartbeat_s: between two heartbeats of a worker.
         lost_after_s: a worker that was not heard of for so long is lost.
         hold_timeout_s: requests that run wait so long for a worker in place of theirs, or for experts that are on none.
+        coordinator_grace_s: workers, gateways and what runs wait so long for a coordinator in place of theirs.
     """
 
     start_timeout_s: Seconds = parameter(120.0, "seconds that workers may take to come", metavar="S", group=LIMITS)
@@ -223,6 +224,10 @@ class Timeouts:
     )
     hold_timeout_s: Seconds = parameter(
         60.0, "seconds that running requests wait for a worker, or for experts, in place of those that were lost",
+        metavar="S", group=LIMITS,
+    )  # fmt: skip
+    coordinator_grace_s: Seconds = parameter(
+        60.0, "seconds that workers, gateways and requests wait for a coordinator in place of one that is gone",
         metavar="S", group=LIMITS,
     )  # fmt: skip
     heartbeat_s: Seconds = 1.0

@@ -76,10 +76,11 @@ async def running_requests(engine, count):
     return tasks
 
 
-def local(checkpoint, attention=2, expert=2):
+def local(checkpoint, attention=2, expert=2, **options):
     return Engine.local(
-        model=checkpoint, attention_workers=attention, expert_workers=expert, micro_batches=2, threads_per_worker=1
-    )
+        model=checkpoint, attention_workers=attention, expert_workers=expert, micro_batches=2, threads_per_worker=1,
+        **options,
+    )  # fmt: skip
 
 
 async def serves_again(engine, former_pid, name):
@@ -160,8 +161,8 @@ async def test_without_its_experts_a_new_request_waits_and_then_runs(checkpoint)
         assert await asyncio.wait_for(outcome(engine, [7, 8, 9], SHORT), 60) == ("done", 4)
 
 
-async def test_the_death_of_the_coordinator_ends_requests_and_leaves_no_process(checkpoint):
-    async with local(checkpoint, attention=1, expert=1) as engine:
+async def test_the_death_of_a_coordinator_without_grace_ends_requests_and_leaves_no_process(checkpoint):
+    async with local(checkpoint, attention=1, expert=1, coordinator_grace_s=0.5) as engine:
         pids = list(engine.pids.values())
         tasks = await running_requests(engine, 2)
         os.kill(engine.pids["coordinator"], signal.SIGKILL)

@@ -21,7 +21,8 @@ LAYERS = [
     {
         "msi.experts.waves", "msi.experts.wave", "msi.experts.pace", "msi.experts.batches", "msi.placement",
         "msi.attention.scheduler", "msi.attention.admission",
-        "msi.attention.sequence", "msi.attention.block_pool", "msi.sampling", "msi.kernels", "msi.net", "msi.planner",
+        "msi.attention.sequence", "msi.attention.journal", "msi.attention.block_pool",
+        "msi.sampling", "msi.kernels", "msi.net", "msi.planner",
         "msi.settings",
     },
     {  # decisions about an instance, and its messages
@@ -29,7 +30,7 @@ LAYERS = [
         "msi.control.calibration", "msi.control.clients", "msi.control.counters", "msi.control.lane_choice",
         "msi.control.suspects", "msi.control.routed", "msi.control.request_routing", "msi.control.restarts",
         "msi.control.fair_queue", "msi.control.overload", "msi.control.prediction",
-        "msi.control.watched", "msi.options",
+        "msi.control.watched", "msi.control.takeover", "msi.control.adoption", "msi.options",
     },
     {"msi.device", "msi.models", "msi.text"},
     {"msi.attention", "msi.experts", "msi.worker"},

@@ -13,7 +13,6 @@ from msi.net import secret
 from msi.server import calls, completions, door, preparers, request_body
 from msi.server.parsing import writing
 from msi.simulator import workload
-from msi.worker.worker import WorkerSettings
 from msi_launch.arguments import parse
 from tests.test_pages import PAGES, ROOT
 from tools.check_clients import CLIENTS
@@ -34,11 +33,7 @@ STANDS = [
     ("launch/README.md", r"have S seconds \((\d+)\)", LAUNCH.shutdown_timeout_s),
     ("launch/README.md", r"N tokens \((\d+)\) at most", LAUNCH.max_tokens),
     ("launch/README.md", r"mode 600, (\d+)\ncharacters at least", secret.MIN_CHARS),
-    (
-        "launch/README.md",
-        r"at the same address within (\d+) s",
-        WorkerSettings.__dataclass_fields__["reconnect_s"].default,
-    ),
+    ("launch/README.md", r"at the same address within (\d+) s", OPTIONS.timeouts.coordinator_grace_s),
     ("launch/README.md", r"later each time it dies again \(up to (\d+) s\)", restarts.MOST_DELAY_S),
     ("launch/README.md", r"refused after (\d+) s with a sentence", request_routing.WAIT_FOR_WORKERS_S),
     ("launch/README.md", r"is refused for (ten)\s+minutes", {600.0: "ten"}[suspects.SUSPECTED_FOR_S]),

@@ -286,11 +286,13 @@ def test_a_simulation_that_would_never_end_says_so():
     [
         (
             "attention-7:dead@1",
-            "fault of 'attention-7', which is not there; the workers are expert-0, expert-1, ",
+            "fault of 'attention-7', which is not there; there are expert-0, expert-1, ",
         ),
         ("attention-0:broken@1", "fault 'broken' is not one; give slow, stalled, dead"),
         ("attention-0:slow@1", r"slow by 0\.0; give the factor, above 0"),
         ("attention-0:dead@-1", r"comes at -1\.0 s; give a time of at least 0"),
+        ("coordinator:slow:2@1", "the coordinator cannot be slow here; give coordinator:dead:SECONDS@AT"),
+        ("coordinator:dead@1", r"coordinator is to be dead by 0\.0; give the seconds, above 0"),
         ("attention-0:dead", "cannot be read; give WORKER:KIND@SECONDS"),
         ("attention-0:slow:much@1", "cannot be read"),
     ],

@@ -14,6 +14,7 @@ from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Any
 
+from msi.attention.journal import Journal, RequestAccount, digest_of
 from msi.attention.scheduler import Scheduler
 from msi.complaints import Complaints
 from msi.control.messages import Assignment, PassDone, RequestsFailed
@@ -69,6 +70,7 @@ class Requests:
         self._queued_s: dict[str, float] = {}  # of those that have no token yet
         self._spans = spans
         self.scheduler = self._new_scheduler(num_lanes=1)
+        self.journal = Journal()
         self._idle = [Alarm() for _ in range(assignment.link.num_lanes)]
         self._ended = Alarm()
         self._num_reports = 0
@@ -101,6 +103,7 @@ class Requests:
         """Takes a request, or reports why it cannot."""
         if request.timeout_s:
             heappush(self._deadlines, (self._clock() + request.timeout_s, request.request_id))
+        self.journal.begins(request.request_id)
         if not request.output_token_ids:
             self._came_at.setdefault(request.request_id, self._clock())
         if self._spans is not None and request.trace:
@@ -189,6 +192,19 @@ class Requests:
         """Of all that are here."""
         return (*self.scheduler.request_ids, *self._to_compile)
 
+    @property
+    def num_reports(self) -> int:
+        """PassDones so far."""
+        return self._num_reports
+
+    def accounts(self) -> list[RequestAccount]:
+        """Of all that are here, and of those that ended not long ago, for a coordinator that is new."""
+        waiting = [
+            RequestAccount(one.request_id, digest_of(one), len(one.output_token_ids), one.num_scored)
+            for one in self._to_compile.values()
+        ]
+        return self.journal.accounts(self.scheduler.sequences) + waiting
+
     def _fail(self, request_ids: list[str], error: EngineError) -> None:
         if not request_ids:
             return
@@ -202,6 +218,7 @@ class Requests:
     def _forget(self, request_id: str, why: str = "cancelled") -> None:
         self._came_at.pop(request_id, None)
         self._queued_s.pop(request_id, None)
+        self.journal.forget(request_id)
         if self._spans is not None:
             self._spans.end(request_id, why)
 
@@ -260,9 +277,10 @@ class Requests:
                 progress = [self._with_queue_time(one) for one in progress]
             if self._spans is not None:
                 self._end_spans(progress)
-            ours = self._assignment
-            self._report(PassDone(ours.worker_id, ours.incarnation, self._num_reports, tuple(progress)))
+            ours, told = self._assignment, tuple(progress)
+            self._report(PassDone(ours.worker_id, ours.incarnation, self._num_reports, told))
             self._num_reports += 1
+            self.journal.told(told, self.scheduler.take_ended(), self._clock())
         self._wake()
 
     def _with_queue_time(self, one: Progress) -> Progress:

@@ -61,6 +61,7 @@ class Scheduler:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(token for token in eos_token_ids if self._is_token(token))
         self._sequences: dict[str, Sequence] = {}
+        self._ended: list[Sequence] = []
         self._num_failed = 0
 
     # -- counts ------------------------------------------------------------------------------------------------------
@@ -114,6 +115,16 @@ class Scheduler:
         """Ids of the requests that were admitted for the first time since this was last asked."""
         admitted, self._admission.admitted = self._admission.admitted, []
         return [sequence.request.request_id for sequence in admitted]
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All that are here; to be read."""
+        return tuple(self._sequences.values())
+
+    def take_ended(self) -> list[Sequence]:
+        """Those whose last token came since this was last asked."""
+        ended, self._ended = self._ended, []
+        return ended
 
     @property
     def is_idle(self) -> bool:
@@ -273,6 +284,7 @@ class Scheduler:
             if reason is not None:
                 del self._sequences[request_id]
                 self._admission.release(sequence)
+                self._ended.append(sequence)
         assert next(sampled, None) is None, f"more tokens than logit rows: {token_ids}"
         lane.in_flight = []
         self._admission.admit()

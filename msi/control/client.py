@@ -1,4 +1,8 @@
-"""A client of the coordinator: requests as token ids out, their progress in. What the engine stands on."""
+"""A client of the coordinator: requests as token ids out, their progress in. What the engine stands on.
+
+It knows what it has of each request, so that a coordinator which does not know it, as one that took another's place,
+is told all that is wanted and what is there already: the streams go on behind that.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import asyncio
 import contextlib
 import secrets
 import time
+from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from msi.control.inbox import Inbox
 from msi.control.lateness import read_first, sleep_late
@@ -17,9 +23,11 @@ from msi.control.messages import (
     ClientHello,
     ClientPulse,
     HeartbeatAck,
+    HelloAgain,
     InstanceStatus,
     Outputs,
     Refused,
+    Resubmit,
     Stats,
     StatsRequest,
     Submit,
@@ -36,6 +44,33 @@ HELLO_TIMEOUT_S = 120.0
 STATS_AGAIN_S = 2.0
 STATS_ASKED = 5  # times
 HELLO_AGAIN_S = 2.0
+MAX_HELD = 1024  # requests that wait for a coordinator; the next is refused
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request in flight, and what came of it."""
+
+    request: Request
+    inbox: Inbox
+    came_at: float
+    token_ids: array[int] = field(default_factory=lambda: array("i"))
+    num_scored: int = 0
+    is_over: bool = False
+
+    def take(self, update: Progress) -> None:
+        self.token_ids.extend(update.token_ids)
+        if update.prompt_logprobs is not None:
+            self.num_scored += len(update.prompt_logprobs)
+        self.is_over |= update.is_last
+        self.inbox.put(update)
+
+    def rest(self, now: float) -> Request:
+        """What is still wanted of it."""
+        request = self.request
+        if request.timeout_s:
+            request = replace(request, timeout_s=max(0.001, request.timeout_s - (now - self.came_at)))
+        return replace(request, output_token_ids=tuple(self.token_ids), num_scored=self.num_scored)
 
 
 class CoordinatorClient:
@@ -51,13 +86,15 @@ class CoordinatorClient:
         self.status = InstanceStatus(False, "connecting", "")
         self._control = control
         self._clock = clock
-        self._inboxes: dict[str, Inbox] = {}
+        self._asked: dict[str, _Asked] = {}
         self._status_changed = asyncio.Condition()
         self._stats: asyncio.Future[Stats] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._last_heard = self._clock()
         self._token = secrets.token_hex(8)
         self._must_greet = False  # the coordinator does not know us
+        self._unknown_since = self._greeted_at = self._last_heard
+        self._grace_s = 0.0
         self._num_outputs = 0
         self._num_submits = 0
         self._lost_after_s = LOST_AFTER_S if self.address.startswith("tcp://") else LOCAL_LOST_AFTER_S
@@ -72,7 +109,7 @@ class CoordinatorClient:
         """
         deadline = self._clock() + timeout_s
         while True:
-            self._control.send(ClientHello(PROTOCOL_VERSION, self._token))
+            self._greet()
             try:
                 async with asyncio.timeout(min(HELLO_AGAIN_S, deadline - self._clock())):
                     answer = await self._control.receive()
@@ -87,6 +124,7 @@ class CoordinatorClient:
             if isinstance(answer, Welcome):
                 break
         self._last_heard = self._clock()
+        self._grace_s = answer.coordinator_grace_s
         self._control.keep_alive(lambda late_s: ClientPulse(self._token), HEARTBEAT_S)
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._receive()), loop.create_task(self._beat())]
@@ -105,8 +143,9 @@ class CoordinatorClient:
         self._end_all(error)
 
     def _end_all(self, error: EngineError) -> None:
-        for request_id, inbox in self._inboxes.items():
-            inbox.put(Progress(request_id, failure=Failure.of(error)))
+        for request_id, asked in self._asked.items():
+            if not asked.is_over:
+                asked.take(Progress(request_id, failure=Failure.of(error)))
 
     async def wait_status(self, last: InstanceStatus) -> InstanceStatus:
         """The instance's status as soon as it is another than `last`."""
@@ -133,20 +172,26 @@ class CoordinatorClient:
         """
         if self._failure is not None:
             raise Failure.of(self._failure).error()
+        if len(self._asked) >= MAX_HELD and (silent_s := self._alone_s()) > self._lost_after_s:
+            raise Unavailable(
+                f"the coordinator at {self.address} has been gone for {silent_s:.0f} s, and {len(self._asked)} "
+                "requests wait for it already; try again later"
+            )
         inbox = Inbox()
         try:
             for request in requests:
-                self._inboxes[request.request_id] = inbox
-                self._control.send(Submit(request))
-                self._num_submits += 1
+                self._asked[request.request_id] = _Asked(request, inbox, self._clock())
+                if not self._must_greet:  # else with all others
+                    self._control.send(Submit(request))
+                    self._num_submits += 1
                 if len(requests) > 1:
                     await asyncio.sleep(0)  # others have their turn between the copies for each choice
-            while any(request.request_id in self._inboxes for request in requests):
+            while any(request.request_id in self._asked for request in requests):
                 update = await inbox.get()
-                if update.request_id not in self._inboxes:  # cancelled since
+                if update.request_id not in self._asked:  # cancelled since
                     continue
                 if update.is_last:
-                    del self._inboxes[update.request_id]
+                    del self._asked[update.request_id]
                 if update.failure is not None:
                     raise update.failure.error()
                 yield update
@@ -156,7 +201,7 @@ class CoordinatorClient:
 
     def cancel(self, request_id: str) -> None:
         """No more updates of this request; nothing happens if it is over."""
-        if self._inboxes.pop(request_id, None) is not None:
+        if self._asked.pop(request_id, None) is not None and not self._must_greet:
             self._control.send(Cancel(request_id))
 
     async def _receive(self) -> None:
@@ -177,27 +222,57 @@ class CoordinatorClient:
                     await self._set_status(message)
                 case Stats() if self._stats is not None and not self._stats.done():
                     self._stats.set_result(message)
-                case Welcome():
-                    self._must_greet = False
-                    self._num_outputs = self._num_submits = 0
+                case Welcome() if self._must_greet:
+                    self._welcomed(message)
+                case HelloAgain():
+                    self._is_unknown()
                 case Refused():
-                    self._must_greet = True  # at the next beat, so that two who disagree do not talk all day
+                    self._is_unknown()
                     self._end_all(RequestFailed(f"requests in flight are lost: {message.reason}"))
                 case _:
                     pass
 
     def _take(self, outputs: Outputs) -> None:
         self._check_outputs(outputs.number - 1)
+        if self._must_greet:
+            return
         self._num_outputs = outputs.number
         for update in outputs.progress:
-            if (inbox := self._inboxes.get(update.request_id)) is not None:
-                inbox.put(update)
+            if (asked := self._asked.get(update.request_id)) is not None and not asked.is_over:
+                asked.take(update)
 
     def _check_outputs(self, num_sent: int) -> None:
         """So many were sent to us so far: where one is missing, tokens are, and nobody can say whose."""
-        if num_sent != self._num_outputs and not self._must_greet:
-            self._num_outputs = num_sent
-            self._end_all(RequestFailed("tokens were lost on the way from the coordinator"))
+        if num_sent != self._num_outputs:
+            self._is_unknown()
+
+    # -- a coordinator that does not know us -------------------------------------------------------------------------
+
+    def _is_unknown(self) -> None:
+        """What it says of requests does not count until it has welcomed us anew, and knows what we have."""
+        if not self._must_greet:
+            self._must_greet, self._unknown_since = True, self._clock()
+        if self._clock() - self._greeted_at >= HEARTBEAT_S:  # two who disagree do not talk all day
+            self._greet()
+
+    def _greet(self) -> None:
+        self._greeted_at = self._clock()
+        self._num_submits = 0  # since this hello
+        self._control.send(ClientHello(PROTOCOL_VERSION, self._token))
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self._must_greet = False
+        self._num_outputs = 0
+        self._grace_s = welcome.coordinator_grace_s
+        for asked in self._asked.values():
+            if not asked.is_over:
+                self._control.send(Resubmit(asked.rest(self._clock())))
+                self._num_submits += 1
+
+    def _alone_s(self) -> float:
+        """For how long nobody has taken care of our requests."""
+        now = self._clock()
+        return max(now - self._last_heard, now - self._unknown_since if self._must_greet else 0.0)
 
     async def _set_status(self, status: InstanceStatus) -> None:
         async with self._status_changed:
@@ -206,15 +281,25 @@ class CoordinatorClient:
 
     async def _beat(self) -> None:
         while True:
-            hello = ClientHello(PROTOCOL_VERSION, self._token)
-            self._control.send(hello if self._must_greet else ClientHeartbeat(self._num_submits))
+            if self._must_greet:
+                self._greet()
+            else:
+                self._control.send(ClientHeartbeat(self._num_submits))
             late_s = await sleep_late(HEARTBEAT_S, self._clock)
             self._last_heard += late_s
             if not await read_first(self._control, self._clock):
                 continue
-            silent_s = self._clock() - self._last_heard
-            if silent_s > self._lost_after_s:
+            alone_s = self._alone_s()
+            if alone_s > max(self._lost_after_s, self._grace_s):
+                self._give_up(f"the coordinator at {self.address} has given no sign of life for {alone_s:.0f} s")
+            if (silent_s := self._clock() - self._last_heard) > self._lost_after_s:
                 reason = f"the coordinator at {self.address} has given no sign of life for {silent_s:.0f} s"
-                self._end_all(RequestFailed(reason))
                 with contextlib.suppress(RuntimeError):
                     await self._set_status(InstanceStatus(False, reason, ""))
+
+    def _give_up(self, reason: str) -> None:
+        """Nobody came within the grace: what had begun was lost, and the rest may be asked for again."""
+        for request_id, asked in self._asked.items():
+            if not asked.is_over:
+                error = RequestFailed(reason) if asked.token_ids else Unavailable(reason)
+                asked.take(Progress(request_id, failure=Failure.of(error)))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from msi.attention.journal import RequestAccount
 from msi.control.clients import Clients
 from msi.control.counters import AttentionCounters, ExpertCounters
 from msi.control.lane_choice import LaneChoice
@@ -21,6 +22,7 @@ from msi.control.members import InstancePlan, Instruction, Lost, Send
 from msi.control.membership import Cluster
 from msi.control.messages import (
     FROM_WORKER,
+    Account,
     Calibrated,
     CalibrationCutShort,
     Cancel,
@@ -30,6 +32,7 @@ from msi.control.messages import (
     Draining,
     Goodbye,
     Heartbeat,
+    HelloAgain,
     InstanceStatus,
     Linked,
     PassDone,
@@ -37,6 +40,7 @@ from msi.control.messages import (
     Pulse,
     Refused,
     RequestsFailed,
+    Resubmit,
     Shutdown,
     Stats,
     StatsRequest,
@@ -50,12 +54,13 @@ from msi.control.messages import (
 from msi.control.overload import Objectives, backlog_of
 from msi.control.request_routing import Router
 from msi.control.routed import Updates
+from msi.control.takeover import Takeover
 from msi.errors import Failure, InvalidRequest, Unavailable
 from msi.kernels import BLOCK_TOKENS
 from msi.net.control import MessageServer
 from msi.planner.drift import DriftWatch, Observation
 from msi.request_spans import OpenSpans
-from msi.types import Placement, Progress
+from msi.types import Placement, Progress, Request
 from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
@@ -106,6 +111,7 @@ class Coordinator:
             objectives=Objectives.of(plan.service),
             backlog=backlog_of(plan.limits.max_num_seqs),
         )
+        self._takeover = Takeover()
         self._clients = Clients(welcome)
         self._lane_choice = LaneChoice(plan, num_micro_batches, num_layers)
         self._is_ending = False
@@ -151,12 +157,20 @@ class Coordinator:
                 self._carry_out(cluster.hello(route, message, now))
             case WorkerReady():
                 self._carry_out(cluster.ready(route, message))
+            case Account():
+                self._carry_out(cluster.adopt(route, message, now))
+                if worker_id := cluster.attention_at(route):
+                    self._takeover.begins(worker_id, message.num_requests, now)
+            case RequestAccount():
+                if worker_id := cluster.attention_at(route):
+                    self._takeover.account(worker_id, message, now, is_known=self._router.knows(message.request_id))
             case Linked():
                 self._carry_out(cluster.linked(route, message))
             case PeerLost():
                 self._carry_out(cluster.peer_lost(route, message))
             case RequestsFailed() if cluster.knows(route, message.worker_id, message.incarnation):
                 self._tell(self._router.fail(message.request_ids, message.failure, message.worker_id))
+                self._takeover.failed(message.worker_id, message.request_ids)
             case WorkerFailed() if cluster.knows(route, message.worker_id, message.incarnation):
                 log.error("%s: %s", message.worker_id, message.reason)
                 self._carry_out(cluster.worker_failed(route, message))
@@ -175,11 +189,16 @@ class Coordinator:
                 self._carry_out([answer])
             case ClientPulse():
                 self._clients.pulse(message, now)
-            case Submit() | Cancel() | ClientHeartbeat() | StatsRequest() if not is_client:
-                self._server.send(route, Refused("the coordinator does not know this client; say hello first"))
+            case Submit() | Resubmit() | Cancel() | ClientHeartbeat() | StatsRequest() if not is_client:
+                self._server.send(route, HelloAgain("the coordinator does not know this client; say hello first"))
             case Submit():
                 self._submit(route, message, now)
+            case Resubmit():
+                self._clients.submits(route)
+                if not self._router.has(route, message.request.request_id):
+                    self._takeover.claim(route, self._traced(route, message.request))
             case Cancel():
+                self._takeover.unclaim(route, message.request_id)
                 if self._spans is not None:
                     self._spans.end((route, message.request_id), "cancelled")
                 if (given := self._router.cancel(route, message.request_id)) is not None:
@@ -216,6 +235,7 @@ class Coordinator:
         instructions = self._cluster.passed(route, message)
         if instructions == []:
             self._tell(self._router.progress(message.worker_id, message.progress, now))
+            self._takeover.progress(message.worker_id, message.progress)
             self._let_experts_end()
         elif instructions:
             self._carry_out(instructions)
@@ -230,7 +250,8 @@ class Coordinator:
             belief = message.belief
             found = self._router.reconcile(message.worker_id, belief.request_ids, belief.acked, now)
             for request_id in found.unknown_here:
-                self._server.send(route, Cancel(request_id))
+                if not self._takeover.holds(message.worker_id, request_id):
+                    self._server.send(route, Cancel(request_id))
             self._tell(found.updates)
 
     def use_placement(self, placement: Placement) -> None:
@@ -244,23 +265,23 @@ class Coordinator:
         for route in routes:
             if self._spans is not None:
                 self._spans.end_where(lambda key, route=route: key[0] == route, "its client is gone")  # type: ignore
+            self._takeover.client_lost(route)
             for worker_id, request_id in self._router.client_lost(route):
                 self._cancel(worker_id, request_id)
 
     def _client_beats(self, route: bytes, heartbeat: ClientHeartbeat, now: float) -> None:
         if not self._clients.beats(route, heartbeat.num_submits, now):
             self._forget_clients([route])
-            self._server.send(route, Refused("requests were lost on the way to the coordinator"))
+            self._server.send(route, HelloAgain("requests were lost on the way to the coordinator"))
             return
         self._say_status(now)
         self._carry_out([self._clients.acknowledged(route)])
 
     def _submit(self, route: bytes, message: Submit, now: float) -> None:
-        request = message.request
+        request = self._traced(route, message.request)
         self._clients.submits(route)
-        if self._spans is not None and request.trace:
-            key = (route, request.request_id)
-            request = replace(request, trace=self._spans.begin(key, "coordinator", request.trace))
+        if (given := self._takeover.displaced(request.request_id)) is not None:
+            self._cancel(*given)
         if request.params.seed is None:
             failure = Failure.of(InvalidRequest("give every request a seed"))
             refusal: Progress | None = Progress(request.request_id, failure=failure)
@@ -271,6 +292,23 @@ class Coordinator:
             refusal = self._router.add(request, route, now)
         if refusal is not None:
             self._tell({route: [refusal]})
+
+    def _traced(self, route: bytes, request: Request) -> Request:
+        if self._spans is None or not request.trace:
+            return request
+        key = (route, request.request_id)
+        return replace(request, trace=self._spans.begin(key, "coordinator", request.trace))
+
+    def _settle(self, now: float) -> None:
+        """Requests of the coordinator before go on where they are, or are computed again."""
+        settled = self._takeover.settle(now, is_complete=not self._cluster.awaits_accounts(now))
+        for given in settled.cancelled:
+            self._cancel(*given)
+        for one in settled.taken:
+            self._router.adopt(one.request, one.request_id, one.worker_id, one.client, now)
+            self._tell(self._router.progress(one.worker_id, one.behind, now))
+        for client, request in settled.resumed:
+            self._router.resume(request, client, now)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -304,6 +342,7 @@ class Coordinator:
                     self._server.send(instruction.route, instruction.message)
                 case Lost():
                     log.warning("attention worker %s was lost: %s", instruction.worker_id, instruction.reason)
+                    self._takeover.worker_lost(instruction.worker_id)
                     self._tell(
                         self._router.worker_lost(
                             instruction.worker_id, instruction.reason, self._clock(), instruction.has_crashed
@@ -330,6 +369,8 @@ class Coordinator:
     def _advance(self, now: float) -> None:
         """What follows from the state as it is now: requests routed, lanes chosen, clients told."""
         cluster = self._cluster
+        if self._takeover:
+            self._settle(now)
         serving = cluster.serving
         capacities = {worker_id: (member.num_blocks - 1) * BLOCK_TOKENS for worker_id, member in serving.items()}
         acks = {worker_id: member.num_acks for worker_id, member in serving.items()}

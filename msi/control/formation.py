@@ -44,6 +44,7 @@ class Formation:
 
     def __init__(self, plan: InstancePlan, members: Mapping[str, Member]) -> None:
         self.has_served = False  # then a place is filled by whoever comes
+        self.first_incarnation = 0  # of those who were not heard of before
         asked = plan.precision
         self.precision = None if asked.is_open else asked.resolved(asked.compute)  # else that of the first worker
         self._plan = plan
@@ -110,6 +111,13 @@ class Formation:
         taken = self._place(applicant, 0.0)
         assert isinstance(taken, _Taken), taken
         return f"waiting for a sign of life of {', '.join(holder.worker_id for holder in taken.holders)}"
+
+    def recognise(self, hello: WorkerHello, first_incarnation: int) -> None:
+        """A worker has a place already, from the coordinator before; whoever comes anew is of a later life than any."""
+        self.has_served = True
+        self.first_incarnation = first_incarnation
+        self._fingerprint = self._fingerprint or hello.fingerprint
+        self.precision = self.precision or hello.precision
 
     def settle(self, now: float) -> Iterator[Member | Refusal]:
         """Decides about those for whom it is time; each new member has to be entered before the next is taken."""
@@ -198,7 +206,7 @@ class Formation:
             index = named if named in free else free[0]
             worker_id = hello.worker_id or f"{role}-{index}"
             former = self._members.get(worker_id)
-            incarnation = 0 if former is None else former.incarnation + 1
+            incarnation = self.first_incarnation if former is None else former.incarnation + 1
             place = Place.at(index, self._plan.ranks[role])
             return Member(
                 worker_id, role, place, incarnation, route, hello.pid, hello.host, now, hello.process, heard_at=now

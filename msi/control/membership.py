@@ -12,9 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from msi.control.adoption import adopted, why_not_adopted
 from msi.control.formation import Formation, Refusal
 from msi.control.members import InstancePlan, Instruction, Lost, Member, Send, assignment
 from msi.control.messages import (
+    Account,
+    AccountWanted,
+    Adopted,
     Assignment,
     Drain,
     ExpertAddress,
@@ -43,6 +47,9 @@ from msi.types import Placement
 
 LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
 STUCK_AFTER_S = 30.0  # a process that lives, but whose loop stands still for so long, is given up
+TAKEOVER_S = 8.0  # workers of the coordinator before have so long to come
+ASKED_AGAIN_S = 0.5
+LIVES_PER_TERM = 4097  # whoever comes anew to a coordinator is of a later life than any that the one before knew
 EXITS_REMEMBERED_S = 10.0  # what a process said before it ended may be read after that
 
 
@@ -58,6 +65,9 @@ class Cluster:
         self._members: dict[str, Member] = {}
         self._formation = Formation(plan, self._members)
         self._exited: dict[int, float] = {}  # processes that ended, and when
+        self.term = 0  # which coordinator of the instance this is
+        self._taking_over_until = 0.0  # 0 where it takes nothing over
+        self._asked: dict[bytes, float] = {}  # who was asked for an account, and when
 
     # -- what is -----------------------------------------------------------------------------------------------------
 
@@ -162,10 +172,58 @@ class Cluster:
             instructions.append(Send(decision.route, self._assignment(decision)))
         return instructions
 
+    # -- workers of the coordinator before ---------------------------------------------------------------------------
+
+    def _who_are_you(self, route: bytes, worker_id: str, now: float) -> list[Instruction]:
+        """To a worker that is none of ours (any more): one of the coordinator before may go on as it is."""
+        if worker_id in self._members:
+            return [Send(route, HelloAgain("the coordinator does not know this worker (any more)"))]
+        if now - self._asked.get(route, -ASKED_AGAIN_S) < ASKED_AGAIN_S:
+            return []  # what it said while there was no coordinator comes all at once
+        self._asked[route] = now
+        return [Send(route, AccountWanted())]
+
+    def awaits_accounts(self, now: float) -> bool:
+        """Whether workers of the coordinator before, with requests, may still come."""
+        is_early = now < max(self._taking_over_until, self._started_at + TAKEOVER_S)
+        return is_early and len(self.live("attention")) < self.plan.wanted["attention"]
+
+    def adopt(self, route: bytes, account: Account, now: float) -> list[Instruction]:
+        """A worker of the coordinator before goes on as it is, where that fits; else it begins a new life."""
+        given = account.assignment
+        if self._known(route, given.worker_id, given.incarnation) is not None:
+            return [Send(route, Adopted(self.term))]
+        if objection := self._formation.objection(account.hello) or why_not_adopted(account, self.plan, self._members):
+            return [Send(route, HelloAgain(objection))]
+        self.term = max(self.term, account.term + 1)
+        if not self._members:
+            self.plan = replace(self.plan, instance=given.instance)
+            self._taking_over_until = now + TAKEOVER_S
+        if account.placement.version > self.plan.placement.version or not self._members:
+            self.plan = replace(self.plan, placement=account.placement)
+        self._formation.recognise(account.hello, self.term * LIVES_PER_TERM)
+        self._members[given.worker_id] = adopted(route, account, now)
+        self.num_lanes = self.num_lanes or account.num_lanes
+        return [Send(route, Adopted(self.term))]
+
+    def attention_at(self, route: bytes) -> str:
+        """The id of the attention worker behind a route, "" for none."""
+        return next((one.worker_id for one in self.live("attention") if one.route == route), "")
+
+    def _has_taken_over(self, now: float) -> list[Instruction]:
+        """Once all are there, or late, those who are there hear who is; before, they would drop whoever comes later."""
+        is_whole = all(len(self.live(role)) >= count for role, count in self.plan.wanted.items())
+        if not self._taking_over_until or (now < self._taking_over_until and not is_whole):
+            return []
+        self._taking_over_until = 0.0
+        return list(self._topology_to(*self.live("attention")))
+
+    # ----------------------------------------------------------------------------------------------------------------
+
     def ready(self, route: bytes, ready: WorkerReady) -> list[Instruction]:
         member = self._known(route, ready.worker_id, ready.incarnation)
         if member is None:
-            return [Send(route, HelloAgain("the coordinator does not know this worker"))]
+            return self._who_are_you(route, ready.worker_id, self._started_at)
         member.state, member.address, member.num_blocks = "ready", ready.address, ready.num_blocks
         if member.role == "expert":
             return list(self._topology_to(*self.live("attention")))
@@ -182,7 +240,7 @@ class Cluster:
         """A sign of life, and what the worker believes; what it turns out not to know is said again."""
         member = self._known(route, heartbeat.worker_id, heartbeat.incarnation)
         if member is None:
-            return [Send(route, HelloAgain("the coordinator does not know this worker (any more)"))]
+            return self._who_are_you(route, heartbeat.worker_id, now)
         member.last_seen = member.heard_at = now
         member.status, member.has_beaten = heartbeat.status, True
         belief = heartbeat.belief
@@ -223,7 +281,8 @@ class Cluster:
         """What follows from new tokens but the tokens themselves; None where they do not count."""
         member = self._known(route, done.worker_id, done.incarnation)
         if member is None:  # earlier ones may have been lost with its connection: its requests go on in another life
-            if any(one.is_live and one.route == route for one in self._members.values()):
+            is_new = done.worker_id not in self._members  # what it is, its heartbeat will say
+            if is_new or any(one.is_live and one.route == route for one in self._members.values()):
                 return None  # of its former life
             return [Send(route, HelloAgain("the coordinator does not know this worker (any more)"))]
         if done.number != member.num_passes:
@@ -308,6 +367,8 @@ class Cluster:
             patience_s = self.plan.timeouts.lost_after_s * (LOADING_PATIENCE if member.state == "loading" else 1)
             if member.is_live and silent_s > patience_s:
                 instructions += self._lose(member, f"no sign of life for {silent_s:.1f} s")
+        instructions += self._has_taken_over(now)
+        self._asked = {route: at for route, at in self._asked.items() if now - at < ASKED_AGAIN_S}
         self._formation.forget(heard_before=now - self.plan.timeouts.lost_after_s * LOADING_PATIENCE)
         instructions += self._settle(now)
         self._exited = {pid: at for pid, at in self._exited.items() if now - at < EXITS_REMEMBERED_S}
@@ -334,6 +395,8 @@ class Cluster:
         return assignment(self.plan, member, self._formation.precision)
 
     def _topology_to(self, *attention: Member) -> Iterator[Instruction]:
+        if self._taking_over_until:
+            return
         members = [*self.live("expert"), *(attention if self.plan.is_colocated else ())]
         experts = tuple(
             ExpertAddress(m.place, m.worker_id, m.incarnation, m.address)

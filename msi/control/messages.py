@@ -1,11 +1,13 @@
 """The control plane's messages: a few per pass or rarer, all typed, all through `net.codec`; who may say which.
 
 worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
-                        Calibrated, CalibrationCutShort, WorkerFailed, Draining, Goodbye; Pulse, by a socket of its own
-coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, Topology, UsePlacement, Fence, Submit, Cancel,
-                        Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown
-client -> coordinator   ClientHello, Submit, Cancel, ClientHeartbeat, StatsRequest; ClientPulse, by a socket of its own
-coordinator -> client   Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck
+                        Calibrated, CalibrationCutShort, WorkerFailed, Draining, Goodbye, Account, RequestAccount;
+                        Pulse, by a socket of its own
+coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, AccountWanted, Adopted, Topology, UsePlacement,
+                        Fence, Submit, Cancel, Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown
+client -> coordinator   ClientHello, Submit, Resubmit, Cancel, ClientHeartbeat, StatsRequest, Superseded; ClientPulse,
+                        by a socket of its own
+coordinator -> client   Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck
 
 Any message may be lost with a connection that breaks. Heartbeats say what their sender believes, and their answers how
 far the other side has come, so that what is missing is said again, and what cannot be made good ends with a sentence.
@@ -17,6 +19,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from msi.attention.journal import RequestAccount
 from msi.control.counters import (
     NOT_COUNTED,
     AttentionCounters,
@@ -123,9 +126,21 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class HelloAgain:
-    """The coordinator does not (or no longer) know this worker: it may come back through a new hello."""
+    """The coordinator does not (or no longer) know this worker or client: it may come back through a new hello."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AccountWanted:
+    """A coordinator that is new asks a worker that serves already what it does; see `msi.control.takeover`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """A worker goes on as it is under a new coordinator. `term`: which one of the instance's coordinators that is."""
+
+    term: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +260,32 @@ class WorkerBelief:
     num_lanes: Count = 0
     request_ids: tuple[str, ...] = ()
     placement_version: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a worker does, for a coordinator that is new; a `RequestAccount` of each of its requests follows.
+
+    Attributes:
+        hello: as it would introduce itself.
+        assignment: that it follows.
+        term: of the coordinator that gave it, or took it over last.
+        placement: that it uses now.
+        num_passes: PassDones that it has sent.
+        num_requests: whose accounts follow.
+    """
+
+    hello: WorkerHello
+    assignment: Assignment
+    term: Count
+    ready: WorkerReady
+    placement: Placement
+    is_linked: bool
+    is_draining: bool
+    num_lanes: Count
+    num_passes: Count
+    num_requests: Count
+    acked: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,6 +438,7 @@ class Welcome:
         special_tokens: texts that templates name, such as bos_token.
         sampling_defaults: for requests that leave parameters out.
         tool_call_parser, reasoning_parser: how the model writes calls of tools, and what it thinks.
+        coordinator_grace_s: requests wait so long for a coordinator in place of this one.
     """
 
     model_name: str
@@ -408,6 +450,7 @@ class Welcome:
     sampling_defaults: SamplingDefaults = NO_DEFAULTS
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    coordinator_grace_s: Seconds = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +465,21 @@ class InstanceStatus:
 @dataclass(frozen=True, slots=True)
 class Submit:
     request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Resubmit:
+    """A request that the coordinator may not know, with the tokens that its client has; the rest is wanted."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """To a coordinator that was taken for dead: another one has taken over, and is reached at `address`."""
+
+    term: Count
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,14 +552,14 @@ class Stats:
 
 FROM_WORKER = (
     WorkerHello, WorkerReady, Linked, Heartbeat, Pulse, PassDone, PeerLost, RequestsFailed, Calibrated,
-    CalibrationCutShort, WorkerFailed, Draining, Goodbye,
+    CalibrationCutShort, WorkerFailed, Draining, Goodbye, Account, RequestAccount,
 )  # fmt: skip
 TO_WORKER = (
-    Assignment, Undecided, Refused, HelloAgain, Topology, UsePlacement, Fence, Submit, Cancel, Calibrate, UseLanes,
-    HeartbeatAck, Drain, Shutdown,
+    Assignment, Undecided, Refused, HelloAgain, AccountWanted, Adopted, Topology, UsePlacement, Fence, Submit, Cancel,
+    Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown,
 )  # fmt: skip
-FROM_CLIENT = (ClientHello, Submit, Cancel, ClientHeartbeat, ClientPulse, StatsRequest)
-TO_CLIENT = (Welcome, Refused, InstanceStatus, Outputs, Stats, HeartbeatAck)
+FROM_CLIENT = (ClientHello, Submit, Resubmit, Cancel, ClientHeartbeat, ClientPulse, StatsRequest, Superseded)
+TO_CLIENT = (Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck)
 
 # Each end reads only what the other may say.
 MAX_BYTES = 16 * 1024 * 1024  # of what a coordinator reads; what it says may be longer, such as a tokenizer

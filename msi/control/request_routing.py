@@ -131,6 +131,53 @@ class Router:
         self._end(last, Unavailable("requests of others that go first have taken its place; try again later"))
         return True
 
+    def knows(self, request_id: str) -> bool:
+        """Whether a request is called so at workers."""
+        return request_id in self._requests
+
+    def adopt(self, request: Request, request_id: str, worker_id: str, client: bytes, now: float) -> None:
+        """A request of the coordinator before, which a worker has as `request_id`.
+
+        Args:
+            request: as its client has it, with the output that it has.
+        """
+        routed = self._taken_over(request, request_id, client, now)
+        load = self._loads.setdefault(worker_id, Load())
+        self._give(routed, worker_id, {}, now)
+        routed.ack = 0
+        self._count_started(routed, load)  # it has been there for a time that is not known: it measures nothing
+
+    def resume(self, request: Request, client: bytes, now: float) -> None:
+        """A request of the coordinator before, which no worker has any more: it waits for one, before new ones."""
+        name = request.request_id
+        if name in self._requests:
+            name = next(f"{name}~{number}" for number in count(2) if f"{name}~{number}" not in self._requests)
+        routed = self._taken_over(request, name, client, now)
+        routed.num_resumptions = 1
+        self.num_resumptions += 1
+        self._waiting.remove(routed)
+        self._waiting.add_again(routed)
+
+    def _taken_over(self, request: Request, request_id: str, client: bytes, now: float) -> Routed:
+        name, num_tokens = request.request_id, len(request.prompt_token_ids) + request.params.max_tokens
+        asked = replace(request, request_id=request_id, output_token_ids=(), num_scored=0, num_resumptions=0)
+        routed = self._requests[request_id] = self._by_name[client, name] = Routed(
+            asked, client, name, now + self._hold_timeout_s, min(num_tokens, self._max_model_len),
+            token_ids=list(request.output_token_ids), num_scored=request.num_scored,
+            lost_by="the coordinator before this one was lost",
+        )  # fmt: skip
+        routed.flow, routed.came_at = request.flow or client.hex(), now
+        routed.cost = self._expected_tokens(request)
+        if request.timeout_s:
+            routed.ends_at = now + request.timeout_s
+            heappush(self._deadlines, (routed.ends_at, request_id))
+        self._waiting.add(routed, routed.cost)
+        return routed
+
+    def has(self, client: bytes, name: str) -> bool:
+        """Whether this client's request is here."""
+        return (client, name) in self._by_name
+
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a worker, or at one for others to end."""

@@ -142,6 +142,7 @@ def _welcome(options: InstanceOptions, plan: InstancePlan, config: ModelConfig) 
         sampling_defaults=texts.sampling_defaults,
         tool_call_parser=source.tool_call_parser,
         reasoning_parser=source.reasoning_parser,
+        coordinator_grace_s=options.timeouts.coordinator_grace_s,
     )
 
 

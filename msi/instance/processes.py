@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 STOP_GRACE_S = 5.0
 ADDRESS_TIMEOUT_S = 60.0
 NO_ROOM_AGAIN_S = 2.0
+STARTS_WITHIN_S = 1.0  # a coordinator, at best: with less grace nobody waits for it
 EMBEDDED = ("--no-gateway", "--log-level", "warning", "--shutdown-timeout", "0")
 
 
@@ -77,7 +78,8 @@ async def stop_children(*children: Child, grace_s: float = STOP_GRACE_S) -> None
 class ProcessInstance:
     """Coordinator and workers as child processes, which end with this one however it ends.
 
-    A worker that ends is started again (see `msi.control.restarts`); the coordinator and every client are told at once.
+    One that ends is started again (see `msi.control.restarts`); of a worker's end the coordinator and every client are
+    told at once.
 
     Args:
         coordinator_flags, worker_flags: for their command lines, such as where to serve HTTP.
@@ -123,7 +125,7 @@ class ProcessInstance:
         bind = self._sockets.address("coordinator")
         coordinator, address = await start_coordinator(self._options, bind, self._coordinator_flags)
         self._children["coordinator"] = coordinator
-        self._watch(self._watch_coordinator(coordinator))
+        self._watch(self._watch_coordinator(coordinator, bind))
         for role, worker_id in worker_ids(self._options):
             await self._start_worker(address, role, worker_id)
             self._watch(self._keep_alive(address, role, worker_id))
@@ -147,13 +149,31 @@ class ProcessInstance:
             )
         )  # fmt: skip
 
-    async def _watch_coordinator(self, child: Child) -> None:
-        while await child.hear() is not None:
-            pass
-        await child.process.wait()
-        if not self._stopping.is_set():
-            self._stopping.set()  # workers end with it
-            self._report_failure(Unavailable(f"the coordinator (pid {child.pid}) is gone: {child.end}"))
+    async def _watch_coordinator(self, child: Child, bind: str) -> None:
+        """Starts it again at its address within the grace: workers and clients go on with the new one."""
+        restarts = Restarts()
+        while True:
+            restarts.ready(time.monotonic())
+            while await child.hear() is not None:
+                pass
+            await child.process.wait()
+            if self._stopping.is_set():
+                return
+            how = f"the coordinator (pid {child.pid}) is gone: {child.end}"
+            delay_s = restarts.ended(time.monotonic(), has_said_why=bool(child.failure))
+            grace_s = self._options.timeouts.coordinator_grace_s
+            if (
+                child.url or delay_s is None or delay_s + STARTS_WITHIN_S > grace_s
+            ):  # with an address of its own for HTTP that is lost
+                self._stopping.set()  # workers end with it
+                self._report_failure(Unavailable(how))
+                return
+            log.warning("%s; it is started again%s", how, f" in {delay_s:g} s" if delay_s else "")
+            if await self._stops_within(delay_s):
+                return
+            child.close()
+            child, _ = await start_coordinator(self._options, bind, self._coordinator_flags)
+            self._children["coordinator"] = child
 
     async def _keep_alive(self, address: str, role: str, worker_id: str) -> None:
         """Tells of a worker's end, and starts it again as long as that helps."""

@@ -45,6 +45,18 @@ class InprocServer:
         client = self._clients[route] = InprocClient(self, route)
         return client
 
+    def succeed(self, former: InprocServer) -> None:
+        """Takes the place of one whose coordinator was killed: whoever was connected to it is to this one."""
+        for route, client in former._clients.items():
+            client.reconnect(self)
+            self._clients[route] = client
+        former._clients = {}
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether anybody is."""
+        return bool(self._clients)
+
     @property
     def dropped(self) -> Counter[str]:
         return Counter() if self._beside is None else self._beside.dropped
@@ -118,6 +130,10 @@ class InprocClient:
         if self._is_open:
             self.num_sent += 1
             self._server.take(self.route, message)
+
+    def reconnect(self, server: InprocServer) -> None:
+        """Another coordinator's; what it says from now on goes there."""
+        self._server = server
 
     def take(self, message: Any) -> None:
         """What the coordinator says."""

@@ -27,7 +27,12 @@ ROW_BYTES = ROW_ALIGNMENT  # of a simulated row, either way
 DRAW = struct.Struct("<II")  # lies where the first row would: the mark of the draw, and the tokens it was for
 
 PACKING_S = 20e-6  # rows once more, after a loss
-TOKEN_ID = 0  # what every simulated sequence says, again and again
+NUM_TOKEN_IDS = 1009  # that are said
+
+
+def token_at(seed: int, position: int) -> int:
+    """What a simulated sequence says there: one that is said twice, or left out, shows."""
+    return (seed * 31 + position) % NUM_TOKEN_IDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,8 @@ class SimulatedAttention:
 
     async def sampled(self, lane: int) -> Sampled:
         await self._queues.sampled(lane)
-        return Sampled([TOKEN_ID] * len(self._lanes[lane].micro_batch.logit_rows))
+        micro_batch = self._lanes[lane].micro_batch
+        return Sampled([token_at(one.seed, one.position) for one in micro_batch.sampling])
 
     def close(self) -> None:
         self._queues.close()

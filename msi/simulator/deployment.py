@@ -20,6 +20,7 @@ LIMITS = SchedulerLimits(
     num_gpu_blocks_override=8192,
 )
 FAULTS = ("slow", "stalled", "dead")
+COORDINATOR = "coordinator"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +98,13 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that goes wrong with a worker.
+    """Something that goes wrong with a worker, or with the coordinator.
 
     Attributes:
         at_s: seconds after the start.
         kind: "slow" (everything it computes takes `amount` times as long from now on), "stalled" (its device does
-            nothing for `amount` seconds) or "dead" (as by kill -9).
+            nothing for `amount` seconds) or "dead" (as by kill -9; another coordinator takes its place after `amount`
+            seconds).
     """
 
     at_s: float
@@ -115,7 +117,9 @@ class Fault:
             raise ConfigError(f"fault {self.kind!r} is not one; give {', '.join(FAULTS)}")
         if not 0 <= self.at_s < math.inf:
             raise ConfigError(f"a fault of {self.worker} comes at {self.at_s!r} s; give a time of at least 0")
-        if self.kind != "dead" and not 0 < self.amount < math.inf:
+        if self.worker == COORDINATOR and self.kind != "dead":
+            raise ConfigError(f"the coordinator cannot be {self.kind} here; give {COORDINATOR}:dead:SECONDS@AT")
+        if (self.kind != "dead" or self.worker == COORDINATOR) and not 0 < self.amount < math.inf:
             what = "the factor" if self.kind == "slow" else "the seconds"
             raise ConfigError(f"{self.worker} is to be {self.kind} by {self.amount!r}; give {what}, above 0")
 
@@ -136,7 +140,7 @@ def parse_fault(text: str) -> Fault:
 
 def check_faults(faults: Collection[Fault], deployment: Deployment) -> None:
     """Raises ConfigError: a fault is of a worker that is not there."""
-    workers = [worker_id for _, worker_id in deployment.workers]
+    workers = [*(worker_id for _, worker_id in deployment.workers), COORDINATOR]
     for fault in faults:
         if fault.worker not in workers:
-            raise ConfigError(f"fault of {fault.worker!r}, which is not there; the workers are {', '.join(workers)}")
+            raise ConfigError(f"fault of {fault.worker!r}, which is not there; there are {', '.join(workers)}")

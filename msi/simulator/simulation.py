@@ -20,7 +20,8 @@ from msi.net.control_inproc import InprocServer
 from msi.planner.drift import DriftWatch
 from msi.planner.stage_costs import StageCosts
 from msi.simulator.clock import run_virtual, virtual_loop
-from msi.simulator.deployment import Deployment, Fault, check_faults
+from msi.simulator.compute import token_at
+from msi.simulator.deployment import COORDINATOR, Deployment, Fault, check_faults
 from msi.simulator.host import VOCAB_SIZE, RememberedCosts, SimulatedHost, World
 from msi.simulator.popularity import Routing, build_routing
 from msi.simulator.report import Report, RequestResult, build_report
@@ -105,21 +106,11 @@ class _Simulation:
         costs = RememberedCosts(costs)
         latency = (lambda num_bytes: 0.0) if deployment.is_colocated else costs.comm_s
         network = SimulatedNetwork(latency, is_collapsing=is_collapsing)
-        server = InprocServer(hand_over=partial(loop.call_later, deployment.control_latency_s))
-        welcome = Welcome("simulated", VOCAB_SIZE, deployment.limits.max_model_len)
-        coordinator = Coordinator(
-            server,
-            deployment.plan,
-            welcome,
-            num_micro_batches=deployment.num_micro_batches,
-            num_layers=deployment.num_layers,
-            drift=self._drift,
-            clock=loop.time,
-        )
+        server = self._new_server()
         client = CoordinatorClient(server.connect("client"), clock=loop.time)
         world = World(deployment, costs, self._routing, network, seed)
         async with asyncio.TaskGroup() as tasks:
-            coordinating = tasks.create_task(coordinator.run(), name="coordinator")
+            self._coordinate(tasks, server)
             for role, worker_id in deployment.workers:
                 self._start(tasks, world, server, role, worker_id)
             await client.start()
@@ -127,18 +118,49 @@ class _Simulation:
             started_at = loop.time()
             busy_before = {worker_id: host.busy_s for worker_id, host in self._hosts.items()}
             num_messages = network.num_messages
-            causing = [loop.call_at(started_at + fault.at_s, self._cause, fault) for fault in self._faults]
+            causing = [loop.call_at(started_at + fault.at_s, self._cause, fault, tasks) for fault in self._faults]
             results = await self._serve(client, arrivals, started_at)
             num_lanes = (await client.stats()).num_lanes
             num_messages = network.num_messages - num_messages
             busy_s = {worker_id: host.busy_s - busy_before[worker_id] for worker_id, host in self._hosts.items()}
             for timer in causing:
                 timer.cancel()
-            for running in (*self._running.values(), coordinating):
+            for running in self._running.values():
                 running.cancel()
         await client.close()
         self._check_integrity()
         return build_report(results, busy_s, num_messages=num_messages, num_micro_batches=num_lanes)
+
+    def _new_server(self) -> InprocServer:
+        return InprocServer(hand_over=partial(virtual_loop().call_later, self._deployment.control_latency_s))
+
+    def _coordinate(self, tasks: asyncio.TaskGroup, server: InprocServer) -> None:
+        deployment = self._deployment
+        self._server = server
+        coordinator = Coordinator(
+            server,
+            deployment.plan,
+            Welcome("simulated", VOCAB_SIZE, deployment.limits.max_model_len),
+            num_micro_batches=deployment.num_micro_batches,
+            num_layers=deployment.num_layers,
+            drift=self._drift,
+            clock=virtual_loop().time,
+        )
+        self._running[COORDINATOR] = tasks.create_task(coordinator.run(), name=COORDINATOR)
+
+    def _replace_coordinator(self, tasks: asyncio.TaskGroup, after_s: float) -> None:
+        """It says nothing any more, and hears nothing; nor does anybody until another one has come."""
+        dead, nobody, coming = self._server, self._new_server(), self._new_server()
+        if not dead.is_connected:
+            return  # it is gone already
+        nobody.succeed(dead)
+        self._running[COORDINATOR].cancel()
+
+        def come() -> None:
+            coming.succeed(nobody)
+            self._coordinate(tasks, coming)
+
+        virtual_loop().call_later(after_s, come)
 
     def _start(self, tasks: asyncio.TaskGroup, world: World, server: InprocServer, role: str, worker_id: str) -> None:
         host = self._hosts[worker_id] = SimulatedHost(world, role)
@@ -154,8 +176,10 @@ class _Simulation:
 
         self._kill[worker_id] = kill
 
-    def _cause(self, fault: Fault) -> None:
+    def _cause(self, fault: Fault, tasks: asyncio.TaskGroup) -> None:
         match fault.kind:
+            case _ if fault.worker == COORDINATOR:
+                self._replace_coordinator(tasks, fault.amount)
             case "slow":
                 self._hosts[fault.worker].device.slowness = fault.amount
             case "stalled":
@@ -191,6 +215,8 @@ class _Simulation:
         num_tokens, first_at, kind, error = 0, None, "", ""
         try:
             async for update in client.generate([request]):
+                wanted = tuple(token_at(index, len(prompt) + num_tokens + at) for at in range(len(update.token_ids)))
+                assert update.token_ids == wanted, (update, num_tokens, wanted)
                 num_tokens += len(update.token_ids)
                 first_at = clock() - started_at if first_at is None else first_at
                 self._num_tokens += len(update.token_ids)

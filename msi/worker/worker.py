@@ -20,6 +20,9 @@ from msi.attention.role import AttentionRole
 from msi.control.lateness import read_first, sleep_late
 from msi.control.messages import (
     PROTOCOL_VERSION,
+    Account,
+    AccountWanted,
+    Adopted,
     Assignment,
     Calibrate,
     Calibrated,
@@ -71,7 +74,7 @@ class WorkerSettings:
     Attributes:
         coordinator: its address, as it stands in sentences.
         role: "attention", "expert" or "worker" (whichever is needed).
-        reconnect_s: how long the coordinator may be gone before the worker gives up.
+        timeouts: until an assignment says others; how long the coordinator may be gone is said here alone.
         otlp_traces_endpoint: where spans of requests go; "" for none.
     """
 
@@ -80,7 +83,6 @@ class WorkerSettings:
     worker_id: str = ""
     trace_dir: Path | None = None
     timeouts: Timeouts = Timeouts()
-    reconnect_s: float = 60.0
     otlp_traces_endpoint: str = ""
 
 
@@ -101,6 +103,7 @@ class Life:
         acked: number of the last HeartbeatAck.
         calibrating: what is being measured, or was last.
         placing: held while a new placement is taken into use.
+        term: of the coordinator.
     """
 
     assignment: Assignment
@@ -112,6 +115,7 @@ class Life:
     acked: int = -1
     calibrating: asyncio.Task[None] | None = None
     placing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    term: int = 0
 
 
 class Worker:
@@ -184,12 +188,7 @@ class Worker:
 
     async def _introduce(self) -> Assignment:
         settings = self._settings
-        fingerprint, precision = self._host.introduce()
-        hello = WorkerHello(
-            PROTOCOL_VERSION, self.worker_id, settings.role, os.getpid(), socket.gethostname(),
-            fingerprint, precision, self._process,
-        )  # fmt: skip
-        answer = await self._answer(hello)
+        answer = await self._answer(self._hello())
         if isinstance(answer, Refused):
             raise ConfigError(answer.reason)
         answer.place.check_is_built()
@@ -201,10 +200,21 @@ class Worker:
             self._spans = open_spans(settings.otlp_traces_endpoint, answer.worker_id)
         return answer
 
+    def _hello(self) -> WorkerHello:
+        fingerprint, precision = self._host.introduce()
+        return WorkerHello(
+            PROTOCOL_VERSION, self.worker_id, self._settings.role, os.getpid(), socket.gethostname(),
+            fingerprint, precision, self._process,
+        )  # fmt: skip
+
     async def _answer(self, hello: WorkerHello) -> Assignment | Refused:
         """Says hello until the coordinator has decided. Raises Unavailable when it is silent for too long."""
         settings, loop = self._settings, asyncio.get_running_loop()
-        patience_s = settings.timeouts.start_timeout_s if self._loaded is None else settings.reconnect_s
+        patience_s = (
+            settings.timeouts.start_timeout_s
+            if self._loaded is None
+            else max(1.0, settings.timeouts.coordinator_grace_s)
+        )
         was_told = False
         try:
             async with asyncio.timeout(patience_s) as patience:
@@ -308,16 +318,44 @@ class Worker:
                     self._drain_wanted.ring()
                 case HelloAgain():
                     raise _LifeEnds(message.reason)
+                case AccountWanted():
+                    self._give_account(life)
+                case Adopted():
+                    life.term = message.term
                 case Shutdown() | Refused():
                     log.info("%s: ending: %s", self.worker_id, message.reason)
                     raise _WorkerEnds
                 case HeartbeatAck():
                     life.acked = message.number
+                    if attention is not None:
+                        attention.requests.journal.heard(self._last_heard)
                     self._watching.follow(message.is_watched, attention, experts)
                 case Assignment() | Fence() | Undecided():
                     pass
                 case _:
                     log.warning("%s: %s came at the wrong time", self.worker_id, type(message).__name__)
+
+    def _give_account(self, life: Life) -> None:
+        """To a coordinator that is new. Raises _LifeEnds: there is nothing to go on with."""
+        attention = life.attention
+        if life.ready is None or (attention is not None and not attention.num_lanes):
+            raise _LifeEnds("the coordinator is new")
+        hosted = attention or life.experts
+        requests = [] if attention is None else attention.requests.accounts()
+        assert hosted is not None, "it is ready"
+        self._control.send(
+            Account(
+                self._hello(), life.assignment, life.term, life.ready, hosted.placement,
+                is_linked=attention is not None and attention.links.is_complete,
+                is_draining=life.is_draining,
+                num_lanes=0 if attention is None else attention.num_lanes,
+                num_passes=0 if attention is None else attention.requests.num_reports,
+                num_requests=len(requests),
+                acked=life.acked,
+            )
+        )  # fmt: skip
+        for one in requests:
+            self._control.send(one)
 
     async def _use_placement(self, life: Life, placement: Placement) -> None:
         """Loads what is new of it, if it is new. Where experts would change their local ids a new life begins."""
@@ -378,7 +416,8 @@ class Worker:
             if not await read_first(self._control, self._clock):
                 continue
             silent_s = self._clock() - self._last_heard
-            if silent_s > self._settings.reconnect_s:
+            timeouts = self._settings.timeouts
+            if silent_s > max(timeouts.coordinator_grace_s, 2 * timeouts.lost_after_s):
                 raise Unavailable(
                     f"{self.worker_id}: the coordinator at {self._settings.coordinator} has been silent for "
                     f"{silent_s:.0f} s"

@@ -1,0 +1,57 @@
+"""Whether a worker that served under the coordinator before may go on as it is, and as whom. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from msi.control.members import InstancePlan, Member, assignment
+from msi.control.messages import Account
+
+
+def why_not_adopted(account: Account, plan: InstancePlan, members: Mapping[str, Member]) -> str:
+    """Why it has to begin anew; "" where it goes on.
+
+    Args:
+        plan: of the new coordinator; as long as it has no members, its token and placement are open.
+        members: that it has so far.
+    """
+    given = account.assignment
+    if members and given.instance != plan.instance:
+        return "it served another instance"
+    if given.place.index >= plan.wanted[given.role]:
+        return f"there are {plan.wanted[given.role]} {given.role} workers in the instance as it is now"
+    former = members.get(given.worker_id)
+    if former is not None:
+        return "the coordinator knew it already, and gave it up"
+    held_by = next(
+        (one for one in members.values() if one.is_live and (one.role, one.place) == (given.role, given.place)), None
+    )
+    if held_by is not None:
+        return f"{held_by.worker_id} has its place"
+    shape = (account.placement.num_nodes, account.placement.num_experts)
+    if shape != (plan.placement.num_nodes, plan.placement.num_experts):
+        return "experts are placed on another number of workers now"
+    wanted = replace(plan, instance=given.instance, placement=given.placement, timeouts=given.timeouts)
+    if assignment(wanted, adopted(b"", account, 0.0), account.hello.precision) != given:
+        return "the coordinator was started with other options"
+    return ""
+
+
+def adopted(route: bytes, account: Account, now: float) -> Member:
+    """The member that it goes on as."""
+    given, hello, ready = account.assignment, account.hello, account.ready
+    return Member(
+        given.worker_id, given.role, given.place, given.incarnation,
+        route, hello.pid, hello.host, now, hello.process,
+        state="draining" if account.is_draining else "ready",
+        heard_at=now,
+        address=ready.address,
+        num_blocks=ready.num_blocks,
+        is_linked=account.is_linked,
+        has_lanes=bool(account.num_lanes),
+        has_beaten=True,
+        num_acks=max(0, account.acked),
+        num_passes=account.num_passes,
+        placement_version=account.placement.version,
+    )  # fmt: skip
