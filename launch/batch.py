@@ -27,7 +27,7 @@ from .batch_arguments import BatchArguments, parse
 from .batch_file import Answers, Line, NotARequestError, answered, answers_in, lines_of, not_answered, parse_line
 from .command import EXIT_INTERRUPTED, requests_to_end, run_command
 from .display import StatusLine
-from .gateway_process import template_of
+from .gateway import template_of
 from .logs import has_live_terminal, set_up_log
 
 log = logging.getLogger(__name__)

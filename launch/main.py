@@ -13,6 +13,7 @@ from msi.errors import EngineError
 from .arguments import API_KEY_VARIABLES, LaunchArguments, parse
 from .command import EXIT_SENTENCE, open_missing_streams, run_command
 from .logs import set_up_log
+from .parent import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,8 @@ def _run(argv: list[str]) -> int | None:
         return doctor.run(arguments)
     from msi.instance.children import tell_launcher
 
-    from . import processes
-
     if arguments.parent:
-        processes.end_with_parent(arguments.parent, GATEWAY_GRACE_S if arguments.role == "gateway" else 0.0)
+        end_with_parent(arguments.parent, GATEWAY_GRACE_S if arguments.role == "gateway" else 0.0)
     set_up_log(arguments.worker_id or arguments.role or "msi-launch", arguments.log_level, is_json=arguments.log_json)
     if arguments.api_keys:
         os.environ[API_KEY_VARIABLES[0]] = "\n".join(arguments.api_keys)  # for whichever child serves HTTP
@@ -71,17 +70,21 @@ def run_on_uvloop(work: Coroutine[Any, Any, T]) -> T:
 
 
 def _chosen(arguments: LaunchArguments) -> Coroutine[Any, Any, None]:
-    from . import gateway_process, local, processes
-
+    """What the arguments ask for; a process loads what it needs for that, and starts the sooner."""
     if (arguments.slurm or "TORCHELASTIC_RUN_ID" in os.environ) and not arguments.parent:
         from . import slurm, torchrun, world  # imports torch.distributed, which nobody else needs
 
         launcher = slurm if arguments.slurm else torchrun
         return world.run_world(arguments, launcher.world_of(os.environ))
-    if arguments.role == "coordinator":
-        return processes.run_coordinator(arguments)
     if arguments.role == "gateway":
-        return gateway_process.run_gateway(arguments)
+        from . import gateway
+
+        return gateway.run_gateway(arguments)
     if arguments.role:
-        return processes.run_worker(arguments)
+        from . import processes
+
+        run = processes.run_coordinator if arguments.role == "coordinator" else processes.run_worker
+        return run(arguments)
+    from . import local
+
     return local.serve(arguments)

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import functools
 import logging
-import os
-import select
 import signal
-import sys
-import threading
-import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from msi.control.coordinator import Coordinator
 from msi.errors import EngineError
@@ -27,32 +18,12 @@ from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
 from .command import requests_to_end, settle
-from .gateway_process import GatewayProcess
 from .logs import has_live_terminal
 
 if TYPE_CHECKING:
     from msi.worker.worker import Worker  # with torch, which only workers need
 
 log = logging.getLogger(__name__)
-
-PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent(parent: int, grace_s: float = 0.0) -> None:
-    """This process is killed as soon as its parent is gone, however that ends; after a grace, where it has one."""
-    if sys.platform == "linux" and not grace_s:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    elif sys.platform == "linux":
-        threading.Thread(target=_outlive, args=(parent, grace_s), name="parent", daemon=True).start()
-    if os.getppid() != parent:
-        raise SystemExit("the launcher is gone already")
-
-
-def _outlive(parent: int, grace_s: float) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        select.select([os.pidfd_open(parent)], [], [])
-    time.sleep(grace_s)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def run_worker(arguments: LaunchArguments) -> None:
@@ -110,6 +81,9 @@ def _cancel(task: asyncio.Task[None], message: dict[str, Any]) -> None:
 
 async def show_loading(worker: Worker) -> None:
     """A bar on a terminal while weights are read; nothing elsewhere. The log says when they are."""
+    from rich.console import Console  # who is a launcher's child starts sooner without
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     if not console.is_terminal or not has_live_terminal():
@@ -213,6 +187,8 @@ async def _first(running: asyncio.Task[None], *others: Awaitable[object]) -> boo
 async def _serve(
     arguments: LaunchArguments, coordinator: Coordinator, ending: CoordinatorEnding, running: asyncio.Task[None]
 ) -> None:
+    from .gateway_process import GatewayProcess  # which a worker does not need
+
     flags = (*arguments.serving_flags, *arguments.log_flags)
     if endpoint := arguments.options.otlp_traces_endpoint:
         flags += ("--otlp-traces-endpoint", endpoint)

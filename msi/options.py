@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from msi.errors import ConfigError
-from msi.net import shm
 from msi.parameters import Parameter, check_parameters, parameter, parameters_of, section_of
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan import Plan
-from msi.planner.plan_file import read_plan_file
 from msi.precision import Precision
 from msi.settings import (
     LIMITS,
@@ -123,6 +121,8 @@ class InstanceOptions:
         """The transport between workers that are all on this machine."""
         if self.host.transport != "auto":
             return self.host.transport
+        from msi.net import shm  # whoever asks for help waits for nothing
+
         return "shm" if shm.is_available() is None else "tcp"
 
     @property
@@ -164,6 +164,8 @@ def with_plan(given: Mapping[str, Any]) -> dict[str, Any]:
     path = given.get("plan")
     if path is None:
         return dict(given)
+    from msi.planner.plan_file import read_plan_file  # with numpy, which few command lines need
+
     planned = planned_options(read_plan_file(Path(path)).plan, path)
     for name, value in planned.items():
         if name in given and given[name] != value:

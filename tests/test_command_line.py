@@ -21,7 +21,7 @@ from msi.options import PARAMETERS, InstanceOptions, flag_of
 from msi_launch import main, plan, profile, simulate
 from msi_launch.arguments import parse
 from msi_launch.command_line import CommandLine, quoted
-from msi_launch.gateway_process import template_of
+from msi_launch.gateway import template_of
 from msi_launch.vllm_flags import ANY, FOREIGN
 
 ROOT = Path(__file__).parent.parent

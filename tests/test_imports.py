@@ -169,3 +169,17 @@ def test_torch_is_not_loaded_above_the_workers(module):
     """It takes a second and 200 MB: command lines answer at once, and coordinators stay small."""
     code = f"import sys, {module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_who_asks_for_help_waits_for_little():
+    """Each of these costs a command line a tenth of a second or more, and an instance one for each of its processes."""
+    code = (
+        "import sys, msi_launch.main; heavy = {'numpy', 'asyncio', 'aiohttp', 'rich', 'zmq'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_worker_loads_nothing_that_serves_http():
+    code = "import sys, msi_launch.processes; assert not {'aiohttp', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -43,12 +43,23 @@ async def start_coordinator(
         ConfigError: it cannot work; in its own words.
         Unavailable: it does not start in time.
     """
-    child = await Child.start((*options.flags(), "--role", "coordinator", "--coordinator", bind, *flags), secret)
+    child = await _coordinator_child(options, bind, flags, secret)
+    return child, await _address_of(child)
+
+
+async def _coordinator_child(
+    options: InstanceOptions, bind: str, flags: tuple[str, ...], secret: Secret | None = None
+) -> Child:
+    return await Child.start((*options.flags(), "--role", "coordinator", "--coordinator", bind, *flags), secret)
+
+
+async def _address_of(child: Child) -> str:
+    """Once it serves; where it does not, it has ended, and this raises what `start_coordinator` does."""
     try:
         async with asyncio.timeout(ADDRESS_TIMEOUT_S):
             while (message := await child.hear()) is not None:
                 if address := message.get("address"):
-                    return child, str(address)
+                    return str(address)
             await child.process.wait()
     except TimeoutError:
         await stop_children(child, grace_s=0)
@@ -121,13 +132,17 @@ class ProcessInstance:
         return pids
 
     async def start(self) -> MessageClient:
+        """Raises what `start_coordinator` does."""
         self._sockets = SocketDir()
-        bind = self._sockets.address("coordinator")
-        coordinator, address = await start_coordinator(self._options, bind, self._coordinator_flags)
+        address = self._sockets.address("coordinator")
+        coordinator = await _coordinator_child(self._options, address, self._coordinator_flags)
         self._children["coordinator"] = coordinator
-        self._watch(self._watch_coordinator(coordinator, bind))
+        # workers load what they need beside it: they may knock before somebody is there
         for role, worker_id in worker_ids(self._options):
             await self._start_worker(address, role, worker_id)
+        await _address_of(coordinator)
+        self._watch(self._watch_coordinator(coordinator, address))
+        for role, worker_id in worker_ids(self._options):
             self._watch(self._keep_alive(address, role, worker_id))
         return ControlClient(address, CLIENT_END)
 
