@@ -180,6 +180,6 @@ def test_who_asks_for_help_waits_for_little():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_worker_loads_nothing_that_serves_http():
-    code = "import sys, msi_launch.processes; assert not {'aiohttp', 'rich'} & set(sys.modules)"
+def test_a_coordinator_and_a_worker_load_nothing_that_others_need():
+    code = "import sys, msi_launch.processes; assert not {'aiohttp', 'rich', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msi.attention.journal import RequestAccount
 from msi.control.clients import Clients
@@ -58,10 +58,12 @@ from msi.control.takeover import Takeover
 from msi.errors import Failure, InvalidRequest, Unavailable
 from msi.kernels import BLOCK_TOKENS
 from msi.net.control import MessageServer
-from msi.planner.drift import DriftWatch, Observation
 from msi.request_spans import OpenSpans
 from msi.types import Placement, Progress, Request
 from msi.watchdog import LoopWatch
+
+if TYPE_CHECKING:
+    from msi.planner.drift import DriftWatch, Observation  # with numpy, which only an instance with a plan needs
 
 log = logging.getLogger(__name__)
 
@@ -430,6 +432,8 @@ async def _say_choice(watch: DriftWatch) -> None:
 
 def observed(worker: WorkerStats) -> Observation:
     """What a worker's last heartbeat says of its stages."""
+    from msi.planner.drift import Observation
+
     status = worker.status
     attention, experts = status.attention or AttentionCounters(), status.experts or ExpertCounters()
     is_attention = worker.role == "attention"

@@ -28,13 +28,12 @@ from msi.net.control_server import ControlServer
 from msi.net.secret import NO_SECRET, Trust
 from msi.options import InstanceOptions
 from msi.placement import PlaceExperts, place_with_replicas
-from msi.planner.drift import DriftWatch
 from msi.planner.pipeline import MAX_MICRO_BATCHES
-from msi.planner.plan_file import check_model, read_plan_file
 from msi.request_spans import open_spans
 from msi.watchdog import LoopWatch
 
 if TYPE_CHECKING:
+    from msi.planner.drift import DriftWatch
     from msi.worker.host import Host
     from msi.worker.torch_host import HostSettings
     from msi.worker.worker import Worker
@@ -54,6 +53,8 @@ def build_plan(options: InstanceOptions, place: PlaceExperts | None = None) -> t
         )
     config, values = load_config(options.source.model_dir)
     if options.plan is not None:
+        from msi.planner.plan_file import check_model, read_plan_file  # with numpy, which only a plan needs
+
         check_model(
             read_plan_file(options.plan), options.source.model_dir.name, config_digest(values), str(options.plan)
         )
@@ -149,6 +150,9 @@ def _welcome(options: InstanceOptions, plan: InstancePlan, config: ModelConfig) 
 def _drift_watch(options: InstanceOptions) -> DriftWatch | None:
     if options.plan is None:
         return None
+    from msi.planner.drift import DriftWatch
+    from msi.planner.plan_file import read_plan_file
+
     return DriftWatch(read_plan_file(options.plan), options.plan_drift)
 
 
