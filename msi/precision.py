@@ -17,7 +17,8 @@ class Precision:
     """Names of dtypes; "auto" for what follows: `compute` the checkpoint and the device, the others `compute`.
 
     Attributes:
-        weights: matrices, as a device holds them.
+        weights: matrices, as a device holds them; in bfloat16 beside a computation in float32 they are widened as
+            they are read.
         kv_cache: keys and values.
         rows: hidden states on their way to the experts and back.
         compute: activations.
@@ -59,7 +60,8 @@ class Precision:
         """Raises ConfigError: the runtime does not have a dtype of its own for one of them yet; names it."""
         for one in fields(self):
             value = getattr(self, one.name)
-            if value not in (AUTO, self.compute):
+            is_widened = one.name == "weights" and (value, self.compute) == ("bfloat16", "float32")
+            if value not in (AUTO, self.compute) and not is_widened:
                 raise ConfigError(
                     f"`{one.name}` in {value} beside `dtype` {self.compute} is not built yet; leave it at auto, and it "
                     "is what `dtype` says"

@@ -295,14 +295,15 @@ async def test_dummy_weights_need_nothing_but_the_configuration(tmp_path):
     assert results[0] == results[1]
 
 
-def logits_of(path, prompt, dtype, device=None):
-    """float32 logits at the last position of a prompt, computed in `dtype` with one expert node."""
+def logits_of(path, prompt, dtype, device=None, weights=None):
+    """float32 logits at the last position of a prompt, computed in `dtype` with one expert node; weights in their own
+    dtype, where one is given."""
     config, _ = load_config(path)
     source = Checkpoint(path)
     device = device or PlainDevice()
     at = device.kernels.device
-    attention = load_attention_weights(config, source, device, dtype)
-    bank = load_expert_bank(config, tuple(range(config.num_experts)), source, device.kernels, dtype)
+    attention = load_attention_weights(config, source, device, weights or dtype, dtype)
+    bank = load_expert_bank(config, tuple(range(config.num_experts)), source, device.kernels, weights or dtype)
     num_rows = len(prompt)
     num_blocks = 2 + num_rows // BLOCK_TOKENS
     forward = Forward(config, attention, KvCache(config, num_blocks, device, dtype), place_evenly(7, 1), device)
@@ -356,6 +357,19 @@ def test_the_cpus_own_kernels_compute_what_the_plain_ones_do(tmp_path, family):
         for kernels in (PlainKernels(torch.device("cpu")), CpuKernels())
     )
     torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES))
+def test_bfloat16_weights_that_are_widened_give_the_logits_of_transformers_in_float32(tmp_path, family):
+    kernels = CpuKernels(has_bf16_units=False)
+    if not kernels.can_widen:
+        pytest.skip("the native products cannot be compiled here")
+    exact_model = save_tiny(tmp_path, family=family, dtype=torch.bfloat16)
+    prompt = torch.arange(3, 40)
+    with torch.inference_mode():
+        exact = exact_model(prompt[None]).logits[0, -1]
+    widened = logits_of(tmp_path, prompt.tolist(), torch.float32, PlainDevice(kernels), torch.bfloat16)
+    torch.testing.assert_close(widened, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_bf16_logits_are_as_close_to_float32_as_transformers_bf16(tmp_path):

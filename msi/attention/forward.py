@@ -113,7 +113,8 @@ class Forward:
             inputs,
             host_inputs,
             tables or self.tables,
-            hidden=self._weights.embed.index_select(0, inputs.token_ids),
+            # the residual stream is in what is computed in, which the table may not be held in
+            hidden=self._weights.embed.index_select(0, inputs.token_ids).to(self._weights.final_norm.weight.dtype),
             plans=[view.plan(inputs, host_inputs) for view in self._views],
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,7 @@ from msi.errors import ConfigError
 from msi.kernels import triton
 from msi.kernels.kernels import Kernels
 from msi.kernels.plain import PlainKernels
+from msi.precision import AUTO, Precision
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,19 @@ def check_device(name: str) -> None:
     """Raises ConfigError where this machine has no such device."""
     if name != "cpu" and (reason := why_unavailable()) is not None:
         raise ConfigError(f"`device` {name} cannot work: {reason}; without one, use `device=cpu`")
+
+
+def precision_on(device: OpenedDevice, asked: Precision, checkpoint: torch.dtype) -> Precision:
+    """What was asked for, with what it leaves open as the device computes a checkpoint of that dtype fastest.
+
+    A CPU without units for bfloat16 computes in float32, and reads such weights as they are where it can. Who asks for
+    float32 gets float32 weights.
+    """
+    compute = device.compute_dtype(checkpoint)
+    is_widened = asked.is_open and checkpoint is torch.bfloat16 and compute is torch.float32
+    if is_widened and asked.weights == AUTO and isinstance(device, CpuDevice) and device.kernels.can_widen:
+        asked = replace(asked, weights="bfloat16")
+    return asked.resolved(str(compute).removeprefix("torch."))
 
 
 def open_device(

@@ -50,7 +50,7 @@ class CpuDevice(ThreadedDevice):
     def __init__(self, *, num_threads: int, poll_s: float = 0.0) -> None:
         super().__init__()
         self._num_threads = num_threads
-        self.kernels = CpuKernels()
+        self.kernels = CpuKernels(has_bf16_units=has_bf16_units())
         self._memory = HostTensors()
         self._thread = ComputeThread("msi-compute", self.words, self._entered, self._through, poll_s=poll_s)
 

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from msi.kernels.experts import moe_experts
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
+from msi.kernels.native.bank import NativeExpertBank
+from msi.kernels.native.library import WIDTH, linear, native_library, pack
 from msi.kernels.norm import Norm
 from msi.kernels.plain import PlainKernels, scatter_answers
 from msi.kernels.routing import PackedRows, pack_rows, rows_for_node
@@ -24,13 +26,26 @@ PACKING_ROWS = 32  # a hint of how many rows a product will have; the packed lay
 
 
 class CpuKernels(PlainKernels):
-    """Implements `msi.kernels.kernels.Kernels`."""
+    """Implements `msi.kernels.kernels.Kernels`.
 
-    def __init__(self) -> None:
+    Args:
+        has_bf16_units: the processor multiplies bfloat16 itself. Where it does not, such weights are widened in
+            registers as they are read, if the kernels for that can be compiled.
+    """
+
+    def __init__(self, *, has_bf16_units: bool = True) -> None:
         super().__init__(torch.device("cpu"))
         self._packings = {dtype: _packing(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        self._has_bf16_units = has_bf16_units
+
+    @property
+    def can_widen(self) -> bool:
+        """Whether bfloat16 weights cost their own bytes beside a computation in float32."""
+        return not self._has_bf16_units and native_library() is not None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        if weight.dtype is torch.bfloat16 and self.can_widen:
+            return self._widened(weight, bias)
         is_small = weight.numel() * weight.element_size() < PACKED_BYTES
         packing = self._packings.get(weight.dtype)
         if packing is None or is_small:
@@ -46,7 +61,23 @@ class CpuKernels(PlainKernels):
     def expert_bank(
         self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
     ) -> ExpertBank:
+        library = native_library() if dtype is torch.bfloat16 and self.can_widen else None
+        if library is not None and hidden_size % WIDTH == inner_size % WIDTH == 0:
+            return NativeExpertBank(library, num_layers, num_experts, hidden_size, inner_size)
         return CpuExpertBank(self.linear, num_layers, num_experts)
+
+    def _widened(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """Of bfloat16, for rows of any dtype, which the results are of."""
+        library, bias = native_library(), None if bias is None else bias.to(torch.float32)
+        assert library is not None
+        product: Linear
+        if weight.shape[0] % WIDTH:  # a router's, a gate's
+            product = partial(functional.linear, weight=weight.to(torch.float32), bias=bias)
+            return lambda rows: product(rows.to(torch.float32)).to(rows.dtype)
+        panels = pack(library, weight)
+        if bias is None:
+            return lambda rows: linear(library, rows, panels).to(rows.dtype)
+        return lambda rows: linear(library, rows, panels).add_(bias).to(rows.dtype)
 
     def pack(
         self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes

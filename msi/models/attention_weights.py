@@ -102,6 +102,7 @@ class _Reader:
         self._kernels = device.kernels
         self._apply_norm = rms_norm if config.norm == "rms" else layer_norm
         self._dtype = dtype
+        self._compute_dtype = compute_dtype
         self._view = GroupedQueryView(
             device.kernels,
             device.upload(frequencies_of(config.rope, config.rope.num_rotated(config.head_dim))),
@@ -116,7 +117,12 @@ class _Reader:
         return tensor
 
     def norm(self, name: str) -> Norm:
-        return Norm(self._apply_norm, self.tensor(name, self._config.hidden_size), self._config.norm_eps)
+        weight = self.vector(name, self._config.hidden_size)
+        return Norm(self._apply_norm, weight, self._config.norm_eps)
+
+    def vector(self, name: str, width: int) -> Tensor:
+        """What is added or multiplied number by number, in the dtype of the computation."""
+        return self.tensor(name, width, dtype=self._compute_dtype)
 
     def tied_tables(self, *shape: int) -> tuple[Tensor, Tensor]:
         """Embedding and head where the configuration calls them one: two after all if the checkpoint holds two that
@@ -161,7 +167,7 @@ class _Reader:
 
     def _attend(self, layer: int) -> GroupedQueryAttention:
         config, output = self._config, self.names.output.format(layer=layer)
-        bias = self.tensor(bias_of(output), config.hidden_size) if config.output_bias else None
+        bias = self.vector(bias_of(output), config.hidden_size) if config.output_bias else None
         return GroupedQueryAttention(
             self._kernels,
             self._view,
@@ -182,12 +188,12 @@ class _Reader:
         )
         bias = None
         if config.qkv_bias:
-            bias = torch.cat([self.tensor(bias_of(name), width) for name, width in zip(names, widths, strict=True)])
+            bias = torch.cat([self.vector(bias_of(name), width) for name, width in zip(names, widths, strict=True)])
         project = self._kernels.linear(weight, bias)
         if config.qk_norm is not None:
             is_per_head = config.qk_norm == "head"
             query_norm, key_norm = (
-                self.tensor(name.format(layer=layer), config.head_dim if is_per_head else width)
+                self.vector(name.format(layer=layer), config.head_dim if is_per_head else width)
                 for name, width in ((self.names.query_norm, query), (self.names.key_norm, kv))
             )
             if is_per_head:

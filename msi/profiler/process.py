@@ -24,7 +24,7 @@ from msi.attention.kv_cache import KvCache
 from msi.attention.role import AttentionRole
 from msi.attention.scheduler import Scheduler
 from msi.control.messages import FROM_WORKER, Assignment, ExpertAddress, Linked, PassDone, Topology
-from msi.device.choice import OpenedDevice, open_device
+from msi.device.choice import OpenedDevice, open_device, precision_on
 from msi.device.cpu import CpuDevice
 from msi.errors import ConfigError, EngineError
 from msi.experts.role import ExpertRole
@@ -150,8 +150,7 @@ class _Host:
         """Reads the weights; what everything is held and computed in."""
         hosting = self._hosting
         device = self._device = open_device(hosting.device, 0)
-        fastest = str(device.compute_dtype(DTYPES[self._config.dtype])).removeprefix("torch.")
-        self._precision = hosting.precision.resolved(fastest)
+        self._precision = precision_on(device, hosting.precision, DTYPES[self._config.dtype])
         self._loaded = await asyncio.to_thread(self._files.load, self._assignment(), device)
         return self._precision
 

@@ -12,7 +12,7 @@ from msi.attention.kv_cache import KvCache
 from msi.attention.warming import warm
 from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
-from msi.device.choice import OpenedDevice, open_device
+from msi.device.choice import OpenedDevice, open_device, precision_on
 from msi.device.stream_device import StreamDevice
 from msi.errors import ConfigError
 from msi.experts.half import ExpertHalf
@@ -173,8 +173,8 @@ class TorchHost:
             check_rdma(settings.host.rdma)
         if self._device is None:
             self._device = self.open_device()
-        fastest = self._device.compute_dtype(DTYPES[self._files.config.dtype])
-        return self._files.fingerprint(), settings.precision.resolved(str(fastest).removeprefix("torch."))
+        precision = precision_on(self._device, settings.precision, DTYPES[self._files.config.dtype])
+        return self._files.fingerprint(), precision
 
     def open_device(self) -> OpenedDevice:
         """What this worker computes on. Raises ConfigError."""

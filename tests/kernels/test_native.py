@@ -1,0 +1,132 @@
+"""The products with bfloat16 weights that are widened in registers, against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from msi.device.choice import precision_on
+from msi.device.cpu import CpuDevice
+from msi.kernels.cpu import CpuKernels
+from msi.kernels.native import library as native
+from msi.kernels.native.bank import NativeExpertBank
+from msi.kernels.plain import PlainExpertBank
+from msi.kernels.routing import PackedRows
+from msi.precision import Precision
+
+LIBRARY = native.native_library()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native products cannot be compiled here")
+WIDENED = Precision("bfloat16", "float32", "float32", "float32")
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= 4e-6 * wanted.abs().max())
+
+
+@pytest.mark.parametrize(("num_outputs", "depth"), [(16, 1), (80, 100), (208, 257)])
+def test_products_are_those_of_the_same_weights_in_float32(num_outputs, depth):
+    weight, rows = values(num_outputs, depth).to(torch.bfloat16), values(200, depth, seed=1)
+    panels = native.pack(LIBRARY, weight)
+    wanted = functional.linear(rows.double(), weight.double())
+    everything = native.linear(LIBRARY, rows, panels)
+    assert close(everything, wanted)
+    for num_rows in (1, 2, 3, 4, 5, 6, 7, 8, 96, 97, 199):
+        assert torch.equal(native.linear(LIBRARY, rows[:num_rows], panels), everything[:num_rows]), (
+            "a row's numbers depend on how many are beside it"
+        )
+
+
+@pytest.mark.parametrize("num_outputs", [32, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_of_bfloat16_weights_takes_rows_of_any_dtype(num_outputs, dtype):
+    weight, bias, rows = values(num_outputs, 24).to(torch.bfloat16), values(num_outputs), values(5, 24).to(dtype)
+    found = CpuKernels(has_bf16_units=False).linear(weight, bias)(rows)
+    assert found.dtype is dtype
+    wanted = functional.linear(rows.float(), weight.float(), bias)
+    assert close(found.float(), wanted.to(dtype).float())
+
+
+HIDDEN, INNER, NUM_EXPERTS, K = 48, 80, 5, 2
+
+
+def banks() -> tuple[NativeExpertBank, PlainExpertBank]:
+    native_bank = NativeExpertBank(LIBRARY, 1, NUM_EXPERTS, HIDDEN, INNER)
+    plain = PlainExpertBank(torch.empty(1, NUM_EXPERTS, 2 * INNER, HIDDEN), torch.empty(1, NUM_EXPERTS, HIDDEN, INNER))
+    for expert in range(NUM_EXPERTS):
+        gate_up, down = values(2 * INNER, HIDDEN, seed=expert), values(HIDDEN, INNER, seed=100 + expert)
+        native_bank.put(0, expert, gate_up.to(torch.bfloat16), down.to(torch.bfloat16))
+        plain.put(0, expert, gate_up.to(torch.bfloat16).float(), down.to(torch.bfloat16).float())
+    return native_bank, plain
+
+
+def landed_rows(*num_rows: int) -> PackedRows:
+    """Of so many seats with a lane each; some experts are elsewhere."""
+    most = max(num_rows)
+    shape = (len(num_rows), 1, most)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.rand(*shape, NUM_EXPERTS, generator=generator).argsort(dim=-1)[..., :K].to(torch.int32)
+    ids[torch.rand(*shape, K, generator=generator) < 0.2] = -1
+    return PackedRows(values(*shape, HIDDEN), torch.rand(*shape, K, generator=generator), ids)
+
+
+@pytest.mark.parametrize("num_rows", [(1,), (7,), (3, 9), (150, 1)])
+def test_a_bank_adds_up_each_rows_experts_as_plain_torch_does(num_rows):
+    landed, seats = landed_rows(*num_rows), list(enumerate(num_rows))
+    found, wanted = ({seat: torch.zeros(1, num, HIDDEN) for seat, num in seats} for _ in range(2))
+    native_bank, plain = banks()
+    native_bank.run(0, 0, seats, landed, found)
+    plain.run(0, 0, seats, landed, wanted)
+    for seat, _ in seats:
+        assert close(found[seat], wanted[seat])
+    assert torch.equal(native_bank.num_rows, plain.num_rows)
+    expert_bytes = 3 * HIDDEN * INNER * 2
+    assert native_bank.weight_bytes_read == int(native_bank.num_rows.count_nonzero()) * expert_bytes
+
+
+def test_a_bank_that_is_arranged_anew_computes_the_same_and_asks_for_weights_that_it_lacks():
+    landed = landed_rows(4)
+    landed.topk_ids.fill_(2)
+    old, _ = banks()
+    new = old.arranged([2, None])
+    answers = {0: torch.zeros(1, 4, HIDDEN)}
+    old.run(0, 0, [(0, 4)], landed, answers)
+    before = answers[0].clone()
+    landed.topk_ids.fill_(0)
+    new.run(0, 0, [(0, 4)], landed, answers)
+    assert torch.equal(answers[0], before)
+    for missing in (1, 7):
+        landed.topk_ids.fill_(missing)
+        with pytest.raises(AssertionError, match="one has no weights here"):
+            new.run(0, 0, [(0, 4)], landed, answers)
+
+
+async def test_bfloat16_weights_stay_what_they_are_where_a_cpu_widens_them_and_nothing_else_was_asked(monkeypatch):
+    monkeypatch.setattr("msi.device.cpu.has_bf16_units", lambda: False)
+    device = CpuDevice(num_threads=1)
+    assert precision_on(device, Precision(), torch.bfloat16) == WIDENED
+    assert precision_on(device, Precision(), torch.float32) == Precision.of("float32")
+    assert precision_on(device, Precision(compute="float32"), torch.bfloat16) == Precision.of("float32")
+    WIDENED.check_is_built()
+    await device.close()
+
+
+def test_without_a_compiler_weights_are_held_in_float32(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "COMPILER", "no-compiler")
+    with caplog.at_level("INFO", logger=native.__name__):
+        assert native.native_library.__wrapped__() is None
+    assert "bfloat16 weights are held as float32: there is no no-compiler" in caplog.text
+
+
+def test_a_folder_that_others_can_write_to_is_no_place_for_code(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "msi").mkdir()
+    (tmp_path / "msi").chmod(0o777)
+    with caplog.at_level("INFO", logger=native.__name__):
+        assert native.native_library.__wrapped__() is None
+    assert "can be written by others" in caplog.text
