@@ -131,12 +131,15 @@ def seat_bytes(options: InstanceOptions, shape: ModelShape) -> int:
 
 def shape_here(options: InstanceOptions, config: ModelConfig) -> ModelShape:
     """As it would be held: where the dtype is open, the checkpoint's, if the device multiplies it."""
-    dtype = config.dtype
-    if options.host.device == "cpu" and options.precision.is_open and dtype != "float32":
+    precision, dtype = options.precision, config.dtype
+    if options.host.device == "cpu" and precision.is_open and dtype != "float32":
         from msi.device.cpu import has_bf16_units  # torch, which takes a second
+        from msi.kernels.cpu import CpuKernels
 
+        if dtype == "bfloat16" and CpuKernels(has_bf16_units=has_bf16_units()).can_widen:
+            precision = replace(precision, weights=dtype)
         dtype = dtype if dtype == "bfloat16" and has_bf16_units() else "float32"
-    return shape_of(config, name="", digest="", precision=options.precision.resolved(dtype))
+    return shape_of(config, name="", digest="", precision=precision.resolved(dtype))
 
 
 def check_memory(
