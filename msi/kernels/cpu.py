@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -35,7 +36,6 @@ class CpuKernels(PlainKernels):
 
     def __init__(self, *, has_bf16_units: bool = True) -> None:
         super().__init__(torch.device("cpu"))
-        self._packings = {dtype: _packing(dtype) for dtype in (torch.float32, torch.bfloat16)}
         self._has_bf16_units = has_bf16_units
 
     @property
@@ -47,8 +47,8 @@ class CpuKernels(PlainKernels):
         if weight.dtype is torch.bfloat16 and self.can_widen:
             return self._widened(weight, bias)
         is_small = weight.numel() * weight.element_size() < PACKED_BYTES
-        packing = self._packings.get(weight.dtype)
-        if packing is None or is_small:
+        packing = None if is_small or weight.dtype is torch.float16 else _packing(weight.dtype)
+        if packing is None:
             kept = weight.contiguous()
             if weight.dtype is torch.float32:  # which MKL computes
                 return lambda rows: functional.linear(rows, kept, bias)
@@ -173,6 +173,7 @@ def _no_weights(rows: Tensor) -> Tensor:
     raise AssertionError("an expert has no weights yet")
 
 
+@functools.cache
 def _packing(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
     """oneDNN's packed linear as torch's own CPU compiler calls it (private names, and not every processor can every
     type, so checked by use).
