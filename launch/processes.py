@@ -106,7 +106,9 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
         watch.start()
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(coordinator.run())
-            ending = CoordinatorEnding(coordinator, arguments.shutdown_timeout_s, is_child=arguments.parent > 0)
+            ending = CoordinatorEnding(
+                coordinator, arguments.shutdown_timeout_s, is_child=arguments.parent > 0, announce=arguments.announce
+            )
             following = tasks.create_task(follow_launcher(arguments.announce, ending.told))
             log.info("coordinator at %s", coordinator.address)
             settle()
@@ -131,8 +133,9 @@ class CoordinatorEnding:
     A signal to a whole group of processes reaches a launcher's child, too: it is then no second one.
     """
 
-    def __init__(self, coordinator: Coordinator, timeout_s: float, *, is_child: bool) -> None:
+    def __init__(self, coordinator: Coordinator, timeout_s: float, *, is_child: bool, announce: int = -1) -> None:
         self._coordinator = coordinator
+        self._announce = announce
         self._timeout_s = timeout_s
         self._is_child = is_child
         self._is_asked = asyncio.Event()
@@ -152,6 +155,8 @@ class CoordinatorEnding:
         elif message.get("end"):
             self._is_asked.set()
             self._is_urgent.set()
+        elif message.get("launches"):
+            self._coordinator.operator.launcher = functools.partial(tell_launcher, self._announce)
         elif worker_id := message.get("exited"):
             self._coordinator.worker_exited(worker_id, message["pid"], message["how"], message["has_crashed"])
 

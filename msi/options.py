@@ -28,6 +28,7 @@ from msi.settings import (
 
 DIAGNOSIS = "looking into it"  # a heading of the command line's help
 Workers = Annotated[int, range(1, 1025)]
+MORE_WORKERS = 2  # of each role than at the start, by default: seats for them cost address space alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class InstanceOptions:
     """Options of one instance on this machine: its own parameters, and sections that travel to whom they concern.
 
     Attributes:
+        max_attention_workers, max_expert_workers: memory for rows is laid out for so many; see `InstancePlan`.
         expert_redundancy, redundant_experts: see `msi.placement.place_with_replicas`.
         micro_batches: m, or 0 to choose by measurement.
         colocated: both roles in one process.
@@ -50,6 +52,14 @@ class InstanceOptions:
     source: ModelSource = ModelSource()
     attention_workers: Workers = parameter(1, "attention processes", metavar="N", group=MODEL_AND_WORKERS)
     expert_workers: Workers = parameter(1, "expert processes", metavar="N", group=MODEL_AND_WORKERS)
+    max_attention_workers: Annotated[int, range(1025)] = parameter(
+        0, "as many may be there while it runs; by default two more than at the start", metavar="N",
+        group=MODEL_AND_WORKERS,
+    )  # fmt: skip
+    max_expert_workers: Annotated[int, range(1025)] = parameter(
+        0, "as many may be there while it runs; by default two more than at the start", metavar="N",
+        group=MODEL_AND_WORKERS,
+    )  # fmt: skip
     expert_redundancy: Annotated[int, range(64)] = parameter(
         0, "replicas of each expert besides the first, on other expert workers, which stand in when one is lost",
         metavar="R", group=MODEL_AND_WORKERS,
@@ -98,8 +108,23 @@ class InstanceOptions:
                 f"`max_num_batched_tokens` {self.limits.max_num_batched_tokens} is more than a slot's "
                 f"{self.link.slot_rows} rows"
             )
+        for role in ("attention", "expert"):
+            most, at_first = getattr(self, f"max_{role}_workers"), getattr(self, f"{role}_workers")
+            if most and most < at_first:
+                raise ConfigError(f"`max_{role}_workers` {most} is less than `{role}_workers` {at_first}")
         if self.colocated and (self.attention_workers, self.expert_workers) != (1, 1):
             raise ConfigError("`colocated` is one process with both roles; leave the numbers of workers out")
+
+    @property
+    def max_workers(self) -> tuple[int, int]:
+        """Attention and expert workers that there is room for."""
+        if self.colocated:
+            return 1, 1
+        pairs = (
+            (self.max_attention_workers, self.attention_workers), (self.max_expert_workers, self.expert_workers),
+        )  # fmt: skip
+        attention, expert = (most or MORE_WORKERS + at_first for most, at_first in pairs)
+        return attention, expert
 
     @staticmethod
     def of(**given: Any) -> InstanceOptions:

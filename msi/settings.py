@@ -212,6 +212,8 @@ class Timeouts:
     Attributes:
         start_timeout_s: workers may take so long to come.
         peer_timeout_s: an expert worker that owes an answer for that long is lost.
+        reload_after_s: experts that are on no worker any more wait so long for theirs to come back, before others load
+            them.
         heartbeat_s: between two heartbeats of a worker.
         lost_after_s: a worker that was not heard of for so long is lost.
         hold_timeout_s: requests that run wait so long for a worker in place of theirs, or for experts that are on none.
@@ -228,6 +230,10 @@ class Timeouts:
     )  # fmt: skip
     coordinator_grace_s: Seconds = parameter(
         60.0, "seconds that workers, gateways and requests wait for a coordinator in place of one that is gone",
+        metavar="S", group=LIMITS,
+    )  # fmt: skip
+    reload_after_s: Seconds = parameter(
+        5.0, "seconds after which the experts of a lost worker are loaded on others, where none of those has them",
         metavar="S", group=LIMITS,
     )  # fmt: skip
     heartbeat_s: Seconds = 1.0

@@ -319,15 +319,19 @@ class Place:
             )
 
 
+HOLE = -1  # in place of an expert: a local id that stands for none
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which expert nodes hold which experts; an expert may be on several.
+    """Which expert nodes hold which experts; an expert may be on several, a node may hold none.
 
-    Rows name experts by their local ids, so a node can take rows of two placements at a time as long as one of them
-    only adds experts behind those that it has in the other.
+    Rows name experts by their local ids, so a node can take rows of two placements at a time as long as no local id
+    means one expert in the one and another in the other (`msi.placement_change`).
 
     Attributes:
-        experts: [num_nodes] the experts of each node; the index into a node's is the local expert id.
+        experts: [num_nodes] the experts of each node; the index into a node's is the local expert id. Where one has
+            left, and its id is not given away yet, there is a `HOLE`.
         num_experts: of the model; each is on one node at least.
         version: rises with every change.
     """
@@ -337,16 +341,26 @@ class Placement:
     version: Annotated[int, range(2**32)] = 0
 
     def __post_init__(self) -> None:
-        assert all(experts and len(set(experts)) == len(experts) for experts in self.experts), self
-        assert {expert for experts in self.experts for expert in experts} == set(range(self.num_experts)), self
+        held = [self.held_by(node) for node in range(len(self.experts))]
+        assert all(len(set(experts)) == len(experts) for experts in held), self
+        assert {expert for experts in held for expert in experts} == set(range(self.num_experts)), self
 
     @property
     def num_nodes(self) -> int:
         return len(self.experts)
 
     @property
+    def num_used_nodes(self) -> int:
+        """Up to the last that holds any: none behind it gets rows."""
+        return 1 + max(node for node in range(len(self.experts)) if self.held_by(node))
+
+    @property
     def has_replicas(self) -> bool:
-        return sum(map(len, self.experts)) > self.num_experts
+        return sum(len(self.held_by(node)) for node in range(len(self.experts))) > self.num_experts
+
+    def held_by(self, node: int) -> tuple[int, ...]:
+        """A node's experts, without holes."""
+        return tuple(expert for expert in self.experts[node] if expert != HOLE)
 
     def nodes_of(self, expert: int) -> tuple[int, ...]:
         """The nodes that hold an expert, in ascending order."""

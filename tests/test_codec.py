@@ -180,7 +180,8 @@ def assignment(**changes):
     "changes",
     [
         {"num_experts": 2**40}, {"num_experts": 2**64 - 1}, {"num_experts": -1}, {"num_experts": 0}, {"num_experts": 4},
-        {"experts": []}, {"experts": [0, 5]}, {"experts": [[], [0, 1, 2]]}, {"experts": [b"\0" * 7, [0, 1, 2]]},
+        {"experts": []}, {"experts": [0, 5]}, {"experts": [[], [0, 1]]}, {"experts": [[-2], [0, 1, 2]]},
+        {"experts": [b"\0" * 7, [0, 1, 2]]},
         {"experts": [[0, 1, 2], b"\1" * 4000]}, {"experts": [[0, 1, 1], [2]]}, {"experts": [[0, 1, 2], [7]]},
         {"version": -1}, {"version": 2**40},
         {"num_lanes": 0}, {"num_lanes": 10**9}, {"num_seats": 2**63}, {"num_seats": -1}, {"slot_rows": 0},

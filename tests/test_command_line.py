@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from msi import __version__
 from msi.errors import ConfigError
 from msi.options import PARAMETERS, InstanceOptions, flag_of
-from msi_launch import main, plan, profile, simulate
+from msi_launch import ctl, main, plan, profile, simulate
 from msi_launch.arguments import parse
 from msi_launch.command_line import CommandLine, quoted
 from msi_launch.gateway import template_of
@@ -287,7 +287,13 @@ def test_help_works_in_any_terminal(columns):
 
 @pytest.mark.parametrize(
     ("command", "name"),
-    [(main, "msi-launch"), (plan, "msi-plan"), (profile, "msi-profile"), (simulate, "msi-simulate")],
+    [
+        (main, "msi-launch"),
+        (plan, "msi-plan"),
+        (profile, "msi-profile"),
+        (simulate, "msi-simulate"),
+        (ctl, "msi-ctl"),
+    ],
 )
 def test_version_is_said(command, name, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -773,7 +773,7 @@ async def test_rows_are_taken_of_every_placement_that_a_node_uses_and_a_pass_kee
     assert not pair.recorders[0].events, "this node does not use it yet"
     early.cancel()
     for node in pair.nodes:
-        node.use_placement(3)
+        node.use_placement(3, 2)
     for lane, seq in ((1, 0), (1, 1)):
         turn = pair.exchange(lane, (1, 0))
         assert await pair.landed(0) == [(0, lane, seq, 1, True)]

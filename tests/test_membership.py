@@ -27,7 +27,6 @@ from msi.control.messages import (
     Topology,
     Undecided,
     UseLanes,
-    UsePlacement,
     WorkerBelief,
     WorkerFailed,
     WorkerHello,
@@ -37,7 +36,7 @@ from msi.errors import ConfigError
 from msi.placement import place_evenly
 from msi.precision import Precision
 from msi.settings import SchedulerLimits, Timeouts
-from msi.types import Place, Placement
+from msi.types import Place
 
 PLAN = InstancePlan("token", 1, 2, False, place_evenly(8, 2), SchedulerLimits(1024, 64, 512))
 CHOICE = "waiting for other workers: the role that they leave is this one's"
@@ -545,31 +544,3 @@ def test_nodes_of_more_than_one_rank_are_refused_by_name_where_work_would_begin(
     Place(3).check_is_built()
     with pytest.raises(ConfigError, match=r"rank 1 of 2 of node 0; nodes of more than one rank \(tensor parallelism\)"):
         Place(0, 1, 2).check_is_built()
-
-
-# -- placements that change --------------------------------------------------------------------------------------------
-
-
-def says(cluster, route, worker_id, version, now=1.0):
-    """The placements that a worker is told of when it says that it uses this one."""
-    member = cluster._members[worker_id]
-    belief = WorkerBelief(0, None, member.is_linked, cluster.num_lanes, placement_version=version)
-    instructions = cluster.heartbeat(route, Heartbeat(worker_id, member.incarnation, NO_STATUS, belief), now)
-    return [one.message.placement for one in instructions if isinstance(one.message, UsePlacement)]
-
-
-def test_attention_workers_hear_of_a_placement_once_all_expert_workers_use_it():
-    cluster = formed()
-    grown = Placement(((*range(4), 7), tuple(range(4, 8))), 8, version=1)
-    assert cluster.use_placement(grown) == [Send(route, UsePlacement(grown)) for route in (b"e0", b"e1")]
-    assert says(cluster, b"a0", "attention-0", 0) == []
-    assert says(cluster, b"e0", "expert-0", 0) == [grown], "told again: it may have been lost"
-    assert says(cluster, b"e0", "expert-0", 1) == []
-    assert says(cluster, b"a0", "attention-0", 0) == []
-    assert says(cluster, b"e1", "expert-1", 1) == []
-    assert says(cluster, b"a0", "attention-0", 0) == [grown]
-    assert says(cluster, b"a0", "attention-0", 1) == []
-    cluster.hello(b"e2", replace(HELLO, worker_id="expert-1", role="expert", pid=7), 1.0)
-    lost = cluster.worker_exited("expert-1", cluster._members["expert-1"].pid, "it crashed", 2.0)
-    (assigned,) = [one.message for one in lost if isinstance(one.message, Assignment)]
-    assert assigned.placement == grown

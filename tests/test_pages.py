@@ -23,6 +23,7 @@ from msi.models.shape import read_shape
 from msi.planner.profile import to_json
 from msi_launch import arguments as msi_launch
 from msi_launch import batch_arguments as run_batch
+from msi_launch import ctl as msi_ctl
 from msi_launch import plan as msi_plan
 from msi_launch import profile as msi_profile
 from msi_launch import simulate as msi_simulate
@@ -42,6 +43,7 @@ COMMANDS = {
     "msi-plan": msi_plan.parse,
     "msi-profile": msi_profile.parse,
     "msi-simulate": msi_simulate.parse,
+    "msi-ctl": msi_ctl.parse,
 }
 PARSERS = {**COMMANDS, "msi-launch run-batch": run_batch.parse}
 of_each_page = pytest.mark.parametrize("page", PAGES)

@@ -16,6 +16,7 @@ from msi.errors import ConfigError
 from msi.instance.inproc import InprocInstance
 from msi.options import InstanceOptions
 from msi.placement import place_evenly, place_with_replicas
+from msi.placement_change import padded
 from msi.types import Placement, Request, SamplingParams
 from tests.reference import references, save_tiny
 from tests.waiting import until
@@ -25,7 +26,11 @@ ONCE = Placement(((0, 1, 2), (3, 4), (5, 6)), 7)
 TWICE = Placement(((0, 1, 2, 3, 4), (3, 4, 5, 6), (5, 6, 0, 1, 2)), 7, version=1)
 MIXED = Placement(((0, 1, 2, 6), (3, 4), (5, 6, 0)), 7, version=1)
 FEWER = Placement(((0, 1, 2), (3, 4, 5, 6), (5, 6)), 7, version=2)  # after TWICE: nothing is to be loaded
-OTHER_IDS = Placement(((3, 4), (0, 1, 2), (5, 6)), 7, version=1)
+MOVED = Placement(((3, 4), (0, 5, 6), (1, 2)), 7)
+
+
+def held(placement):
+    return [set(placement.held_by(node)) for node in range(min(3, placement.num_nodes))]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +61,17 @@ class Serving:
 
     async def until_used(self, placement):
         def is_used():
-            return all(worker.life.attention.placement == placement for worker in self.attention)
+            return all(held(worker.life.attention.placement) == held(placement) for worker in self.attention)
 
         await until(is_used, 30)
+
+    async def change_to(self, placement):
+        return await asyncio.wait_for(
+            self.coordinator.change_placement(
+                lambda before, nodes: (*map(set, placement.experts), set(), set()), "a test"
+            ),
+            30,
+        )
 
     def rows(self):
         """That each expert worker has received."""
@@ -143,42 +156,65 @@ async def test_a_placement_is_swapped_while_requests_run_and_loads_only_what_is_
     expert_bytes = 3 * 3 * 48 * 32 * 4  # layers, matrices
     async with serving(path, ONCE) as instance:
         await instance.check_tokens(expected)
-        instance.coordinator.use_placement(TWICE)
-        swapped = asyncio.ensure_future(instance.until_used(TWICE))
-        while not swapped.done():
+        swapping = asyncio.ensure_future(instance.change_to(TWICE))
+        while not swapping.done():
             await instance.check_tokens(expected)
-        await swapped
+        assert await swapping == padded(TWICE, 5)
+        await instance.until_used(TWICE)
         assert [worker.loaded for worker in instance.experts] == [(2 * expert_bytes,) * 2] * 2 + [
             (3 * expert_bytes,) * 2
         ]
         await instance.check_tokens(expected)
 
         loaded = [worker.loaded for worker in instance.experts]
-        instance.coordinator.use_placement(FEWER)
+        await instance.change_to(FEWER)
         await instance.until_used(FEWER)
         await instance.check_tokens(expected)
-        assert [worker.loaded for worker in instance.experts] == loaded, "all was there"
+        read = zip(instance.experts, loaded, strict=True)
+        assert all(worker.loaded in ((0, 0), before) for worker, before in read), "all was there"
         assert {worker.life.assignment.incarnation for worker in (*instance.experts, *instance.attention)} == {0}
 
 
 @pytest.mark.slow
-async def test_a_placement_that_gives_experts_other_local_ids_begins_new_lives_and_serves(checkpoint):
+async def test_every_expert_may_move_while_requests_run_and_ids_that_are_free_are_given_away(checkpoint):
     path, expected = checkpoint
     async with serving(path, ONCE) as instance:
+        for placement in (MOVED, ONCE, TWICE, MOVED):
+            changing = asyncio.ensure_future(instance.change_to(placement))
+            while not changing.done():
+                await instance.check_tokens(expected)
+            assert held(await changing) == held(placement)
         await instance.check_tokens(expected)
-        instance.coordinator.use_placement(OTHER_IDS)
-        await instance.until_used(OTHER_IDS)
-        while not instance.client.status.is_ready:
-            await asyncio.wait_for(instance.client.wait_status(instance.client.status), 60)
+        assert {worker.life.assignment.incarnation for worker in (*instance.experts, *instance.attention)} == {0}
+        assert [worker.life.experts.half._bank.num_rows.shape[1] for worker in instance.experts] == [
+            len(ids) for ids in instance.coordinator._cluster.placing.placement.experts[:3]
+        ], "what is not wanted any more was dropped"
+
+
+async def test_a_placement_that_a_worker_cannot_load_changes_nothing_and_is_told_to_whoever_asked(checkpoint):
+    path, expected = checkpoint
+    async with serving(path, ONCE) as instance:
+        instance.experts[1]._host._files.model_dir = path / "gone"
+        with pytest.raises(ConfigError, match=r"expert-1: .*gone"):
+            await instance.change_to(TWICE)
+        assert held(instance.attention[0].life.attention.placement) == held(ONCE)
         await instance.check_tokens(expected)
+        instance.experts[1]._host._files.model_dir = path
+        await instance.change_to(TWICE)
+        await instance.check_tokens(expected)
+        with pytest.raises(ConfigError, match=r"experts \[5, 6\] would be on no worker that lives; nodes \[0, 1, 2\]"):
+            await instance.coordinator.change_placement(
+                lambda placement, nodes: ({0, 1, 2}, {3, 4}, set(), {5, 6}, set()), "a test"
+            )
 
 
 async def test_an_older_placement_and_one_of_other_nodes_change_nothing(checkpoint):
     path, expected = checkpoint
     async with serving(path, TWICE) as instance:
         role = instance.attention[0].life.attention
-        role.use_placement(replace(TWICE, version=0))
-        assert role.placement == TWICE
-        with pytest.raises(Exception, match="a placement of 7 experts on 1 nodes cannot follow one of 7 on 3"):
+        ours = role.placement
+        role.use_placement(replace(ours, version=0))
+        assert role.placement == ours == padded(TWICE, 5)
+        with pytest.raises(Exception, match="a placement of 7 experts on 1 nodes cannot follow one of 7 on 5"):
             role.use_placement(Placement((tuple(range(7)),), 7, version=9))
         await instance.check_tokens(expected)

@@ -283,7 +283,7 @@ def test_nobody_hears_who_is_there_before_all_are_or_are_late():
         ({"hello": replace(HELLO, fingerprint="other", role="attention")}, "its model differs"),
         ({"instance": "of others"}, "it served another instance"),
         ({"limits": replace(PLAN.limits, max_num_seqs=7)}, "was started with other options"),
-        ({"place": Place(1)}, "there are 1 attention workers in the instance as it is now"),
+        ({"place": Place(1)}, "there is room for 1 attention workers in the instance as it is now"),
         ({"worker_id": "expert-0", "role": "expert"}, "the coordinator knew it already"),
     ],
 )

@@ -3,6 +3,7 @@
 
     tools/chaos.py --minutes 5                       # 2 + 2 workers of the demo model, each expert twice; every 10 s
     tools/chaos.py --minutes 5 --faults kill-attention --transport tcp --redundancy 0
+    tools/chaos.py --minutes 5 --faults drain-attention drain-expert add-attention add-expert kill-expert
     tools/chaos.py --seed 3 --json chaos.json --picture chaos      # chaos.svg and chaos.png, which need matplotlib
 
 Starts msi-launch, learns each stream's greedy text and the streams' pace undisturbed, then strikes by a schedule that
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 
 from msi_launch.command_line import ScriptLine, integer, number, one_of
 from tools.hostility.chaos_report import Run, draw, summary
-from tools.hostility.disasters import KINDS, NOTICED_S, Disaster, Disasters, exists, is_whole
+from tools.hostility.disasters import KINDS, NOTICED_S, ORDERS, Disaster, Disasters, exists, is_whole
 from tools.hostility.processes import family, num_descriptors
 from tools.hostility.server import ROOT, Server
 from tools.hostility.streams import PacedStream, paced_streams
@@ -56,8 +57,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-workers", type=integer(1, 64), default=2, metavar="N", help="2")
     parser.add_argument("--transport", type=one_of("auto", "shm", "tcp"), default="auto", metavar="T", help="auto")
     parser.add_argument("--redundancy", type=integer(0, 63), default=1, metavar="R", help="more of each expert; 1")
-    parser.add_argument("--faults", nargs="+", default=list(KINDS), type=one_of(*KINDS), metavar="FAULT",
-                        help=f"all of: {', '.join(KINDS)}")  # fmt: skip
+    parser.add_argument("--faults", nargs="+", default=list(KINDS), type=one_of(*KINDS, *ORDERS), metavar="FAULT",
+                        help=f"all of: {', '.join(KINDS)}; there are {', '.join(ORDERS)}, too")  # fmt: skip
     parser.add_argument("--launch", nargs="+", default=[], metavar="OPTION", help="more for msi-launch, -- before each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was seen")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="throughput and stalls over time")
@@ -98,6 +99,7 @@ async def storm(server: Server, arguments: argparse.Namespace, run: Run) -> None
         run.deaths += [f"{name} ended by itself" for name, pid in expected.items() if now.get(name) != pid]
         disaster = await disasters.strike()
         run.disasters.append(disaster)
+        run.deaths += [f"{disaster.what}: {disaster.complaint}"] if disaster.complaint else []
         if not await whole_again(server, num_workers):
             run.deaths.append(f"the instance was not whole {WHOLE_WITHIN_S:g} s after {disaster.what}")
         disaster.whole_at = time.monotonic()

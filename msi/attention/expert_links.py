@@ -14,6 +14,7 @@ from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
 from msi.net.regions import Allocator
 from msi.net.transport import Transport
+from msi.placement_change import lost_experts
 from msi.types import Placement
 from msi.worker.host import AttentionPart, ServedShape
 
@@ -57,6 +58,7 @@ class ExpertLinks:
             hold_s=assignment.timeouts.hold_timeout_s,
         )
         self.placement = assignment.placement
+        self.link.use_placement(self.placement.version, self.placement.num_used_nodes)
         self._half: AttentionPart | None = None
         self._assignment = assignment
         self._report = report
@@ -77,8 +79,7 @@ class ExpertLinks:
     def use_placement(self, placement: Placement) -> None:
         """For passes that begin from now on."""
         self.placement = placement
-        self.link.placement_version = placement.version
-        self.link.look_again()
+        self.link.use_placement(placement.version, placement.num_used_nodes)
         self._say_if_changed()
 
     def use_topology(self, topology: Topology) -> None:
@@ -138,8 +139,7 @@ class ExpertLinks:
 
 def lacking(placement: Placement, nodes: Sequence[int]) -> str:
     """What cannot be computed without these nodes, in words; "" where others hold all that they do."""
-    there = {expert for node, held in enumerate(placement.experts) if node not in nodes for expert in held}
-    missing = [expert for expert in range(placement.num_experts) if expert not in there]
+    missing = lost_experts(placement, [node for node in range(placement.num_nodes) if node not in nodes])
     if not missing:
         return ""
     named = ", ".join(map(str, missing[:MOST_NAMED])) + (", ..." if len(missing) > MOST_NAMED else "")

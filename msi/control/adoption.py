@@ -19,8 +19,8 @@ def why_not_adopted(account: Account, plan: InstancePlan, members: Mapping[str, 
     given = account.assignment
     if members and given.instance != plan.instance:
         return "it served another instance"
-    if given.place.index >= plan.wanted[given.role]:
-        return f"there are {plan.wanted[given.role]} {given.role} workers in the instance as it is now"
+    if given.place.index >= max(plan.most[given.role], plan.wanted[given.role]):
+        return f"there is room for {plan.most[given.role]} {given.role} workers in the instance as it is now"
     former = members.get(given.worker_id)
     if former is not None:
         return "the coordinator knew it already, and gave it up"
@@ -32,8 +32,9 @@ def why_not_adopted(account: Account, plan: InstancePlan, members: Mapping[str, 
     shape = (account.placement.num_nodes, account.placement.num_experts)
     if shape != (plan.placement.num_nodes, plan.placement.num_experts):
         return "experts are placed on another number of workers now"
-    wanted = replace(plan, instance=given.instance, placement=given.placement, timeouts=given.timeouts)
-    if assignment(wanted, adopted(b"", account, 0.0), account.hello.precision) != given:
+    wanted = replace(plan, instance=given.instance, timeouts=given.timeouts)
+    would_be = assignment(wanted, adopted(b"", account, 0.0), account.hello.precision, given.placement, given.former)
+    if replace(would_be, memory_share=given.memory_share) != given:  # a share of so many as there were then
         return "the coordinator was started with other options"
     return ""
 

@@ -33,6 +33,7 @@ from msi.control.messages import (
     Submit,
     Welcome,
 )
+from msi.control.orders import Order, Ordered
 from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
 from msi.net.control import MessageClient
 from msi.types import Progress, Request
@@ -89,6 +90,8 @@ class CoordinatorClient:
         self._asked: dict[str, _Asked] = {}
         self._status_changed = asyncio.Condition()
         self._stats: asyncio.Future[Stats] | None = None
+        self._orders: dict[int, asyncio.Future[Ordered]] = {}
+        self._num_orders = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._last_heard = self._clock()
         self._token = secrets.token_hex(8)
@@ -143,6 +146,9 @@ class CoordinatorClient:
         self._end_all(error)
 
     def _end_all(self, error: EngineError) -> None:
+        for order in self._orders.values():
+            if not order.done():
+                order.set_exception(Failure.of(error).error())
         for request_id, asked in self._asked.items():
             if not asked.is_over:
                 asked.take(Progress(request_id, failure=Failure.of(error)))
@@ -163,6 +169,17 @@ class CoordinatorClient:
                 return await asyncio.wait_for(asyncio.shield(self._stats), STATS_AGAIN_S)
         waited_s = STATS_ASKED * STATS_AGAIN_S
         raise Unavailable(f"the coordinator at {self.address} did not answer for {waited_s:g} s")
+
+    async def order(self, order: Order) -> Ordered:
+        """What an operator asks for; the answer, whenever it comes. Raises EngineError: the connection is lost."""
+        number = self._num_orders = self._num_orders + 1
+        answer: asyncio.Future[Ordered] = asyncio.get_running_loop().create_future()
+        self._orders[number] = answer
+        try:
+            self._control.send(replace(order, number=number))
+            return await answer
+        finally:
+            del self._orders[number]
 
     async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Progress, None]:
         """What is new of these requests until the last one. Leaving early, or being cancelled, cancels them.
@@ -222,6 +239,8 @@ class CoordinatorClient:
                     await self._set_status(message)
                 case Stats() if self._stats is not None and not self._stats.done():
                     self._stats.set_result(message)
+                case Ordered() if (order := self._orders.get(message.number)) is not None and not order.done():
+                    order.set_result(message)
                 case Welcome() if self._must_greet:
                     self._welcomed(message)
                 case HelloAgain():

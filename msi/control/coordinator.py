@@ -14,8 +14,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from msi.attention.journal import RequestAccount
+from msi.control.changes import ChangesOfPlacement
 from msi.control.clients import Clients
 from msi.control.counters import AttentionCounters, ExpertCounters
+from msi.control.due_changes import Choose
 from msi.control.lane_choice import LaneChoice
 from msi.control.lateness import read_first, sleep_late
 from msi.control.members import InstancePlan, Instruction, Lost, Send
@@ -37,6 +39,7 @@ from msi.control.messages import (
     Linked,
     PassDone,
     PeerLost,
+    Placed,
     Pulse,
     Refused,
     RequestsFailed,
@@ -51,11 +54,14 @@ from msi.control.messages import (
     WorkerReady,
     WorkerStats,
 )
+from msi.control.operator import Operator
+from msi.control.orders import Order, Ordered
 from msi.control.overload import Objectives, backlog_of
 from msi.control.request_routing import Router
 from msi.control.routed import Updates
+from msi.control.size_watch import SizeWatch
 from msi.control.takeover import Takeover
-from msi.errors import Failure, InvalidRequest, Unavailable
+from msi.errors import Failure, InvalidRequest, Unavailable, one_line
 from msi.kernels import BLOCK_TOKENS
 from msi.net.control import MessageServer
 from msi.request_spans import OpenSpans
@@ -115,6 +121,9 @@ class Coordinator:
         )
         self._takeover = Takeover()
         self._clients = Clients(welcome)
+        self._changes = ChangesOfPlacement(self._cluster, self._carry_out)
+        self.operator = Operator(self._cluster, self._changes, self._carry_out, server.address, clock)
+        self._sizes = SizeWatch()
         self._lane_choice = LaneChoice(plan, num_micro_batches, num_layers)
         self._is_ending = False
         self._all_ended = asyncio.Event()
@@ -168,6 +177,8 @@ class Coordinator:
                     self._takeover.account(worker_id, message, now, is_known=self._router.knows(message.request_id))
             case Linked():
                 self._carry_out(cluster.linked(route, message))
+            case Placed():
+                self._carry_out(cluster.placed(route, message))
             case PeerLost():
                 self._carry_out(cluster.peer_lost(route, message))
             case RequestsFailed() if cluster.knows(route, message.worker_id, message.incarnation):
@@ -191,7 +202,7 @@ class Coordinator:
                 self._carry_out([answer])
             case ClientPulse():
                 self._clients.pulse(message, now)
-            case Submit() | Resubmit() | Cancel() | ClientHeartbeat() | StatsRequest() if not is_client:
+            case Submit() | Resubmit() | Cancel() | ClientHeartbeat() | StatsRequest() | Order() if not is_client:
                 self._server.send(route, HelloAgain("the coordinator does not know this client; say hello first"))
             case Submit():
                 self._submit(route, message, now)
@@ -207,6 +218,8 @@ class Coordinator:
                     self._cancel(*given)
             case ClientHeartbeat():
                 self._client_beats(route, message, now)
+            case Order():
+                self._tasks.create_task(self._obey(route, message), name="order")
             case StatsRequest():
                 if message.is_watching:
                     cluster.watch(now)
@@ -224,6 +237,14 @@ class Coordinator:
             case _:
                 log.warning("dropped %s: not for a coordinator", type(message).__name__)
         self._advance(now)
+
+    async def _obey(self, route: bytes, order: Order) -> None:
+        try:
+            answer = await self.operator.obey(order)
+        except Exception as error:  # a bug of ours, which is to end nothing but this
+            log.exception("%s %s failed", order.verb, order.worker_id)
+            answer = Ordered(order.number, failure=one_line(error))
+        self._server.send(route, answer)
 
     # -- workers' messages -------------------------------------------------------------------------------------------
 
@@ -256,9 +277,19 @@ class Coordinator:
                     self._server.send(route, Cancel(request_id))
             self._tell(found.updates)
 
-    def use_placement(self, placement: Placement) -> None:
-        """From now on experts are placed like this. What runs goes on; workers load what they lack."""
-        self._carry_out(self._cluster.use_placement(placement))
+    async def change_placement(self, choose: Choose, remark: str) -> Placement:
+        """Experts are placed as `choose` says, while requests run; returns the placement once nothing of the one before
+        is on its way. Changes take turns; one that is cancelled goes on.
+
+        Args:
+            choose: called once it is its turn, with the placement that is used then and the nodes that are there; says
+                which experts each node is to hold (`msi.placement_change` gives them their local ids).
+            remark: what for, in a few words.
+
+        Raises:
+            ConfigError: it cannot be, or a worker could not load its part, or was lost; then all is as before.
+        """
+        return await self._changes.ask(choose, remark)
 
     # -- clients' messages -------------------------------------------------------------------------------------------
 
@@ -380,6 +411,8 @@ class Coordinator:
             self._server.send(serving[worker_id].route, Submit(request))
         self._tell(self._router.take_ended())
         self._carry_out(self._lane_choice.next(cluster, now))
+        self._changes.look()
+        self.operator.look()
         if self._is_ending and not len(self._router):
             self._all_ended.set()
         if not self._clients.are_told(self._is_ready):
@@ -416,6 +449,10 @@ class Coordinator:
             self._advance(now)
             if self._drift is not None:
                 self._look_for_drift(self._drift)
+            experts = [one for one in self._cluster.live("expert") if self._cluster.is_of_use(one)]
+            serving = list(self._cluster.serving.values())
+            if sentence := self._sizes.look(serving, experts, self._cluster.num_lanes, now):
+                log.info("%s", sentence)
 
     def _look_for_drift(self, watch: DriftWatch) -> None:
         live = [worker for worker in self._cluster.stats() if worker.state == "ready"]

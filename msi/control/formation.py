@@ -6,7 +6,7 @@ and nobody has noticed yet, the new one takes its place as soon as somebody has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from msi.control.members import Applicant, InstancePlan, Member
@@ -28,6 +28,14 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Joining:
+    """Decision: there is to be one place more, for this applicant: the next decision gives it to it."""
+
+    role: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Taken:
     """There is no place as long as these live."""
 
@@ -40,14 +48,21 @@ class Formation:
 
     Args:
         members: everyone who is or was there, by id; whoever owns it enters those who are given a place.
+        why_not_yet: why an expert worker cannot come to this place now, "" where it can.
+
+    Attributes:
+        plan: its places may change.
     """
 
-    def __init__(self, plan: InstancePlan, members: Mapping[str, Member]) -> None:
+    def __init__(
+        self, plan: InstancePlan, members: Mapping[str, Member], why_not_yet: Callable[[int], str] = lambda index: ""
+    ) -> None:
         self.has_served = False  # then a place is filled by whoever comes
         self.first_incarnation = 0  # of those who were not heard of before
+        self._why_not_yet = why_not_yet
         asked = plan.precision
         self.precision = None if asked.is_open else asked.resolved(asked.compute)  # else that of the first worker
-        self._plan = plan
+        self.plan = plan
         self._members = members
         self._fingerprint = ""
         self._applicants: dict[str | bytes, Applicant] = {}  # by process, in order of arrival
@@ -89,7 +104,7 @@ class Formation:
             return (
                 f"it leaves open what it computes in ({hello.precision}); install the same version of msi on all hosts"
             )
-        if not self._plan.precision.is_open and hello.precision != self.precision:
+        if not self.plan.precision.is_open and hello.precision != self.precision:
             return (
                 f"it computes in {hello.precision}, the instance in {self.precision}; give all workers the same `dtype`"
             )
@@ -109,6 +124,8 @@ class Formation:
         if self._has_choice(hello):
             return "waiting for other workers: the role that they leave is this one's"
         taken = self._place(applicant, 0.0)
+        if isinstance(taken, str):
+            return taken
         assert isinstance(taken, _Taken), taken
         return f"waiting for a sign of life of {', '.join(holder.worker_id for holder in taken.holders)}"
 
@@ -119,8 +136,8 @@ class Formation:
         self._fingerprint = self._fingerprint or hello.fingerprint
         self.precision = self.precision or hello.precision
 
-    def settle(self, now: float) -> Iterator[Member | Refusal]:
-        """Decides about those for whom it is time; each new member has to be entered before the next is taken."""
+    def settle(self, now: float) -> Iterator[Member | Refusal | Joining]:
+        """Decides about those for whom it is time; each has to be carried out before the next is taken."""
         while (decision := self._next_decision(now)) is not None:
             yield decision
 
@@ -137,7 +154,7 @@ class Formation:
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
-    def _next_decision(self, now: float) -> Member | Refusal | None:
+    def _next_decision(self, now: float) -> Member | Refusal | Joining | None:
         is_short = self._is_open and self.num_undecided < self.num_free
         for key, applicant in self._applicants.items():
             if is_short and self._has_choice(applicant.hello):
@@ -147,24 +164,28 @@ class Formation:
                 decision = Refusal(applicant.route, objection)
             else:
                 placed = self._place(applicant, now)
+                if isinstance(placed, str):
+                    continue
                 if isinstance(placed, Member):
                     decision = placed
                     self._fingerprint = self._fingerprint or applicant.hello.fingerprint
                     self.precision = self.precision or applicant.hello.precision
-                elif self._are_heard(placed.holders, since=applicant.asked_at):
-                    decision = Refusal(applicant.route, placed.reason)
-                else:
+                elif not self._are_heard(placed.holders, since=applicant.asked_at):
                     continue
+                elif (joining := self._room_for(applicant)) is not None:
+                    return joining
+                else:
+                    decision = Refusal(applicant.route, placed.reason)
             del self._applicants[key]
             return decision
         return None
 
     def _are_heard(self, holders: tuple[Member, ...], since: float) -> bool:
         """What was read with the hello may have lain there as long as it: half a beat later it has not."""
-        return all(holder.heard_at >= since + self._plan.timeouts.heartbeat_s / 2 for holder in holders)
+        return all(holder.heard_at >= since + self.plan.timeouts.heartbeat_s / 2 for holder in holders)
 
     def _num_free(self) -> dict[str, int]:
-        return {role: count - len(self._live(role)) for role, count in self._plan.wanted.items()}
+        return {role: count - len(self._live(role)) for role, count in self.plan.wanted.items()}
 
     def _live(self, role: str) -> list[Member]:
         return [member for member in self._members.values() if member.role == role and member.is_live]
@@ -178,10 +199,24 @@ class Formation:
         """Whether a worker may get either role: one that had a place before, here or by its id, gets that."""
         if hello.role != "worker" or not self._is_open or hello.worker_id in self._members:
             return False
-        return all(_index_in(hello.worker_id, role) is None for role in self._plan.wanted)
+        return all(_index_in(hello.worker_id, role) is None for role in self.plan.wanted)
 
-    def _place(self, applicant: Applicant, now: float) -> Member | _Taken:
-        """A place for a worker, or why there is none."""
+    def _room_for(self, applicant: Applicant) -> Joining | None:
+        """A place that there may be for a worker besides those that are wanted; its role has to be clear."""
+        role, worker_id = applicant.hello.role, applicant.hello.worker_id
+        former = self._members.get(worker_id)
+        if not self.has_served or role == "worker" or (former is not None and (former.is_live or former.role != role)):
+            return None
+        places = self.plan.wanted_places[role]
+        taken = {*places, *(member.place.index for member in self._live(role))}
+        free = [index for index in range(self.plan.most[role]) if index not in taken]
+        if not free or len(places) >= self.plan.most[role]:
+            return None
+        named = _index_in(worker_id, role)
+        return Joining(role, named if named in free else free[0])
+
+    def _place(self, applicant: Applicant, now: float) -> Member | _Taken | str:
+        """A place for a worker, why there is none, or (as text) what it waits for."""
         route, hello = applicant.route, applicant.hello
         former = self._members.get(hello.worker_id)
         is_same = former is not None and (former.route == route or (hello.process and hello.process == former.process))
@@ -197,21 +232,23 @@ class Formation:
         roles.sort(key=lambda role: _index_in(hello.worker_id, role) is None)
         for role in roles:
             taken = {member.place.index for member in self._live(role) if member is not former}
-            free = [index for index in range(self._plan.wanted[role]) if index not in taken]
+            free = [index for index in self.plan.wanted_places[role] if index not in taken]
             if former is not None and former.place.index in free:
                 free = [former.place.index]
             if not free:
                 continue
             named = _index_in(hello.worker_id, role)
             index = named if named in free else free[0]
+            if role == "expert" and (why := self._why_not_yet(index)):
+                return why
             worker_id = hello.worker_id or f"{role}-{index}"
             former = self._members.get(worker_id)
             incarnation = self.first_incarnation if former is None else former.incarnation + 1
-            place = Place.at(index, self._plan.ranks[role])
+            place = Place.at(index, self.plan.ranks[role])
             return Member(
                 worker_id, role, place, incarnation, route, hello.pid, hello.host, now, hello.process, heard_at=now
             )
-        wanted = self._plan.wanted.get(hello.role, sum(self._plan.wanted.values()))
+        wanted = self.plan.wanted.get(hello.role, sum(self.plan.wanted.values()))
         kind = "" if hello.role == "worker" else f"{hello.role} "
         if not wanted:
             return _Taken((), f"this instance has no {kind}workers of its own: it runs colocated")

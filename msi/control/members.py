@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from msi.control.messages import Assignment, WorkerHello, WorkerStatus
@@ -23,6 +25,8 @@ class InstancePlan:
         limits: without zeros that stand for something else.
         precision: as it was asked for; "auto" leaves it to the first worker.
         max_resumptions: how often a request goes on elsewhere when its attention worker is lost.
+        max_attention, max_expert: as many nodes as may be there while it runs; 0: no more than at the start.
+        places: of workers that are wanted now, by role; None: as many as at the start.
     """
 
     instance: str
@@ -38,6 +42,9 @@ class InstancePlan:
     expert_ranks: int = 1
     max_resumptions: int = 3
     service: ServiceLevel = ServiceLevel()
+    max_attention: int = 0
+    max_expert: int = 0
+    places: Mapping[str, tuple[int, ...]] | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -47,8 +54,42 @@ class InstancePlan:
     @property
     def wanted(self) -> dict[str, int]:
         """Workers per role."""
+        return {role: len(places) for role, places in self.wanted_places.items()}
+
+    @property
+    def wanted_places(self) -> Mapping[str, tuple[int, ...]]:
+        """By role."""
+        if self.places is not None:
+            return self.places
         num_expert = 0 if self.is_colocated else self.num_expert
-        return {"attention": self.num_attention * self.attention_ranks, "expert": num_expert * self.expert_ranks}
+        num_attention = self.num_attention * self.attention_ranks
+        return {"attention": tuple(range(num_attention)), "expert": tuple(range(num_expert * self.expert_ranks))}
+
+    @property
+    def most(self) -> dict[str, int]:
+        """Workers per role that there is room for."""
+        wanted = self.wanted
+        if self.is_colocated or (self.attention_ranks, self.expert_ranks) != (1, 1):
+            return wanted
+        return {
+            "attention": self.max_attention or self.num_attention,
+            "expert": self.max_expert or self.num_expert,
+        }
+
+    def with_place(self, role: str, index: int) -> InstancePlan:
+        """One worker more, where it is not one of them."""
+        if index in self.wanted_places[role]:
+            return self
+        places = dict(self.wanted_places)
+        places[role] = tuple(sorted({*places[role], index}))
+        return replace(self, places=places)
+
+    def without_place(self, role: str, index: int) -> InstancePlan:
+        """One less; the last one of a role stays wanted."""
+        places = dict(self.wanted_places)
+        if len(places[role]) > 1:
+            places[role] = tuple(one for one in places[role] if one != index)
+        return replace(self, places=places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +127,8 @@ class Member:
         has_lanes: it was told how many to run.
         num_acks: HeartbeatAcks that were sent to it.
         num_passes: PassDones that came from it.
-        placement_version: of what it uses, as it last said.
+        placement_version, has_former: of what it uses, as it last said; see `msi.control.placing`.
+        leaves_by: whatever it runs goes on elsewhere then.
     """
 
     worker_id: str
@@ -109,6 +151,8 @@ class Member:
     num_acks: int = 0
     num_passes: int = 0
     placement_version: int = 0
+    has_former: bool = False
+    leaves_by: float = math.inf
     loop_lag_s: float = 0.0
     status: WorkerStatus = field(default=NO_STATUS)
 
@@ -127,7 +171,9 @@ class Applicant:
     last_seen: float
 
 
-def assignment(plan: InstancePlan, member: Member, precision: Precision) -> Assignment:
+def assignment(
+    plan: InstancePlan, member: Member, precision: Precision, placement: Placement, former: Placement | None = None
+) -> Assignment:
     """What a member is told; `precision` has no "auto" left."""
     return Assignment(
         instance=plan.instance,
@@ -135,10 +181,11 @@ def assignment(plan: InstancePlan, member: Member, precision: Precision) -> Assi
         role=member.role,
         place=member.place,
         incarnation=member.incarnation,
-        placement=plan.placement,
-        num_seats=2 * plan.wanted["attention"] + 2,
+        placement=placement,
+        former=former,
+        num_seats=2 * max(plan.most["attention"], plan.wanted["attention"]) + 2,
         is_colocated=plan.is_colocated,
-        memory_share=1 / plan.wanted["attention"],
+        memory_share=1 / max(1, plan.wanted["attention"]),
         limits=plan.limits,
         link=plan.link,
         timeouts=plan.timeouts,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hmac
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from msi.control.adoption import adopted, why_not_adopted
-from msi.control.formation import Formation, Refusal
+from msi.control.due_changes import Choose, DueChanges, Wanted
+from msi.control.formation import Formation, Joining, Refusal
 from msi.control.members import InstancePlan, Instruction, Lost, Member, Send, assignment
 from msi.control.messages import (
     Account,
@@ -30,20 +31,24 @@ from msi.control.messages import (
     Linked,
     PassDone,
     PeerLost,
+    Placed,
     Pulse,
     Refused,
+    Shutdown,
     Topology,
     Undecided,
     UseLanes,
-    UsePlacement,
     WorkerFailed,
     WorkerHello,
     WorkerReady,
     WorkerStats,
     WorkerStatus,
 )
+from msi.control.placing import Placing
 from msi.control.watched import WATCHED_FOR_S
-from msi.types import Placement
+from msi.errors import ConfigError, shown
+from msi.placement_change import changed, lost_experts, with_node
+from msi.types import Place
 
 LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
 STUCK_AFTER_S = 30.0  # a process that lives, but whose loop stands still for so long, is given up
@@ -63,7 +68,10 @@ class Cluster:
         self._watched_until = now
         self._started_at = now
         self._members: dict[str, Member] = {}
-        self._formation = Formation(plan, self._members)
+        self._formation = Formation(plan, self._members, self._why_not_yet)
+        self.placing = Placing(plan.placement)
+        copies = [len(plan.placement.nodes_of(expert)) for expert in range(plan.placement.num_experts)]
+        self._due = DueChanges(plan.timeouts.reload_after_s, copies)
         self._exited: dict[int, float] = {}  # processes that ended, and when
         self.term = 0  # which coordinator of the instance this is
         self._taking_over_until = 0.0  # 0 where it takes nothing over
@@ -96,7 +104,7 @@ class Cluster:
     @property
     def serving(self) -> dict[str, Member]:
         """Attention workers that requests may go to, by id: the first rank of each node whose every rank can serve."""
-        if not self.num_lanes or any(member.state == "draining" for member in self.live("expert")):
+        if not self.num_lanes or any(self._is_stuck(member) for member in self.live("expert")):
             return {}
         serving = (member for member in self.live("attention") if member.is_linked and member.state == "ready")
         return {member.worker_id: member for member in self._whole_nodes(serving) if not member.place.rank}
@@ -120,11 +128,11 @@ class Cluster:
     def sentence(self, now: float) -> str:
         """What is waited for, by name."""
         waited = f"{now - self._started_at:.0f} s"
-        for role, count in self.plan.wanted.items():
-            there = {member.place.index for member in self.live(role)}
-            missing = next((index for index in range(count) if index not in there), None)
+        for role, places in self.plan.wanted_places.items():
+            there, count = {member.place.index for member in self.live(role)}, len(places)
+            missing = next((number for number, index in enumerate(places) if index not in there), None)
             if missing is not None:
-                lost = self._members.get(f"{role}-{missing}")
+                lost = self._members.get(f"{role}-{places[missing]}")
                 why = f" ({lost.reason})" if lost is not None and lost.reason else ""
                 if num_undecided := self._formation.num_undecided:
                     why += f" ({self._formation.num_free} missing, {num_undecided} for any role here)"
@@ -165,10 +173,15 @@ class Cluster:
             if isinstance(decision, Refusal):
                 instructions.append(Send(decision.route, Refused(decision.reason)))
                 continue
+            if isinstance(decision, Joining):
+                self._use_places(self.plan.with_place(decision.role, decision.index))
+                continue
             former = self._members.get(decision.worker_id)
             if former is not None and former.is_live:
                 instructions += self._lose(former, "it began a new life")
             self._members[decision.worker_id] = decision
+            if decision.role == "expert" and not self.placing.holds_any(decision.place.node):
+                instructions += self._share_with(decision)
             instructions.append(Send(decision.route, self._assignment(decision)))
         return instructions
 
@@ -199,8 +212,8 @@ class Cluster:
         if not self._members:
             self.plan = replace(self.plan, instance=given.instance)
             self._taking_over_until = now + TAKEOVER_S
-        if account.placement.version > self.plan.placement.version or not self._members:
-            self.plan = replace(self.plan, placement=account.placement)
+        self.placing.adopt(account.placement, is_first=not self._members)
+        self._use_places(self.plan.with_place(given.role, given.place.index))
         self._formation.recognise(account.hello, self.term * LIVES_PER_TERM)
         self._members[given.worker_id] = adopted(route, account, now)
         self.num_lanes = self.num_lanes or account.num_lanes
@@ -216,6 +229,7 @@ class Cluster:
         if not self._taking_over_until or (now < self._taking_over_until and not is_whole):
             return []
         self._taking_over_until = 0.0
+        self._due.begin(now)
         return list(self._topology_to(*self.live("attention")))
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -254,8 +268,8 @@ class Cluster:
                 instructions += self._topology_to(member)
             elif member.has_lanes and not belief.num_lanes:
                 instructions.append(Send(route, UseLanes(self.num_lanes)))
-        member.placement_version = belief.placement_version
-        instructions += self._placement_to(member)
+        member.placement_version, member.has_former = belief.placement_version, belief.has_former
+        instructions += self.placing.to(member)
         member.num_acks += 1
         return [*instructions, Send(route, HeartbeatAck(member.num_acks, is_watched=now < self._watched_until))]
 
@@ -330,27 +344,136 @@ class Cluster:
         member.state = "draining"
         return [Send(route, Drain())] if member.role == "attention" else []
 
+    def ask_to_leave(self, worker_id: str, by: float, carry_out: Callable[[list[Instruction]], None]) -> Member:
+        """A worker is to leave: what runs on it finishes, or goes on elsewhere from `by` on.
+
+        Raises:
+            ConfigError: there is no such worker, or nothing would run without it.
+        """
+        member = self._members.get(worker_id)
+        if member is None or not member.is_live or self.plan.is_colocated:
+            there = ", ".join(one.worker_id for role in self.plan.wanted for one in self.live(role))
+            raise ConfigError(f"there is no worker {shown(worker_id)} that could leave; there are {there}")
+        staying = [one for one in self.live(member.role) if one is not member and one.state == "ready"]
+        if not staying:
+            raise ConfigError(f"{worker_id} is the only {member.role} worker that serves; add another one first")
+        if member.state == "loading":
+            raise ConfigError(f"{worker_id} is still loading; it can leave once it is ready")
+        member.leaves_by = by
+        carry_out(self.draining(member.route, worker_id, member.incarnation))
+        return member
+
+    def is_stuck(self, member: Member) -> bool:
+        """Whether an expert worker that wants to leave cannot: its experts have no other place."""
+        return member.role == "expert" and self._is_stuck(member)
+
+    def is_of_use(self, member: Member) -> bool:
+        """Whether rows or requests go to it."""
+        if member.role == "attention":
+            return member.state == "ready" and member.is_linked
+        return member.state == "ready" and not self.placing.is_changing and self.placing.holds_any(member.place.node)
+
+    def _end_late(self, now: float) -> list[Instruction]:
+        """Attention workers whose time to finish what they run is over: that goes on elsewhere."""
+        instructions: list[Instruction] = []
+        for member in self.live("attention"):
+            if member.state == "draining" and now > member.leaves_by:
+                self._use_places(self.plan.without_place(member.role, member.place.index))
+                instructions.append(Send(member.route, Shutdown("it was drained, and its time was over")))
+                instructions += self._lose(member, "it was drained, and its time was over")
+        return instructions
+
     def no_requests_left(self) -> list[Instruction]:
-        """Nothing runs: expert workers that want to end may."""
-        return [Send(member.route, Drain()) for member in self.live("expert") if member.state == "draining"]
+        """Nothing runs: expert workers that want to end, and whose experts have no other place, may."""
+        return [Send(member.route, Drain()) for member in self.live("expert") if self._is_stuck(member)]
+
+    def _is_stuck(self, member: Member) -> bool:
+        if member.state != "draining" or self.placing.is_changing:
+            return False
+        experts = self.live("expert")
+        return not self._formation.has_served or self._due.is_stuck(self.placing.placement, member, experts)
+
+    def _let_end(self) -> list[Instruction]:
+        """Expert workers that want to end may, once nothing is computed by their experts."""
+        leaving = [member for member in self.live("expert") if member.state == "draining"]
+        free = [member for member in leaving if not self.placing.holds_any(member.place.node)]
+        return [Send(member.route, Drain()) for member in free]
 
     def goodbye(self, route: bytes, goodbye: Goodbye) -> list[Instruction]:
         member = self._known(route, goodbye.worker_id, goodbye.incarnation)
-        return [] if member is None else self._lose(member, "it was drained")
+        if member is None:
+            return []
+        if member.role == "attention" or not self.placing.holds_any(member.place.node):
+            self._use_places(self.plan.without_place(member.role, member.place.index))
+        return self._lose(member, "it was drained")
 
     def use_lanes(self, num_lanes: int) -> list[Instruction]:
         """From now on this many micro-batches are in flight, on all attention workers."""
         self.num_lanes = num_lanes
         return [one for member in self.live("attention") if member.is_linked for one in self._lanes_to(member)]
 
-    def use_placement(self, placement: Placement) -> list[Instruction]:
-        """From now on experts are placed like this: expert workers are told, and attention workers once those have it.
+    # -- placement ---------------------------------------------------------------------------------------------------
 
-        Each is told again with its heartbeats until it says that it has.
-        """
-        assert placement.version > self.plan.placement.version, f"{placement} follows {self.plan.placement}"
-        self.plan = replace(self.plan, placement=placement)
-        return [one for member in self.live("expert") for one in self._placement_to(member)]
+    def change_placement(self, choose: Choose, remark: str) -> list[Instruction]:
+        """Begins a change, where none is under way. Raises ConfigError: it cannot be."""
+        if self.plan.is_colocated:
+            raise ConfigError("this instance runs colocated: all experts are in its one worker, and stay there")
+        nodes = [member.place.node for member in self.live("expert") if member.state != "draining"]
+        return self._begin(choose(self.placing.placement, nodes), remark)
+
+    def _begin(self, wanted: Wanted, remark: str) -> list[Instruction]:
+        nodes = [member.place.node for member in self.live("expert")]
+        placement = changed(self.placing.placement, wanted)
+        if nowhere := lost_experts(placement, nodes):
+            raise ConfigError(f"experts {nowhere[:8]} would be on no worker that lives; nodes {nodes} are there")
+        self.placing.begin(placement, remark)
+        return [one for member in self.live("expert") for one in self.placing.to(member)]
+
+    def _share_with(self, member: Member) -> list[Instruction]:
+        """A new expert worker gets its share: it is to load that, while the others serve."""
+        node = member.place.node
+        nodes = [one.place.node for one in self.live("expert") if one.state != "draining"]
+        return self._begin(with_node(self.placing.placement, node, nodes, self._due.copies), f"{member.worker_id} came")
+
+    def _why_not_yet(self, index: int) -> str:
+        if self.plan.is_colocated or self.placing.holds_any(Place.at(index, self.plan.expert_ranks).node):
+            return ""
+        if self.placing.is_changing:
+            return f"waiting for a change of placement ({self.placing.remark})"
+        nodes = [member.place.node for member in self.live("expert") if member.state != "draining"]
+        if lost_experts(self.placing.placement, nodes):
+            return "waiting for experts that are on no worker"
+        if all(len(self.placing.placement.held_by(node)) < 2 for node in nodes):
+            return "waiting: every expert worker has one expert already"
+        return ""
+
+    def placed(self, route: bytes, placed: Placed) -> list[Instruction]:
+        """An expert worker has done as it was told, or cannot."""
+        if (member := self._known(route, placed.worker_id, placed.incarnation)) is not None:
+            self.placing.hear(member, placed)
+        return self.advance_placement()
+
+    def advance_placement(self) -> list[Instruction]:
+        """What follows for the change that is under way, and once there is none."""
+        if not self.placing.is_changing:
+            return []
+        experts = self.live("expert")
+        instructions = self.placing.advance(experts, self.live("attention"))
+        return instructions if self.placing.is_changing else [*instructions, *self._let_end()]
+
+    def _begin_what_is_due(self, now: float) -> list[Instruction]:
+        if self.placing.is_changing or self._taking_over_until:
+            return []
+        if not self._formation.has_served or self.plan.is_colocated:
+            return []
+        experts = [member for member in self._members.values() if member.role == "expert"]
+        due = self._due.next(self.placing.placement, experts, now)
+        return [] if due is None else self._begin(due.wanted, due.remark)
+
+    def _use_places(self, plan: InstancePlan) -> None:
+        self.plan = self._formation.plan = plan
+
+    # -- time --------------------------------------------------------------------------------------------------------
 
     def tick(self, now: float, late_s: float = 0.0) -> list[Instruction]:
         """Time has passed.
@@ -371,6 +494,10 @@ class Cluster:
         self._asked = {route: at for route, at in self._asked.items() if now - at < ASKED_AGAIN_S}
         self._formation.forget(heard_before=now - self.plan.timeouts.lost_after_s * LOADING_PATIENCE)
         instructions += self._settle(now)
+        was_changing = self.placing.is_changing
+        instructions += [*self._end_late(now), *self.advance_placement(), *self._let_end()]
+        if not was_changing:  # whoever asked for a change hears of its end first
+            instructions += self._begin_what_is_due(now)
         self._exited = {pid: at for pid, at in self._exited.items() if now - at < EXITS_REMEMBERED_S}
         self._formation.has_served |= bool(self.serving)
         has_served = self._formation.has_served
@@ -392,7 +519,7 @@ class Cluster:
 
     def _assignment(self, member: Member) -> Assignment:
         assert self._formation.precision is not None, "nobody is a member before it is known"
-        return assignment(self.plan, member, self._formation.precision)
+        return assignment(self.plan, member, self._formation.precision, *self.placing.used_by(member.role))
 
     def _topology_to(self, *attention: Member) -> Iterator[Instruction]:
         if self._taking_over_until:
@@ -406,16 +533,6 @@ class Cluster:
         for member in attention:
             if member.state != "loading":
                 yield Send(member.route, Topology(experts, lost))
-
-    def _placement_to(self, member: Member) -> list[Instruction]:
-        """The placement, where a member does not use it yet and nothing keeps it from that."""
-        wanted = self.plan.placement
-        if member.state == "loading" or member.placement_version >= wanted.version:
-            return []
-        experts = self.live("expert")
-        if member.role == "attention" and any(one.placement_version < wanted.version for one in experts):
-            return []
-        return [Send(member.route, UsePlacement(wanted))]
 
     def _lanes_to(self, member: Member) -> list[Instruction]:
         if not self.num_lanes or member.has_lanes:

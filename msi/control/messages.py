@@ -1,13 +1,13 @@
 """The control plane's messages: a few per pass or rarer, all typed, all through `net.codec`; who may say which.
 
 worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
-                        Calibrated, CalibrationCutShort, WorkerFailed, Draining, Goodbye, Account, RequestAccount;
-                        Pulse, by a socket of its own
+                        Calibrated, CalibrationCutShort, WorkerFailed, Placed, Draining, Goodbye, Account,
+                        RequestAccount; Pulse, by a socket of its own
 coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, AccountWanted, Adopted, Topology, UsePlacement,
                         Fence, Submit, Cancel, Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown
-client -> coordinator   ClientHello, Submit, Resubmit, Cancel, ClientHeartbeat, StatsRequest, Superseded; ClientPulse,
-                        by a socket of its own
-coordinator -> client   Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck
+client -> coordinator   ClientHello, Submit, Resubmit, Cancel, ClientHeartbeat, StatsRequest, Superseded, Order;
+                        ClientPulse, by a socket of its own
+coordinator -> client   Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck, Ordered
 
 Any message may be lost with a connection that breaks. Heartbeats say what their sender believes, and their answers how
 far the other side has come, so that what is missing is said again, and what cannot be made good ends with a sentence.
@@ -30,9 +30,11 @@ from msi.control.counters import (
     check_names,
     check_peers,
 )
+from msi.control.orders import Order, Ordered
 from msi.control.watched import Watched
 from msi.errors import Failure
 from msi.net.codec import Codec
+from msi.placement_change import merged
 from msi.precision import Precision
 from msi.sampling_params import NO_DEFAULTS, SamplingDefaults
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
@@ -73,6 +75,7 @@ class Assignment:
 
     Attributes:
         instance: the instance's token; links refuse peers of another.
+        former: the placement before it, as long as rows may be of that; see `msi.placement_change`.
         num_seats: seats of an expert worker.
         is_colocated: an attention worker that hosts all experts too.
         memory_share: of the memory for KV cache, when several attention workers share a host.
@@ -92,6 +95,7 @@ class Assignment:
     link: LinkShape
     timeouts: Timeouts
     precision: Precision
+    former: Placement | None = None
 
     @property
     def has_attention(self) -> bool:
@@ -103,7 +107,10 @@ class Assignment:
         """Those that this worker holds, by their local ids; () for none."""
         if self.is_colocated:
             return tuple(range(self.placement.num_experts))
-        return self.placement.experts[self.place.node] if self.role == "expert" else ()
+        if self.role != "expert":
+            return ()
+        held, node = self.placement.experts, self.place.node
+        return held[node] if self.former is None else merged(held[node], self.former.experts[node])
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +189,25 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class UsePlacement:
-    """From now on experts are placed like this. Expert workers are told first, attention workers once those have it."""
+    """From now on experts are placed like this; see `msi.control.placing` for who is told when.
+
+    Attributes:
+        former: an expert worker holds the experts of that one, too, and takes its rows; None: no longer.
+    """
 
     placement: Placement
+    former: Placement | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An expert worker has done as UsePlacement said; or, with a reason, cannot, and is as it was."""
+
+    worker_id: str
+    incarnation: Count
+    version: Count
+    has_former: bool
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +273,8 @@ class WorkerBelief:
         ready: weights are loaded; repeats the WorkerReady that may have been lost.
         is_linked: as in Linked.
         num_lanes: that run; 0 before UseLanes.
-        placement_version: of the placement that it uses.
+        placement_version: of the placement that it uses; an attention worker of which nothing older is on its way.
+        has_former: of an expert worker, whether it takes rows of the placement before that.
         request_ids: all that it holds.
     """
 
@@ -260,6 +284,7 @@ class WorkerBelief:
     num_lanes: Count = 0
     request_ids: tuple[str, ...] = ()
     placement_version: Count = 0
+    has_former: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -552,14 +577,14 @@ class Stats:
 
 FROM_WORKER = (
     WorkerHello, WorkerReady, Linked, Heartbeat, Pulse, PassDone, PeerLost, RequestsFailed, Calibrated,
-    CalibrationCutShort, WorkerFailed, Draining, Goodbye, Account, RequestAccount,
+    CalibrationCutShort, WorkerFailed, Placed, Draining, Goodbye, Account, RequestAccount,
 )  # fmt: skip
 TO_WORKER = (
     Assignment, Undecided, Refused, HelloAgain, AccountWanted, Adopted, Topology, UsePlacement, Fence, Submit, Cancel,
     Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown,
 )  # fmt: skip
-FROM_CLIENT = (ClientHello, Submit, Resubmit, Cancel, ClientHeartbeat, ClientPulse, StatsRequest, Superseded)
-TO_CLIENT = (Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck)
+FROM_CLIENT = (ClientHello, Submit, Resubmit, Cancel, ClientHeartbeat, ClientPulse, StatsRequest, Superseded, Order)
+TO_CLIENT = (Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck, Ordered)
 
 # Each end reads only what the other may say.
 MAX_BYTES = 16 * 1024 * 1024  # of what a coordinator reads; what it says may be longer, such as a tokenizer

@@ -23,6 +23,7 @@ from msi.meter import StageMeter
 from msi.models.config import ModelConfig
 from msi.net.regions import Region
 from msi.net.slots import SlotLayout
+from msi.types import HOLE
 
 
 @dataclass(slots=True)
@@ -79,9 +80,7 @@ class ExpertHalf:
         self._done = device.words.take()
 
     def use_bank(self, bank: ExpertBank, experts: tuple[int, ...]) -> None:
-        """Computes with this one from now on: its experts are those of before, by the same local ids, and others."""
-        had = self._experts
-        assert experts[: len(had)] == had, f"{experts} do not begin with {had}"
+        """Computes with this one from now on: whatever rows are here, their experts have the same local ids in it."""
         bank.prepare(self._rows, self._answer_strides)
         self._bytes_before += self._bank.weight_bytes_read
         if self._ran:
@@ -94,7 +93,8 @@ class ExpertHalf:
         return self._bytes_before + self._bank.weight_bytes_read
 
     def expert_rows(self) -> dict[int, int]:
-        return dict(zip(self._experts, self._bank.num_rows.sum(0).tolist(), strict=False))
+        counts = zip(self._experts, self._bank.num_rows.sum(0).tolist(), strict=False)
+        return {expert: count for expert, count in counts if expert != HOLE}
 
     def rows_by_layer(self, is_wanted: bool) -> list[list[int]]:
         if not is_wanted:

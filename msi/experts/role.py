@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from msi.control.counters import ExpertCounters, by_reason
 from msi.control.messages import Assignment
@@ -39,15 +38,17 @@ def link_hello(assignment: Assignment, shape: ServedShape) -> LinkHello:
 
 
 class ExpertRole:
-    """One life (incarnation) of an expert worker; weights and device outlive it."""
+    """One life (incarnation) of an expert worker; weights and device outlive it.
+
+    Attributes:
+        placed: the placement whose rows it takes, and the one before it while that may still be used.
+    """
 
     def __init__(
         self, assignment: Assignment, model: LoadedModel, transport: Transport, *, clock: Callable[[], float]
     ) -> None:
         num_layers = model.shape.num_sparse_layers
-        self.placement = assignment.placement
-        self._assignment = assignment
-        self._held = assignment.experts  # by their local ids
+        self.placed = (assignment.placement, assignment.former)
         self._waves = Waves(num_layers=num_layers, num_lanes=assignment.link.num_lanes, min_wait_s=MIN_WAIT_S)
         self._link = CombineLink(
             transport,
@@ -59,6 +60,7 @@ class ExpertRole:
             allocator=model.memory,
             clock=clock,
         )
+        self._link.use_placement(*_versions(*self.placed))
         self.half = model.expert_half(self._link, assignment.num_seats)
         self._server = ExpertServer(self._link, self._waves, self.half, clock=clock)
 
@@ -77,28 +79,20 @@ class ExpertRole:
             if peer == worker_id:
                 self._link.fence(seat)
 
-    def can_use(self, placement: Placement) -> bool:
-        """Whether experts that are here keep their local ids under a placement, so that it can come while rows do."""
-        return all(held == wanted for held, wanted in zip(self._held, self._wanted(placement), strict=False))
-
-    def holds(self, placement: Placement) -> bool:
-        """Whether all of its experts under a placement are here."""
-        return len(self._wanted(placement)) <= len(self._held)
-
-    def use_placement(self, placement: Placement, grown: LoadedModel | None) -> None:
-        """Takes rows of it and of those before. See `can_use`.
+    def use_placement(self, placement: Placement, former: Placement | None, model: LoadedModel | None) -> None:
+        """Takes rows of both, and of no other: nobody sends them any more.
 
         Args:
-            grown: with the experts that were loaded for it; None where it `holds` them.
+            model: with the experts of both (`Assignment.experts`); None where those are none: it keeps what it has.
         """
-        if grown is not None:
-            grown.lend_experts(self.half)
-            self._held = self._wanted(placement)
-        self._link.use_placement(placement.version)
-        self.placement = placement
+        if model is not None:
+            model.lend_experts(self.half)
+        self._link.use_placement(*_versions(placement, former))
+        self.placed = (placement, former)
 
-    def _wanted(self, placement: Placement) -> tuple[int, ...]:
-        return replace(self._assignment, placement=placement).experts
+    @property
+    def placement(self) -> Placement:
+        return self.placed[0]
 
     def times(self) -> StageTimes:
         return StageTimes(expert_s=self.half.meter.median_s)
@@ -120,3 +114,7 @@ class ExpertRole:
             expert_rows=self.half.expert_rows(),
             dropped=by_reason(link.dropped),
         )
+
+
+def _versions(placement: Placement, former: Placement | None) -> tuple[int, int | None]:
+    return placement.version, None if former is None else former.version

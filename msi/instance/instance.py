@@ -28,6 +28,7 @@ from msi.net.control_server import ControlServer
 from msi.net.secret import NO_SECRET, Trust
 from msi.options import InstanceOptions
 from msi.placement import PlaceExperts, place_with_replicas
+from msi.placement_change import padded
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.request_spans import open_spans
 from msi.watchdog import LoopWatch
@@ -64,12 +65,14 @@ def build_plan(options: InstanceOptions, place: PlaceExperts | None = None) -> t
             f"`max_model_len` {max_model_len} is more than the {config.max_position_embeddings} positions of this model"
         )
     lanes = 1 if options.colocated and not options.micro_batches else options.micro_batches or MAX_MICRO_BATCHES
+    max_attention, max_expert = options.max_workers
+    max_expert = max(options.expert_workers, min(max_expert, config.num_experts))
     plan = InstancePlan(
         instance=secrets.token_hex(16),
         num_attention=options.attention_workers,
         num_expert=options.expert_workers,
         is_colocated=options.colocated,
-        placement=place(config.num_experts, options.expert_workers),
+        placement=padded(place(config.num_experts, options.expert_workers), max_expert),
         limits=replace(
             options.limits,
             max_model_len=max_model_len,
@@ -80,6 +83,8 @@ def build_plan(options: InstanceOptions, place: PlaceExperts | None = None) -> t
         precision=options.precision,
         max_resumptions=options.max_resumptions,
         service=options.service,
+        max_attention=max_attention,
+        max_expert=max_expert,
     )
     return plan, config
 

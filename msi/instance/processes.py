@@ -8,6 +8,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Coroutine
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ class ProcessInstance:
         self._tasks: list[asyncio.Task[None]] = []
         self._sockets: SocketDir | None = None
         self._stopping = asyncio.Event()
+        self._leaving: set[str] = set()  # workers that are not started again
 
     @property
     def url(self) -> str:
@@ -141,10 +143,23 @@ class ProcessInstance:
         for role, worker_id in worker_ids(self._options):
             await self._start_worker(address, role, worker_id)
         await _address_of(coordinator)
+        coordinator.tell(launches=True)
         self._watch(self._watch_coordinator(coordinator, address))
         for role, worker_id in worker_ids(self._options):
             self._watch(self._keep_alive(address, role, worker_id))
         return ControlClient(address, CLIENT_END)
+
+    async def _add_worker(self, address: str, role: str) -> None:
+        """An operator wants one more."""
+        numbers = (number for number in count() if f"{role}-{number}" not in self._children)
+        worker_id = f"{role}-{next(numbers)}"
+        try:
+            await self._start_worker(address, role, worker_id)
+        except OSError as error:
+            log.error("%s cannot be started: %s", worker_id, error.strerror)
+            return
+        self._leaving.discard(worker_id)
+        self._watch(self._keep_alive(address, role, worker_id))
 
     def _watch(self, running: Coroutine[Any, Any, None]) -> None:
         async def watched() -> None:
@@ -169,8 +184,11 @@ class ProcessInstance:
         restarts = Restarts()
         while True:
             restarts.ready(time.monotonic())
-            while await child.hear() is not None:
-                pass
+            while (message := await child.hear()) is not None:
+                if role := message.get("start"):
+                    await self._add_worker(bind, str(role))
+                elif worker_id := message.get("forget"):
+                    self._leaving.add(str(worker_id))
             await child.process.wait()
             if self._stopping.is_set():
                 return
@@ -189,6 +207,7 @@ class ProcessInstance:
             child.close()
             child, _ = await start_coordinator(self._options, bind, self._coordinator_flags)
             self._children["coordinator"] = child
+            child.tell(launches=True)
 
     async def _keep_alive(self, address: str, role: str, worker_id: str) -> None:
         """Tells of a worker's end, and starts it again as long as that helps."""
@@ -204,6 +223,9 @@ class ProcessInstance:
                 exited=worker_id, pid=child.pid, how=child.end, has_crashed=child.has_crashed
             )
             if self._stopping.is_set():
+                return
+            if worker_id in self._leaving:  # an operator removed it
+                del self._children[worker_id]
                 return
             delay_s = restarts.ended(time.monotonic(), has_said_why=bool(child.failure))
             how = f"{worker_id} (pid {child.pid}) is gone: {child.end}"

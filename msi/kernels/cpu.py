@@ -85,7 +85,7 @@ class CpuKernels(PlainKernels):
         """(node, token_index or None for all tokens in order, count) of each node that gets rows."""
         sent: list[tuple[int, Tensor | None, int]] = []
         counts = outboxes.counts.numpy()
-        for node, out in enumerate(outboxes.rows):
+        for node, out in enumerate(outboxes.rows[: len(local_ids)]):
             token_index, local = rows_for_node(topk_ids, local_ids, node)
             counts[node] = count = len(local)
             if count:

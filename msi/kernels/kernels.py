@@ -137,7 +137,8 @@ class Kernels(Protocol):
         """Counts and writes the rows for every node; returns what `combine_norm` wants to find their answers.
 
         Args:
-            local_ids: int32 [num_nodes, num_experts], -1 where a node lacks the expert.
+            local_ids: int32 [n, num_experts], -1 where a node lacks the expert; of the first n nodes, and the counts
+                of others stay as they are.
         """
 
     def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Any, norm: Norm) -> Tensor:

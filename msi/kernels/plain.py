@@ -96,16 +96,16 @@ class PlainKernels:
         local = local_ids[:, topk_ids]  # [num_nodes, num_tokens, k]
         goes = (local >= 0).any(dim=-1)
         first = torch.argsort(goes.to(torch.int32), dim=-1, descending=True, stable=True)  # those that go, in order
-        for node, out in enumerate(outboxes.rows):
+        for node, out in enumerate(outboxes.rows[: len(local_ids)]):
             order = first[node]
             out.hidden[:num_tokens] = normed[order]
             out.topk_weights[:num_tokens] = topk_weights[order]
             out.topk_ids[:num_tokens] = local[node, order]
-        outboxes.counts.copy_(goes.sum(dim=-1))
+        outboxes.counts[: len(local_ids)].copy_(goes.sum(dim=-1))
         return torch.where(goes, goes.cumsum(dim=-1) - 1, -1)
 
     def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Any, norm: Norm) -> Tensor:
-        for rows, of_token in zip(answers.to(self.device), sent, strict=True):
+        for rows, of_token in zip(answers[: len(sent)].to(self.device), sent, strict=True):
             there = rows.index_select(0, of_token.clamp(min=0))
             hidden += torch.where(of_token[:, None] >= 0, there, 0.0)  # other rows may hold anything
         return self.norm(hidden, norm)

@@ -16,7 +16,8 @@ class PlacementTables:
     So where every expert has one node, a replica's number is its expert's.
 
     Attributes:
-        local_ids: int32 [num_nodes, num_experts * most_replicas], -1 where a node lacks the replica.
+        local_ids: int32 [num_used_nodes, num_experts * most_replicas], -1 where a node lacks the replica. Nodes behind
+            the last that holds any have no row, and get none.
         num_replicas: int64 [num_experts].
     """
 
@@ -31,7 +32,7 @@ class PlacementTables:
         upload: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         missing: Collection[int] = (),
     ) -> PlacementTables:
-        """Of the experts of each node, in the order of their local ids.
+        """Of the experts of each node, in the order of their local ids; -1 where one stands for none.
 
         Args:
             upload: moves a tensor to the device.
@@ -40,10 +41,12 @@ class PlacementTables:
         homes: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]  # (node, local id), nodes ascending
         for node, held in enumerate(experts):
             for local, expert in enumerate(held):
-                homes[expert].append((node, local))
+                if expert >= 0:
+                    homes[expert].append((node, local))
+        num_used = 1 + max(node for of_expert in homes for node, _ in of_expert)
         most = max(map(len, homes))
         homes = [[home for home in of_expert if home[0] not in missing] or of_expert for of_expert in homes]
-        local_ids = torch.full((len(experts), num_experts * most), -1, dtype=torch.int32)
+        local_ids = torch.full((num_used, num_experts * most), -1, dtype=torch.int32)
         for expert, its_homes in enumerate(homes):
             for replica, (node, local) in enumerate(its_homes):
                 local_ids[node, expert * most + replica] = local

@@ -10,6 +10,7 @@ from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
 from msi.models.family import StackedExpertNames
+from msi.types import HOLE
 
 
 def load_expert_bank(
@@ -26,6 +27,7 @@ def load_expert_bank(
 
     Args:
         row_dtype: of what will be computed; None for that of the weights.
+        experts: by local id; a `HOLE` gets no weights.
         had: a bank of these kernels and this dtype, and its experts: what is wanted of them is not read again.
 
     Raises:
@@ -41,11 +43,11 @@ def load_expert_bank(
             dtype=dtype,
         )
     else:
-        known = {expert: local for local, expert in enumerate(had[1])}
+        known = {expert: local for local, expert in enumerate(had[1]) if expert != HOLE}
         bank = had[0].arranged([known.get(expert) for expert in experts])
     for index, layer in enumerate(config.sparse_layers):
         for local, expert in enumerate(experts):
-            if expert in known:
+            if expert == HOLE or expert in known:
                 continue
             gate_up, down = _read_expert(config, source, layer, expert)
             bank.put(index, local, gate_up.to(dtype), down.to(dtype))

@@ -209,11 +209,11 @@ class CombineLink:
         assert self._listener is not None
         self._listener.left(seat_index)
 
-    def use_placement(self, version: int) -> None:
-        """Rows of this placement are taken from now on, and of those before it: local ids mean the same under all."""
+    def use_placement(self, version: int, former: int | None = None) -> None:
+        """Rows of this placement are taken from now on, and of one before it: local ids mean the same under both."""
         self._expected = replace(self._expected, placement_version=version)
         self._life_word = life_word(self._incarnation, version)
-        self._placement_versions.add(version)
+        self._placement_versions = {version} if former is None else {version, former}
 
     # -- rows --------------------------------------------------------------------------------------------------------
 

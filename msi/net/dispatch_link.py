@@ -27,7 +27,7 @@ from msi.net.dispatch_nodes import DispatchNodes, Node, greet
 from msi.net.link_hello import LinkHello
 from msi.net.passes import Gates, Pass
 from msi.net.regions import HOST_MEMORY, Allocator, Region
-from msi.net.slots import SEQ_MASK, life_word
+from msi.net.slots import SEQ_MASK, life_word, split_life_word
 from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Transport
 from msi.net.turns import Turns, Watch
 
@@ -80,7 +80,7 @@ class DispatchLink:
         self.nodes = DispatchNodes(num_nodes, self.landing, missing=missing, hold_s=hold_s)
         self.turns = Turns(hello, self.nodes, self, clock=clock, watch=watch)
         self.counters = self.turns.counters
-        self.placement_version = hello.placement_version
+        self.placement_version, self._num_counted = hello.placement_version, num_nodes
         self._transport = transport
         self._hello = hello
         self._passes = self.turns.passes
@@ -118,6 +118,19 @@ class DispatchLink:
             self.nodes.add(node)
         self._loop.call_soon(self.look_again)  # the caller has to know first where rows leave
         return node.endpoint.out_rows
+
+    def use_placement(self, version: int, num_used_nodes: int) -> None:
+        """Passes that begin from now on, and turns that are packed again, send rows by this placement: to its first
+        nodes alone.
+        """
+        self.placement_version, self._num_counted = version, num_used_nodes
+        self.look_again()
+
+    @property
+    def oldest_placement_version(self) -> int:
+        """Of rows that are on their way, or that passes in flight will yet send; those that are held go by ours."""
+        in_flight = (one for one in self._passes if one is not None and one.held_since is None)
+        return min([self.placement_version, *(split_life_word(one.life_word)[1] for one in in_flight)])
 
     def drop(self, index: int, reason: str) -> None:
         """Fences a node: its connection is closed, its seat revoked; who waits for it waits no longer. Idempotent."""
@@ -168,6 +181,7 @@ class DispatchLink:
             passing.is_short, passing.held_since, passing.since = False, None, self._clock()
             passing.attempt += 1
             passing.nodes, passing.life_word = self.nodes.connected, self._life_word
+            passing.num_counted = self._num_counted
         self.counters.packed_again += 1
         passing.gates.pack_again(lane, passing.turn)
 
@@ -190,8 +204,8 @@ class DispatchLink:
         first, num_layers = self._next_turns[lane], gates.num_layers
         more = num_layers > 1 or may_continue(lane)
         passing = Pass(
-            gates, self.nodes.connected, self._life_word, first, self._next_seqs[lane], may_continue, self._clock(),
-            self._loop.create_future(),
+            gates, self.nodes.connected, self._life_word, self._num_counted, first, self._next_seqs[lane],
+            may_continue, self._clock(), self._loop.create_future(),
         )  # fmt: skip
         self._next_turns[lane] = first + num_layers
         self._next_seqs[lane] += num_layers

@@ -33,6 +33,7 @@ class Pass:
     """One pass of a lane; which of its turns is away is told by the lane's row in the link's table.
 
     Attributes:
+        num_counted: nodes that its placement uses, and whose counts count: no rows go to those behind them.
         nodes: that it sends to: those that were there when it was begun, or when rows of it were packed again.
         life_word: our life, and the placement that its rows are of.
         turn: posted last.
@@ -46,7 +47,7 @@ class Pass:
 
     __slots__ = (
         "attempt", "counts", "done", "first", "gates", "held_since", "is_over", "is_reading", "is_short", "last",
-        "life_word", "may_continue", "nodes", "seq_of_turn_0", "since", "turn",
+        "life_word", "may_continue", "nodes", "num_counted", "seq_of_turn_0", "since", "turn",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +55,7 @@ class Pass:
         gates: Gates,
         nodes: tuple[Node, ...],
         life_word: int,
+        num_counted: int,
         first: int,
         first_seq: int,
         may_continue: Callable[[int], bool],
@@ -63,6 +65,7 @@ class Pass:
         self.gates = gates
         self.nodes = nodes
         self.life_word = life_word
+        self.num_counted = num_counted
         self.counts = gates.counts.cast("B").cast("i")  # lane after lane
         self.first = first
         self.last = first + gates.num_layers - 1

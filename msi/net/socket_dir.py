@@ -59,6 +59,25 @@ class SocketDir:
             self._lock = -1
 
 
+def addresses_here(name: str) -> list[str]:
+    """Control sockets of this name in directories of this user that somebody holds."""
+    parent = _parent()
+    held = (path for path in parent.glob(f"{PREFIX}*") if _is_held(path))
+    return sorted(f"ipc://{path}/{name}" for path in held if (path / name).is_socket())
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        if path.lstat().st_uid != os.geteuid():
+            return False
+    except OSError:
+        return False
+    lock = _lock(path)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
 def check_private(path: Path) -> None:
     """Whether a socket there is, and stays, of this user.
 

@@ -168,7 +168,11 @@ class Turns:
         passing.turn = turn
         self._awaited[lane] = lane << LANE_SHIFT | (seq & SEQ_MASK) << SEQ_SHIFT
         first = lane * len(self._nodes)
-        self._counts[lane] = counts = passing.counts[first : first + len(self._nodes)].tolist()
+        num_nodes, num_counted = len(self._nodes), passing.num_counted
+        counts = passing.counts[first : first + num_counted].tolist()
+        if num_counted < num_nodes:
+            counts += [0] * (num_nodes - num_counted)
+        self._counts[lane] = counts
         return counts
 
     # -- lost nodes --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from msi.control.members import InstancePlan
 from msi.errors import ConfigError
 from msi.placement import place_evenly
 from msi.planner.pipeline import MAX_MICRO_BATCHES
-from msi.settings import LinkShape, SchedulerLimits, ServiceLevel
+from msi.settings import LinkShape, SchedulerLimits, ServiceLevel, Timeouts
 
 LIMITS = SchedulerLimits(
     max_model_len=65_536,
@@ -21,6 +21,7 @@ LIMITS = SchedulerLimits(
 )
 FAULTS = ("slow", "stalled", "dead")
 COORDINATOR = "coordinator"
+NEVER_S = 1e6  # experts stay where they are: which nodes a change would take their rows to is not simulated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ class Deployment:
             ),
             link=replace(self.link, num_lanes=self.num_micro_batches or MAX_MICRO_BATCHES),
             service=self.service,
+            timeouts=Timeouts(reload_after_s=NEVER_S),
         )
 
     @property

@@ -103,7 +103,9 @@ class LoadedModel(Protocol):
         """Reads rows from the link's landing; outboxes are attached as seats are taken."""
 
     def lend_experts(self, half: ExpertPart) -> None:
-        """To a half that runs: it computes with these experts from now on. Those it had have the same local ids."""
+        """To a half that runs: it computes with these experts from now on. Those that its rows name have the same local
+        ids.
+        """
 
 
 class Host(Protocol):

@@ -28,6 +28,7 @@ from msi.models.texts import read_texts
 from msi.precision import VALUE_BYTES, Precision
 from msi.text.grammars import Grammars
 from msi.text.tokenizer import load_tokenizer
+from msi.types import HOLE
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class LoadedPart:
         if self.precision != assignment.precision:
             return LoadedPart(assignment.precision)
         attention = self.attention if assignment.has_attention else None
-        if not set(self.expert_ids) & set(assignment.experts):
+        if not set(self.expert_ids) & set(assignment.experts) - {HOLE}:
             return LoadedPart(self.precision, attention)
         return LoadedPart(self.precision, attention, self.experts, self.expert_ids)
 
@@ -168,7 +169,7 @@ class ModelFiles:
     def _values_to_read(self, assignment: Assignment, had: LoadedPart) -> int:
         """Elements of what `load` will read."""
         config = self.config
-        num_new = len(set(assignment.experts) - set(had.expert_ids))
+        num_new = len(set(assignment.experts) - {HOLE, *had.expert_ids})
         num_values = num_new * config.num_sparse_layers * config.expert_values
         if assignment.has_attention and had.attention is None:
             num_values += config.attention_values

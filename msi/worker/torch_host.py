@@ -192,7 +192,7 @@ class TorchHost:
         assert device is not None
         if self._part is None or not self._part.fits(assignment):
             had = None if self._part is None else self._part.kept_for(assignment)
-            self._part = None
+            self._part = had  # the rest goes before what is new comes; this stays where that does not fit
             self._part = await asyncio.to_thread(self._files.load, assignment, device, had)
         return TorchModel(self._files, self._part, assignment, device, self._settings.host.gpu_memory_utilization)
 

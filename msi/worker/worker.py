@@ -35,6 +35,7 @@ from msi.control.messages import (
     Heartbeat,
     HeartbeatAck,
     HelloAgain,
+    Placed,
     Pulse,
     Refused,
     Shutdown,
@@ -49,7 +50,7 @@ from msi.control.messages import (
     WorkerReady,
     WorkerStatus,
 )
-from msi.errors import ConfigError, EngineError, Unavailable
+from msi.errors import ConfigError, EngineError, Unavailable, one_line
 from msi.experts.role import ExpertRole
 from msi.net.alarm import Alarm
 from msi.net.control import MessageClient
@@ -57,7 +58,7 @@ from msi.net.transport import Transport
 from msi.request_spans import OpenSpans, open_spans
 from msi.settings import Timeouts
 from msi.tracing import Tracer
-from msi.types import Placement, StageTimes
+from msi.types import HOLE, Placement, StageTimes
 from msi.watchdog import LoopWatch
 from msi.worker.host import Host, LoadedModel
 from msi.worker.watching import Watching
@@ -104,6 +105,7 @@ class Life:
         calibrating: what is being measured, or was last.
         placing: held while a new placement is taken into use.
         term: of the coordinator.
+        wanted: that placement and the one before it, or those that were wanted last.
     """
 
     assignment: Assignment
@@ -116,6 +118,7 @@ class Life:
     calibrating: asyncio.Task[None] | None = None
     placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     term: int = 0
+    wanted: tuple[Placement, Placement | None] | None = None
 
 
 class Worker:
@@ -303,7 +306,7 @@ class Worker:
                 case Topology() if attention is not None:
                     attention.links.use_topology(message)
                 case UsePlacement():
-                    tasks.create_task(self._use_placement(life, message.placement), name="placement")
+                    tasks.create_task(self._use_placement(life, message), name="placement")
                 case UseLanes() if attention is not None:
                     await _ended(life.calibrating)
                     attention.use_lanes(message.num_lanes)
@@ -357,22 +360,29 @@ class Worker:
         for one in requests:
             self._control.send(one)
 
-    async def _use_placement(self, life: Life, placement: Placement) -> None:
-        """Loads what is new of it, if it is new. Where experts would change their local ids a new life begins."""
-        attention, experts = life.attention, life.experts
-        try:
-            async with life.placing:
-                if experts is not None and placement.version > experts.placement.version:
-                    if not experts.can_use(placement):
-                        raise _LifeEnds("a placement gives its experts other local ids")
-                    grown = None
-                    if not experts.holds(placement):
-                        grown = self._loaded = await self._host.load(replace(life.assignment, placement=placement))
-                    experts.use_placement(placement, grown)
-                if attention is not None:
-                    attention.use_placement(placement)
-        except ConfigError as error:
-            log.error("%s: placement %d cannot be used: %s", self.worker_id, placement.version, error)
+    async def _use_placement(self, life: Life, message: UsePlacement) -> None:
+        """Loads what is new, and drops what is not wanted any more, beside the work; says so, or why it cannot."""
+        placement, former = message.placement, message.former
+        experts, ours = life.experts, life.assignment
+        wanted, failure = (placement, former), ""
+        if life.placing.locked() and life.wanted == wanted:
+            return  # told again, since what it loads takes a while
+        life.wanted = wanted
+        async with life.placing:
+            try:
+                if life.attention is not None:
+                    life.attention.use_placement(placement)
+                if experts is not None and _follows(wanted, experts.placed):
+                    assignment = replace(ours, placement=placement, former=former)
+                    model = await self._host.load(assignment) if set(assignment.experts) - {HOLE} else None
+                    self._loaded = model or self._loaded
+                    experts.use_placement(placement, former, model)
+            except (EngineError, MemoryError, RuntimeError) as error:
+                failure = str(error) if isinstance(error, EngineError) else one_line(error)
+                log.error("%s: placement %d cannot be used: %s", self.worker_id, placement.version, failure)
+        if experts is not None and not ours.is_colocated:
+            has_former = experts.placed[1] is not None
+            self._control.send(Placed(ours.worker_id, ours.incarnation, placement.version, has_former, failure))
 
     async def _calibrate(
         self,
@@ -438,6 +448,7 @@ class Worker:
             num_lanes=0 if attention is None else attention.num_lanes,
             request_ids=() if attention is None else attention.requests.ids,
             placement_version=_placement_version(life),
+            has_former=life.experts is not None and life.experts.placed[1] is not None,
         )
 
     def _status(self, life: Life) -> WorkerStatus:
@@ -479,8 +490,14 @@ class Worker:
 
 
 def _placement_version(life: Life) -> int:
-    hosted = life.experts or life.attention
-    return 0 if hosted is None else hosted.placement.version
+    if life.experts is not None:
+        return life.experts.placement.version
+    return 0 if life.attention is None else life.attention.links.link.oldest_placement_version
+
+
+def _follows(wanted: tuple[Placement, Placement | None], placed: tuple[Placement, Placement | None]) -> bool:
+    """Whether it is newer: the same placement is, once there is none before it any more."""
+    return (wanted[0].version, wanted[1] is None) > (placed[0].version, placed[1] is None)
 
 
 async def _ended(task: asyncio.Task[None] | None) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tools.hostility.breaking import break_control, break_data
 from tools.hostility.machines import send_signal
+from tools.hostility.operators import come_and_go, coordinator_address, ctl
 from tools.hostility.processes import family
 from tools.hostility.streams import PacedStream
 from tools.hostility.wire import Target, ask
@@ -19,15 +20,22 @@ from tools.hostility.wire import Target, ask
 NOTICED_S = 1.0  # by then whoever is to notice has
 STOPPED_S = (0.5, 6.0)  # shorter and longer than a silence that counts as a loss
 KINDS = ("kill-attention", "stop-attention", "reset-control", "kill-expert", "stop-expert", "reset-data")
+ORDERS = (
+    "drain-attention",
+    "drain-expert",
+    "add-attention",
+    "add-expert",
+)  # nothing goes wrong: an operator is at work
 
 
 @dataclass(slots=True)
 class Disaster:
-    """One fault. `whole_at`: when all workers served again."""
+    """One fault. `whole_at`: when all workers served again; `complaint`: of an order that was not carried out."""
 
     what: str
     began_at: float
     whole_at: float = 0.0
+    complaint: str = ""
 
     def stall_s(self, streams: Iterable[PacedStream]) -> float:
         """The longest wait for a piece that began before all was well again, and ended after it went wrong."""
@@ -47,7 +55,7 @@ class Disasters:
 
     Args:
         launcher: process id.
-        kinds: of `KINDS`.
+        kinds: of `KINDS` and `ORDERS`.
     """
 
     def __init__(self, launcher: int, chance: random.Random, kinds: Sequence[str]) -> None:
@@ -64,6 +72,13 @@ class Disasters:
         seconds = chance.uniform(*STOPPED_S)
         expert = chance.choice(sorted(name for name in pids if name.startswith("expert")) or [name])
         began_at = time.monotonic()
+        if kind in ORDERS:
+            address = coordinator_address(pids["coordinator"])
+            if kind.startswith("add"):
+                complaint = await come_and_go(address, role)
+                return Disaster(f"one {role} worker more, and it went again", began_at, complaint=complaint)
+            _, complaint = await ctl(address, "drain", name, "--within", "1")
+            return Disaster(f"{name} drained", began_at, complaint=complaint)
         if kind.startswith("kill"):
             send_signal(pids[name], signal.SIGKILL)
             return Disaster(f"kill -9 of {name}", began_at)

@@ -6,6 +6,7 @@ kernel could not reach, which is host memory that the driver was not told of, is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from msi.kernels.norm import Norm, layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels
+from msi.kernels.routing import PackedRows
 from msi.kernels.triton import attention, attention_plan, rope, routing, rows, sampling
 from msi.kernels.triton.attention_plan import PagedPlan
 from msi.kernels.triton.expert_bank import new_expert_bank
@@ -104,10 +106,11 @@ class TritonKernels(PlainKernels):
         self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes
     ) -> Tensor:
         """int32 [num_nodes, num_tokens]: the row of each token in each node's outbox, -1 for none."""
-        if not all(self._is_reached(out.hidden) for out in outboxes.rows):
+        num_nodes = len(local_ids)
+        if not all(self._is_reached(out.hidden) for out in outboxes.rows[:num_nodes]):
             positions: Tensor = super().pack(normed, topk_weights, topk_ids, local_ids, outboxes)
             return positions
-        counts = outboxes.counts
+        counts = outboxes.counts[:num_nodes]
         is_written = self._is_reached(counts)
         at = counts if is_written else torch.empty(counts.shape, dtype=counts.dtype, device=self.device)
         positions = routing.count(topk_ids, local_ids, at)
@@ -116,12 +119,20 @@ class TritonKernels(PlainKernels):
         first = outboxes.rows[0].hidden
         row_bytes = first.stride(0) * first.itemsize
         normed = normed.to(first.dtype)
-        routing.pack(normed, topk_weights, topk_ids, local_ids, positions, self._addresses_of(outboxes), row_bytes)
+        routing.pack(
+            normed,
+            topk_weights,
+            topk_ids,
+            local_ids,
+            positions,
+            self._addresses_of(outboxes.rows[:num_nodes]),
+            row_bytes,
+        )
         return positions
 
     def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Tensor, norm: Norm) -> Tensor:
         if not self._is_reached(answers):
-            answers = answers.to(self.device)
+            answers = answers[: len(sent)].to(self.device)
         return rows.combine_norm(hidden, answers, sent, norm.weight, norm.eps, _is_layer_norm(norm))
 
     # -- tokens --------------------------------------------------------------------------------------------------------
@@ -134,11 +145,11 @@ class TritonKernels(PlainKernels):
     def _is_reached(self, tensor: Tensor) -> bool:
         return self._is_interpreted or tensor.is_cuda or tensor.is_pinned()
 
-    def _addresses_of(self, outboxes: Outboxes) -> Tensor:
-        at = tuple(out.hidden.data_ptr() for out in outboxes.rows)
+    def _addresses_of(self, outboxes: Sequence[PackedRows]) -> Tensor:
+        at = tuple(out.hidden.data_ptr() for out in outboxes)
         found = self._addresses.get(at)
         if found is None:
-            for out in outboxes.rows:
+            for out in outboxes:
                 ends = out.hidden.data_ptr() + out.hidden.shape[-1] * out.hidden.itemsize
                 assert out.topk_weights.data_ptr() == ends, "a row is `hidden | weights | ids`"
             found = self._addresses[at] = self._upload(np.array(at, np.int64))

@@ -105,7 +105,7 @@ def add_norm(residual: Tensor, added: Tensor, weight: Tensor, eps: float, is_lay
 def combine_norm(
     residual: Tensor, answers: Tensor, positions: Tensor, weight: Tensor, eps: float, is_layer_norm: bool
 ) -> Tensor:
-    """Adds to the residual stream [n, h] in place the rows of answers [num_nodes, rows, h], and norms it.
+    """Adds to the residual stream [n, h] in place the rows of answers [nodes, rows, h], and norms it.
 
     Args:
         positions: [num_nodes, n], each token's row of each node's answers, -1 for none; other rows may hold anything.
@@ -113,7 +113,7 @@ def combine_norm(
     out = torch.empty_like(residual)
     if len(residual):
         combine_norm_kernel[(len(residual),)](
-            residual, answers, positions, weight, out, eps, len(residual), len(answers), answers.stride(0),
+            residual, answers, positions, weight, out, eps, len(residual), len(positions), answers.stride(0),
             answers.stride(1), **_sizes(residual, is_layer_norm),
         )  # fmt: skip
     return out

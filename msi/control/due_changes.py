@@ -1,0 +1,110 @@
+"""Which change of placement is due, by who is there: experts leave with a worker, come to one, or are saved. Pure.
+
+Each is tried once with the same workers: one that came to nothing is due again when somebody has come or gone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+
+from msi.control.members import Member
+from msi.placement_change import lost_experts, repaired, with_node, without_node
+from msi.types import Placement
+
+Wanted = Sequence[Set[int]]  # the experts of each node
+Choose = Callable[[Placement, Sequence[int]], Wanted]  # of the placement that is used, and the nodes that are there
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A change that is to begin; `remark` says what for."""
+
+    wanted: Wanted
+    remark: str
+
+
+class DueChanges:
+    """Of one instance.
+
+    Args:
+        reload_after_s: experts that are nowhere wait so long for their worker.
+        copies: of each expert, on how many nodes it is to be.
+    """
+
+    def __init__(self, reload_after_s: float, copies: Sequence[int] = ()) -> None:
+        self.copies = copies
+        self._reload_after_s = reload_after_s
+        self._lost_from = -math.inf
+        self._tried: set[tuple[str, frozenset[tuple[str, int]]]] = set()
+
+    def begin(self, now: float) -> None:
+        """Who is not there now has only just been missed."""
+        self._lost_from = now
+
+    def next(self, placement: Placement, members: Sequence[Member], now: float) -> Due | None:
+        """While nothing changes.
+
+        Args:
+            members: expert workers, live or lost.
+        """
+        live = [member for member in members if member.is_live]
+        present = frozenset((member.worker_id, member.incarnation) for member in live)
+        self._tried = {key for key in self._tried if key[1] == present}
+        staying = [member.place.node for member in live if member.state != "draining"]
+        for due, key in self._possible(placement, members, staying, now):
+            if (key, present) not in self._tried and [set(one) for one in due.wanted] != _sets(placement):
+                self._tried.add((key, present))
+                return due
+        return None
+
+    def is_stuck(self, placement: Placement, member: Member, members: Sequence[Member]) -> bool:
+        """While nothing changes: whether a worker that wants to leave cannot, since its experts have no other place."""
+        if not placement.held_by(member.place.node):
+            return False
+        has_others = any(one.is_live and one.state != "draining" for one in members)
+        return not has_others or any(key == _leaves(member) for key, _ in self._tried)
+
+    def _possible(
+        self, placement: Placement, members: Sequence[Member], staying: Sequence[int], now: float
+    ) -> Sequence[tuple[Due, str]]:
+        live = [member.place.node for member in members if member.is_live]
+        if live and (lost := lost_experts(placement, live)):
+            if self._may_come(lost, placement, members, now):
+                return []
+            remark = f"experts {_named(lost)} are on no worker that lives"
+            return [(Due(repaired(placement, live), remark), f"lost {lost}")]
+        found: list[tuple[Due, str]] = []
+        if not staying:
+            return found
+        for member in members:
+            node, name = member.place.node, member.worker_id
+            held = placement.held_by(node)
+            if member.state == "draining" and held:
+                wanted = without_node(placement, node, staying)
+                found.append((Due(wanted, f"{name} leaves"), _leaves(member)))
+            elif member.state == "ready" and not held:
+                shared = with_node(placement, node, staying, self.copies)
+                found.append((Due(shared, f"{name} came"), f"came {name}"))
+        return found
+
+    def _may_come(self, lost: Sequence[int], placement: Placement, members: Sequence[Member], now: float) -> bool:
+        """Whether a worker that holds some of them was there a moment ago: it may be started again."""
+        return now - self._lost_from < self._reload_after_s or any(
+            not member.is_live and now - member.last_seen < self._reload_after_s
+            for member in members
+            if set(lost) & set(placement.held_by(member.place.node))
+        )
+
+
+def _leaves(member: Member) -> str:
+    return f"{member.worker_id} leaves"
+
+
+def _sets(placement: Placement) -> list[set[int]]:
+    return [set(placement.held_by(node)) for node in range(placement.num_nodes)]
+
+
+def _named(experts: Sequence[int]) -> str:
+    return ", ".join(map(str, experts[:8])) + (", ..." if len(experts) > 8 else "")

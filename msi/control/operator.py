@@ -1,0 +1,162 @@
+"""What an operator asks of a running instance: who is there, what holds what, and workers that are to come or to go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from msi.control.changes import ChangesOfPlacement
+from msi.control.members import Instruction, Member
+from msi.control.membership import Cluster
+from msi.control.orders import Order, Ordered
+from msi.errors import ConfigError, EngineError, Unavailable
+from msi.placement_change import spread_evenly
+
+Launcher = Callable[..., None]  # tells the process that started this one
+
+
+class Operator:
+    """Of one instance.
+
+    Args:
+        carry_out: what the cluster says is to be done.
+        address: of the coordinator, for sentences.
+
+    Attributes:
+        launcher: who starts workers here, where somebody does.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        changes: ChangesOfPlacement,
+        carry_out: Callable[[Sequence[Instruction]], None],
+        address: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self.launcher: Launcher | None = None
+        self._cluster = cluster
+        self._changes = changes
+        self._carry_out = carry_out
+        self._address = address
+        self._clock = clock
+        self._waits: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+
+    def look(self) -> None:
+        """After whatever happened."""
+        for wait in [one for one in self._waits if one[1].done() or one[0]()]:
+            self._waits.remove(wait)
+            if not wait[1].done():
+                wait[1].set_result(None)
+
+    async def obey(self, order: Order) -> Ordered:
+        """The answer, once it is done."""
+        try:
+            match order.verb:
+                case "status":
+                    text, report = self._cluster.sentence(self._clock()), self._status()
+                case "placement":
+                    text, report = self._placement_text(), self._placement()
+                case "drain" | "remove":
+                    text, report = await self._let_go(order)
+                case "add":
+                    text, report = await self._add(order)
+                case "rebalance":
+                    await self._changes.ask(spread_evenly, "rebalanced")
+                    text, report = self._placement_text(), self._placement()
+                case _:
+                    raise ConfigError(f"{order.verb!r} is nothing that a coordinator does")
+        except EngineError as error:
+            return Ordered(order.number, failure=str(error))
+        return Ordered(order.number, text, json.dumps(report))
+
+    # -- what there is -----------------------------------------------------------------------------------------------
+
+    def _status(self) -> dict[str, Any]:
+        cluster = self._cluster
+        return {
+            "status": cluster.sentence(self._clock()),
+            "micro_batches": cluster.num_lanes,
+            "wanted": cluster.plan.wanted,
+            "room_for": cluster.plan.most,
+            "workers": [
+                {
+                    "worker_id": one.worker_id, "role": one.role, "state": one.state, "pid": one.pid, "host": one.host,
+                    "incarnation": one.incarnation, "num_running": one.status.num_running, "reason": one.reason,
+                }
+                for one in cluster.stats()
+            ],
+            "placement": self._placement(),
+        }  # fmt: skip
+
+    def _placement(self) -> dict[str, Any]:
+        placing = self._cluster.placing
+        names = {member.place.node: member.worker_id for member in self._cluster.live("expert")}
+        placement = placing.used_by("attention")[0]
+        return {
+            "version": placement.version,
+            "stage": placing.stage,
+            "remark": placing.remark,
+            "last_failure": placing.failure,
+            "experts": {
+                names.get(node, f"node {node}"): list(placement.held_by(node))
+                for node in range(placement.num_nodes)
+                if node in names or placement.held_by(node)
+            },
+        }
+
+    def _placement_text(self) -> str:
+        told = self._placement()
+        held = "; ".join(f"{name}: {' '.join(map(str, experts))}" for name, experts in told["experts"].items())
+        return f"placement {told['version']} ({told['stage']}): {held}"
+
+    # -- workers that go and come ------------------------------------------------------------------------------------
+
+    async def _let_go(self, order: Order) -> tuple[str, dict[str, Any]]:
+        member = self._cluster.ask_to_leave(order.worker_id, self._clock() + order.within_s, self._carry_out)
+        if order.verb == "remove" and self.launcher is not None:
+            self.launcher(forget=order.worker_id)
+        await self._until(lambda: not member.is_live or self._cluster.is_stuck(member))
+        if member.is_live:
+            member.state = "ready"
+            reason = self._cluster.placing.failure or "its experts have no other place"
+            raise Unavailable(f"{order.worker_id} stays: {reason}")
+        return f"{order.worker_id} has left ({member.reason})", self._status()
+
+    async def _add(self, order: Order) -> tuple[str, dict[str, Any]]:
+        cluster, role = self._cluster, order.role
+        if role not in cluster.plan.most or cluster.plan.is_colocated:
+            raise ConfigError(f"there is no role {role!r} for more workers here; give attention or expert")
+        if len(cluster.live(role)) >= cluster.plan.most[role]:
+            raise ConfigError(
+                f"there is room for {cluster.plan.most[role]} {role} workers, and so many are there; start the "
+                f"instance with a larger `max_{role}_workers`"
+            )
+        if self.launcher is None:
+            raise ConfigError(
+                f"nobody starts workers for this instance; start one where it is to run: msi-launch MODEL --role "
+                f"{role} --coordinator {self._address}"
+            )
+        before = {id(member) for member in cluster.live(role)}
+        self.launcher(start=role)
+        found: list[Member] = []
+
+        def has_come() -> bool:
+            found[:] = [one for one in cluster.live(role) if id(one) not in before and cluster.is_of_use(one)]
+            return bool(found)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(cluster.plan.timeouts.start_timeout_s):
+                await self._until(has_come)
+        if not found:
+            raise Unavailable(f"no {role} worker came within {cluster.plan.timeouts.start_timeout_s:g} s")
+        return f"{found[0].worker_id} (pid {found[0].pid}) has come", self._status()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        if not condition():
+            future = asyncio.get_running_loop().create_future()
+            self._waits.append((condition, future))
+            await future
