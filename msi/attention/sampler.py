@@ -21,22 +21,30 @@ from torch import Tensor
 
 from msi.attention.masks import Masks
 from msi.errors import InvalidRequest, one_line
-from msi.kernels.sampling import draw
+from msi.kernels.sampling import best, draw
 from msi.sampling import uniform_of
 from msi.sampling_params import MAX_LOGPROBS, MAX_TEMPERATURE, MIN_TEMPERATURE
 from msi.types import Cause, LogitChanges, Sampled, TokenLogprobs, TokenSampling
 
 Draw = Callable[[Tensor, Tensor], Tensor]
+Best = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 MIN_LOGPROB = -9999.0  # vLLM's; JSON has no infinity
 
 
-def sample(logits: Tensor, sampling: Sequence[TokenSampling], draw: Draw = draw, masks: Masks | None = None) -> Sampled:
+def sample(
+    logits: Tensor,
+    sampling: Sequence[TokenSampling],
+    draw: Draw = draw,
+    masks: Masks | None = None,
+    best: Best = best,
+) -> Sampled:
     """One token per row of logits float32 [n, vocab_size], which are changed in place; `failures` by row.
 
     Args:
         draw: the device's `msi.kernels.sampling.draw`.
         masks: of rows that are held to a grammar.
+        best: the device's `msi.kernels.sampling.best`.
     """
     if not len(sampling):
         return Sampled([])
@@ -51,12 +59,13 @@ def sample(logits: Tensor, sampling: Sequence[TokenSampling], draw: Draw = draw,
         masks.apply(logits)
     if changes:
         _change(logits, changes)
-    tokens = logits.argmax(dim=-1)  # a NaN counts as the most
-    best = logits.gather(1, tokens[:, None]).flatten()
+    tokens, highest = best(logits)
     failures: dict[int, Cause] = {} if masks is None else dict(masks.failures)
-    if not (finite := best.isfinite()).all():
+    if not (finite := highest.isfinite()).all():
         limited = {row for row, _ in changes} | set(() if masks is None else masks.rows)
-        failures |= {row: _why_not(best[row].item(), row in limited) for row in (~finite).nonzero().flatten().tolist()}
+        failures |= {
+            row: _why_not(highest[row].item(), row in limited) for row in (~finite).nonzero().flatten().tolist()
+        }
         logits[~finite] = 0.0  # no value of theirs gets into what follows
     if rows := [row for row, one in enumerate(sampling) if one.temperature >= MIN_TEMPERATURE]:
         tokens[rows] = draw(logits[rows], _numbers([sampling[row] for row in rows], logits))
@@ -65,7 +74,11 @@ def sample(logits: Tensor, sampling: Sequence[TokenSampling], draw: Draw = draw,
 
 
 def sample_each(
-    logits: Tensor, sampling: Sequence[TokenSampling], draw: Draw = draw, masks: Masks | None = None
+    logits: Tensor,
+    sampling: Sequence[TokenSampling],
+    draw: Draw = draw,
+    masks: Masks | None = None,
+    best: Best = best,
 ) -> Sampled:
     """As `sample`, one row after the other: an exception is the failure of its row. For when `sample` raised."""
     token_ids = []
@@ -74,7 +87,7 @@ def sample_each(
     for row, one in enumerate(sampling):
         try:
             its_masks = None if masks is None else masks.of_row(row)
-            alone = sample(logits[row : row + 1], [one], draw, its_masks)
+            alone = sample(logits[row : row + 1], [one], draw, its_masks, best)
         except Exception as error:
             token_ids.append(0)
             failures[row] = f"choosing its next token failed: {one_line(error)}"

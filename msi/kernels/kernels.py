@@ -149,5 +149,8 @@ class Kernels(Protocol):
     def logits(self, normed: Tensor, rows: Tensor, lm_head: Linear) -> Tensor:
         """float32 [num_logits, vocab_size] of these rows."""
 
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's best token and its logit, as `msi.kernels.sampling.best` says."""
+
     def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
         """One token per row, as `msi.kernels.sampling.draw` says."""

@@ -21,7 +21,7 @@ from msi.kernels.paged_attention import AttentionPlan, AttentionShape, paged_att
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.rope import apply_rope, rope_table
 from msi.kernels.routing import PackedRows, topk_sigmoid, topk_softmax
-from msi.kernels.sampling import draw
+from msi.kernels.sampling import best, draw
 
 RopeTable = tuple[Tensor, Tensor]
 
@@ -116,6 +116,9 @@ class PlainKernels:
         if len(rows) < len(normed):
             normed = normed.index_select(0, rows)
         return lm_head(normed).to(torch.float32)
+
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return best(logits)
 
     def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
         return draw(logits, numbers)

@@ -1,9 +1,15 @@
-"""Drawing one token per row from logits."""
+"""Choosing one token per row from logits: the best, or one that is drawn."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 and float32 [n]: each row's best token, the first of equal ones, and its logit. A NaN is the most."""
+    tokens = logits.argmax(dim=-1)
+    return tokens, logits.gather(1, tokens[:, None]).flatten()
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from msi.kernels.paged_attention import AttentionShape
+from msi.kernels.triton import sampling
 from msi.kernels.triton.attention_plan import ITEM, chunk_tiles, split_tiles
 from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
 
@@ -95,10 +96,31 @@ def small_kernels(architecture, dtype=BF16):
                  {"items": I32, "part_starts": I32, "partial": F32, "partial_lse": F32, "output": dtype},
                  {"GROUP": 6, "num_kv": 8, "head_dim": 128, "BLOCK_M": 16, "D": 128, "ITEM": ITEM}, architecture,
                  unaligned=("part_starts",)), 1),
-        (Request(at + "sampling:draw_kernel",
-                 {"logits": F32, "numbers": "*fp64", "tokens": I64, "num_rows": "i32", "vocab_size": "i32",
-                  "row_stride": "i32"}, {"BLOCK": 4096}, architecture, 8, unaligned=("num_rows",)), 0),
+        *((request, 0) for request in sampling_kernels(architecture)),
     ]  # fmt: skip
+
+
+def sampling_kernels(architecture):
+    """Those of rows of some 150,000 tokens."""
+    types = {
+        "logits": F32, "best_values": F32, "numbers": "*fp64", "counts": I32, "masses": I64, "ends": I64,
+        "lengths": I32, "ids": I32, "values": F32, "keys": I64, "tokens": I64, "best_tokens": I64,
+        "vocab_size": "i32", "row_stride": "i32", "num_rows": "i32", "num_parts": "i32",
+    }  # fmt: skip
+
+    def request(name, constants, num_warps):
+        names = [name for name in getattr(sampling, name).arg_names if name not in constants]
+        return Request(
+            f"msi.kernels.triton.sampling:{name}", {name: types[name] for name in names}, constants, architecture,
+            num_warps, unaligned=tuple(name for name in ("num_rows", "num_parts", "lengths") if name in names),
+        )  # fmt: skip
+
+    sizes = {"BINS": sampling.BINS, "BLOCK": sampling.MAX_BLOCK}
+    return [
+        request("best_kernel", {"BLOCK": sampling.MAX_BLOCK}, 4),
+        request("merge_best_kernel", {"PARTS": 256}, 1),
+        *(request(name, sizes, 4) for name in ("histogram_kernel", "gather_kernel", "draw_kernel")),
+    ]
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
-"""Drawing tokens on a GPU: those of the plain sampler, whose rows are sorted."""
+"""Choosing tokens on a GPU: those of the plain sampler, whose rows are sorted."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from msi.kernels.sampling import draw
+from msi.kernels.sampling import best, draw
 from msi.kernels.triton import sampling
 from tests.everyday import NUM_SEEDS, mostly_slow
 from tests.kernels.device import DEVICE
@@ -81,3 +81,40 @@ def test_rows_of_a_wider_tensor_and_no_rows():
     tokens = sampling.draw(wide.to(DEVICE)[:, :70], numbers.to(DEVICE)).cpu()
     assert torch.equal(tokens, draw(wide[:, :70], numbers))
     assert sampling.draw(wide[:0].to(DEVICE), numbers[:, :0].to(DEVICE)).shape == (0,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["any", "flat", "all equal"])
+def test_rows_that_many_programs_share(kind):
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(3, 2500, generator=generator) * (0.01 if kind == "flat" else 0 if kind == "all equal" else 4)
+    numbers = numbers_of(logits, generator)
+    differs = sampling.draw(logits.to(DEVICE), numbers.to(DEVICE)).cpu() != draw(logits, numbers)
+    assert not (differs & ~is_close_call(logits, numbers)).any()
+
+
+def test_a_token_does_not_depend_on_how_its_row_is_cut(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randn(2, 90, generator=generator) * 2).to(DEVICE)
+    numbers = numbers_of(logits, generator, temperature=1.5, top_p=0.97, top_k=60).to(DEVICE)
+    tokens = []
+    for programs, block in [(1, 128), (264, 16)]:
+        monkeypatch.setattr(sampling, "PROGRAMS", programs)
+        monkeypatch.setattr(sampling, "MAX_BLOCK", block)
+        tokens.append(sampling.draw(logits, numbers).tolist())
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("vocab_size", [7, 2500])
+def test_the_best_is_the_first_of_equal_ones_and_a_nan_counts_as_the_most(vocab_size):
+    logits = torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(4)).round()
+    logits[1] = -torch.inf
+    logits[2, [3, 5]] = torch.inf
+    logits[3, 2], logits[3, 4] = torch.inf, torch.nan
+    logits[4, 5] = -torch.nan
+    logits[5] = torch.tensor([-0.0, 0.0]).repeat(vocab_size)[:vocab_size]
+    tokens, values = sampling.best(logits.to(DEVICE))
+    expected = best(logits)
+    assert torch.equal(tokens.cpu(), expected[0])
+    assert torch.equal(values.cpu().view(torch.int32), expected[1].view(torch.int32))
+    assert [len(one) for one in sampling.best(logits[:0].to(DEVICE))] == [0, 0]

@@ -137,6 +137,9 @@ class TritonKernels(PlainKernels):
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return sampling.best(logits)
+
     def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
         return sampling.draw(logits, numbers)
 
