@@ -52,7 +52,8 @@ options = InstanceOptions.of(made_up_limit=7)
 assert options.flags() == ["--made-up-limit=7"]
 plan, _ = build_plan(options)
 assert plan.limits.made_up_limit == 7
-told = assignment(plan, Member("expert-0", "expert", Place(0), 0, b"", 1, "h", 0.0), Precision.of("float32"))
+member = Member("expert-0", "expert", Place(0), 0, b"", 1, "h", 0.0)
+told = assignment(plan, member, Precision.of("float32"), plan.placement)
 payload = COORDINATOR_END.encode(told)
 assert WORKER_END.decode(payload) == told
 assert WORKER_END.decode(payload).limits.made_up_limit == 7
