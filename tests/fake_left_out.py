@@ -142,10 +142,10 @@ def counts_before(half):
 # -- links and waves ---------------------------------------------------------------------------------------------------
 
 
-def first_answer(original, turns, endpoint, immediate):
+def first_answer(original, turns, endpoint, immediate, came_at):
     lane = immediate >> 26 & 7
     passing, num_answers = turns.passes[lane], turns.counters.answers
-    original(turns, endpoint, immediate)
+    original(turns, endpoint, immediate, came_at)
     if turns.counters.answers > num_answers and turns.waiting[lane]:
         passing.gates.open(lane, passing.turn)
 

@@ -115,10 +115,16 @@ class Node:
     def left(self, seat):
         """Nothing to detach."""
 
-    def landed(self, seat, lane, seq, num_rows, more, now):
-        self.seen.append((lane, seq, more))
-        if num_rows:
-            self.does(seat, lane, seq, num_rows)
+    def told(self, lane):
+        def landed(seat, seq, num_rows, more, now):
+            self.seen.append((lane, seq, more))
+            if num_rows:
+                self.does(seat, lane, seq, num_rows)
+
+        return landed
+
+    def all_landed(self):
+        """Everything was answered as it landed."""
 
 
 class World:

@@ -36,11 +36,14 @@ class Recorder:
     def left(self, seat):
         self.events.append(("left", seat))
 
-    def landed(self, seat, lane, seq, num_rows, more, now):
-        self.events.append((seat, lane, seq, num_rows, more))
+    def told(self, lane):
+        return lambda seat, seq, num_rows, more, now: self.events.append((seat, lane, seq, num_rows, more))
 
     def landed_again(self, seat, lane, seq, num_rows):
         self.events.append((seat, lane, seq, num_rows, "again"))
+
+    def all_landed(self):
+        """Nothing is to be done."""
 
 
 class Gates:

@@ -5,7 +5,8 @@
 
 Expert side: a wave of so many seats lands, is batched and answered. Attention side: a turn is posted to so many nodes
 and their answers land. Endpoints only remember what was posted; headers are written before the clock runs. Times are
-of this thread's CPU, medians over all waves or turns of `--passes` passes once caches are warm.
+of this thread's CPU, medians over all waves or turns of `--passes` passes once caches are warm; a low `--quantile` says
+what they cost where others use the machine, too.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import asyncio
 import json
 import time
 from array import array
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Callable, Sequence
 
 from msi.experts.batches import WaveBatch
 from msi.experts.server import ExpertServer, Finished
@@ -27,7 +27,7 @@ from msi.net.landing import Outbox, PlainLanding
 from msi.net.link_hello import LINK_CODEC, PROTOCOL_VERSION, LinkHello, LinkWelcome
 from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import HEADER, MAGIC, Kind, SlotLayout, pack_immediate
-from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing
+from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Endpoint, Handler, Landing, Together
 from msi_launch.command_line import ScriptLine
 
 NUM_ROWS = 4
@@ -44,6 +44,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lanes", type=int, default=3)
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--passes", type=int, default=4)
+    parser.add_argument("--apart", action="store_true", help="what lands is handed over one by one")
+    parser.add_argument("--quantile", type=float, default=0.5, help="of all waves or turns")
     parser.add_argument("--json", action="store_true", help="a JSON line for each size, with its parts")
     values: argparse.Namespace = parser.parse_args()
     return values
@@ -76,6 +78,7 @@ class StubTransport:
     landing: PlainLanding
     accept: Callable[[bytes], Admission]
     handler: Handler
+    together: Together
 
     def __init__(self) -> None:
         self.endpoints: list[StubEndpoint] = []
@@ -95,8 +98,17 @@ class StubTransport:
         self.endpoints.append(StubEndpoint(welcome, seat, landing.layout))
         return self.endpoints[-1]
 
-    def deliver(self, handler: Handler) -> None:
-        self.handler = handler
+    def deliver(self, handler: Handler, together: Together | None = None) -> None:
+        assert together is not None
+        self.handler, self.together = handler, together
+
+    def land(self, endpoints: Sequence[Endpoint], immediate: int, is_apart: bool) -> None:
+        """The same at each: as shared memory hands over what lies there, or as TCP does."""
+        if not is_apart:
+            self.together([(endpoint, immediate, 0.0) for endpoint in endpoints])
+            return
+        for endpoint in endpoints:
+            self.handler(endpoint, CompletionKind.IMMEDIATE, immediate, "")
 
     def take(self) -> None:
         pass
@@ -137,10 +149,15 @@ def write_header(landing: Landing, seat: int, kind: Kind, lane: int, seq: int) -
     HEADER.pack_into(landing.headers[seat][lane], 0, MAGIC, kind, lane, 0, more, 0, 0, seq, NUM_ROWS, 128, 1e-6, 1e-6)
 
 
+Times = list[tuple[float, float]]  # seconds of each wave or turn, in two parts
+
+
 # -- either side ----------------------------------------------------------------------------------------------------
 
 
-async def expert_side(num_seats: int, num_lanes: int, num_layers: int, num_passes: int) -> dict[str, float]:
+async def expert_side(
+    num_seats: int, num_lanes: int, num_layers: int, num_passes: int, is_apart: bool
+) -> dict[str, float]:
     transport, compute = StubTransport(), StubCompute()
     link = CombineLink(
         transport, expected=hello(0, num_lanes), worker_id="expert-0", incarnation=0, num_seats=num_seats,
@@ -154,16 +171,14 @@ async def expert_side(num_seats: int, num_lanes: int, num_layers: int, num_passe
         payload = LINK_CODEC.encode(hello(index, num_lanes))
         endpoints.append(StubEndpoint(payload, transport.accept(payload).seat, link.answer_layout))
         transport.handler(endpoints[-1], CompletionKind.CONNECTED, 0, "")
-    landing_s, answer_s = [], []
+    times: Times = []
     for seq in range(num_layers * num_passes):
         for lane in range(num_lanes):
             for endpoint in endpoints:
                 write_header(transport.landing, endpoint.seat, Kind.DISPATCH, lane, seq)
             immediate = pack_immediate(Kind.DISPATCH, True, lane, 0, seq, 0)
-            handler, kind = transport.handler, CompletionKind.IMMEDIATE
             started = time.thread_time()
-            for endpoint in endpoints:
-                handler(endpoint, kind, immediate, "")
+            transport.land(endpoints, immediate, is_apart)
             landed = time.thread_time()
             ((batch, ticket),) = compute.running
             compute.running.clear()
@@ -172,10 +187,9 @@ async def expert_side(num_seats: int, num_lanes: int, num_layers: int, num_passe
             compute.finished(ticket, 1e-4, None)
             answered = time.thread_time()
             assert endpoints[-1].posted == pack_immediate(Kind.COMBINE, False, lane, 0, seq, 0)
-            landing_s.append(landed - started)
-            answer_s.append(answered - computed)
+            times.append((landed - started, answered - computed))
     server.close()
-    return _medians(landing_s, answer_s)
+    return times
 
 
 class StubGates:
@@ -193,7 +207,9 @@ class StubGates:
         raise AssertionError("nobody is lost here")
 
 
-async def attention_side(num_nodes: int, num_lanes: int, num_layers: int, num_passes: int) -> dict[str, float]:
+async def attention_side(
+    num_nodes: int, num_lanes: int, num_layers: int, num_passes: int, is_apart: bool
+) -> dict[str, float]:
     transport = StubTransport()
     link = DispatchLink(
         transport, hello=hello(0, num_lanes), num_nodes=num_nodes, report_loss=lambda *loss: None, timeout_s=ENDLESS_S
@@ -201,7 +217,7 @@ async def attention_side(num_nodes: int, num_lanes: int, num_layers: int, num_pa
     for node in range(num_nodes):
         await link.connect(node, "stub")
     gates = StubGates(num_lanes, num_layers, num_nodes)
-    posting_s, landing_s = [], []
+    times: Times = []
     for number in range(num_passes):
         firsts = [link.begin(lane, gates, lambda lane: True) for lane in range(num_lanes)]
         for layer in range(num_layers):
@@ -210,26 +226,24 @@ async def attention_side(num_nodes: int, num_lanes: int, num_layers: int, num_pa
                 for node in range(num_nodes):
                     write_header(transport.landing, node, Kind.COMBINE, lane, seq)
                 immediate = pack_immediate(Kind.COMBINE, False, lane, 0, seq, 0)
-                handler, kind = transport.handler, CompletionKind.IMMEDIATE
                 started = time.thread_time()
                 link.packed(lane, first + layer)
                 posted = time.thread_time()
-                for endpoint in transport.endpoints:
-                    handler(endpoint, kind, immediate, "")
+                transport.land(transport.endpoints, immediate, is_apart)
                 landed = time.thread_time()
-                posting_s.append(posted - started)
-                landing_s.append(landed - posted)
+                times.append((posted - started, landed - posted))
         for lane in range(num_lanes):
             await link.passed(lane)
             link.end(lane)
-    return _medians(posting_s, landing_s)
+    return times
 
 
-def _medians(first_s: list[float], second_s: list[float]) -> dict[str, float]:
+def _quantiles(times: Times, quantile: float) -> tuple[float, float, float]:
     """Microseconds: of both parts together, and of each."""
-    pairs = list(zip(first_s, second_s, strict=True))[WARM_TURNS:]
-    both, first, second = (median(times) for times in zip(*((a + b, a, b) for a, b in pairs), strict=True))
-    return {"us": both * 1e6, "first_us": first * 1e6, "second_us": second * 1e6}
+    warm = times[WARM_TURNS:]
+    at = int(quantile * (len(warm) - 1))
+    both, first, second = (sorted(part)[at] * 1e6 for part in zip(*((a + b, a, b) for a, b in warm), strict=True))
+    return both, first, second
 
 
 SIDES = {
@@ -242,8 +256,8 @@ def main() -> None:
     arguments = parse()
     for name, (side, what, unit, parts) in SIDES.items():
         for size in getattr(arguments, what):
-            times = asyncio.run(side(size, arguments.lanes, arguments.layers, arguments.passes))
-            found = dict(zip((f"{unit}_us", *parts), times.values(), strict=True))
+            times = asyncio.run(side(size, arguments.lanes, arguments.layers, arguments.passes, arguments.apart))
+            found = dict(zip((f"{unit}_us", *parts), _quantiles(times, arguments.quantile), strict=True))
             if arguments.json:
                 rounded = {key: round(value, 2) for key, value in found.items()}
                 print(json.dumps({"side": name, what: size, **rounded}), flush=True)

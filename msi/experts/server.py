@@ -21,7 +21,7 @@ from msi.complaints import Complaints
 from msi.errors import one_line
 from msi.experts.batches import WaveBatch
 from msi.experts.waves import Waves
-from msi.net.combine_link import CombineLink
+from msi.net.combine_link import CombineLink, Told
 from msi.net.regions import Region
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,6 @@ class ExpertServer:
         self._compute = compute
         self._clock = clock
         self._lock = link.lock  # over the waves and what follows
-        self._landed = waves.landings
         self._num_tickets = 0
         self._out: dict[int, WaveBatch] = {}  # by ticket, on the device
         self._again: deque[WaveBatch] = deque()  # to run before what the waves say
@@ -87,22 +86,23 @@ class ExpertServer:
             self._waves.disconnect(seat, self._clock())
             self._start_next()
 
-    def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool, now: float) -> None:
-        try:
-            if self._landed[lane](seat, seq, num_rows, more, now):
-                self._start_next()
-        except Exception as error:
-            self._complaints.say(error, "rows that landed could not be taken")
-            self._refuse(seat, lane, seq, error)
+    def told(self, lane: int) -> Told:
+        return self._waves.landings[lane]
 
-    def landed_again(self, seat: int, lane: int, seq: int, num_rows: int) -> None:
+    def not_taken(self, seat: int, lane: int, seq: int, error: Exception) -> None:
+        self._complaints.say(error, "rows that landed could not be taken")
+        self._link.refuse(seat, lane, seq, _why(error))
+
+    def landed_again(self, seat: int, lane: int, seq: int, num_rows: int) -> bool:
         """Their peer waits for these alone, and its wave has gone on: they run next."""
+        self._again.append(self._waves.again(seat, lane, seq, num_rows))
+        return True
+
+    def all_landed(self) -> None:
         try:
-            self._again.append(self._waves.again(seat, lane, seq, num_rows))
             self._start_next()
         except Exception as error:
-            self._complaints.say(error, "rows that landed again could not be taken")
-            self._refuse(seat, lane, seq, error)
+            self._complaints.say(error, "the next batch could not be started")
 
     def _set_timer(self) -> None:
         self._loop.call_later(max(0.0, self._timer_at - self._clock()), self._time_is_up, self._timer_at)
@@ -130,7 +130,12 @@ class ExpertServer:
                 break
             self._num_tickets += 1
             self._out[self._num_tickets] = batch
-            self._compute.run(batch, self._num_tickets)
+            try:
+                self._compute.run(batch, self._num_tickets)
+            except Exception as error:
+                del self._out[self._num_tickets]
+                self._complaints.say(error, "a batch could not be launched")
+                self._refuse(batch, error)
         if not self._out and (deadline := self._waves.deadline()) < self._timer_at:
             self._timer_at = deadline
             self._loop.call_soon_threadsafe(self._set_timer)
@@ -156,10 +161,14 @@ class ExpertServer:
             if error is None:
                 self._link.answer(batch.lane, batch.rows, compute_s)
             else:
-                for seat, seq, _ in batch.rows:
-                    self._refuse(seat, batch.lane, seq, error)
+                self._refuse(batch, error)
         except Exception as second:
             self._complaints.say(second, "an answer could not be given")
 
-    def _refuse(self, seat: int, lane: int, seq: int, error: Exception) -> None:
-        self._link.refuse(seat, lane, seq, f"could not compute its experts: {one_line(error)}")
+    def _refuse(self, batch: WaveBatch, error: Exception) -> None:
+        for seat, seq, _ in batch.rows:
+            self._link.refuse(seat, batch.lane, seq, _why(error))
+
+
+def _why(error: Exception) -> str:
+    return f"could not compute its experts: {one_line(error)}"

@@ -1,8 +1,9 @@
 """One lane's wave: which of its seats' rows run together next; see `msi.experts.waves` for the rules.
 
 Seats are bits. Nearly always all members are at one layer and the wave is *even*: at its position nobody has landed,
-or landed elsewhere, or waits as a stray. Then a landing clears its bit, the last one makes the batch ready, and taking
-it sets all bits again; whatever else happens is settled in full, rider by rider, and may find the wave even again.
+or landed elsewhere, or waits as a stray. Then a landing is one less to come, the last one makes the batch ready, and
+taking it has all to come again; whatever else happens is settled in full, rider by rider, and may find the wave even
+again.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Wave:
     num_members: int = 0
     doubted: int = 0  # bits of members that were late or readmitted, maybe no more than a pass ago
     is_even: bool = False  # all were missing here, and since then some have landed at the position, or all
-    open: int = 0  # while it is even: bits of the members that have not
+    num_open: int = 0  # while it is even: members that have not
+    num_trusted: int = 0  # while it is even and some are doubted: those of them that are waited for longer
     missing: int = 0  # while it is not: bits of the members that have not landed at the position
     num_missing: int = 0
     trusted: int = 0  # bits of those of them that are waited for longer
@@ -74,24 +76,27 @@ class Wave:
     def landed(self, seat: int, seq: int, num_rows: int, more: bool, now: float) -> bool:
         """See `Waves.landed`."""
         rider = self.riders[seat]
-        bit = rider.bit
-        if not (self.open & bit and more and seq - rider.base == self.position):  # type: ignore[operator]
+        base = rider.base
+        if not (self.is_even and more and base is not None and seq - base == self.position):
             return self._landed_out_of_step(rider, seq, num_rows, more, now)
         rider.seq, rider.num_rows, rider.landed_at = seq, num_rows, now
-        missing = self.open = self.open ^ bit
-        if self.half_at is None and 2 * missing.bit_count() <= self.num_members:
+        num_open = self.num_open = self.num_open - 1
+        if self.half_at is None and 2 * num_open <= self.num_members:
             self.half_at = now
         is_news = False
-        if self.doubted:
-            is_news = not self.doubted & bit and not missing & ~self.doubted  # the last that was waited for longer
+        if self.doubted and not self.doubted & rider.bit:
+            self.num_trusted -= 1
+            is_news = not self.num_trusted  # it was the last that is waited for longer
         if self.waited_since is None:
             if num_rows:
                 self.waited_since = now
                 is_news = True
         elif now - self.waited_since > self.pace.late_s:
             rider.late_at = self.position
-            self.doubted |= bit
-        if missing:
+            if not self.doubted:
+                self.num_trusted = num_open
+            self.doubted |= rider.bit
+        if num_open:
             return is_news
         if self.waited_since is None:  # nobody has rows for this layer
             self.settle(now)
@@ -130,8 +135,12 @@ class Wave:
 
     def _count_missing(self) -> None:
         """The wave is even no more; what was not kept up meanwhile."""
-        self.is_even = False
-        self.missing, self.open = self.open, 0
+        position = self.position
+        assert position is not None
+        self.is_even, self.missing = False, 0
+        for rider in self.riders.values():
+            if rider.base is not None and rider.seq - rider.base < position:
+                self.missing |= rider.bit
         self.num_missing = self.missing.bit_count()
         self.trusted = self.missing & ~self.doubted
 
@@ -161,7 +170,9 @@ class Wave:
         if self.position is None:
             return math.inf if self.gather_since is None else self.gather_since + pace.wait_s
         if self.waited_since is not None:
-            is_trusting = self.open & ~self.doubted if self.is_even else self.trusted
+            is_trusting = self.trusted
+            if self.is_even:
+                is_trusting = self.num_trusted if self.doubted else self.num_open
             return self.waited_since + (pace.trusting_wait_s if is_trusting else pace.wait_s)
         if self.ahead_since is not None:
             return self.ahead_since + pace.trusting_wait_s
@@ -221,7 +232,7 @@ class Wave:
         """A new wave at the layer of the oldest rows here, or none."""
         self.gather_since = self.sealed = self.position = None
         self.waited_since = self.ahead_since = self.ready_at = None
-        self.is_even, self.open = False, 0
+        self.is_even = False
         waiting = [rider for rider in self.riders.values() if rider.num_rows]
         first = min(waiting, key=lambda rider: (rider.is_slow, rider.rank), default=None)
         if first is None:
@@ -299,7 +310,8 @@ class Wave:
         self.num_members, self.num_missing = num_members, num_missing
         self.has_rows, self.strays = has_rows, strays
         self.is_even = is_even and missing == members and not strays and self.waited_since is None
-        self.open = members if self.is_even else 0
+        if self.is_even:
+            self._expect_members()
 
     def _gather(self, now: float) -> None:
         """An empty lane waits for every connected seat."""
@@ -356,11 +368,16 @@ class Wave:
 
     def _expect_all(self) -> None:
         """As settling would find it: all members were at the last position and none said that it was its last."""
-        self.open = self.members
         if self.doubted:
             for rider in self.riders.values():
                 if rider.bit & self.doubted and self._is_trusted(rider):
                     self.doubted ^= rider.bit
+        self._expect_members()
+
+    def _expect_members(self) -> None:
+        self.num_open = self.num_members
+        if self.doubted:
+            self.num_trusted = (self.members & ~self.doubted).bit_count()
 
     def take_strays(self, strays: Sequence[Rider], now: float) -> WaveBatch:
         """The rows of these, which are at one layer, without the wave."""

@@ -22,7 +22,7 @@ from msi.net.regions import Allocator
 from msi.net.shm import ShmTransport
 from msi.net.slots import SlotLayout
 from msi.net.tcp import TcpTransport
-from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Endpoint, Handler, Landing, Poller
+from msi.net.transport import CONNECT_TIMEOUT_S, Admission, Endpoint, Handler, Landing, Poller, Together
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +73,10 @@ class AutoTransport:
         landing = self._shm.register(num_seats, layout, allocator)
         return landing if self._rdma is None else self._rdma.landing_over(landing)
 
-    def deliver(self, handler: Handler) -> None:
+    def deliver(self, handler: Handler, together: Together | None = None) -> None:
         for transport in (self._shm, self._tcp, self._rdma):
             if transport is not None:
-                transport.deliver(handler)
+                transport.deliver(handler, together)
 
     def take(self) -> None:
         self._shm.take()

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -29,25 +29,33 @@ from msi.net.slots import (
     MAX_LANES,
     NOTE_BYTES,
     OPENING,
+    ROWS,
     SEQ_MASK,
     SEQ_SHIFT,
     WORDS,
     Kind,
     kind_word,
     life_word,
+    opening_bytes,
     pack_immediate,
     split_life_word,
 )
-from msi.net.transport import Admission, CompletionKind, Endpoint, Transport
+from msi.net.transport import Admission, CompletionKind, Endpoint, Landed, Transport
 
 log = logging.getLogger(__name__)
 
 IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as its header
+ROWS_OF = ROWS.unpack_from
 GONE = "answer to a peer that is gone"
 
 
+# seat, sequence number, rows or 0 for the word that there are none, whether more follows, and the link's clock; whether
+# the listener has something to do now
+Told = Callable[[int, int, int, bool, float], bool]
+
+
 class Listener(Protocol):
-    """Who batches rows. Called on the event loop, but for `landed`; must not raise."""
+    """Who batches rows. Called on the event loop unless said otherwise; must not raise, but for what `told` gives."""
 
     def joined(self, seat: int, node: int, out_rows: Region) -> None:
         """A peer, `node` among its kind, has taken a seat; answers to it go into `out_rows`."""
@@ -55,14 +63,20 @@ class Listener(Protocol):
     def left(self, seat: int) -> None:
         """A peer is gone; its seat may be given away."""
 
-    def landed(self, seat: int, lane: int, seq: int, num_rows: int, more: bool, now: float) -> None:
-        """Rows, or (num_rows 0) the word that there are none. `now` is the link's clock.
+    def told(self, lane: int) -> Told:
+        """What is called for rows that land in a lane.
 
-        On whatever thread takes immediates, with the link's lock held.
+        On whatever thread takes immediates, with the link's lock held; `landed_again` and `all_landed` likewise.
         """
 
-    def landed_again(self, seat: int, lane: int, seq: int, num_rows: int) -> None:
-        """Rows of a sequence number that landed before, packed anew since another node was lost. Likewise."""
+    def landed_again(self, seat: int, lane: int, seq: int, num_rows: int) -> bool:
+        """Rows of a sequence number that landed before, packed anew since another node was lost."""
+
+    def not_taken(self, seat: int, lane: int, seq: int, error: Exception) -> None:
+        """What was called for these raised this."""
+
+    def all_landed(self) -> None:
+        """What lay there together is told, and of some of it there was something to do."""
 
 
 @dataclass(slots=True)
@@ -73,8 +87,9 @@ class _Slot:
     out_header: memoryview
     seq: int
     immediate: int  # of sequence number 0
-    kind_word: int
+    opening: bytes  # of a header, if more follows and the placement stays
     post: Callable[[int, int, int], None]
+    tell: Told
     landed_at: float = 0.0
     again: tuple[int, int] = (-1, 0)  # the sequence number that rows landed for again, and their attempt
 
@@ -83,7 +98,11 @@ def _no_post(lane: int, immediate: int, num_rows: int) -> None:
     raise AssertionError(f"lane {lane} is none")
 
 
-NO_SLOT = _Slot(memoryview(b""), memoryview(b""), 0, -1, 0, _no_post)  # of lanes that there are not
+def _no_rows(seat: int, seq: int, num_rows: int, more: bool, now: float) -> bool:
+    raise AssertionError(f"rows of seat {seat} in no lane")
+
+
+NO_SLOT = _Slot(memoryview(b""), memoryview(b""), 0, -1, b"", _no_post, _no_rows)  # of lanes that there are not
 
 
 @dataclass(slots=True)
@@ -91,7 +110,6 @@ class _Seat:
     index: int
     hello: LinkHello
     payload: bytes  # the hello as it came
-    life_word: int  # of what it sent last: its life, and the placement
     endpoint: Endpoint | None = None  # None between the admission and the connection
     slots: tuple[_Slot, ...] = ()  # for every lane that an immediate can name; from the connection on
 
@@ -152,11 +170,10 @@ class CombineLink:
         self.lock = threading.Lock()
         self._acquire, self._release = self.lock.acquire, self.lock.release  # `with` costs twice as much
         self._listener: Listener | None = None
-        self._tell = _nobody_listens
+        self._all_landed = _nobody_listens
         lanes = range(expected.num_lanes)
-        self._life_word = life_word(incarnation, expected.placement_version)
+        self._answer_openings = self._openings_of(expected.placement_version)
         self._row_bytes, self._slot_rows = self.layout.row_bytes, self.layout.slot_rows
-        self._answer_words = [kind_word(Kind.COMBINE, lane, False) for lane in lanes]
         self._answer_bases = [pack_immediate(Kind.COMBINE, False, lane, 0, 0, incarnation) for lane in lanes]
 
     @property
@@ -169,8 +186,8 @@ class CombineLink:
     async def listen(self, listener: Listener) -> str:
         """Takes peers from now on and tells `listener` of them and their rows; the address to give to peers."""
         self._listener = listener
-        self._tell = listener.landed
-        self._transport.deliver(self._completed)
+        self._all_landed = listener.all_landed
+        self._transport.deliver(self._completed, self._landed)
         return await self._transport.listen(self._accept)
 
     def _accept(self, payload: bytes) -> Admission:
@@ -187,8 +204,7 @@ class CombineLink:
         if free is None:
             raise ProtocolError(f"all {len(self._seats)} seats of {self._worker_id} are taken")
         self._incarnations[hello.worker_id] = hello.incarnation
-        life = life_word(hello.incarnation, hello.placement_version)
-        self._seats[free] = _Seat(free, hello, payload, life)
+        self._seats[free] = _Seat(free, hello, payload)
         welcome = LinkWelcome(worker_id=self._worker_id, incarnation=self._incarnation, seat=free)
         return Admission(self.landing, free, LINK_CODEC.encode(welcome))
 
@@ -212,80 +228,113 @@ class CombineLink:
     def use_placement(self, version: int, former: int | None = None) -> None:
         """Rows of this placement are taken from now on, and of one before it: local ids mean the same under both."""
         self._expected = replace(self._expected, placement_version=version)
-        self._life_word = life_word(self._incarnation, version)
+        self._answer_openings = self._openings_of(version)
         self._placement_versions = {version} if former is None else {version, former}
+
+    def _openings_of(self, version: int) -> list[bytes]:
+        """What the headers of each lane's answers begin with."""
+        life = life_word(self._incarnation, version)
+        return [opening_bytes(kind_word(Kind.COMBINE, lane, False), life) for lane in range(self.layout.num_lanes)]
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def _completed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
-        if kind is not IMMEDIATE:
-            if kind is CompletionKind.CONNECTED:
-                self._connected(endpoint)
-            elif (left := self._seat_of.get(endpoint)) is not None:
-                log.info("%s left: %s", left.hello.worker_id, reason)
-                self.fence(left.index)
-            return
+        if kind is IMMEDIATE:
+            self._acquire()
+            try:
+                if self._take(endpoint, immediate, endpoint.came_at or self._clock()):
+                    self._all_landed()
+            finally:
+                self._release()
+        elif kind is CompletionKind.CONNECTED:
+            self._connected(endpoint)
+        elif (left := self._seat_of.get(endpoint)) is not None:
+            log.info("%s left: %s", left.hello.worker_id, reason)
+            self.fence(left.index)
+
+    def _landed(self, landed: Sequence[Landed]) -> None:
+        """What lies there together: the lock is taken once, and the listener acts once on all of it."""
+        take, now, is_news = self._take, self._clock(), False
         self._acquire()
         try:
-            seat = self._seat_of.get(endpoint)
-            if seat is None:
-                self.counters.dropped["closed endpoint"] += 1
-                return
-            self.counters.immediates += 1
-            now = endpoint.came_at or self._clock()
-            lane = immediate >> LANE_SHIFT & 7
-            slot = seat.slots[lane]
-            seq = slot.seq + 1
-            if immediate == slot.immediate | (seq & SEQ_MASK) << SEQ_SHIFT:
-                # nearly always: the peer's next dispatch, which a few comparisons tell
-                word, life, its_seq, num_rows, row_bytes = OPENING.unpack_from(slot.header)
-                if (
-                    word == slot.kind_word
-                    and its_seq == seq
-                    and life == seat.life_word
-                    and row_bytes == self._row_bytes
-                    and 0 < num_rows <= self._slot_rows
-                ):
-                    slot.seq, slot.landed_at = seq, now
-                    self.counters.rows += num_rows
-                    self._tell(seat.index, lane, seq, num_rows, True, now)
-                    return
-            self._landed_otherwise(seat, lane, immediate, now)
+            for endpoint, immediate, came_at in landed:
+                if take(endpoint, immediate, came_at or now):
+                    is_news = True
+            if is_news:
+                self._all_landed()
         finally:
             self._release()
+
+    def _take(self, endpoint: Endpoint, immediate: int, now: float) -> bool:
+        """An immediate that came now; whether the listener has something to do now. Needs the lock."""
+        seat = self._seat_of.get(endpoint)
+        if seat is None:
+            self.counters.dropped["closed endpoint"] += 1
+            return False
+        counters = self.counters
+        counters.immediates += 1
+        lane = immediate >> LANE_SHIFT & 7
+        slot = seat.slots[lane]
+        seq = slot.seq + 1
+        if immediate == slot.immediate | (seq & SEQ_MASK) << SEQ_SHIFT:
+            # nearly always: the peer's next dispatch, which a few comparisons tell
+            opening, its_seq, num_rows, row_bytes = ROWS_OF(slot.header)
+            if (
+                its_seq == seq
+                and opening == slot.opening
+                and row_bytes == self._row_bytes
+                and 0 < num_rows <= self._slot_rows
+            ):
+                slot.seq, slot.landed_at = seq, now
+                counters.rows += num_rows
+                try:
+                    return slot.tell(seat.index, seq, num_rows, True, now)
+                except Exception as error:
+                    self._not_taken(seat, lane, seq, error)
+                    return False
+        return self._landed_otherwise(seat, lane, immediate, now)
+
+    def _not_taken(self, seat: _Seat, lane: int, seq: int, error: Exception) -> None:
+        assert self._listener is not None
+        self._listener.not_taken(seat.index, lane, seq, error)
 
     def _connected(self, endpoint: Endpoint) -> None:
         seat = self._seats[endpoint.seat]
         if seat is None or seat.payload != endpoint.peer:
             endpoint.close()  # fenced between its admission and now
             return
+        assert self._listener is not None
         slots = []
+        life = life_word(seat.hello.incarnation, seat.hello.placement_version)
         for lane, next_seq in enumerate(seat.hello.next_seqs):
             slot = _Slot(
                 header=self.landing.headers[seat.index][lane],
                 out_header=endpoint.out_headers[lane],
                 seq=next_seq - 1,
                 immediate=pack_immediate(Kind.DISPATCH, True, lane, 0, 0, seat.hello.incarnation),
-                kind_word=kind_word(Kind.DISPATCH, lane, True),
+                opening=opening_bytes(kind_word(Kind.DISPATCH, lane, True), life),
                 post=endpoint.post,
+                tell=self._listener.told(lane),
             )
             slots.append(slot)
             self._slots[lane][seat.index] = slot
         seat.slots = (*slots, *[NO_SLOT] * (MAX_LANES - len(slots)))
         seat.endpoint = endpoint
         self._seat_of[endpoint] = seat
-        assert self._listener is not None
         self._listener.joined(seat.index, seat.hello.node, endpoint.out_rows)
 
-    def _landed_otherwise(self, seat: _Seat, lane: int, immediate: int, now: float) -> None:
-        """Whatever it is: checked against the header field by field, and dropped for the first that does not match."""
+    def _landed_otherwise(self, seat: _Seat, lane: int, immediate: int, now: float) -> bool:
+        """Whatever it is: checked against the header field by field, and dropped for the first that does not match.
+
+        Whether the listener has something to do now.
+        """
         slot = seat.slots[lane]
         if lane >= self.layout.num_lanes:
             reason = "lane"
         elif (immediate ^ seat.hello.incarnation) & INCARNATION_MASK:
             reason = "incarnation"
         elif immediate >> SEQ_SHIFT & SEQ_MASK == slot.seq & SEQ_MASK:
-            reason = self._landed_again(seat, slot, lane, immediate, now)
+            return self._landed_again(seat, slot, lane, immediate, now)
         elif (ahead := (immediate >> SEQ_SHIFT) - slot.seq & SEQ_MASK) > (
             self._max_skip if slot.landed_at else SEQ_MASK  # its lanes went on while it connected
         ):
@@ -296,27 +345,32 @@ class CombineLink:
             if not reason:
                 slot.seq, slot.landed_at = seq, now
                 self.counters.rows += num_rows
-                self._tell(seat.index, lane, seq, num_rows, bool(immediate >> 29 & 1), now)
-                return
-        if reason:
-            self.counters.dropped[reason] += 1
+                try:
+                    return slot.tell(seat.index, seq, num_rows, bool(immediate >> 29 & 1), now)
+                except Exception as error:
+                    self._not_taken(seat, lane, seq, error)
+                    return False
+        self.counters.dropped[reason] += 1
+        return False
 
-    def _landed_again(self, seat: _Seat, slot: _Slot, lane: int, immediate: int, now: float) -> str:
-        """Rows of the sequence number that is here already are taken if their attempt is higher; else why they are not.
+    def _landed_again(self, seat: _Seat, slot: _Slot, lane: int, immediate: int, now: float) -> bool:
+        """Rows of the sequence number that is here already are taken if their attempt is higher.
 
         Their sender has the answers to all attempts before: nothing reads the slot.
         """
         seq, attempt = slot.again
         header_attempt = slot.header[HEADER_ATTEMPT_AT]
         if immediate >> 30 != Kind.DISPATCH or header_attempt <= (attempt if seq == slot.seq else 0):
-            return "stale"
+            self.counters.dropped["stale"] += 1
+            return False
         num_rows, reason = self._rows_of(seat, lane, slot.seq, immediate)
-        if not reason:
-            slot.again, slot.landed_at = (slot.seq, header_attempt), now
-            self.counters.rows += num_rows
-            assert self._listener is not None
-            self._listener.landed_again(seat.index, lane, slot.seq, num_rows)
-        return reason
+        if reason:
+            self.counters.dropped[reason] += 1
+            return False
+        slot.again, slot.landed_at = (slot.seq, header_attempt), now
+        self.counters.rows += num_rows
+        assert self._listener is not None
+        return self._listener.landed_again(seat.index, lane, slot.seq, num_rows)
 
     def _rows_of(self, seat: _Seat, lane: int, seq: int, immediate: int) -> tuple[int, str]:
         """How many rows an immediate announces, and why it is not used, or ""."""
@@ -336,7 +390,8 @@ class CombineLink:
             return 0, "header"
         if not 0 < num_rows <= self._slot_rows or row_bytes != self._row_bytes:
             return 0, "rows"
-        seat.life_word = life  # the placement that its passes use now
+        for lane, slot in enumerate(seat.slots[: self.layout.num_lanes]):  # its passes use this placement now
+            slot.opening = opening_bytes(kind_word(Kind.DISPATCH, lane, True), life)
         return num_rows, ""
 
     def take(self) -> None:
@@ -352,7 +407,7 @@ class CombineLink:
         have their answers.
         """
         slots, now = self._slots[lane], self._clock()
-        word, life, base = self._answer_words[lane], self._life_word, self._answer_bases[lane]
+        opening, base = self._answer_openings[lane], self._answer_bases[lane]
         row_bytes, pack = self.answer_layout.row_bytes, WORDS.pack_into
         num_answers = 0
         failure: Exception | None = None
@@ -363,7 +418,7 @@ class CombineLink:
                 continue
             try:
                 service_s = now - slot.landed_at
-                pack(slot.out_header, 0, word, life, seq, num_rows, row_bytes, service_s, compute_s)
+                pack(slot.out_header, 0, opening, seq, num_rows, row_bytes, service_s, compute_s)
                 slot.post(lane, base | (seq & SEQ_MASK) << SEQ_SHIFT, num_rows)
                 num_answers += 1
             except TransportError as error:  # its CLOSED completion is on the way and frees the seat
@@ -397,5 +452,5 @@ class CombineLink:
             log.debug("refusal not sent: %s", error)
 
 
-def _nobody_listens(seat: int, lane: int, seq: int, num_rows: int, more: bool, now: float) -> None:
-    raise AssertionError(f"rows of seat {seat} landed before there was a listener")
+def _nobody_listens() -> None:
+    raise AssertionError("rows landed before there was a listener")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from msi.net.transport import CompletionKind, Endpoint, Handler
+from collections.abc import Sequence
+
+from msi.net.transport import CompletionKind, Endpoint, Handler, Landed, Together
+
+IMMEDIATE = CompletionKind.IMMEDIATE
 
 
 class Delivery:
@@ -11,6 +15,7 @@ class Delivery:
     def __init__(self) -> None:
         self._early: list[tuple[Endpoint, CompletionKind, int, str]] = []
         self._handler: Handler | None = None
+        self._together: Together | None = None
 
     def __call__(self, endpoint: Endpoint, kind: CompletionKind, immediate: int = 0, reason: str = "") -> None:
         if self._handler is None:
@@ -18,14 +23,24 @@ class Delivery:
         else:
             self._handler(endpoint, kind, immediate, reason)
 
+    def all(self, landed: Sequence[Landed]) -> None:
+        """Immediates that lie there together, in order."""
+        if self._together is not None:
+            self._together(landed)
+            return
+        for endpoint, immediate, came_at in landed:
+            endpoint.came_at = came_at
+            self(endpoint, IMMEDIATE, immediate)
+
     @property
     def shortest(self) -> Handler:
         """What to call for a whole batch: the handler itself once there is one, which is half as dear."""
         return self._handler or self
 
-    def start(self, handler: Handler) -> None:
+    def start(self, handler: Handler, together: Together | None = None) -> None:
         """From now on to this handler, beginning with what came before."""
         self._handler = handler
         early, self._early = self._early, []
         for completion in early:
             handler(*completion)
+        self._together = together

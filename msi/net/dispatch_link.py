@@ -28,7 +28,7 @@ from msi.net.link_hello import LinkHello
 from msi.net.passes import Gates, Pass
 from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import SEQ_MASK, life_word, split_life_word
-from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Transport
+from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Landed, Transport
 from msi.net.turns import Turns, Watch
 
 IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as its header
@@ -96,7 +96,7 @@ class DispatchLink:
         self._turning = threading.Lock()  # held while a turn is posted or an answer taken, and while nodes come and go
         self._acquire, self._release = self._turning.acquire, self._turning.release  # `with` costs twice as much
         self._thread = threading.get_ident()  # of the event loop
-        transport.deliver(self._completed)
+        transport.deliver(self._completed, self._landed)
 
     # -- connections -------------------------------------------------------------------------------------------------
 
@@ -349,13 +349,23 @@ class DispatchLink:
         if kind is IMMEDIATE:
             self._acquire()
             try:
-                self.turns.take(endpoint, immediate)
+                self.turns.take(endpoint, immediate, endpoint.came_at)
             finally:
                 self._release()
         elif (node := self.nodes.of.get(endpoint)) is None:
             self.counters.dropped["closed endpoint"] += 1
         elif kind is CompletionKind.CLOSED:
             self.drop(node.index, f"connection lost ({reason})")
+
+    def _landed(self, landed: Sequence[Landed]) -> None:
+        """What lies there together."""
+        take = self.turns.take
+        self._acquire()
+        try:
+            for one in landed:
+                take(*one)
+        finally:
+            self._release()
 
     # -- time --------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from msi.errors import ProtocolError, TransportError
 from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_welcome
-from msi.net.slots import Kind, SlotLayout, pack_immediate
+from msi.net.slots import Kind, SlotLayout, kind_word, opening_bytes, pack_immediate
 from msi.net.transport import Endpoint, Landing, Transport
 
 EXCHANGES_KEPT = 512  # of each node
@@ -24,14 +24,15 @@ class Node:
     Attributes:
         out_headers, in_headers: by lane: where headers to it leave, and where its land.
         answer: the immediate of its answer to sequence number 0 of lane 0.
+        openings: by lane: what the headers of its answers begin with.
         exchanges: the last ones: seconds from a post to its answer, and those of them that the node had the rows.
         num_rows: that it was sent.
         is_lost: its connection is closed; what it had answered may still be read.
     """
 
     __slots__ = (
-        "answer", "bit", "endpoint", "exchanges", "in_headers", "index", "is_lost", "num_rows", "out_headers", "post",
-        "welcome",
+        "answer", "bit", "endpoint", "exchanges", "in_headers", "index", "is_lost", "num_rows", "openings",
+        "out_headers", "post", "welcome",
     )  # fmt: skip
 
     def __init__(self, index: int, endpoint: Endpoint, welcome: LinkWelcome, in_headers: Sequence[memoryview]) -> None:
@@ -45,6 +46,10 @@ class Node:
         self.is_lost = False
         self.out_headers = tuple(endpoint.out_headers)
         self.in_headers = tuple(in_headers)
+        self.openings = tuple(
+            opening_bytes(kind_word(Kind.COMBINE, lane, False), welcome.incarnation)[:12]
+            for lane in range(len(self.in_headers))
+        )
         self.answer = pack_immediate(Kind.COMBINE, False, 0, 0, 0, welcome.incarnation)
 
 

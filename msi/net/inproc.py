@@ -15,9 +15,7 @@ from msi.net.landing import Outbox, PlainLanding, seat_slots
 from msi.net.local import LocalEndpoint, LocalTransport
 from msi.net.regions import Allocator
 from msi.net.slots import HEADER_BYTES, SlotLayout
-from msi.net.transport import CompletionKind, Handler, Landing, Poller
-
-IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as the rest
+from msi.net.transport import CompletionKind, Handler, Landing, Poller, Together
 
 _listeners: dict[str, LocalTransport[InprocEndpoint]] = {}
 _names = itertools.count()
@@ -61,7 +59,7 @@ class InprocTransport(LocalTransport[InprocEndpoint]):
     def __init__(self, *, poller: Poller | None = None) -> None:
         super().__init__(_listeners, f"inproc://{next(_names)}")
         self._loop = asyncio.get_running_loop()
-        self._landed: deque[tuple[InprocEndpoint, int]] = deque()
+        self._landed: deque[tuple[InprocEndpoint, int, float]] = deque()
         self._taking = threading.Lock()  # held while they are handed over, so that they stay in order
         self._poller = poller
         if poller is not None:
@@ -73,13 +71,13 @@ class InprocTransport(LocalTransport[InprocEndpoint]):
     def _new_end(self, peer: bytes, landing: Landing, seat: int, theirs: Landing, their_seat: int) -> InprocEndpoint:
         return InprocEndpoint(self, peer, landing, seat, theirs.layout)
 
-    def deliver(self, handler: Handler) -> None:
+    def deliver(self, handler: Handler, together: Together | None = None) -> None:
         with self._taking:
-            super().deliver(handler)
+            super().deliver(handler, together)
 
     def land(self, endpoint: InprocEndpoint, immediate: int) -> None:
         """From any thread: something came for one of our endpoints."""
-        self._landed.append((endpoint, immediate))
+        self._landed.append((endpoint, immediate, 0.0))
         if self._poller is None:
             self._loop.call_soon_threadsafe(self.take)
         else:
@@ -96,8 +94,10 @@ class InprocTransport(LocalTransport[InprocEndpoint]):
     def take(self) -> None:
         with self._taking:
             while self._landed:
-                endpoint, immediate = self._landed.popleft()
-                self.completed(endpoint, IMMEDIATE, immediate)
+                landed = []
+                while self._landed:
+                    landed.append(self._landed.popleft())
+                self.completed.all(landed)
 
     async def close(self) -> None:
         await super().close()

@@ -10,7 +10,7 @@ from typing import Any, Generic, Self, TypeVar
 from msi.errors import EngineError, TransportError
 from msi.net.delivery import Delivery
 from msi.net.regions import Region
-from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Handler, Landing
+from msi.net.transport import CONNECT_TIMEOUT_S, Admission, CompletionKind, Handler, Landing, Together
 
 
 class LocalEndpoint:
@@ -110,8 +110,8 @@ class LocalTransport(Generic[E]):
         listener.completed(other, CompletionKind.CONNECTED)
         return ours
 
-    def deliver(self, handler: Handler) -> None:
-        self.completed.start(handler)
+    def deliver(self, handler: Handler, together: Together | None = None) -> None:
+        self.completed.start(handler, together)
 
     async def close(self) -> None:
         if self._listeners.get(self._address) is self:

@@ -39,8 +39,10 @@ from msi.net.transport import (
     CompletionKind,
     Endpoint,
     Handler,
+    Landed,
     Landing,
     Poller,
+    Together,
 )
 
 log = logging.getLogger(__name__)
@@ -332,10 +334,12 @@ class ShmTransport:
 
     def take(self) -> None:
         with self._taking:
+            landed: list[Landed] = []
             for endpoint in self._endpoints:
                 for immediate, came_at in endpoint.in_ring.drain():
-                    endpoint.came_at = came_at
-                    self._deliver(endpoint, IMMEDIATE, immediate)
+                    landed.append((endpoint, immediate, came_at))
+            if landed:
+                self._deliver.all(landed)
 
     def _hung_up(self, endpoint: ShmEndpoint) -> None:
         """Nothing but the end comes over this socket after the handshake."""
@@ -350,9 +354,9 @@ class ShmTransport:
         endpoint.close()
         self._deliver(endpoint, CompletionKind.CLOSED, 0, reason)
 
-    def deliver(self, handler: Handler) -> None:
+    def deliver(self, handler: Handler, together: Together | None = None) -> None:
         with self._taking:
-            self._deliver.start(handler)
+            self._deliver.start(handler, together)
 
     async def close(self) -> None:
         if not self._is_open:

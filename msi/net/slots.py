@@ -33,11 +33,14 @@ LIFE_MASK = (1 << 32) - 1  # an incarnation in full
 MAGIC = b"MSI2"
 # magic, kind, lane, attempt, more, incarnation, placement version, sequence number, rows, bytes per row, two times
 HEADER = struct.Struct("<4sBBBBIIQIIdd")
-# the same, its first five fields as one word and the next two as another: what a link knows beforehand
-WORDS = struct.Struct("<QQQIIdd")
-OPENING = struct.Struct("<QQQII")  # of those, without the times
+# the same, its first seven fields as `opening_bytes` gives them: what a link knows beforehand
+WORDS = struct.Struct("<16sQIIdd")
+WORD_PAIR = struct.Struct("<QQ")
+OPENING = struct.Struct("<QQQII")  # those as two words, without the times
 TIMES = struct.Struct("<dd")  # what follows
-ANSWER = struct.Struct("<QQQI")  # what tells an answer apart
+# what tells rows and an answer apart; words that are only compared are cheaper as bytes
+ROWS = struct.Struct("<16sQII")
+ANSWER = struct.Struct("<12s4xQI")
 
 
 class Kind(IntEnum):
@@ -77,6 +80,11 @@ def kind_word(kind: int, lane: int, more: bool) -> int:
 def life_word(incarnation: int, placement_version: int) -> int:
     """The second."""
     return incarnation | placement_version << 32
+
+
+def opening_bytes(kind_word: int, life_word: int) -> bytes:
+    """Both, as `ROWS` has them, and with the first 12 `ANSWER`, which leaves the placement version out."""
+    return WORD_PAIR.pack(kind_word, life_word)
 
 
 def split_life_word(word: int) -> tuple[int, int]:

@@ -42,6 +42,7 @@ from msi.net.transport import (
     Endpoint,
     Handler,
     Landing,
+    Together,
 )
 
 log = logging.getLogger(__name__)
@@ -94,8 +95,8 @@ class TcpTransport:
     def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> PlainLanding:
         return PlainLanding(num_seats, layout, allocator)
 
-    def deliver(self, handler: Handler) -> None:
-        self._deliver.start(handler)
+    def deliver(self, handler: Handler, together: Together | None = None) -> None:
+        self._deliver.start(handler, together)
 
     def take(self) -> None:
         """Nothing: the event loop hands over all there is."""

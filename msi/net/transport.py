@@ -116,6 +116,8 @@ class Poller(Protocol):
 
 # (endpoint, what happened, the immediate or 0, why it was closed or "")
 Handler = Callable[[Endpoint, CompletionKind, int, str], None]
+Landed = tuple[Endpoint, int, float]  # an immediate, for whom, and its `came_at`
+Together = Callable[[Sequence[Landed]], None]
 
 
 class Transport(Protocol):
@@ -138,8 +140,10 @@ class Transport(Protocol):
     ) -> Endpoint:
         """Raises TransportError: nobody there, refused (with the peer's reason), or no answer within `timeout_s`."""
 
-    def deliver(self, handler: Handler) -> None:
+    def deliver(self, handler: Handler, together: Together | None = None) -> None:
         """Hands everything that happens to `handler`, one after the other and in order; what already did, at once.
+
+        Immediates that a transport finds lying there at one time it may hand to `together` instead, all in one call.
 
         All of it on the event loop; but immediates on the poller's thread, if the transport was given one: those of a
         connection come after its CONNECTED and before its CLOSED, and after our own `close` one may be on its way.

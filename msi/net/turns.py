@@ -27,7 +27,6 @@ from msi.net.slots import (
     HEADER_BYTES,
     INCARNATION_MASK,
     LANE_SHIFT,
-    LIFE_MASK,
     MAGIC,
     MAX_LANES,
     OPENING,
@@ -40,6 +39,7 @@ from msi.net.slots import (
 )
 from msi.net.transport import Endpoint
 
+ANSWER_OF = ANSWER.unpack_from
 NO_WORD = 1 << 32  # no immediate
 EXCHANGES_APART = 7  # turns of a lane: to keep each would cost 0.5 us an answer (tools/bench_links.py)
 Watch = Callable[[str, int, float, float, float], None]  # worker id, lane, posted at, answer came at, residence
@@ -122,7 +122,6 @@ class Turns:
             ]
             for more in (False, True)
         ]  # a header's first word and both immediates, of sequence number 0
-        self._answer_words = [kind_word(Kind.COMBINE, lane, False) for lane in range(hello.num_lanes)]
 
     # -- posts -------------------------------------------------------------------------------------------------------
 
@@ -198,7 +197,7 @@ class Turns:
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def take(self, endpoint: Endpoint, immediate: int) -> None:
+    def take(self, endpoint: Endpoint, immediate: int, came_at: float) -> None:
         """An immediate that has come."""
         node = self._node_of.get(endpoint)
         if node is None:
@@ -207,17 +206,12 @@ class Turns:
         lane = immediate >> LANE_SHIFT & 7
         if immediate == node.answer | self._awaited[lane] and (waiting := self.waiting[lane]) & node.bit:
             # nearly always: an answer that is owed, which a few comparisons tell
-            word, life, seq, num_rows = ANSWER.unpack_from(node.in_headers[lane])
-            if (
-                word == self._answer_words[lane]
-                and seq == self.seqs[lane]
-                and life & LIFE_MASK == node.welcome.incarnation
-                and num_rows == self._counts[lane][node.index]
-            ):
+            opening, seq, num_rows = ANSWER_OF(node.in_headers[lane])
+            if seq == self.seqs[lane] and opening == node.openings[lane] and num_rows == self._counts[lane][node.index]:
                 self.counters.answers += 1
-                self.waiting[lane] = waiting = waiting & ~node.bit
+                self.waiting[lane] = waiting = waiting ^ node.bit
                 if not waiting or not seq % EXCHANGES_APART or self.exchange_watch is not None:
-                    self._answered(node, lane, waiting, seq, endpoint.came_at or self._clock())
+                    self._answered(node, lane, waiting, seq, came_at or self._clock())
                 return
         self._arrived_otherwise(node, lane, immediate)
 

@@ -47,6 +47,7 @@ from msi.net.transport import (
     Handler,
     Landing,
     Poller,
+    Together,
 )
 
 log = logging.getLogger(__name__)
@@ -128,9 +129,9 @@ class RdmaTransport:
             self._flushes.append(flush)
         return landing
 
-    def deliver(self, handler: Handler) -> None:
+    def deliver(self, handler: Handler, together: Together | None = None) -> None:
         with self._reader.lock:
-            self._deliver.start(handler)
+            self._deliver.start(handler, together)
 
     def take(self) -> None:
         if self._poller is not None:
