@@ -19,7 +19,8 @@ import zlib
 
 from msi.device.ready import Ready
 from msi.errors import TransportError
-from msi.net.contract import RULES, Subject, check_rule
+from msi.net.contract import RULES, check_rule
+from msi.net.contract_pair import Subject
 from msi.net.rdma.drivers import load_driver
 from msi.net.rdma.options import RdmaOptions
 from msi.net.rdma.transport import RdmaTransport

@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from msi.net.contract import LEFT, RIGHT, Pair, Subject
+from msi.net.contract_pair import LEFT, RIGHT, Pair, Subject
 from msi.net.inproc import InprocTransport
 from msi.net.rdma.transport import RdmaTransport
 from msi.net.shm import ShmTransport, is_available

@@ -8,13 +8,14 @@ from msi.device.fake.device import FakeDevice
 from msi.device.fake.transport import FakeTransport
 from msi.device.fake.world import FakeWorld
 from msi.errors import ConfigError
-from msi.net.contract import RULES, ContractBroken, Subject, check_rule
+from msi.net.contract import RULES, ContractBroken, check_rule
+from msi.net.contract_pair import Subject
 from msi.net.slots import SlotLayout
 from tests.everyday import mostly_slow
 
 
 class DeviceRows:
-    """Regions in the memory of a fake device; implements `msi.net.contract.Memory`."""
+    """Regions in the memory of a fake device; implements `msi.net.contract_pair.Memory`."""
 
     def __init__(self, device):
         self.allocator = device

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from msi.device.ready import Ready
 from msi.errors import ConfigError, ProtocolError, TransportError
-from msi.net.contract import RULES, Pair, Subject, check_rule
+from msi.net.contract import RULES, check_rule
+from msi.net.contract_pair import Pair, Subject
 from msi.net.rdma import abi, drivers
 from msi.net.rdma.endpoint import NUM_SENDS, SIGNAL_EVERY
 from msi.net.rdma.fabric import gid_kinds, open_place
@@ -316,7 +317,7 @@ class ExportedRegion:
 
 
 class ExportedRows:
-    """Implements `msi.net.contract.Memory`, and is its own allocator."""
+    """Implements `msi.net.contract_pair.Memory`, and is its own allocator."""
 
     def __init__(self):
         self.allocator = self

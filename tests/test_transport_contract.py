@@ -16,7 +16,8 @@ from msi.device.ready import Ready
 from msi.errors import TransportError
 from msi.net import shm
 from msi.net.auto import AutoTransport
-from msi.net.contract import RULES, ContractBroken, Pair, Subject, check_rule, check_transport
+from msi.net.contract import RULES, ContractBroken, check_rule, check_transport
+from msi.net.contract_pair import Pair, Subject
 from msi.net.inproc import InprocTransport
 from msi.net.landing import seat_rows
 from msi.net.rdma.transport import RdmaTransport
@@ -153,8 +154,8 @@ class SwallowsErrors(Breaking):
 
 
 class IsDeaf(InprocTransport):
-    def deliver(self, handler):
-        super().deliver(lambda *completion: completion[1] is CompletionKind.CONNECTED or handler(*completion))
+    def deliver(self, handler, together=None):
+        super().deliver(lambda *completion: completion[1] is CompletionKind.CONNECTED or handler(*completion), together)
 
 
 BROKEN = {

@@ -3,29 +3,35 @@
     asyncio.run(check_transport(MyTransport, nobody="my://nobody"))
 
 Each rule is a sentence and a check of it over two transports of the same kind in this process. Nothing here is known
-of how bytes travel; memory is touched through `Memory` alone, so that rows may lie where the host cannot reach them.
+of how bytes travel.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
-from msi.errors import EngineError, ProtocolError, TransportError
-from msi.net.regions import HOST_MEMORY, Allocator, Region
-from msi.net.slots import HEADER_BYTES, NOTE_BYTES, ROW_ALIGNMENT, SlotLayout
-from msi.net.transport import Admission, CompletionKind, Endpoint, Landing, Transport
-
-LEFT = SlotLayout(num_lanes=2, slot_rows=16, row_bytes=128)  # of who listens
-RIGHT = SlotLayout(num_lanes=3, slot_rows=4, row_bytes=384)  # of who connects
-NUM_SEATS = 3
-SETTLE_S = 0.05  # in which what is not to happen would have
+from msi.errors import EngineError, TransportError
+from msi.net.contract_pair import (
+    LEFT,
+    NUM_SEATS,
+    RIGHT,
+    SETTLE_S,
+    HostRows,
+    Memory,
+    Pair,
+    Subject,
+    paired,
+    raises,
+    same,
+    until,
+)
+from msi.net.slots import HEADER_BYTES, NOTE_BYTES, ROW_ALIGNMENT
+from msi.net.transport import Admission, CompletionKind, Transport
 
 
 class ContractBroken(EngineError):
@@ -34,50 +40,6 @@ class ContractBroken(EngineError):
     def __init__(self, rule: str, found: str) -> None:
         super().__init__(f"the rule is broken that {rule}: {found}")
         self.rule = rule
-
-
-class Memory(Protocol):
-    """How the checks see regions, wherever they lie."""
-
-    allocator: Allocator
-
-    def write(self, region: Region, at: int, content: bytes) -> None: ...
-
-    def read(self, region: Region, at: int, num_bytes: int) -> bytes: ...
-
-    def address(self, region: Region) -> int: ...
-
-
-class HostRows:
-    """Regions in host memory."""
-
-    allocator: Allocator = HOST_MEMORY
-
-    def write(self, region: Region, at: int, content: bytes) -> None:
-        region.host()[at : at + len(content)] = content
-
-    def read(self, region: Region, at: int, num_bytes: int) -> bytes:
-        return bytes(region.host()[at : at + num_bytes])
-
-    def address(self, region: Region) -> int:
-        return ctypes.addressof(ctypes.c_char.from_buffer(region.host()))
-
-
-class Subject(NamedTuple):
-    """What is put to the contract.
-
-    Attributes:
-        make: a transport of the kind, on the running event loop.
-        nobody: an address of the kind at which nobody listens.
-        timeout_s: how long anything that must happen may take.
-        taker: the thread that takes immediates, where it is a poller's.
-    """
-
-    make: Callable[[], Transport]
-    nobody: str
-    memory: Memory = HostRows()
-    timeout_s: float = 5.0
-    taker: threading.Thread | None = None
 
 
 class Rule(NamedTuple):
@@ -97,7 +59,7 @@ async def check_transport(
 async def check_rule(rule: Rule, subject: Subject) -> None:
     """Raises ContractBroken."""
     try:
-        async with _paired(subject) as pair:
+        async with paired(subject) as pair:
             await rule.check(pair)
     except TimeoutError as error:
         raise ContractBroken(rule.sentence, f"it did not happen within {subject.timeout_s:g} s") from error
@@ -105,124 +67,32 @@ async def check_rule(rule: Rule, subject: Subject) -> None:
         raise ContractBroken(rule.sentence, f"{type(error).__name__}: {error}") from error
 
 
-# -- two ends -------------------------------------------------------------------------------------------------------
-
-
-class Completion(NamedTuple):
-    endpoint: Endpoint
-    kind: CompletionKind
-    immediate: int
-    reason: str
-
-
-class Side:
-    """A transport, its landing, and what it has delivered and nobody has taken yet."""
-
-    def __init__(self, transport: Transport, layout: SlotLayout, subject: Subject) -> None:
-        self.transport = transport
-        self.layout = layout
-        self.landing: Landing = transport.register(NUM_SEATS, layout, subject.memory.allocator)
-        self.delivered = deque[Completion]()
-        self._memory = subject.memory
-        self._timeout_s = subject.timeout_s
-        transport.deliver(lambda *completion: self.delivered.append(Completion(*completion)))
-
-    async def take(self, count: int) -> list[Completion]:
-        """The next completions, of which there must be so many and no more."""
-        await _until(lambda: len(self.delivered) >= count, self._timeout_s)
-        taken = [self.delivered.popleft() for _ in range(len(self.delivered))]
-        _same(len(taken), count, "completions")
-        return taken
-
-    async def immediates(self, count: int) -> list[int]:
-        taken = await self.take(count)
-        _same({one.kind for one in taken}, {CompletionKind.IMMEDIATE}, "kinds of completions")
-        return [one.immediate for one in taken]
-
-    def rows(self, seat: int, lane: int, num_bytes: int) -> bytes:
-        """As they landed."""
-        stride = self.landing.rows.num_bytes // self.landing.num_seats
-        return self._memory.read(self.landing.rows, seat * stride + lane * self.layout.slot_bytes, num_bytes)
-
-    def header(self, seat: int, lane: int) -> memoryview:
-        return self.landing.headers[seat][lane]
-
-    def is_zero(self, seat: int) -> bool:
-        rows = any(any(self.rows(seat, lane, self.layout.slot_bytes)) for lane in range(self.layout.num_lanes))
-        return not rows and not any(any(header) for header in self.landing.headers[seat])
-
-
-class Pair:
-    """Two sides, of which the left one listens."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.left = Side(subject.make(), LEFT, subject)
-        self.right = Side(subject.make(), RIGHT, subject)
-        self._address = ""
-        self._next_seat = 0
-
-    def accept(self, hello: bytes) -> Admission:
-        if hello == b"go away":
-            raise ProtocolError("we do not like you")
-        self._next_seat += 1
-        return Admission(self.left.landing, self._next_seat - 1, b"welcome " + hello)
-
-    async def address(self) -> str:
-        if not self._address:
-            self._address = await self.left.transport.listen(self.accept)
-        return self._address
-
-    async def connect(self, hello: bytes = b"anna", seat: int = 2) -> tuple[Endpoint, Endpoint]:
-        """The right-hand endpoint and the left-hand one. Answers land in the right side's `seat`."""
-        address = await self.address()
-        ours = await self.right.transport.connect(address, hello, self.right.landing, seat)
-        (completion,) = await self.left.take(1)
-        _same(completion.kind, CompletionKind.CONNECTED, "the first completion of a peer")
-        return ours, completion.endpoint
-
-    def write(self, endpoint: Endpoint, layout: SlotLayout, lane: int, header: bytes, rows: bytes) -> None:
-        endpoint.out_headers[lane][: len(header)] = header
-        self.subject.memory.write(endpoint.out_rows, lane * layout.slot_bytes, rows)
-
-
-@contextlib.asynccontextmanager
-async def _paired(subject: Subject) -> AsyncIterator[Pair]:
-    pair = Pair(subject)
-    try:
-        yield pair
-    finally:
-        await pair.right.transport.close()
-        await pair.left.transport.close()
-        await pair.left.transport.close()  # idempotent
-
-
 # -- rules ----------------------------------------------------------------------------------------------------------
 
 
 async def _hello(pair: Pair) -> None:
     ours, theirs = await pair.connect(b"anna", seat=2)
-    _same((theirs.peer, ours.peer), (b"anna", b"welcome anna"), "what the two ends were told")
-    _same((ours.seat, theirs.seat), (2, 0), "the seats of the two ends")
+    same((theirs.peer, ours.peer), (b"anna", b"welcome anna"), "what the two ends were told")
+    same((ours.seat, theirs.seat), (2, 0), "the seats of the two ends")
 
 
 async def _layouts(pair: Pair) -> None:
     ours, theirs = await pair.connect()
     for endpoint, layout in ((ours, LEFT), (theirs, RIGHT)):
-        _same(endpoint.out_rows.num_bytes, layout.rows_bytes, "bytes of rows towards the peer")
+        same(endpoint.out_rows.num_bytes, layout.rows_bytes, "bytes of rows towards the peer")
         sizes = [header.nbytes for header in endpoint.out_headers]
-        _same(sizes, [HEADER_BYTES + NOTE_BYTES] * layout.num_lanes, "bytes of headers towards the peer")
+        same(sizes, [HEADER_BYTES + NOTE_BYTES] * layout.num_lanes, "bytes of headers towards the peer")
 
 
 async def _refusal(pair: Pair) -> None:
     address = await pair.address()
     connecting = pair.right.transport.connect(address, b"go away", pair.right.landing, 0)
-    await _raises(connecting, "we do not like you")
+    await raises(connecting, "we do not like you")
 
 
 async def _nobody(pair: Pair) -> None:
     nobody = pair.subject.nobody
-    await _raises(pair.right.transport.connect(nobody, b"anna", pair.right.landing, 0), nobody)
+    await raises(pair.right.transport.connect(nobody, b"anna", pair.right.landing, 0), nobody)
 
 
 async def _before_immediate(pair: Pair) -> None:
@@ -232,9 +102,9 @@ async def _before_immediate(pair: Pair) -> None:
         pair.write(ours, LEFT, 1, header, rows)
         ours.post(1, number, num_rows=5, note_bytes=number)
         (completion,) = await pair.left.take(1)
-        _same(completion, (theirs, CompletionKind.IMMEDIATE, number, ""), "the completion")
-        _same(pair.left.rows(0, 1, len(rows)), rows, f"rows of post {number}")
-        _same(bytes(pair.left.header(0, 1)[: len(header)]), header, f"header and note of post {number}")
+        same(completion, (theirs, CompletionKind.IMMEDIATE, number, ""), "the completion")
+        same(pair.left.rows(0, 1, len(rows)), rows, f"rows of post {number}")
+        same(bytes(pair.left.header(0, 1)[: len(header)]), header, f"header and note of post {number}")
 
 
 async def _note_alone(pair: Pair) -> None:
@@ -242,7 +112,7 @@ async def _note_alone(pair: Pair) -> None:
     pair.write(ours, LEFT, 0, b"h" * HEADER_BYTES + b"n" * NOTE_BYTES, b"")
     ours.post(0, 1, note_bytes=NOTE_BYTES)
     await pair.left.immediates(1)
-    _same(bytes(pair.left.header(0, 0)), b"h" * HEADER_BYTES + b"n" * NOTE_BYTES, "header and note")
+    same(bytes(pair.left.header(0, 0)), b"h" * HEADER_BYTES + b"n" * NOTE_BYTES, "header and note")
 
 
 async def _immediates(pair: Pair) -> None:
@@ -251,9 +121,9 @@ async def _immediates(pair: Pair) -> None:
         ours.post(0, immediate)
         pair.write(theirs, RIGHT, 2, b"", b"back")
         theirs.post(2, immediate, num_rows=1)
-        _same(await pair.left.immediates(1), [immediate], "what came to the left")
-        _same(await pair.right.immediates(1), [immediate], "what came to the right")
-        _same(pair.right.rows(2, 2, 4), b"back", "rows that came to the right")
+        same(await pair.left.immediates(1), [immediate], "what came to the left")
+        same(await pair.right.immediates(1), [immediate], "what came to the right")
+        same(pair.right.rows(2, 2, 4), b"back", "rows that came to the right")
 
 
 async def _order(pair: Pair) -> None:
@@ -262,7 +132,7 @@ async def _order(pair: Pair) -> None:
         ours.post(0, immediate)
         if immediate % 500 == 0:
             await asyncio.sleep(0)
-    _same(await pair.left.immediates(3000), list(range(3000)), "the immediates of 3000 posts")
+    same(await pair.left.immediates(3000), list(range(3000)), "the immediates of 3000 posts")
 
 
 async def _close(pair: Pair) -> None:
@@ -271,8 +141,8 @@ async def _close(pair: Pair) -> None:
     ours.close()
     ours.close()  # idempotent
     posted, closed = await pair.left.take(2)
-    _same((posted.kind, closed.kind), (CompletionKind.IMMEDIATE, CompletionKind.CLOSED), "the last completions")
-    _same(bool(closed.reason), True, "whether a reason is given")
+    same((posted.kind, closed.kind), (CompletionKind.IMMEDIATE, CompletionKind.CLOSED), "the last completions")
+    same(bool(closed.reason), True, "whether a reason is given")
     for endpoint in (ours, theirs):
         try:
             endpoint.post(0, 8)
@@ -292,8 +162,8 @@ async def _early(pair: Pair) -> None:
         await asyncio.sleep(SETTLE_S)
         kinds: list[CompletionKind] = []
         early.deliver(lambda endpoint, kind, immediate, reason: kinds.append(kind))
-        await _until(lambda: len(kinds) >= 2, pair.subject.timeout_s)
-        _same(kinds, [CompletionKind.CONNECTED, CompletionKind.IMMEDIATE], "what the handler was told")
+        await until(lambda: len(kinds) >= 2, pair.subject.timeout_s)
+        same(kinds, [CompletionKind.CONNECTED, CompletionKind.IMMEDIATE], "what the handler was told")
     finally:
         await right.close()
         await early.close()
@@ -309,9 +179,9 @@ async def _thread(pair: Pair) -> None:
             ours.post(0, immediate)
 
     await asyncio.to_thread(post)
-    await _until(lambda: len(threads) == 100, pair.subject.timeout_s)
+    await until(lambda: len(threads) == 100, pair.subject.timeout_s)
     taker = pair.subject.taker or threading.current_thread()
-    _same(set(threads), {taker}, "threads that the handler ran on")
+    same(set(threads), {taker}, "threads that the handler ran on")
 
 
 async def _close_under_post(pair: Pair) -> None:
@@ -329,7 +199,7 @@ async def _close_under_post(pair: Pair) -> None:
     await asyncio.sleep(SETTLE_S / 5)
     is_closing.set()
     ours.close()
-    await _raises(asyncio.wait_for(posting, pair.subject.timeout_s), "closed")
+    await raises(asyncio.wait_for(posting, pair.subject.timeout_s), "closed")
 
 
 async def _revoked(pair: Pair) -> None:
@@ -337,15 +207,15 @@ async def _revoked(pair: Pair) -> None:
     pair.write(ours, LEFT, 0, b"seen", b"seen")
     ours.post(0, 1, num_rows=1)
     await pair.left.immediates(1)
-    _same(pair.left.landing.generation(0), 0, "how often the seat was revoked")
+    same(pair.left.landing.generation(0), 0, "how often the seat was revoked")
     pair.left.landing.revoke(0)
-    _same(pair.left.landing.generation(0), 1, "how often the seat was revoked")
-    _same(pair.left.is_zero(0), True, "whether the seat reads zero")
+    same(pair.left.landing.generation(0), 1, "how often the seat was revoked")
+    same(pair.left.is_zero(0), True, "whether the seat reads zero")
     pair.write(ours, LEFT, 0, b"late", b"late")
     with contextlib.suppress(TransportError):  # it may know already
         ours.post(0, 2, num_rows=1)
     await asyncio.sleep(SETTLE_S)
-    _same(pair.left.is_zero(0), True, "whether the seat reads zero after its old peer has written")
+    same(pair.left.is_zero(0), True, "whether the seat reads zero after its old peer has written")
 
 
 async def _given_away(pair: Pair) -> None:
@@ -359,8 +229,8 @@ async def _given_away(pair: Pair) -> None:
     pair.write(again, LEFT, 0, b"anew", b"anew")
     again.post(0, 1, num_rows=1)
     await pair.left.immediates(1)
-    _same((bytes(header[:4]), pair.left.rows(0, 0, 4)), (b"anew", b"anew"), "what the next peer of the seat wrote")
-    _same(pair.subject.memory.address(pair.left.landing.rows), address, "the address of the rows")
+    same((bytes(header[:4]), pair.left.rows(0, 0, 4)), (b"anew", b"anew"), "what the next peer of the seat wrote")
+    same(pair.subject.memory.address(pair.left.landing.rows), address, "the address of the rows")
 
 
 async def _seats(pair: Pair) -> None:
@@ -372,9 +242,9 @@ async def _seats(pair: Pair) -> None:
         await pair.left.take(LEFT.num_lanes)
     for seat, letter in ((0, b"a"), (1, b"b")):
         for lane in range(LEFT.num_lanes):
-            _same(set(pair.left.rows(seat, lane, LEFT.slot_bytes)), set(letter), f"letters in the rows of seat {seat}")
-            _same(set(pair.left.header(seat, lane)), set(letter), f"letters in the headers of seat {seat}")
-    _same(pair.left.is_zero(2), True, "whether a seat that nobody has reads zero")
+            same(set(pair.left.rows(seat, lane, LEFT.slot_bytes)), set(letter), f"letters in the rows of seat {seat}")
+            same(set(pair.left.header(seat, lane)), set(letter), f"letters in the headers of seat {seat}")
+    same(pair.left.is_zero(2), True, "whether a seat that nobody has reads zero")
 
 
 async def _lanes(pair: Pair) -> None:
@@ -384,18 +254,18 @@ async def _lanes(pair: Pair) -> None:
     ours.post(1, 7, num_rows=LEFT.slot_rows)
     ours.post(0, 8, num_rows=2)
     await pair.left.immediates(2)
-    _same(pair.left.rows(0, 1, LEFT.slot_bytes), b"b" * LEFT.slot_bytes, "rows of lane 1")
-    _same(pair.left.rows(0, 0, 2 * LEFT.row_bytes), b"a" * (2 * LEFT.row_bytes), "rows of lane 0")
-    _same([bytes(pair.left.header(0, lane)[:4]) for lane in (0, 1)], [b"aaaa", b"bbbb"], "headers of both")
+    same(pair.left.rows(0, 1, LEFT.slot_bytes), b"b" * LEFT.slot_bytes, "rows of lane 1")
+    same(pair.left.rows(0, 0, 2 * LEFT.row_bytes), b"a" * (2 * LEFT.row_bytes), "rows of lane 0")
+    same([bytes(pair.left.header(0, lane)[:4]) for lane in (0, 1)], [b"aaaa", b"bbbb"], "headers of both")
 
 
 async def _aligned(pair: Pair) -> None:
     ours, _ = await pair.connect()
     address = pair.subject.memory.address
     for region, what in ((pair.left.landing.rows, "rows that land"), (ours.out_rows, "rows that leave")):
-        _same(address(region) % ROW_ALIGNMENT, 0, f"the address of {what}, modulo {ROW_ALIGNMENT}")
+        same(address(region) % ROW_ALIGNMENT, 0, f"the address of {what}, modulo {ROW_ALIGNMENT}")
     stride = pair.right.landing.rows.num_bytes // NUM_SEATS
-    _same(stride % ROW_ALIGNMENT, 0, f"bytes from seat to seat, modulo {ROW_ALIGNMENT}")
+    same(stride % ROW_ALIGNMENT, 0, f"bytes from seat to seat, modulo {ROW_ALIGNMENT}")
 
 
 RULES = (
@@ -417,29 +287,3 @@ RULES = (
     Rule("lanes are apart", _lanes),
     Rule("rows start on a line of memory", _aligned),
 )
-
-
-def _same(found: object, expected: object, what: str) -> None:
-    if found != expected:
-        raise AssertionError(f"{what}: expected {_short(expected)}, found {_short(found)}")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
-
-
-async def _raises(doing: Awaitable[object], words: str) -> None:
-    try:
-        await doing
-    except TransportError as error:
-        if words not in str(error):
-            raise AssertionError(f"the error does not say {words!r}: {error}") from error
-        return
-    raise AssertionError("no TransportError was raised")
-
-
-async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110  # handlers announce nothing: that is what is being checked
-            await asyncio.sleep(0.001)
