@@ -73,7 +73,8 @@ class Node:
 
     def land(self, lane, seats=(0, 1), seq=0):
         for seat in seats:
-            self.server.landed(seat, lane, seq, 2, True, self.now)
+            if self.server.told(lane)(seat, seq, 2, True, self.now):
+                self.server.all_landed()
 
 
 @pytest.mark.parametrize(("depth", "lanes"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2])])
@@ -149,7 +150,8 @@ async def test_rows_that_land_again_run_next_and_alone_and_the_wave_takes_no_not
     node.land(1)  # on the device
     node.land(2)  # ready
     node.land(0, seats=(1,), seq=1)
-    node.server.landed_again(0, 0, 0, 3)
+    assert node.server.landed_again(0, 0, 0, 3)
+    node.server.all_landed()
     node.compute.finish()
     assert node.compute.batches == [(0, 0, ((0, 0, 3),), True)]
     node.compute.finish()
@@ -159,3 +161,26 @@ async def test_rows_that_land_again_run_next_and_alone_and_the_wave_takes_no_not
     assert node.compute.batches == [(0, 1, ((0, 1, 2), (1, 1, 2)), False)]
     assert (0, 0, 0, 3) in node.link.answers
     assert node.waves.counters.evictions == 0
+
+
+async def test_a_batch_that_cannot_be_launched_is_refused_to_each_of_its_seats_and_others_go_on():
+    node = Node(1)
+    run, calls = node.compute.run, []
+
+    def fails_once(batch, ticket):
+        calls.append(ticket)
+        if len(calls) == 1:
+            raise ValueError("no memory")
+        run(batch, ticket)
+
+    node.compute.run = fails_once
+    node.land(0)
+    assert node.link.refusals == [(0, 0, 0), (0, 1, 0)]
+    node.land(1)
+    assert node.compute.lanes == [1]
+
+
+async def test_what_cannot_be_taken_as_it_lands_is_refused():
+    node = Node(1)
+    node.server.not_taken(1, 2, 7, ValueError("what is this"))
+    assert node.link.refusals == [(2, 1, 7)]

@@ -155,9 +155,7 @@ Times = list[tuple[float, float]]  # seconds of each wave or turn, in two parts
 # -- either side ----------------------------------------------------------------------------------------------------
 
 
-async def expert_side(
-    num_seats: int, num_lanes: int, num_layers: int, num_passes: int, is_apart: bool
-) -> dict[str, float]:
+async def expert_side(num_seats: int, num_lanes: int, num_layers: int, num_passes: int, is_apart: bool) -> Times:
     transport, compute = StubTransport(), StubCompute()
     link = CombineLink(
         transport, expected=hello(0, num_lanes), worker_id="expert-0", incarnation=0, num_seats=num_seats,
@@ -207,9 +205,7 @@ class StubGates:
         raise AssertionError("nobody is lost here")
 
 
-async def attention_side(
-    num_nodes: int, num_lanes: int, num_layers: int, num_passes: int, is_apart: bool
-) -> dict[str, float]:
+async def attention_side(num_nodes: int, num_lanes: int, num_layers: int, num_passes: int, is_apart: bool) -> Times:
     transport = StubTransport()
     link = DispatchLink(
         transport, hello=hello(0, num_lanes), num_nodes=num_nodes, report_loss=lambda *loss: None, timeout_s=ENDLESS_S

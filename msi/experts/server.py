@@ -21,7 +21,8 @@ from msi.complaints import Complaints
 from msi.errors import one_line
 from msi.experts.batches import WaveBatch
 from msi.experts.waves import Waves
-from msi.net.combine_link import CombineLink, Told
+from msi.net.combine_link import CombineLink
+from msi.net.combine_seats import Told
 from msi.net.regions import Region
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class ExpertCompute(Protocol):
 
 
 class ExpertServer:
-    """Serves the seats of one expert node; implements `msi.net.combine_link.Listener`.
+    """Serves the seats of one expert node; implements `msi.net.combine_seats.Listener`.
 
     Args:
         clock: seconds; the one that `waves` and `link` were given.

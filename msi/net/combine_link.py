@@ -13,11 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from msi.errors import ProtocolError, TransportError
+from msi.net.combine_seats import NO_SLOT, Listener, Seat, Slot
 from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_hello
-from msi.net.regions import HOST_MEMORY, Allocator, Region
+from msi.net.regions import HOST_MEMORY, Allocator
 from msi.net.slots import (
     HEADER,
     HEADER_ATTEMPT_AT,
@@ -47,71 +47,6 @@ log = logging.getLogger(__name__)
 IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as its header
 ROWS_OF = ROWS.unpack_from
 GONE = "answer to a peer that is gone"
-
-
-# seat, sequence number, rows or 0 for the word that there are none, whether more follows, and the link's clock; whether
-# the listener has something to do now
-Told = Callable[[int, int, int, bool, float], bool]
-
-
-class Listener(Protocol):
-    """Who batches rows. Called on the event loop unless said otherwise; must not raise, but for what `told` gives."""
-
-    def joined(self, seat: int, node: int, out_rows: Region) -> None:
-        """A peer, `node` among its kind, has taken a seat; answers to it go into `out_rows`."""
-
-    def left(self, seat: int) -> None:
-        """A peer is gone; its seat may be given away."""
-
-    def told(self, lane: int) -> Told:
-        """What is called for rows that land in a lane.
-
-        On whatever thread takes immediates, with the link's lock held; `landed_again` and `all_landed` likewise.
-        """
-
-    def landed_again(self, seat: int, lane: int, seq: int, num_rows: int) -> bool:
-        """Rows of a sequence number that landed before, packed anew since another node was lost."""
-
-    def not_taken(self, seat: int, lane: int, seq: int, error: Exception) -> None:
-        """What was called for these raised this."""
-
-    def all_landed(self) -> None:
-        """What lay there together is told, and of some of it there was something to do."""
-
-
-@dataclass(slots=True)
-class _Slot:
-    """One lane of a seat: what landed there last, and what would be next if the peer goes on as it does."""
-
-    header: memoryview
-    out_header: memoryview
-    seq: int
-    immediate: int  # of sequence number 0
-    opening: bytes  # of a header, if more follows and the placement stays
-    post: Callable[[int, int, int], None]
-    tell: Told
-    landed_at: float = 0.0
-    again: tuple[int, int] = (-1, 0)  # the sequence number that rows landed for again, and their attempt
-
-
-def _no_post(lane: int, immediate: int, num_rows: int) -> None:
-    raise AssertionError(f"lane {lane} is none")
-
-
-def _no_rows(seat: int, seq: int, num_rows: int, more: bool, now: float) -> bool:
-    raise AssertionError(f"rows of seat {seat} in no lane")
-
-
-NO_SLOT = _Slot(memoryview(b""), memoryview(b""), 0, -1, b"", _no_post, _no_rows)  # of lanes that there are not
-
-
-@dataclass(slots=True)
-class _Seat:
-    index: int
-    hello: LinkHello
-    payload: bytes  # the hello as it came
-    endpoint: Endpoint | None = None  # None between the admission and the connection
-    slots: tuple[_Slot, ...] = ()  # for every lane that an immediate can name; from the connection on
 
 
 @dataclass
@@ -160,9 +95,9 @@ class CombineLink:
         self._expected = expected
         self._worker_id = worker_id
         self._incarnation = incarnation
-        self._seats: list[_Seat | None] = [None] * num_seats
-        self._slots: list[list[_Slot | None]] = [[None] * num_seats for _ in range(expected.num_lanes)]
-        self._seat_of: dict[Endpoint, _Seat] = {}
+        self._seats: list[Seat | None] = [None] * num_seats
+        self._slots: list[list[Slot | None]] = [[None] * num_seats for _ in range(expected.num_lanes)]
+        self._seat_of: dict[Endpoint, Seat] = {}
         self._placement_versions = {expected.placement_version}  # whose rows are taken
         self._incarnations: dict[str, int] = {}  # the latest of each worker id
         self._max_skip = max_skip
@@ -204,7 +139,7 @@ class CombineLink:
         if free is None:
             raise ProtocolError(f"all {len(self._seats)} seats of {self._worker_id} are taken")
         self._incarnations[hello.worker_id] = hello.incarnation
-        self._seats[free] = _Seat(free, hello, payload)
+        self._seats[free] = Seat(free, hello, payload)
         welcome = LinkWelcome(worker_id=self._worker_id, incarnation=self._incarnation, seat=free)
         return Admission(self.landing, free, LINK_CODEC.encode(welcome))
 
@@ -294,7 +229,7 @@ class CombineLink:
                     return False
         return self._landed_otherwise(seat, lane, immediate, now)
 
-    def _not_taken(self, seat: _Seat, lane: int, seq: int, error: Exception) -> None:
+    def _not_taken(self, seat: Seat, lane: int, seq: int, error: Exception) -> None:
         assert self._listener is not None
         self._listener.not_taken(seat.index, lane, seq, error)
 
@@ -307,7 +242,7 @@ class CombineLink:
         slots = []
         life = life_word(seat.hello.incarnation, seat.hello.placement_version)
         for lane, next_seq in enumerate(seat.hello.next_seqs):
-            slot = _Slot(
+            slot = Slot(
                 header=self.landing.headers[seat.index][lane],
                 out_header=endpoint.out_headers[lane],
                 seq=next_seq - 1,
@@ -323,7 +258,7 @@ class CombineLink:
         self._seat_of[endpoint] = seat
         self._listener.joined(seat.index, seat.hello.node, endpoint.out_rows)
 
-    def _landed_otherwise(self, seat: _Seat, lane: int, immediate: int, now: float) -> bool:
+    def _landed_otherwise(self, seat: Seat, lane: int, immediate: int, now: float) -> bool:
         """Whatever it is: checked against the header field by field, and dropped for the first that does not match.
 
         Whether the listener has something to do now.
@@ -353,7 +288,7 @@ class CombineLink:
         self.counters.dropped[reason] += 1
         return False
 
-    def _landed_again(self, seat: _Seat, slot: _Slot, lane: int, immediate: int, now: float) -> bool:
+    def _landed_again(self, seat: Seat, slot: Slot, lane: int, immediate: int, now: float) -> bool:
         """Rows of the sequence number that is here already are taken if their attempt is higher.
 
         Their sender has the answers to all attempts before: nothing reads the slot.
@@ -372,7 +307,7 @@ class CombineLink:
         assert self._listener is not None
         return self._listener.landed_again(seat.index, lane, slot.seq, num_rows)
 
-    def _rows_of(self, seat: _Seat, lane: int, seq: int, immediate: int) -> tuple[int, str]:
+    def _rows_of(self, seat: Seat, lane: int, seq: int, immediate: int) -> tuple[int, str]:
         """How many rows an immediate announces, and why it is not used, or ""."""
         kind = immediate >> 30
         if kind == Kind.EMPTY:
