@@ -23,6 +23,7 @@ import reprlib
 from dataclasses import dataclass
 from typing import Annotated
 
+CONTEXT_EXCEEDED = "context_length_exceeded"  # OpenAI's code
 MAX_SHOWN_CHARS = 100
 MAX_LINE_CHARS = 200
 
@@ -118,7 +119,7 @@ def context_exceeded(
         f"{num_prompt + max_tokens} tokens. Please reduce the length of the input prompt or the number of requested "
         "output tokens.",
         param="prompt",
-        code="context_length_exceeded",
+        code=CONTEXT_EXCEEDED,
     )
 
 

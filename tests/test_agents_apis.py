@@ -16,7 +16,7 @@ import pytest_asyncio
 from msi.control.messages import Welcome
 from msi.errors import RequestFailed
 from msi.server.gateway import Gateway
-from msi.server.prepare import ANTHROPIC, ANTHROPIC_COUNT, RESPONSE, NotUnderstood, Preparation, Setup
+from msi.server.prepare import ANTHROPIC, ANTHROPIC_COUNT, RESPONSE, NotUnderstood, Preparation, Setup, tokens_of
 from tests.conftest import TEXT
 from tests.edge import gateway, with_template
 from tests.test_chat_parsing import CUTS, HERMES, Saying
@@ -307,6 +307,17 @@ async def test_a_failure_in_a_stream_reaches_the_client(tokenizer):
             await of_openai.responses.create(model="tiny", input="a")
         with pytest.raises(anthropic.InternalServerError, match="was lost"):
             await of_anthropic.messages.create(model="tiny", messages=[SHORT], max_tokens=9)
+
+
+def test_a_conversation_that_is_too_long_is_cut_where_that_is_asked_for(tokenizer):
+    preparation = Preparation(Setup(Welcome("tiny", 400, 512, tokenizer, {"default": HERMES})))
+    turns = [{"role": role, "content": f"It is {at}"} for at in range(100) for role in ("user", "assistant")]
+    body = {"instructions": "Be brief.", "input": [*turns, {"role": "user", "content": "And now?"}]}
+    refused = preparation.understand(RESPONSE, orjson.dumps(body))
+    assert (refused.failure.code, refused.failure.param) == ("context_length_exceeded", "input")
+    cut = preparation.understand(RESPONSE, orjson.dumps(body | {"truncation": "auto"}))
+    assert 400 < len(tokens_of(cut.request.prompts[0])) < 512
+    assert orjson.loads(cut.request.told)["truncation"] == "auto"
 
 
 # -- those that mean harm --------------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msi.errors import InvalidRequest, RequestFailed
+from msi.errors import CONTEXT_EXCEEDED, InvalidRequest, RequestFailed
 from msi.server.calls import error_of, status_of
 from msi.server.chat import parse_chat
+from msi.server.cutting import cut_to_fit
 from msi.server.field_table import IGNORED
 from msi.server.prepare import RESPONSE
 from msi.server.responses.answer import ResponseAnswer
@@ -149,7 +152,8 @@ CHANGES = [
     ({"conversation": "conv_1"}, "conversation", "nothing is kept here"),
     ({"background": True}, "background", "on the connection that asked"),
     ({"prompt": {"id": "p"}}, "prompt", "no prompts are kept"),
-    ({"truncation": "auto"}, "truncation", "is refused, none of it is left out"),
+    ({"truncation": "left"}, "truncation", "must be auto or disabled"),
+    ({"truncation": 7}, "truncation", "must be a string"),
     ({"context_management": [{"type": "compaction"}]}, "context_management", "all of the input is used"),
     ({"include": ["message.output_text.logprobs"]}, "include", "log-probabilities"),
     ({"top_logprobs": 3}, "top_logprobs", "log-probabilities"),
@@ -210,8 +214,53 @@ def test_the_answer_repeats_what_was_asked():
         "instructions": "Be brief.", "metadata": {"a": "b"}, "tools": [FUNCTION], "tool_choice": "none",
         "max_output_tokens": 5, "parallel_tool_calls": False, "max_tool_calls": None, "prompt_cache_key": None,
         "reasoning": {"effort": None, "summary": None}, "safety_identifier": None, "text": {"format": {"type": "text"}},
-        "user": None,
+        "user": None, "truncation": "disabled",
     }  # fmt: skip
+    assert translated({"input": "Hi", "truncation": "auto"}).told["truncation"] == "auto"
+
+
+# -- conversations that are too long ---------------------------------------------------------------------------------
+
+
+def understanding(most, tried):
+    """Of a chat that has at most so many messages."""
+
+    def understand(chat):
+        tried.append(len(chat["messages"]))
+        if len(chat["messages"]) > most:
+            raise InvalidRequest("too long", param="prompt", code=CONTEXT_EXCEEDED)
+        return chat
+
+    return understand
+
+
+ROLES = st.lists(st.sampled_from(["user", "user", "assistant", "tool"]), max_size=40)
+
+
+@given(st.booleans(), ROLES, st.integers(0, 42))
+def test_the_oldest_turns_go_and_no_more_of_them_than_have_to(has_system, roles, most):
+    leading = [{"role": "system"}] if has_system else []
+    said = [{"role": role, "at": at} for at, role in enumerate(roles)]
+    shorter = [said, *(said[at:] for at, role in enumerate(roles) if at and role == "user")]
+    fitting = [one for one in shorter if len(leading) + len(one) <= most]
+    chat, tried = {"messages": leading + said, "top_p": 0.5}, []
+    if fitting:
+        assert cut_to_fit(chat, understanding(most, tried)) == {"messages": leading + fitting[0], "top_p": 0.5}
+    else:
+        with pytest.raises(InvalidRequest, match="too long"):
+            cut_to_fit(chat, understanding(most, tried))
+    assert len(tried) <= 2 + math.log2(len(shorter))
+
+
+def test_what_is_wrong_for_another_reason_is_not_tried_again():
+    def understand(chat):
+        tried.append(chat)
+        raise InvalidRequest("temperature is 7", param="temperature")
+
+    tried = []
+    with pytest.raises(InvalidRequest, match="temperature"):
+        cut_to_fit({"messages": [{"role": "user"}] * 9}, understand)
+    assert len(tried) == 1
 
 
 # -- any request -----------------------------------------------------------------------------------------------------
@@ -304,7 +353,7 @@ def test_a_whole_answer_has_an_item_for_what_was_thought_the_text_and_each_call(
     assert answer == {
         "id": "resp_id", "object": "response", "created_at": 1, "completed_at": 7, "model": "m", "status": "completed",
         "error": None, "incomplete_details": None, "background": False, "previous_response_id": None,
-        "service_tier": "default", "store": False, "truncation": "disabled", "temperature": 1.0, "top_p": 1.0,
+        "service_tier": "default", "store": False, "temperature": 1.0, "top_p": 1.0,
         "top_logprobs": 0, "tools": [], "metadata": {},
         "usage": {
             "input_tokens": 10, "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0},

@@ -28,6 +28,11 @@ OF_RESPONSES: dict[str, Schema] = {
     "text": _said(["object", "null"], "format: what the answer looks like."),
     "include": _said(["array", "null"], "What else is told.", items={"type": "string"}),
     "stream_options": _said(["object", "null"], "None of them changes anything."),
+    "truncation": _said(
+        ["string", "null"],
+        "auto leaves out the oldest turns of an input that does not fit the context; disabled.",
+        enum=["auto", "disabled", None],
+    ),
 }
 OF_MESSAGES: dict[str, Schema] = {
     "messages": {**OBJECTS, "minItems": 1, "description": "Of blocks: text, thinking, tool_use, tool_result."},

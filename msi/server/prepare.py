@@ -22,6 +22,7 @@ from msi.server.chat import NO_PARSER, ChatRequest, parse_chat
 from msi.server.chat_template import ChatTemplates
 from msi.server.completions import parse_completion
 from msi.server.constraints import Constraints, Held
+from msi.server.cutting import cut_to_fit
 from msi.server.echoes import Echoes, check_size
 from msi.server.fields import Streaming, Values, kind_of, parse_object, typed
 from msi.server.parsers import ModelParsers
@@ -237,7 +238,7 @@ class Preparation:
     def translated(self, endpoint: str, asked: Translation) -> Prepared:
         """A chat that another API asked for. Raises InvalidRequest."""
         try:
-            request = self.chat(asked.chat)
+            request = cut_to_fit(asked.chat, self.chat) if asked.is_cut_to_fit else self.chat(asked.chat)
         except InvalidRequest as error:
             raise asked.renamed(error) from error
         return replace(request, endpoint=endpoint, told=orjson.dumps(asked.told), ignored=asked.ignored)

@@ -33,12 +33,14 @@ class Translation:
         names: what the API calls fields of `chat`, where that differs: errors name what the client wrote.
         told: what the answer repeats of the request.
         ignored: fields that nobody knows.
+        is_cut_to_fit: what was said first is left out where all of it does not fit the context (`msi.server.cutting`).
     """
 
     chat: dict[str, Any]
     names: Mapping[str, str]
     told: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    is_cut_to_fit: bool = False
 
     def renamed(self, error: InvalidRequest) -> InvalidRequest:
         """The refusal of `chat` as one of the request."""

@@ -52,7 +52,7 @@ class ResponseAnswer:
         self._told = b"," + asked.told[1:] if len(asked.told) > len(b"{}") else b"}"
         self._fields = {
             "id": self.request_id, "object": "response", "created_at": created, "model": model, "background": False,
-            "previous_response_id": None, "service_tier": "default", "store": False, "truncation": "disabled",
+            "previous_response_id": None, "service_tier": "default", "store": False,
             "temperature": asked.params.temperature, "top_p": asked.params.top_p, "top_logprobs": 0,
         }  # fmt: skip
 

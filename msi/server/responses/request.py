@@ -31,6 +31,7 @@ from msi.server.translation import (
 FIELDS = PASSED | {
     "model", "input", "instructions", "max_output_tokens", "stream", "stream_options", "tools", "tool_choice",
     "parallel_tool_calls", "reasoning", "text", "include", "max_tool_calls", "stop", "chat_template_kwargs",
+    "truncation",
 }  # fmt: skip
 NAMES = {
     "messages": "input", "max_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort",
@@ -46,7 +47,6 @@ NOT_IN_RESPONSES = NOT_IN_CHATS | {
     "prompt": NotDone("no prompts are kept here: send instructions and input"),
     "background": NotDone("an answer comes on the connection that asked for it"),
     "context_management": NotDone("all of the input is used"),
-    "truncation": NotDone("what does not fit the context is refused, none of it is left out", ("disabled",)),
     "logprobs": NotDone(_LOGPROBS),
     "top_logprobs": NotDone(_LOGPROBS, (0,)),
     "prompt_logprobs": NotDone(_LOGPROBS),
@@ -63,6 +63,7 @@ TOLD = (
     "safety_identifier", "text", "user",
 )  # fmt: skip
 TOOL_CHOICES = ("auto", "none", "required")
+TRUNCATIONS = ("auto", "disabled")
 
 
 def translated(values: Values) -> Translation:
@@ -84,7 +85,11 @@ def translated(values: Values) -> Translation:
     if "parallel_tool_calls" in values:
         chat["parallel_tool_calls"] = values["parallel_tool_calls"]
     chat |= _choice(values.get("tool_choice")) | _form(typed(values, "text", dict, {}))
-    return Translation(chat, NAMES, _told(values, tools), ignored)
+    truncation = typed(values, "truncation", str, "disabled")
+    if truncation not in TRUNCATIONS:
+        raise InvalidRequest(f"truncation is {shown(truncation)}; it must be auto or disabled", param="truncation")
+    told = _told(values, tools) | {"truncation": truncation}
+    return Translation(chat, NAMES, told, ignored, is_cut_to_fit=truncation == "auto")
 
 
 def _messages(values: Values) -> list[dict[str, Any]]:
