@@ -103,6 +103,22 @@ def test_what_both_endpoints_take_reaches_the_sampler():
             assert caught.value.param == name
 
 
+WRITTEN = {
+    "temperature": ("0.5", 0.5), "top_p": ("1", 1), "min_p": ("+1e-1", 0.1), "presence_penalty": ("-2", -2),
+    "max_tokens": ("16", 16), "top_k": ("-1", -1), "seed": ("7.0", 7), "n": ("2", 2), "ignore_eos": ("True", True),
+    "skip_special_tokens": ("false", False),
+}  # fmt: skip
+
+
+def test_numbers_and_booleans_may_be_written_as_texts():
+    for name, (text, expected) in WRITTEN.items():
+        for parse in (completion, chat):
+            assert getattr(parse(**{name: text}).params, name) == expected
+            for wrong in ("", "0x10", "1_0", "nan", "1e999", "१", "1" * 99, "null"):
+                with pytest.raises(InvalidRequest, match=name):
+                    parse(**{name: wrong})
+
+
 def test_unknown_fields_are_ignored_and_told():
     odd = {"frobnicate": 1, "x" * 1000: {"deep": []}, "stream_options": {"include_obfuscation": False}}
     for parse, plain in ((completion, completion()), (chat, chat())):

@@ -19,6 +19,8 @@ from msi.server.structured import FIELDS as STRUCTURED_FIELDS
 from msi.server.structured import structured_outputs
 from msi.types import SamplingParams
 
+NUMBER = re.compile(r"[+-]?[0-9]{1,19}(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,3})?")  # in a text
+BOOLEANS = {"true": True, "false": False}
 SAMPLING_INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "n", "truncate_prompt_tokens")
 SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 SHARED_FIELDS = frozenset({
@@ -148,7 +150,7 @@ def sampling_params(
     """
     given: dict[str, Any] = {"max_tokens": max_tokens, **defaults.values()}
     given |= {name: integer for name in SAMPLING_INTEGERS if (integer := whole_number(values, name)) is not None}
-    given |= {name: values[name] for name in SAMPLING_NUMBERS if values.get(name) is not None}
+    given |= {name: written(values[name]) for name in SAMPLING_NUMBERS if values.get(name) is not None}
     params = SamplingParams(
         **given,
         ignore_eos=typed(values, "ignore_eos", bool, False),
@@ -222,6 +224,8 @@ def typed(values: Values, name: str, kind: type, default: Any, *, within: str = 
         return value
     if value == 0 and kind is bool:
         return False
+    if kind is bool and type(value) is str and value.lower() in BOOLEANS:
+        return BOOLEANS[value.lower()]
     if value is None or (kind in (list, dict) and value in ([], {}, False)):
         return default
     where = f"{within}.{name}" if within else name
@@ -229,8 +233,15 @@ def typed(values: Values, name: str, kind: type, default: Any, *, within: str = 
 
 
 def whole_number(values: Values, name: str) -> Any:
-    """A field that should be an integer, or None; 16.0 is 16."""
-    return as_integer(values.get(name))
+    """A field that should be an integer, or None; 16.0 and "16" are 16."""
+    return as_integer(written(values.get(name)))
+
+
+def written(value: Any) -> Any:
+    """The number that a text is, as vLLM takes it from clients that write all values as texts; else what it is."""
+    if type(value) is not str or NUMBER.fullmatch(value) is None:
+        return value
+    return int(value) if value.lstrip("+-").isdigit() else float(value)
 
 
 def as_integer(value: Any) -> Any:
