@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 
 from msi.errors import ProtocolError, RequestFailed
 from msi.prompt_logprobs import PromptLogprobs
@@ -38,7 +37,7 @@ async def gathered(updates: AsyncGenerator[Progress, None], scored: str) -> Asyn
             queued_s += update.queued_s
             if update.token_ids or update.is_last:
                 has_all = True
-                yield replace(update, prompt_logprobs=_joined(parts), queued_s=queued_s)
+                yield update._replace(prompt_logprobs=_joined(parts), queued_s=queued_s)
                 for one in held:
                     yield one
                 held.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 from msi.errors import ConfigError, Failure, InvalidRequest
 from msi.prompt_logprobs import PromptLogprobs
@@ -220,8 +220,7 @@ class Request:
     flow: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):  # one for every token: a tuple is made in a third of the time of a frozen dataclass
     """What is new of a request: one value from the pass that made it to whoever turns tokens into text.
 
     Attributes:
@@ -249,8 +248,7 @@ class Progress:
         return self.finish_reason is not None or self.failure is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):  # one for every token, as Progress
     """What is new of a request since its last output.
 
     Attributes:
@@ -273,7 +271,7 @@ class Output:
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     num_prompt_tokens: int = 0
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # a tuple's own, which nobody asks here
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
     token_texts: tuple[TokenText, ...] = ()

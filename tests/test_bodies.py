@@ -15,13 +15,14 @@ from msi.errors import InvalidRequest, shown
 from msi.sampling_params import SamplingDefaults
 from msi.server.answers import Usage
 from msi.server.chat import FIELDS as CHAT_FIELDS
-from msi.server.chat import ChatRequest, parse_chat
+from msi.server.chat import ChatAnswer, ChatRequest, parse_chat
 from msi.server.completions import FIELDS as COMPLETION_FIELDS
-from msi.server.completions import MAX_TOTAL_CHOICES, CompletionRequest, parse_completion
+from msi.server.completions import MAX_TOTAL_CHOICES, CompletionAnswer, CompletionRequest, parse_completion
 from msi.server.field_table import IGNORED, NOT_DONE, NOT_IN_CHATS, NOT_IN_COMPLETIONS
 from msi.server.fields import MAX_DEPTH, Streaming, parse_object
 from msi.server.prepare import ANSWERS, ENDPOINTS, MESSAGE, NotUnderstood, Preparation, Setup
-from msi.types import Output, SamplingParams
+from msi.server.replies import ChunkReply
+from msi.types import Output, SamplingParams, TokenText
 
 USER = {"role": "user", "content": "a"}
 
@@ -333,3 +334,24 @@ def test_what_a_body_leaves_out_comes_from_the_models_defaults():
     limited = dataclasses.replace(defaults, is_limit=True)
     assert parse_completion({"prompt": "a", **given}, limited).params.max_tokens == 40
     assert parse_completion({"prompt": "a", "max_tokens": 9}, limited).params.max_tokens == 9
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [Streaming(True), Streaming(True, True), Streaming(True, True, True)])
+@pytest.mark.parametrize("kind", [CompletionAnswer, ChatAnswer])
+def test_the_events_of_a_stream_are_the_chunks_of_its_answer(kind, streaming):
+    said, shaped = (kind("id", "m", 5, lambda token: TokenText("", b""), 2) for _ in range(2))
+    reply = ChunkReply(said, streaming)
+    for step in range(6):
+        for index in (0, 1):
+            text, reason = ("", "length") if step == 5 else (f'"\\ \0é\u2028 {step}', None)
+            output = Output("r", text, (step,), reason, 7, index, (), 3)
+            chunks = [*shaped.opening(output), shaped.chunk(output)]
+            if streaming.include_usage:
+                usage = shaped.usage.values() if streaming.continuous_usage else None
+                chunks = [chunk | {"usage": usage} for chunk in chunks]
+            events = reply.events(output).removesuffix(b"\n\n").split(b"\n\n")
+            assert [orjson.loads(event.removeprefix(b"data: ")) for event in events] == chunks
+    assert said.usage.values() == shaped.usage.values()

@@ -404,6 +404,31 @@ async def test_a_bug_of_ours_is_an_error_object_everywhere_and_ends_one_request(
             assert last["type"] == "done"
 
 
+# -- old clients -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_client_of_http_1_0_is_streamed_the_same_events_without_chunks(served):
+    body = json.dumps({"prompt": TEXT, "stream": True, **GREEDY}).encode()
+    head = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head += f"Authorization: Bearer {KEY}\r\nX-Request-Id: same\r\nConnection: close\r\n\r\n"
+    texts = []
+    for version in ("1.0", "1.1"):
+        async with raw(served[1], f"POST /v1/completions HTTP/{version}\r\n{head}".encode() + body) as (reader, _):
+            answer = await asyncio.wait_for(reader.read(), 60)
+        start, _, events = answer.partition(b"\r\n\r\n")
+        assert (b"chunked" in start) is (version == "1.1")
+        if version == "1.1":
+            sizes_and_parts = events.split(b"\r\n")
+            sizes, parts = sizes_and_parts[:-1:2], sizes_and_parts[1:-1:2]
+            assert [int(size, 16) for size in sizes] == [len(part) for part in parts]
+            events = b"".join(parts)
+        assert events.startswith(b"data: {")
+        assert events.endswith(b"data: [DONE]\n\n")
+        texts.append([json.loads(one[6:])["choices"] for one in events.split(b"\n\n")[:-2]])
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == GREEDY["max_tokens"]
+
+
 # -- the end ---------------------------------------------------------------------------------------------------------
 
 

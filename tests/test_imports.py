@@ -52,6 +52,7 @@ OWNERS = {
         "msi/server/request_body.py",
         "msi/server/events.py",
         "msi/server/page.py",
+        "msi/server/event_stream.py",
     },
     "prometheus_client": {"msi/server/exposition.py"},
     "jinja2": {"msi/server/chat_template.py"},

@@ -28,6 +28,8 @@ updates = st.builds(
     st.integers(0, 5),
     st.sampled_from([None, None, Failure("RequestFailed", "lost")]),
     st.sampled_from([0.0, 0.5]),
+    st.booleans(),
+    st.none(),
 )
 
 

@@ -206,6 +206,22 @@ HOSTILE = {
 }  # fmt: skip
 
 
+def counted(vocabulary):
+    """How many tokens each call of its tokenizer's decode is about, from now on."""
+    tokenizer, lengths = vocabulary.tokenizer, []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def decode(self, token_ids, **options):
+            lengths.append(len(token_ids))
+            return tokenizer.decode(token_ids, **options)
+
+    vocabulary.tokenizer = Counting()
+    return lengths
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_a_token_costs_does_not_grow_with_the_answer(name, monkeypatch):
     kind, token = HOSTILE[name]
@@ -213,25 +229,27 @@ def test_what_a_token_costs_does_not_grow_with_the_answer(name, monkeypatch):
     ids = [99_999] if token is None else [tokenizer_of(kind).token_to_id(token)]
     if ids == [None]:
         ids = encode(tokenizer_of(kind), REPLACEMENT)
-    lengths = []
-
-    class Counting:
-        """Of a tokenizer, how much it decodes."""
-
-        def __getattr__(self, name):
-            return getattr(tokenizer_of(kind), name)
-
-        def decode(self, token_ids, **options):
-            lengths.append(len(token_ids))
-            return tokenizer_of(kind).decode(token_ids, **options)
-
-    vocabulary.tokenizer = Counting()
+    lengths = counted(vocabulary)
     stream = TextStream(vocabulary, (), ())
     pieces = [stream.push([one]).text for one in [*ids] * 500]
     assert max(lengths, default=0) <= MAX_HELD_BYTES + 8
     assert sum(lengths) <= 500 * len(ids) * 20
     text = "".join(pieces) + stream.push([], is_last=True).text
     assert text == tokenizer_of(kind).decode([*ids] * 500)
+
+
+@pytest.mark.parametrize("text", ["It is a truth, 日本 é 🙂", "<tool call> x<é>", "\x00 \u2028"])
+def test_a_token_of_whole_characters_behind_whole_characters_is_not_decoded_again(text):
+    tokenizer = tokenizer_of("byte-level")
+    vocabulary = Vocabulary(tokenizer)
+    ids = encode(tokenizer, text)
+    lengths = counted(vocabulary)
+    TextStream(vocabulary, (), ()).push(ids)
+    before = len(lengths)
+    stream = TextStream(vocabulary, (), ())
+    assert "".join(stream.push([one]).text for one in [*ids] * 50) == tokenizer.decode([*ids] * 50)
+    num_cut = sum(vocabulary.bytes_of(one) != tokenizer.decode([one]).encode() for one in ids)
+    assert len(lengths) - before <= 1 + 50 * 3 * num_cut
 
 
 def test_a_tokenizer_that_panics_ends_that_answer_with_an_error():

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Any
 
@@ -287,7 +286,7 @@ class Requests:
         queued_s = self._queued_s.pop(one.request_id, None)
         if queued_s is not None and self._spans is not None:
             self._spans.event(one.request_id, "first token")
-        return one if queued_s is None else replace(one, queued_s=queued_s)
+        return one if queued_s is None else one._replace(queued_s=queued_s)
 
     def _end_spans(self, progress: list[Progress]) -> None:
         assert self._spans is not None

@@ -198,17 +198,19 @@ class CoordinatorClient:
         try:
             for request in requests:
                 self._asked[request.request_id] = _Asked(request, inbox, self._clock())
+                inbox.num_open += 1
                 if not self._must_greet:  # else with all others
                     self._control.send(Submit(request))
                     self._num_submits += 1
                 if len(requests) > 1:
                     await asyncio.sleep(0)  # others have their turn between the copies for each choice
-            while any(request.request_id in self._asked for request in requests):
+            while inbox.num_open:
                 update = await inbox.get()
                 if update.request_id not in self._asked:  # cancelled since
                     continue
                 if update.is_last:
                     del self._asked[update.request_id]
+                    inbox.num_open -= 1
                 if update.failure is not None:
                     raise update.failure.error()
                 yield update
@@ -218,7 +220,10 @@ class CoordinatorClient:
 
     def cancel(self, request_id: str) -> None:
         """No more updates of this request; nothing happens if it is over."""
-        if self._asked.pop(request_id, None) is not None and not self._must_greet:
+        if (asked := self._asked.pop(request_id, None)) is None:
+            return
+        asked.inbox.num_open -= 1
+        if not self._must_greet:
             self._control.send(Cancel(request_id))
 
     async def _receive(self) -> None:

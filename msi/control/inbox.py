@@ -22,19 +22,24 @@ CODEC = Codec([Progress])
 
 
 class Inbox:
-    """For one task that takes."""
+    """For one task that takes.
+
+    Attributes:
+        num_open: requests whose updates come here and have not ended; whoever puts and takes counts them.
+    """
 
     def __init__(self, max_held_bytes: int = MAX_HELD_BYTES) -> None:
+        self.num_open = 0
         self._max_held_bytes = max_held_bytes
         self._whole: deque[Progress] = deque()
-        self._packed = _Packed()
+        self._packed: _Packed | None = None  # while there is any
         self._waiter: asyncio.Future[None] | None = None
         self._is_given_up = False
 
     @property
     def held_bytes(self) -> int:
         """Of what is packed."""
-        return self._packed.num_bytes
+        return 0 if self._packed is None else self._packed.num_bytes
 
     def put(self, update: Progress) -> None:
         """Never blocks. Once too much is held, the rest is dropped and the last thing to take is a failure."""
@@ -42,9 +47,11 @@ class Inbox:
             return
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-        if len(self._whole) < KEPT_WHOLE and not len(self._packed):
-            self._whole.append(update)
-            return
+        if self._packed is None:
+            if len(self._whole) < KEPT_WHOLE:
+                self._whole.append(update)
+                return
+            self._packed = _Packed()
         self._packed.append(update)
         if self._packed.num_bytes > self._max_held_bytes:
             self._is_given_up = True
@@ -57,13 +64,15 @@ class Inbox:
 
     async def get(self) -> Progress:
         """The next update. Cancellation loses none."""
-        while True:
-            if self._whole:
-                return self._whole.popleft()
-            if len(self._packed):
-                return self._packed.popleft()
+        while not self._whole:
+            if self._packed is not None:
+                update = self._packed.popleft()
+                if not len(self._packed):
+                    self._packed = None
+                return update
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        return self._whole.popleft()
 
 
 class _Packed:

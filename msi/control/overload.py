@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from msi.control.prediction import Meters, Occupancy
 from msi.control.routed import Load, Routed
@@ -115,7 +115,7 @@ class Service:
         num_prompt = len(routed.request.prompt_token_ids)
         self.meters.prefill.add(num_prompt if has_waited else routed.num_computed, now - routed.admitted_at)
         waited_s = routed.given_at - routed.came_at
-        return replace(first, queued_s=first.queued_s + waited_s) if waited_s > 0 else first
+        return first._replace(queued_s=first.queued_s + waited_s) if waited_s > 0 else first
 
     def ended(self, routed: Routed, load: Load, now: float) -> None:
         """It has come to its end, and its worker's `load` is what it left behind."""

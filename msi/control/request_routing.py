@@ -277,7 +277,7 @@ class Router:
                 num_tokens = len(routed.request.prompt_token_ids) + len(routed.token_ids)
                 self._waiting.took(routed.flow, num_tokens - routed.cost)
                 self._service.ended(routed, self.load(worker_id), now)
-            its_name = one if routed.name == one.request_id else replace(one, request_id=routed.name)
+            its_name = one if routed.name == one.request_id else one._replace(request_id=routed.name)
             updates.setdefault(routed.client, []).append(its_name)
         return updates
 

@@ -1,7 +1,7 @@
-"""Typed messages to bytes and back: frozen dataclasses as msgpack arrays, checked field by field.
+"""Typed messages to bytes and back: frozen dataclasses, and named tuples, as msgpack arrays, checked field by field.
 
 A message is `[tag, field, field, ...]`, the tag its class name. Fields may be int, float, bool, str, bytes, None,
-tuples of one type, dicts with str or int keys, and other dataclasses; `Annotated[int, range(...)]` and
+tuples of one type, dicts with str or int keys, and other such types; `Annotated[int, range(...)]` and
 `Annotated[float, (least, most)]` bound a number. Long tuples of small integers travel as bytes, four for each.
 
 Whatever is not exactly that is a ProtocolError, whatever it would have become: bytes from a socket are never trusted,
@@ -16,7 +16,8 @@ import sys
 import types
 import typing
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -30,6 +31,7 @@ LONG_HEADS = (b"\xdc", b"\xdd")  # of arrays of more than 15 items
 MAX_ENTRIES = 16 * 1024  # of a map
 MAX_TEXT_BYTES = 4 * 1024 * 1024  # of a string
 PACKED_FROM = 32  # integers of a tuple
+MAX_KNOWN = 64  # ways in which the types of a message's fields may go together, remembered
 Check = Callable[[Any], Any]
 
 
@@ -53,14 +55,17 @@ class Codec:
     ) -> None:
         self.max_bytes = max_bytes
         self._max_written_bytes = max_written_bytes
+        reads = tuple(reads)
         self._decoders = {message_type.__name__: _decoder(message_type) for message_type in reads}
-        self._writes = set(self._decoders) if writes is None else {message_type.__name__ for message_type in writes}
+        written = reads if writes is None else writes
+        self._encoders = {message_type.__name__: _encoder(message_type) for message_type in written}
 
     def encode(self, message: Any) -> bytes:
         """Raises ProtocolError: it is larger than the other end takes."""
         name = type(message).__name__
-        assert name in self._writes, f"{name} is not what this end says"
-        payload = typing.cast(bytes, msgpack.packb([name, *_plain(message)]))
+        encoder = self._encoders.get(name)
+        assert encoder is not None, f"{name} is not what this end says"
+        payload = typing.cast(bytes, msgpack.packb([name, *encoder(message)]))
         if len(payload) > self._max_written_bytes:
             raise ProtocolError(f"{name} of {len(payload)} bytes; at most {self._max_written_bytes} can be sent")
         return payload
@@ -102,22 +107,63 @@ def _most_items(payload: bytes | memoryview) -> int:
     return min(len(payload), max(ITEMS, ITEMS_IN_ALL // (num_heads + 1)))
 
 
-def _plain(message: Any) -> list[Any]:
-    return [_plain_value(getattr(message, field.name)) for field in dataclasses.fields(message)]
+def _is_record(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or hasattr(hint, "_fields")
 
 
-def _plain_value(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return _plain(value)
-    if isinstance(value, tuple):
-        if len(value) >= PACKED_FROM and type(value[0]) is int:
-            return _packed(value)
-        if value and (dataclasses.is_dataclass(value[0]) or isinstance(value[0], tuple)):
-            return [_plain_value(item) for item in value]
-        return value
-    if isinstance(value, dict):
-        return {key: _plain_value(item) for key, item in value.items()}
-    return value
+def _field_names(message_type: type) -> list[str]:
+    if dataclasses.is_dataclass(message_type):
+        return [field.name for field in dataclasses.fields(message_type)]
+    return list(message_type._fields)  # type: ignore[attr-defined]
+
+
+# -- what msgpack makes bytes of -------------------------------------------------------------------------------------
+
+
+def _encoder(message_type: type) -> Callable[[Any], Sequence[Any]]:
+    """Makes a message the values of its fields; what needs no change is looked at in no way."""
+    hints = typing.get_type_hints(message_type, include_extras=True)
+    names = _field_names(message_type)
+    changed = [(at, plain) for at, name in enumerate(names) if (plain := _plain(hints[name])) is not None]
+    if len(names) > 1:
+        fields_of: Callable[[Any], Sequence[Any]] = attrgetter(*names)
+    else:  # of one name that gives the value itself
+        fields_of = lambda message: [getattr(message, name) for name in names]  # noqa: E731
+
+    def encode(message: Any) -> Sequence[Any]:
+        fields = list(fields_of(message))
+        for at, plain in changed:
+            if fields[at] is not None:
+                fields[at] = plain(fields[at])
+        return fields
+
+    return encode
+
+
+def _plain(hint: Any) -> Check | None:
+    """What makes a value one that msgpack knows; None where it is one."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _plain(args[0])
+    if _is_record(hint):
+        return _encoder(hint)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = [arg for arg in args if arg is not type(None)]
+        return _plain(inner)
+    if origin is tuple and args[0] is int:
+        return lambda value: _packed(value) if len(value) >= PACKED_FROM else value
+    item = _plain(args[-1 if origin is dict else 0]) if origin in (tuple, dict) else None
+    if item is None:
+        return None
+    return _plain_items(item) if origin is tuple else _plain_values(item)
+
+
+def _plain_items(plain: Check) -> Check:
+    return lambda values: [plain(value) for value in values]
+
+
+def _plain_values(plain: Check) -> Check:
+    return lambda values: {key: plain(value) for key, value in values.items()}
 
 
 def _packed(values: tuple[int, ...]) -> bytes | tuple[int, ...]:
@@ -141,16 +187,36 @@ def _unpacked(value: bytes) -> tuple[int, ...]:
     return tuple(packed)
 
 
+# -- values that came, checked ---------------------------------------------------------------------------------------
+
+
 def _decoder(message_type: type) -> Check:
     hints = typing.get_type_hints(message_type, include_extras=True)
-    fields = [(field.name, _check(hints[field.name])) for field in dataclasses.fields(message_type)]
+    field_hints = [hints[name] for name in _field_names(message_type)]
+    checks = [_check(hint) for hint in field_hints]
+    sure = [_sure(hint) for hint in field_hints]
     name = message_type.__name__
+    known: dict[tuple[type, ...], list[tuple[int, Check]]] = {}  # by the types of all fields: what is left to check
+
+    def left_to_check(kinds: tuple[type, ...]) -> list[tuple[int, Check]]:
+        left = [(at, checks[at]) for at, kind in enumerate(kinds) if kind not in sure[at]]
+        if len(known) < MAX_KNOWN:
+            known[kinds] = left
+        return left
 
     def decode(values: Any) -> Any:
-        if not isinstance(values, tuple) or len(values) != len(fields):
-            raise ProtocolError(f"{name} has {len(fields)} fields")
+        if not isinstance(values, tuple) or len(values) != len(checks):
+            raise ProtocolError(f"{name} has {len(checks)} fields")
+        kinds = tuple(map(type, values))
+        left = known.get(kinds)
+        if left is None:
+            left = left_to_check(kinds)
         try:
-            return message_type(*[check(value) for (_, check), value in zip(fields, values, strict=True)])
+            if left:
+                values = list(values)
+                for at, check in left:
+                    values[at] = check(values[at])
+            return message_type(*values)
         except ProtocolError as error:
             raise ProtocolError(f"{name}: {error}") from error
         except ValueError as error:  # the type's own validation
@@ -159,12 +225,20 @@ def _decoder(message_type: type) -> Check:
     return decode
 
 
+def _sure(hint: Any) -> set[type]:
+    """Types whose values are right, and stay as they are, whatever they are."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return {kind for arg in args for kind in _sure(arg)}
+    return {hint} if hint in (int, float, bool, str, bytes, type(None)) else set()
+
+
 def _check(hint: Any) -> Check:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return _check_bounds(_check(args[0]), args[1])
-    if dataclasses.is_dataclass(hint):
-        return _decoder(typing.cast(type, hint))
+    if _is_record(hint):
+        return _decoder(hint)
     if origin is tuple:
         assert len(args) == 2, hint
         assert args[1] is Ellipsis, hint
@@ -208,9 +282,10 @@ def _check_tuple(check: Check, plain: type | None) -> Check:
             return _unpacked(value)
         if not isinstance(value, tuple):
             raise ProtocolError(f"expected an array, got {type(value).__name__}")
-        if plain is not None and all(type(item) is plain for item in value):
-            return value
-        return tuple(check(item) for item in value)
+        for item in value:
+            if type(item) is not plain:
+                return tuple([check(item) for item in value])
+        return value
 
     return check_all
 

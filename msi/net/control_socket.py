@@ -19,6 +19,7 @@ HANDSHAKE_MS = 5000  # whoever connects has so long to say and prove who it is
 MAX_BEHIND = 16 * 1024  # messages that a peer has not read
 MAX_UNREAD = 4096  # messages of one peer that were not read; then its connection stands, and breaks if that lasts
 TAKEN_PER_TURN = 64  # messages in a row before others on the event loop get their turn
+READABLE = int(zmq.POLLIN)  # an enumeration's member costs more to compare with than the socket to ask
 Event = zmq.Event
 HANDSHAKE_FAILED = (
     Event.HANDSHAKE_FAILED_PROTOCOL | Event.HANDSHAKE_FAILED_NO_DETAIL | Event.HANDSHAKE_FAILED_AUTH
@@ -53,21 +54,37 @@ class ControlSocket:
         if self._num_taken % TAKEN_PER_TURN == 0:
             await asyncio.sleep(0)
         while True:
-            if self._failure:
-                raise ConfigError(self._failure)
-            try:
-                return self.raw.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            self._check()
+            if not self.look():
                 await self._readable()
+                self._check()
+            try:
+                return self._received()
+            except zmq.Again:
+                pass
+
+    def _check(self) -> None:
+        """Raises ConfigError."""
+        if self._failure:
+            raise ConfigError(self._failure)
+
+    def _received(self) -> list[bytes]:
+        """Raises zmq.Again."""
+        frames = []
+        while True:
+            frame = self.raw.recv(zmq.NOBLOCK, copy=False)
+            frames.append(frame.bytes)
+            if not frame.more:
+                return frames
 
     async def _readable(self) -> None:
+        """Right after a look at which there was nothing."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._loop.add_reader(self.raw.FD, self.look)
         assert self._waiter is None, "two tasks receive"
         self._waiter = self._loop.create_future()
         try:
-            self.look()
             await self._waiter
         finally:
             self._waiter = None
@@ -77,7 +94,7 @@ class ControlSocket:
 
         Asking acknowledges the descriptor, whose readiness says that something changed, not that a message came.
         """
-        has_message = bool(int(self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        has_message = bool(int(self.raw.getsockopt(zmq.EVENTS)) & READABLE)
         if has_message and self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         return has_message

@@ -22,26 +22,24 @@ class Usage:
     def __init__(self, num_choices: int = 1) -> None:
         self.num_reasoning: int | None = None
         self._num_choices = num_choices
-        self._num_prompt: dict[int, int] = {}  # by prompt
-        self._num_cached: dict[int, int] = {}
+        self._last: dict[int, Output] = {}  # of each choice
         self._num_completion = 0
 
     def add(self, output: Output) -> None:
-        prompt, choice = divmod(output.index, self._num_choices)
-        self._num_prompt[prompt] = output.num_prompt_tokens
-        if choice == 0:  # the others find what the first has computed
-            self._num_cached[prompt] = output.num_cached_tokens
         self._num_completion += len(output.token_ids)
+        self._last[output.index] = output
 
     def values(self) -> dict[str, Any]:
         """OpenAI's usage object."""
-        num_prompt = sum(self._num_prompt.values())
+        of_prompts = {index // self._num_choices: output.num_prompt_tokens for index, output in self._last.items()}
+        num_prompt = sum(of_prompts.values())
+        firsts = [output for index, output in self._last.items() if index % self._num_choices == 0]
         values = {
             "prompt_tokens": num_prompt,
             "completion_tokens": self._num_completion,
             "total_tokens": num_prompt + self._num_completion,
-            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached.values())},
-        }
+            "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in firsts)},
+        }  # of choices of one prompt, the others find in the cache what the first has computed
         if self.num_reasoning is not None:
             values["completion_tokens_details"] = {"reasoning_tokens": self.num_reasoning}
         return values

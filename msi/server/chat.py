@@ -297,6 +297,9 @@ class ChatAnswer:
         parsing: what is looked for in the text; None to tell it as it is.
         is_streamed: nobody will ask for a whole `choice`.
         prompts: log-probabilities of the prompt, where those are wanted.
+
+    Attributes:
+        is_plain: the chunks of a choice differ in nothing but their text, up to the one that ends it.
     """
 
     def __init__(
@@ -306,6 +309,7 @@ class ChatAnswer:
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.usage = Usage(num_choices)
+        self.is_plain = not has_logprobs and parsing is None and prompts is None
         self._token_text = token_text
         self._has_logprobs = has_logprobs
         self._prompts = prompts

@@ -118,6 +118,9 @@ class CompletionAnswer:
         echoes: what comes before the text, for each prompt.
         has_logprobs: whether log-probabilities are wanted.
         prompts: log-probabilities of the prompts, where those are wanted.
+
+    Attributes:
+        is_plain: the chunks of a choice differ in nothing but their text, up to the one that ends it.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class CompletionAnswer:
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.usage = Usage(num_choices)
+        self.is_plain = not has_logprobs and prompts is None
         self._token_text = token_text
         self._has_logprobs = has_logprobs
         self._prompts = prompts

@@ -156,6 +156,12 @@ class Connection(asyncio.Protocol):
         if self._client is None:
             raise ConnectionResetError("the client has left")
 
+    def write(self, data: bytes) -> None:
+        """Sends at once, behind what was sent before. Raises ConnectionResetError: the client has left."""
+        if self._client is None or self._client.is_closing():
+            raise ConnectionResetError("the client has left")
+        self._client.write(data)
+
     @property
     def unread_bytes(self) -> int:
         """That wait here to be read."""

@@ -29,7 +29,8 @@ from msi.server.answers import error_object
 from msi.server.anthropic.errors import error_body, is_anthropics
 from msi.server.api_keys import ApiKeys
 from msi.server.calls import Call, Caller, Calls, error_of, request_id_of, status_of
-from msi.server.door import Door, connection_of
+from msi.server.door import Door
+from msi.server.event_stream import MAX_PIECE_BYTES, EventStream, write_pieces
 from msi.server.events import Events
 from msi.server.exposition import CONTENT_TYPE_LATEST
 from msi.server.listening import Entrance, listen, max_connections, url_of
@@ -69,7 +70,6 @@ ASKED = {
     "/v1/messages/count_tokens": ANTHROPIC_COUNT, "/tokenize": TOKENIZE, "/detokenize": DETOKENIZE,
 }  # fmt: skip
 PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
-MAX_PIECE_BYTES = 256 * 1024  # of an answer: written at a time
 ENDS_WITHIN_S = 2.0  # clients, once their requests have ended
 Handler = Callable[[web.BaseRequest, dict[str, str]], Awaitable[web.StreamResponse]]  # headers: of the answer
 
@@ -312,18 +312,15 @@ class Gateway:
 
     async def _stream(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
         """A failure before the first event is an HTTP error, and one after it an event."""
-        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers}
-        response, reply = _Events(headers=headers), reply_of(call)
-        connection = connection_of(request)
+        response, reply = EventStream(request, headers), reply_of(call)
+        connection = response.connection
         try:
             with self._running.request():
                 async with contextlib.aclosing(call.outputs):
                     async for output in call.outputs:
-                        if not response.prepared:
-                            await response.prepare(request)
                         if connection.is_behind:
                             await connection.caught_up()
-                        await _write(response, reply.events(output))
+                        await response.tell(reply.events(output))
             last = reply.end()
         except ConnectionResetError:
             raise
@@ -408,17 +405,6 @@ async def _send(request: web.BaseRequest, parts: Sequence[bytes], headers: Mappi
     response.content_length = num_bytes
     await response.prepare(request)
     for part in parts:
-        await _write(response, part)
+        await write_pieces(response, part)
     await response.write_eof()
     return response
-
-
-class _Events(web.StreamResponse):
-    """Server-sent events; the headers go with the first, as one piece."""
-
-    _send_headers_immediately = False  # aiohttp's; without it they go alone
-
-
-async def _write(response: web.StreamResponse, part: bytes) -> None:
-    for start in range(0, len(part), MAX_PIECE_BYTES):
-        await response.write(part[start : start + MAX_PIECE_BYTES])

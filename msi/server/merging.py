@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
 
 from msi.types import Output
 
@@ -23,7 +22,7 @@ async def merged(outputs: Sequence[AsyncGenerator[Output, None]], num_choices: i
     async def forward(prompt: int) -> None:
         try:
             async for output in outputs[prompt]:
-                await queue.put(replace(output, index=prompt * num_choices + output.index))
+                await queue.put(output._replace(index=prompt * num_choices + output.index))
             await queue.put(None)
         except Exception as error:
             await queue.put(error)

@@ -50,10 +50,9 @@ class Origins:
                 "`api_key`, or allow the name with `allowed_origins` http://NAME:PORT"
             )
         origin = headers.get("Origin", "")
-        is_own = bool(host) and _netloc(origin) == host.lower()
-        if origin and not is_own and not self.is_allowed(origin):
-            return f"web pages from {shown(origin)} may not ask this server; `allowed_origins` lets them in"
-        return ""
+        if not origin or (host and _netloc(origin) == host.lower()) or self.is_allowed(origin):
+            return ""
+        return f"web pages from {shown(origin)} may not ask this server; `allowed_origins` lets them in"
 
     def is_allowed(self, origin: str) -> bool:
         return ANY in self.allowed or origin.lower() in {one.lower() for one in self.allowed}
@@ -62,10 +61,12 @@ class Origins:
         if self.has_key or ANY in self.allowed or not is_loopback(self.host):
             return True
         name = _name_of(host)
-        named = {_name_of(_netloc(origin)) for origin in self.allowed} | {self.host.lower()}
-        return is_address(name) or name == "localhost" or name.endswith(".localhost") or name in named
+        if is_address(name) or name == "localhost" or name.endswith(".localhost"):
+            return True
+        return name in {_name_of(_netloc(origin)) for origin in self.allowed} | {self.host.lower()}
 
 
+@functools.lru_cache(maxsize=8)  # each request asks, too
 def is_loopback(host: str) -> bool:
     """Whether what a server listens on is reached from its own machine only."""
     return host.lower() == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)

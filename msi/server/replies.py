@@ -20,6 +20,7 @@ from msi.server.whole import Whole
 from msi.types import Output
 
 DONE = b"data: [DONE]\n\n"
+MARK = "\0"  # stands for a text
 
 
 class Reply(Protocol):
@@ -50,9 +51,27 @@ class ChunkReply:
         self._answer = answer
         self._streaming = streaming
         self._whole = Whole(answer)
+        self._is_plain = answer.is_plain and not (streaming.include_usage and streaming.continuous_usage)
+        self._begun: set[int] = set()  # choices
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # see `_cut`
 
     def events(self, output: Output) -> bytes:
-        chunks = [*self._answer.opening(output), self._answer.chunk(output)]
+        if not self._is_plain or output.finish_reason is not None or output.index not in self._begun:
+            self._begun.add(output.index)
+            return self._events([*self._answer.opening(output), self._answer.chunk(output)])
+        self._answer.usage.add(output)
+        around = self._around.get(output.index)
+        if around is None:  # not with the first, for which the client waits
+            around = self._around[output.index] = self._cut(output)
+        return around[0] + orjson.dumps(output.text) + around[1]
+
+    def _cut(self, output: Output) -> tuple[bytes, bytes]:
+        """What stands before and behind the text of a choice's chunks."""
+        marked = output._replace(text=MARK, token_ids=())
+        before, after = self._events([self._answer.chunk(marked)]).split(orjson.dumps(MARK))
+        return before, after
+
+    def _events(self, chunks: list[dict[str, Any]]) -> bytes:
         if self._streaming.include_usage:
             usage = self._answer.usage.values() if self._streaming.continuous_usage else None
             chunks = [{**chunk, "usage": usage} for chunk in chunks]

@@ -45,8 +45,9 @@ class Bodies:
         counted = 0
         try:
             num_bytes = 0
-            async with asyncio.timeout(WHOLE_WITHIN_S):
-                while part := await _next_part(request.content):
+            content = request.content
+            async with contextlib.nullcontext() if content.is_eof() else asyncio.timeout(WHOLE_WITHIN_S):
+                while part := await _next_part(content):
                     num_bytes += len(part)
                     parts.append(part)
                     if num_bytes > self.max_bytes:

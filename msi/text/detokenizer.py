@@ -9,7 +9,8 @@ A tokenizer decodes whole sequences only, and the text of a token may depend on 
   those of whole characters included. So it is held back until another token ends it, or it is invalid for good.
   A run longer than `MAX_HELD_BYTES` is no accident: from there on its characters are given out as they come.
 
-What is held back is bounded, and so is the cost of a token, whatever the tokens are.
+What is held back is bounded, and so is the cost of a token, whatever the tokens are. Where a tokenizer only joins the
+bytes of tokens, as most do, a token of whole characters behind whole characters is its own text, and is not decoded.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Detokenizer:
         self._decode = decode if vocabulary.skips_special else partial(decode, skip_special_tokens=False)
         self._special = vocabulary.special
         self._byte_of = vocabulary.byte_of
+        self._fixed = vocabulary.fixed
+        self._is_settled = False  # all text so far was given out, and it ends with a whole character
         self._window: list[int] = []  # the tokens that the next one is decoded behind
         self._num_shown = 0  # characters of the window's text that were given out
         self._run = bytearray()  # the bytes of the run at the window's end, while it may turn out valid
@@ -62,9 +65,14 @@ class Detokenizer:
             self.step(token_id)
         self._num_prompt_open = len(self._open)
         self._prompt_rest = self._unshown()
+        if self._open or self._prompt_rest:
+            self._is_settled = False
 
     def step(self, token_id: int) -> list[str]:
         """The texts that this token settles, in order: its own, after those of earlier ones that were held back."""
+        if self._is_settled and (fixed := self._fixed.get(token_id)) is not None:
+            self._window, self._num_shown = [token_id], len(fixed)
+            return [fixed]
         if token_id in self._special:
             return self._without_text()
         byte = self._byte_of.get(token_id)
@@ -81,10 +89,12 @@ class Detokenizer:
         if text and text[-1] == REPLACEMENT and self._is_cut():
             text = text[:-1]
             self._num_shown += len(text)
+            self._is_settled = False
             if len(window) > MAX_WINDOW:
                 self._shorten(num_held=1)
         else:
             self._begin_window(token_id, whole)
+            self._is_settled = bool(text)  # what a prompt had cut is done with, too
         if self._open:
             return self._share_out(text, num_others=1)
         if text and self._prompt_rest:

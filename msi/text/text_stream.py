@@ -124,6 +124,8 @@ class TextStream:
         """What was settled, token by token."""
         if self._detokenizer is None:
             return [""] * len(token_ids)
+        if len(token_ids) == 1 and not is_last:
+            return self._detokenizer.step(token_ids[0])
         texts: list[str] = []
         for token_id in token_ids[:-1] if is_ended_by_token else token_ids:
             texts += self._detokenizer.step(token_id)
@@ -137,7 +139,7 @@ class TextStream:
     def _certain(self, texts: list[str], is_last: bool) -> str:
         """The text that can be given out now."""
         if self._search is None:
-            return "".join(texts)
+            return texts[0] if len(texts) == 1 else "".join(texts)
         early, keep = "", len(self._held)  # early: what comes before a stop string counts
         for text in texts:
             self._num_settled += 1

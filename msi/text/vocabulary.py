@@ -7,6 +7,7 @@ are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
@@ -27,6 +28,7 @@ class Vocabulary:
     Attributes:
         special: tokens that are no part of an answer's text.
         byte_of: tokens that stand for one byte each, and whose neighbours decide what they look like.
+        fixed: of tokens that were asked about, those that add the same whole characters to any text, and these.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skips_special: bool = True) -> None:
@@ -39,6 +41,8 @@ class Vocabulary:
         decoder: bytes = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
         self.is_byte_level = b'"ByteLevel"' in decoder
         self.byte_of = _byte_tokens(tokenizer) if b'"ByteFallback"' in decoder else {}
+        self._joins_bytes = bool(decoder) and json.loads(decoder)["type"] == "ByteLevel"  # and does nothing else
+        self.fixed: dict[int, str] = {}
         self._alone: dict[int, str] = {}
         self._texts: dict[int, TokenText] = {}
         self._anchor: list[int] | None = None
@@ -59,7 +63,13 @@ class Vocabulary:
         text = self._alone.get(token_id)
         if text is None:
             text = self._alone[token_id] = self.decode([token_id])
+            if self._joins_bytes and self._is_whole(token_id, text):
+                self.fixed[token_id] = text
         return text
+
+    def _is_whole(self, token_id: int, text: str) -> bool:
+        """Whether the token's bytes are characters that no neighbour takes part in."""
+        return text != "" and REPLACEMENT not in text and self.bytes_of(token_id) == text.encode()
 
     def is_visible(self, token_id: int) -> bool:
         """Whether it takes part in a text at all: not if it is special, nor if the vocabulary has no such token."""
