@@ -370,9 +370,9 @@ async def test_a_bug_of_ours_is_an_error_object_everywhere_and_ends_one_request(
     engine, url = served
     generate = engine.generate
 
-    async def broken(prompt, params=None, *, request_id=""):
+    async def broken(prompt, params=None, **context):
         count = 0
-        async for output in generate(prompt, params, request_id=request_id):
+        async for output in generate(prompt, params, **context):
             count += 1
             if params.seed == 13 and count > params.top_k:
                 raise RuntimeError("a bug with a /secret/path")
