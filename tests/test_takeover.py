@@ -29,7 +29,7 @@ from msi.simulator.deployment import LIMITS, Deployment, Fault
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
 from msi.types import Place, Progress, Request, SamplingParams
-from tests.everyday import mostly_slow
+from tests.everyday import NUM_SEEDS, mostly_slow
 from tests.test_membership import HELLO, PLAN, beat, formed, hello
 
 
@@ -314,7 +314,7 @@ STORMY = Deployment(
 COSTS = ConstantCosts(3e-3, 3e-3, 0.2e-3, 0.3e-3)
 
 
-@pytest.mark.parametrize("seed", mostly_slow(range(12)))
+@pytest.mark.parametrize("seed", mostly_slow(range(NUM_SEEDS // 2)))
 def test_coordinators_die_again_and_again_and_every_request_gets_all_its_tokens(seed):
     """That each is the right one, the simulation itself asserts."""
     chance = random.Random(seed)
