@@ -192,7 +192,7 @@ def test_requests_that_are_taken_over_count_for_their_worker_and_end_as_others_d
     router.adopt(request("n", output=(7,)), "n~2", "a", b"c", 0.0)
     assert (len(router), router.load("a").num_requests) == (1, 1)
     end = Progress("n~2", (8,), "stop")
-    assert router.progress("a", [end]) == {b"c": [replace(end, request_id="n")]}
+    assert router.progress("a", [end]) == {b"c": [end._replace(request_id="n")]}
     assert (len(router), router.load("a").num_requests) == (0, 0)
 
 
