@@ -11,6 +11,7 @@ only v+2 may give away.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from msi.errors import ConfigError
 from msi.types import HOLE, Placement
@@ -74,7 +75,7 @@ def padded(placement: Placement, num_nodes: int) -> Placement:
     """The same with places for nodes that may come."""
     missing = num_nodes - placement.num_nodes
     assert missing >= 0, f"{placement} has more than {num_nodes} nodes"
-    return Placement(placement.experts + ((),) * missing, placement.num_experts, placement.version)
+    return replace(placement, experts=placement.experts + ((),) * missing)
 
 
 # -- who holds what ----------------------------------------------------------------------------------------------------

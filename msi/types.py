@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple, Protocol
@@ -332,16 +333,23 @@ class Placement:
             left, and its id is not given away yet, there is a `HOLE`.
         num_experts: of the model; each is on one node at least.
         version: rises with every change.
+        shares: [num_experts] of rows that choose an expert, how many of `msi.kernels.turns.TURNS` go to each of its
+            nodes, by number; () for even ones.
     """
 
     experts: tuple[tuple[int, ...], ...]
     num_experts: Annotated[int, range(1, 2**16)]
     version: Annotated[int, range(2**32)] = 0
+    shares: tuple[tuple[Annotated[int, range(61)], ...], ...] = ()
 
     def __post_init__(self) -> None:
         held = [self.held_by(node) for node in range(len(self.experts))]
         assert all(len(set(experts)) == len(experts) for experts in held), self
         assert {expert for experts in held for expert in experts} == set(range(self.num_experts)), self
+        num_homes = Counter(expert for experts in held for expert in experts)
+        assert not self.shares or [len(one) for one in self.shares] == [
+            num_homes[expert] for expert in range(self.num_experts)
+        ], self
 
     @property
     def num_nodes(self) -> int:

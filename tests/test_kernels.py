@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from msi.kernels.plain import PlainKernels
 from msi.kernels.replicas import PlacementTables, choose_replicas
 from msi.kernels.rope import apply_rope, rope_frequencies, rope_table
 from msi.kernels.routing import PackedRows, row_bytes, topk_sigmoid, topk_softmax
+from msi.kernels.turns import TURNS, in_turns, wheel_of, whose_turn
 from msi.placement import place_evenly
 from msi.types import MicroBatch, Placement
 
@@ -194,12 +196,20 @@ def with_replica(placement, expert, node):
 
 
 def chosen_in_words(topk_ids, placement):
-    """The node of each expert of each row: its nodes in turn, beginning at the sum of the row's number and its ids."""
+    """The node of each expert of each row: its nodes in turn, beginning at the sum of the row's number and its ids.
+
+    Seven, eight or nine nodes do not share sixty turns evenly: the first have one more, and it is a wheel of its own.
+    """
     chosen = []
     for number, ids in enumerate(topk_ids):
         nodes = [placement.nodes_of(expert) for expert in ids]
-        chosen.append([one[(number + sum(ids)) % len(one)] for one in nodes])
+        wheels = [one * (TURNS // len(one)) if TURNS % len(one) == 0 else uneven_wheel(one) for one in nodes]
+        chosen.append([wheel[(number + sum(ids)) % TURNS] for wheel in wheels])
     return chosen
+
+
+def uneven_wheel(nodes):
+    return [nodes[replica] for replica in wheel_of(in_turns([1] * len(nodes)))]
 
 
 def nodes_of(replicas, tables):
@@ -317,6 +327,42 @@ def test_rows_go_to_nodes_that_are_there_where_one_has_their_expert():
             for expert, node in zip(experts, nodes, strict=True):
                 others = [one for one in placement.nodes_of(expert) if one != missing]
                 assert node in (others or placement.nodes_of(expert))
+
+
+@pytest.mark.parametrize("shares", [[60], [30, 30], [45, 15], [0, 60], [1, 58, 1], [20, 20, 20], [7, 13, 17, 23]])
+def test_replicas_get_their_shares_as_evenly_as_turns_allow(shares):
+    wheel = wheel_of(shares)
+    assert [wheel.count(replica) for replica in range(len(shares))] == shares
+    for first in range(TURNS):
+        for length in (6, 20):
+            came = Counter((wheel * 2)[first : first + length])
+            assert all(abs(came[replica] - share * length / TURNS) <= 2 for replica, share in enumerate(shares))
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=9))
+def test_weights_become_turns_by_their_size(weights):
+    turns = in_turns(weights)
+    assert sum(turns) == TURNS
+    assert min(turns) >= 0
+    total = sum(weights)
+    assert total == 0 or all(
+        abs(turn - TURNS * weight / total) < 1 for turn, weight in zip(turns, weights, strict=True)
+    )
+
+
+def test_rows_go_where_shares_say_and_to_others_where_those_are_missing():
+    placement = Placement(((0, 1), (1, 0), (0, 2)), 3, shares=((60, 0, 0), (15, 45), (60,)))
+    topk_ids = torch.tensor([[0, 1]] * 120)
+    tables = PlacementTables.of(placement.experts, 3, shares=placement.shares)
+    assert [Counter(column) for column in zip(*nodes_of(choose_replicas(topk_ids, tables), tables), strict=True)] == [
+        {0: 120}, {0: 30, 1: 90},
+    ]  # fmt: skip
+    tables = PlacementTables.of(placement.experts, 3, missing=(0,), shares=placement.shares)
+    assert [Counter(column) for column in zip(*nodes_of(choose_replicas(topk_ids, tables), tables), strict=True)] == [
+        {1: 60, 2: 60}, {1: 120},
+    ]  # fmt: skip
+    twin = whose_turn(topk_ids.numpy(), numpy.arange(120), tables.wheels.numpy())
+    assert (torch.from_numpy(twin) + topk_ids * 3 == choose_replicas(topk_ids, tables)).all(), "numpy's is the same"
 
 
 def test_without_replicas_there_is_nothing_to_choose():

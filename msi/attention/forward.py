@@ -92,7 +92,9 @@ class Forward:
 
     def use_placement(self, placement: Placement, missing: Collection[int] = ()) -> None:
         """For passes that begin from now on with `tables`; no rows go to nodes that are missing."""
-        self.tables = PlacementTables.of(placement.experts, placement.num_experts, self._upload, missing)
+        self.tables = PlacementTables.of(
+            placement.experts, placement.num_experts, self._upload, missing, placement.shares
+        )
 
     def begin(
         self,

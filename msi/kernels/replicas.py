@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msi.kernels.turns import homes_of, in_turns, wheel_of, whose_turn
+
 
 @dataclass(frozen=True, slots=True)
 class PlacementTables:
@@ -18,11 +20,11 @@ class PlacementTables:
     Attributes:
         local_ids: int32 [num_used_nodes, num_experts * most_replicas], -1 where a node lacks the replica. Nodes behind
             the last that holds any have no row, and get none.
-        num_replicas: int64 [num_experts].
+        wheels: int64 [num_experts, TURNS], the replica that has each turn.
     """
 
     local_ids: Tensor
-    num_replicas: Tensor
+    wheels: Tensor
     most_replicas: int
 
     @staticmethod
@@ -31,34 +33,30 @@ class PlacementTables:
         num_experts: int,
         upload: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         missing: Collection[int] = (),
+        shares: Sequence[Sequence[int]] = (),
     ) -> PlacementTables:
         """Of the experts of each node, in the order of their local ids; -1 where one stands for none.
 
         Args:
             upload: moves a tensor to the device.
             missing: nodes whose experts are left to others, but for those that no other has.
+            shares: [num_experts] of an expert's rows on each of its nodes; () for even ones. Those of missing nodes go
+                to the others by theirs, evenly where they have none.
         """
-        homes: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]  # (node, local id), nodes ascending
-        for node, held in enumerate(experts):
-            for local, expert in enumerate(held):
-                if expert >= 0:
-                    homes[expert].append((node, local))
-        num_used = 1 + max(node for of_expert in homes for node, _ in of_expert)
-        most = max(map(len, homes))
-        homes = [[home for home in of_expert if home[0] not in missing] or of_expert for of_expert in homes]
+        every = homes_of(experts, num_experts)
+        num_used = 1 + max(its_homes[-1].node for its_homes in every)
+        most = max(map(len, every))
+        homes = homes_of(experts, num_experts, missing, shares)
         local_ids = torch.full((num_used, num_experts * most), -1, dtype=torch.int32)
         for expert, its_homes in enumerate(homes):
-            for replica, (node, local) in enumerate(its_homes):
-                local_ids[node, expert * most + replica] = local
-        return PlacementTables(upload(local_ids), upload(torch.tensor([len(one) for one in homes])), most)
+            for replica, home in enumerate(its_homes):
+                local_ids[home.node, expert * most + replica] = home.local_id
+        wheels = torch.tensor([wheel_of(in_turns([home.share for home in its_homes])) for its_homes in homes])
+        return PlacementTables(upload(local_ids), upload(wheels), most)
 
 
 def choose_replicas(topk_ids: Tensor, tables: PlacementTables) -> Tensor:
-    """The replica of each expert of each row: int64 [num_tokens, k] of topk_ids int64 [num_tokens, k].
-
-    A row takes the same turn at all its experts, so those that share their nodes send it to one of them, once. Turns
-    differ between neighbouring rows and between choices of experts: whichever is many, the rows spread over the nodes.
-    """
+    """The replica of each expert of each row: int64 [num_tokens, k] of topk_ids int64 [num_tokens, k]."""
     rows = torch.arange(topk_ids.shape[0], device=topk_ids.device)
-    turns = (rows + topk_ids.sum(dim=-1))[:, None]
-    return topk_ids * tables.most_replicas + turns % tables.num_replicas[topk_ids]
+    replicas: Tensor = topk_ids * tables.most_replicas + whose_turn(topk_ids, rows, tables.wheels)
+    return replicas

@@ -1,0 +1,86 @@
+"""Whose turn it is among an expert's replicas: the arithmetic alone, on arrays of any library.
+
+Torch computes it beside the rows, numpy in the simulator and in benchmarks; this file loads neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TURNS = 60  # shares are in sixtieths: halves, thirds, quarters, fifths and sixths are exact
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A replica of an expert; `share`: of `TURNS` rows that choose the expert, by weight."""
+
+    node: int
+    local_id: int
+    share: int
+
+
+def homes_of(
+    experts: Sequence[Sequence[int]],
+    num_experts: int,
+    missing: Collection[int] = (),
+    shares: Sequence[Sequence[int]] = (),
+) -> list[list[Home]]:
+    """The replicas of each expert, by node.
+
+    Args:
+        experts: of each node, in the order of their local ids; -1 where one stands for none.
+        missing: nodes whose experts are left to others, but for those that no other has.
+        shares: of each expert's homes; () for even ones.
+    """
+    homes: list[list[Home]] = [[] for _ in range(num_experts)]
+    for node, held in enumerate(experts):
+        for local_id, expert in enumerate(held):
+            if expert < 0:
+                continue
+            share = shares[expert][len(homes[expert])] if shares else 1
+            homes[expert].append(Home(node, local_id, share))
+    return [[home for home in of_one if home.node not in missing] or of_one for of_one in homes]
+
+
+def wheel_of(shares: Sequence[int]) -> list[int]:
+    """Which replica has each of `TURNS` turns: each gets its share, and they alternate as evenly as they can.
+
+    Args:
+        shares: of each replica, `TURNS` together.
+    """
+    assert sum(shares) == TURNS, shares
+    wheel, given = [], [0] * len(shares)
+    for turn in range(1, TURNS + 1):
+        due = [turn * share - TURNS * has for share, has in zip(shares, given, strict=True)]
+        replica = due.index(max(due))
+        given[replica] += 1
+        wheel.append(replica)
+    return wheel
+
+
+def in_turns(weights: Sequence[float]) -> list[int]:
+    """Shares of `TURNS` by weights of at least 0, the largest remainders rounded up; even ones where all are 0."""
+    total = sum(weights)
+    exact = [TURNS * weight / total if total > 0 else TURNS / len(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: (shares[index] - exact[index], index))
+    for index in by_remainder[: TURNS - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def whose_turn(topk_ids: Any, rows: Any, wheels: Any) -> Any:
+    """The replica [num_tokens, k] of each expert of each row, counted among the expert's.
+
+    A row has the same turn at all its experts, so those that share their nodes send it to one of them, once. Turns
+    differ between neighbouring rows and between choices of experts: whichever is many, the rows spread by the shares.
+
+    Args:
+        topk_ids: int64 [num_tokens, k].
+        rows: int64 [num_tokens], the number of each row in its micro-batch.
+        wheels: int64 [num_experts, TURNS]; see `wheel_of`.
+    """
+    turns = (rows + topk_ids.sum(-1)) % TURNS
+    return wheels[topk_ids, turns[:, None]]

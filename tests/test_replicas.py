@@ -1,0 +1,125 @@
+"""Which experts get replicas, and where: the planner's promises, whatever the load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msi.kernels.turns import TURNS
+from msi.placement import place_evenly, place_with_replicas
+from msi.planner.replica_state import wave_cost
+from msi.planner.replicas import expected_costs, plan_layers, plan_replicas
+
+
+@st.composite
+def tasks(draw):
+    num_nodes = draw(st.integers(1, 5))
+    num_experts = draw(st.integers(num_nodes, 12))
+    redundancy = draw(st.integers(0, min(2, num_nodes - 1)))
+    load = draw(st.lists(st.floats(0, 300), min_size=num_experts, max_size=num_experts))
+    before = place_with_replicas(num_experts, num_nodes, redundancy)
+    memory = [len(held) + draw(st.integers(0, 3)) for held in before.experts]
+    return load, draw(st.sampled_from([0.0, 4.0, 30.0])), num_nodes, memory, before, redundancy
+
+
+def check(plan, task):
+    load, floor_cost, num_nodes, memory, _, redundancy = task
+    placement = plan.placement(1)  # which checks that all are placed, and none twice on a node
+    assert (placement.num_nodes, placement.num_experts) == (num_nodes, len(load))
+    assert all(len(held) <= room for held, room in zip(placement.experts, memory, strict=True))
+    for expert in range(len(load)):
+        nodes = placement.nodes_of(expert)
+        assert len(nodes) >= 1 + redundancy
+        assert sum(placement.shares[expert]) == TURNS
+    np.testing.assert_allclose(expected_costs(load, floor_cost, placement), plan.costs, atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tasks())
+def test_all_experts_are_placed_within_the_memory_and_never_twice_on_a_node(task):
+    load, floor_cost, num_nodes, memory, _, redundancy = task
+    plan = plan_replicas(load, floor_cost, num_nodes, memory, redundancy=redundancy)
+    check(plan, task)
+    assert plan.num_moved == 0, "nothing was there"
+
+
+@settings(max_examples=25, deadline=None)
+@given(tasks(), st.integers(0, 4), st.sampled_from([0.0, 1.0, 50.0]))
+def test_a_plan_is_no_worse_than_before_moves_few_experts_and_keeps_their_order(task, most_moves, move_cost):
+    load, floor_cost, num_nodes, memory, before, redundancy = task
+    plan = plan_replicas(
+        load, floor_cost, num_nodes, memory, before=before, move_cost=move_cost, most_moves=most_moves,
+        redundancy=redundancy,
+    )  # fmt: skip
+    check(plan, task)
+    came = [set(held) - set(was) for held, was in zip(plan.experts, before.experts, strict=True)]
+    assert sum(map(len, came)) == plan.num_moved <= most_moves
+    was = max(expected_costs(load, floor_cost, before))
+    assert plan.cost + move_cost * plan.num_moved <= was * (1 + 1e-9)
+    for held, had in zip(plan.experts, before.experts, strict=True):
+        stay = [expert for expert in had if expert in held]
+        assert list(held[: len(stay)]) == stay
+    again = plan_replicas(
+        load, floor_cost, num_nodes, memory, before=plan.placement(1), move_cost=move_cost, redundancy=redundancy
+    )
+    assert again.cost <= plan.cost * (1 + 1e-9)
+
+
+def test_experts_that_a_lost_node_held_alone_are_placed_on_those_that_are_there():
+    before = place_evenly(8, 4)
+    plan = plan_replicas([5.0] * 8, 2.0, 4, [4, 0, 4, 4], before=before, move_cost=5.0)
+    assert (plan.experts[1], plan.num_moved) == ((), 2)
+    assert sorted(expert for held in plan.experts for expert in held) == [*range(8)]
+    with pytest.raises(ValueError, match="8 experts 1 times on as many nodes each need room for 8; 3 nodes have room"):
+        plan_replicas([5.0] * 8, 2.0, 4, [2, 0, 2, 3], before=before)
+
+
+def test_a_hot_expert_is_shared_and_cold_ones_are_not_read_twice():
+    load = [96.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    plan = plan_replicas(load, 8.0, 2, [5, 5], before=place_evenly(8, 2))
+    assert sorted(plan.shares[0]) == [28, 32]
+    assert all(max(shares) == TURNS for shares in plan.shares[1:]), "a cold expert's weights are read by one node"
+    assert plan.num_moved == 1
+
+
+def test_even_replicas_for_failures_alone_are_not_read_while_nothing_fails():
+    twice = place_with_replicas(8, 4, 1)
+    evenly = expected_costs([4.0] * 8, 8.0, twice)
+    plan = plan_replicas([4.0] * 8, 8.0, 4, [4] * 4, before=twice, redundancy=1)
+    assert plan.num_moved == 0
+    assert plan.cost < 0.6 * max(evenly)
+
+
+def test_moving_must_pay():
+    load, before = [20.0, 20.0, 10.0, 10.0], place_evenly(4, 2)
+    assert plan_replicas(load, 0.0, 2, [2, 2], before=before).cost == 30
+    assert plan_replicas(load, 0.0, 2, [2, 2], before=before, move_cost=6.0).experts == before.experts
+
+
+def test_an_experts_cost_is_its_rows_or_its_weights_and_nothing_where_no_row_comes():
+    rows = np.array([0.0, 0.01, 1.0, 8.0, 50.0])
+    np.testing.assert_allclose(wave_cost(rows, 8.0), [0, 8 * 0.00995, 8 * 0.63212, 8, 50], rtol=1e-3)
+
+
+def test_each_layer_is_placed_by_its_own_load():
+    load = [[90.0, 1, 1, 1], [1.0, 1, 1, 90]]
+    plans = plan_layers(load, 0.0, 2, [3, 3], before=[place_evenly(4, 2)] * 2)
+    assert [plan.cost for plan in plans] == pytest.approx([46.5] * 2, abs=1.5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"memory": [4]}, "memory is of 1 nodes, 2 are there"),
+        ({"load": [float("nan")] * 4}, "not a number of at least 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(changed, complaint):
+    task = {"load": [1.0] * 4, "floor_cost": 1.0, "nodes": 2, "memory": [4, 4]} | changed
+    with pytest.raises(ValueError, match=complaint):
+        plan_replicas(**task)
+    assert replace(place_evenly(4, 2), version=3).shares == ()
