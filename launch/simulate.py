@@ -19,6 +19,7 @@ from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan_file import read_plan_file
 from msi.planner.stage_costs import ConstantCosts, StageCosts
 from msi.settings import LinkShape
+from msi.simulator.balanced import placed_by_popularity
 from msi.simulator.deployment import LIMITS, Deployment, parse_fault
 from msi.simulator.planned import deployment_of_plan
 from msi.simulator.popularity import read_popularity
@@ -85,6 +86,10 @@ def _add_deployment(parser: CommandLine) -> None:
     add("--layers", type=integer(1, MOST), default=56, metavar="N", help="those with experts; 56")
     add("--experts", type=integer(1, MOST), default=8, metavar="N", help="of a layer; 8")
     add("--top-k", type=integer(1, MOST), default=2, metavar="N", help="experts of a token; 2")
+    add("--expert-redundancy", type=integer(0, MOST), default=0, metavar="R", help="replicas of each expert; 0")
+    add("--redundant-experts", type=integer(0, MOST), default=0, metavar="N", help="replicas on top of that; 0")
+    add("--by-popularity", action="store_true",
+        help="experts and replicas are placed by --popularity, in the same memory, as rebalancing would")  # fmt: skip
     add("--row-bytes", type=integer(1, MOST), default=12_288, metavar="N",
         help="of a row on its way to the experts and back; 12288")  # fmt: skip
     add("--kv-blocks", type=integer(1, MOST), default=8192, metavar="N",
@@ -134,7 +139,9 @@ def _add_output(parser: CommandLine) -> None:
 def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:
     """Raises ConfigError."""
     if args.plan is not None:
-        return deployment_of_plan(read_plan_file(args.plan))
+        deployment, costs = deployment_of_plan(read_plan_file(args.plan))
+        replicas = {"expert_redundancy": args.expert_redundancy, "redundant_experts": args.redundant_experts}
+        return replace(deployment, **replicas), costs
     deployment = Deployment(
         num_layers=args.layers,
         num_experts=args.experts,
@@ -143,6 +150,8 @@ def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:
         num_expert=args.expert_workers,
         num_micro_batches=0 if args.micro_batches == "auto" else int(args.micro_batches),
         is_colocated=args.colocated,
+        expert_redundancy=args.expert_redundancy,
+        redundant_experts=args.redundant_experts,
         row_bytes=args.row_bytes,
         answer_row_bytes=args.row_bytes,
         limits=replace(
@@ -180,6 +189,8 @@ def simulated(args: argparse.Namespace) -> tuple[Deployment, Report]:
     arrivals = arrivals_of(args)
     faults = [parse_fault(text) for text in args.fault]
     popularity = read_popularity(args.popularity)
+    if args.by_popularity:
+        deployment = placed_by_popularity(deployment, costs, popularity, args.seed)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("simulating", total=None)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from statistics import mean, median
 
 import pytest
 
 from msi.errors import ConfigError
 from msi.placement import place_evenly
+from msi.simulator.balanced import placed_by_popularity
 from msi.simulator.popularity import build_routing
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, bursts, fixed_lengths, lognormal_lengths, poisson, read_trace
+from msi.types import Placement
 from tests.test_simulator import COSTS, SMALL
 
 # -- requests --------------------------------------------------------------------------------------------------------
@@ -94,7 +97,7 @@ def test_as_expected_equal_nodes_get_equal_rows_and_pairs_add_up():
     expected = routing("uniform")
     mark, rows = expected.draw(280, random.Random(1))
     assert rows == (180, 180, 130)  # 1 - C(5,2)/C(8,2) = 18/28 and 1 - C(6,2)/C(8,2) = 13/28
-    loads = [expected.load(node, [(mark, 100), (mark, 180)]) for node in range(3)]
+    loads = [expected.load(node, [(mark, 100, 0), (mark, 180, 0)]) for node in range(3)]
     assert sum(pairs for pairs, _ in loads) == pytest.approx(560)
     assert [active for _, active in loads] == [3, 3, 2]
     assert expected.draw(1, random.Random(1))[1] == (1, 1, 1)
@@ -105,7 +108,7 @@ def test_what_nodes_are_sent_is_what_was_drawn(popularity):
     drawn, chance = routing(popularity), random.Random(3)
     for num_tokens in (1, 7, 512):
         mark, rows = drawn.draw(num_tokens, chance)
-        loads = [drawn.load(node, [(mark, num_tokens)]) for node in range(3)]
+        loads = [drawn.load(node, [(mark, num_tokens, 0)]) for node in range(3)]
         assert sum(pairs for pairs, _ in loads) == 2 * num_tokens  # every token has two experts
         assert num_tokens <= sum(rows) <= 2 * num_tokens
         for count, (pairs, active) in zip(rows, loads, strict=True):
@@ -124,8 +127,25 @@ def test_uniform_draws_are_on_average_as_expected():
 
 def test_measured_weights_are_those_of_the_first_choice():
     drawn = routing((6, 0, 0, 3, 0, 0, 1, 0), top_k=1)
-    pairs = [drawn.load(node, [(mark, 512) for mark in range(0, 65_536, 512)])[0] for node in range(3)]
+    pairs = [drawn.load(node, [(mark, 512, 0) for mark in range(0, 65_536, 512)])[0] for node in range(3)]
     assert [share / sum(pairs) for share in pairs] == pytest.approx([0.6, 0.3, 0.1], abs=0.01)
+
+
+@pytest.mark.parametrize("popularity", ["uniform", "zipf"])
+def test_rows_go_to_replicas_by_their_shares_and_not_to_nodes_that_are_missing(popularity):
+    twice = Placement(((0, 1, 2, 3), (4, 5, 6, 7, 0, 1)), 8, 1, ((45, 15), (0, 60), *(((60,),) * 6)))
+    routed, chance = routing(popularity, top_k=1, placement=place_evenly(8, 2)), random.Random(5)
+    view, alone = routed.view(twice), routed.view(twice, missing=(1,))
+    assert (routed.view(twice), routed.view(place_evenly(8, 2))) == (view, 0)
+    weights = [1.0 if popularity == "uniform" else 1 / (1 + expert) for expert in range(8)]
+    share = (0.25 * weights[0] + weights[1] + sum(weights[4:])) / sum(weights)
+    draws = [(routed.draw(512, chance, view)[0], 512, view) for _ in range(300)]
+    pairs = [routed.load(node, draws)[0] for node in range(2)]
+    assert pairs[1] / sum(pairs) == pytest.approx(share, abs=0.01)
+    mark, rows = routed.draw(512, chance, alone)
+    kept = routed.load(1, [(mark, 512, alone)])[1]
+    assert kept == 4, "what no other node has"
+    assert sum(rows) == pytest.approx(512, abs=1)
 
 
 def test_popular_experts_slow_the_instance():
@@ -147,6 +167,10 @@ def test_popular_experts_slow_the_instance():
     assert skewed.duration_s > 1.2 * even.duration_s
     busy = {worker.worker_id: worker.busy for worker in skewed.workers}
     assert busy["expert-0"] > 3 * busy["expert-1"]
+    placed = placed_by_popularity(replace(SMALL, redundant_experts=2), BusyExperts(), "zipf:2", seed=0)
+    balanced = simulate(placed, BusyExperts(), arrivals, popularity="zipf:2")
+    assert balanced.num_failed == 0
+    assert balanced.duration_s < 0.85 * skewed.duration_s
 
 
 @pytest.mark.parametrize(

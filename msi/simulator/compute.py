@@ -6,7 +6,7 @@ import random
 import struct
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from msi.attention.launching import LanePrograms, LaneQueues
@@ -24,7 +24,7 @@ from msi.simulator.popularity import Routing
 from msi.types import MicroBatch, Placement, Sampled
 
 ROW_BYTES = ROW_ALIGNMENT  # of a simulated row, either way
-DRAW = struct.Struct("<II")  # lies where the first row would: the mark of the draw, and the tokens it was for
+DRAW = struct.Struct("<III")  # lies where the first row would: the mark of the draw, tokens it was for, and the view
 
 PACKING_S = 20e-6  # rows once more, after a loss
 NUM_TOKEN_IDS = 1009  # that are said
@@ -43,9 +43,10 @@ class _Launched:
     num_tokens: int
     num_context_tokens: int
     first: int  # turn
+    view: int
 
 
-NO_PASS = _Launched(MicroBatch((), (), (), (), ()), 0, 0, 0)
+NO_PASS = _Launched(MicroBatch((), (), (), (), ()), 0, 0, 0, 0)
 
 
 class SimulatedAttention:
@@ -60,6 +61,7 @@ class SimulatedAttention:
         device: SimulatedDevice,
         *,
         num_layers: int,
+        placement: Placement,
         costs: StageCosts,
         routing: Routing,
         chance: random.Random,
@@ -73,6 +75,9 @@ class SimulatedAttention:
         self._costs = costs
         self._routing = routing
         self._chance = chance
+        self._placement = placement
+        self._missing: tuple[int, ...] = ()
+        self._view = routing.view(placement)
         self._layout = link.layout
         self._slots: dict[int, Sequence[memoryview]] = {}  # by node, each lane's rows
         lanes = range(link.layout.num_lanes)
@@ -85,20 +90,25 @@ class SimulatedAttention:
         self._slots[node] = self._layout.split_rows(out_rows.host())
 
     def use_placement(self, placement: Placement) -> None:
-        """Rows go where `routing` says."""
+        self._placement = placement
+        self._view = self._routing.view(placement, self._missing)
 
     def launch(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
         num_context_tokens = sum(micro_batch.context_lens)
-        self._launched[lane].append(_Launched(micro_batch, micro_batch.num_tokens, num_context_tokens, first))
+        self._launched[lane].append(
+            _Launched(micro_batch, micro_batch.num_tokens, num_context_tokens, first, self._view)
+        )
         self._queues.launch(lane, first, link)
 
     def open(self, lane: int, turn: int) -> None:
         self._queues.open(lane, turn)
 
     def use_nodes(self, missing: tuple[int, ...]) -> None:
-        """Rows go where `routing` says."""
+        self._missing = missing
+        self._view = self._routing.view(self._placement, missing)
 
     def pack_again(self, lane: int, turn: int) -> None:
+        self._lanes[lane] = replace(self._lanes[lane], view=self._view)
         self._queues.pack_again(lane, turn)
 
     async def sampled(self, lane: int) -> Sampled:
@@ -137,12 +147,12 @@ class SimulatedAttention:
         self._draw(lane)
 
     def _draw(self, lane: int) -> None:
-        num_tokens = self._lanes[lane].num_tokens
-        mark, num_rows = self._routing.draw(num_tokens, self._chance)
+        num_tokens, view = self._lanes[lane].num_tokens, self._lanes[lane].view
+        mark, num_rows = self._routing.draw(num_tokens, self._chance, view)
         for node, slots in self._slots.items():
             self.counts[lane, node] = num_rows[node]
             if num_rows[node]:
-                DRAW.pack_into(slots[lane], 0, mark, num_tokens)
+                DRAW.pack_into(slots[lane], 0, mark, num_tokens, view)
 
 
 class SimulatedExperts:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields, replace
 
 from msi.control.members import InstancePlan
 from msi.errors import ConfigError
-from msi.placement import place_evenly
+from msi.placement import place_with_replicas
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.settings import LinkShape, SchedulerLimits, ServiceLevel, Timeouts
+from msi.types import Placement
 
 LIMITS = SchedulerLimits(
     max_model_len=65_536,
@@ -19,6 +20,7 @@ LIMITS = SchedulerLimits(
     enable_prefix_caching=False,  # a trace has lengths, not prompts
     num_gpu_blocks_override=8192,
 )
+MAY_BE_0 = ("num_micro_batches", "control_latency_s", "expert_redundancy", "redundant_experts")
 FAULTS = ("slow", "stalled", "dead")
 COORDINATOR = "coordinator"
 NEVER_S = 1e6  # experts stay where they are: which nodes a change would take their rows to is not simulated
@@ -35,6 +37,8 @@ class Deployment:
         row_bytes, answer_row_bytes: of a row on its way to the experts and back.
         limits: of each attention worker; its KV blocks are `num_gpu_blocks_override`, of 16 tokens each.
         link: its number of lanes follows from m.
+        expert_redundancy, redundant_experts: see `msi.placement.place_with_replicas`.
+        placement: of experts, where it is another.
         control_latency_s: of every message to or from the coordinator.
         service: what requests that are taken can expect.
 
@@ -54,13 +58,16 @@ class Deployment:
     limits: SchedulerLimits = LIMITS
     link: LinkShape = LinkShape()
     control_latency_s: float = 100e-6
+    expert_redundancy: int = 0
+    redundant_experts: int = 0
+    placement: Placement | None = None
     service: ServiceLevel = ServiceLevel()
 
     def __post_init__(self) -> None:
         numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in ("int", "float")}
         numbers |= {name: getattr(self.limits, name) for name in ("max_model_len", "num_gpu_blocks_override")}
         for name, value in numbers.items():
-            least = 0 if name in ("num_micro_batches", "control_latency_s") else 1
+            least = 0 if name in MAY_BE_0 else 1
             if not least <= value < math.inf:
                 raise ConfigError(f"{name} is {value!r}; give a number of at least {least}")
         if self.num_micro_batches > MAX_MICRO_BATCHES:
@@ -71,7 +78,11 @@ class Deployment:
             raise ConfigError(f"max_num_batched_tokens is {most}; a slot has {self.link.slot_rows} rows")
         if self.is_colocated and (self.num_attention, self.num_expert) != (1, 1):
             raise ConfigError("a colocated instance is one worker with both roles; leave the numbers of workers out")
-        place_evenly(self.num_experts, self.num_expert)
+        self._placed()
+
+    def _placed(self) -> Placement:
+        placed = place_with_replicas(self.num_experts, self.num_expert, self.expert_redundancy, self.redundant_experts)
+        return self.placement or placed
 
     @property
     def plan(self) -> InstancePlan:
@@ -80,7 +91,7 @@ class Deployment:
             num_attention=self.num_attention,
             num_expert=self.num_expert,
             is_colocated=self.is_colocated,
-            placement=place_evenly(self.num_experts, self.num_expert),
+            placement=self._placed(),
             limits=replace(
                 self.limits, max_num_batched_tokens=self.limits.max_num_batched_tokens or self.link.slot_rows
             ),

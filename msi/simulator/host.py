@@ -72,6 +72,7 @@ class SimulatedModel:
             link,
             self._device,
             num_layers=world.deployment.num_layers,
+            placement=ours.placement,
             costs=world.costs,
             routing=world.routing,
             chance=random.Random(f"{world.seed}/{ours.worker_id}/{ours.incarnation}"),

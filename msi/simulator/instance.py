@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from msi.attention.lanes import run_lane
@@ -18,12 +18,13 @@ from msi.experts.waves import Waves
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
+from msi.placement import place_evenly
 from msi.planner.pipeline import Stages
 from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts
 from msi.simulator.device import SimulatedDevice
 from msi.simulator.popularity import Draw
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
-from msi.types import MicroBatch, Sampled
+from msi.types import MicroBatch, Placement, Sampled
 
 MICRO_BATCH = MicroBatch((0,), (0,), (1,), (1,), ((0,),))
 PEER_TIMEOUT_S = 1e6  # virtual; a test that wants a loss causes it
@@ -127,6 +128,7 @@ class SimulatedAttentionWorker:
             self.link,
             instance.experts[0].compute.device if shape.is_colocated else SimulatedDevice(),
             num_layers=shape.num_layers,
+            placement=place_evenly(shape.num_experts, shape.num_experts),
             costs=instance,
             routing=instance,
             chance=instance.random,
@@ -250,7 +252,13 @@ class SimulatedInstance:
         jitter = self.shape.jitter
         return duration_s * self.random.uniform(1 - jitter, 1 + jitter) if jitter else duration_s
 
-    def draw(self, num_tokens: int, chance: random.Random) -> tuple[int, tuple[int, ...]]:
+    def view(self, placement: Placement, missing: Collection[int] = ()) -> int:
+        return 0
+
+    def chosen(self) -> list[float]:
+        return [1.0] * self.shape.num_experts
+
+    def draw(self, num_tokens: int, chance: random.Random, view: int = 0) -> tuple[int, tuple[int, ...]]:
         """One row for each expert node; none for some, when the shape has empty dispatches, but never none at all."""
         num_nodes = self.shape.num_experts
         rows = tuple(int(chance.random() >= self.shape.empty) for _ in range(num_nodes))

@@ -9,27 +9,59 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msi.errors import ConfigError
+from msi.kernels.turns import TURNS, Home, homes_of, in_turns, wheel_of, whose_turn
 from msi.types import Placement
 
+Counts = NDArray[np.integer]
+Floats = NDArray[np.float64]
 POOL_TOKENS = 1 << 16
-Draw = tuple[int, int]  # mark and tokens of one micro-batch
+Draw = tuple[int, int, int]  # mark, tokens of one micro-batch, and the view by which they were sent
 
 
 class Routing(Protocol):
-    """Choices of experts, the same for all layers; pure but for the randomness that is handed in."""
+    """Choices of experts, the same for all layers; pure but for the randomness that is handed in.
 
-    def draw(self, num_tokens: int, chance: random.Random) -> tuple[int, tuple[int, ...]]:
+    A *view* is a placement as an attention worker sees it, by number: the one that all begin with is 0.
+    """
+
+    def view(self, placement: Placement, missing: Collection[int] = ()) -> int:
+        """The number of this view; rows do not go to nodes that are missing where others have their experts."""
+
+    def chosen(self) -> list[float]:
+        """What share of tokens chooses each expert."""
+
+    def draw(self, num_tokens: int, chance: random.Random, view: int = 0) -> tuple[int, tuple[int, ...]]:
         """The mark of a draw for so many tokens, and the rows that each node gets: a token goes to a node once."""
 
     def load(self, node: int, draws: Iterable[Draw]) -> tuple[float, int]:
         """(token, expert) pairs of these draws on a node, and its experts that have at least one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Homes:
+    """Of each expert by node, what share of its rows goes there."""
+
+    share: Floats  # [num_nodes, num_experts]
+    homes: list[list[Home]]
+
+    @staticmethod
+    def of(placement: Placement, missing: Collection[int] = ()) -> _Homes:
+        homes = homes_of(placement.experts, placement.num_experts, missing, placement.shares)
+        share = np.zeros((placement.num_nodes, placement.num_experts))
+        for expert, of_one in enumerate(homes):
+            for home, turns in zip(of_one, in_turns([home.share for home in of_one]), strict=True):
+                share[home.node, expert] = turns / TURNS
+        return _Homes(share, homes)
 
 
 class ExpectedRouting:
@@ -37,32 +69,53 @@ class ExpectedRouting:
 
     def __init__(self, placement: Placement, top_k: int) -> None:
         self._num_experts = placement.num_experts
-        self._local = [len(placement.experts[node]) for node in range(placement.num_nodes)]
         self._top_k = top_k
-        self._rows: dict[int, tuple[int, ...]] = {}
-        self._loads: dict[tuple[int, int], tuple[float, int]] = {}
+        self._views: list[tuple[Placement, Collection[int]]] = []
+        self._shares: list[Floats] = []
+        self._rows: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._loads: dict[tuple[int, tuple[tuple[int, int], ...]], tuple[float, int]] = {}
+        self.view(placement)
 
-    def draw(self, num_tokens: int, chance: random.Random) -> tuple[int, tuple[int, ...]]:
-        rows = self._rows.get(num_tokens)
+    def view(self, placement: Placement, missing: Collection[int] = ()) -> int:
+        key = (placement, tuple(sorted(missing)))
+        if key not in self._views:
+            self._views.append(key)
+            self._shares.append(_Homes.of(placement, missing).share)
+        return self._views.index(key)
+
+    def chosen(self) -> list[float]:
+        return [self._top_k / self._num_experts] * self._num_experts
+
+    def draw(self, num_tokens: int, chance: random.Random, view: int = 0) -> tuple[int, tuple[int, ...]]:
+        rows = self._rows.get((num_tokens, view))
         if rows is None:
-            rows = self._rows[num_tokens] = tuple(
-                max(1, round(num_tokens * self._hit_share(local))) for local in self._local
-            )
+            local = self._shares[view].sum(axis=1).tolist()
+            rows = tuple(max(1, round(num_tokens * self._hit_share(one))) if one else 0 for one in local)
+            self._rows[num_tokens, view] = rows
         return 0, rows
 
     def load(self, node: int, draws: Iterable[Draw]) -> tuple[float, int]:
-        num_tokens = sum(tokens for _, tokens in draws)
-        load = self._loads.get((node, num_tokens))
+        tokens = Counter[int]()
+        for _, num_tokens, view in draws:
+            tokens[view] += num_tokens
+        key = (node, tuple(sorted(tokens.items())))
+        load = self._loads.get(key)
         if load is None:
-            local, share = self._local[node], self._top_k / self._num_experts
-            active = local * (1 - (1 - share) ** num_tokens)
-            load = self._loads[node, num_tokens] = (num_tokens * local * share, max(1, round(active)))
+            chosen = self._top_k / self._num_experts
+            pairs, missed = 0.0, np.ones(self._num_experts)
+            for view, num_tokens in tokens.items():
+                share = self._shares[view][node] * chosen
+                pairs += num_tokens * float(share.sum())
+                missed *= (1 - share) ** num_tokens
+            load = self._loads[key] = (pairs, max(1, round(float((1 - missed).sum()))))
         return load
 
-    def _hit_share(self, num_local: int) -> float:
-        """Share of tokens with at least one of their k experts among a node's."""
-        others = self._num_experts - num_local
-        return 1 - math.comb(others, self._top_k) / math.comb(self._num_experts, self._top_k)
+    def _hit_share(self, num_local: float) -> float:
+        """Share of tokens with at least one of their k experts among a node's; of shared ones, a part each."""
+        missed = 1.0
+        for chosen in range(self._top_k):
+            missed *= max(0.0, 1 - num_local / (self._num_experts - chosen))
+        return 1 - missed
 
 
 class DrawnRouting:
@@ -81,27 +134,58 @@ class DrawnRouting:
             logits = np.log(np.asarray(weights, dtype=np.float64))
         # the k largest of log weight + Gumbel noise are k successive choices without replacement
         noisy = logits + generator.gumbel(size=(POOL_TOKENS + most_tokens, len(weights)))
-        chosen = np.argpartition(-noisy, top_k - 1, axis=1)[:, :top_k]
-        has = np.zeros(noisy.shape, dtype=np.int32)
-        np.put_along_axis(has, chosen, 1, axis=1)
-        nodes = range(placement.num_nodes)
-        on_node = [has[:, list(placement.experts[node])] for node in nodes]
-        hits = np.stack([counts.any(axis=1) for counts in on_node], axis=1).astype(np.int32)
-        self._rows_before = _before(hits)  # [tokens + 1, num_nodes]
-        self._pairs_before = [_before(counts) for counts in on_node]  # by node: [tokens + 1, its experts]
+        self._chosen = np.argpartition(-noisy, top_k - 1, axis=1)[:, :top_k]
+        self._views: list[tuple[Placement, Collection[int]]] = []
+        self._rows_before: list[Counts] = []  # by view: [tokens + 1, num_nodes]
+        self._pairs_before: list[list[Counts]] = []  # by view and node: [tokens + 1, num_experts or those of the node]
+        self._experts: list[list[Counts]] = []  # by view and node, those of the columns
+        self._num_experts = len(weights)
+        self.view(placement)
 
-    def draw(self, num_tokens: int, chance: random.Random) -> tuple[int, tuple[int, ...]]:
+    def view(self, placement: Placement, missing: Collection[int] = ()) -> int:
+        key = (placement, tuple(sorted(missing)))
+        if key not in self._views:
+            self._views.append(key)
+            self._add(placement, missing)
+        return self._views.index(key)
+
+    def _add(self, placement: Placement, missing: Collection[int]) -> None:
+        homes = _Homes.of(placement, missing).homes
+        wheels = np.array([wheel_of(in_turns([home.share for home in of_one])) for of_one in homes])
+        nodes = np.array(
+            [[of_one[replica].node for replica in wheel] for of_one, wheel in zip(homes, wheels, strict=True)]
+        )
+        turns = whose_turn(self._chosen, np.arange(len(self._chosen)), nodes)  # the node of each pair
+        tokens = np.arange(len(self._chosen))[:, None]
+        hits, pairs_before = [], []
+        experts: list[Counts] = []
+        for node in range(placement.num_nodes):
+            held = np.array(sorted(placement.held_by(node)), dtype=np.int64)
+            has = np.zeros((len(self._chosen), self._num_experts), np.int32)
+            has[np.broadcast_to(tokens, turns.shape)[turns == node], self._chosen[turns == node]] = 1
+            hits.append((turns == node).any(axis=1))
+            pairs_before.append(_before(has[:, held]))
+            experts.append(held)
+        self._rows_before.append(_before(np.stack(hits, axis=1).astype(np.int32)))
+        self._pairs_before.append(pairs_before)
+        self._experts.append(experts)
+
+    def chosen(self) -> list[float]:
+        counts = np.bincount(self._chosen.ravel(), minlength=self._num_experts)
+        shares: list[float] = (counts / len(self._chosen)).tolist()
+        return shares
+
+    def draw(self, num_tokens: int, chance: random.Random, view: int = 0) -> tuple[int, tuple[int, ...]]:
         mark = int(chance.random() * POOL_TOKENS)
-        before = self._rows_before
+        before = self._rows_before[view]
         return mark, tuple((before[mark + num_tokens] - before[mark]).tolist())
 
     def load(self, node: int, draws: Iterable[Draw]) -> tuple[float, int]:
-        before = self._pairs_before[node]
-        pairs = before[0]
-        for mark, tokens in draws:
-            pairs = pairs + (before[mark + tokens] - before[mark])
-        by_expert = pairs.tolist()
-        return float(sum(by_expert)), sum(map(bool, by_expert))
+        pairs = np.zeros(self._num_experts, np.int64)
+        for mark, tokens, view in draws:
+            before = self._pairs_before[view][node]
+            pairs[self._experts[view][node]] += before[mark + tokens] - before[mark]
+        return float(pairs.sum()), int(np.count_nonzero(pairs))
 
 
 def _before(counts: np.ndarray) -> np.ndarray:
@@ -122,7 +206,6 @@ def build_routing(
         ConfigError: says what is allowed.
     """
     num_experts = placement.num_experts
-    assert not placement.has_replicas, "which of its nodes an expert's rows go to is not simulated yet"
     if popularity == "uniform":
         return ExpectedRouting(placement, top_k)
     weights = _weights(popularity, num_experts)
