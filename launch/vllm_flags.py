@@ -144,7 +144,6 @@ FOREIGN = (
     *_values("--preemption-mode", neutral=("recompute",), instead="is not built: what is preempted is computed again"),
     *_switches("--enable-sleep-mode", instead="is not built: end the server, and start it again"),
     # -- kernels and compilation: the same tokens, however they are computed
-    *_switches("--enforce-eager", "--no-enforce-eager"),
     ForeignFlag(("--compilation-config", "-cc"), ANY, ""),
     ForeignFlag(("--optimization-level", "-O"), ANY, ""),
     *_values("--max-seq-len-to-capture", "--cuda-graph-sizes", "--cudagraph-capture-sizes",

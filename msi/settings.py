@@ -142,6 +142,12 @@ class HostOptions:
         "Triton is installed)",
         metavar="K", group=MODEL_AND_WORKERS, choices=("auto", "triton", "plain"),
     )  # fmt: skip
+    enforce_eager: bool = parameter(
+        True,
+        "launch attention kernel by kernel; with --no-enforce-eager, decoding replays captured graphs, which no GPU has "
+        "run yet",
+        group=MODEL_AND_WORKERS,
+    )
     gpu_memory_utilization: Annotated[float, (0.0, 1.0)] = parameter(
         0.9, "share of free memory (on a CPU: of free RAM) for KV cache", metavar="F", group=LIMITS
     )

@@ -2,7 +2,8 @@
 """What decode passes cost the host of a GPU whose lanes are streams, over a driver that does nothing.
 
 Each lane's queue is kept a few layers ahead by the real `LaneQueues` on the real `StreamDevice`: per layer a wait, a
-program between two events (as a captured graph is: one call that launches nothing here), a signal, the loop's sight of
+program between two events (the replay of a captured graph by the real `LaneGraphs`: one call that launches nothing
+here; with `--gates` an empty program), a signal, the loop's sight of
 it, and the gate. The pass is laid out by the real `PassInputs`. Left out: what operators of torch cost where no graph
 was captured, the links' posts (tools/bench_links.py), the coordinator's messages, what the driver itself takes.
 
@@ -20,6 +21,10 @@ import time
 import tracemalloc
 from functools import partial
 
+import torch
+
+from msi.attention.forward import PassState
+from msi.attention.graphs import AlikePasses, LaneGraphs
 from msi.attention.launching import LanePrograms, LaneQueues
 from msi.attention.pass_inputs import PassInputs
 from msi.device.compute_thread import Program
@@ -27,6 +32,7 @@ from msi.device.fake.nothing import NothingDriver
 from msi.device.stream_device import StreamDevice
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.plain import PlainKernels
+from msi.kernels.replicas import PlacementTables
 from msi.meter import StageMeter
 from msi.types import MicroBatch, TokenSampling
 
@@ -49,7 +55,7 @@ async def measure(
     sequences: int, layers: int, lanes: int, steps: int, passes: int, gates: bool = False
 ) -> dict[str, float]:
     driver = NothingDriver()
-    device = StreamDevice(driver, PlainKernels(driver.device), gates)
+    device = StreamDevice(driver, PlainKernels(driver.device), gates, uses_graphs=True)
     bench = _Bench(device, layers, lanes, sequences)
     for _ in range(5):
         await bench.step()
@@ -80,6 +86,9 @@ class _Bench:
         self.layers, self.lanes = layers, range(lanes)
         self._inputs = [PassInputs(device.upload) for _ in self.lanes]
         self._batch = _micro_batch(sequences)
+        graphs = device.graphs
+        self._graphs = [None if graphs is None else LaneGraphs(graphs, sequences) for _ in self.lanes]
+        self._alike = [_alike(self._batch, self._inputs[lane]) for lane in self.lanes]
         programs = [
             LanePrograms(
                 [
@@ -122,9 +131,18 @@ class _Bench:
     def _layer(self, lane: int, layer: int) -> None:
         if layer == 0:
             self._inputs[lane].lay_out(self._batch)
+        if (graphs := self._graphs[lane]) is not None:
+            graphs.run(self._alike[lane], layer, (), lambda: None)
 
     def _failed(self, error: Exception) -> None:
         raise error
+
+
+def _alike(batch: MicroBatch, inputs: PassInputs) -> AlikePasses:
+    """What graphs are captured of, without a model."""
+    nothing = torch.empty(0)
+    state = PassState(batch, *inputs.lay_out(batch), PlacementTables(nothing, nothing, 1), nothing, [])
+    return AlikePasses(state, set(), {})
 
 
 def _micro_batch(sequences: int) -> MicroBatch:

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class PassState:
         turn: whose rows were packed last; -1 before the first.
         routed: those rows' hidden states, weights and ids of experts, to pack them again from.
         masks: of rows that are held to a grammar; None where there are none.
+        is_filler: bool [num_tokens], of rows that are nobody's and go to no expert; None where there are none.
     """
 
     micro_batch: MicroBatch
@@ -60,6 +62,7 @@ class PassState:
     turn: int = -1
     routed: tuple[Tensor, Tensor, Tensor] | None = None
     masks: Future[Masks] | None = None
+    is_filler: Tensor | None = None
 
 
 class Forward:
@@ -102,22 +105,33 @@ class Forward:
         inputs: PassTensors,
         host_inputs: PassTensors,
         tables: PlacementTables | None = None,
+        num_fillers: int | None = None,
     ) -> PassState:
         """Embeds the tokens and makes ready what all layers read.
 
         Args:
             host_inputs: `inputs` in host memory.
             tables: where the pass's rows go; by default as is used now.
+            num_fillers: how many of the last rows are nobody's, of a pass that graphs are captured of: all but its
+                tensors' values follows from its inputs' shapes.
         """
         self._kv_cache.clear(inputs.begun_blocks)
+        tables, is_filler = tables or self.tables, None
+        # the residual stream is in what is computed in, which the table may not be held in
+        hidden = self._weights.embed.index_select(0, inputs.token_ids).to(self._weights.final_norm.weight.dtype)
+        if num_fillers is not None:
+            tables = tables.with_nobody()
+            num_rows = len(inputs.token_ids)
+            is_filler = self._upload(torch.from_numpy(np.arange(num_rows) >= num_rows - num_fillers))
+            hidden.masked_fill_(is_filler[:, None], 0.0)  # so nothing of theirs is ever broken
         return PassState(
             micro_batch,
             inputs,
             host_inputs,
-            tables or self.tables,
-            # the residual stream is in what is computed in, which the table may not be held in
-            hidden=self._weights.embed.index_select(0, inputs.token_ids).to(self._weights.final_norm.weight.dtype),
-            plans=[view.plan(inputs, host_inputs) for view in self._views],
+            tables,
+            hidden=hidden,
+            plans=[view.plan(inputs, host_inputs, num_fillers is not None) for view in self._views],
+            is_filler=is_filler,
         )
 
     def route_and_pack(self, state: PassState, turn: int, answers: Tensor, outboxes: Outboxes) -> None:
@@ -128,20 +142,26 @@ class Forward:
         assert weights.route is not None, f"layer {layer} has no router"
         topk_weights, topk_ids = weights.route(normed)
         state.turn, state.routed = turn, (normed, topk_weights, topk_ids)
-        self._pack(state, outboxes)
+        self._pack(state, state.tables, outboxes)
         if self.has_shared:
             state.normed = normed
 
     def pack_again(self, state: PassState, tables: PlacementTables, outboxes: Outboxes) -> None:
         """The rows of the turn that is away, and those of later turns, go where `tables` say."""
-        state.tables = tables
-        self._pack(state, outboxes)
+        if state.is_filler is None:
+            state.tables = tables
+            self._pack(state, tables, outboxes)
+            return
+        state.tables = tables.with_nobody()  # which graphs do not know: they are captured anew
+        self._pack(state, state.tables, outboxes)
 
-    def _pack(self, state: PassState, outboxes: Outboxes) -> None:
+    def _pack(self, state: PassState, tables: PlacementTables, outboxes: Outboxes) -> None:
         assert state.routed is not None, "no turn was computed"
         normed, topk_weights, topk_ids = state.routed
-        tables = state.tables
         replicas = topk_ids if tables.most_replicas == 1 else choose_replicas(topk_ids, tables)
+        if state.is_filler is not None:
+            nobody = tables.local_ids.shape[1] - 1
+            replicas = torch.where(state.is_filler[:, None], nobody, replicas)
         state.sent = self._kernels.pack(normed, topk_weights, replicas, tables.local_ids, outboxes)
 
     def shared_experts(self, state: PassState, turn: int) -> None:
@@ -211,10 +231,11 @@ class Forward:
         """Why sequences of the micro-batch cannot go on, by index; those whose values are not finite, too."""
         batch = state.micro_batch
         sequence_of = state.host_inputs.sequence_of.tolist()
+        num_rows = batch.num_tokens  # and fillers behind them
         failures = {sequence_of[batch.logit_rows[row]]: reason for row, reason in by_logit_row.items()}
         damaged = ~self._weights.embed.index_select(0, state.inputs.token_ids).isfinite().all(dim=-1)
-        for row in (~state.hidden.isfinite().all(dim=-1)).nonzero().flatten().tolist():
+        for row in (~state.hidden[:num_rows].isfinite().all(dim=-1)).nonzero().flatten().tolist():
             failures[sequence_of[row]] = NOT_FINITE
-        for row in damaged.nonzero().flatten().tolist():
+        for row in damaged[:num_rows].nonzero().flatten().tolist():
             failures[sequence_of[row]] = f"{NOT_FINITE}: the weights of token {batch.token_ids[row]} are damaged"
         return failures

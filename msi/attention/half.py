@@ -10,6 +10,7 @@ programs on the device; the others only enqueue. Knows no arithmetic, sockets or
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from functools import partial
 import torch
 
 from msi.attention.forward import Forward, PassState
+from msi.attention.graphs import AlikePasses, LaneGraphs, filled_up
 from msi.attention.kv_cache import KvCache
 from msi.attention.launching import LanePrograms, LaneQueues
 from msi.attention.masks import MaskMaker, Masks
@@ -41,6 +43,7 @@ class _InFlight:
     """What one lane has in flight; touched by the device's work alone."""
 
     state: PassState
+    alike: AlikePasses | None = None  # where it runs as graphs
     error: Exception | None = None  # of a computation whose turn may have been over before
 
 
@@ -92,6 +95,8 @@ class AttentionHalf:
         lanes = range(dispatch_layout.num_lanes)
         self._masks = MaskMaker(config.vocab_size)
         self._inputs = [PassInputs(device.upload) for _ in lanes]
+        graphs, max_rows = device.graphs, dispatch_layout.slot_rows
+        self._graphs = [None if graphs is None else LaneGraphs(graphs, max_rows) for _ in lanes]
         self._launched: list[deque[_Launched]] = [deque() for _ in lanes]  # passes whose first layer has not run yet
         self._current: list[_Launched | None] = [None for _ in lanes]
         self._lanes: list[_InFlight | None] = [None for _ in lanes]
@@ -219,18 +224,36 @@ class AttentionHalf:
     # -- work --------------------------------------------------------------------------------------------------------
 
     def _begin(self, lane: int, launched: _Launched) -> None:
-        inputs, host_inputs = self._inputs[lane].lay_out(launched.micro_batch)
-        state = self.forward.begin(launched.micro_batch, inputs, host_inputs, launched.tables)
+        batch, tables, graphs, alike = launched.micro_batch, launched.tables, self._graphs[lane], None
+        bucket = None if graphs is None else graphs.bucket_of(batch)
+        if graphs is None or bucket is None:
+            state = self.forward.begin(batch, *self._inputs[lane].lay_out(batch), tables)
+        else:
+            inputs = self._inputs[lane].lay_out(filled_up(batch, bucket), bucket.num_blocks)
+            begun = self.forward.begin(batch, *inputs, tables, bucket.num_seqs - batch.num_tokens)
+            alike = graphs.begin(bucket, begun)
+            state = alike.state
         state.masks = launched.masks
-        self._lanes[lane] = _InFlight(state)
+        self._lanes[lane] = _InFlight(state, alike)
 
     def _turn(self, lane: int, layer: int) -> None:
-        self.forward.route_and_pack(self._state(lane), layer, self._answers[lane], self._outboxes[lane])
+        state, outboxes = self._state(lane), self._outboxes[lane]
+        work = partial(self.forward.route_and_pack, state, layer, self._answers[lane], outboxes)
+        self._run(lane, ("layer", layer), (*outboxes.rows, state.tables), work)
+
+    def _run(self, lane: int, part: object, outside: tuple[object, ...], work: Callable[[], None]) -> None:
+        in_flight, graphs = self._lanes[lane], self._graphs[lane]
+        assert in_flight is not None, f"lane {lane} has not begun"
+        if graphs is None or in_flight.alike is None:
+            work()
+        else:
+            graphs.run(in_flight.alike, part, outside, work)
 
     def _shared(self, lane: int, layer: int) -> None:
         in_flight = self._lanes[lane]
         assert in_flight is not None, f"lane {lane} has not begun"
-        self.forward.shared_experts(in_flight.state, layer)
+        work = partial(self.forward.shared_experts, in_flight.state, layer)
+        self._run(lane, ("shared", layer), (), work)
 
     def _state(self, lane: int) -> PassState:
         in_flight = self._lanes[lane]

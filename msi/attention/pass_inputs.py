@@ -28,8 +28,8 @@ class PassInputs:
         self._buffer = np.empty(1024, np.int32)
         self._block = torch.from_numpy(self._buffer)
 
-    def lay_out(self, batch: MicroBatch) -> tuple[PassTensors, PassTensors]:
-        """The device's, and the same in host memory."""
+    def lay_out(self, batch: MicroBatch, num_blocks: int = 0) -> tuple[PassTensors, PassTensors]:
+        """The device's, and the same in host memory; block tables are at least so wide."""
         tables = batch.block_tables
         fields = (batch.token_ids, batch.positions, batch.query_lens, batch.context_lens, batch.logit_rows)
         given = np.frombuffer(array("i", chain(*fields)), np.int32)
@@ -37,6 +37,8 @@ class PassInputs:
         positions, rest = given[num_tokens : 2 * num_tokens], given[2 * num_tokens :]
         query_lens, context_lens = rest[:num_seqs], rest[num_seqs : 2 * num_seqs]
         block_tables = _padded(tables, -(-context_lens // BLOCK_TOKENS))
+        if num_blocks > block_tables.shape[1]:
+            block_tables = np.pad(block_tables, ((0, 0), (0, num_blocks - block_tables.shape[1])))
         sequence_of = np.arange(num_seqs, dtype=np.int32)
         if num_tokens > num_seqs:
             sequence_of = sequence_of.repeat(query_lens)

@@ -44,7 +44,12 @@ def precision_on(device: OpenedDevice, asked: Precision, checkpoint: torch.dtype
 
 
 def open_device(
-    name: str, num_threads: int, poll_s: float = 0.0, cuda_queues: str = "streams", cuda_kernels: str = "auto"
+    name: str,
+    num_threads: int,
+    poll_s: float = 0.0,
+    cuda_queues: str = "streams",
+    cuda_kernels: str = "auto",
+    enforce_eager: bool = True,
 ) -> OpenedDevice:
     """The device of this process: "cpu", "cuda:N", or "cuda": that of torchrun's LOCAL_RANK, else the first.
 
@@ -54,6 +59,7 @@ def open_device(
         cuda_queues: of a GPU: "threads"; or "streams" or "gates", in whose place threads are taken where it has no
             such.
         cuda_kernels: of a GPU: "triton", "plain", or "auto": the former where it can work.
+        enforce_eager: of a GPU with streams: nothing is captured but the experts' waves.
 
     Raises:
         ConfigError: there is no such device here.
@@ -68,7 +74,7 @@ def open_device(
         prepare()
         if (reason := why_no_streams(number)) is None:
             driver = CudaDriver(number)
-            return StreamDevice(driver, kernels(driver.device), cuda_queues == "gates")
+            return StreamDevice(driver, kernels(driver.device), cuda_queues == "gates", not enforce_eager)
         log.warning("CUDA device %d has a thread for each lane in place of streams: %s", number, reason)
     return CudaDevice(index=number, kernels=kernels)
 

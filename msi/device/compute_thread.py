@@ -258,6 +258,11 @@ class ThreadedDevice:
         raise NotImplementedError
 
     @property
+    def graphs(self) -> None:
+        """Its threads launch everything piece by piece."""
+        return None
+
+    @property
     def poller(self) -> Poller | None:
         """The thread that may take completions for all queues; None where they do not share one."""
         return None

@@ -46,6 +46,13 @@ class Driver(Protocol):
             reads: it reads values of the device; all that was on the stream is through.
         """
 
+    def graph_memory(self) -> Any:
+        """As `msi.device.device.Graphs` says; so are the next two."""
+
+    def capture(self, memory: Any, work: Callable[[], object]) -> Any: ...
+
+    def replay(self, graph: Any) -> None: ...
+
     def wait(self, stream: Any, address: int, at_least: int) -> None:
         """What follows starts once the 32 bits at `address` are there, seen as `Words` says."""
 
@@ -155,6 +162,21 @@ class CudaDriver:
             torch.cuda.set_stream(stream)
             self._current = stream
         work()
+
+    def graph_memory(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, memory: Any, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(memory, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        return graph
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        graph.replay()
 
     def wait(self, stream: torch.cuda.Stream, address: int, at_least: int) -> None:
         (error,) = self._wait(self._handles[stream], address, at_least, 0)  # 0: cyclic greater or equal

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +14,34 @@ from msi.kernels.kernels import Kernels
 from msi.net.regions import Region
 
 
+class Graphs(Protocol):
+    """Work that is recorded once, and launched again by one call. All calls are made from within programs."""
+
+    def graph_memory(self) -> Any:
+        """For graphs that run one after another, in the order in which they are captured."""
+
+    def capture(self, memory: Any, work: Callable[[], object]) -> Any:
+        """A graph of what `work` launches, which does not run: from and to the memory that it names now. What it takes
+        anew is kept in `memory` for as long as anyone refers to it.
+
+        Raises:
+            RuntimeError: it cannot be recorded.
+        """
+
+    def replay(self, graph: Any) -> None:
+        """It runs when the program's queue comes to it."""
+
+
 class Device(QueueDevice[Program], Protocol):
     """Queues, and memory. Used from one event loop; programs run elsewhere and must not touch the loop."""
 
     @property
     def kernels(self) -> Kernels:
         """What it computes with."""
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """None where work is launched piece by piece."""
 
     def compute_dtype(self, wanted: torch.dtype) -> torch.dtype:
         """The dtype to hold and compute weights in, for a checkpoint of dtype `wanted`."""

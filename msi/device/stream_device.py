@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from msi.device.cuda_driver import DeviceLost, Driver
+from msi.device.device import Graphs
 from msi.device.queues import Changed
 from msi.device.stream_words import StreamWords
 from msi.device.streams import StreamQueue, Streams
@@ -28,12 +29,14 @@ class StreamDevice:
         driver: of the device; closed with it.
         kernels: that launch what they compute, and read no values.
         gates: as `Streams` says.
+        uses_graphs: programs may capture graphs; not with gates, as nobody knows what a driver waits for meanwhile.
     """
 
-    def __init__(self, driver: Driver, kernels: Kernels, gates: bool = False) -> None:
+    def __init__(self, driver: Driver, kernels: Kernels, gates: bool = False, uses_graphs: bool = False) -> None:
         driver.enter()
         self.kernels = kernels
         self._driver = driver
+        self.graphs: Graphs | None = driver if uses_graphs and not gates else None
         self._streams = Streams(driver, gates)
         self._mapped: list[memoryview] = []
 

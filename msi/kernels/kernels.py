@@ -110,8 +110,20 @@ class Kernels(Protocol):
     def rope_table(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float) -> Any:
         """What `rope_and_write` wants of a pass's positions."""
 
-    def plan_attention(self, inputs: PassTensors, host: PassTensors, shape: AttentionShape, dtype: torch.dtype) -> Any:
-        """What every layer's attention reads of a pass, from what the host knows of it; `inputs`: on the device."""
+    def plan_attention(
+        self,
+        inputs: PassTensors,
+        host: PassTensors,
+        shape: AttentionShape,
+        dtype: torch.dtype,
+        is_fixed: bool = False,
+    ) -> Any:
+        """What every layer's attention reads of a pass, from what the host knows of it.
+
+        Args:
+            inputs: on the device.
+            is_fixed: all but the tensors' values follows from the inputs' shapes; of sequences with one token each.
+        """
 
     def rope_and_write(self, heads: Tensor, num_q: int, rope: Any, layer_cache: Tensor, plan: Any) -> None:
         """Of heads [num_tokens, num_q + 2 num_kv, head_dim], rotates queries in place; rotated keys, and values, go to

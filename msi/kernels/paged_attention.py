@@ -70,10 +70,20 @@ class AttentionPlan:
 
 
 def plan_attention(
-    host: PassTensors, sliding_window: int | None, dtype: torch.dtype, device: torch.device
+    host: PassTensors, sliding_window: int | None, dtype: torch.dtype, device: torch.device, is_fixed: bool = False
 ) -> AttentionPlan:
-    """From what the host knows of a pass, for a device."""
+    """From what the host knows of a pass, for a device.
+
+    Args:
+        is_fixed: as `msi.kernels.kernels.Kernels.plan_attention` says: one group, and whole block tables.
+    """
     rows = kv_rows(host.slot_mapping).to(device)
+    if is_fixed:
+        contexts, tables = host.context_lens.numpy(), host.block_tables.numpy()
+        num_blocks = np.full_like(contexts, tables.shape[1])
+        first = np.zeros_like(contexts)
+        group = _group(1, None, contexts, tables, first, num_blocks, sliding_window, dtype, device)
+        return AttentionPlan(rows, [group])
     return AttentionPlan(rows, group_sequences(host, sliding_window, dtype, device))
 
 

@@ -63,9 +63,14 @@ class PlainKernels:
         return rope_table(positions, frequencies, dtype, scale)
 
     def plan_attention(
-        self, inputs: PassTensors, host: PassTensors, shape: AttentionShape, dtype: torch.dtype
+        self,
+        inputs: PassTensors,
+        host: PassTensors,
+        shape: AttentionShape,
+        dtype: torch.dtype,
+        is_fixed: bool = False,
     ) -> AttentionPlan:
-        return plan_attention(host, shape.sliding_window, dtype, self.device)
+        return plan_attention(host, shape.sliding_window, dtype, self.device, is_fixed)
 
     def rope_and_write(
         self, heads: Tensor, num_q: int, rope: RopeTable, layer_cache: Tensor, plan: AttentionPlan

@@ -54,6 +54,11 @@ class PlacementTables:
         wheels = torch.tensor([wheel_of(in_turns([home.share for home in its_homes])) for its_homes in homes])
         return PlacementTables(upload(local_ids), upload(wheels), most)
 
+    def with_nobody(self) -> PlacementTables:
+        """With one replica more, the last, that no node has."""
+        nobody = self.local_ids.new_full((self.local_ids.shape[0], 1), -1)
+        return PlacementTables(torch.cat((self.local_ids, nobody), dim=1), self.num_replicas, self.most_replicas)
+
 
 def choose_replicas(topk_ids: Tensor, tables: PlacementTables) -> Tensor:
     """The replica of each expert of each row: int64 [num_tokens, k] of topk_ids int64 [num_tokens, k]."""

@@ -20,8 +20,13 @@ from msi.kernels.pass_tensors import PassTensors
 class PassView(Protocol):
     """How layers see a pass."""
 
-    def plan(self, inputs: PassTensors, host: PassTensors) -> Any:
-        """What every layer of this view reads of a pass; only they know what is in it. `host`: `inputs` there."""
+    def plan(self, inputs: PassTensors, host: PassTensors, is_fixed: bool = False) -> Any:
+        """What every layer of this view reads of a pass; only they know what is in it.
+
+        Args:
+            host: `inputs` there.
+            is_fixed: as `msi.kernels.kernels.Kernels.plan_attention` says.
+        """
 
 
 class Attend(Protocol):
@@ -51,10 +56,10 @@ class GroupedQueryView:
     shape: AttentionShape
     dtype: torch.dtype
 
-    def plan(self, inputs: PassTensors, host: PassTensors) -> tuple[Any, Any]:
+    def plan(self, inputs: PassTensors, host: PassTensors, is_fixed: bool = False) -> tuple[Any, Any]:
         """The rotary table, and attention's plan."""
         rope = self.kernels.rope_table(inputs.positions, self.frequencies, self.dtype, self.rope_scale)
-        return rope, self.kernels.plan_attention(inputs, host, self.shape, self.dtype)
+        return rope, self.kernels.plan_attention(inputs, host, self.shape, self.dtype, is_fixed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,12 @@ class TorchHost:
         """What this worker computes on. Raises ConfigError."""
         host = self._settings.host
         return open_device(
-            host.device, self._settings.num_threads, host.poll_us / 1e6, host.cuda_queues, host.cuda_kernels
+            host.device,
+            self._settings.num_threads,
+            host.poll_us / 1e6,
+            host.cuda_queues,
+            host.cuda_kernels,
+            host.enforce_eager,
         )
 
     def use_tracer(self, tracer: Spans | None) -> None:

@@ -23,4 +23,5 @@ DEFAULT = Way()  # streams and Triton's kernels
 PLAIN = Way("-plain", ", threads and torch's operators", {"cuda_queues": "threads", "cuda_kernels": "plain"})
 THREADS = Way("-threads", ", threads", {"cuda_queues": "threads"})
 OPERATORS = Way("-operators", ", torch's operators", {"cuda_kernels": "plain"})
-WAYS = (DEFAULT, PLAIN, THREADS, OPERATORS)
+GRAPHS = Way("-graphs", ", captured graphs", {"enforce_eager": False})
+WAYS = (DEFAULT, PLAIN, THREADS, OPERATORS, GRAPHS)

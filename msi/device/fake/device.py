@@ -138,6 +138,7 @@ class FakeDevice:
         self.memory = DeviceMemory(world.chance)
         self.words = FakeWords(world.poke)
         self.kernels = FakeKernels(self.upload, self.zeros)
+        self.graphs = None  # everything is launched piece by piece
         self.busy_s = 0.0
         self.num_flushes = 0
         self.tracer: Spans | None = None

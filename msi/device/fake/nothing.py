@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from functools import lru_cache
 
-from msi.device.fake.streams import APART, FakeEvent, FakeStream, FakeStreams
+from msi.device.fake.streams import APART, FakeEvent, FakeGraph, FakeStream, FakeStreams
 
 
 class NothingDriver(FakeStreams):
@@ -18,13 +18,20 @@ class NothingDriver(FakeStreams):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = {"wait": 0, "write": 0, "record": 0, "launch": 0}
+        self.calls = {"wait": 0, "write": 0, "record": 0, "launch": 0, "replay": 0}
 
     def enter(self) -> None: ...
 
     def launch(self, stream: FakeStream, work: Callable[[], object], reads: bool = False) -> None:
         self.calls["launch"] += 1
         work()
+
+    def capture(self, memory: object, work: Callable[[], object]) -> FakeGraph:
+        work()
+        return []
+
+    def replay(self, graph: FakeGraph) -> None:
+        self.calls["replay"] += 1
 
     def wait(self, stream: FakeStream, address: int, at_least: int) -> None:
         self.calls["wait"] += 1

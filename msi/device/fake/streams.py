@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from msi.device.cuda_driver import DeviceLost, host_address
 from msi.device.fake.late import Late
@@ -25,6 +26,7 @@ LOOK_AGAIN_S = 2e-5
 _RANGE, _HALF = 1 << 32, 1 << 31
 
 Step = Callable[[], object]
+FakeGraph = list[Step]
 
 
 class FakeEvent:
@@ -48,7 +50,7 @@ class FakeStreams:
 
     def __init__(self, seed: int = 0) -> None:
         self.device = torch.device("cpu")
-        self.num_launched = 0
+        self.num_launched = self.num_replayed = 0
         self._chance = random.Random(seed)
         self._streams: list[FakeStream] = []
         self._mapped: dict[int, int] = {}
@@ -80,6 +82,19 @@ class FakeStreams:
     def call(self, work: Step) -> None:
         """Within what is launched: `work` is called when the stream comes to it."""
         self._mine.stream.steps.append((False, work))
+
+    def graph_memory(self) -> None: ...
+
+    def capture(self, memory: object, work: Callable[[], object]) -> FakeGraph:
+        """By the same operators on the same memory, however often it is replayed."""
+        graph: FakeGraph = []
+        with _disable_current_modes(), Late(graph.append, is_repeated=True):
+            work()
+        return graph
+
+    def replay(self, graph: FakeGraph) -> None:
+        self.num_replayed += 1
+        self._mine.stream.steps.extend((False, step) for step in graph)
 
     def wait(self, stream: FakeStream, address: int, at_least: int) -> None:
         word = self._word(address)

@@ -125,11 +125,13 @@ def plan_attention(
     split: Tiles,
     chunks: Tiles,
     upcast: bool = False,
+    is_fixed: bool = False,
 ) -> PagedPlan:
     """
     Args:
         inputs: on the device; `host` is the same in host memory.
         upload: numbers to the device; they are not touched any more.
+        is_fixed: as many items as there could be; the last belong to nobody.
     """
     query_lens, context_lens = (tensor.numpy().astype(np.int64) for tensor in (host.query_lens, host.context_lens))
     group = shape.num_heads // shape.num_kv_heads
@@ -140,6 +142,9 @@ def plan_attention(
     items, item_starts, part_starts, num_parts = _split(
         short, starts[short], query_lens[short], context_lens[short], shape, num_programs, split.keys
     )
+    if is_fixed:
+        assert not len(long), "sequences with many queries are not cut alike whatever their lengths"
+        items = np.pad(items, ((0, len(short) + num_programs - len(items)), (0, 0)))
     queries = chunks.rows // group
     chunk_items = _chunks(long, starts[long], query_lens[long], context_lens[long], shape, queries)
     block = np.concatenate((items.ravel(), chunk_items.ravel(), item_starts, part_starts)).astype(np.int32)

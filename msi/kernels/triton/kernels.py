@@ -71,7 +71,12 @@ class TritonKernels(PlainKernels):
         return rope.rope_table(positions, frequencies, scale)
 
     def plan_attention(  # type: ignore[override]
-        self, inputs: PassTensors, host: PassTensors, shape: AttentionShape, dtype: torch.dtype
+        self,
+        inputs: PassTensors,
+        host: PassTensors,
+        shape: AttentionShape,
+        dtype: torch.dtype,
+        is_fixed: bool = False,
     ) -> PagedPlan:
         return attention_plan.plan_attention(
             inputs,
@@ -81,6 +86,7 @@ class TritonKernels(PlainKernels):
             upload=self._upload,
             split=attention_plan.split_tiles(shape, dtype.itemsize),
             chunks=attention_plan.chunk_tiles(shape, dtype.itemsize, self._architecture),
+            is_fixed=is_fixed,
             upcast=self._is_interpreted and dtype is torch.bfloat16,  # whose products the interpreter gets wrong
         )
 

@@ -1,0 +1,191 @@
+"""Decode passes as captured graphs: replayed on memory that stays, by the real links, waves and roles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from msi.attention import graphs
+from msi.attention.forward import PassState
+from msi.attention.graphs import Bucket, LaneGraphs, bucket_of, filled_up
+from msi.device.fake.streams import FakeStreams
+from msi.device.stream_device import StreamDevice
+from msi.kernels.plain import PlainKernels
+from msi.kernels.replicas import PlacementTables
+from msi.types import MicroBatch
+from msi.worker.torch_host import TorchHost
+from tests.engine_in_tasks import engine_in_tasks
+from tests.everyday import SOME_FAMILIES, mostly_slow
+from tests.reference import references, save_tiny
+from tests.test_tokens import NUM_TOKENS, check_equal
+
+
+class GraphHost(TorchHost):
+    """The host of a real worker; `drivers`: of all that were opened."""
+
+    drivers: ClassVar[list[FakeStreams]] = []
+
+    def open_device(self):
+        self.drivers.append(FakeStreams())
+        return StreamDevice(self.drivers[-1], PlainKernels(torch.device("cpu")), uses_graphs=True)
+
+
+@pytest.fixture(autouse=True)
+def drivers(monkeypatch):
+    monkeypatch.setattr(GraphHost, "drivers", [])
+    return GraphHost.drivers
+
+
+@pytest.fixture(scope="module", params=SOME_FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    model = save_tiny(path, family=request.param)
+    return path, references(model, [1, 17, 64], NUM_TOKENS)
+
+
+def graph_engine(path, layout=(1, 1), micro_batches=1, **options):
+    return engine_in_tasks(
+        GraphHost, transport="inproc", model=path, attention_workers=layout[0], expert_workers=layout[1],
+        micro_batches=micro_batches, slot_rows=48, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "micro_batches"), mostly_slow([((1, 1), 1), ((2, 2), 2)]), ids=str)
+async def test_tokens_equal_transformers(checkpoint, drivers, layout, micro_batches):
+    path, expected = checkpoint
+    async with graph_engine(path, layout, micro_batches) as engine:
+        await check_equal(engine, expected, 0)
+    assert sum(driver.num_replayed for driver in drivers) > NUM_TOKENS, "most of what decodes is replayed"
+
+
+@pytest.mark.slow
+async def test_tokens_equal_transformers_colocated(checkpoint):
+    path, expected = checkpoint
+    async with graph_engine(path, (1, 0), colocated=True) as engine:
+        await check_equal(engine, expected, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_out", ["hidden", "plans"])
+async def test_an_input_that_is_not_copied_to_where_graphs_read_it_gives_other_tokens(left_out, tmp_path, monkeypatch):
+    expected = references(save_tiny(tmp_path, family="mixtral"), [17], NUM_TOKENS)
+    pairs = graphs._pairs
+    monkeypatch.setattr(graphs, "_pairs", lambda kept, new, name: () if name == left_out else pairs(kept, new, name))
+    async with graph_engine(tmp_path) as engine:
+        with pytest.raises(AssertionError, match="prompt of 17 tokens"):
+            await check_equal(engine, expected, 0)
+
+
+def decoding(*context_lens):
+    num_seqs = len(context_lens)
+    return MicroBatch(
+        token_ids=tuple(range(5, 5 + num_seqs)),
+        positions=tuple(length - 1 for length in context_lens),
+        query_lens=(1,) * num_seqs,
+        context_lens=context_lens,
+        block_tables=tuple((1 + number,) * 40 for number in range(num_seqs)),
+    )
+
+
+def test_passes_of_single_tokens_have_the_least_bucket_that_holds_them():
+    assert bucket_of(decoding(3), 512) == Bucket(1, 16)
+    assert bucket_of(decoding(3, 256, 5), 512) == Bucket(4, 16)
+    assert bucket_of(decoding(3, 257), 512) == Bucket(2, 32)
+    assert bucket_of(decoding(*(3,) * 33), 40) == Bucket(40, 16), "no more than a slot's rows"
+    assert bucket_of(decoding(*(3,) * 257), 512) is None
+    assert bucket_of(replace(decoding(3, 4), query_lens=(2,), context_lens=(4,)), 512) is None, "a chunk of a prompt"
+
+
+def test_what_is_missing_are_tokens_in_the_block_that_is_nobodys():
+    filled = filled_up(decoding(3, 4, 5), Bucket(4, 16))
+    assert filled.token_ids == (5, 6, 7, 0)
+    assert filled.positions == (2, 3, 4, 0)
+    assert filled.context_lens == (3, 4, 5, 1)
+    assert filled.block_tables[-1] == (0,)
+    assert filled_up(decoding(3, 4), Bucket(2, 16)) == decoding(3, 4)
+
+
+class Counted:
+    """Implements `msi.device.device.Graphs`: what is captured runs once; calls are counted."""
+
+    def __init__(self):
+        self.calls = []
+
+    def graph_memory(self):
+        return None
+
+    def capture(self, memory, work):
+        self.calls.append("captured")
+        work()
+        return work
+
+    def replay(self, graph):
+        self.calls.append("replayed")
+
+
+def state_of(num_seqs, value=0.0):
+    ints = torch.zeros(num_seqs, dtype=torch.int32)
+    tables = PlacementTables(torch.zeros(1, 3), torch.ones(2), 1)
+    hidden = torch.full((num_seqs, 4), value)
+    return PassState(decoding(*(3,) * num_seqs), None, None, tables, hidden, [(ints, 7)], is_filler=ints > 0)
+
+
+def test_a_part_runs_once_is_captured_and_then_replayed_until_memory_outside_is_another():
+    counted, rows = Counted(), object()
+    lane = LaneGraphs(counted, 512)
+    alike = lane.begin(Bucket(2, 16), state_of(2))
+    for _ in range(3):
+        lane.run(alike, "layer", (rows,), lambda: counted.calls.append("ran"))
+    assert counted.calls == ["ran", "captured", "ran", "replayed", "replayed"]
+    counted.calls.clear()
+    lane.run(alike, "layer", (object(),), lambda: counted.calls.append("ran"))
+    assert counted.calls == ["captured", "ran", "replayed"], "an outbox that is another is written, and not the old one"
+
+
+def test_what_a_part_read_of_another_graph_is_read_of_it_only():
+    counted = Counted()
+    lane = LaneGraphs(counted, 512)
+    alike = lane.begin(Bucket(2, 16), state_of(2))
+    for _ in range(3):
+        lane.run(alike, "layer", (), lambda: None)
+    alike.state.sent = torch.zeros(2)  # by a part that was captured anew
+    lane.run(alike, "layer", (), lambda: None)
+    assert counted.calls[-2:] == ["captured", "replayed"]
+
+
+def test_a_pass_goes_where_its_like_was_and_one_that_does_not_fit_has_graphs_of_its_own():
+    lane = LaneGraphs(Counted(), 512)
+    alike = lane.begin(Bucket(2, 16), state_of(2))
+    hidden = alike.state.hidden
+    assert lane.begin(Bucket(2, 16), state_of(2, 1.5)) is alike
+    assert alike.state.hidden is hidden
+    assert torch.equal(hidden, torch.full((2, 4), 1.5))
+    larger = lane.begin(Bucket(2, 16), state_of(3))
+    assert larger is not alike
+    other = state_of(3)
+    other.plans = [(other.plans[0][0], 8)]
+    with pytest.raises(ValueError, match=r"a pass's plans\[0\]\[1\] is 8, and its graphs know 7"):
+        graphs.refill(larger.state, other)
+
+
+def test_what_cannot_be_captured_is_launched_piece_by_piece():
+    class Refusing(Counted):
+        def capture(self, memory, work):
+            work()
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    lane = LaneGraphs(Refusing(), 512)
+    alike = lane.begin(Bucket(2, 16), state_of(2))
+    seen = []
+
+    def work():
+        seen.append(alike.state.turn)
+        alike.state.turn += 1
+
+    lane.run(alike, "layer", (), work)
+    lane.run(alike, "layer", (), work)
+    assert seen == [-1, 0, 0], "what a capture that failed has said is forgotten"
+    assert lane.bucket_of(decoding(3, 4)) is None
