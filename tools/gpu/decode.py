@@ -22,7 +22,7 @@ from tools.gpu.idle import Utilisation, profiled_idle
 from tools.gpu.report import Add, Row
 from tools.gpu.runner import Place
 from tools.gpu.shapes import Shape
-from tools.gpu.ways import DEFAULT, PLAIN, Way
+from tools.gpu.ways import DEFAULT, GRAPHS, PLAIN, Way
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {"colocated": True, "transport": "inproc"},
@@ -40,6 +40,7 @@ def sections_of(shape: Shape, small: Shape) -> dict[str, Any]:
         for way in (PLAIN, DEFAULT)
     }
     return sections | {
+        "colocated" + GRAPHS.ending: functools.partial(_ours, shape, small, "colocated", GRAPHS),
         "transformers": functools.partial(peers.generate, shape, small),
         "continuous": functools.partial(peers.generate_batch, shape, small),
     }
