@@ -8,6 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from msi.attention import graphs
+from msi.attention.pass_inputs import PassInputs
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.norm import layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
@@ -15,6 +17,7 @@ from msi.kernels.plain import PlainKernels
 from msi.kernels.rope import rope_frequencies
 from msi.kernels.triton import attention_plan, rows
 from msi.kernels.triton.kernels import TritonKernels
+from msi.types import MicroBatch
 from tests.everyday import mostly_slow
 from tests.kernels.device import DEVICE, EXACT, TOLERANCES
 from tests.test_kernels import inputs_of
@@ -47,7 +50,7 @@ def attend_exactly(query, kv, query_len, window):
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
 
 
-def check_attention(dtype, query_lens, context_lens, num_heads, num_kv, head_dim, window=None):
+def check_attention(dtype, query_lens, context_lens, num_heads, num_kv, head_dim, window=None, is_fixed=False):
     torch.manual_seed(0)
     tables = blocks_of(context_lens)
     cache = torch.full((sum(map(len, tables)) + 1, 2, BLOCK_TOKENS, num_kv, head_dim), NAN, dtype=dtype)
@@ -61,7 +64,7 @@ def check_attention(dtype, query_lens, context_lens, num_heads, num_kv, head_dim
     heads[:, :num_heads] = torch.randn(sum(query_lens), num_heads, head_dim).to(dtype)
     host = inputs_of(query_lens, context_lens, tables)
     shape = AttentionShape(num_heads, num_kv, head_dim, window)
-    plan = TRITON.plan_attention(on_device(host), host, shape, dtype)
+    plan = TRITON.plan_attention(on_device(host), host, shape, dtype, is_fixed)
     result = TRITON.paged_attention(heads.to(DEVICE)[:, :num_heads], cache.to(DEVICE), plan).cpu()
     row = 0
     for query_len, kv in zip(query_lens, kept, strict=True):
@@ -85,6 +88,26 @@ LENGTHS = {
 @pytest.mark.parametrize("window", [None, 7, 100])
 def test_attention_equals_float64_over_each_sequence_alone(lengths, window):
     check_attention(torch.float32, *lengths, 6, 2, 16, window)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_by_a_plan_whose_shapes_follow_from_the_number_of_sequences(window):
+    check_attention(torch.float32, [1] * 6, [1, 16, 17, 300, 777, 64], 6, 2, 16, window, is_fixed=True)
+
+
+def test_plans_of_fixed_shapes_differ_in_values_alone():
+    def refilled(context_lens):
+        positions, tables = tuple(length - 1 for length in context_lens), tuple(map(tuple, blocks_of([5008] * 3)))
+        batch = MicroBatch((5,) * 3, positions, (1,) * 3, tuple(context_lens), tables)
+        _, host = PassInputs(lambda tensor: tensor).lay_out(batch, 512)
+        plan = TRITON.plan_attention(on_device(host), host, AttentionShape(6, 2, 16), torch.float32, True)
+        return [one.shape for one, _ in graphs._pairs(plan, plan, "plan")], plan
+
+    shapes, kept = refilled([1, 1, 1])
+    for context_lens in ([900, 4, 70], [16, 17, 5000], [33, 33, 33]):
+        other_shapes, other = refilled(context_lens)
+        assert other_shapes == shapes
+        assert len(list(graphs._pairs(kept, other, "plan"))) == len(shapes)
 
 
 @pytest.mark.parametrize(
