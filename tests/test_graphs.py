@@ -62,13 +62,6 @@ async def test_tokens_equal_transformers(checkpoint, drivers, layout, micro_batc
 
 
 @pytest.mark.slow
-async def test_tokens_equal_transformers_colocated(checkpoint):
-    path, expected = checkpoint
-    async with graph_engine(path, (1, 0), colocated=True) as engine:
-        await check_equal(engine, expected, 0)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("left_out", ["hidden", "plans"])
 async def test_an_input_that_is_not_copied_to_where_graphs_read_it_gives_other_tokens(left_out, tmp_path, monkeypatch):
     expected = references(save_tiny(tmp_path, family="mixtral"), [17], NUM_TOKENS)
