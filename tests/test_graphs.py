@@ -18,7 +18,7 @@ from msi.kernels.replicas import PlacementTables
 from msi.types import MicroBatch
 from msi.worker.torch_host import TorchHost
 from tests.engine_in_tasks import engine_in_tasks
-from tests.everyday import SOME_FAMILIES, mostly_slow
+from tests.everyday import SOME_FAMILIES
 from tests.reference import references, save_tiny
 from tests.test_tokens import NUM_TOKENS, check_equal
 
@@ -53,7 +53,8 @@ def graph_engine(path, layout=(1, 1), micro_batches=1, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("layout", "micro_batches"), mostly_slow([((1, 1), 1), ((2, 2), 2)]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "micro_batches"), [((1, 1), 1), ((2, 2), 2)], ids=str)
 async def test_tokens_equal_transformers(checkpoint, drivers, layout, micro_batches):
     path, expected = checkpoint
     async with graph_engine(path, layout, micro_batches) as engine:
