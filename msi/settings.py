@@ -222,6 +222,7 @@ class Timeouts:
             them.
         heartbeat_s: between two heartbeats of a worker.
         lost_after_s: a worker that was not heard of for so long is lost.
+        hedge_after_ms: rows that a node has owed for so long, and for much longer than exchanges take, go to replicas.
         hold_timeout_s: requests that run wait so long for a worker in place of theirs, or for experts that are on none.
         coordinator_grace_s: workers, gateways and what runs wait so long for a coordinator in place of theirs.
     """
@@ -241,6 +242,11 @@ class Timeouts:
     reload_after_s: Seconds = parameter(
         5.0, "seconds after which the experts of a lost worker are loaded on others, where none of those has them",
         metavar="S", group=LIMITS,
+    )  # fmt: skip
+    hedge_after_ms: Annotated[int, range(10**7)] = parameter(
+        150, "milliseconds after which an answer may be late: its rows are sent to other expert workers that hold the "
+        "same experts (0: never)",
+        metavar="MS", group=LIMITS, name="hedge_after",
     )  # fmt: skip
     heartbeat_s: Seconds = 1.0
     lost_after_s: Seconds = 3.0

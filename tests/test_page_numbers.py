@@ -8,8 +8,8 @@ import tomllib
 import pytest
 
 from msi import __version__, structured_outputs
-from msi.control import request_routing, restarts, suspects
-from msi.net import secret
+from msi.control import overload, request_routing, restarts, suspects
+from msi.net import hedging, secret
 from msi.server import calls, completions, door, preparers, request_body
 from msi.server.parsing import writing
 from msi.simulator import workload
@@ -28,6 +28,11 @@ STANDS = [
     ("launch/README.md", r"counts as lost \((\d+)\)", OPTIONS.timeouts.peer_timeout_s),
     ("launch/README.md", r"when its attention worker is lost \((\d+)\)", OPTIONS.max_resumptions),
     ("launch/README.md", r"on no worker any more \((\d+)\)", OPTIONS.timeouts.hold_timeout_s),
+    ("launch/README.md", r"has owed for so long \((\d+)\)", OPTIONS.timeouts.hedge_after_ms),
+    ("launch/README.md", r"at most (\d+) % of all turns", 100 * hedging.SHARE),
+    ("launch/README.md", r"its rows go to the others for (\d+) s", hedging.FIRST_ASIDE_S),
+    ("launch/README.md", r"late again soon after, up to (\d+) s", hedging.MOST_ASIDE_S),
+    ("launch/README.md", r"later than (eight tenths) of it", {0.8: "eight tenths"}[overload.HEADROOM]),
     ("launch/README.md", r"plan's by more than F \(([\d.]+)\)", OPTIONS.plan_drift),
     ("launch/README.md", r"127\.0\.0\.1 and (\d+); port 0", LAUNCH.port),
     ("launch/README.md", r"have S seconds \((\d+)\)", LAUNCH.shutdown_timeout_s),

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""What streams notice of a local worker that is killed (SIGKILL): their longest pause, and whether a token changed.
+"""What streams notice of a local worker that is killed, or stopped for a while: pauses, changed tokens.
 
     tools/bench_losses.py --rounds 5
     tools/bench_losses.py --rounds 5 --worker expert-1 --redundancy 0
+    tools/bench_losses.py --rounds 5 --stop 1.5      # SIGSTOP, and SIGCONT so many seconds later
 
-Each round runs greedy streams on all workers, kills one in their midst, and then waits until all workers are there
-again. A pause is the longest time between two outputs of a stream from the kill on; beside it the longest before, when
-nothing was wrong. Streams are compared with those of a round without a kill.
+Each round runs greedy streams on all workers, kills or stops one in their midst, and then waits until all workers are
+there again. A pause is the longest time between two outputs of a stream from then on; beside it the longest before,
+when nothing was wrong. Streams are compared with those of a round in which nothing was done to any.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class Stream:
         return max(before, default=0.0), max(after, default=0.0)
 
 
-async def played(engine: Engine, num_streams: int, num_tokens: int, kill: str = "") -> tuple[list[Stream], float]:
-    """All streams to their end, and when `kill` was killed: a third of the way."""
+async def played(
+    engine: Engine, num_streams: int, num_tokens: int, kill: str = "", stop_s: float = 0.0
+) -> tuple[list[Stream], float]:
+    """All streams to their end, and when `kill` was killed, or stopped for `stop_s`: a third of the way."""
     streams = [Stream() for _ in range(num_streams)]
     running = asyncio.gather(*(one.run(engine, index, num_tokens) for index, one in enumerate(streams)))
     killed_at = 0.0
@@ -59,8 +62,13 @@ async def played(engine: Engine, num_streams: int, num_tokens: int, kill: str = 
         await asyncio.wait([running], timeout=0.01)
         if kill and not killed_at and min(len(one.token_ids) for one in streams) >= num_tokens // 3:
             killed_at = time.monotonic()
-            os.kill(engine.pids[kill], signal.SIGKILL)
+            pid = engine.pids[kill]
+            os.kill(pid, signal.SIGSTOP if stop_s else signal.SIGKILL)
+            if stop_s:
+                asyncio.get_running_loop().call_later(stop_s, os.kill, pid, signal.SIGCONT)
     await running
+    if kill:
+        await asyncio.sleep(stop_s)
     return streams, killed_at
 
 
@@ -78,6 +86,8 @@ async def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=600)
     parser.add_argument("--transport", default="shm")
+    parser.add_argument("--stop", type=float, default=0.0, help="seconds that it is stopped for instead")
+    parser.add_argument("--hedge-after", type=int, default=150, help="milliseconds; see msi-launch")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     before: list[float] = []
@@ -86,11 +96,14 @@ async def main() -> None:
     async with Engine.local(
         attention_workers=2, expert_workers=2, micro_batches=2, threads_per_worker=1,
         expert_redundancy=arguments.redundancy, transport=arguments.transport,
+        hedge_after=arguments.hedge_after,
     ) as engine:  # fmt: skip
         await played(engine, arguments.streams, 20)
         undisturbed, _ = await played(engine, arguments.streams, arguments.tokens)
         for _ in range(arguments.rounds):
-            streams, killed_at = await played(engine, arguments.streams, arguments.tokens, arguments.worker)
+            streams, killed_at = await played(
+                engine, arguments.streams, arguments.tokens, arguments.worker, arguments.stop
+            )
             for stream, expected in zip(streams, undisturbed, strict=True):
                 num_failed += bool(stream.failure)
                 num_changed += not stream.failure and stream.token_ids != expected.token_ids
@@ -105,13 +118,14 @@ async def main() -> None:
         "longest_pause_before_s": _tail(before),
         "longest_pause_after_s": _tail(after),
     }
+    what = f"stopped for {arguments.stop:g} s" if arguments.stop else "killed"
     if arguments.json:
         print(json.dumps(found))
         return
     print(
-        f"{arguments.worker} killed {arguments.rounds} times under {arguments.streams} streams, {arguments.transport}, "
+        f"{arguments.worker} {what} {arguments.rounds} times under {arguments.streams} streams, {arguments.transport}, "
         f"redundancy {arguments.redundancy}: {num_failed} failed, {num_changed} changed; longest pause of a stream "
-        f"{_words(after)}, before the kill {_words(before)}"
+        f"{_words(after)}, before that {_words(before)}"
     )
 
 

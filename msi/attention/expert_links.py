@@ -56,6 +56,8 @@ class ExpertLinks:
             clock=clock,
             missing=self._missing,
             hold_s=assignment.timeouts.hold_timeout_s,
+            hedge_after_s=assignment.timeouts.hedge_after_ms / 1000,
+            use_aside=self._use_nodes,
         )
         self.placement = assignment.placement
         self.link.use_placement(self.placement.version, self.placement.num_used_nodes)
@@ -114,7 +116,7 @@ class ExpertLinks:
             self.link.drop(node, "replaced")
             return False
         self._connected[node] = expert
-        half.use_nodes(tuple(self.link.nodes.missing))
+        self._use_nodes()
         self.link.look_again()
         self._say_if_changed()
         return True
@@ -127,9 +129,13 @@ class ExpertLinks:
             del self._wanted[node]
             ours = self._assignment
             self._report(PeerLost(ours.worker_id, ours.incarnation, expert.worker_id, expert.incarnation, reason))
-        if self._half is not None:
-            self._half.use_nodes(tuple(self.link.nodes.missing))
+        self._use_nodes()
         self._say_if_changed()
+
+    def _use_nodes(self) -> None:
+        """Rows that others can compute go neither to who is missing nor to who is set aside."""
+        if self._half is not None:
+            self._half.use_nodes(tuple(sorted({*self.link.nodes.missing, *self.link.late.hedging.aside})))
 
     def _say_if_changed(self) -> None:
         if self._was_complete != self.is_complete:

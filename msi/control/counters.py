@@ -29,6 +29,8 @@ class AttentionCounters:
     blocks, kv_blocks: KV blocks; those of sequences that are missing while none runs are `kv_blocks_lost`.
     prompt_tokens: of sequences that were admitted; `prefix_hit_tokens` of them were known.
     readmitted_tokens, readmission_hit_tokens: the same for sequences that were admitted again.
+    packed_again, hedges, hedges_cancelled: see `msi.net.turns.DispatchCounters`.
+    set_aside: how often expert workers were, as they were late or slow.
     dropped: immediates that were not used, by reason.
     """
 
@@ -37,6 +39,10 @@ class AttentionCounters:
     batch_contexts: Count = 0
     blocks: Count = 0
     posts: Count = 0
+    packed_again: Count = 0
+    hedges: Count = 0
+    hedges_cancelled: Count = 0
+    set_aside: Count = 0
     rows_sent: Count = 0
     answers: Count = 0
     attention_s: Measured = 0.0

@@ -7,7 +7,8 @@ wakes a coroutine. Whatever goes wrong, the gates open, and what is computed beh
 A pass keeps to the connections that it was begun with. When a node is lost that owes rows of a turn, the others'
 answers are awaited, and then the whole turn is packed again for the nodes that are there, and posted with the same
 sequence number and a higher *attempt*; the pass goes on with those. Where what is missing is nowhere else, it is
-*held*: until it is somewhere, or for `hold_s`. A lost node's seat is wiped once nobody reads what it had answered.
+*held*: until it is somewhere, or for `hold_s`. The same is done about a node that is late, where others hold what it
+does (`late_nodes`). A lost node's seat is wiped once nobody reads what it had answered.
 Rows themselves are written where they leave to the nodes and read from `landing` by whoever computes, on the thread
 that computes; that thread posts them, and takes the answers where the transport lets it. Everything else here happens
 on the event loop.
@@ -24,8 +25,9 @@ from dataclasses import replace
 
 from msi.errors import TransportError
 from msi.net.dispatch_nodes import DispatchNodes, Node, greet
+from msi.net.late_nodes import LateNodes
 from msi.net.link_hello import LinkHello
-from msi.net.passes import Gates, Pass
+from msi.net.passes import MAX_ATTEMPTS, Gates, Pass
 from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import SEQ_MASK, life_word, split_life_word
 from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Landed, Transport
@@ -35,7 +37,6 @@ IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it w
 
 WATCH_SHARE = 16  # of the time-out: how often turns are checked against it
 MOST_TURNS_MEANWHILE = SEQ_MASK // 2  # while a node connects: it is to tell the next one by an immediate's low bits
-MAX_ATTEMPTS = 255  # what a header holds
 ABSENCE_SHARE = 4  # of the time-out: who checks so late has been away, and everybody's time starts anew
 
 
@@ -53,8 +54,11 @@ class DispatchLink:
         watch: told of each exchange as it ends, on whatever thread took the answer.
         missing: what cannot be computed without these nodes, in words; "" where all can.
         hold_s: passes wait so long for what is missing; where 0, they fail as soon as a node is lost.
+        hedge_after_s: see `Hedging`.
+        use_aside: called when other nodes than before are to get no rows that others can compute.
 
     Attributes:
+        late: who is set aside.
         nodes: who is connected, and who is missing.
         turns: what is away, and what was counted and measured of it.
         placement_version: of hellos, and of passes that begin.
@@ -73,6 +77,8 @@ class DispatchLink:
         watch: Watch | None = None,
         missing: Callable[[Sequence[int]], str] = lambda nodes: f"nodes {list(nodes)}" if nodes else "",
         hold_s: float = 0.0,
+        hedge_after_s: float = 0.0,
+        use_aside: Callable[[], None] = lambda: None,
     ) -> None:
         self.layout = hello.dispatch_layout
         self.answer_layout = hello.combine_layout
@@ -94,6 +100,7 @@ class DispatchLink:
         self._watch_due = 0.0
         self._back_at = -math.inf
         self._turning = threading.Lock()  # held while a turn is posted or an answer taken, and while nodes come and go
+        self.late = LateNodes(self.nodes, self.turns, self._turning, self._try_again, hedge_after_s, use_aside, clock)
         self._acquire, self._release = self._turning.acquire, self._turning.release  # `with` costs twice as much
         self._thread = threading.get_ident()  # of the event loop
         transport.deliver(self._completed, self._landed)
@@ -140,6 +147,7 @@ class DispatchLink:
         with self._turning:
             self.nodes.remove(node, reason)
             short = self.turns.lose(node)  # whether it has answered or not, these turns are packed again
+        self.late.hedging.forget(index)
         node.endpoint.close()
         self._wipe()
         self._report_loss(index, node.welcome.worker_id, reason)
@@ -178,12 +186,17 @@ class DispatchLink:
             self._fail(lane, passing, self.nodes.first_loss())
             return
         with self._turning:
-            passing.is_short, passing.held_since, passing.since = False, None, self._clock()
-            passing.attempt += 1
-            passing.nodes, passing.life_word = self.nodes.connected, self._life_word
-            passing.num_counted = self._num_counted
+            passing.is_short, passing.held_since = False, None
+            self._try_again(passing)
         self.counters.packed_again += 1
         passing.gates.pack_again(lane, passing.turn)
+
+    def _try_again(self, passing: Pass) -> None:
+        """Its turn is about to be packed again. With the lock held."""
+        passing.since = self._clock()
+        passing.attempt += 1
+        passing.nodes, passing.life_word = self.nodes.connected, self._life_word
+        passing.num_counted = self._num_counted
 
     @property
     def _life_word(self) -> int:
@@ -371,6 +384,7 @@ class DispatchLink:
 
     def _watch_later(self) -> None:
         delay_s = self._timeout_s / WATCH_SHARE
+        delay_s = min(delay_s, self.late.look_every_s)
         self._watch_due = self._clock() + delay_s
         self._loop.call_later(delay_s, self._watch)
 
@@ -388,6 +402,7 @@ class DispatchLink:
         late_s = self._clock() - self._watch_due
         if late_s >= self._timeout_s / ABSENCE_SHARE:  # we were away ourselves: answers may lie here unread
             self._back_at = self._clock()
+        self.late.look(in_flight, late_s)
         if in_flight:
             self._watch_later()
         for lane, passing in in_flight:

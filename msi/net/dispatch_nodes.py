@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from msi.errors import ProtocolError, TransportError
 from msi.net.link_hello import LINK_CODEC, LinkHello, LinkWelcome, decode_welcome
@@ -141,6 +141,10 @@ class DispatchNodes:
             await self._wiped.wait()
 
     # -- what is missing ---------------------------------------------------------------------------------------------
+
+    def lacking(self, without: Collection[int]) -> str:
+        """What could not be computed without these nodes and those that are missing, in words; "" where all could."""
+        return self._lacking(sorted({*self.missing, *without}))
 
     @property
     def is_complete(self) -> bool:

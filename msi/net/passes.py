@@ -8,6 +8,8 @@ from typing import Protocol
 
 from msi.net.dispatch_nodes import Node
 
+MAX_ATTEMPTS = 255  # what a header holds
+
 
 class Gates(Protocol):
     """The queues of lanes, as a link sees them.

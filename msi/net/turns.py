@@ -47,12 +47,20 @@ Watch = Callable[[str, int, float, float, float], None]  # worker id, lane, post
 
 @dataclass
 class DispatchCounters:
-    """Counts since start; `dropped` by the reason why an immediate was not used, `packed_again` counts turns."""
+    """Counts since start; `dropped` by the reason why an immediate was not used.
+
+    Attributes:
+        packed_again: turns, since a node was lost.
+        hedges: turns that were packed again since a node was late.
+        hedges_cancelled: that would have been, had it not answered first.
+    """
 
     posts: int = 0
     rows: int = 0
     answers: int = 0
     packed_again: int = 0
+    hedges: int = 0
+    hedges_cancelled: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
 

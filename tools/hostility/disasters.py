@@ -1,4 +1,4 @@
-"""What `tools/chaos.py` does to an instance: one process killed or stopped, or one of its connections broken."""
+"""What `tools/chaos.py` does to an instance: one process killed, stopped, slowed, or a connection broken."""
 
 from __future__ import annotations
 
@@ -18,8 +18,18 @@ from tools.hostility.streams import PacedStream
 from tools.hostility.wire import Target, ask
 
 NOTICED_S = 1.0  # by then whoever is to notice has
+PULSE_S = 0.1
 STOPPED_S = (0.5, 6.0)  # shorter and longer than a silence that counts as a loss
-KINDS = ("kill-attention", "stop-attention", "reset-control", "kill-expert", "stop-expert", "reset-data")
+KINDS = (
+    "kill-attention",
+    "stop-attention",
+    "reset-control",
+    "kill-expert",
+    "stop-expert",
+    "reset-data",
+    "slow-attention",
+    "slow-expert",
+)
 ORDERS = (
     "drain-attention",
     "drain-expert",
@@ -87,11 +97,24 @@ class Disasters:
             await asyncio.sleep(seconds)
             send_signal(pids[name], signal.SIGCONT)
             return Disaster(f"{name} stopped for {seconds:.1f} s", began_at)
+        if kind.startswith("slow"):
+            await slowed(pids[name], seconds)
+            return Disaster(f"{name} slow for {seconds:.1f} s", began_at)
         if kind == "reset-control":
             was_broken = await asyncio.to_thread(break_control, pids["coordinator"], pids[name])
             return Disaster(f"{name}'s connection to the coordinator broken{'' if was_broken else ': none'}", began_at)
         was_broken = await asyncio.to_thread(break_data, pids[name], pids[expert])
         return Disaster(f"{name}'s connection to {expert} broken{'' if was_broken else ': none'}", began_at)
+
+
+async def slowed(pid: int, seconds: float) -> None:
+    """A process runs for a tenth of the time, in pulses, as on a core that others have."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        send_signal(pid, signal.SIGSTOP)
+        await asyncio.sleep(0.9 * PULSE_S)
+        send_signal(pid, signal.SIGCONT)
+        await asyncio.sleep(0.1 * PULSE_S)
 
 
 async def is_whole(target: Target, num_workers: int) -> bool:
