@@ -96,6 +96,16 @@ async def test_rows_of_a_late_answer_go_to_a_replica_in_the_same_pass_and_the_an
     await pair.stop()
 
 
+async def test_whoever_is_set_aside_gets_rows_all_the_same_once_nobody_else_is_left():
+    pair = await replicated(hedge_after_s=0.03)
+    assert pair.link.late.avoided == ()
+    pair.link.late.hedging.set_aside([1], 0.0)
+    assert pair.link.late.avoided == (1,)
+    pair.link.drop(0, "it was killed")
+    assert pair.link.late.avoided == (0,), "not to both of them, of which one would never take them"
+    await pair.stop()
+
+
 @pytest.mark.parametrize("options", [{"hedge_after_s": 0.0}, {"missing": lambda nodes: "experts" if nodes else ""}])
 async def test_where_it_is_off_or_nobody_holds_the_same_a_late_answer_is_waited_for(options):
     pair = await replicated(**{"hedge_after_s": 0.01} | options)

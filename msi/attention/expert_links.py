@@ -135,7 +135,7 @@ class ExpertLinks:
     def _use_nodes(self) -> None:
         """Rows that others can compute go neither to who is missing nor to who is set aside."""
         if self._half is not None:
-            self._half.use_nodes(tuple(sorted({*self.link.nodes.missing, *self.link.late.hedging.aside})))
+            self._half.use_nodes(self.link.late.avoided)
 
     def _say_if_changed(self) -> None:
         if self._was_complete != self.is_complete:

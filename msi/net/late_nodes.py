@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 LOOKS = 3  # while an answer becomes late
 SLOW_EVERY_S = 1.0  # slow nodes are looked for
+SLOW_LOOKS = 5  # in a row that find a node slow, and it is
 
 
 class LateNodes:
@@ -55,6 +56,13 @@ class LateNodes:
         self._clock = clock
         self._back_at = -math.inf
         self._slow_due = 0.0
+        self._slow_looks: dict[int, int] = {}  # in a row, in which a node was slow
+
+    @property
+    def avoided(self) -> tuple[int, ...]:
+        """Nodes that get no rows: who is missing, and who is set aside as long as the others have all experts."""
+        missing, aside = self._nodes.missing, self.hedging.aside
+        return tuple(sorted({*missing, *aside})) if not self._nodes.lacking(aside) else tuple(missing)
 
     def look(self, in_flight: Sequence[tuple[int, Pass]], late_s: float) -> None:
         """At the passes of these lanes.
@@ -101,7 +109,10 @@ class LateNodes:
 
     def _look_for_slow_ones(self) -> None:
         residences = {node.index: [there_s for _, there_s in tuple(node.exchanges)] for node in self._nodes.connected}
-        slow = [index for index in slow_nodes(residences) if index not in self.hedging.aside]
+        found = slow_nodes(residences)
+        self._slow_looks = {index: self._slow_looks.get(index, 0) + 1 for index in found}
+        slow = [index for index, looks in self._slow_looks.items() if looks >= SLOW_LOOKS]
+        slow = [index for index in slow if index not in self.hedging.aside]
         if slow and not self._nodes.lacking({*slow, *self.hedging.aside}):
             self._set_aside(slow, "takes several times as long as the others")
 
