@@ -57,7 +57,7 @@ class PlacementTables:
     def with_nobody(self) -> PlacementTables:
         """With one replica more, the last, that no node has."""
         nobody = self.local_ids.new_full((self.local_ids.shape[0], 1), -1)
-        return PlacementTables(torch.cat((self.local_ids, nobody), dim=1), self.num_replicas, self.most_replicas)
+        return PlacementTables(torch.cat((self.local_ids, nobody), dim=1), self.wheels, self.most_replicas)
 
 
 def choose_replicas(topk_ids: Tensor, tables: PlacementTables) -> Tensor:
