@@ -90,7 +90,7 @@ WRONG = [
     ("dtype = 'int4'", "line 1: --dtype 'int4' is not one; supported: auto"),
     ("# a\nmax-num-sequences = 3", "line 2: there is no option 'max-num-sequences'; did you mean --max-num-seqs?"),
     ("parent = 3", "line 1: there is no option 'parent'"),
-    ("no-gateway = true", "line 1: there is no option 'no-gateway'"),
+    ("announce = 3", "line 1: there is no option 'announce'"),
     ("config = 'b.toml'", "line 1: there is no option 'config'"),
     ("help = true", "line 1: there is no option 'help'"),
     ("max-num-seqs = 3\nmax_num_seqs = 4", "line 2: max_num_seqs and max-num-seqs are the same option; give one"),
