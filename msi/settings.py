@@ -144,8 +144,7 @@ class HostOptions:
     )  # fmt: skip
     enforce_eager: bool = parameter(
         True,
-        "launch attention kernel by kernel; with --no-enforce-eager, decoding replays captured graphs, which no GPU "
-        "has run yet",
+        "launch attention kernel by kernel; without it, decoding replays captured graphs, which no GPU has run yet",
         group=MODEL_AND_WORKERS,
     )
     gpu_memory_utilization: Annotated[float, (0.0, 1.0)] = parameter(

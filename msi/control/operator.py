@@ -136,10 +136,8 @@ class Operator:
                 f"instance with a larger `max_{role}_workers`"
             )
         if self.launcher is None:
-            raise ConfigError(
-                f"nobody starts workers for this instance; start one where it is to run: msi-launch MODEL --role "
-                f"{role} --coordinator {self._address}"
-            )
+            command = " ".join(["msi-launch", "MODEL", "--role", role, "--coordinator", self._address])
+            raise ConfigError(f"nobody starts workers for this instance; start one where it is to run: {command}")
         before = {id(member) for member in cluster.live(role)}
         self.launcher(start=role)
         found: list[Member] = []
