@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("verb", metavar="VERB", type=one_of(*VERBS), help=", ".join(VERBS))
     parser.add_argument("worker", metavar="WORKER", nargs="?", default="", help="such as expert-1, of drain and remove")
     add = parser.add_argument_group("options").add_argument
-    add("--role", type=one_of("attention", "expert"), default="", metavar="R", help="of the worker that is added")
+    add("--role", type=one_of("attention", "expert"), metavar="R", help="of the worker that is added")
     add("--within", type=number(None, 1e6), default=60.0, metavar="S",
         help="what an attention worker that leaves still runs after S seconds (60) goes on elsewhere")  # fmt: skip
     add("--coordinator", default="", metavar="ADDRESS",
@@ -91,7 +91,7 @@ async def _asked(values: argparse.Namespace) -> Ordered:
     client = CoordinatorClient(ControlClient(address, CLIENT_END, find_secret(values.secret_file)))
     try:
         await client.start(HELLO_S)
-        return await client.order(Order(0, values.verb, values.worker, values.role, values.within))
+        return await client.order(Order(0, values.verb, values.worker, values.role or "", values.within))
     finally:
         await client.close()
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the hundreds of processes that tests start load what one compiled
 if not Path("/dev/nvidiactl").exists():  # no GPU: before anything imports Triton, which decides by it how kernels run
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

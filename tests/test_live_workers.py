@@ -14,11 +14,13 @@ import sys
 import pytest
 
 from tests.test_faults import until
-from tests.test_lost_experts import ENDS_WITHIN_S, Streams, checkpoint, kill, local, undisturbed
+from tests.test_lost_experts import Streams, checkpoint, kill, local, undisturbed
 
 __all__ = ["checkpoint"]  # a fixture
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+COMES_WITHIN_S = 90  # a process that starts, on a busy machine
+
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 
 async def ctl(engine, *words):
@@ -27,7 +29,7 @@ async def ctl(engine, *words):
         sys.executable, "-m", "msi_launch.ctl", *words, "--json", "--coordinator", engine.address,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    out, error = await asyncio.wait_for(process.communicate(), ENDS_WITHIN_S)
+    out, error = await asyncio.wait_for(process.communicate(), COMES_WITHIN_S)
     assert process.returncode == 0, error.decode()
     return json.loads(out)
 
@@ -35,9 +37,9 @@ async def ctl(engine, *words):
 async def during_streams(engine, *words):
     """msi-ctl, once streams run; they are awaited, too."""
     streams = Streams(engine)
-    await asyncio.wait_for(streams.reached.wait(), ENDS_WITHIN_S)
+    await asyncio.wait_for(streams.reached.wait(), COMES_WITHIN_S)
     answer = await ctl(engine, *words)
-    return answer, await asyncio.wait_for(streams.ended, ENDS_WITHIN_S)
+    return answer, await asyncio.wait_for(streams.ended, COMES_WITHIN_S)
 
 
 def held(placement):
@@ -59,7 +61,7 @@ async def test_workers_come_and_go_by_msi_ctl_and_no_stream_notices(checkpoint):
         async def has_ended():
             return "expert-0" not in engine.pids
 
-        await until(has_ended, ENDS_WITHIN_S)
+        await until(has_ended, COMES_WITHIN_S)
         answer, tokens = await during_streams(engine, "add", "--role", "attention")
         assert tokens == expected
         answer, tokens = await during_streams(engine, "remove", "attention-0", "--within", "0.1")
@@ -79,13 +81,13 @@ async def test_experts_that_died_with_their_worker_are_loaded_by_others_and_go_b
         expected = list(await undisturbed(engine))
         streams = Streams(engine)
         await kill(engine, streams, "expert-1")
-        assert await asyncio.wait_for(streams.ended, ENDS_WITHIN_S) == expected
+        assert await asyncio.wait_for(streams.ended, COMES_WITHIN_S) == expected
 
         async def is_shared_again():
             placement = await ctl(engine, "placement")
             return placement["version"] >= 2 and placement["stage"] == "settled"
 
-        await until(is_shared_again, ENDS_WITHIN_S)
+        await until(is_shared_again, COMES_WITHIN_S)
         assert sorted(held(await ctl(engine, "placement")).values()) == [3, 4]
         assert list(await undisturbed(engine)) == expected
 
@@ -94,6 +96,6 @@ async def test_a_worker_that_is_asked_to_end_by_a_signal_leaves_its_experts_to_o
     async with local(checkpoint, "shm") as engine:
         expected = list(await undisturbed(engine))
         streams = Streams(engine)
-        await asyncio.wait_for(streams.reached.wait(), ENDS_WITHIN_S)
+        await asyncio.wait_for(streams.reached.wait(), COMES_WITHIN_S)
         os.kill(engine.pids["expert-0"], signal.SIGTERM)
-        assert await asyncio.wait_for(streams.ended, ENDS_WITHIN_S) == expected
+        assert await asyncio.wait_for(streams.ended, COMES_WITHIN_S) == expected
