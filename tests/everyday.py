@@ -15,6 +15,9 @@ IS_THOROUGH = os.environ.get("MSI_THOROUGH") == "1"
 NUM_SEEDS = 100 if IS_THOROUGH else 12
 
 
+only_thorough = pytest.mark.skipif(not IS_THOROUGH, reason="MSI_THOROUGH=1 tries it")
+
+
 def mostly_slow(values: Iterable[Any], keep: int = 1) -> list[Any]:
     """For `parametrize`: all but the first `keep` are marked slow. A tuple is a case's several values."""
     return [
@@ -27,9 +30,7 @@ def mostly_slow(values: Iterable[Any], keep: int = 1) -> list[Any]:
 
 def thorough(*value: Any) -> Any:
     """A case that only MSI_THOROUGH=1 tries."""
-    return pytest.param(
-        *value, marks=[pytest.mark.slow, pytest.mark.skipif(not IS_THOROUGH, reason="MSI_THOROUGH=1 tries it")]
-    )
+    return pytest.param(*value, marks=[pytest.mark.slow, only_thorough])
 
 
 SOME_FAMILIES = [*mostly_slow(["mixtral", "glm4"]), *map(thorough, ["qwen2", "qwen3", "olmoe", "dbrx"])]

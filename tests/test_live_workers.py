@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+from tests.everyday import only_thorough
 from tests.test_faults import until
 from tests.test_lost_experts import Streams, checkpoint, kill, local, undisturbed
 
@@ -76,6 +77,7 @@ async def test_workers_come_and_go_by_msi_ctl_and_no_stream_notices(checkpoint):
         assert list(await undisturbed(engine)) == expected
 
 
+@only_thorough
 async def test_experts_that_died_with_their_worker_are_loaded_by_others_and_go_back_when_it_comes(checkpoint):
     async with local(checkpoint, "shm", reload_after_s=0.01) as engine:
         expected = list(await undisturbed(engine))
@@ -92,6 +94,7 @@ async def test_experts_that_died_with_their_worker_are_loaded_by_others_and_go_b
         assert list(await undisturbed(engine)) == expected
 
 
+@only_thorough
 async def test_a_worker_that_is_asked_to_end_by_a_signal_leaves_its_experts_to_others_first(checkpoint):
     async with local(checkpoint, "shm") as engine:
         expected = list(await undisturbed(engine))
