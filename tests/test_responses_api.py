@@ -190,7 +190,7 @@ def test_what_is_not_done_is_refused_by_its_own_name(body, param, sentence):
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"max_output_tokens": 0}, "max_output_tokens"), ({"max_output_tokens": "9"}, "max_output_tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens"), ({"max_output_tokens": "nine"}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"), ({"parallel_tool_calls": 3}, "parallel_tool_calls"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"), ({"text": {"format": {"type": "poem"}}}, "text.format"),
     ],

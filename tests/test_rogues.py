@@ -69,7 +69,7 @@ def values(hint, name=""):
             (lambda one: one in bounds) if isinstance(bounds, range) else (lambda one: bounds[0] <= one <= bounds[1])
         )
         return st.sampled_from([one for one in known if inside(one)])
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"):
         return fields_of(hint)
     if origin is tuple:
         return st.lists(values(args[0], "peer" if args[0] is str else ""), max_size=3)
@@ -86,7 +86,8 @@ def values(hint, name=""):
 
 def fields_of(kind):
     hints = typing.get_type_hints(kind, include_extras=True)
-    return st.tuples(*(values(hints[field.name], field.name) for field in dataclasses.fields(kind))).map(list)
+    names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else kind._fields
+    return st.tuples(*(values(hints[name], name) for name in names)).map(list)
 
 
 def messages(kinds):
@@ -241,7 +242,7 @@ def heartbeat_said(process=None, attention=None, experts=None, loop=None, peers=
         0, 0, 0, 0, 0, [0.0] * 5, plain(ProcessCounters, process), plain(AttentionCounters, attention),
         plain(ExpertCounters, experts), loop or {}, list(peers), watched,
     ]  # fmt: skip
-    return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0]])
+    return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0, False]])
 
 
 def test_a_member_that_counts_no_blocks_and_half_its_stalls_does_not_end_metrics():
