@@ -12,6 +12,7 @@ import signal
 import pytest
 
 from msi import Engine, RequestFailed, SamplingParams
+from tests.everyday import thorough
 from tests.test_faults import until
 from tests.tiny import save_tiny
 
@@ -64,8 +65,10 @@ async def kill(engine, streams, name):
     os.kill(engine.pids[name], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("redundancy", [1, 0], ids=["with replicas", "held until it is back"])
+@pytest.mark.parametrize(
+    ("redundancy", "transport"),
+    [pytest.param(1, "shm"), pytest.param(0, "tcp"), thorough(1, "tcp"), thorough(0, "shm")],
+)  # redundancy 0: rows are held until it is back
 async def test_no_stream_fails_or_changes_when_an_expert_worker_is_killed(checkpoint, transport, redundancy):
     async with local(checkpoint, transport, expert_redundancy=redundancy) as engine:
         expected = await undisturbed(engine)
