@@ -15,7 +15,7 @@ from torch.nn import functional
 from msi.kernels.experts import moe_experts
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
 from msi.kernels.native.bank import NativeExpertBank
-from msi.kernels.native.library import WIDTH, linear, native_library, pack
+from msi.kernels.native.compiled import WIDTH, linear, native_library, pack
 from msi.kernels.norm import Norm
 from msi.kernels.plain import PlainKernels, scatter_answers
 from msi.kernels.routing import PackedRows, pack_rows, rows_for_node

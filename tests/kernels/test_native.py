@@ -9,7 +9,7 @@ from torch.nn import functional
 from msi.device.choice import precision_on
 from msi.device.cpu import CpuDevice
 from msi.kernels.cpu import CpuKernels
-from msi.kernels.native import library as native
+from msi.kernels.native import compiled as native
 from msi.kernels.native.bank import NativeExpertBank
 from msi.kernels.plain import PlainExpertBank
 from msi.kernels.routing import PackedRows

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from msi.kernels.native.library import pack
+from msi.kernels.native.compiled import pack
 from msi.kernels.plain import scatter_answers
 from msi.kernels.routing import PackedRows
 
