@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from msi.device.polling import Bell
+from msi.device import polling
+from msi.device.polling import Bell, Cores
 from msi.device.ready import Ready
 from msi.errors import TransportError
 from msi.net.inproc import InprocTransport
@@ -237,3 +238,23 @@ def test_who_looks_in_vain_looks_less_and_less_and_who_is_rewarded_looks_again()
         waits.append(None)
     assert looks == [0, 2, 6, 14, 15, 16, 17, 18, 19]
     os.close(bell.fd)
+
+
+def test_a_core_is_free_while_no_more_threads_run_than_there_are(monkeypatch):
+    running = b"2"
+    monkeypatch.setattr(polling.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(polling.os, "pread", lambda *where: b"0.95 1.20 1.10 " + running + b"/417 12345\n")
+    cores = Cores()
+    assert cores.one_is_free()
+    running = b"3"
+    assert not cores.one_is_free()
+    cores.close()
+
+
+def test_nobody_looks_while_no_core_is_free(monkeypatch):
+    monkeypatch.setattr(Cores, "one_is_free", lambda cores: False)
+    bell = Bell(1000.0)  # it would look for a quarter of an hour
+    thread = ring_late(bell, 0.05)
+    bell.wait()
+    thread.join()
+    bell.close()

@@ -19,7 +19,7 @@ from msi.device.stream_device import StreamDevice
 from msi.device.stream_words import WORD_BYTES
 from msi.kernels.plain import PlainKernels
 from msi.meter import StageMeter
-from msi.net.shm import ShmLanding
+from msi.net.shm_seats import ShmLanding
 from msi.net.slots import SlotLayout
 from msi.worker.torch_host import TorchHost
 from tests.engine_in_tasks import engine_in_tasks

@@ -117,6 +117,30 @@ async def test_frames_in_pieces_of_every_size_land_whole(listening):
     assert listening.closed == ["its process is gone or closed the connection"]
 
 
+async def test_what_lies_at_several_connections_is_handed_over_in_one_call_and_before_an_end(dialling):
+    transport, calls, peers = TcpTransport(), [], []
+    landing = transport.register(3, SMALL, HOST_MEMORY)
+    transport.deliver(
+        lambda endpoint, kind, *_: calls.append([(endpoint.seat, kind)]),
+        lambda landed: calls.append([(endpoint.seat, immediate) for endpoint, immediate, _ in landed]),
+    )
+    seats = iter(range(3))
+    address = await transport.listen(lambda hello: Admission(landing, next(seats), b""))
+    for seat in range(3):
+        peers.append(await dialling.connect(address, b"anna", dialling.register(1, SMALL, HOST_MEMORY), 0))
+        await until(lambda seat=seat: len(calls) == seat + 1)
+    calls.clear()
+    for number in range(2):  # the loop has no turn in between
+        for peer in peers:
+            peer.post(0, number, num_rows=1)
+    peers[0].close()
+    await until(lambda: len(calls) == 2)
+    landed, ended = calls
+    assert ended == [(0, CompletionKind.CLOSED)]
+    assert sorted(landed) == [(seat, number) for seat in range(3) for number in range(2)]
+    await transport.close()
+
+
 async def test_an_end_in_mid_frame_is_said_and_its_immediate_never_delivered(listening):
     _, writer = await raw_peer(listening)
     writer.write(FRAME.pack(FRAME_MAGIC, 1, 0, 200, 1) + b"x" * (199 + LAYOUT.row_bytes))

@@ -103,7 +103,7 @@ class StubTransport:
         self.handler, self.together = handler, together
 
     def land(self, endpoints: Sequence[Endpoint], immediate: int, is_apart: bool) -> None:
-        """The same at each: as shared memory hands over what lies there, or as TCP does."""
+        """The same at each: what lies there in one call, as shared memory and TCP hand it over, or one by one."""
         if not is_apart:
             self.together([(endpoint, immediate, 0.0) for endpoint in endpoints])
             return

@@ -6,19 +6,24 @@ and over. A wake-up that was awaited so costs a fraction of one from sleep.
 
 A bell may follow other descriptors; then it waits for all of them by epoll, and looks at that.
 
-Looking takes a core. Where somebody else wants that core, what is awaited comes later, not sooner; so each wait that
-looks in vain lets twice as many waits as the last one go by without looking, and one that is rewarded looks again.
+Looking takes a core. Where somebody else wants that core, what is awaited comes later, not sooner; so nobody looks
+while more threads run on this host, or wait to, than it has cores, which is asked again every few microseconds. And
+each wait that looks in vain lets twice as many waits as the last one go by without looking; one that is rewarded looks
+again.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import select
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 LOOKS_TIMED = 200  # to tell how long one takes
+SLICE_S = 20e-6  # of a look, from one question whether a core is free to the next
 MOST_SKIPPED = 1024
 
 
@@ -30,18 +35,42 @@ class Look(Protocol):
         """Until it is rung, which takes the ring."""
 
 
+class Cores:
+    """Of this host, as its kernel counts; where it does not say, one is taken for free."""
+
+    def __init__(self) -> None:
+        self._count = os.cpu_count() or 1
+        try:
+            self._fd = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._fd = -1
+
+    def one_is_free(self) -> bool:
+        """For whoever asks; others do not wait for it."""
+        if self._fd < 0:
+            return True
+        running = os.pread(self._fd, 64, 0).split(b" ", 4)[3]  # such as 2/417: those that run or wait to, of all
+        return int(running[: running.index(b"/")]) <= self._count
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 class Bell:
     """An eventfd that one thread waits at.
 
     Args:
         poll_s: how long it looks before it sleeps; 0.0 sleeps at once.
-        look: what looks, and sleeps; by default at the eventfd.
+        look: what looks, and sleeps; by default at the eventfd, while a core is free.
     """
 
     def __init__(self, poll_s: float = 0.0, look: Look | None = None) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK if poll_s else os.EFD_CLOEXEC)
         self._poll_s = poll_s
-        self._look = look or (_EventfdLook(self.fd, poll_s) if poll_s else None)
+        self._cores = Cores() if poll_s else None
+        self._look = look or (_EventfdLook(self.fd, poll_s, self._has_core) if poll_s else None)
         self._all: select.epoll | None = None
         self._skipped = 0
         self._to_skip = 0
@@ -66,7 +95,7 @@ class Bell:
         if self._all is None:
             self._all = select.epoll()
             self._all.register(self.fd, select.EPOLLIN)
-            self._look = _EpollLook(self._all, self.fd, self._poll_s)
+            self._look = _EpollLook(self._all, self.fd, self._poll_s, self._has_core)
         self._all.register(fd, select.EPOLLIN | select.EPOLLET)
 
     def leave(self, fd: int) -> None:
@@ -78,13 +107,18 @@ class Bell:
         """Nobody waits any more."""
         if self._all is not None:
             self._all.close()
+        if self._cores is not None:
+            self._cores.close()
         os.close(self.fd)
+
+    def _has_core(self) -> bool:
+        return self._cores is not None and self._cores.one_is_free()
 
 
 class _EventfdLook:
-    """Implements `Look`, within so many seconds."""
+    """Implements `Look`, within so many seconds, while a core is free."""
 
-    def __init__(self, fd: int, within_s: float) -> None:
+    def __init__(self, fd: int, within_s: float, has_core: Callable[[], bool]) -> None:
         library = ctypes.CDLL(None)
         find, read = library.lfind, library.eventfd_read
         find.restype = ctypes.c_void_p
@@ -99,11 +133,20 @@ class _EventfdLook:
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
         started = time.perf_counter()
-        self()
-        self._count.value = max(1, int(within_s * LOOKS_TIMED / (time.perf_counter() - started)))
+        self._find(*self._arguments)
+        slice_s = min(SLICE_S, within_s)
+        self._count.value = max(1, int(slice_s * LOOKS_TIMED / (time.perf_counter() - started)))
+        self._num_slices = math.ceil(within_s / slice_s)
+        self._has_core = has_core
 
     def __call__(self) -> bool:
-        return self._find(*self._arguments) is not None
+        find, arguments, has_core = self._find, self._arguments, self._has_core
+        for _ in range(self._num_slices):
+            if not has_core():
+                return False
+            if find(*arguments) is not None:
+                return True
+        return False
 
     def sleep(self) -> None:
         self._poll.poll()
@@ -113,17 +156,19 @@ class _EventfdLook:
 class _EpollLook:
     """Implements `Look`: each look is a call of its own, in which others may have the interpreter's lock."""
 
-    def __init__(self, all_of_them: select.epoll, bell: int, within_s: float) -> None:
+    def __init__(self, all_of_them: select.epoll, bell: int, within_s: float, has_core: Callable[[], bool]) -> None:
         self._poll = all_of_them.poll
         self._bell = bell
         self._within_s = within_s
+        self._has_core = has_core
 
     def __call__(self) -> bool:
         until = time.perf_counter() + self._within_s
-        while not self._taken(0.0):
-            if time.perf_counter() >= until:
-                return False
-        return True
+        while self._has_core() and (now := time.perf_counter()) < until:
+            while time.perf_counter() < now + SLICE_S:
+                if self._taken(0.0):
+                    return True
+        return False
 
     def sleep(self) -> None:
         while not self._taken(None):

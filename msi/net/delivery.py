@@ -10,18 +10,34 @@ IMMEDIATE = CompletionKind.IMMEDIATE
 
 
 class Delivery:
-    """Call it with what happened, on the event loop."""
+    """Call it with what happened, where the transport says; what was gathered before goes first.
+
+    A transport that finds several immediates at a time gathers them, and hands them over when it has looked everywhere.
+    """
 
     def __init__(self) -> None:
+        self._gathered: list[Landed] = []
         self._early: list[tuple[Endpoint, CompletionKind, int, str]] = []
         self._handler: Handler | None = None
         self._together: Together | None = None
 
     def __call__(self, endpoint: Endpoint, kind: CompletionKind, immediate: int = 0, reason: str = "") -> None:
+        if self._gathered:
+            self.hand_over()
         if self._handler is None:
             self._early.append((endpoint, kind, immediate, reason))
         else:
             self._handler(endpoint, kind, immediate, reason)
+
+    def gather(self, endpoint: Endpoint, immediate: int, came_at: float = 0.0) -> None:
+        """One that lies there, perhaps with others."""
+        self._gathered.append((endpoint, immediate, came_at))
+
+    def hand_over(self) -> None:
+        """What was gathered."""
+        if self._gathered:
+            gathered, self._gathered = self._gathered, []
+            self.all(gathered)
 
     def all(self, landed: Sequence[Landed]) -> None:
         """Immediates that lie there together, in order."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from msi.errors import ConfigError
 
@@ -65,6 +65,34 @@ class Allocator(Protocol):
         """Host memory that a transport maps, as work on the device sees it; of equal parts, each of which may be mapped
         anew (`Region.remapping`).
         """
+
+
+class SeatMemory(Protocol):
+    """Seats side by side in a device's own memory, each of which another process on this host may be given to write."""
+
+    @property
+    def rows(self) -> Region:
+        """All of them; a seat's part takes `num_bytes // num_seats`, which may be more than was asked for."""
+
+    def open(self, index: int) -> int:
+        """Fresh zeroed memory lies at the seat's addresses; a descriptor of it for its peer, closed by the caller."""
+
+    def clear(self, index: int) -> None:
+        """What the peer still maps lies there no more. No work that is launched reads that seat."""
+
+
+@runtime_checkable
+class SharesMemory(Protocol):
+    """What an allocator is, too, whose device's memory processes of one host write into directly, by POSIX descriptors.
+
+    Not by handles that cannot be taken back: what a peer holds is the memory of its life, and a seat gets other memory.
+    """
+
+    def seats(self, num_seats: int, seat_bytes: int) -> SeatMemory:
+        """Raises ConfigError where there is not enough."""
+
+    def of_peer(self, fd: int, num_bytes: int, peer: str) -> Region:
+        """A peer's seat, as our work writes it, mapped until nobody holds it. Raises TransportError: it is no such."""
 
 
 class HostRegion:

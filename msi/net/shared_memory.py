@@ -7,7 +7,7 @@ import fcntl
 import mmap
 import os
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 from msi.errors import ConfigError, TransportError
 
@@ -76,9 +76,15 @@ class SharedRegion:
     def export(self) -> int:
         return os.dup(self.fd)
 
-    def map_into(self, place: AddressRange, at: int, offset: int, size: int) -> None:
+    def map_into(self, place: Place, at: int, offset: int, size: int) -> None:
         """Its bytes [offset, offset + size) are seen at `at` of an address range from now on."""
         place.map(at, size, mmap.MAP_SHARED, self.fd, offset)
+
+
+class Place(Protocol):
+    """Addresses into which memory is put."""
+
+    def map(self, at: int, size: int, flags: int, fd: int, offset: int) -> None: ...
 
 
 class AddressRange:
@@ -94,11 +100,21 @@ class AddressRange:
         self.memory = memoryview(array).cast("B")
 
     def map(self, at: int, size: int, flags: int, fd: int, offset: int) -> None:
-        _map(self._base + at, size, flags | _MAP_FIXED, fd, offset)
+        map_at(self._base + at, size, flags, fd, offset)
 
     def clear(self, at: int, size: int) -> None:
         """Zeroes of our own again."""
-        _map(self._base + at, size, _ANONYMOUS | _MAP_FIXED)
+        clear_at(self._base + at, size)
+
+
+def map_at(address: int, size: int, flags: int, fd: int, offset: int) -> None:
+    """Puts memory at an address of ours. Raises ConfigError: there is no room."""
+    _map(address, size, flags | _MAP_FIXED, fd, offset)
+
+
+def clear_at(address: int, size: int) -> None:
+    """Puts zeroes of our own there."""
+    _map(address, size, _ANONYMOUS | _MAP_FIXED)
 
 
 def _map(address: int | None, size: int, flags: int, fd: int = -1, offset: int = 0) -> int:

@@ -2,9 +2,10 @@
 
 Each seat is a memfd of its own (a ring, headers, rows), mapped here into the landing's address ranges and at the peer
 as its outbox, where the allocator adopts the rows; a post moves nothing but an immediate, through the ring, and one
-eventfd write wakes whoever reads it: the peer's loop, or its poller. The handshake passes descriptors over an abstract
-Unix socket (nothing is left in the file system), which stays open: its end is how the death of a peer is seen at once.
-Only processes of the same user are taken.
+eventfd write wakes whoever reads it: the peer's loop, or its poller. Where a device's memory can be handed to other
+processes (`msi.net.regions.SharesMemory`), a seat's rows are that, by a descriptor of their own. The handshake passes
+descriptors over an abstract Unix socket (nothing is left in the file system), which stays open: its end is how the
+death of a peer is seen at once. Only processes of the same user are taken.
 
 The ring relies on stores becoming visible in order (x86-64); elsewhere the constructor says so.
 """
@@ -22,16 +23,14 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from time import monotonic_ns
-from typing import NamedTuple
 
 from msi.errors import ConfigError, EngineError, ProtocolError, TransportError
 from msi.net.acceptor import Acceptor
 from msi.net.complaints import Complaints
 from msi.net.delivery import Delivery
-from msi.net.regions import Allocator
-from msi.net.shared_memory import AddressRange, SharedRegion, pages
-from msi.net.slots import HEADER_BYTES, LAYOUT, MAX_LANES, NOTE_BYTES, SlotLayout
+from msi.net.regions import HOST_MEMORY, Allocator
+from msi.net.shm_seats import RING_ENTRIES, PeerSeat, Ring, ShmLanding
+from msi.net.slots import LAYOUT, SlotLayout
 from msi.net.transport import (
     CONNECT_TIMEOUT_S,
     MAX_HELLO_BYTES,
@@ -47,12 +46,9 @@ from msi.net.transport import (
 
 log = logging.getLogger(__name__)
 
-RING_ENTRIES = 8191
-RING_BYTES = pages((2 * RING_ENTRIES + 1) * 8)  # the entries, and the reader's count in the last word
-HEADERS_BYTES = pages(MAX_LANES * (HEADER_BYTES + NOTE_BYTES))  # behind the ring
-ROWS_AT = RING_BYTES + HEADERS_BYTES
 IMMEDIATE = CompletionKind.IMMEDIATE
 ACCEPTED, REFUSED = b"\x01", b"\x00"
+NUM_FDS = (2, 3)  # that travel with a hello or a welcome: a doorbell, ring with headers and rows, or rows by themselves
 CONNECT_AGAIN_S = 0.02
 
 
@@ -65,110 +61,21 @@ def is_available() -> str | None:
     return None
 
 
-class _Ring:
-    """Immediates from one writer to one reader, each with the time of its post: clocks of one host agree.
-
-    An entry is two words; the second is written first, and the first one's upper half says which turn of the ring the
-    entry belongs to.
-    """
-
-    def __init__(self, memory: memoryview) -> None:
-        self._entries = memory.cast("Q")
-        self._count = 0
-
-    def push(self, immediate: int) -> bool:
-        """False when the reader is a whole ring behind."""
-        count = self._count
-        if count - self._entries[2 * RING_ENTRIES] >= RING_ENTRIES:
-            return False
-        self._count = count + 1
-        at = 2 * (count % RING_ENTRIES)
-        self._entries[at + 1] = monotonic_ns()
-        self._entries[at] = ((count + 1) & 0xFFFFFFFF) << 32 | immediate
-        return True
-
-    def drain(self) -> list[tuple[int, float]]:
-        """(immediate, time of its post in seconds) of what came since."""
-        entries, count = self._entries, self._count
-        taken = []
-        while (entry := entries[at := 2 * (count % RING_ENTRIES)]) >> 32 == (count + 1) & 0xFFFFFFFF:
-            taken.append((entry & 0xFFFFFFFF, entries[at + 1] * 1e-9))
-            count += 1
-        if taken:
-            self._count = count
-            entries[2 * RING_ENTRIES] = count
-        return taken
-
-
-class ShmLanding:
-    """Seats side by side in one address range; an unused or revoked seat is private zero memory."""
-
-    def __init__(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> None:
-        self.num_seats = num_seats
-        self.layout = layout
-        self.allocator = allocator
-        self._stride = pages(layout.rows_bytes)
-        self._headers_at = AddressRange(num_seats * HEADERS_BYTES)
-        self._rows_at = AddressRange(num_seats * self._stride)
-        starts = range(0, num_seats * HEADERS_BYTES, HEADERS_BYTES)
-        self.headers = tuple(layout.split_headers(self._headers_at.memory[start:]) for start in starts)
-        self.rows = allocator.adopt(self._rows_at.memory, num_seats)
-        self._generations = [0] * num_seats
-
-    def revoke(self, index: int) -> None:
-        self._generations[index] += 1
-        self._headers_at.clear(index * HEADERS_BYTES, HEADERS_BYTES)
-        self._rows_at.clear(index * self._stride, self._stride)
-
-    def generation(self, index: int) -> int:
-        return self._generations[index]
-
-    def open(self, index: int) -> SharedRegion:
-        """Fresh shared memory for a seat, with a ring and the headers in front of the rows."""
-        region = SharedRegion.create(seat_bytes(self.layout))
-        region.map_into(self._headers_at, index * HEADERS_BYTES, RING_BYTES, HEADERS_BYTES)
-        with contextlib.nullcontext() if self.rows.remapping is None else self.rows.remapping(index):
-            region.map_into(self._rows_at, index * self._stride, ROWS_AT, self._stride)
-        return region
-
-
-def seat_bytes(layout: SlotLayout) -> int:
-    """Of a seat's memory: ring, headers, rows."""
-    return ROWS_AT + pages(layout.rows_bytes)
-
-
-class _PeerSeat(NamedTuple):
-    """Where our posts land: the peer's own memory."""
-
-    ring: memoryview
-    headers: tuple[memoryview, ...]  # by lane
-    rows: memoryview
-
-    @classmethod
-    def open(cls, offered: bytes, fd: int, peer: str) -> _PeerSeat:
-        """Raises ProtocolError, TransportError: what the peer offers could fail us."""
-        layout = SlotLayout.decode(offered)
-        with SharedRegion.of_peer(fd, seat_bytes(layout), peer) as region:
-            memory = region.host()
-        headers, rows = memory[RING_BYTES:ROWS_AT], memory[ROWS_AT : ROWS_AT + layout.rows_bytes]
-        return cls(memory[:RING_BYTES], layout.split_headers(headers), rows)
-
-
 class ShmEndpoint:
     def __init__(
         self, transport: ShmTransport, sock: socket.socket, peer: bytes, landing: ShmLanding, seat: int,
-        peers: _PeerSeat, in_ring: memoryview, doorbell: int,
+        peers: PeerSeat, in_ring: memoryview, doorbell: int,
     ) -> None:  # fmt: skip
         self.peer = peer
         self.seat = seat
         self.way = "shared memory"
         self.came_at = 0.0
         self.out_headers = peers.headers
-        self.out_rows = landing.allocator.adopt(peers.rows)
-        self.in_ring = _Ring(in_ring)
+        self.out_rows = peers.rows
+        self.in_ring = Ring(in_ring)
         self.sock = sock
         self._transport = transport
-        self._out_ring = _Ring(peers.ring)
+        self._out_ring = Ring(peers.ring)
         self._doorbell = doorbell
         self._is_open = True
         self._posting = threading.Lock()  # the doorbell is not closed, and its number reused, under a post
@@ -212,6 +119,7 @@ class ShmTransport:
         self._complain = complain or Complaints(log)
         self._acceptor: Acceptor | None = None
         self._accept: Callable[[bytes], Admission] | None = None
+        self._allocator: Allocator = HOST_MEMORY  # whose the landings are: one per worker
         self._is_open = True
         if poller is None:
             self._doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -221,6 +129,7 @@ class ShmTransport:
             poller.add(self.take)
 
     def register(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> ShmLanding:
+        self._allocator = allocator
         return ShmLanding(num_seats, layout, allocator)
 
     # -- connections -------------------------------------------------------------------------------------------------
@@ -248,15 +157,15 @@ class ShmTransport:
                     await _connect(sock, "\0" + address.removeprefix("shm://"))
                     if why_not := _why_not(sock):  # before it gets any of our memory
                         raise TransportError(address, why_not)
-                    socket.send_fds(sock, [landing.layout.encode() + hello], [ours.fd, self._doorbell])
+                    socket.send_fds(sock, [landing.layout.encode() + hello], [self._doorbell, *ours.fds])
                     reply, fds = await self._receive(sock)
             with _closing(fds):
-                if reply[:1] != ACCEPTED or len(fds) != 2:
+                if reply[:1] != ACCEPTED or len(fds) not in NUM_FDS:
                     reason = reply[1:].decode(errors="replace") or "closed the connection"
                     raise TransportError(address, f"refused: {reason}")
                 offered, welcome = reply[1 : 1 + LAYOUT.size], reply[1 + LAYOUT.size :]
-                peers = _PeerSeat.open(offered, fds[0], address)
-                doorbell = os.dup(fds[1])
+                peers = PeerSeat.open(offered, fds[1:], landing.allocator, address)
+                doorbell = os.dup(fds[0])
         except TimeoutError as error:
             sock.close()
             raise TransportError(address, f"did not answer within {timeout_s:g} s") from error
@@ -269,7 +178,7 @@ class ShmTransport:
         except BaseException:
             sock.close()
             raise
-        endpoint = ShmEndpoint(self, sock, welcome, landing, seat, peers, ours.host()[:RING_BYTES], doorbell)
+        endpoint = ShmEndpoint(self, sock, welcome, landing, seat, peers, ours.ring, doorbell)
         self._add(endpoint)
         return endpoint
 
@@ -281,16 +190,16 @@ class ShmTransport:
                 said, fds = await self._receive(sock)
             hello = said[LAYOUT.size :]
             with _closing(fds):
-                if len(fds) != 2:
+                if len(fds) not in NUM_FDS:
                     raise TransportError("peer", "sent no descriptors with its hello")
-                peers = _PeerSeat.open(said[: LAYOUT.size], fds[0], "peer")
+                peers = PeerSeat.open(said[: LAYOUT.size], fds[1:], self._allocator, "peer")
                 admission = self._accept(hello)
                 landing = admission.landing
                 assert isinstance(landing, ShmLanding)
-                doorbell = os.dup(fds[1])
+                doorbell = os.dup(fds[0])
             with landing.open(admission.seat) as ours:
                 socket.send_fds(
-                    sock, [ACCEPTED + landing.layout.encode() + admission.welcome], [ours.fd, self._doorbell]
+                    sock, [ACCEPTED + landing.layout.encode() + admission.welcome], [self._doorbell, *ours.fds]
                 )
         except (EngineError, OSError, TimeoutError) as error:
             self._complain("refused", f"cut {name} off: {error or 'no hello in time'}")
@@ -301,7 +210,7 @@ class ShmTransport:
         except BaseException:
             sock.close()
             raise
-        endpoint = ShmEndpoint(self, sock, hello, landing, admission.seat, peers, ours.host()[:RING_BYTES], doorbell)
+        endpoint = ShmEndpoint(self, sock, hello, landing, admission.seat, peers, ours.ring, doorbell)
         with self._taking:
             self._add(endpoint)
             self._deliver(endpoint, CompletionKind.CONNECTED)
@@ -315,7 +224,7 @@ class ShmTransport:
             await readable.wait()
         finally:
             self._loop.remove_reader(sock)
-        message, fds, _, _ = socket.recv_fds(sock, LAYOUT.size + MAX_HELLO_BYTES + 1, 2)
+        message, fds, _, _ = socket.recv_fds(sock, LAYOUT.size + MAX_HELLO_BYTES + 1, max(NUM_FDS))
         return message, fds
 
     def _add(self, endpoint: ShmEndpoint) -> None:

@@ -10,7 +10,6 @@ behind one, pass through a small buffer, so that a short frame costs one read.
 
 from __future__ import annotations
 
-import asyncio
 import struct
 import threading
 from collections import deque
@@ -18,9 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from msi.errors import TransportError
+from msi.net.delivery import Delivery
 from msi.net.landing import Outbox, seat_slots
 from msi.net.slots import HEADER_BYTES, NOTE_BYTES, SlotLayout
-from msi.net.transport import CompletionKind, Endpoint, Landing
+from msi.net.tcp_sockets import Sockets
+from msi.net.transport import CompletionKind, Landing
 
 FRAME_MAGIC = b"MSIF"
 FRAME = struct.Struct("<4sIIII")  # magic, immediate, lane, bytes of header and note, rows
@@ -31,9 +32,7 @@ MAX_BACKLOG = 3 * 8192  # pieces that a peer may be behind; a frame is at most t
 MAX_PIECES = 64  # of one write
 READS_PER_TURN = 16  # before other connections get theirs
 
-IMMEDIATE = CompletionKind.IMMEDIATE
 Pieces = tuple[bytes | memoryview, ...]
-Deliver = Callable[[Endpoint, CompletionKind, int, str], None]
 
 
 class StreamSocket(Protocol):
@@ -70,7 +69,8 @@ class TcpEndpoint:
         landing: Landing,
         seat: int,
         out_layout: SlotLayout,
-        deliver: Deliver,
+        deliver: Delivery,
+        sockets: Sockets,
         forget: Callable[[TcpEndpoint], None],
         cut_off: Callable[[str, str], None],
     ) -> None:
@@ -80,7 +80,8 @@ class TcpEndpoint:
         self.came_at = 0.0
         self._name = name
         self._sock = sock
-        self._loop = asyncio.get_running_loop()
+        self._fd = sock.fileno()
+        self._sockets = sockets
         self._deliver = deliver
         self._forget = forget
         self._cut_off = cut_off
@@ -101,6 +102,7 @@ class TcpEndpoint:
         self._posting = threading.Lock()  # held while writing, and while the connection ends
         self._backlog: deque[memoryview] = deque()
         self._is_open = True
+        self._has_started = False
 
     # -- out ---------------------------------------------------------------------------------------------------------
 
@@ -142,15 +144,15 @@ class TcpEndpoint:
             if sent < num_bytes:
                 backlog.extend(memoryview(piece) for piece in pieces)
                 _skip(backlog, sent)
-                self._loop.call_soon_threadsafe(self._wait_writable)
+                if self._has_started:
+                    self._sockets.watch_writing(self._fd, True)
 
-    def _wait_writable(self) -> None:
-        if self._is_open:
-            self._loop.add_writer(self._sock, self._writable)
-
-    def _writable(self) -> None:
+    def write_on(self) -> None:
+        """What waits for room in the socket, which may have some."""
         with self._posting:
             backlog = self._backlog
+            if not self._is_open:
+                return
             try:
                 while backlog:
                     _skip(
@@ -160,26 +162,31 @@ class TcpEndpoint:
                 return
             except OSError:  # reading says why
                 backlog.clear()
-            self._loop.remove_writer(self._sock)
+            self._sockets.watch_writing(self._fd, False)
 
     # -- in ----------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Frames land from now on."""
-        if self._is_open:
-            self._loop.add_reader(self._sock, self._readable)
-            self._loop.call_soon(self._readable)  # some may have come with the greeting already
+        """Frames land from now on; some may have come with the greeting already."""
+        with self._posting:
+            if self._is_open:
+                self._has_started = True
+                self._sockets.add(self._fd, self)
+                if self._backlog:
+                    self._sockets.watch_writing(self._fd, True)
 
-    def _readable(self) -> None:
+    def read(self) -> bool:
+        """Takes what has come; whether there may be more, as what was taken from the socket already wakes nobody."""
         try:
             for _ in range(READS_PER_TURN):
                 if not self._is_open or not self._read():
-                    return
-            self._loop.call_soon(self._readable)  # what was taken from the socket already wakes nobody
+                    return False
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             self._end(f"the connection broke: {error.strerror or error}")
+            return False
+        return True
 
     def _read(self) -> bool:
         """One read; whether there may be more."""
@@ -205,7 +212,8 @@ class TcpEndpoint:
             self._rest = _after(rest, num_read)
         else:
             self._rest = []
-            self._deliver(self, IMMEDIATE, self._immediate, "")
+            self._deliver.gather(self, self._immediate)
+            self._deliver.hand_over()
             self._take(num_read - num_rest)
         return num_read == wanted
 
@@ -238,7 +246,7 @@ class TcpEndpoint:
                 if num_rows:
                     self._in_slots[lane][:rows_bytes] = heads[at + header_bytes : end]
                 at = end
-            self._deliver(self, IMMEDIATE, immediate, "")
+            self._deliver.gather(self, immediate)
         self._num_heads = num_bytes - at
         if at < num_bytes:
             heads[: self._num_heads] = bytes(heads[at:num_bytes])
@@ -260,8 +268,7 @@ class TcpEndpoint:
             was_open, self._is_open = self._is_open, False
             self._backlog.clear()
         if was_open:
-            self._loop.remove_reader(self._sock)
-            self._loop.remove_writer(self._sock)
+            self._sockets.remove(self._fd)
             self._sock.close()
             self._forget(self)
 

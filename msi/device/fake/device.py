@@ -16,6 +16,7 @@ from msi.complaints import Complaints
 from msi.device.compute_thread import Program, as_failure
 from msi.device.fake.kernels import FakeKernels
 from msi.device.fake.memory import DeviceMemory
+from msi.device.fake.seats import FakeSeats, of_peer
 from msi.device.fake.world import Actor, FakeWorld
 from msi.device.queues import Changed
 from msi.device.regions import DeviceRegion, HostTensors
@@ -213,6 +214,12 @@ class FakeDevice:
 
     def region(self, num_bytes: int) -> Region:
         return DeviceRegion(self.memory.allocate(num_bytes), "the fake device", flush=self.flush)
+
+    def seats(self, num_seats: int, seat_bytes: int) -> FakeSeats:
+        return FakeSeats(self.memory, num_seats, seat_bytes)
+
+    def of_peer(self, fd: int, num_bytes: int, peer: str) -> Region:
+        return of_peer(self.memory, fd, num_bytes, peer)
 
     def host_region(self, num_bytes: int) -> Region:
         return HostTensors().region(num_bytes)

@@ -19,6 +19,8 @@ from random import Random
 import torch
 from torch import Tensor
 
+from msi.net.shared_memory import PAGE, clear_at, map_at, pages
+
 ALIGNMENT = 256
 CAPACITY = 1 << 30  # of address space; only what is written takes memory
 LUCK = 0.3  # how often something that was not flushed is seen all the same
@@ -50,12 +52,35 @@ class DeviceMemory:
 
     def allocate(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes], zeroed. Raises MemoryError."""
+        return self.at(self._take(num_bytes, ALIGNMENT), num_bytes)
+
+    def reserve(self, num_bytes: int) -> int:
+        """Whole pages, into which other memory can be put; where they begin. Raises MemoryError."""
+        return self._take(pages(num_bytes), PAGE)
+
+    def at(self, start: int, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes]."""
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=num_bytes, offset=start)
+
+    def map(self, at: int, size: int, flags: int, fd: int, offset: int) -> None:
+        """Puts memory that processes share into reserved pages; as `msi.net.shared_memory.Place`."""
         with self._lock:
-            at = self._num_used
+            map_at(self._address + at, size, flags, fd, offset)
+            self._protect(_READ_WRITE if self._num_inside else _NONE)
+
+    def clear(self, at: int, size: int) -> None:
+        """Zeroes of our own again."""
+        with self._lock:
+            clear_at(self._address + at, size)
+            self._protect(_READ_WRITE if self._num_inside else _NONE)
+
+    def _take(self, num_bytes: int, alignment: int) -> int:
+        with self._lock:
+            at = -(-self._num_used // alignment) * alignment
             if at + num_bytes > len(self._memory):
                 raise MemoryError(f"{num_bytes} bytes of {self.free_bytes} that are left on the fake device")
-            self._num_used = -(-(at + num_bytes) // ALIGNMENT) * ALIGNMENT
-        return torch.frombuffer(self._memory, dtype=torch.uint8, count=num_bytes, offset=at)
+            self._num_used = at + num_bytes
+        return at
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
