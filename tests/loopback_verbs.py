@@ -297,6 +297,8 @@ class LoopbackCard:
     def take_event(self):
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fd)
+            return True
+        return False
 
     def refill(self):
         with self.fabric.changed:

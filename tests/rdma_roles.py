@@ -72,6 +72,7 @@ class PlainExperts:
     def __init__(self, node, link):
         self.node = node
         self.link = link
+        self.loop = asyncio.get_running_loop()
         self.out_rows = {}
 
     def attach(self, seat, out_rows):
@@ -85,7 +86,7 @@ class PlainExperts:
                 at = batch.lane * layout.slot_bytes + index * ROW.size
                 row = ROW.unpack_from(landing.rows.host(), seat * stride + at)
                 ROW.pack_into(self.out_rows[seat], at, *expert(self.node, row))
-        asyncio.get_running_loop().call_soon(self.finished, ticket, 0.0, None)
+        self.loop.call_soon_threadsafe(self.finished, ticket, 0.0, None)  # rows may be taken on another thread
 
     def tell(self, finished):
         self.finished = finished

@@ -89,6 +89,7 @@ class DirectCard:
         self._domain: int = library.alloc_pd(context)
         self._channel = self._queue = self._receives = 0
         self._num_events = 0  # taken and not acknowledged, which takes a lock
+        self._taken = byref(c_void_p()), byref(c_void_p())  # where the library says which queue an event is of
         self._found = memoryview(bytearray(COMPLETIONS_PER_POLL * abi.COMPLETION_BYTES))
         self._founds = [self._found[: n * abi.COMPLETION_BYTES] for n in range(COMPLETIONS_PER_POLL + 1)]
         self._into = _at(addressof(c_char.from_buffer(self._found.obj)))
@@ -148,7 +149,8 @@ class DirectCard:
         return queue_pair
 
     def poll(self) -> Sequence[Completion]:
-        return self._read(self._poll(self._from, COMPLETIONS_PER_POLL, self._into))
+        count = self._poll(self._from, COMPLETIONS_PER_POLL, self._into)
+        return self._read(count) if count else ()
 
     def look(self) -> Sequence[Completion]:
         return self._read(self._look(self._from, COMPLETIONS_PER_POLL, self._into))
@@ -165,14 +167,15 @@ class DirectCard:
         if code := self._arm(self._from, 0):
             raise _failed(code)
 
-    def take_event(self) -> None:
+    def take_event(self) -> bool:
         try:
-            self._library.get_cq_event(self._channel, byref(c_void_p()), byref(c_void_p()))
+            self._library.get_cq_event(self._channel, *self._taken)
         except BlockingIOError:
-            return
+            return False
         self._num_events += 1
         if self._num_events == EVENTS_PER_ACKNOWLEDGEMENT:
             self._acknowledge()
+        return True
 
     def _acknowledge(self) -> None:
         if self._num_events:

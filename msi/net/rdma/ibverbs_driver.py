@@ -101,16 +101,17 @@ class IbverbsCard:
     def arm(self) -> None:
         self._queue.req_notify()
 
-    def take_event(self) -> None:
+    def take_event(self) -> bool:
         try:
             self._channel.get_cq_event()
         except OSError as error:
             if error.errno != errno.EAGAIN:
                 raise
-            return
+            return False
         self._num_events += 1
         if self._num_events == EVENTS_PER_ACKNOWLEDGEMENT:
             self._acknowledge()
+        return True
 
     def _acknowledge(self) -> None:
         if self._num_events:

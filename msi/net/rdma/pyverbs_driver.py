@@ -149,14 +149,15 @@ class PyverbsCard:
         except PyverbsError as error:
             raise OSError(errno.EIO, str(error)) from error
 
-    def take_event(self) -> None:
+    def take_event(self) -> bool:
         try:
             self._channel.get_cq_event(self._queue)
         except PyverbsError:  # there is none: it does not always say so
-            return
+            return False
         self._num_events += 1
         if self._num_events == EVENTS_PER_ACKNOWLEDGEMENT:
             self._acknowledge()
+        return True
 
     def _acknowledge(self) -> None:
         if self._num_events:

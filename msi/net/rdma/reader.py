@@ -15,7 +15,7 @@ from msi.net.rdma.patience import Patience
 from msi.net.rdma.verbs import COMPLETIONS_PER_POLL, Card, Completion
 from msi.net.transport import Poller
 
-POLLS_PER_TURN = 16  # before others on the event loop, or programs, get theirs
+POLLS_PER_TURN = 4  # before others on the event loop get theirs
 
 
 class Reader:
@@ -40,6 +40,7 @@ class Reader:
         poller: Poller | None,
     ) -> None:
         self.lock = threading.RLock()
+        self._acquire, self._release = self.lock.acquire, self.lock.release  # `with` costs twice as much
         self._card = card
         self._took = took
         self._failed = failed
@@ -47,6 +48,7 @@ class Reader:
         self._poller = poller
         self._loop = asyncio.get_running_loop()
         self._is_started = self._is_open = self._is_armed = False
+        self._num_events = 0  # that completions have caused, and nobody has taken
 
     def start(self) -> None:
         self._is_started = self._is_open = True
@@ -78,38 +80,37 @@ class Reader:
     # -- a poller ----------------------------------------------------------------------------------------------------
 
     def _take_polled(self) -> bool:
-        """Whether it has to be called once more before the thread sleeps."""
-        with self.lock:
+        """Whether it has to be called once more before the thread sleeps: programs may have their turn first."""
+        self._acquire()
+        try:
             if not self._is_open:
                 return False
-            try:
-                return self._take_or_arm()
-            except OSError as error:
-                self._is_open = False
-                self._loop.call_soon_threadsafe(self._fail, error)
-                return False
-
-    def _take_or_arm(self) -> bool:
-        poll = self._card.poll
-        for turn in range(POLLS_PER_TURN):
-            completions = poll()
-            if completions:
-                self._is_armed = False
-                self._took(completions)
-                if not self._is_open:
+            completions = self._card.poll()
+            if not completions:
+                if self._is_armed:
                     return False
-            if len(completions) < COMPLETIONS_PER_POLL:  # that was all
-                if completions or turn:
-                    return True
-                break
-        else:
-            return True
-        if self._is_armed:
+                self._arm()
+                completions = self._card.poll()
+                if not completions:
+                    return False
+            if self._is_armed:
+                self._is_armed = False
+                self._num_events += 1
+            self._took(completions)
+            return self._is_open
+        except OSError as error:
+            self._is_open = False
+            self._loop.call_soon_threadsafe(self._fail, error)
             return False
-        self._card.take_event()
+        finally:
+            self._release()
+
+    def _arm(self) -> None:
+        """The next completion wakes who sleeps. Only events that were caused are taken: asking in vain is dear."""
+        while self._num_events and self._card.take_event():
+            self._num_events -= 1
         self._card.arm()
         self._is_armed = True
-        return True
 
     # -- the event loop ----------------------------------------------------------------------------------------------
 
@@ -140,14 +141,13 @@ class Reader:
             completions = card.poll()
             if not completions and not is_armed:
                 completions = patience.look(card.look)
-            if not completions or (patience.is_none and len(completions) < COMPLETIONS_PER_POLL):  # that was all
-                if is_armed and not completions:
-                    return
-                if not is_armed:
-                    card.arm()
-                    is_armed = True
             if completions:
                 self._took(completions)
                 if not self._is_open:
                     return
+            elif is_armed:
+                return
+            if not is_armed and (not completions or (patience.is_none and len(completions) < COMPLETIONS_PER_POLL)):
+                card.arm()  # that was all
+                is_armed = True
         self._loop.call_soon(self._poll_again)

@@ -45,6 +45,7 @@ from msi.net.transport import (
     CompletionKind,
     Endpoint,
     Handler,
+    Landed,
     Landing,
     Poller,
     Together,
@@ -276,11 +277,15 @@ class RdmaTransport:
             flush()
         if self._early:
             self._hear_early()
-        incoming, deliver = self._incoming, self._deliver.shortest
+        incoming = self._incoming
+        landed: list[Landed] = []
         num_sent = 0
         for status, opcode, number, word in completions:
             if opcode != RECEIVED_IMMEDIATE or status != SUCCESS:
                 num_sent += 1
+                if status != SUCCESS and landed:  # which may end its connection: first what came before
+                    self._deliver.all(landed)
+                    landed = []
                 self._sent(status, number)
                 continue
             endpoint = incoming.get(number)
@@ -288,9 +293,11 @@ class RdmaTransport:
                 continue  # it was closed or revoked
             endpoint.num_received += 1
             if endpoint.is_ready:
-                deliver(endpoint, IMMEDIATE, word, "")
+                landed.append((endpoint, word, 0.0))
             else:
                 self._hear(endpoint, word)
+        if landed:
+            self._deliver.all(landed)
         self._num_used += len(completions) - num_sent
         while self._num_used >= RECEIVES_PER_REFILL:
             self._num_used -= RECEIVES_PER_REFILL

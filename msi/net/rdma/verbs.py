@@ -25,7 +25,7 @@ STATUS = {
 }  # fmt: skip
 ETHERNET = 2  # a port's link layer
 ACTIVE = (4, 5)  # a port's state
-COMPLETIONS_PER_POLL = 16
+COMPLETIONS_PER_POLL = 64
 RECEIVES_PER_REFILL = 16
 EVENTS_PER_ACKNOWLEDGEMENT = 64
 
@@ -145,8 +145,8 @@ class Card(Protocol):
     def arm(self) -> None:
         """The next completion makes the descriptor readable."""
 
-    def take_event(self) -> None:
-        """The descriptor was readable: what made it so is taken. There may be none, or another."""
+    def take_event(self) -> bool:
+        """What made the descriptor readable is taken; False where nothing has, or not yet."""
 
     def refill(self) -> None:
         """Posts RECEIVES_PER_REFILL receives."""
