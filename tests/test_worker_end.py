@@ -37,6 +37,9 @@ class Host:
     busy_s = 0.0
     loaded = (0, 0)
 
+    async def prepare(self):
+        pass
+
     def introduce(self):
         return "fingerprint", ASSIGNMENT.precision
 

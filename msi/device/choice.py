@@ -16,6 +16,7 @@ from msi.device.stream_device import StreamDevice
 from msi.errors import ConfigError
 from msi.kernels import triton
 from msi.kernels.kernels import Kernels
+from msi.kernels.native.compiled import native_library
 from msi.kernels.plain import PlainKernels
 from msi.precision import AUTO, Precision
 
@@ -28,6 +29,12 @@ def check_device(name: str) -> None:
     """Raises ConfigError where this machine has no such device."""
     if name != "cpu" and (reason := why_unavailable()) is not None:
         raise ConfigError(f"`device` {name} cannot work: {reason}; without one, use `device=cpu`")
+
+
+def prepare_device(name: str) -> None:
+    """Makes and loads what its kernels need, which takes seconds the first time on a machine; in any thread."""
+    if name == "cpu":
+        native_library()
 
 
 def precision_on(device: OpenedDevice, asked: Precision, checkpoint: torch.dtype) -> Precision:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +30,11 @@ PACKING_ROWS = 32  # a hint of how many rows a product will have; the packed lay
 class CpuKernels(PlainKernels):
     """Implements `msi.kernels.kernels.Kernels`.
 
+    bfloat16 weights meet rows in the kernels of `msi/kernels/native`, if those can be compiled; else in oneDNN's where
+    the processor multiplies bfloat16 itself, and as float32 where it does not.
+
     Args:
-        has_bf16_units: the processor multiplies bfloat16 itself. Where it does not, such weights are widened in
-            registers as they are read, if the kernels for that can be compiled.
+        has_bf16_units: the processor multiplies bfloat16 itself.
     """
 
     def __init__(self, *, has_bf16_units: bool = True) -> None:
@@ -44,8 +47,11 @@ class CpuKernels(PlainKernels):
         return not self._has_bf16_units and native_library() is not None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        if weight.dtype is torch.bfloat16 and self.can_widen:
-            return self._widened(weight, bias)
+        if weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0 and (library := native_library()) is not None:
+            return _native(library, weight, bias)
+        if weight.dtype is torch.bfloat16 and not self._has_bf16_units:
+            wide = self.linear(weight.to(torch.float32), None if bias is None else bias.to(torch.float32))
+            return lambda rows: wide(rows.to(torch.float32)).to(rows.dtype)
         is_small = weight.numel() * weight.element_size() < PACKED_BYTES
         packing = None if is_small or weight.dtype is torch.float16 else _packing(weight.dtype)
         if packing is None:
@@ -61,23 +67,10 @@ class CpuKernels(PlainKernels):
     def expert_bank(
         self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
     ) -> ExpertBank:
-        library = native_library() if dtype is torch.bfloat16 and self.can_widen else None
+        library = native_library() if dtype is torch.bfloat16 else None
         if library is not None and hidden_size % WIDTH == inner_size % WIDTH == 0:
             return NativeExpertBank(library, num_layers, num_experts, hidden_size, inner_size)
         return CpuExpertBank(self.linear, num_layers, num_experts)
-
-    def _widened(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Of bfloat16, for rows of any dtype, which the results are of."""
-        library, bias = native_library(), None if bias is None else bias.to(torch.float32)
-        assert library is not None
-        product: Linear
-        if weight.shape[0] % WIDTH:  # a router's, a gate's
-            product = partial(functional.linear, weight=weight.to(torch.float32), bias=bias)
-            return lambda rows: product(rows.to(torch.float32)).to(rows.dtype)
-        panels = pack(library, weight)
-        if bias is None:
-            return lambda rows: linear(library, rows, panels).to(rows.dtype)
-        return lambda rows: linear(library, rows, panels).add_(bias).to(rows.dtype)
 
     def pack(
         self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes
@@ -167,6 +160,18 @@ def _of_few_sizes(product: Linear, rows: Tensor) -> Tensor:
     num_rows = rows.shape[0]
     missing = rows_computed(num_rows) - num_rows
     return product(functional.pad(rows, (0, 0, 0, missing)))[:num_rows] if missing else product(rows)
+
+
+def _native(library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> Linear:
+    """Of bfloat16, for rows of any dtype, which the results are of."""
+    num_outputs = weight.shape[0]
+    missing = -num_outputs % WIDTH  # of a router, a gate
+    packed = pack(library, functional.pad(weight, (0, 0, 0, missing)))
+    if bias is not None:
+        bias = functional.pad(bias.to(torch.float32), (0, missing))
+    if not missing:
+        return lambda rows: linear(library, rows, packed, bias)
+    return lambda rows: linear(library, rows, packed, bias)[:, :num_outputs]
 
 
 def _no_weights(rows: Tensor) -> Tensor:

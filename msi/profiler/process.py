@@ -24,7 +24,7 @@ from msi.attention.kv_cache import KvCache
 from msi.attention.role import AttentionRole
 from msi.attention.scheduler import Scheduler
 from msi.control.messages import FROM_WORKER, Assignment, ExpertAddress, Linked, PassDone, Topology
-from msi.device.choice import OpenedDevice, open_device, precision_on
+from msi.device.choice import OpenedDevice, open_device, precision_on, prepare_device
 from msi.device.cpu import CpuDevice
 from msi.errors import ConfigError, EngineError
 from msi.experts.role import ExpertRole
@@ -149,6 +149,7 @@ class _Host:
     async def load(self) -> Precision:
         """Reads the weights; what everything is held and computed in."""
         hosting = self._hosting
+        await asyncio.to_thread(prepare_device, hosting.device)
         device = self._device = open_device(hosting.device, 0)
         self._precision = precision_on(device, hosting.precision, DTYPES[self._config.dtype])
         self._loaded = await asyncio.to_thread(self._files.load, self._assignment(), device)

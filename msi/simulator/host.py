@@ -103,6 +103,9 @@ class SimulatedHost:
     def busy_s(self) -> float:
         return self.device.busy_s
 
+    async def prepare(self) -> None:
+        """There is nothing to make."""
+
     def introduce(self) -> tuple[str, Precision]:
         return "simulated", Precision.of("bfloat16")
 

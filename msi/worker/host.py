@@ -121,6 +121,9 @@ class Host(Protocol):
     def loaded(self) -> tuple[int, int]:
         """Bytes of weights read, and how many there are to read (0 until the role is known)."""
 
+    async def prepare(self) -> None:
+        """What may be slow the first time on a machine; before `introduce`."""
+
     def introduce(self) -> tuple[str, Precision]:
         """The model's fingerprint, and what to hold, send and compute it in. Raises ConfigError."""
 

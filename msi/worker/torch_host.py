@@ -12,7 +12,7 @@ from msi.attention.kv_cache import KvCache
 from msi.attention.warming import warm
 from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
-from msi.device.choice import OpenedDevice, open_device, precision_on
+from msi.device.choice import OpenedDevice, open_device, precision_on, prepare_device
 from msi.device.stream_device import StreamDevice
 from msi.errors import ConfigError
 from msi.experts.half import ExpertHalf
@@ -162,6 +162,10 @@ class TorchHost:
     @property
     def loaded(self) -> tuple[int, int]:
         return self._files.loaded_bytes, self._files.total_bytes
+
+    async def prepare(self) -> None:
+        if self._files.config.dtype == "bfloat16":  # which compiled kernels multiply
+            await asyncio.to_thread(prepare_device, self._settings.host.device)
 
     def introduce(self) -> tuple[str, Precision]:
         settings = self._settings

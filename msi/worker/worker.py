@@ -159,6 +159,7 @@ class Worker:
             Unavailable: the coordinator cannot be reached, or was gone for too long.
         """
         try:
+            await self._host.prepare()
             while True:
                 assignment = await self._introduce()
                 try:

@@ -1,1 +1,1 @@
-"""Products with bfloat16 weights on CPUs that compute in float32: compiled where they run, and used if that works."""
+"""Products that read weights at the speed of memory on a CPU: compiled where they run, and used if that works."""

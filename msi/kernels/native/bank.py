@@ -1,4 +1,4 @@
-"""Experts whose bfloat16 weights are widened in registers: one call computes all experts of a layer."""
+"""Experts whose weights are unpacked in registers: one call computes all experts of a layer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from msi.kernels.native.compiled import pack
+from msi.kernels.native.compiled import FORMATS, Packed, pack, row_dtype
 from msi.kernels.plain import scatter_answers
 from msi.kernels.routing import PackedRows
 
-Panels = list[list[Tensor | None]]  # [layer][expert]
+Matrices = list[list[Packed | None]]  # [layer][expert]
 
 
 class NativeExpertBank:
@@ -20,25 +20,34 @@ class NativeExpertBank:
 
     Args:
         library: of `native_library`.
+        format: of `FORMATS`, in which all weights are held.
     """
 
     def __init__(
-        self, library: ctypes.CDLL, num_layers: int, num_experts: int, hidden_size: int, inner_size: int
+        self,
+        library: ctypes.CDLL,
+        num_layers: int,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        format: str = "bfloat16",
     ) -> None:
         self.weight_bytes_read = 0
         self.num_rows = torch.zeros(num_layers, num_experts, dtype=torch.int64)
         self._library = library
         self._sizes = (num_experts, hidden_size, inner_size)
-        self._expert_bytes = 3 * hidden_size * inner_size * torch.bfloat16.itemsize
-        self._gate_up: Panels = [[None] * num_experts for _ in range(num_layers)]
-        self._down: Panels = [[None] * num_experts for _ in range(num_layers)]
+        self._format = format
+        number, bytes_of = FORMATS[format], library.msi_packed_bytes
+        self._expert_bytes = bytes_of(number, 2 * inner_size, hidden_size) + bytes_of(number, hidden_size, inner_size)
+        self._gate_up: Matrices = [[None] * num_experts for _ in range(num_layers)]
+        self._down: Matrices = [[None] * num_experts for _ in range(num_layers)]
         self._addresses: list[tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]] | None]
         self._addresses = [None] * num_layers
         self._work = torch.empty(0)
 
     def arranged(self, places: Sequence[int | None]) -> NativeExpertBank:
         _, hidden_size, inner_size = self._sizes
-        bank = NativeExpertBank(self._library, len(self._gate_up), len(places), hidden_size, inner_size)
+        bank = NativeExpertBank(self._library, len(self._gate_up), len(places), hidden_size, inner_size, self._format)
         for local, place in enumerate(places):
             if place is not None:
                 bank.num_rows[:, local] = self.num_rows[:, place]
@@ -62,16 +71,18 @@ class NativeExpertBank:
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
     ) -> None:
         rows = landed.gather(lane, seats)
-        hidden, weights = rows.hidden.to(torch.float32), rows.topk_weights
+        dtype, weights = row_dtype(self._library, rows.hidden), rows.topk_weights
+        hidden = rows.hidden.to(dtype)
         num_experts, hidden_size, inner_size = self._sizes
         num_rows, k = rows.topk_ids.shape
         combined = torch.empty(num_rows, hidden_size, dtype=torch.float32)
-        work = self._work_of(num_rows * k * (hidden_size + inner_size))
+        work = self._work_of(self._library.msi_work_values(num_rows, k, hidden_size, inner_size), dtype)
         gate_up, down = self._addresses[layer] or self._addresses_of(layer)
         num_active = self._library.msi_experts(
-            num_rows, k, num_experts, hidden_size, inner_size, hidden.data_ptr(), hidden.stride(0),
-            rows.topk_ids.data_ptr(), rows.topk_ids.stride(0), weights.data_ptr(), weights.stride(0),
-            gate_up, down, work.data_ptr(), combined.data_ptr(), self.num_rows[layer].data_ptr(),
+            FORMATS[self._format], dtype is torch.bfloat16, num_rows, k, num_experts, hidden_size, inner_size,
+            hidden.data_ptr(), hidden.stride(0), rows.topk_ids.data_ptr(), rows.topk_ids.stride(0),
+            weights.data_ptr(), weights.stride(0), gate_up, down, work.data_ptr(), combined.data_ptr(),
+            self.num_rows[layer].data_ptr(),
         )  # fmt: skip
         if num_active < 0:
             raise AssertionError(
@@ -80,16 +91,16 @@ class NativeExpertBank:
         scatter_answers(combined, lane, seats, answers)
         self.weight_bytes_read += num_active * self._expert_bytes
 
-    def _work_of(self, num_values: int) -> Tensor:
-        """Memory for so many float32, kept for the next wave."""
-        if self._work.numel() < num_values:
-            self._work = torch.empty(num_values, dtype=torch.float32)
+    def _work_of(self, num_values: int, dtype: torch.dtype) -> Tensor:
+        """Memory for so many, kept for the next wave."""
+        if self._work.numel() < num_values or self._work.dtype is not dtype:
+            self._work = torch.empty(num_values, dtype=dtype)
         return self._work
 
     def _addresses_of(self, layer: int) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]:
         found = []
         for experts in (self._gate_up[layer], self._down[layer]):
-            addresses = [None if one is None else one.data_ptr() for one in experts]
+            addresses = [None if one is None else one.panels.data_ptr() for one in experts]
             found.append((ctypes.c_void_p * len(experts))(*addresses))
         self._addresses[layer] = pair = (found[0], found[1])
         return pair

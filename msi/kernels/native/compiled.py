@@ -1,12 +1,14 @@
 """Compiling `products.cpp` for this processor, once, and loading it; None where that cannot be.
 
-The file that is made is kept in the user's cache, under a name that changes with the source and the processor. It runs
-on the threads that torch has: two pools of them would fight for the cores.
+The file that is made is kept in the user's cache, under a name that changes with the source and the processor; of
+several processes that want it at once, one compiles. It runs on the threads that torch has: two pools of them would
+fight for the cores.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -15,6 +17,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,20 +27,39 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("products.cpp")
 COMPILER = "g++"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-w")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 COMPILES_WITHIN_S = 120.0
 WIDTH = 16  # of a panel: a matrix has a multiple of it of rows
+FORMATS = {"bfloat16": 0, "int8": 1, "int4": 2}  # as `products.cpp` numbers them
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
-    "msi_pack": (None, (_P, _N, _N, _P)),
-    "msi_linear": (None, (_N, _P, _N, _P, _N, _P)),
-    "msi_experts": (_N, (*[_N] * 5, _P, _N, _P, _N, _P, _N, *[_P] * 5)),
+    "msi_has_bfloat16_rows": (_N, ()),
+    "msi_packed_bytes": (_N, (_N, _N, _N)),
+    "msi_pack": (None, (_N, _P, _P, _N, _N, _P)),
+    "msi_linear": (None, (_N, _N, _N, _P, _N, _N, _P, _N, _P, _P)),
+    "msi_work_values": (_N, (_N, _N, _N, _N)),
+    "msi_experts": (_N, (*[_N] * 7, _P, _N, _P, _N, _P, _N, *[_P] * 5)),
 }
 
 
 class Unusable(Exception):
     """Why there is no library."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A matrix [num_outputs, depth] in panels.
+
+    Attributes:
+        panels: uint8.
+        format: of `FORMATS`.
+    """
+
+    panels: Tensor
+    format: int
+    num_outputs: int
+    depth: int
 
 
 @functools.cache
@@ -48,27 +70,46 @@ def native_library() -> ctypes.CDLL | None:
         _check(library)
         return library
     except (Unusable, OSError, subprocess.SubprocessError, AttributeError) as error:
-        log.info("bfloat16 weights are held as float32: %s", error)
+        log.info("the CPU computes with torch's products alone: %s", error)
         return None
 
 
-def pack(library: ctypes.CDLL, weight: Tensor) -> Tensor:
-    """bfloat16 [n, depth] as panels, of as many bytes; n is a multiple of `WIDTH`."""
+def pack(library: ctypes.CDLL, weight: Tensor) -> Packed:
+    """Of bfloat16 [n, depth]; n is a multiple of `WIDTH`, and depth of 2."""
     weight = weight.contiguous()
-    assert weight.dtype is torch.bfloat16 and weight.shape[0] % WIDTH == 0, (weight.dtype, weight.shape)  # noqa: PT018
-    panels = torch.empty_like(weight)
-    library.msi_pack(weight.data_ptr(), *weight.shape, panels.data_ptr())
-    return panels
+    num_outputs, depth = weight.shape
+    assert weight.dtype is torch.bfloat16, weight.dtype
+    assert num_outputs % WIDTH == depth % 2 == 0, weight.shape
+    number = FORMATS["bfloat16"]
+    panels = torch.empty(library.msi_packed_bytes(number, num_outputs, depth), dtype=torch.uint8)
+    library.msi_pack(number, weight.data_ptr(), None, num_outputs, depth, panels.data_ptr())
+    return Packed(panels, number, num_outputs, depth)
 
 
-def linear(library: ctypes.CDLL, rows: Tensor, panels: Tensor) -> Tensor:
-    """float32 [num_rows, n] of rows [num_rows, depth] and the panels of [n, depth]."""
-    rows = rows.to(torch.float32).contiguous()
-    num_outputs, depth = panels.shape
-    assert rows.shape[-1] == depth, (rows.shape, panels.shape)
-    outputs = torch.empty(rows.shape[0], num_outputs, dtype=torch.float32)
-    library.msi_linear(rows.shape[0], rows.data_ptr(), depth, panels.data_ptr(), num_outputs, outputs.data_ptr())
-    return outputs
+def row_dtype(library: ctypes.CDLL, rows: Tensor) -> torch.dtype:
+    """In which rows meet matrices: bfloat16 where they are that, and the processor multiplies it."""
+    is_bfloat16 = rows.dtype is torch.bfloat16 and library.msi_has_bfloat16_rows()
+    return torch.bfloat16 if is_bfloat16 else torch.float32
+
+
+def linear(library: ctypes.CDLL, rows: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """[num_rows, num_outputs] of rows [num_rows, depth], in their dtype.
+
+    Args:
+        bias: float32 [num_outputs].
+    """
+    dtype = row_dtype(library, rows)
+    given = rows.to(dtype)
+    if given.stride(1) != 1:
+        given = given.contiguous()
+    num_rows = given.shape[0]
+    assert given.shape[1] == weight.depth, (given.shape, weight.depth)
+    outputs = torch.empty(num_rows, weight.num_outputs, dtype=dtype)
+    library.msi_linear(
+        weight.format, dtype is torch.bfloat16, num_rows, given.data_ptr(), given.stride(0), weight.depth,
+        weight.panels.data_ptr(), weight.num_outputs, None if bias is None else bias.data_ptr(), outputs.data_ptr(),
+    )  # fmt: skip
+    return outputs.to(rows.dtype)
 
 
 def _load() -> ctypes.CDLL:
@@ -84,8 +125,8 @@ def _check(library: ctypes.CDLL) -> None:
     weight = torch.arange(-64.0, 64.0).reshape(WIDTH, -1)
     rows = torch.arange(24.0).reshape(3, -1)
     with torch.inference_mode():
-        panels = pack(library, weight.to(torch.bfloat16))
-        if not torch.equal(linear(library, rows, panels), rows @ weight.T):  # whole numbers: nothing is rounded
+        packed = pack(library, weight.to(torch.bfloat16))
+        if not torch.equal(linear(library, rows, packed), rows @ weight.T):  # whole numbers: nothing is rounded
             raise Unusable("the compiled products are wrong")
 
 
@@ -101,9 +142,15 @@ def _compiled() -> Path:
     source = SOURCE.read_bytes()
     processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
     digest = hashlib.sha256(repr((source, FLAGS, processor)).encode()).hexdigest()[:24]
-    made = _own_folder() / f"products-{digest}.so"
+    folder = _own_folder()
+    made = folder / f"products-{digest}.so"
     if not made.exists():
-        _compile(made)
+        if shutil.which(COMPILER) is None:
+            raise Unusable(f"there is no {COMPILER}")
+        with (folder / "products.lock").open("w") as alone:
+            fcntl.flock(alone, fcntl.LOCK_EX)
+            if not made.exists():
+                _compile(made)
     return made
 
 
@@ -118,9 +165,7 @@ def _own_folder() -> Path:
 
 
 def _compile(made: Path) -> None:
-    """Beside its place, and then moved there: several processes may do this at once."""
-    if shutil.which(COMPILER) is None:
-        raise Unusable(f"there is no {COMPILER}")
+    """Beside its place, and then moved there: who does not wait sees all of it or nothing."""
     with tempfile.TemporaryDirectory(dir=made.parent) as folder:
         compiled, linked = Path(folder) / "products.o", Path(folder) / made.name
         for command in (
