@@ -50,7 +50,7 @@ class ChangesOfPlacement:
         placing = self._cluster.placing
         self._say()
         if placing.is_changing:
-            self._carry_out(self._cluster.advance_placement())
+            self._carry_out(self._cluster.places.advance())
             self._say()
         if self._cluster.placing.is_changing:
             return
@@ -62,7 +62,7 @@ class ChangesOfPlacement:
 
     def _begin(self, asked: _Asked) -> None:
         try:
-            self._carry_out(self._cluster.change_placement(asked.choose, asked.remark))
+            self._carry_out(self._cluster.places.change(asked.choose, asked.remark))
         except Exception as error:  # whoever asked has it, and the instance goes on
             if not asked.done.done():
                 asked.done.set_exception(error)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from msi.control.adoption import adopted, why_not_adopted
-from msi.control.due_changes import Choose, DueChanges, Wanted
+from msi.control.expert_places import ExpertPlaces
 from msi.control.formation import Formation, Joining, Refusal
 from msi.control.members import InstancePlan, Instruction, Lost, Member, Send, assignment
 from msi.control.messages import (
@@ -44,11 +44,8 @@ from msi.control.messages import (
     WorkerStats,
     WorkerStatus,
 )
-from msi.control.placing import Placing
 from msi.control.watched import WATCHED_FOR_S
 from msi.errors import ConfigError, shown
-from msi.placement_change import changed, lost_experts, with_node
-from msi.types import Place
 
 LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
 STUCK_AFTER_S = 30.0  # a process that lives, but whose loop stands still for so long, is given up
@@ -68,10 +65,9 @@ class Cluster:
         self._watched_until = now
         self._started_at = now
         self._members: dict[str, Member] = {}
-        self._formation = Formation(plan, self._members, self._why_not_yet)
-        self.placing = Placing(plan.placement)
-        copies = [len(plan.placement.nodes_of(expert)) for expert in range(plan.placement.num_experts)]
-        self._due = DueChanges(plan.timeouts.reload_after_s, copies)
+        self.places = ExpertPlaces(plan, self._members)
+        self.placing = self.places.placing
+        self._formation = Formation(plan, self._members, self.places.why_not_yet)
         self._exited: dict[int, float] = {}  # processes that ended, and when
         self.term = 0  # which coordinator of the instance this is
         self._taking_over_until = 0.0  # 0 where it takes nothing over
@@ -181,7 +177,7 @@ class Cluster:
                 instructions += self._lose(former, "it began a new life")
             self._members[decision.worker_id] = decision
             if decision.role == "expert" and not self.placing.holds_any(decision.place.node):
-                instructions += self._share_with(decision)
+                instructions += self.places.share_with(decision)
             instructions.append(Send(decision.route, self._assignment(decision)))
         return instructions
 
@@ -229,7 +225,7 @@ class Cluster:
         if not self._taking_over_until or (now < self._taking_over_until and not is_whole):
             return []
         self._taking_over_until = 0.0
-        self._due.begin(now)
+        self.places.begin_anew(now)
         return list(self._topology_to(*self.live("attention")))
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -371,7 +367,7 @@ class Cluster:
         """Whether rows or requests go to it."""
         if member.role == "attention":
             return member.state == "ready" and member.is_linked
-        return member.state == "ready" and not self.placing.is_changing and self.placing.holds_any(member.place.node)
+        return self.places.is_of_use(member)
 
     def _end_late(self, now: float) -> list[Instruction]:
         """Attention workers whose time to finish what they run is over: that goes on elsewhere."""
@@ -388,16 +384,9 @@ class Cluster:
         return [Send(member.route, Drain()) for member in self.live("expert") if self._is_stuck(member)]
 
     def _is_stuck(self, member: Member) -> bool:
-        if member.state != "draining" or self.placing.is_changing:
-            return False
-        experts = self.live("expert")
-        return not self._formation.has_served or self._due.is_stuck(self.placing.placement, member, experts)
-
-    def _let_end(self) -> list[Instruction]:
-        """Expert workers that want to end may, once nothing is computed by their experts."""
-        leaving = [member for member in self.live("expert") if member.state == "draining"]
-        free = [member for member in leaving if not self.placing.holds_any(member.place.node)]
-        return [Send(member.route, Drain()) for member in free]
+        if not self._formation.has_served:
+            return member.state == "draining" and not self.placing.is_changing
+        return self.places.is_stuck(member)
 
     def goodbye(self, route: bytes, goodbye: Goodbye) -> list[Instruction]:
         member = self._known(route, goodbye.worker_id, goodbye.incarnation)
@@ -414,61 +403,16 @@ class Cluster:
 
     # -- placement ---------------------------------------------------------------------------------------------------
 
-    def change_placement(self, choose: Choose, remark: str) -> list[Instruction]:
-        """Begins a change, where none is under way. Raises ConfigError: it cannot be."""
-        if self.plan.is_colocated:
-            raise ConfigError("this instance runs colocated: all experts are in its one worker, and stay there")
-        nodes = [member.place.node for member in self.live("expert") if member.state != "draining"]
-        return self._begin(choose(self.placing.placement, nodes), remark)
-
-    def _begin(self, wanted: Wanted, remark: str) -> list[Instruction]:
-        nodes = [member.place.node for member in self.live("expert")]
-        placement = changed(self.placing.placement, wanted)
-        if nowhere := lost_experts(placement, nodes):
-            raise ConfigError(f"experts {nowhere[:8]} would be on no worker that lives; nodes {nodes} are there")
-        self.placing.begin(placement, remark)
-        return [one for member in self.live("expert") for one in self.placing.to(member)]
-
-    def _share_with(self, member: Member) -> list[Instruction]:
-        """A new expert worker gets its share: it is to load that, while the others serve."""
-        node = member.place.node
-        nodes = [one.place.node for one in self.live("expert") if one.state != "draining"]
-        return self._begin(with_node(self.placing.placement, node, nodes, self._due.copies), f"{member.worker_id} came")
-
-    def _why_not_yet(self, index: int) -> str:
-        if self.plan.is_colocated or self.placing.holds_any(Place.at(index, self.plan.expert_ranks).node):
-            return ""
-        if self.placing.is_changing:
-            return f"waiting for a change of placement ({self.placing.remark})"
-        nodes = [member.place.node for member in self.live("expert") if member.state != "draining"]
-        if lost_experts(self.placing.placement, nodes):
-            return "waiting for experts that are on no worker"
-        if all(len(self.placing.placement.held_by(node)) < 2 for node in nodes):
-            return "waiting: every expert worker has one expert already"
-        return ""
-
     def placed(self, route: bytes, placed: Placed) -> list[Instruction]:
         """An expert worker has done as it was told, or cannot."""
         if (member := self._known(route, placed.worker_id, placed.incarnation)) is not None:
             self.placing.hear(member, placed)
-        return self.advance_placement()
-
-    def advance_placement(self) -> list[Instruction]:
-        """What follows for the change that is under way, and once there is none."""
-        if not self.placing.is_changing:
-            return []
-        experts = self.live("expert")
-        instructions = self.placing.advance(experts, self.live("attention"))
-        return instructions if self.placing.is_changing else [*instructions, *self._let_end()]
+        return self.places.advance()
 
     def _begin_what_is_due(self, now: float) -> list[Instruction]:
-        if self.placing.is_changing or self._taking_over_until:
+        if self._taking_over_until or not self._formation.has_served:
             return []
-        if not self._formation.has_served or self.plan.is_colocated:
-            return []
-        experts = [member for member in self._members.values() if member.role == "expert"]
-        due = self._due.next(self.placing.placement, experts, now)
-        return [] if due is None else self._begin(due.wanted, due.remark)
+        return self.places.begin_what_is_due(now)
 
     def _use_places(self, plan: InstancePlan) -> None:
         self.plan = self._formation.plan = plan
@@ -495,7 +439,7 @@ class Cluster:
         self._formation.forget(heard_before=now - self.plan.timeouts.lost_after_s * LOADING_PATIENCE)
         instructions += self._settle(now)
         was_changing = self.placing.is_changing
-        instructions += [*self._end_late(now), *self.advance_placement(), *self._let_end()]
+        instructions += [*self._end_late(now), *self.places.advance(), *self.places.let_end()]
         if not was_changing:  # whoever asked for a change hears of its end first
             instructions += self._begin_what_is_due(now)
         self._exited = {pid: at for pid, at in self._exited.items() if now - at < EXITS_REMEMBERED_S}
