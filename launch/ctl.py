@@ -26,7 +26,7 @@ VERBS = {
     "drain": "WORKER finishes what it runs, and ends",
     "remove": "the same, and it is not started again",
     "add": "one worker more, of --role",
-    "rebalance": "experts are spread over the workers that are there",
+    "rebalance": "experts are placed by what they had to do, or evenly before that is known",
 }
 HELLO_S = 10.0
 NAMES_WORKER = ("drain", "remove")

@@ -41,7 +41,7 @@ _LORA = "is not built yet: adapters are refused; merge them into the checkpoint"
 _TLS = "is not built: put a proxy that ends TLS in front"
 _SPECULATION = "is not built yet: leave it out, the text is the same without"
 _HOSTS = "is not needed: start each process by --role and --coordinator, or all by torchrun or --slurm"
-_REPLICAS = "is not built yet: each expert is on one worker"
+_EPLB = "is called --rebalance-interval and --rebalance-threshold here; --redundant-experts adds replicas"
 _MEDIA = "is not built: images and sound are not taken"
 _TRACING = "is not built: --trace FILE records every stage, and /metrics counts"
 _KV = "is not built yet: the KV cache stays with its attention worker"
@@ -80,9 +80,9 @@ FOREIGN = (
                "or with --colocated in the one process"),
     *_switches("--enable-dbo", instead="is called --micro-batches here, and measured by default"),
     *_values("--all2all-backend", instead="is called --transport here"),
-    *_switches("--enable-eplb", instead=_REPLICAS),
-    *_values("--num-redundant-experts", neutral=("0",), instead=_REPLICAS),
-    *_values("--eplb-config", neutral=("{}",), instead=_REPLICAS),
+    *_switches("--enable-eplb", instead="is called --rebalance auto here"),
+    *_values("--num-redundant-experts", neutral=("0",), instead="is called --redundant-experts here"),
+    *_values("--eplb-config", neutral=("{}",), instead=_EPLB),
     *_values("--expert-placement-strategy", neutral=("linear",), instead="is not built: experts are placed in order"),
     *_values("--distributed-executor-backend", neutral=("mp", "uni"), instead="is not built: workers are processes"),
     *_values("--worker-cls", neutral=("auto",), instead="is not built: workers are msi's own"),

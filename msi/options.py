@@ -21,6 +21,7 @@ from msi.settings import (
     HostOptions,
     LinkShape,
     ModelSource,
+    Rebalance,
     SchedulerLimits,
     ServiceLevel,
     Timeouts,
@@ -38,6 +39,7 @@ class InstanceOptions:
     Attributes:
         max_attention_workers, max_expert_workers: memory for rows is laid out for so many; see `InstancePlan`.
         expert_redundancy, redundant_experts: see `msi.placement.place_with_replicas`.
+        expert_popularity: see `msi.planner.expert_counts`; without it all experts are taken to be chosen alike.
         micro_batches: m, or 0 to choose by measurement.
         colocated: both roles in one process.
         plan: file of the plan that is run (see `with_plan`); the coordinator holds what is measured against it.
@@ -65,8 +67,13 @@ class InstanceOptions:
         metavar="R", group=MODEL_AND_WORKERS,
     )  # fmt: skip
     redundant_experts: Annotated[int, range(2**16)] = parameter(
-        0, "experts that get a replica on top of that", metavar="N", group=MODEL_AND_WORKERS
+        0, "replicas on top of that, of experts that are chosen most", metavar="N", group=MODEL_AND_WORKERS
     )
+    expert_popularity: Path | None = parameter(
+        None, "how often each expert is chosen, as a JSON list or what msi-ctl placement --json printed: experts and "
+        "replicas are placed by it at the start", metavar="FILE", group=MODEL_AND_WORKERS, file="read",
+    )  # fmt: skip
+    rebalance: Rebalance = Rebalance()
     micro_batches: Annotated[int, range(MAX_MICRO_BATCHES + 1)] = parameter(
         0, "in flight per attention worker: 1 to 4, or auto, which measures", metavar="M", group=MODEL_AND_WORKERS,
         zero="auto",

@@ -10,25 +10,35 @@ only v+2 may give away.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence, Set
+from dataclasses import dataclass, replace
 
 from msi.errors import ConfigError
 from msi.types import HOLE, Placement
 
 Held = tuple[int, ...]  # experts by local id
+Wanted = Sequence[Set[int]]  # the experts of each node
 
 
-def changed(placement: Placement, wanted: Sequence[Collection[int]], version: int = 0) -> Placement:
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What nodes are to hold, and what of each expert's rows goes to which of them; see `Placement.shares`."""
+
+    experts: Wanted
+    shares: tuple[tuple[int, ...], ...]
+
+
+def changed(placement: Placement, chosen: Wanted | Shared, version: int = 0) -> Placement:
     """The placement after this one in which each node holds what is wanted of it: nobody's local id is another's.
 
     Args:
-        wanted: [num_nodes] experts of each node, in any order.
+        chosen: [num_nodes] experts of each node; without shares, an expert's nodes share its rows evenly.
         version: of the new one; by default the next.
 
     Raises:
         ConfigError: of other nodes, with an expert that there is not, or without one that there is.
     """
+    wanted, shares = (chosen.experts, chosen.shares) if isinstance(chosen, Shared) else (chosen, ())
     if len(wanted) != placement.num_nodes:
         raise ConfigError(
             f"a placement of {len(wanted)} nodes cannot follow one of {placement.num_nodes}; name every node, also "
@@ -40,7 +50,7 @@ def changed(placement: Placement, wanted: Sequence[Collection[int]], version: in
         raise ConfigError(f"each of the {placement.num_experts} experts is on a node, and no other; look at {odd[:8]}")
     nodes = zip(placement.experts, wanted, strict=True)
     held = tuple(_placed(before, set(experts)) for before, experts in nodes)
-    return Placement(held, placement.num_experts, version or placement.version + 1)
+    return Placement(held, placement.num_experts, version or placement.version + 1, shares)
 
 
 def _placed(before: Held, wanted: set[int]) -> Held:

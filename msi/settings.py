@@ -255,6 +255,32 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
+class Rebalance:
+    """When experts are placed anew by how often they are chosen; see `msi.control.rebalancing`.
+
+    Attributes:
+        rebalance: "auto" or "off".
+        rebalance_interval_s: of a window in which rows are counted; after each it is looked at.
+        rebalance_threshold: what the slowest expert worker is to gain at least, as a share of its time.
+    """
+
+    rebalance: str = parameter(
+        "off", "auto: experts and their replicas move between workers by how often they are chosen; off",
+        metavar="auto|off", group=MODEL_AND_WORKERS, choices=("auto", "off"),
+    )  # fmt: skip
+    rebalance_interval_s: Seconds = parameter(
+        60.0, "seconds in which rows are counted before it is looked at again", metavar="S", group=MODEL_AND_WORKERS
+    )
+    rebalance_threshold: Annotated[float, (0.0, 1.0)] = parameter(
+        0.1, "what the slowest expert worker is to gain at least, as a share of its time", metavar="F",
+        group=MODEL_AND_WORKERS,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceLevel:
     """What requests that are taken can expect; those that could not are refused (429).
 

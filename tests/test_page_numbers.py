@@ -8,8 +8,9 @@ import tomllib
 import pytest
 
 from msi import __version__, structured_outputs
-from msi.control import overload, request_routing, restarts, suspects
+from msi.control import overload, rebalancing, request_routing, restarts, suspects
 from msi.net import hedging, secret
+from msi.planner import rebalance
 from msi.server import calls, completions, door, preparers, request_body
 from msi.server.parsing import writing
 from msi.simulator import workload
@@ -33,6 +34,11 @@ STANDS = [
     ("launch/README.md", r"its rows go to the others for (\d+) s", hedging.FIRST_ASIDE_S),
     ("launch/README.md", r"late again soon after, up to (\d+) s", hedging.MOST_ASIDE_S),
     ("launch/README.md", r"later than (eight tenths) of it", {0.8: "eight tenths"}[overload.HEADROOM]),
+    ("launch/README.md", r"looked at every S seconds \((\d+)\)", OPTIONS.rebalance.rebalance_interval_s),
+    ("launch/README.md", r"more than F of its time \(([\d.]+)\)", OPTIONS.rebalance.rebalance_threshold),
+    ("msi/control/README.md", r"fewer than (\d+) rows for each expert", rebalancing.LEAST_ROWS),
+    ("msi/control/README.md", r"came to nothing, (ten) do", {10: "ten"}[rebalancing.REST_AFTER_FAILURE]),
+    ("msi/control/README.md", r"that time, over (ten) windows", {10: "ten"}[rebalance.PAYBACK]),
     ("launch/README.md", r"plan's by more than F \(([\d.]+)\)", OPTIONS.plan_drift),
     ("launch/README.md", r"127\.0\.0\.1 and (\d+); port 0", LAUNCH.port),
     ("launch/README.md", r"have S seconds \((\d+)\)", LAUNCH.shutdown_timeout_s),

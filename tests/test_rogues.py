@@ -233,14 +233,24 @@ def test_spans_and_rows_that_no_page_could_show_are_no_message(watched):
     assert heartbeat_said(watched=watched) is None
 
 
-def heartbeat_said(process=None, attention=None, experts=None, loop=None, peers=(), watched=None):
+@pytest.mark.parametrize(
+    "batches",
+    [[[1, 1, 1, 0.1]] * 2, [[1, -1, 1, 0.1]], [[1, 1, 1, math.nan]], [[-1, 1, 1, 0.1]],
+     [[size, 1, 1, 0.1] for size in range(35)]],
+)  # fmt: skip
+def test_times_of_batches_that_cannot_be_are_no_message(batches):
+    assert heartbeat_said(batches=[[1, 1, 1, 0.1], [2, 3, 5, 0.2]]) is not None
+    assert heartbeat_said(batches=batches) is None
+
+
+def heartbeat_said(process=None, attention=None, experts=None, loop=None, peers=(), watched=None, batches=()):
     def plain(kind, changes):
         values = {**dataclasses.asdict(kind()), **(changes or {})}
         return [values[field.name] for field in dataclasses.fields(kind)]
 
     status = [
         0, 0, 0, 0, 0, [0.0] * 5, plain(ProcessCounters, process), plain(AttentionCounters, attention),
-        plain(ExpertCounters, experts), loop or {}, list(peers), watched,
+        plain(ExpertCounters, experts), loop or {}, list(peers), watched, list(batches),
     ]  # fmt: skip
     return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0, False]])
 

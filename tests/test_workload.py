@@ -10,6 +10,7 @@ import pytest
 
 from msi.errors import ConfigError
 from msi.placement import place_evenly
+from msi.settings import Rebalance
 from msi.simulator.balanced import placed_by_popularity
 from msi.simulator.popularity import build_routing
 from msi.simulator.simulation import simulate
@@ -187,3 +188,29 @@ def test_popular_experts_slow_the_instance():
 def test_popularity_that_cannot_be_is_refused_with_a_sentence(popularity, sentence):
     with pytest.raises(ConfigError, match=sentence):
         routing(popularity)
+
+
+@pytest.mark.slow
+def test_an_instance_that_rebalances_comes_near_to_one_that_was_placed_by_popularity():
+    class WeighedExperts:
+        def attention_s(self, num_tokens, num_context_tokens):
+            return 5e-3
+
+        def pass_s(self, num_logit_rows):
+            return 0.0
+
+        def expert_s(self, num_expert_rows, num_active_experts):
+            return 1e-3 * num_expert_rows + 0.5e-3 * num_active_experts
+
+        def comm_s(self, num_bytes):
+            return num_bytes * 1e-9
+
+    arrivals = [Arrival(0.0, 4, 160 + 4 * number) for number in range(12)]
+    even = replace(SMALL, redundant_experts=2)
+    placed = placed_by_popularity(even, WeighedExperts(), "zipf:1.5", seed=0)
+    live = replace(even, rebalance=Rebalance("auto", 1.0, 0.05))
+    reports = [simulate(one, WeighedExperts(), arrivals, popularity="zipf:1.5") for one in (even, placed, live)]
+    assert [one.num_failed for one in reports] == [0, 0, 0]
+    stays, from_the_start, moves = (one.duration_s for one in reports)
+    assert from_the_start < 0.9 * stays
+    assert moves < from_the_start + 0.3 * (stays - from_the_start), (stays, from_the_start, moves)

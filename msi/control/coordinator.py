@@ -57,6 +57,7 @@ from msi.control.messages import (
 from msi.control.operator import Operator
 from msi.control.orders import Order, Ordered
 from msi.control.overload import Objectives, backlog_of
+from msi.control.rebalancing import Rebalancing
 from msi.control.request_routing import Router
 from msi.control.routed import Updates
 from msi.control.size_watch import SizeWatch
@@ -122,7 +123,8 @@ class Coordinator:
         self._takeover = Takeover()
         self._clients = Clients(welcome)
         self._changes = ChangesOfPlacement(self._cluster, self._carry_out)
-        self.operator = Operator(self._cluster, self._changes, self._carry_out, server.address, clock)
+        self._balance = Rebalancing(plan.rebalance, self._cluster, self._changes, clock())
+        self.operator = Operator(self._cluster, self._changes, self._balance, self._carry_out, server.address, clock)
         self._sizes = SizeWatch()
         self._lane_choice = LaneChoice(plan, num_micro_batches, num_layers)
         self._is_ending = False
@@ -226,7 +228,7 @@ class Coordinator:
                 drift = {} if self._drift is None else {**self._drift.ratios, "alarms": self._drift.num_alarms}
                 dropped = {kind: float(count) for kind, count in self._server.dropped.items()}
                 counters = self._router.counters
-                counters |= {} if self._watch is None else self._watch.counters()
+                counters |= self._balance.counters() | ({} if self._watch is None else self._watch.counters())
                 stats = Stats(
                     cluster.num_lanes, len(self._router), cluster.stats(is_watching=message.is_watching), drift,
                     counters=counters, dropped=dropped, num_waiting=self._router.num_unrouted,
@@ -269,7 +271,8 @@ class Coordinator:
 
     def _heartbeat(self, route: bytes, message: Heartbeat, now: float) -> None:
         self._carry_out(self._cluster.heartbeat(route, message, now))
-        if self._cluster.knows(route, message.worker_id, message.incarnation):
+        if (member := self._cluster.member(route, message.worker_id, message.incarnation)) is not None:
+            self._balance.hear(member)
             belief = message.belief
             found = self._router.reconcile(message.worker_id, belief.request_ids, belief.acked, now)
             for request_id in found.unknown_here:
@@ -449,6 +452,8 @@ class Coordinator:
             self._advance(now)
             if self._drift is not None:
                 self._look_for_drift(self._drift)
+            if (question := self._balance.next(now)) is not None:
+                self._tasks.create_task(self._balance.look(question), name="rebalance")
             experts = [one for one in self._cluster.live("expert") if self._cluster.is_of_use(one)]
             serving = list(self._cluster.serving.values())
             if sentence := self._sizes.look(serving, experts, self._cluster.num_lanes, now):

@@ -17,6 +17,7 @@ from msi.types import Measured
 
 MAX_KEYS = 4096  # of a map: an expert worker counts waves by their size, and rows by their expert
 MAX_ID_CHARS = 256
+MAX_SIZES = 34  # powers of two
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
 
 Count = Annotated[int, range(2**62)]
@@ -71,6 +72,7 @@ class ExpertCounters:
     alone_batches: of the batches, those of rows that were out of step.
     wait_s: W as it is now.
     seats: that are taken now.
+    experts_loaded: since the start of the life, and `loading_s`, the time that it took.
     wave_sizes: batches by the seats in them.
     expert_rows: rows that each expert here has computed in all layers together, by its id in the model.
     dropped: immediates that were not used, by reason.
@@ -86,6 +88,8 @@ class ExpertCounters:
     seats: Count = 0
     expert_batches_s: Measured = 0.0
     weight_bytes_read: Count = 0
+    experts_loaded: Count = 0
+    loading_s: Measured = 0.0
     wave_sizes: dict[int, Count] = field(default_factory=dict, hash=False)
     expert_rows: dict[int, Count] = field(default_factory=dict, hash=False)
     dropped: dict[str, Count] = field(default_factory=dict, hash=False)
@@ -131,6 +135,37 @@ class PeerDelay:
     residence_p99_s: Measured
     bytes_sent: Count = 0
     bytes_received: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTimes:
+    """What batches of an expert worker took for which about as many rows landed, since the start of its life.
+
+    Attributes:
+        most: rows of one of them; each has more than half as many.
+        num_batches, rows, seconds: of all of them together.
+    """
+
+    most: Annotated[int, range(2**33)]
+    num_batches: Count
+    rows: Count
+    seconds: Measured
+
+    def since(self, before: BatchTimes | None) -> BatchTimes:
+        """Without those of before."""
+        if before is None or before.num_batches > self.num_batches:
+            return self
+        return BatchTimes(
+            self.most, self.num_batches - before.num_batches, max(0, self.rows - before.rows),
+            max(0.0, self.seconds - before.seconds),
+        )  # fmt: skip
+
+    def plus(self, other: BatchTimes | None) -> BatchTimes:
+        if other is None:
+            return self
+        return BatchTimes(
+            self.most, self.num_batches + other.num_batches, self.rows + other.rows, self.seconds + other.seconds
+        )
 
 
 def peer_delays(
@@ -193,6 +228,12 @@ def check_peers(peers: tuple[PeerDelay, ...]) -> None:
     for worker_id in ids:
         if not worker_id.isprintable() or len(worker_id) > MAX_ID_CHARS:
             raise ValueError(f"{shown(worker_id)} is no worker's id")
+
+
+def check_batches(batches: tuple[BatchTimes, ...]) -> None:
+    """Raises ValueError: they are of more sizes than there are."""
+    if len({one.most for one in batches}) != len(batches) or len(batches) > MAX_SIZES:
+        raise ValueError(f"{len(batches)} sizes of batches; each is told of once, and at most {MAX_SIZES}")
 
 
 def _check(counters: Counters) -> None:

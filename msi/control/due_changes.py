@@ -6,15 +6,15 @@ Each is tried once with the same workers: one that came to nothing is due again 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from msi.control.members import Member
-from msi.placement_change import lost_experts, repaired, with_node, without_node
+from msi.placement_change import Shared, Wanted, lost_experts, repaired, with_node, without_node
 from msi.types import Placement
 
-Wanted = Sequence[Set[int]]  # the experts of each node
-Choose = Callable[[Placement, Sequence[int]], Wanted]  # of the placement that is used, and the nodes that are there
+# of the placement that is used, and the nodes that are there
+Choose = Callable[[Placement, Sequence[int]], Wanted | Shared]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from msi.control.due_changes import Choose, DueChanges, Wanted
+from msi.control.due_changes import Choose, DueChanges
 from msi.control.members import InstancePlan, Instruction, Member, Send
 from msi.control.messages import Drain
 from msi.control.placing import Placing
 from msi.errors import ConfigError
-from msi.placement_change import changed, lost_experts, with_node
+from msi.placement_change import Shared, Wanted, changed, lost_experts, with_node
 from msi.types import Place
 
 
@@ -72,7 +72,7 @@ class ExpertPlaces:
         """A coordinator has taken over: whoever is not there now has only just been missed."""
         self._due.begin(now)
 
-    def _begin(self, wanted: Wanted, remark: str) -> list[Instruction]:
+    def _begin(self, wanted: Wanted | Shared, remark: str) -> list[Instruction]:
         nodes = [member.place.node for member in self._live]
         placement = changed(self.placing.placement, wanted)
         if nowhere := lost_experts(placement, nodes):

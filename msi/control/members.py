@@ -9,7 +9,7 @@ from typing import Any
 
 from msi.control.messages import Assignment, WorkerHello, WorkerStatus
 from msi.precision import Precision
-from msi.settings import LinkShape, SchedulerLimits, ServiceLevel, Timeouts
+from msi.settings import LinkShape, Rebalance, SchedulerLimits, ServiceLevel, Timeouts
 from msi.types import Place, Placement, StageTimes
 
 NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes())
@@ -42,6 +42,7 @@ class InstancePlan:
     expert_ranks: int = 1
     max_resumptions: int = 3
     service: ServiceLevel = ServiceLevel()
+    rebalance: Rebalance = Rebalance()
     max_attention: int = 0
     max_expert: int = 0
     places: Mapping[str, tuple[int, ...]] | None = None

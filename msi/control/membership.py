@@ -200,7 +200,7 @@ class Cluster:
     def adopt(self, route: bytes, account: Account, now: float) -> list[Instruction]:
         """A worker of the coordinator before goes on as it is, where that fits; else it begins a new life."""
         given = account.assignment
-        if self._known(route, given.worker_id, given.incarnation) is not None:
+        if self.member(route, given.worker_id, given.incarnation) is not None:
             return [Send(route, Adopted(self.term))]
         if objection := self._formation.objection(account.hello) or why_not_adopted(account, self.plan, self._members):
             return [Send(route, HelloAgain(objection))]
@@ -231,7 +231,7 @@ class Cluster:
     # ----------------------------------------------------------------------------------------------------------------
 
     def ready(self, route: bytes, ready: WorkerReady) -> list[Instruction]:
-        member = self._known(route, ready.worker_id, ready.incarnation)
+        member = self.member(route, ready.worker_id, ready.incarnation)
         if member is None:
             return self._who_are_you(route, ready.worker_id, self._started_at)
         member.state, member.address, member.num_blocks = "ready", ready.address, ready.num_blocks
@@ -240,7 +240,7 @@ class Cluster:
         return list(self._topology_to(member))
 
     def linked(self, route: bytes, linked: Linked) -> list[Instruction]:
-        member = self._known(route, linked.worker_id, linked.incarnation)
+        member = self.member(route, linked.worker_id, linked.incarnation)
         if member is None:
             return []
         member.is_linked = linked.is_complete
@@ -248,7 +248,7 @@ class Cluster:
 
     def heartbeat(self, route: bytes, heartbeat: Heartbeat, now: float) -> list[Instruction]:
         """A sign of life, and what the worker believes; what it turns out not to know is said again."""
-        member = self._known(route, heartbeat.worker_id, heartbeat.incarnation)
+        member = self.member(route, heartbeat.worker_id, heartbeat.incarnation)
         if member is None:
             return self._who_are_you(route, heartbeat.worker_id, now)
         member.last_seen = member.heard_at = now
@@ -289,7 +289,7 @@ class Cluster:
 
     def passed(self, route: bytes, done: PassDone) -> list[Instruction] | None:
         """What follows from new tokens but the tokens themselves; None where they do not count."""
-        member = self._known(route, done.worker_id, done.incarnation)
+        member = self.member(route, done.worker_id, done.incarnation)
         if member is None:  # earlier ones may have been lost with its connection: its requests go on in another life
             is_new = done.worker_id not in self._members  # what it is, its heartbeat will say
             if is_new or any(one.is_live and one.route == route for one in self._members.values()):
@@ -302,7 +302,7 @@ class Cluster:
 
     def peer_lost(self, route: bytes, report: PeerLost) -> list[Instruction]:
         """An attention worker lost its link to an expert worker: that one is out until it says hello again."""
-        reporter, peer = self._known(route, report.worker_id, report.incarnation), self._members.get(report.peer)
+        reporter, peer = self.member(route, report.worker_id, report.incarnation), self._members.get(report.peer)
         if reporter is None or peer is None or not peer.is_live or peer.incarnation != report.peer_incarnation:
             return []
         if reporter.role != "attention" or (peer.role != "expert" and peer is not reporter):
@@ -311,7 +311,7 @@ class Cluster:
 
     def worker_failed(self, route: bytes, failed: WorkerFailed) -> list[Instruction]:
         """A worker cannot do its work, and says so before it ends."""
-        member = self._known(route, failed.worker_id, failed.incarnation)
+        member = self.member(route, failed.worker_id, failed.incarnation)
         if member is None:
             return []
         if not self._formation.has_served:
@@ -334,7 +334,7 @@ class Cluster:
 
     def draining(self, route: bytes, worker_id: str, incarnation: int) -> list[Instruction]:
         """A worker wants to end: an attention worker as soon as its requests have, an expert worker when all have."""
-        member = self._known(route, worker_id, incarnation)
+        member = self.member(route, worker_id, incarnation)
         if member is None:
             return [Send(route, Drain())]
         member.state = "draining"
@@ -389,7 +389,7 @@ class Cluster:
         return self.places.is_stuck(member)
 
     def goodbye(self, route: bytes, goodbye: Goodbye) -> list[Instruction]:
-        member = self._known(route, goodbye.worker_id, goodbye.incarnation)
+        member = self.member(route, goodbye.worker_id, goodbye.incarnation)
         if member is None:
             return []
         if member.role == "attention" or not self.placing.holds_any(member.place.node):
@@ -405,7 +405,7 @@ class Cluster:
 
     def placed(self, route: bytes, placed: Placed) -> list[Instruction]:
         """An expert worker has done as it was told, or cannot."""
-        if (member := self._known(route, placed.worker_id, placed.incarnation)) is not None:
+        if (member := self.member(route, placed.worker_id, placed.incarnation)) is not None:
             self.placing.hear(member, placed)
         return self.places.advance()
 
@@ -453,9 +453,10 @@ class Cluster:
 
     def knows(self, route: bytes, worker_id: str, incarnation: int) -> bool:
         """Whether this is a live member's connection and its present life."""
-        return self._known(route, worker_id, incarnation) is not None
+        return self.member(route, worker_id, incarnation) is not None
 
-    def _known(self, route: bytes, worker_id: str, incarnation: int) -> Member | None:
+    def member(self, route: bytes, worker_id: str, incarnation: int) -> Member | None:
+        """The live member whose connection and present life this is."""
         member = self._members.get(worker_id)
         if member is None or not member.is_live or member.route != route or member.incarnation != incarnation:
             return None

@@ -23,10 +23,12 @@ from msi.attention.journal import RequestAccount
 from msi.control.counters import (
     NOT_COUNTED,
     AttentionCounters,
+    BatchTimes,
     ExpertCounters,
     PeerDelay,
     ProcessCounters,
     by_name,
+    check_batches,
     check_names,
     check_peers,
 )
@@ -40,7 +42,7 @@ from msi.sampling_params import NO_DEFAULTS, SamplingDefaults
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
 from msi.types import Measured, Place, Placement, Progress, Request, StageTimes
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 
 Count = Annotated[int, range(2**40)]
 Seats = Annotated[int, range(2**16)]
@@ -236,9 +238,10 @@ class WorkerStatus:
         loop: what `msi.watchdog` measured, by name.
         peers: of an attention worker, the expert workers by their delay, the slowest first.
         watched: while somebody watches.
+        batches: of an expert worker, by their size.
 
     Raises:
-        ValueError: /metrics could not show a name of `loop`, or a peer.
+        ValueError: /metrics could not show a name of `loop`, or a peer; or a size comes twice.
     """
 
     loaded_bytes: Annotated[int, range(2**60)]
@@ -253,10 +256,12 @@ class WorkerStatus:
     loop: dict[str, Measured] = field(default_factory=dict, hash=False)
     peers: tuple[PeerDelay, ...] = ()
     watched: Watched | None = None
+    batches: tuple[BatchTimes, ...] = ()
 
     def __post_init__(self) -> None:
         check_names(self.loop)
         check_peers(self.peers)
+        check_batches(self.batches)
 
     @property
     def counters(self) -> dict[str, float]:

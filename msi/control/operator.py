@@ -12,6 +12,7 @@ from msi.control.changes import ChangesOfPlacement
 from msi.control.members import Instruction, Member
 from msi.control.membership import Cluster
 from msi.control.orders import Order, Ordered
+from msi.control.rebalancing import Rebalancing
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.placement_change import spread_evenly
 
@@ -33,6 +34,7 @@ class Operator:
         self,
         cluster: Cluster,
         changes: ChangesOfPlacement,
+        balance: Rebalancing,
         carry_out: Callable[[Sequence[Instruction]], None],
         address: str,
         clock: Callable[[], float],
@@ -40,6 +42,7 @@ class Operator:
         self.launcher: Launcher | None = None
         self._cluster = cluster
         self._changes = changes
+        self._balance = balance
         self._carry_out = carry_out
         self._address = address
         self._clock = clock
@@ -65,13 +68,20 @@ class Operator:
                 case "add":
                     text, report = await self._add(order)
                 case "rebalance":
-                    await self._changes.ask(spread_evenly, "rebalanced")
-                    text, report = self._placement_text(), self._placement()
+                    text, report = await self._rebalance(), self._placement()
                 case _:
                     raise ConfigError(f"{order.verb!r} is nothing that a coordinator does")
         except EngineError as error:
             return Ordered(order.number, failure=str(error))
         return Ordered(order.number, text, json.dumps(report))
+
+    async def _rebalance(self) -> str:
+        """By what was counted; evenly where too little was."""
+        if (question := self._balance.asked()) is None:
+            await self._changes.ask(spread_evenly, "spread evenly")
+        elif await self._balance.answer(question, is_asked=True) is None:
+            return f"nothing better was found for what experts had to do; {self._placement_text()}"
+        return self._placement_text()
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
@@ -101,6 +111,7 @@ class Operator:
             "stage": placing.stage,
             "remark": placing.remark,
             "last_failure": placing.failure,
+            "expert_rows": self._balance.rows(),
             "experts": {
                 names.get(node, f"node {node}"): list(placement.held_by(node))
                 for node in range(placement.num_nodes)

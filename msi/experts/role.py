@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from msi.control.counters import ExpertCounters, by_reason
+from msi.control.counters import BatchTimes, ExpertCounters, by_reason
 from msi.control.messages import Assignment
 from msi.experts.server import ExpertServer
 from msi.experts.waves import Waves
@@ -49,6 +49,7 @@ class ExpertRole:
     ) -> None:
         num_layers = model.shape.num_sparse_layers
         self.placed = (assignment.placement, assignment.former)
+        self._num_loaded, self._loading_s = 0, 0.0
         self._waves = Waves(num_layers=num_layers, num_lanes=assignment.link.num_lanes, min_wait_s=MIN_WAIT_S)
         self._link = CombineLink(
             transport,
@@ -90,6 +91,14 @@ class ExpertRole:
         self._link.use_placement(*_versions(placement, former))
         self.placed = (placement, former)
 
+    def has_loaded(self, num_experts: int, spent_s: float) -> None:
+        """So many more were read from where they lie, in that time."""
+        self._num_loaded += num_experts
+        self._loading_s += spent_s
+
+    def batch_times(self) -> tuple[BatchTimes, ...]:
+        return self._server.meter.told()
+
     @property
     def placement(self) -> Placement:
         return self.placed[0]
@@ -110,6 +119,8 @@ class ExpertRole:
             seats=len(self._link.peers),
             expert_batches_s=self.half.meter.total_s,
             weight_bytes_read=self.half.weight_bytes_read,
+            experts_loaded=self._num_loaded,
+            loading_s=self._loading_s,
             wave_sizes=dict(waves.wave_sizes),
             expert_rows=self.half.expert_rows(),
             dropped=by_reason(link.dropped),

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from msi.complaints import Complaints
 from msi.errors import one_line
+from msi.experts.batch_meter import BatchMeter
 from msi.experts.batches import WaveBatch
 from msi.experts.waves import Waves
 from msi.net.combine_link import CombineLink
@@ -51,6 +52,9 @@ class ExpertServer:
 
     Args:
         clock: seconds; the one that `waves` and `link` were given.
+
+    Attributes:
+        meter: of batches, by their size.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class ExpertServer:
         self._compute = compute
         self._clock = clock
         self._lock = link.lock  # over the waves and what follows
+        self.meter = BatchMeter()
         self._num_tickets = 0
         self._out: dict[int, WaveBatch] = {}  # by ticket, on the device
         self._again: deque[WaveBatch] = deque()  # to run before what the waves say
@@ -161,6 +166,7 @@ class ExpertServer:
         try:
             if error is None:
                 self._link.answer(batch.lane, batch.rows, compute_s)
+                self.meter.add(sum(num_rows for _, _, num_rows in batch.rows), compute_s)
             else:
                 self._refuse(batch, error)
         except Exception as second:

@@ -29,8 +29,10 @@ from msi.net.secret import NO_SECRET, Trust
 from msi.options import InstanceOptions
 from msi.placement import PlaceExperts, place_with_replicas
 from msi.placement_change import padded
+from msi.planner.expert_counts import check_counts, read_counts
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.request_spans import open_spans
+from msi.types import Placement
 from msi.watchdog import LoopWatch
 
 if TYPE_CHECKING:
@@ -48,11 +50,9 @@ def build_plan(options: InstanceOptions, place: PlaceExperts | None = None) -> t
     Raises:
         ConfigError: the model directory or the options cannot work, or the plan is for another model.
     """
-    if place is None:
-        place = partial(
-            place_with_replicas, redundancy=options.expert_redundancy, num_redundant=options.redundant_experts
-        )
     config, values = load_config(options.source.model_dir)
+    if place is None:
+        place = partial(_placed, options, config)
     if options.plan is not None:
         from msi.planner.plan_file import check_model, read_plan_file  # with numpy, which only a plan needs
 
@@ -83,10 +83,32 @@ def build_plan(options: InstanceOptions, place: PlaceExperts | None = None) -> t
         precision=options.precision,
         max_resumptions=options.max_resumptions,
         service=options.service,
+        rebalance=options.rebalance,
         max_attention=max_attention,
         max_expert=max_expert,
     )
     return plan, config
+
+
+def _placed(options: InstanceOptions, config: ModelConfig, num_experts: int, num_nodes: int) -> Placement:
+    """By how often experts are chosen, where they may have replicas or that is known.
+
+    Waves are taken to be full: of every attention worker as many sequences as a micro-batch can have.
+    """
+    redundancy, num_redundant = options.expert_redundancy, options.redundant_experts
+    before = place_with_replicas(num_experts, num_nodes, redundancy, num_redundant)
+    if options.expert_popularity is None and not num_redundant:
+        return before
+    from msi.planner.rebalance import FLOOR_ROWS
+    from msi.planner.replicas import place_by_popularity  # with numpy
+
+    counts = [1.0] * num_experts
+    if options.expert_popularity is not None:
+        counts = read_counts(options.expert_popularity)
+        check_counts(counts, num_experts, options.expert_popularity)
+    seqs = max(1, options.limits.max_num_seqs // (options.micro_batches or MAX_MICRO_BATCHES // 2))
+    rows = options.attention_workers * seqs * config.top_k
+    return place_by_popularity([rows * one / sum(counts) for one in counts], FLOOR_ROWS, before, redundancy)
 
 
 def check_files(options: InstanceOptions) -> None:

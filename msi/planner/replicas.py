@@ -98,6 +98,17 @@ def plan_replicas(
     return found
 
 
+def place_by_popularity(chosen: Sequence[float], floor_cost: float, before: Placement, redundancy: int) -> Placement:
+    """Places and shares at the start, when loading costs nothing: as many replicas on each node as `before` has.
+
+    Args:
+        chosen: [num_experts], rows of a wave that choose each; all alike where nothing is known.
+    """
+    memory = [len(before.held_by(node)) for node in range(before.num_nodes)]
+    plan = plan_replicas(chosen, floor_cost, before.num_nodes, memory, before=before, redundancy=redundancy)
+    return plan.placement(before.version)
+
+
 def plan_layers(
     load: Sequence[Sequence[float]],
     floor_cost: float,

@@ -56,3 +56,20 @@ class ConstantCosts:
 
     def comm_s(self, num_bytes: int) -> float:
         return self.comm
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMean:
+    """What was measured: the mean of an expert node's batches of about the same size.
+
+    Attributes:
+        rows: (token, expert) pairs of a batch.
+        experts: that had at least one.
+        seconds: that it took.
+        num_batches: how many there were.
+    """
+
+    rows: float
+    experts: float
+    seconds: float
+    num_batches: float

@@ -31,6 +31,9 @@ msi_wave_size_total{size}                   batches of each expert worker by the
 msi_expert_rows_total{expert}               rows that an expert has computed on each worker that holds it, all layers
 msi_expert_imbalance_ratio{scope}           rows since the start, busiest over mean: of all experts ("expert"), or
                                             of the workers that hold them ("worker")
+msi_rebalances_total, msi_rebalanced_experts_total, msi_rebalance_gain_ratio, msi_placement_version
+                                            experts that were placed anew by load: how often, how many workers loaded,
+                                            what the slowest expert worker was to gain by the last; which placement runs
 msi_plan_drift_ratio{stage}, msi_plan_drift_alarms_total      where a plan runs: stage times measured over planned
 msi_connections, msi_connections_cut_total, msi_connections_refused_total
                                             of HTTP: open, cut for being late or not reading, without a place
@@ -182,6 +185,7 @@ def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Me
     yield CounterMetricFamily("msi_resumptions", "Requests that went on elsewhere.", resumptions)
     for name, meaning in TURNED_AWAY.items():
         yield CounterMetricFamily(f"msi_{name}", meaning, stats.counters.get(name, 0.0))
+    yield from _rebalances(stats.counters)
     yield GaugeMetricFamily("msi_micro_batches", "Micro-batches in flight per attention worker: m.", stats.num_lanes)
     attention = [worker for worker in stats.workers if worker.role == "attention"]
     gauges = {
@@ -238,6 +242,16 @@ def _peers(workers: list[WorkerStats]) -> Iterator[Metric]:
         for direction, count in (("sent", peer.bytes_sent), ("received", peer.bytes_received))
     ]
     yield _counter("msi_peer_bytes", "Rows there, and answers back.", counts, ("worker", "peer", "direction"))
+
+
+def _rebalances(counters: Mapping[str, float]) -> Iterator[Metric]:
+    done, moved, gain, version = (
+        counters.get(name, 0.0) for name in ("rebalances", "rebalanced_experts", "rebalance_gain", "placement_version")
+    )
+    yield CounterMetricFamily("msi_rebalances", "Placements of experts by load.", done)
+    yield CounterMetricFamily("msi_rebalanced_experts", "Experts that workers loaded for them.", moved)
+    yield GaugeMetricFamily("msi_rebalance_gain_ratio", "Of the slowest worker's time, predicted of the last.", gain)
+    yield GaugeMetricFamily("msi_placement_version", "The placement of experts that is used.", version)
 
 
 def _drift(drift: Mapping[str, float]) -> Iterator[Metric]:

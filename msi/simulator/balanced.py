@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from msi.planner.pipeline import MAX_MICRO_BATCHES
-from msi.planner.replicas import plan_replicas
+from msi.planner.replicas import place_by_popularity
 from msi.planner.stage_costs import StageCosts
 from msi.simulator.deployment import Deployment
 from msi.simulator.popularity import build_routing
@@ -29,11 +29,8 @@ def placed_by_popularity(
     num_lanes = deployment.num_micro_batches or MAX_MICRO_BATCHES // 2
     num_tokens = deployment.num_attention * max(1, deployment.limits.max_num_seqs // num_lanes)
     load = [num_tokens * share for share in routing.chosen()]
-    memory = [len(held) for held in before.experts]
-    plan = plan_replicas(
-        load, rows_of_floor(costs), before.num_nodes, memory, before=before, redundancy=deployment.expert_redundancy
-    )
-    return replace(deployment, placement=plan.placement(before.version))
+    placed = place_by_popularity(load, rows_of_floor(costs), before, deployment.expert_redundancy)
+    return replace(deployment, placement=placed)
 
 
 def rows_of_floor(costs: StageCosts) -> float:

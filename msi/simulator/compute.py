@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from msi.attention.launching import LanePrograms, LaneQueues
 from msi.experts.batches import WaveBatch
 from msi.experts.server import Finished
@@ -156,10 +159,21 @@ class SimulatedAttention:
 
 
 class SimulatedExperts:
-    """The experts of one node, whose batches take what `costs` says. Implements `msi.worker.host.ExpertPart`."""
+    """The experts of one node, whose batches take what `costs` says. Implements `msi.worker.host.ExpertPart`.
+
+    Args:
+        counts_rows: by expert, which takes a while.
+    """
 
     def __init__(
-        self, link: CombineLink, device: SimulatedDevice, *, node: int, costs: StageCosts, routing: Routing
+        self,
+        link: CombineLink,
+        device: SimulatedDevice,
+        *,
+        node: int,
+        costs: StageCosts,
+        routing: Routing,
+        counts_rows: bool = False,
     ) -> None:
         self.depth = 1
         self.meter = StageMeter()
@@ -168,16 +182,18 @@ class SimulatedExperts:
         self._node = node
         self._costs = costs
         self._routing = routing
+        self._counts_rows = counts_rows
         self._slots = [seat_slots(link.landing, seat) for seat in range(link.landing.num_seats)]
         self._queue = device.queue("experts")
         self._done = device.words.take()
         self._spent_s = 0.0
+        self._rows: NDArray[np.float64] | None = None
 
     def attach(self, seat: int, out_rows: Region) -> None:
         pass
 
     def expert_rows(self) -> dict[int, int]:
-        return {}
+        return {} if self._rows is None else dict(enumerate(self._rows.round().astype(int).tolist()))
 
     def rows_by_layer(self, is_wanted: bool) -> list[list[int]]:
         return []
@@ -196,6 +212,9 @@ class SimulatedExperts:
     def _experts_s(self, batch: WaveBatch) -> float:
         lane, slots = batch.lane, self._slots
         draws = [DRAW.unpack_from(slots[seat][lane]) for seat, _, _ in batch.rows]
+        if self._counts_rows:
+            rows = self._routing.rows(self._node, draws)
+            self._rows = rows if self._rows is None else self._rows + rows
         return self._costs.expert_s(*self._routing.load(self._node, draws))
 
     def _through(self, duration_s: float) -> None:

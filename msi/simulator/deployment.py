@@ -10,7 +10,7 @@ from msi.control.members import InstancePlan
 from msi.errors import ConfigError
 from msi.placement import place_with_replicas
 from msi.planner.pipeline import MAX_MICRO_BATCHES
-from msi.settings import LinkShape, SchedulerLimits, ServiceLevel, Timeouts
+from msi.settings import LinkShape, Rebalance, SchedulerLimits, ServiceLevel, Timeouts
 from msi.types import Placement
 
 LIMITS = SchedulerLimits(
@@ -41,6 +41,7 @@ class Deployment:
         placement: of experts, where it is another.
         control_latency_s: of every message to or from the coordinator.
         service: what requests that are taken can expect.
+        rebalance: when experts are placed anew by load; loading them takes no time here.
 
     Raises:
         ConfigError: names the number, what was given and what is allowed.
@@ -62,6 +63,7 @@ class Deployment:
     redundant_experts: int = 0
     placement: Placement | None = None
     service: ServiceLevel = ServiceLevel()
+    rebalance: Rebalance = Rebalance()
 
     def __post_init__(self) -> None:
         numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in ("int", "float")}
@@ -97,6 +99,7 @@ class Deployment:
             ),
             link=replace(self.link, num_lanes=self.num_micro_batches or MAX_MICRO_BATCHES),
             service=self.service,
+            rebalance=self.rebalance,
             timeouts=Timeouts(reload_after_s=NEVER_S),
         )
 

@@ -81,8 +81,9 @@ class SimulatedModel:
     def expert_half(self, link: CombineLink, num_seats: int) -> SimulatedExperts:
         world = self._world
         return SimulatedExperts(
-            link, self._device, node=self._assignment.place.node, costs=world.costs, routing=world.routing
-        )
+            link, self._device, node=self._assignment.place.node, costs=world.costs, routing=world.routing,
+            counts_rows=world.deployment.rebalance.rebalance == "auto",
+        )  # fmt: skip
 
     def lend_experts(self, half: ExpertPart) -> None:
         """Experts weigh nothing here."""

@@ -11,6 +11,9 @@ import random
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from msi.attention.lanes import run_lane
 from msi.errors import TransportError
 from msi.experts.server import ExpertServer
@@ -269,3 +272,6 @@ class SimulatedInstance:
 
     def load(self, node: int, draws: Iterable[Draw]) -> tuple[float, int]:
         return 1.0, 1
+
+    def rows(self, node: int, draws: Iterable[Draw]) -> NDArray[np.float64]:
+        return np.ones(1)

@@ -6,7 +6,6 @@ expert node can tell how many of its experts a batch uses.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections import Counter
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from msi.errors import ConfigError
 from msi.kernels.turns import TURNS, Home, homes_of, in_turns, wheel_of, whose_turn
+from msi.planner.expert_counts import read_counts
 from msi.types import Placement
 
 Counts = NDArray[np.integer]
@@ -45,6 +45,9 @@ class Routing(Protocol):
 
     def load(self, node: int, draws: Iterable[Draw]) -> tuple[float, int]:
         """(token, expert) pairs of these draws on a node, and its experts that have at least one."""
+
+    def rows(self, node: int, draws: Iterable[Draw]) -> Floats:
+        """[num_experts], those pairs by expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,12 @@ class ExpectedRouting:
                 missed *= (1 - share) ** num_tokens
             load = self._loads[key] = (pairs, max(1, round(float((1 - missed).sum()))))
         return load
+
+    def rows(self, node: int, draws: Iterable[Draw]) -> Floats:
+        chosen = self._top_k / self._num_experts
+        return sum(
+            (tokens * chosen * self._shares[view][node] for _, tokens, view in draws), np.zeros(self._num_experts)
+        )
 
     def _hit_share(self, num_local: float) -> float:
         """Share of tokens with at least one of their k experts among a node's; of shared ones, a part each."""
@@ -181,11 +190,15 @@ class DrawnRouting:
         return mark, tuple((before[mark + num_tokens] - before[mark]).tolist())
 
     def load(self, node: int, draws: Iterable[Draw]) -> tuple[float, int]:
-        pairs = np.zeros(self._num_experts, np.int64)
+        pairs = self.rows(node, draws)
+        return float(pairs.sum()), int(np.count_nonzero(pairs))
+
+    def rows(self, node: int, draws: Iterable[Draw]) -> Floats:
+        pairs = np.zeros(self._num_experts)
         for mark, tokens, view in draws:
             before = self._pairs_before[view][node]
             pairs[self._experts[view][node]] += before[mark + tokens] - before[mark]
-        return float(pairs.sum()), int(np.count_nonzero(pairs))
+        return pairs
 
 
 def _before(counts: np.ndarray) -> np.ndarray:
@@ -223,13 +236,7 @@ def read_popularity(text: str) -> str | list[float]:
     path = Path(text)
     if path.suffix != ".json":
         return text
-    try:
-        weights = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read expert popularity from {path}: {error}") from error
-    if not isinstance(weights, list) or not all(isinstance(one, int | float) for one in weights):
-        raise ConfigError(f"{path} holds no list of numbers; give a weight or count for each expert")
-    return [float(weight) for weight in weights]
+    return read_counts(path)
 
 
 def _weights(popularity: str | Sequence[float], num_experts: int) -> list[float]:

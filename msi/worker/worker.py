@@ -268,10 +268,13 @@ class Worker:
         """Loads and starts the role, then follows the coordinator's messages."""
         assignment, clock = life.assignment, self._clock
         receiving = tasks.create_task(self._follow(life, tasks), name="control")
+        started = clock()
         model = self._loaded = await self._host.load(assignment)
         address, num_blocks = "", 0
         if model.has_experts:
             life.experts = ExpertRole(assignment, model, self._new_transport(life), clock=clock)
+            if self._host.loaded[0] and not assignment.has_attention:
+                life.experts.has_loaded(len(set(assignment.experts) - {HOLE}), clock() - started)
             address = await life.experts.listen()
         if model.has_attention:
             num_blocks = model.num_kv_blocks()
@@ -374,9 +377,13 @@ class Worker:
                 if life.attention is not None:
                     life.attention.use_placement(placement)
                 if experts is not None and _follows(wanted, experts.placed):
+                    had = replace(ours, placement=experts.placed[0], former=experts.placed[1])
                     assignment = replace(ours, placement=placement, former=former)
+                    started = self._clock()
                     model = await self._host.load(assignment) if set(assignment.experts) - {HOLE} else None
                     self._loaded = model or self._loaded
+                    if new := set(assignment.experts) - {HOLE, *had.experts}:
+                        experts.has_loaded(len(new), self._clock() - started)
                     experts.use_placement(placement, former, model)
             except (EngineError, MemoryError, RuntimeError) as error:
                 failure = str(error) if isinstance(error, EngineError) else one_line(error)
@@ -480,6 +487,7 @@ class Worker:
             loop={} if self._watch is None else self._watch.counters(),
             peers=() if attention is None else attention.peers(),
             watched=self._watching.told(attention, experts),
+            batches=() if experts is None else experts.batch_times(),
         )
 
     def _busy_share(self) -> float:

@@ -1,0 +1,197 @@
+"""Experts that are placed anew by load: what is counted, whether it pays, and that noise moves nothing. By values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msi.control.counters import BatchTimes, ExpertCounters
+from msi.control.expert_load import ExpertLoad
+from msi.control.members import NO_STATUS
+from msi.errors import ConfigError
+from msi.instance.instance import build_plan
+from msi.options import InstanceOptions
+from msi.placement import place_evenly, place_with_replicas
+from msi.placement_change import Shared, changed
+from msi.planner.expert_counts import read_counts
+from msi.planner.expert_curve import ExpertCurve, fit_curve
+from msi.planner.rebalance import Question, decide
+from msi.planner.stage_costs import BatchMean
+from msi.types import Placement
+from tests.tiny import save_plainly
+
+EVEN = place_evenly(8, 2)
+SKEWED = (40.0, 30.0, 20.0, 10.0, 1.0, 1.0, 1.0, 1.0)
+
+
+# -- what batches take -------------------------------------------------------------------------------------------------
+
+
+def timed(curve, sizes):
+    return [BatchMean(rows, hit, curve.batch_s + curve.row_s * rows + curve.read_s * hit, 10.0) for rows, hit in sizes]
+
+
+SIZES = [(1.0, 1.0), (8.0, 5.0), (40.0, 8.0), (300.0, 8.0)]
+
+
+def test_the_curve_of_experts_is_found_from_batches_of_several_sizes():
+    curve = ExpertCurve(1e-4, 2e-6, 3e-5)
+    found = fit_curve(timed(curve, SIZES))
+    assert (found.batch_s, found.row_s, found.read_s) == pytest.approx((1e-4, 2e-6, 3e-5))
+    assert found.floor_rows == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize(
+    "means",
+    [[], timed(ExpertCurve(0, 1e-6, 1e-5), SIZES[:2]), timed(ExpertCurve(0, 1e-6, 1e-5), [(8.0, 5.0)] * 9)],
+    ids=["none", "too few", "all alike"],
+)
+def test_no_curve_is_found_where_nothing_tells_rows_from_experts(means):
+    assert fit_curve(means) is None
+
+
+@given(st.lists(st.tuples(st.floats(1, 500), st.floats(1, 8), st.floats(1e-6, 1e-2)), max_size=20))
+def test_no_curve_takes_less_than_nothing(points):
+    curve = fit_curve([BatchMean(rows, hit, seconds, 1.0) for rows, hit, seconds in points])
+    assert curve is None or (min(curve.batch_s, curve.row_s, curve.read_s) >= 0 and 0 <= curve.floor_rows <= 4096)
+
+
+# -- what is counted ---------------------------------------------------------------------------------------------------
+
+
+def beat(load, node, rows, batches, incarnation=0, times=()):
+    counted = ExpertCounters(expert_rows=rows, batches=batches, expert_batches_s=batches * 1e-3)
+    status = replace(NO_STATUS, experts=counted, batches=times)
+    load.hear(f"expert-{node}", incarnation, node, status)
+
+
+def test_rows_are_those_since_the_window_began_whatever_lives_and_places_experts_had():
+    load = ExpertLoad(3)
+    beat(load, 0, {0: 1000, 1: 500}, 50)
+    assert load.close(1) is None, "what was before is nobody's"
+    beat(load, 0, {0: 1040, 1: 520}, 60)
+    beat(load, 1, {2: 7}, 3)
+    beat(load, 1, {2: 17}, 13)
+    assert load.close(100) is None, "too few rows: it goes on"
+    beat(load, 0, {0: 1080, 2: 20}, 70)  # expert 1 has gone, 2 has come
+    window = load.close(100)
+    assert window.rows == (80.0, 20.0, 30.0)
+    assert (window.waves, window.load) == (20.0, (4.0, 1.0, 1.5))
+    assert load.before == ()
+    beat(load, 0, {0: 10, 1: 5, 2: 5}, 5, incarnation=1)
+    beat(load, 0, {0: 20, 1: 15, 2: 15}, 15, incarnation=1)
+    assert load.close(1).load == (1.0, 1.0, 1.0)
+    assert load.before == (4.0, 1.0, 1.5)
+
+
+def test_times_of_batches_become_rows_and_experts_hit_by_what_a_token_has_there():
+    load = ExpertLoad(2)
+    beat(load, 0, {0: 0, 1: 0}, 1)
+    beat(load, 0, {0: 100, 1: 50}, 11, times=(BatchTimes(16, 10, 100, 0.02),))
+    load.close(1)
+    (mean,) = load.means
+    assert (mean.rows, mean.seconds, mean.num_batches) == pytest.approx((15.0, 2e-3, 10))
+    assert mean.experts == pytest.approx(2 - np.exp(-10.0) - np.exp(-5.0))
+
+
+# -- whether it pays ---------------------------------------------------------------------------------------------------
+
+
+def question(load=SKEWED, latest=None, placement=EVEN, **given):
+    return Question(placement, (0, 1), 0, given.pop("slots", 8), load, latest or load, **given)
+
+
+def test_experts_are_shared_out_by_load_where_the_slowest_worker_gains():
+    found = decide(question())
+    assert found.gain > 0.3
+    assert found.is_worth
+    assert found.num_moved == sum(len(set(held) - {*EVEN.experts[node]}) for node, held in enumerate(found.experts))
+    after = changed(EVEN, Shared(found.experts, found.shares))
+    assert (after.version, after.shares) == (1, found.shares)
+
+
+def test_what_the_last_window_does_not_bear_out_gains_nothing():
+    assert decide(question(latest=(1.0, 40.0, 30.0, 1.0, 20.0, 10.0, 1.0, 1.0))).gain < 0
+
+
+def test_a_gain_that_does_not_pay_for_loading_is_not_worth_it():
+    busy = question(busy_s=0.5, load_s=0.1, waves=1000.0)
+    assert decide(busy).is_worth
+    assert not decide(replace(busy, busy_s=1e-3, load_s=10.0)).is_worth
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    num_nodes=st.integers(2, 4), per_node=st.integers(2, 5), redundant=st.integers(0, 3),
+    zipf=st.floats(0.0, 1.5), alternates=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_noise_and_popularities_that_alternate_move_experts_a_few_times_at_most(
+    num_nodes, per_node, redundant, zipf, alternates, seed
+):
+    """By the same rule as an instance: whoever has moved stays, since nothing has changed."""
+    chance, num_experts = np.random.default_rng(seed), num_nodes * per_node
+    placement = place_with_replicas(num_experts, num_nodes, 0, min(redundant, num_experts))
+    slots = sum(len(held) for held in placement.experts)
+    weights = (np.arange(num_experts) + 1.0) ** -zipf
+    orders = [chance.permutation(num_experts) for _ in range(2)]
+    load, moved, counts, rest = ExpertLoad(num_experts), [], np.zeros(num_experts, int), 0
+    beat(load, 0, dict(enumerate(counts.tolist())), 1)
+    for window in range(14):
+        popularity = weights[orders[window % 2 if alternates else 0]]
+        counts += chance.multinomial(64 * num_experts, popularity / popularity.sum())
+        beat(load, 0, dict(enumerate(counts.tolist())), 2 + window)
+        closed = load.close(32 * num_experts)
+        rest -= 1
+        if not load.before or rest >= 0:
+            continue
+        asked = Question(placement, tuple(range(num_nodes)), 0, slots, load.before, closed.load)
+        found = decide(asked)
+        if found.gain > 0.1:
+            placement, rest = changed(placement, Shared(found.experts, found.shares)), 1
+            moved.append(window)
+    assert len(moved) <= 2 + alternates, moved
+
+
+def test_shares_are_kept_by_a_change_that_says_them_and_even_without():
+    both = Placement(((0, 1), (0, 2)), 3)
+    shared = changed(both, Shared(((0, 1), (0, 2)), ((45, 15), (60,), (60,))))
+    assert shared.shares == ((45, 15), (60,), (60,))
+    assert changed(shared, [{0, 1}, {0, 2}]).shares == ()
+
+
+# -- at the start ------------------------------------------------------------------------------------------------------
+
+
+def test_counts_are_read_as_a_list_or_as_msi_ctl_prints_them(tmp_path):
+    (tmp_path / "list.json").write_text("[3, 0.5, 0]")
+    (tmp_path / "printed.json").write_text('{"version": 1, "expert_rows": [3, 0.5, 0]}')
+    assert read_counts(tmp_path / "list.json") == read_counts(tmp_path / "printed.json") == [3.0, 0.5, 0.0]
+    for number, text in enumerate(("{", "{}", '["a"]', "[-1]", "[true]", "[NaN]", "3")):
+        (tmp_path / f"{number}.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"cannot read expert popularity|give a weight or count for each expert"):
+            read_counts(tmp_path / f"{number}.json")
+
+
+def test_replicas_at_the_start_go_to_the_experts_that_are_chosen_most(tmp_path):
+    save_plainly(tmp_path / "model")
+    counts = tmp_path / "counts.json"
+    counts.write_text("[60, 20, 5, 5, 4, 3, 3]")
+    asked = {"model": tmp_path / "model", "expert_workers": 3}
+
+    def homes(**given):
+        placement = build_plan(InstanceOptions.of(**asked, **given))[0].placement
+        return [len(placement.nodes_of(expert)) for expert in range(7)], placement.shares
+
+    assert homes() == ([1] * 7, ())
+    assert homes(redundant_experts=2)[0] == [1 + (expert in (0, 3)) for expert in range(7)]
+    copies, shares = homes(redundant_experts=2, expert_popularity=counts)
+    assert copies[0] == 3
+    assert sum(copies) <= 9
+    assert max(shares[0]) < 40, "its rows are shared out"
+    counts.write_text("[1, 2]")
+    with pytest.raises(ConfigError, match=r"has 2 counts, 2 of them above 0; this model has 7 experts"):
+        homes(expert_popularity=counts)
