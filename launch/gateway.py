@@ -1,4 +1,4 @@
-"""What runs in the process that serves HTTP; `gateway_process.py` is how a coordinator keeps one."""
+"""What runs in the process that serves HTTP; `gateway_process.py` is how one is kept."""
 
 from __future__ import annotations
 
@@ -67,14 +67,16 @@ async def run_gateway(arguments: LaunchArguments) -> None:
 
 
 async def _follow_parent(announce: int, engine: Engine, asked: asyncio.Event, urgent: asyncio.Event) -> None:
-    await follow_launcher(announce, lambda said: _told(said, asked, urgent))
+    await follow_launcher(announce, lambda said: _told(said, engine, asked, urgent))
     if announce >= 0 and not asked.is_set():
         engine.fail(Unavailable("the coordinator is gone: its process ended"))
         asked.set()
         urgent.set()
 
 
-def _told(said: dict[str, Any], asked: asyncio.Event, urgent: asyncio.Event) -> None:
+def _told(said: dict[str, Any], engine: Engine, asked: asyncio.Event, urgent: asyncio.Event) -> None:
+    if failure := said.get("failure"):
+        engine.fail(Unavailable(str(failure)))
     asked.set()
     if said.get("end"):
         urgent.set()

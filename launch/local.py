@@ -20,6 +20,7 @@ from msi.watchdog import LoopWatch
 from .arguments import LaunchArguments
 from .command import requests_to_end, settle
 from .display import StatusLine, summary
+from .gateway_process import gateway_of
 from .panel import panel, tokens_of, why_this_transport
 
 log = logging.getLogger(__name__)
@@ -33,15 +34,12 @@ DRAIN_GRACE_S = 10.0  # beyond the time that the coordinator was told, for one t
 async def serve(arguments: LaunchArguments) -> None:
     """Serves until it is asked to end, or answers one prompt. Raises EngineError when the instance cannot go on."""
     level = (replace(arguments, log_level="warning") if arguments.prompt is not None else arguments).log_flags
-    flags = {
-        "coordinator_flags": (
-            *level,
-            *(("--no-gateway",) if arguments.prompt is not None else arguments.serving_flags),
-        ),
-        "worker_flags": level,
-    }
+    patience = f"--shutdown-timeout={arguments.shutdown_timeout_s:g}"
+    flags = {"coordinator_flags": (*level, "--no-gateway", patience), "worker_flags": level}
     line = StatusLine()
-    engine = Engine(options=arguments.options, report=line.update, process_flags=flags)
+    has_http = arguments.prompt is None and arguments.options.chosen_transport != "inproc"
+    http = gateway_of(arguments) if has_http else None
+    engine = Engine(options=arguments.options, report=line.update, process_flags=flags, http=http)
     watch = LoopWatch("msi-launch")
     watch.start()
     stops = Stops(line)
@@ -56,6 +54,8 @@ async def serve(arguments: LaunchArguments) -> None:
             await running
     finally:
         watch.stop()
+        if http is not None:
+            await http.stop()
 
 
 class Stops:

@@ -192,19 +192,15 @@ async def _first(running: asyncio.Task[None], *others: Awaitable[object]) -> boo
 async def _serve(
     arguments: LaunchArguments, coordinator: Coordinator, ending: CoordinatorEnding, running: asyncio.Task[None]
 ) -> None:
-    from .gateway_process import GatewayProcess  # which a worker does not need
+    from .gateway_process import gateway_of  # which a worker does not need
 
-    flags = (*arguments.serving_flags, *arguments.log_flags)
-    if endpoint := arguments.options.otlp_traces_endpoint:
-        flags += ("--otlp-traces-endpoint", endpoint)
-    gateway = GatewayProcess(coordinator.address, arguments.host, arguments.port, flags, arguments.trust.secret)
+    gateway = gateway_of(arguments)
     beside: list[asyncio.Future[None]] = []
     try:
-        await gateway.start()
+        await gateway.start(coordinator.address)
         log.info("HTTP at %s", gateway.url)
-        tell_launcher(arguments.announce, address=coordinator.address, url=gateway.url, gateway_pid=gateway.pid)
-        again = functools.partial(tell_launcher, arguments.announce)
-        beside = [asyncio.ensure_future(gateway.keep_alive(again)), asyncio.ensure_future(ending.tell(gateway.drain))]
+        tell_launcher(arguments.announce, address=coordinator.address)
+        beside = [asyncio.ensure_future(gateway.keep_alive()), asyncio.ensure_future(ending.tell(gateway.drain))]
         await ending.wait(running)
     finally:
         await gateway.stop()

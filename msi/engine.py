@@ -26,7 +26,7 @@ from msi.control.messages import CLIENT_END, Stats, Welcome
 from msi.errors import EngineError, Failure, Unavailable
 from msi.instance.inproc import InprocInstance
 from msi.instance.instance import LocalInstance, new_trace_dir
-from msi.instance.processes import ProcessInstance
+from msi.instance.processes import HttpServer, ProcessInstance
 from msi.net.control import ControlClient
 from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
@@ -55,12 +55,14 @@ class Engine:
         options: InstanceOptions | None = None,
         report: Callable[[str], None] = lambda sentence: None,
         process_flags: dict[str, tuple[str, ...]] | None = None,
+        http: HttpServer | None = None,
     ) -> None:
         self._address = address
         self._secret = secret
         self._options = options
         self._report = report
         self._process_flags = process_flags or {}
+        self._http = http
         self._instance: LocalInstance | None = None
         self._client: CoordinatorClient | None = None
         self._failure: EngineError | None = None
@@ -121,7 +123,9 @@ class Engine:
             if options.chosen_transport == "inproc":
                 self._instance = InprocInstance(options, self.fail, self._trace_dir)
             else:
-                self._instance = ProcessInstance(options, self.fail, trace_dir=self._trace_dir, **self._process_flags)
+                self._instance = ProcessInstance(
+                    options, self.fail, trace_dir=self._trace_dir, http=self._http, **self._process_flags
+                )
             control = await self._instance.start()
         else:
             control = ControlClient(self._address, CLIENT_END, self._secret)

@@ -34,7 +34,7 @@ def paced(pieces, gaps=()):
 
 def test_stalls_recovery_and_what_throughput_was_lost_are_measured_against_the_calm():
     stream = paced([10] * 10 + [10, 0, 0, 10, 10, 10, 10, 10, 10, 10], [Gap(5.0, 0.1), Gap(13.0, 2.1), Gap(18.0, 0.2)])
-    run = Run([stream], [Disaster("kill -9 of attention-0", 11.0, 14.0)], [], 0.0, 10.0, 20.0)
+    run = Run([stream], [Disaster("kill-attention", "kill -9 of attention-0", 11.0, 14.0)], [], 0.0, 10.0, 20.0)
     seen = summary(run)
     assert (seen["num_changed_answers"], seen["changed_characters"], seen["repeated_characters"]) == (2, 1, 2)
     assert (seen["calm_stall_ms"], seen["stall_max_ms"]) == (100.0, 2100.0)
@@ -42,6 +42,7 @@ def test_stalls_recovery_and_what_throughput_was_lost_are_measured_against_the_c
     (fault,) = seen["faults"]
     assert 1.7 <= fault["recovery_s"] <= 2.0
     assert fault["whole_again_s"] == 3.0
+    assert seen["by_kind"] == {"kill-attention": {"count": 1, "stall_median_ms": 2100.0, "stall_max_ms": 2100.0}}
 
 
 def test_workers_that_serve_are_counted_by_the_metrics():

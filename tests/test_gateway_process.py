@@ -30,10 +30,10 @@ def lives(pid):
         return False
 
 
-def gateway_of(said):
-    """The process id of the gateway."""
-    (coordinator,) = re.findall(r"processes: coordinator (\d+)", said)
-    (found,) = [one for one in children(coordinator) if b"gateway" in Path(f"/proc/{one}/cmdline").read_bytes()]
+def child_of(launcher, role):
+    """The process id of the launcher's child of that role."""
+    words = f"\0--role\0{role}\0".encode()
+    (found,) = [one for one in children(launcher) if words in Path(f"/proc/{one}/cmdline").read_bytes()]
     return found
 
 
@@ -52,7 +52,7 @@ async def test_a_gateway_that_dies_comes_back_at_its_port_and_nothing_else_ends(
             text = (await response.json())["choices"][0]["text"]
         said_at = r"processes: .*\bgateway {}\b"
         for _ in range(2):
-            gateway = gateway_of(child.said)
+            gateway = child_of(child.process.pid, "gateway")
             await child.until_said(said_at.format(gateway))
             said_at = r"the gateway serves again \(pid {}\)"
             preparers = children(gateway)
@@ -97,24 +97,53 @@ async def test_streams_that_run_at_the_end_get_their_time_and_an_error_with_done
         assert "asked to end" not in child.said, "nor does the coordinator"
 
 
+async def test_a_coordinator_that_is_killed_costs_no_stream_and_no_other_process(tiny_model):
+    """Its gateway died with it, and msi-launch then."""
+    body = {"prompt": TEXT, "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
+
+    async def text_of(stream):
+        events = [line[6:] for line in (await stream.read()).splitlines() if line.startswith(b"data: ")]
+        assert events[-1] == b"[DONE]", events[-1]
+        return "".join(json.loads(one)["choices"][0]["text"] for one in events[:-1])
+
+    async with (
+        launched(tiny_model, "--port", 0, "--threads-per-worker", 1) as child,
+        aiohttp.ClientSession() as session,
+    ):
+        url = await ready(child)
+        expected = await text_of(await session.post(f"{url}/v1/completions", json=body))
+        for _ in range(2):
+            coordinator = child_of(child.process.pid, "coordinator")
+            others = {one for one in children(child.process.pid) if one != coordinator}
+            streams = [await session.post(f"{url}/v1/completions", json=body) for _ in range(4)]
+            os.kill(coordinator, signal.SIGKILL)
+            assert [await text_of(one) for one in streams] == [expected] * 4
+            assert others < set(children(child.process.pid))
+        assert child.said.count("it is started again") == 2
+        child.process.send_signal(signal.SIGTERM)
+        assert await child.ended() == 0
+        assert "Traceback" not in child.said
+
+
 @pytest.mark.parametrize("name", ["coordinator", "launcher"])
-async def test_streams_end_with_an_error_and_done_when_the_coordinator_is_killed(tiny_model, name):
+async def test_streams_end_with_an_error_and_done_when_there_will_be_no_coordinator(tiny_model, name):
     """They were cut: the gateway was killed with its parent."""
     long = {"prompt": TEXT, "max_tokens": 480, "ignore_eos": True, "n": 8, "stream": True}
-    arguments = (tiny_model, "--port", 0, "--threads-per-worker", 1)
+    arguments = (tiny_model, "--port", 0, "--threads-per-worker", 1, "--coordinator-grace", 0.5)
     async with launched(*arguments) as child, aiohttp.ClientSession() as session:
         url = await ready(child)
-        gateway = gateway_of(child.said)
+        gateway, coordinator = (child_of(child.process.pid, role) for role in ("gateway", "coordinator"))
         stream = await session.post(f"{url}/v1/completions", json=long)
         first = await stream.content.readline()
         assert stream.status == 200, first
-        pids = [gateway, *children(gateway), *children(child.process.pid)]
-        coordinator = int(re.findall(r"processes: coordinator (\d+)", child.said)[0])
+        pids = [*children(gateway), *children(child.process.pid)]
         os.kill(child.process.pid if name == "launcher" else coordinator, signal.SIGKILL)
         events = [line[6:] for line in (await stream.read()).splitlines() if line.startswith(b"data: ")]
         assert events[-1] == b"[DONE]"
-        assert "the coordinator is gone" in json.loads(events[-2])["error"]["message"]
+        assert re.search(r"the coordinator (\(pid \d+\) )?is gone", json.loads(events[-2])["error"]["message"])
         await until(lambda: not any(map(lives, pids)), 30)
+        if name == "coordinator":
+            assert await child.ended() == 2
 
 
 async def test_a_gateway_alone_serves_an_instance_that_runs_elsewhere(tiny_model):

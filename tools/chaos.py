@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Workers killed, stopped and cut off again and again while streams run: what do clients notice?
+"""Processes killed, stopped, slowed and cut off again and again while streams run: what do clients notice?
 
     tools/chaos.py --minutes 5                       # 2 + 2 workers of the demo model, each expert twice; every 10 s
+    tools/chaos.py --minutes 5 --at-once 2           # two different processes at a time
     tools/chaos.py --minutes 5 --faults kill-attention --transport tcp --redundancy 0
     tools/chaos.py --minutes 5 --faults drain-attention drain-expert add-attention add-expert kill-expert
     tools/chaos.py --seed 3 --json chaos.json --picture chaos      # chaos.svg and chaos.png, which need matplotlib
@@ -59,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--redundancy", type=integer(0, 63), default=1, metavar="R", help="more of each expert; 1")
     parser.add_argument("--faults", nargs="+", default=list(KINDS), type=one_of(*KINDS, *ORDERS), metavar="FAULT",
                         help=f"all of: {', '.join(KINDS)}; there are {', '.join(ORDERS)}, too")  # fmt: skip
+    parser.add_argument("--at-once", type=integer(1, 8), default=1, metavar="N", help="faults at a time; 1")
     parser.add_argument("--launch", nargs="+", default=[], metavar="OPTION", help="more for msi-launch, -- before each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was seen")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="throughput and stalls over time")
@@ -97,14 +99,16 @@ async def storm(server: Server, arguments: argparse.Namespace, run: Run) -> None
         await asyncio.sleep(due - time.monotonic())
         now = await asyncio.to_thread(family, server.process.pid)
         run.deaths += [f"{name} ended by itself" for name, pid in expected.items() if now.get(name) != pid]
-        disaster = await disasters.strike()
-        run.disasters.append(disaster)
-        run.deaths += [f"{disaster.what}: {disaster.complaint}"] if disaster.complaint else []
+        struck = await disasters.strike(arguments.at_once)
+        run.disasters += struck
+        run.deaths += [f"{one.what}: {one.complaint}" for one in struck if one.complaint]
         if not await whole_again(server, num_workers):
-            run.deaths.append(f"the instance was not whole {WHOLE_WITHIN_S:g} s after {disaster.what}")
-        disaster.whole_at = time.monotonic()
+            what = ", ".join(one.what for one in struck)
+            run.deaths.append(f"the instance was not whole {WHOLE_WITHIN_S:g} s after {what}")
+        for one in struck:
+            one.whole_at = time.monotonic()
+            say_progress(one, run.streams)
         expected = await asyncio.to_thread(family, server.process.pid)
-        say_progress(disaster, run.streams)
 
 
 def say_progress(disaster: Disaster, streams: list[PacedStream]) -> None:

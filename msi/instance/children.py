@@ -1,7 +1,8 @@
 """Child processes of a launcher, and what the two tell each other over a pair of sockets that nobody else has.
 
 A child says where it is reached, that it is ready, or in a sentence why it cannot work; the launcher tells the
-coordinator what it sees of the workers. One JSON object a line, with one name for what it is about.
+coordinator what it sees of the workers, and the gateway why there is nothing to serve any more. One JSON object a line,
+with one name for what it is about.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ class Child:
 
     Attributes:
         failure: the sentence with which it ended, "" for none.
-        url: where it serves HTTP, "" where it does not.
-        gateway_pid: of the process that it has for that, 0 for none.
     """
 
     def __init__(
@@ -39,8 +38,6 @@ class Child:
     ) -> None:
         self.process = process
         self.failure = ""
-        self.url = ""
-        self.gateway_pid = 0
         self._reader = reader
         self._writer = writer
 
@@ -93,8 +90,6 @@ class Child:
         message = await _next_message(self._reader)
         if message is not None:
             self.failure = str(message.get("failure", self.failure))
-            self.url = str(message.get("url", self.url))
-            self.gateway_pid = int(message.get("gateway_pid", self.gateway_pid))
         return message
 
     def tell(self, **message: Any) -> None:

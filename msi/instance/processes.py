@@ -1,4 +1,6 @@
-"""One instance as child processes of this one: a coordinator and its workers, started again when they die."""
+"""One instance as child processes of this one: a coordinator, its workers, and what serves HTTP for it, each started
+again when it dies. The others go on meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from msi.control.messages import CLIENT_END
 from msi.control.restarts import Restarts
@@ -87,6 +89,34 @@ async def stop_children(*children: Child, grace_s: float = STOP_GRACE_S) -> None
         child.close()
 
 
+class HttpServer(Protocol):
+    """What serves HTTP for an instance: a process of its own, so that its streams survive the coordinator."""
+
+    url: str
+
+    @property
+    def pid(self) -> int:
+        """0 before its start."""
+
+    async def start(self, address: str) -> None:
+        """Of the coordinator, which may come later. Raises EngineError: it cannot serve."""
+
+    async def keep_alive(self) -> None:
+        """Starts it again when it ends, until it is to end."""
+
+    def drain(self) -> None:
+        """It takes nothing new, and ends when what runs has; the second time, at once."""
+
+    def fail(self, reason: str) -> None:
+        """What runs ends with this sentence, and it with that."""
+
+    async def wait(self) -> None:
+        """Until one that was told to drain has ended."""
+
+    async def stop(self) -> None:
+        """Until it has ended, if need be by force. Idempotent."""
+
+
 class ProcessInstance:
     """Coordinator and workers as child processes, which end with this one however it ends.
 
@@ -94,8 +124,9 @@ class ProcessInstance:
     told at once.
 
     Args:
-        coordinator_flags, worker_flags: for their command lines, such as where to serve HTTP.
+        coordinator_flags, worker_flags: for their command lines.
         report_failure: called once the instance cannot go on.
+        http: serves for it; started and ended with it.
     """
 
     def __init__(
@@ -105,11 +136,13 @@ class ProcessInstance:
         coordinator_flags: tuple[str, ...] = EMBEDDED,
         worker_flags: tuple[str, ...] = ("--log-level", "warning"),
         trace_dir: Path | None = None,
+        http: HttpServer | None = None,
     ) -> None:
         check_files(options)  # what cannot work is said before anything starts
         check_device(options.host.device)
         self._options = options
         self._report_failure = report_failure
+        self._http = http
         self._coordinator_flags = coordinator_flags
         self._worker_flags = worker_flags + (() if trace_dir is None else ("--trace-dir", str(trace_dir)))
         self._children: dict[str, Child] = {}
@@ -121,17 +154,13 @@ class ProcessInstance:
     @property
     def url(self) -> str:
         """Where HTTP is served, "" for nowhere."""
-        return self._children["coordinator"].url
+        return "" if self._http is None else self._http.url
 
     @property
     def pids(self) -> dict[str, int]:
         """Process ids by name, the coordinator's and the gateway's too."""
-        pids = {}
-        for name, child in self._children.items():
-            pids[name] = child.pid
-            if child.gateway_pid:
-                pids["gateway"] = child.gateway_pid
-        return pids
+        pids = {name: child.pid for name, child in self._children.items()}
+        return pids if self._http is None else {**pids, "gateway": self._http.pid}
 
     async def start(self) -> MessageClient:
         """Raises what `start_coordinator` does."""
@@ -139,15 +168,27 @@ class ProcessInstance:
         address = self._sockets.address("coordinator")
         coordinator = await _coordinator_child(self._options, address, self._coordinator_flags)
         self._children["coordinator"] = coordinator
-        # workers load what they need beside it: they may knock before somebody is there
+        # the others load what they need beside it: they may knock before somebody is there
         for role, worker_id in worker_ids(self._options):
             await self._start_worker(address, role, worker_id)
-        await _address_of(coordinator)
+        await self._serve(address, coordinator)
         coordinator.tell(launches=True)
         self._watch(self._watch_coordinator(coordinator, address))
         for role, worker_id in worker_ids(self._options):
             self._watch(self._keep_alive(address, role, worker_id))
         return ControlClient(address, CLIENT_END)
+
+    async def _serve(self, address: str, coordinator: Child) -> None:
+        """Once the coordinator is there, and HTTP is served. Raises what `start_coordinator` does."""
+        serving = None if self._http is None else asyncio.ensure_future(self._http.start(address))
+        try:
+            await _address_of(coordinator)
+            if self._http is not None and serving is not None:
+                await serving
+                self._watch(self._http.keep_alive())
+        finally:
+            if serving is not None:
+                serving.cancel()
 
     async def _add_worker(self, address: str, role: str) -> None:
         """An operator wants one more."""
@@ -165,11 +206,20 @@ class ProcessInstance:
         async def watched() -> None:
             try:
                 await running
+            except EngineError as error:
+                self._fail(error)
             except Exception as error:
                 log.exception("a process is not watched any more")
-                self._report_failure(EngineError(f"the launcher failed: {error!r}"))
+                self._fail(EngineError(f"the launcher failed: {error!r}"))
 
         self._tasks.append(asyncio.get_running_loop().create_task(watched()))
+
+    def _fail(self, error: EngineError) -> None:
+        """The instance cannot go on; whoever waits for something is told why."""
+        self._stopping.set()  # workers end with it
+        if self._http is not None:
+            self._http.fail(str(error))
+        self._report_failure(error)
 
     async def _start_worker(self, address: str, role: str, worker_id: str) -> None:
         self._children[worker_id] = await Child.start(
@@ -181,7 +231,7 @@ class ProcessInstance:
 
     async def _watch_coordinator(self, child: Child, bind: str) -> None:
         """Starts it again at its address within the grace: workers and clients go on with the new one."""
-        restarts = Restarts()
+        restarts, grace_s = Restarts(), self._options.timeouts.coordinator_grace_s
         while True:
             restarts.ready(time.monotonic())
             while (message := await child.hear()) is not None:
@@ -192,21 +242,23 @@ class ProcessInstance:
             await child.process.wait()
             if self._stopping.is_set():
                 return
-            how = f"the coordinator (pid {child.pid}) is gone: {child.end}"
-            delay_s = restarts.ended(time.monotonic(), has_said_why=bool(child.failure))
-            grace_s = self._options.timeouts.coordinator_grace_s
-            if (
-                child.url or delay_s is None or delay_s + STARTS_WITHIN_S > grace_s
-            ):  # with an address of its own for HTTP that is lost
-                self._stopping.set()  # workers end with it
-                self._report_failure(Unavailable(how))
-                return
-            log.warning("%s; it is started again%s", how, f" in {delay_s:g} s" if delay_s else "")
-            if await self._stops_within(delay_s):
-                return
-            child.close()
-            child, _ = await start_coordinator(self._options, bind, self._coordinator_flags)
-            self._children["coordinator"] = child
+            gone_at = time.monotonic()
+            while child.has_ended:  # also one that does not come so far that it serves
+                child.close()
+                how = f"the coordinator (pid {child.pid}) is gone: {child.end}"
+                delay_s = restarts.ended(time.monotonic(), has_said_why=bool(child.failure))
+                if child.failure or delay_s is None:
+                    raise Unavailable(how)
+                if time.monotonic() + delay_s + STARTS_WITHIN_S > gone_at + grace_s:
+                    raise Unavailable(f"{how}; nobody could take its place within {grace_s:g} s")
+                log.warning("%s; it is started again%s", how, f" in {delay_s:g} s" if delay_s else "")
+                if await self._stops_within(delay_s):
+                    return
+                with contextlib.suppress(OSError):  # a machine without room for a process may have some later
+                    child = await _coordinator_child(self._options, bind, self._coordinator_flags)
+                    self._children["coordinator"] = child
+                    with contextlib.suppress(ConfigError, Unavailable):
+                        await _address_of(child)
             child.tell(launches=True)
 
     async def _keep_alive(self, address: str, role: str, worker_id: str) -> None:
@@ -231,8 +283,7 @@ class ProcessInstance:
             how = f"{worker_id} (pid {child.pid}) is gone: {child.end}"
             if delay_s is None:
                 end = f"{how}, again and again; it is not started again"
-                self._report_failure(Unavailable(child.failure or end))
-                return
+                raise Unavailable(child.failure or end)
             log.warning(
                 "%s; it is started again%s", how, f" in {delay_s:g} s" if delay_s else "",
                 extra=with_fields(worker=worker_id, worker_pid=child.pid, end=child.end, again_in_s=delay_s),
@@ -260,8 +311,11 @@ class ProcessInstance:
         return self._stopping.is_set()
 
     async def drain(self) -> None:
-        """Until the coordinator has ended as it was told: when its requests have, or when its own patience is over."""
+        """Until all have ended as they were told: when their requests have, or when their own patience is over."""
         self._stopping.set()
+        if self._http is not None:  # first: what it has taken in, the coordinator is still to take
+            self._http.drain()
+            await self._http.wait()
         coordinator = self._children.get("coordinator")
         if coordinator is not None:
             coordinator.tell(drain=True)
@@ -269,6 +323,10 @@ class ProcessInstance:
 
     async def stop(self) -> None:
         self._stopping.set()
+        if self._http is not None:
+            self._http.drain()
+            self._http.drain()
+            await self._http.stop()
         await stop_children(*self._children.values())
         for task in self._tasks:
             task.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,15 @@ def summary(run: Run) -> dict[str, Any]:
         "num_failed": len(errors),
         "num_changed_answers": len(wrong),
         **{f"{kind}_characters": sum(one[kind] for _, one in wrong) for kind in ("changed", "repeated", "lost")},
-        "stall_median_ms": _rounded_ms(stalls[len(stalls) // 2]) if stalls else 0.0,
+        "stall_median_ms": _rounded_ms(statistics.median(stalls)) if stalls else 0.0,
         "stall_max_ms": _rounded_ms(stalls[-1]) if stalls else 0.0,
         "calm_stall_ms": _rounded_ms(calm_stall_s(run)),
         "calm_pieces_per_s": round(calm, 1),
         "throughput_lost": round(1 - run.rate(run.storm_from, run.storm_until) / calm, 4) if calm else 0.0,
+        "by_kind": by_kind(run),
         "faults": [
             {
+                "kind": one.kind,
                 "what": one.what,
                 "at_s": round(one.began_at - run.calm_from, 2),
                 "stall_ms": _rounded_ms(one.stall_s(streams)),
@@ -89,6 +92,21 @@ def summary(run: Run) -> dict[str, Any]:
         "deaths": run.deaths,
         "bucket_s": BUCKET_S,
         "pieces": [sum(stream.pieces[bucket] for stream in streams) for bucket in buckets],
+    }
+
+
+def by_kind(run: Run) -> dict[str, dict[str, float]]:
+    """How often each kind of fault struck, and the streams' longest waits then."""
+    kinds: dict[str, list[float]] = {}
+    for one in run.disasters:
+        kinds.setdefault(one.kind, []).append(one.stall_s(run.streams))
+    return {
+        kind: {
+            "count": len(stalls),
+            "stall_median_ms": _rounded_ms(statistics.median(stalls)),
+            "stall_max_ms": _rounded_ms(max(stalls)),
+        }
+        for kind, stalls in sorted(kinds.items())
     }
 
 

@@ -1,4 +1,6 @@
-"""What `tools/chaos.py` does to an instance: one process killed, stopped, slowed, or a connection broken."""
+"""What `tools/chaos.py` does to an instance: processes killed, stopped, slowed, connections broken, workers that come
+and go.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,9 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tools.hostility.breaking import break_control, break_data
 from tools.hostility.machines import send_signal
@@ -29,6 +32,8 @@ KINDS = (
     "reset-data",
     "slow-attention",
     "slow-expert",
+    "kill-coordinator",
+    "stop-coordinator",
 )
 ORDERS = (
     "drain-attention",
@@ -42,6 +47,7 @@ ORDERS = (
 class Disaster:
     """One fault. `whole_at`: when all workers served again; `complaint`: of an order that was not carried out."""
 
+    kind: str
     what: str
     began_at: float
     whole_at: float = 0.0
@@ -73,38 +79,65 @@ class Disasters:
         self._chance = chance
         self._kinds = kinds
 
-    async def strike(self) -> Disaster:
-        """One; returns when it is done, not when it is over."""
-        chance, pids = self._chance, await asyncio.to_thread(family, self._launcher)
-        kind = chance.choice(self._kinds)
-        role = "expert" if kind.endswith("expert") else "attention"
+    async def strike(self, count: int = 1) -> list[Disaster]:
+        """So many at once, of different processes; returns when they are done, not when they are over."""
+        pids = await asyncio.to_thread(family, self._launcher)
+        drawn: dict[str, Coroutine[Any, Any, Disaster]] = {}
+        for kind in self._chance.sample(self._kinds, min(count, len(self._kinds))):
+            name, disaster = self._drawn(kind, pids)
+            if name in drawn:
+                disaster.close()
+            else:
+                drawn[name] = disaster
+        return await asyncio.gather(*drawn.values())
+
+    def _drawn(self, kind: str, pids: dict[str, int]) -> tuple[str, Coroutine[Any, Any, Disaster]]:
+        """Whom it strikes, and how."""
+        chance = self._chance
+        role = next((one for one in ("expert", "coordinator") if kind.endswith(one)), "attention")
         name = chance.choice(sorted(name for name in pids if name.startswith(role)))
         seconds = chance.uniform(*STOPPED_S)
         expert = chance.choice(sorted(name for name in pids if name.startswith("expert")) or [name])
-        began_at = time.monotonic()
         if kind in ORDERS:
-            address = coordinator_address(pids["coordinator"])
-            if kind.startswith("add"):
-                complaint = await come_and_go(address, role)
-                return Disaster(f"one {role} worker more, and it went again", began_at, complaint=complaint)
-            _, complaint = await ctl(address, "drain", name, "--within", "1")
-            return Disaster(f"{name} drained", began_at, complaint=complaint)
-        if kind.startswith("kill"):
-            send_signal(pids[name], signal.SIGKILL)
-            return Disaster(f"kill -9 of {name}", began_at)
-        if kind.startswith("stop"):
-            send_signal(pids[name], signal.SIGSTOP)
-            await asyncio.sleep(seconds)
-            send_signal(pids[name], signal.SIGCONT)
-            return Disaster(f"{name} stopped for {seconds:.1f} s", began_at)
-        if kind.startswith("slow"):
-            await slowed(pids[name], seconds)
-            return Disaster(f"{name} slow for {seconds:.1f} s", began_at)
-        if kind == "reset-control":
-            was_broken = await asyncio.to_thread(break_control, pids["coordinator"], pids[name])
-            return Disaster(f"{name}'s connection to the coordinator broken{'' if was_broken else ': none'}", began_at)
-        was_broken = await asyncio.to_thread(break_data, pids[name], pids[expert])
-        return Disaster(f"{name}'s connection to {expert} broken{'' if was_broken else ': none'}", began_at)
+            return name, ordered(kind, role, name, pids)
+        if kind.startswith("reset"):
+            return name, broken(kind, name, expert, pids)
+        return name, signalled(kind, name, seconds, pids[name])
+
+
+async def signalled(kind: str, name: str, seconds: float, pid: int) -> Disaster:
+    """A process is killed, stands still, or is slow."""
+    began_at = time.monotonic()
+    if kind.startswith("kill"):
+        send_signal(pid, signal.SIGKILL)
+        return Disaster(kind, f"kill -9 of {name}", began_at)
+    if kind.startswith("slow"):
+        await slowed(pid, seconds)
+        return Disaster(kind, f"{name} slow for {seconds:.1f} s", began_at)
+    send_signal(pid, signal.SIGSTOP)
+    await asyncio.sleep(seconds)
+    send_signal(pid, signal.SIGCONT)
+    return Disaster(kind, f"{name} stopped for {seconds:.1f} s", began_at)
+
+
+async def broken(kind: str, name: str, expert: str, pids: dict[str, int]) -> Disaster:
+    """A connection of a worker's: to the coordinator, or to an expert worker."""
+    began_at = time.monotonic()
+    if kind == "reset-control":
+        other, was_broken = "the coordinator", await asyncio.to_thread(break_control, pids["coordinator"], pids[name])
+    else:
+        other, was_broken = expert, await asyncio.to_thread(break_data, pids[name], pids[expert])
+    return Disaster(kind, f"{name}'s connection to {other} broken{'' if was_broken else ': none'}", began_at)
+
+
+async def ordered(kind: str, role: str, name: str, pids: dict[str, int]) -> Disaster:
+    """What an operator has done."""
+    began_at, address = time.monotonic(), coordinator_address(pids["coordinator"])
+    if kind.startswith("add"):
+        complaint = await come_and_go(address, role)
+        return Disaster(kind, f"one {role} worker more, and it went again", began_at, complaint=complaint)
+    _, complaint = await ctl(address, "drain", name, "--within", "1")
+    return Disaster(kind, f"{name} drained", began_at, complaint=complaint)
 
 
 async def slowed(pid: int, seconds: float) -> None:
