@@ -12,12 +12,10 @@ import logging
 import os
 import secrets
 import socket
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from msi.attention.role import AttentionRole
-from msi.control.lateness import read_first, sleep_late
 from msi.control.messages import (
     PROTOCOL_VERSION,
     Account,
@@ -32,11 +30,9 @@ from msi.control.messages import (
     Draining,
     Fence,
     Goodbye,
-    Heartbeat,
     HeartbeatAck,
     HelloAgain,
     Placed,
-    Pulse,
     Refused,
     Shutdown,
     Submit,
@@ -44,11 +40,9 @@ from msi.control.messages import (
     Undecided,
     UseLanes,
     UsePlacement,
-    WorkerBelief,
     WorkerFailed,
     WorkerHello,
     WorkerReady,
-    WorkerStatus,
 )
 from msi.errors import ConfigError, EngineError, Unavailable, one_line
 from msi.experts.role import ExpertRole
@@ -58,9 +52,11 @@ from msi.net.transport import Transport
 from msi.request_spans import OpenSpans, open_spans
 from msi.settings import Timeouts
 from msi.tracing import Tracer
-from msi.types import HOLE, Placement, StageTimes
+from msi.types import HOLE, Placement
 from msi.watchdog import LoopWatch
+from msi.worker.heartbeats import Heartbeats
 from msi.worker.host import Host, LoadedModel
+from msi.worker.life import Life, LifeEnds, WorkerEnds, what_ended
 from msi.worker.watching import Watching
 
 log = logging.getLogger(__name__)
@@ -87,40 +83,6 @@ class WorkerSettings:
     otlp_traces_endpoint: str = ""
 
 
-class _LifeEnds(Exception):
-    """The worker is to introduce itself again; `reason` says why."""
-
-
-class _WorkerEnds(Exception):
-    """The worker is to end."""
-
-
-@dataclass
-class Life:
-    """What one incarnation hosts.
-
-    Attributes:
-        ready: what was said once the weights were loaded.
-        acked: number of the last HeartbeatAck.
-        calibrating: what is being measured, or was last.
-        placing: held while a new placement is taken into use.
-        term: of the coordinator.
-        wanted: that placement and the one before it, or those that were wanted last.
-    """
-
-    assignment: Assignment
-    attention: AttentionRole | None = None
-    experts: ExpertRole | None = None
-    transports: list[Transport] = field(default_factory=list)
-    is_draining: bool = False
-    ready: WorkerReady | None = None
-    acked: int = -1
-    calibrating: asyncio.Task[None] | None = None
-    placing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    term: int = 0
-    wanted: tuple[Placement, Placement | None] | None = None
-
-
 class Worker:
     """One worker of an instance.
 
@@ -140,15 +102,13 @@ class Worker:
         self._host = host
         self._control = control
         self._clock = host.clock
-        self._watch = watch
         self._loaded: LoadedModel | None = None
         self._watching = Watching(host)
+        self._heartbeats = Heartbeats(
+            self._process, settings.coordinator, settings.timeouts, host, control, self._watching, watch
+        )
         self._spans: OpenSpans | None = None
-        self._last_heard = self._clock()
         self._drain_wanted = Alarm()
-        self._beat_at = self._clock()
-        self._busy_at_beat = 0.0
-        self._excused_s = 0.0  # of the loop's lag since its last beat: the whole process stood still
         self.has_been_ready = asyncio.Event()
 
     async def run(self) -> None:
@@ -164,9 +124,9 @@ class Worker:
                 assignment = await self._introduce()
                 try:
                     await self._live(assignment)
-                except _LifeEnds as ending:
+                except LifeEnds as ending:
                     log.warning("%s: %s; introducing myself again", self.worker_id, ending)
-        except _WorkerEnds:
+        except WorkerEnds:
             pass
         except EngineError as error:
             if self.life is not None:  # nobody has heard of us otherwise
@@ -197,7 +157,6 @@ class Worker:
             raise ConfigError(answer.reason)
         answer.place.check_is_built()
         self.worker_id = answer.worker_id
-        self._last_heard = self._clock()
         if settings.trace_dir is not None and self._watching.tracer is None:
             self._watching.trace(Tracer(answer.worker_id, settings.trace_dir))
         if self._spans is None and answer.has_attention:
@@ -229,11 +188,11 @@ class Worker:
                         async with asyncio.timeout(HELLO_EVERY_S):
                             while not isinstance(answer := await self._control.receive(), Assignment | Refused):
                                 if isinstance(answer, Shutdown):
-                                    raise _WorkerEnds
+                                    raise WorkerEnds
                                 if not isinstance(answer, Undecided):
                                     continue
                                 if self._drain_wanted.is_ringing:
-                                    raise _WorkerEnds
+                                    raise WorkerEnds
                                 if not was_told:
                                     log.info("%s", answer.reason)
                                 was_told = is_there = True
@@ -249,20 +208,15 @@ class Worker:
     # -- one life ----------------------------------------------------------------------------------------------------
 
     async def _live(self, assignment: Assignment) -> None:
-        life = self.life = Life(assignment)
+        life = self.life = Life(assignment, last_heard=self._clock())
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._heartbeats(life), name="heartbeats")
+                tasks.create_task(self._heartbeats.run(life), name="heartbeats")
                 tasks.create_task(self._host_role(life, tasks), name="role")
-        except* (_LifeEnds, _WorkerEnds, EngineError) as group:
-            raise _first(group) from None
+        except* (LifeEnds, WorkerEnds, EngineError) as group:
+            raise what_ended(group) from None
         finally:
-            if life.experts is not None:
-                life.experts.close()
-            if life.attention is not None:
-                life.attention.close()
-            for transport in life.transports:
-                await transport.close()
+            await life.close()
 
     async def _host_role(self, life: Life, tasks: asyncio.TaskGroup) -> None:
         """Loads and starts the role, then follows the coordinator's messages."""
@@ -300,7 +254,7 @@ class Worker:
         assignment = life.assignment
         while True:
             message = await self._control.receive()
-            self._last_heard = self._clock()
+            life.last_heard = self._clock()
             attention, experts = life.attention, life.experts
             match message:
                 case Submit() if attention is not None:
@@ -324,18 +278,18 @@ class Worker:
                     life.is_draining = True
                     self._drain_wanted.ring()
                 case HelloAgain():
-                    raise _LifeEnds(message.reason)
+                    raise LifeEnds(message.reason)
                 case AccountWanted():
                     self._give_account(life)
                 case Adopted():
                     life.term = message.term
                 case Shutdown() | Refused():
                     log.info("%s: ending: %s", self.worker_id, message.reason)
-                    raise _WorkerEnds
+                    raise WorkerEnds
                 case HeartbeatAck():
                     life.acked = message.number
                     if attention is not None:
-                        attention.requests.journal.heard(self._last_heard)
+                        attention.requests.journal.heard(life.last_heard)
                     self._watching.follow(message.is_watched, attention, experts)
                 case Assignment() | Fence() | Undecided():
                     pass
@@ -343,10 +297,10 @@ class Worker:
                     log.warning("%s: %s came at the wrong time", self.worker_id, type(message).__name__)
 
     def _give_account(self, life: Life) -> None:
-        """To a coordinator that is new. Raises _LifeEnds: there is nothing to go on with."""
+        """To a coordinator that is new. Raises LifeEnds: there is nothing to go on with."""
         attention = life.attention
         if life.ready is None or (attention is not None and not attention.num_lanes):
-            raise _LifeEnds("the coordinator is new")
+            raise LifeEnds("the coordinator is new")
         hosted = attention or life.experts
         requests = [] if attention is None else attention.requests.accounts()
         assert hosted is not None, "it is ready"
@@ -418,90 +372,7 @@ class Worker:
         if life.attention is not None:
             await life.attention.requests.wait_idle()
         self._control.send(Goodbye(*ids))
-        raise _WorkerEnds
-
-    # -- heartbeats --------------------------------------------------------------------------------------------------
-
-    async def _heartbeats(self, life: Life) -> None:
-        assignment = life.assignment
-        ids = (assignment.worker_id, assignment.incarnation)
-        self._control.keep_alive(lambda late_s: self._pulse(assignment, late_s), assignment.timeouts.heartbeat_s)
-        while True:
-            self._control.send(Heartbeat(*ids, self._status(life), self._belief(life)))
-            self._watching.flush()
-            late_s = await sleep_late(assignment.timeouts.heartbeat_s, self._clock)
-            self._last_heard += late_s
-            if not await read_first(self._control, self._clock):
-                continue
-            silent_s = self._clock() - self._last_heard
-            timeouts = self._settings.timeouts
-            if silent_s > max(timeouts.coordinator_grace_s, 2 * timeouts.lost_after_s):
-                raise Unavailable(
-                    f"{self.worker_id}: the coordinator at {self._settings.coordinator} has been silent for "
-                    f"{silent_s:.0f} s"
-                )
-
-    def _pulse(self, assignment: Assignment, late_s: float) -> Pulse:
-        """On a thread of its own; `late_s`: that one's lateness is the process's, not the loop's."""
-        self._excused_s += late_s
-        silent_s = self._clock() - self._beat_at - assignment.timeouts.heartbeat_s
-        return Pulse(assignment.worker_id, assignment.incarnation, self._process, max(0.0, silent_s - self._excused_s))
-
-    def _belief(self, life: Life) -> WorkerBelief:
-        attention = life.attention
-        return WorkerBelief(
-            acked=life.acked,
-            ready=life.ready,
-            is_linked=attention is not None and attention.links.is_complete,
-            num_lanes=0 if attention is None else attention.num_lanes,
-            request_ids=() if attention is None else attention.requests.ids,
-            placement_version=_placement_version(life),
-            has_former=life.experts is not None and life.experts.placed[1] is not None,
-        )
-
-    def _status(self, life: Life) -> WorkerStatus:
-        attention, experts = life.attention, life.experts
-        times = StageTimes()
-        if attention is not None:
-            times = attention.measuring.times()
-        elif experts is not None:
-            times = experts.times()
-        busy = self._busy_share()
-        has_work = attention is None or not attention.requests.is_idle
-        loaded_bytes, total_bytes = self._host.loaded
-        return WorkerStatus(
-            loaded_bytes=loaded_bytes,
-            total_bytes=total_bytes,
-            num_running=0 if attention is None else attention.requests.scheduler.num_running,
-            num_waiting=0 if attention is None else attention.requests.num_waiting,
-            num_free_blocks=0 if attention is None else attention.requests.scheduler.num_free_blocks,
-            times=replace(times, busy=busy, bubble=1 - busy if has_work else 0.0),
-            process=replace(
-                self._host.counters(),
-                at_s=self._clock(),
-                busy_s=self._host.busy_s,
-                control_messages_sent=self._control.num_sent,
-            ),
-            attention=None if attention is None else attention.counters(),
-            experts=None if experts is None else experts.counters(),
-            loop={} if self._watch is None else self._watch.counters(),
-            peers=() if attention is None else attention.peers(),
-            watched=self._watching.told(attention, experts),
-            batches=() if experts is None else experts.batch_times(),
-        )
-
-    def _busy_share(self) -> float:
-        now, busy_s = self._clock(), self._host.busy_s
-        elapsed, self._beat_at = now - self._beat_at, now
-        self._excused_s = 0.0
-        computed, self._busy_at_beat = busy_s - self._busy_at_beat, busy_s
-        return min(1.0, computed / elapsed) if elapsed > 0 else 0.0
-
-
-def _placement_version(life: Life) -> int:
-    if life.experts is not None:
-        return life.experts.placement.version
-    return 0 if life.attention is None else life.attention.links.link.oldest_placement_version
+        raise WorkerEnds
 
 
 def _follows(wanted: tuple[Placement, Placement | None], placed: tuple[Placement, Placement | None]) -> bool:
@@ -512,16 +383,3 @@ def _follows(wanted: tuple[Placement, Placement | None], placed: tuple[Placement
 async def _ended(task: asyncio.Task[None] | None) -> None:
     if task is not None:
         await asyncio.wait([task])
-
-
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    """The exception that ended a life: an error before an ending, the worker's end before that of this life."""
-    flat: list[BaseException] = []
-    pending: list[BaseException] = [group]
-    while pending:
-        error = pending.pop()
-        if isinstance(error, BaseExceptionGroup):
-            pending.extend(error.exceptions)
-        else:
-            flat.append(error)
-    return min(flat, key=lambda error: isinstance(error, _WorkerEnds) + 2 * isinstance(error, _LifeEnds))
