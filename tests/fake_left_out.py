@@ -142,12 +142,13 @@ def counts_before(half):
 # -- links and waves ---------------------------------------------------------------------------------------------------
 
 
-def first_answer(original, turns, endpoint, immediate, came_at):
-    lane = immediate >> 26 & 7
-    passing, num_answers = turns.passes[lane], turns.counters.answers
-    original(turns, endpoint, immediate, came_at)
-    if turns.counters.answers > num_answers and turns.waiting[lane]:
-        passing.gates.open(lane, passing.turn)
+def first_answer(original, turns, landed):
+    for one in landed:
+        lane = one[1] >> 26 & 7
+        passing, num_answers = turns.passes[lane], turns.counters.answers
+        original(turns, (one,))
+        if turns.counters.answers > num_answers and turns.waiting[lane]:
+            passing.gates.open(lane, passing.turn)
 
 
 def clear_rows(endpoint, lane):

@@ -160,9 +160,11 @@ class LoopbackLane:
     to_rows: tuple[int, int]
     row_bytes: int
 
-    def post(self, immediate, num_rows, is_signalled):
-        content = ctypes.string_at(self.header[0], 128)  # inline
-        self._post(immediate, num_rows, content, is_signalled)
+    def post(self, immediate, num_rows):
+        self._post(immediate, num_rows, ctypes.string_at(self.header[0], 128), False)  # inline
+
+    def post_signalled(self, immediate, num_rows):
+        self._post(immediate, num_rows, ctypes.string_at(self.header[0], 128), True)
 
     def post_note(self, immediate, num_rows, header_bytes, is_signalled):
         self._post(immediate, num_rows, (self.header[0], header_bytes, self.header[1]), is_signalled)

@@ -74,7 +74,7 @@ def measure(driver: str, stub: ctypes.CDLL) -> None:
 
     rows = {
         "an empty call": timed(lambda: None),
-        "driver: rows and header, one post": timed(lambda: lane.post(5, 40, False)),
+        "driver: rows and header, one post": timed(lambda: lane.post(5, 40)),
         "driver: a word": timed(lambda: sends.word(5, False)),
         "transport: rows and header, one post": timed(post_endpoint, SIGNAL_EVERY // 2),
         "transport: a word": timed(word_endpoint, SIGNAL_EVERY),

@@ -217,7 +217,7 @@ class DispatchLink:
         first, num_layers = self._next_turns[lane], gates.num_layers
         more = num_layers > 1 or may_continue(lane)
         passing = Pass(
-            gates, self.nodes.connected, self._life_word, self._num_counted, first, self._next_seqs[lane],
+            gates, lane, self.nodes.connected, self._life_word, self._num_counted, first, self._next_seqs[lane],
             may_continue, self._clock(), self._loop.create_future(),
         )  # fmt: skip
         self._next_turns[lane] = first + num_layers
@@ -362,7 +362,7 @@ class DispatchLink:
         if kind is IMMEDIATE:
             self._acquire()
             try:
-                self.turns.take(endpoint, immediate, endpoint.came_at)
+                self.turns.take(((endpoint, immediate, endpoint.came_at),))
             finally:
                 self._release()
         elif (node := self.nodes.of.get(endpoint)) is None:
@@ -372,11 +372,9 @@ class DispatchLink:
 
     def _landed(self, landed: Sequence[Landed]) -> None:
         """What lies there together."""
-        take = self.turns.take
         self._acquire()
         try:
-            for one in landed:
-                take(*one)
+            self.turns.take(landed)
         finally:
             self._release()
 

@@ -35,6 +35,7 @@ class Pass:
     """One pass of a lane; which of its turns is away is told by the lane's row in the link's table.
 
     Attributes:
+        counts: int32 [num_nodes], the lane's row of its gates'.
         num_counted: nodes that its placement uses, and whose counts count: no rows go to those behind them.
         nodes: that it sends to: those that were there when it was begun, or when rows of it were packed again.
         life_word: our life, and the placement that its rows are of.
@@ -55,6 +56,7 @@ class Pass:
     def __init__(
         self,
         gates: Gates,
+        lane: int,
         nodes: tuple[Node, ...],
         life_word: int,
         num_counted: int,
@@ -68,7 +70,9 @@ class Pass:
         self.nodes = nodes
         self.life_word = life_word
         self.num_counted = num_counted
-        self.counts = gates.counts.cast("B").cast("i")  # lane after lane
+        counts = gates.counts.cast("B").cast("i")
+        num_nodes = len(counts) // len(gates.counts)
+        self.counts = counts[lane * num_nodes : (lane + 1) * num_nodes]
         self.first = first
         self.last = first + gates.num_layers - 1
         self.seq_of_turn_0 = first_seq - first

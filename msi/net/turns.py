@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,9 +37,10 @@ from msi.net.slots import (
     kind_word,
     pack_immediate,
 )
-from msi.net.transport import Endpoint
+from msi.net.transport import Landed
 
-ANSWER_OF = ANSWER.unpack_from
+ANSWER_OF, TIMES_OF = ANSWER.unpack_from, TIMES.unpack_from
+INFINITE = math.inf
 NO_WORD = 1 << 32  # no immediate
 EXCHANGES_APART = 7  # turns of a lane: to keep each would cost 0.5 us an answer (tools/bench_links.py)
 Watch = Callable[[str, int, float, float, float], None]  # worker id, lane, posted at, answer came at, residence
@@ -174,11 +175,9 @@ class Turns:
         self._posted_at[lane] = passing.since = self._clock()
         passing.turn = turn
         self._awaited[lane] = lane << LANE_SHIFT | (seq & SEQ_MASK) << SEQ_SHIFT
-        first = lane * len(self._nodes)
-        num_nodes, num_counted = len(self._nodes), passing.num_counted
-        counts = passing.counts[first : first + num_counted].tolist()
-        if num_counted < num_nodes:
-            counts += [0] * (num_nodes - num_counted)
+        counts = passing.counts.tolist()
+        if passing.num_counted < len(counts):
+            counts[passing.num_counted :] = [0] * (len(counts) - passing.num_counted)
         self._counts[lane] = counts
         return counts
 
@@ -205,32 +204,37 @@ class Turns:
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def take(self, endpoint: Endpoint, immediate: int, came_at: float) -> None:
-        """An immediate that has come."""
-        node = self._node_of.get(endpoint)
-        if node is None:
-            self.counters.dropped["closed endpoint"] += 1
-            return
-        lane = immediate >> LANE_SHIFT & 7
-        if immediate == node.answer | self._awaited[lane] and (waiting := self.waiting[lane]) & node.bit:
-            # nearly always: an answer that is owed, which a few comparisons tell
-            opening, seq, num_rows = ANSWER_OF(node.in_headers[lane])
-            if seq == self.seqs[lane] and opening == node.openings[lane] and num_rows == self._counts[lane][node.index]:
-                self.counters.answers += 1
-                self.waiting[lane] = waiting = waiting ^ node.bit
-                if not waiting or not seq % EXCHANGES_APART or self.exchange_watch is not None:
-                    self._answered(node, lane, waiting, seq, came_at or self._clock())
-                return
-        self._arrived_otherwise(node, lane, immediate)
+    def take(self, landed: Iterable[Landed]) -> None:
+        """Immediates that have come."""
+        node_of, awaited, waitings = self._node_of.get, self._awaited, self.waiting
+        seqs, counts, num_answers = self.seqs, self._counts, 0
+        for endpoint, immediate, came_at in landed:
+            node = node_of(endpoint)
+            if node is None:
+                self.counters.dropped["closed endpoint"] += 1
+                continue
+            lane = immediate >> LANE_SHIFT & 7
+            if immediate == node.answer | awaited[lane] and (waiting := waitings[lane]) & node.bit:
+                # nearly always: an answer that is owed, which a few comparisons tell
+                opening, seq, num_rows = ANSWER_OF(node.in_headers[lane])
+                if seq == seqs[lane] and opening == node.openings[lane] and num_rows == counts[lane][node.index]:
+                    num_answers += 1
+                    waitings[lane] = waiting = waiting ^ node.bit
+                    if not waiting or not seq % EXCHANGES_APART or self.exchange_watch is not None:
+                        self._answered(node, lane, waiting, seq, came_at or self._clock())
+                    continue
+            self._arrived_otherwise(node, lane, immediate)
+        self.counters.answers += num_answers
 
     def _answered(self, node: Node, lane: int, waiting: int, seq: int, now: float) -> None:
         """An answer that is noted, or the last one."""
-        service_s, compute_s = TIMES.unpack_from(node.in_headers[lane], OPENING.size)
+        service_s, compute_s = TIMES_OF(node.in_headers[lane], OPENING.size)
         if not seq % EXCHANGES_APART or self.exchange_watch is not None:
             self._exchanged(node, lane, now, service_s)
         if not waiting:
-            if 0.0 <= service_s < math.inf and 0.0 <= compute_s < math.inf:  # bytes may say anything
-                self.comm_meter.add(max(0.0, (now - self._posted_at[lane] - service_s) / 2))
+            if 0.0 <= service_s < INFINITE and 0.0 <= compute_s < INFINITE:  # bytes may say anything
+                both_ways_s = now - self._posted_at[lane] - service_s
+                self.comm_meter.add(both_ways_s / 2 if both_ways_s > 0.0 else 0.0)
                 self.compute_meter.add(compute_s)
             passing = self.passes[lane]
             assert passing is not None, f"lane {lane} has no pass, and answers were owed to it"

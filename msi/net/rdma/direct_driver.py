@@ -272,8 +272,8 @@ class DirectQueuePair:
 class DirectLane:
     """Implements `msi.net.rdma.verbs.Lane`. Two chains of rows and header: the second asks for a completion."""
 
-    __slots__ = ("_bad", "_keep", "_length", "_note", "_note_entry", "_plain", "_post", "_queue", "_row_bytes",
-                 "_signalled")  # fmt: skip
+    __slots__ = ("_bad", "_first", "_keep", "_length", "_note", "_note_entry", "_post", "_queue", "_row_bytes",
+                 "_signalled", "_words")  # fmt: skip
 
     def __init__(
         self, post: Callable[..., int], queue: object, header: Span, rows: Span, to_header: Span, to_rows: Span,
@@ -293,12 +293,19 @@ class DirectLane:
             first.next = addressof(last)
             return memoryview(last).cast("B").cast("I"), byref(first), first, last
 
-        self._plain, self._signalled = chain(entry, INLINE), chain(entry, INLINE | SIGNALED)
+        self._words, self._first, *keep = chain(entry, INLINE)
+        self._signalled = chain(entry, INLINE | SIGNALED)
         self._note = chain(self._note_entry, 0)
-        self._keep = entry
+        self._keep = (entry, *keep)
 
-    def post(self, immediate: int, num_rows: int, is_signalled: bool) -> None:
-        words, first, _, _ = self._signalled if is_signalled else self._plain
+    def post(self, immediate: int, num_rows: int) -> None:
+        self._length[2] = num_rows * self._row_bytes
+        self._words[9] = htonl(immediate)
+        if code := self._post(self._queue, self._first, self._bad):
+            raise _failed(code)
+
+    def post_signalled(self, immediate: int, num_rows: int) -> None:
+        words, first, _, _ = self._signalled
         self._length[2] = num_rows * self._row_bytes
         words[9] = htonl(immediate)
         if code := self._post(self._queue, first, self._bad):

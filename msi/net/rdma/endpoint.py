@@ -35,10 +35,10 @@ class RdmaEndpoint:
     """
 
     __slots__ = (
-        "_acquire", "_bytes_out", "_bytes_silent", "_generation", "_groups", "_has_seat", "_is_clear", "_is_open",
-        "_landing", "_lanes", "_leave", "_max_bytes", "_num_out", "_num_silent", "_out_layout", "_outbox", "_posting",
-        "_posts", "_release", "_row_bytes", "_signal_bytes", "_waiting", "came_at", "control", "is_ready", "name",
-        "num_posted", "num_received", "out_headers", "out_rows", "peer", "receives", "seat", "sends", "way",
+        "_acquire", "_bytes_out", "_generation", "_groups", "_has_seat", "_is_clear", "_is_open", "_landing", "_lanes",
+        "_leave", "_max_bytes", "_num_out", "_num_silent", "_out_layout", "_outbox", "_posting", "_posts", "_release",
+        "_row_bytes", "_rows_silent", "_signal_bytes", "_signal_rows", "_waiting", "came_at", "control", "is_ready",
+        "name", "num_posted", "num_received", "out_headers", "out_rows", "peer", "receives", "seat", "sends", "way",
     )  # fmt: skip
 
     def __init__(
@@ -76,17 +76,18 @@ class RdmaEndpoint:
         self._outbox = outbox
         self._out_layout = out_layout
         self._lanes: tuple[Lane, ...] = ()
-        self._posts: tuple[Callable[[int, int, bool], None], ...] = ()  # of these
+        self._posts: tuple[Callable[[int, int], None], ...] = ()  # of these
         self._row_bytes = out_layout.row_bytes
         self._max_bytes = max_bytes
         self._signal_bytes = max_bytes // SIGNAL_SHARE
+        self._signal_rows = -(-self._signal_bytes // self._row_bytes)
         self._posting = threading.Lock()  # held while posting, and while the connection ends
         self._acquire, self._release = self._posting.acquire, self._posting.release  # `with` costs twice as much
         self._is_open = True
         self._waiting: deque[tuple[int, int, int, int]] = deque()  # posts
-        # work requests and bytes of the group that is being posted, the last of which asks for a completion:
-        self._num_silent = self._bytes_silent = 0
-        self._groups: deque[tuple[int, int]] = deque()  # of those that wait for theirs
+        # work requests and rows of the group that is being posted, the last of which asks for a completion:
+        self._num_silent = self._rows_silent = 0
+        self._groups: deque[tuple[int, int]] = deque()  # of those that wait for theirs: work requests and bytes
         self._num_out = self._bytes_out = 0  # of these together
         self._is_clear = is_ready  # open, and nothing waits or has to
 
@@ -116,15 +117,16 @@ class RdmaEndpoint:
         try:
             if not self._is_clear:
                 self._wait(lane, immediate, num_rows, note_bytes)
-                return
-            num_silent = self._num_silent + 2
-            bytes_silent = self._bytes_silent + num_rows * self._row_bytes
-            if num_silent < SIGNAL_EVERY and bytes_silent < self._signal_bytes and num_rows and not note_bytes:
-                # nearly always, and `_send` in short
+            elif (
+                num_rows
+                and not note_bytes
+                and self._num_silent < SIGNAL_EVERY - 2
+                and (rows_silent := self._rows_silent + num_rows) < self._signal_rows
+            ):  # nearly always, and `_send` in short
                 self.num_posted += 1
-                self._num_silent = num_silent
-                self._bytes_silent = bytes_silent
-                self._posts[lane](immediate, num_rows, False)
+                self._num_silent += 2
+                self._rows_silent = rows_silent
+                self._posts[lane](immediate, num_rows)
             else:
                 self._send(lane, immediate, num_rows, note_bytes)
         except OSError as error:  # its completions say why
@@ -135,22 +137,24 @@ class RdmaEndpoint:
     def _send(self, lane: int, immediate: int, num_rows: int, note_bytes: int) -> None:
         self.num_posted += 1
         num_silent = self._num_silent + (2 if num_rows else 1)
-        bytes_silent = self._bytes_silent + num_rows * self._row_bytes
-        is_last = num_silent >= SIGNAL_EVERY or bytes_silent >= self._signal_bytes
+        rows_silent = self._rows_silent + num_rows
+        is_last = num_silent >= SIGNAL_EVERY or rows_silent >= self._signal_rows
         if is_last:
-            self._groups.append((num_silent, bytes_silent))
+            num_bytes = rows_silent * self._row_bytes
+            self._groups.append((num_silent, num_bytes))
             self._num_out += num_silent
-            self._bytes_out += bytes_silent
-            num_silent = bytes_silent = 0
+            self._bytes_out += num_bytes
+            num_silent = rows_silent = 0
             self._is_clear = not self._waiting and self._has_room()
-        self._num_silent = num_silent
-        self._bytes_silent = bytes_silent
+        self._num_silent, self._rows_silent = num_silent, rows_silent
         if note_bytes:
             self._lanes[lane].post_note(immediate, num_rows, HEADER_BYTES + note_bytes, is_last)
-        elif num_rows:
-            self._lanes[lane].post(immediate, num_rows, is_last)
-        else:
+        elif not num_rows:
             self.sends.word(immediate, is_last)
+        elif is_last:
+            self._lanes[lane].post_signalled(immediate, num_rows)
+        else:
+            self._posts[lane](immediate, num_rows)
 
     def _has_room(self) -> bool:
         """For another group, whose last post may have any size."""

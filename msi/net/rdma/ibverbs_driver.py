@@ -191,15 +191,15 @@ class IbverbsLane:
         self._note = ibverbs.SendWR(opcode=WRITE_IMMEDIATE, remote_addr=to_header.address, rkey=to_header.key)
         self._both, self._both_signalled = [self._rows, self._header], [self._rows, self._signalled]
 
-    def post(self, immediate: int, num_rows: int, is_signalled: bool) -> None:
-        length = self._lengths[num_rows]
-        self._rows.sg_list = self._make_length(num_rows) if length is None else length
-        if is_signalled:
-            self._signalled.imm_data = immediate
-            self._send(self._both_signalled)
-        else:
-            self._header.imm_data = immediate
-            self._send(self._both)
+    def post(self, immediate: int, num_rows: int) -> None:
+        self._rows.sg_list = self._lengths[num_rows] or self._make_length(num_rows)
+        self._header.imm_data = immediate
+        self._send(self._both)
+
+    def post_signalled(self, immediate: int, num_rows: int) -> None:
+        self._rows.sg_list = self._lengths[num_rows] or self._make_length(num_rows)
+        self._signalled.imm_data = immediate
+        self._send(self._both_signalled)
 
     def post_note(self, immediate: int, num_rows: int, header_bytes: int, is_signalled: bool) -> None:
         note = self._note

@@ -253,10 +253,16 @@ class PyverbsLane:
         self._header = _request(WRITE_IMMEDIATE, self._header_entry, to_header)
         self._rows.next_wr = self._header
 
-    def post(self, immediate: int, num_rows: int, is_signalled: bool) -> None:
+    def post(self, immediate: int, num_rows: int) -> None:
+        self._post(immediate, num_rows, INLINE)
+
+    def post_signalled(self, immediate: int, num_rows: int) -> None:
+        self._post(immediate, num_rows, SIGNALED | INLINE)
+
+    def _post(self, immediate: int, num_rows: int, flags: int) -> None:
         header = self._header
         header.imm_data = htonl(immediate)
-        header.send_flags = SIGNALED | INLINE if is_signalled else INLINE
+        header.send_flags = flags
         self._rows_entry.length = num_rows * self._row_bytes
         try:
             self._send(self._rows)

@@ -4,7 +4,7 @@
     card.start(num_receives, ...)           one completion queue with its channel, one shared receive queue
     queue_pair = card.queue_pair(...)       reliable connected
     lane = queue_pair.lane(...)             a lane's work requests, made once
-    lane.post(immediate, num_rows, True)    rows, then the header with the immediate, in one post
+    lane.post(immediate, num_rows)          rows, then the header with the immediate, in one post
 
 Numbers are those of the verbs ABI, which all libraries share. What a library raises comes out as OSError, what cannot
 work as ConfigError.
@@ -88,8 +88,11 @@ class Registration(Protocol):
 class Lane(Protocol):
     """Posts of one lane to one peer. Raises OSError."""
 
-    def post(self, immediate: int, num_rows: int, is_signalled: bool) -> None:
-        """Its first rows, if any, then its header with the immediate."""
+    def post(self, immediate: int, num_rows: int) -> None:
+        """Its first rows, then its header with the immediate. Nobody hears when that is through."""
+
+    def post_signalled(self, immediate: int, num_rows: int) -> None:
+        """The same, with a completion."""
 
     def post_note(self, immediate: int, num_rows: int, header_bytes: int, is_signalled: bool) -> None:
         """The same with a header that is followed by a note."""
