@@ -103,7 +103,7 @@ FOREIGN = (
     *_values("--config-format", neutral=("auto", "hf"), instead="is not built: config.json is read"),
     *_values("--model-impl", neutral=("auto",), instead="is not built: families are msi's own"),
     *_switches("--trust-remote-code"),
-    ForeignFlag(("--quantization", "-q"), ("none",), "is not built yet: use a float32, bfloat16 or float16 checkpoint"),
+    ForeignFlag(("-q",), ("none",), "is not built: write --quantization"),
     *_values("--model-loader-extra-config", neutral=("{}",), instead="is not built: safetensors are read as they are"),
     *_values("--ignore-patterns", "--safetensors-load-strategy", "--pt-load-map-location"),
     *_switches("--use-tqdm-on-load", "--no-use-tqdm-on-load"),

@@ -10,6 +10,8 @@ from msi.parameters import check_parameters, parameter
 AUTO = "auto"
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = (AUTO, *VALUE_BYTES)
+NONE = "none"
+QUANTISED_BYTES = {"int8": 1 + 4 / 128, "int4": 0.5 + 4 / 128}  # 128 values share a float32 scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +19,17 @@ class Precision:
     """Names of dtypes; "auto" for what follows: `compute` the checkpoint and the device, the others `compute`.
 
     Attributes:
-        weights: matrices, as a device holds them; in bfloat16 beside a computation in float32 they are widened as
-            they are read.
+        weights: matrices, as a device holds them unless they are quantised; in bfloat16 beside a computation in
+            float32 they are widened as they are read.
         kv_cache: keys and values.
         rows: hidden states on their way to the experts and back.
         compute: activations.
+        quantization: "none", or how the matrices of attention, MLPs and experts, and the LM head, are held: made when
+            they are loaded, and unpacked as they are read. Embedding, routers and norms stay as they are, and an LM
+            head has eight bits at least.
 
     Raises:
-        ConfigError: one is no dtype that is known; names it.
+        ConfigError: one is none that is known; names it.
     """
 
     weights: str = AUTO
@@ -33,12 +38,17 @@ class Precision:
     compute: str = parameter(
         AUTO, "auto, float32, bfloat16 or float16", metavar="D", group="model and workers", name="dtype", choices=DTYPES
     )
+    quantization: str = parameter(
+        NONE, "none, int8 or int4: matrices in so many bits, made as they are loaded (CPUs)", metavar="Q",
+        group="model and workers", choices=(NONE, *QUANTISED_BYTES),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_parameters(self)
         for one in fields(self):
-            if (value := getattr(self, one.name)) not in DTYPES:
-                raise ConfigError(f"`{one.name}` {shown(value)} is not one; supported: {', '.join(DTYPES)}")
+            known = (NONE, *QUANTISED_BYTES) if one.name == "quantization" else DTYPES
+            if (value := getattr(self, one.name)) not in known:
+                raise ConfigError(f"`{one.name}` {shown(value)} is not one; supported: {', '.join(known)}")
 
     @staticmethod
     def of(dtype: str) -> Precision:
@@ -54,11 +64,11 @@ class Precision:
         """Without "auto": what follows the checkpoint and the device becomes `dtype`."""
         compute = dtype if self.compute == AUTO else self.compute
         weights, kv_cache, rows = (compute if one == AUTO else one for one in (self.weights, self.kv_cache, self.rows))
-        return Precision(weights, kv_cache, rows, compute)
+        return Precision(weights, kv_cache, rows, compute, self.quantization)
 
     def check_is_built(self) -> None:
         """Raises ConfigError: the runtime does not have a dtype of its own for one of them yet; names it."""
-        for one in fields(self):
+        for one in fields(self)[:4]:
             value = getattr(self, one.name)
             is_widened = one.name == "weights" and (value, self.compute) == ("bfloat16", "float32")
             if value not in (AUTO, self.compute) and not is_widened:
@@ -68,15 +78,37 @@ class Precision:
                 )
 
     def __str__(self) -> str:
-        if len({self.weights, self.kv_cache, self.rows, self.compute}) == 1:
-            return self.compute
-        return ", ".join(f"{one.name} {getattr(self, one.name)}" for one in fields(self))
+        dtypes = fields(self)[:4]
+        if len({getattr(self, one.name) for one in dtypes}) == 1:
+            shown_dtypes = self.compute
+        else:
+            shown_dtypes = ", ".join(f"{one.name} {getattr(self, one.name)}" for one in dtypes)
+        return shown_dtypes if self.quantization == NONE else f"{shown_dtypes}, matrices {self.quantization}"
 
     # -- bytes of one value; not while it is "auto" --------------------------------------------------------------------
 
     @property
     def weight_bytes(self) -> int:
         return VALUE_BYTES[self.weights]
+
+    @property
+    def matrix_bytes(self) -> float:
+        """Of a matrix that may be quantised, with its share of a scale."""
+        return QUANTISED_BYTES.get(self.quantization, self.weight_bytes)
+
+    @property
+    def held_as(self) -> str:
+        """What matrices are."""
+        return self.weights if self.quantization == NONE else self.quantization
+
+    @property
+    def head_format(self) -> str:
+        """How the LM head is quantised."""
+        return NONE if self.quantization == NONE else "int8"
+
+    @property
+    def head_bytes(self) -> float:
+        return QUANTISED_BYTES.get(self.head_format, self.weight_bytes)
 
     @property
     def kv_cache_bytes(self) -> int:

@@ -295,18 +295,23 @@ async def test_dummy_weights_need_nothing_but_the_configuration(tmp_path):
     assert results[0] == results[1]
 
 
-def logits_of(path, prompt, dtype, device=None, weights=None):
-    """float32 logits at the last position of a prompt, computed in `dtype` with one expert node; weights in their own
-    dtype, where one is given."""
+def logits_of(path, prompt, dtype, device=None, weights=None, quantization="none", is_everywhere=False):
+    """float32 logits at the last position of a prompt, or at all, computed in `dtype` with one expert node; weights in
+    their own dtype, where one is given."""
     config, _ = load_config(path)
     source = Checkpoint(path)
     device = device or PlainDevice()
     at = device.kernels.device
-    attention = load_attention_weights(config, source, device, weights or dtype, dtype)
-    bank = load_expert_bank(config, tuple(range(config.num_experts)), source, device.kernels, weights or dtype)
+    precision = Precision(quantization=quantization)
+    attention = load_attention_weights(config, source, device, weights or dtype, dtype, precision)
+    bank = load_expert_bank(
+        config, tuple(range(config.num_experts)), source, device.kernels, weights or dtype, quantization=quantization
+    )
     num_rows = len(prompt)
     num_blocks = 2 + num_rows // BLOCK_TOKENS
-    forward = Forward(config, attention, KvCache(config, num_blocks, device, dtype), place_evenly(7, 1), device)
+    forward = Forward(
+        config, attention, KvCache(config, num_blocks, device, dtype), place_evenly(config.num_experts, 1), device
+    )
     memory = torch.zeros(
         1, 1, num_rows, row_bytes(config.hidden_size, config.top_k, dtype), dtype=torch.uint8, device=at
     )
@@ -314,9 +319,10 @@ def logits_of(path, prompt, dtype, device=None, weights=None):
     counts = torch.zeros(1, dtype=torch.int32, device=at)
     outboxes = Outboxes([PackedRows.view(memory[0, 0], config.hidden_size, config.top_k, dtype)], counts)
     answers = torch.zeros(1, num_rows, config.hidden_size, dtype=dtype, device=at)
+    wanted = tuple(range(num_rows)) if is_everywhere else (num_rows - 1,)
     batch = MicroBatch(
         tuple(prompt), tuple(range(num_rows)), (num_rows,), (num_rows,), (tuple(range(1, num_blocks)),),
-        (num_rows - 1,), (TokenSampling(0, 1, 0, 0, 0),),
+        wanted, (TokenSampling(0, 1, 0, 0, 0),) * len(wanted),
     )  # fmt: skip
     with torch.inference_mode():
         state = forward.begin(batch, *PassInputs(device.upload).lay_out(batch))
@@ -326,7 +332,8 @@ def logits_of(path, prompt, dtype, device=None, weights=None):
             bank.run(turn, 0, [(0, num_rows)], landed, {0: answers})
             if forward.has_shared:
                 forward.shared_experts(state, turn)
-        return forward.logits(state, answers)[0]
+        logits = forward.logits(state, answers)
+        return logits if is_everywhere else logits[0]
 
 
 class MetaDevice(PlainDevice):

@@ -104,6 +104,12 @@ class Formation:
             return (
                 f"it leaves open what it computes in ({hello.precision}); install the same version of msi on all hosts"
             )
+        wanted = self.plan.precision.quantization
+        if hello.precision.quantization != wanted:
+            return (
+                f"it holds weights with `quantization` {hello.precision.quantization}, the instance with {wanted}; "
+                "give all workers the same"
+            )
         if not self.plan.precision.is_open and hello.precision != self.precision:
             return (
                 f"it computes in {hello.precision}, the instance in {self.precision}; give all workers the same `dtype`"

@@ -18,7 +18,7 @@ from msi.kernels import triton
 from msi.kernels.kernels import Kernels
 from msi.kernels.native.compiled import native_library
 from msi.kernels.plain import PlainKernels
-from msi.precision import AUTO, Precision
+from msi.precision import AUTO, NONE, Precision
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,14 @@ def precision_on(device: OpenedDevice, asked: Precision, checkpoint: torch.dtype
 
     A CPU without units for bfloat16 computes in float32, and reads such weights as they are where it can. Who asks for
     float32 gets float32 weights.
+
+    Raises:
+        ConfigError: this device has no kernels for it.
     """
+    if asked.quantization != NONE and not isinstance(device, CpuDevice):
+        raise ConfigError(
+            f"`quantization` {asked.quantization} is built for `device` cpu alone; use quantization=none on a GPU"
+        )
     compute = device.compute_dtype(checkpoint)
     is_widened = asked.is_open and checkpoint is torch.bfloat16 and compute is torch.float32
     if is_widened and asked.weights == AUTO and isinstance(device, CpuDevice) and device.kernels.can_widen:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BLOCK_TOKENS = 16  # of a block of the KV cache; here, without torch, for those who only count blocks
+NONE = "none"  # of matrices that are not quantised
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from msi.kernels import NONE
 from msi.kernels.experts import moe_experts
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
 from msi.kernels.native.bank import NativeExpertBank
 from msi.kernels.native.compiled import WIDTH, linear, native_library, pack
 from msi.kernels.norm import Norm
 from msi.kernels.plain import PlainKernels, scatter_answers
+from msi.kernels.quantized import Quantized, num_bytes
 from msi.kernels.routing import PackedRows, pack_rows, rows_for_node
 
 log = logging.getLogger(__name__)
@@ -46,9 +48,12 @@ class CpuKernels(PlainKernels):
         """Whether bfloat16 weights cost their own bytes beside a computation in float32."""
         return not self._has_bf16_units and native_library() is not None
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        if weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0 and (library := native_library()) is not None:
+    def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:
+        is_packed = isinstance(weight, Quantized) or weight.dtype is torch.bfloat16
+        if is_packed and weight.shape[1] % 2 == 0 and (library := native_library()) is not None:
             return _native(library, weight, bias)
+        if isinstance(weight, Quantized):
+            return super().linear(weight, bias)
         if weight.dtype is torch.bfloat16 and not self._has_bf16_units:
             wide = self.linear(weight.to(torch.float32), None if bias is None else bias.to(torch.float32))
             return lambda rows: wide(rows.to(torch.float32)).to(rows.dtype)
@@ -65,11 +70,20 @@ class CpuKernels(PlainKernels):
         return partial(_of_few_sizes, lambda rows: apply(rows, packed, bias, "none", [], ""))
 
     def expert_bank(
-        self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        dtype: torch.dtype,
+        quantization: str = NONE,
     ) -> ExpertBank:
-        library = native_library() if dtype is torch.bfloat16 else None
+        is_packed = dtype is torch.bfloat16 or quantization != NONE
+        library = native_library() if is_packed else None
         if library is not None and hidden_size % WIDTH == inner_size % WIDTH == 0:
-            return NativeExpertBank(library, num_layers, num_experts, hidden_size, inner_size)
+            format = "bfloat16" if quantization == NONE else quantization
+            return NativeExpertBank(library, num_layers, num_experts, hidden_size, inner_size, format)
         return CpuExpertBank(self.linear, num_layers, num_experts)
 
     def pack(
@@ -103,7 +117,7 @@ class CpuExpertBank:
         linear: packs a matrix.
     """
 
-    def __init__(self, linear: Callable[[Tensor], Linear], num_layers: int, num_experts: int) -> None:
+    def __init__(self, linear: Callable[[Tensor | Quantized], Linear], num_layers: int, num_experts: int) -> None:
         self._linear = linear
         self._expert_bytes = 0
         self.weight_bytes_read = 0
@@ -122,10 +136,10 @@ class CpuExpertBank:
                     bank._down[layer][local] = self._down[layer][place]
         return bank
 
-    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+    def put(self, layer: int, expert: int, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> None:
         self._gate_up[layer][expert] = self._linear(gate_up)
         self._down[layer][expert] = self._linear(down)
-        self._expert_bytes = (gate_up.numel() + down.numel()) * down.itemsize
+        self._expert_bytes = num_bytes(gate_up) + num_bytes(down)
 
     def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
         """There is nothing to load."""
@@ -162,11 +176,16 @@ def _of_few_sizes(product: Linear, rows: Tensor) -> Tensor:
     return product(functional.pad(rows, (0, 0, 0, missing)))[:num_rows] if missing else product(rows)
 
 
-def _native(library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> Linear:
-    """Of bfloat16, for rows of any dtype, which the results are of."""
+def _native(library: ctypes.CDLL, weight: Tensor | Quantized, bias: Tensor | None) -> Linear:
+    """For rows of any dtype, which the results are of."""
     num_outputs = weight.shape[0]
     missing = -num_outputs % WIDTH  # of a router, a gate
-    packed = pack(library, functional.pad(weight, (0, 0, 0, missing)))
+    below = (0, 0, 0, missing)
+    if isinstance(weight, Quantized):
+        weight = Quantized(weight.format, functional.pad(weight.values, below), functional.pad(weight.scales, below))
+    else:
+        weight = functional.pad(weight, below)
+    packed = pack(library, weight)
     if bias is not None:
         bias = functional.pad(bias.to(torch.float32), (0, missing))
     if not missing:

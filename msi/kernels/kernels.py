@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from msi.kernels import SigmoidRouting
+from msi.kernels import NONE, SigmoidRouting
 from msi.kernels.norm import Norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows
 
 Linear = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
@@ -53,7 +54,7 @@ class ExpertBank(Protocol):
     def arranged(self, places: Sequence[int | None]) -> ExpertBank:
         """A bank whose experts are these of this one's, None for one without weights yet; this one stays as it is."""
 
-    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+    def put(self, layer: int, expert: int, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> None:
         """One expert's matrices, gate_up [2 h', h] (gate first) and down [h, h']."""
 
     def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
@@ -87,13 +88,20 @@ class Kernels(Protocol):
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:
         """x [rows, in] -> [rows, out] for weight [out, in] and bias [out], kept in the device's own layout."""
 
     def expert_bank(
-        self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        dtype: torch.dtype,
+        quantization: str = NONE,
     ) -> ExpertBank:
-        """Without weights yet."""
+        """Without weights yet; they will all be of this dtype, or quantised so."""
 
     # -- norms and MLPs ------------------------------------------------------------------------------------------------
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msi.kernels import SigmoidRouting
+from msi.kernels import NONE, SigmoidRouting
 from msi.kernels.experts import gated_mlp, silu_and_mul
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
 from msi.kernels.norm import Norm
 from msi.kernels.paged_attention import AttentionPlan, AttentionShape, paged_attention, plan_attention, write_kv
 from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.quantized import Quantized
 from msi.kernels.rope import apply_rope, rope_table
 from msi.kernels.routing import PackedRows, topk_sigmoid, topk_softmax
 from msi.kernels.sampling import best, draw
@@ -34,13 +35,23 @@ class PlainKernels:
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:
+        if isinstance(weight, Quantized):
+            wide = PlainKernels.linear(self, weight.dequantized(torch.float32), None if bias is None else bias.float())
+            return lambda rows: wide(rows.to(torch.float32)).to(rows.dtype)
         on_device = weight.contiguous().to(self.device)
         bias_on_device = None if bias is None else bias.to(self.device)
         return lambda rows: functional.linear(rows, on_device, bias_on_device)
 
     def expert_bank(
-        self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        dtype: torch.dtype,
+        quantization: str = NONE,
     ) -> ExpertBank:
         gate_up = torch.empty(num_layers, num_experts, 2 * inner_size, hidden_size, dtype=dtype, device=self.device)
         down = torch.empty(num_layers, num_experts, hidden_size, inner_size, dtype=dtype, device=self.device)
@@ -157,9 +168,9 @@ class PlainExpertBank:
                 bank.num_rows[:, local] = self.num_rows[:, place]
         return bank
 
-    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
-        self.gate_up[layer, expert] = gate_up
-        self.down[layer, expert] = down
+    def put(self, layer: int, expert: int, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> None:
+        for held, given in ((self.gate_up, gate_up), (self.down, down)):
+            held[layer, expert] = given.dequantized(held.dtype) if isinstance(given, Quantized) else given
 
     def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
         """There is nothing to load."""

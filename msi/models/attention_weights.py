@@ -17,6 +17,7 @@ from msi.device.device import Device
 from msi.kernels.experts import sigmoid_gated
 from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms_norm
 from msi.kernels.paged_attention import AttentionShape
+from msi.kernels.quantized import Quantized, held, num_bytes
 from msi.models.attend import Attend, GroupedQueryAttention, GroupedQueryView
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
@@ -25,6 +26,7 @@ from msi.models.family import MlpNames, bias_of
 from msi.models.required import tied_names
 from msi.models.rotary import frequencies_of
 from msi.models.route import Route, SigmoidRoute, SoftmaxRoute
+from msi.precision import NONE, Precision
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -64,13 +66,18 @@ def load_attention_weights(
     device: Device,
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None = None,
+    precision: Precision | None = None,
 ) -> AttentionWeights:
     """Reads the attention side's tensors, and no others, to be held in `dtype`, and computed with in that or another.
+
+    Args:
+        precision: which matrices are quantised; None for none.
 
     Raises:
         CheckpointError: a tensor is missing, truncated or misshapen.
     """
-    reader = _Reader(config, source, device, dtype, compute_dtype or dtype)
+    quantization, head_format = (NONE, NONE) if precision is None else (precision.quantization, precision.head_format)
+    reader = _Reader(config, source, device, dtype, compute_dtype or dtype, quantization)
     names = reader.names
     layers = tuple(reader.layer(layer) for layer in range(config.num_layers))
     final_norm = reader.norm(names.final_norm)
@@ -79,8 +86,8 @@ def load_attention_weights(
         embed, head = reader.tied_tables(*table)
     else:
         embed = device.upload(source.read(names.embed, table).to(dtype))  # a pass reads only some of its rows
-        head = reader.tensor(names.lm_head, *table)
-    return AttentionWeights(embed, layers, final_norm, device.kernels.linear(head), reader.num_bytes)
+        head = reader.read(names.lm_head, *table)
+    return AttentionWeights(embed, layers, final_norm, reader.linear(head, format=head_format), reader.num_bytes)
 
 
 class _Reader:
@@ -93,6 +100,7 @@ class _Reader:
         device: Device,
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
+        quantization: str,
     ) -> None:
         self.names = family_of(config).names
         self.num_bytes = 0
@@ -103,6 +111,7 @@ class _Reader:
         self._apply_norm = rms_norm if config.norm == "rms" else layer_norm
         self._dtype = dtype
         self._compute_dtype = compute_dtype
+        self._quantization = quantization
         self._view = GroupedQueryView(
             device.kernels,
             device.upload(frequencies_of(config.rope, config.rope.num_rotated(config.head_dim))),
@@ -111,10 +120,22 @@ class _Reader:
             compute_dtype,
         )
 
+    def read(self, name: str, *shape: int) -> Tensor:
+        """As it is in the checkpoint."""
+        return self._source.read(name, shape)
+
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        tensor = self._device.upload(self._source.read(name, shape).to(dtype or self._dtype))
-        self.num_bytes += tensor.numel() * tensor.element_size()
+        tensor = self._device.upload(self.read(name, *shape).to(dtype or self._dtype))
+        self.num_bytes += num_bytes(tensor)
         return tensor
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, format: str | None = None) -> Linear:
+        """The product with a matrix of the checkpoint, quantised where that is wanted; it counts."""
+        given = held(weight, self._dtype, self._quantization if format is None else format)
+        self.num_bytes += num_bytes(given)
+        if not isinstance(given, Quantized):
+            given = self._device.upload(given)
+        return self._kernels.linear(given, bias)
 
     def norm(self, name: str) -> Norm:
         weight = self.vector(name, self._config.hidden_size)
@@ -127,10 +148,11 @@ class _Reader:
     def tied_tables(self, *shape: int) -> tuple[Tensor, Tensor]:
         """Embedding and head where the configuration calls them one: two after all if the checkpoint holds two that
         differ, and whichever there is if it holds one. So does transformers."""
-        tables = [self.tensor(name, *shape) for name in tied_names(self.names.embed, self.names.lm_head, self._source)]
+        tables = [self.read(name, *shape) for name in tied_names(self.names.embed, self.names.lm_head, self._source)]
+        embed = self._device.upload(tables[0].to(self._dtype))
         if len(tables) == 1 or torch.equal(*tables):
-            return tables[0], tables[0]
-        return tables[0], tables[1]
+            return embed, embed if self._quantization == NONE else tables[0]
+        return embed, tables[1]
 
     def layer(self, layer: int) -> AttentionLayer:
         config, names = self._config, self.names
@@ -172,7 +194,7 @@ class _Reader:
             self._kernels,
             self._view,
             qkv=self._qkv(layer),
-            output=self._kernels.linear(self.tensor(output, config.hidden_size, config.query_width), bias),
+            output=self.linear(self.read(output, config.hidden_size, config.query_width), bias),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -184,12 +206,12 @@ class _Reader:
         query, kv = config.query_width, config.kv_width
         widths = [query, kv, kv] if len(names) == 3 else [query + 2 * kv]
         weight = torch.cat(
-            [self.tensor(name, width, config.hidden_size) for name, width in zip(names, widths, strict=True)]
+            [self.read(name, width, config.hidden_size) for name, width in zip(names, widths, strict=True)]
         )
         bias = None
         if config.qkv_bias:
             bias = torch.cat([self.vector(bias_of(name), width) for name, width in zip(names, widths, strict=True)])
-        project = self._kernels.linear(weight, bias)
+        project = self.linear(weight, bias)
         if config.qk_norm is not None:
             is_per_head = config.qk_norm == "head"
             query_norm, key_norm = (
@@ -208,9 +230,9 @@ class _Reader:
     def _mlp(self, names: MlpNames, layer: int, inner: int) -> Linear:
         gate, up, down = (name.format(layer=layer) for name in (names.gate, names.up, names.down))
         hidden = self._config.hidden_size
-        gate_up = torch.cat([self.tensor(gate, inner, hidden), self.tensor(up, inner, hidden)])
-        kernels, down_weight = self._kernels, self.tensor(down, hidden, inner)
-        return partial(kernels.gated_mlp, gate_up=kernels.linear(gate_up), down=kernels.linear(down_weight))
+        gate_up = torch.cat([self.read(gate, inner, hidden), self.read(up, inner, hidden)])
+        down_weight = self.read(down, hidden, inner)
+        return partial(self._kernels.gated_mlp, gate_up=self.linear(gate_up), down=self.linear(down_weight))
 
 
 def _then(project: Linear, in_place: Callable[[Tensor], object]) -> Linear:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from msi.kernels.kernels import ExpertBank, Kernels
+from msi.kernels.quantized import held
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
 from msi.models.family import StackedExpertNames
+from msi.precision import NONE
 from msi.types import HOLE
 
 
@@ -22,11 +24,13 @@ def load_expert_bank(
     had: tuple[ExpertBank, tuple[int, ...]] | None = None,
     *,
     row_dtype: torch.dtype | None = None,
+    quantization: str = NONE,
 ) -> ExpertBank:
     """Reads the matrices of these experts, and no others, however they lie on disk.
 
     Args:
         row_dtype: of what will be computed; None for that of the weights.
+        quantization: of the matrices, or "none".
         experts: by local id; a `HOLE` gets no weights.
         had: a bank of these kernels and this dtype, and its experts: what is wanted of them is not read again.
 
@@ -41,6 +45,7 @@ def load_expert_bank(
             hidden_size=config.hidden_size,
             inner_size=config.intermediate_size,
             dtype=dtype,
+            quantization=quantization,
         )
     else:
         known = {expert: local for local, expert in enumerate(had[1]) if expert != HOLE}
@@ -50,7 +55,7 @@ def load_expert_bank(
             if expert == HOLE or expert in known:
                 continue
             gate_up, down = _read_expert(config, source, layer, expert)
-            bank.put(index, local, gate_up.to(dtype), down.to(dtype))
+            bank.put(index, local, held(gate_up, dtype, quantization), held(down, dtype, quantization))
     bank.warm(config.num_experts, config.top_k, row_dtype or dtype)
     return bank
 

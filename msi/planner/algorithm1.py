@@ -186,7 +186,7 @@ class _Pair:
         ffn_flops = eq.ffn_flops_as_written if self.equations == "paper" else eq.ffn_flops_corrected
         values = ffn_flops(model.hidden_size, model.intermediate_size, 1.0) / 2  # 2 FLOPs per weight and row
         streamed = b_e * (2 * model.hidden_size + 3 * model.intermediate_size / tp) * model.precision.compute_bytes
-        gemm = gemm_s(float(b_e), values / tp, model.precision.weight_bytes, streamed, gpu, given)
+        gemm = gemm_s(float(b_e), values / tp, model.precision.matrix_bytes, streamed, gpu, given)
         sync_s = 2 * collective_s(float(b_e * model.row_bytes), tp, gpu, given)
         return float(gemm + sync_s + given.expert_launch_s)
 
@@ -243,7 +243,7 @@ class _Pair:
                 h=model.hidden_size,
                 L=model.num_layers,
                 g=model.queries_per_kv_head,
-                attention_values=model.attention_bytes / model.precision.weight_bytes,
+                attention_values=model.attention_values,
             )
         empty = attention_node_bytes(
             model,

@@ -36,7 +36,7 @@ class Group:
         task, model, gpu, size, given = self.task, self.task.model, self.gpu, self.size, self.task.given
         context = float(context_len(model, task.workload.mean_len))
         attention_s = attention_layer_s(model, gpu, size, float(batch), batch * context, given)
-        head_bytes = model.head_values / size * model.precision.weight_bytes + 8 * batch * model.vocab_size / size
+        head_bytes = model.head_values / size * model.precision.head_bytes + 8 * batch * model.vocab_size / size
         head_s = max(
             2 * batch * model.head_values / size / (gpu.flops_per_s * float(given.compute_at(float(batch)))),
             head_bytes / (gpu.memory_bytes_per_s * given.memory),

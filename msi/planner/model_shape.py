@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from msi.errors import ConfigError
-from msi.precision import Precision
+from msi.precision import NONE, Precision
 
 OF_VALUE_BYTES = {2: "bfloat16", 4: "float32"}  # in plans that do not name a precision
 
@@ -124,9 +124,20 @@ class ModelShape:
     @property
     def attention_bytes(self) -> int:
         """P_a in bytes: all that an attention node holds, embedding and LM head included."""
+        precision, routers = self.precision, self.num_sparse_layers * self.hidden_size * self.num_experts
+        tables = (1 if self.is_tied else 2) * self.head_values
+        matrices = self.attention_values - tables - routers
+        is_head_apart = precision.quantization != NONE or not self.is_tied
+        whole = (routers + self.head_values) * precision.weight_bytes
+        return round(
+            whole + matrices * precision.matrix_bytes + is_head_apart * self.head_values * precision.head_bytes
+        )
+
+    @property
+    def attention_values(self) -> int:
+        """All that an attention node loads."""
         values = self.num_layers * self.projection_values + self.num_sparse_layers * self.shared_values
-        values += self.num_dense_layers * self.dense_values + (1 if self.is_tied else 2) * self.head_values
-        return values * self.precision.weight_bytes
+        return values + self.num_dense_layers * self.dense_values + (1 if self.is_tied else 2) * self.head_values
 
     @property
     def row_bytes(self) -> int:
@@ -136,12 +147,12 @@ class ModelShape:
     @property
     def expert_bytes(self) -> int:
         """P_e in bytes: one routed expert, all layers."""
-        return self.num_sparse_layers * self.expert_values * self.precision.weight_bytes
+        return round(self.num_sparse_layers * self.expert_values * self.precision.matrix_bytes)
 
     @property
     def total_values(self) -> int:
         """Parameters."""
-        return (self.attention_bytes + self.num_experts * self.expert_bytes) // self.precision.weight_bytes
+        return self.attention_values + self.num_experts * self.num_sparse_layers * self.expert_values
 
     def to_json(self) -> dict[str, Any]:
         """With `value_bytes`, which is all that plans said of their precision once."""

@@ -35,7 +35,12 @@ class PairCosts(Protocol):
 
 
 def gemm_s(
-    rows: Quantity, weight_values: Quantity, weight_bytes: int, activation_bytes: Quantity, gpu: Gpu, given: Assumptions
+    rows: Quantity,
+    weight_values: Quantity,
+    weight_bytes: float,
+    activation_bytes: Quantity,
+    gpu: Gpu,
+    given: Assumptions,
 ) -> Quantity:
     """(rows, k) x (k, n) with k n = weight_values: the longer of computing and of reading it all once."""
     compute_s = 2 * rows * weight_values / (gpu.flops_per_s * given.compute_at(rows))
@@ -79,7 +84,7 @@ def attention_layer_s(
     (defect 5). Dense layers are spread over the sparse ones, whose turns the pipeline counts.
     """
     precision = model.precision
-    width, activation_bytes = precision.weight_bytes, precision.compute_bytes
+    width, activation_bytes = precision.matrix_bytes, precision.compute_bytes
     streamed = 4 * tokens * model.hidden_size * activation_bytes
     projections_s = gemm_s(tokens, model.projection_values / tp, width, streamed, gpu, given)
     core_bytes = context_tokens * model.kv_values * precision.kv_cache_bytes / kv_shards(model, tp)
@@ -114,7 +119,7 @@ def expert_gemm_s(
     rows_each = expert_rows / np.maximum(active_experts, 1e-9)
     compute_s = 2 * expert_rows * model.expert_values / slices / (gpu.flops_per_s * given.compute_at(rows_each))
     streamed = expert_rows * (2 * model.hidden_size + 3 * model.intermediate_size / slices) * precision.compute_bytes
-    read = active_experts * model.expert_values * precision.weight_bytes / slices
+    read = active_experts * model.expert_values * precision.matrix_bytes / slices
     memory_s = (read + streamed) / (gpu.memory_bytes_per_s * given.memory)
     return np.maximum(compute_s, memory_s) + given.expert_launch_s
 
@@ -178,7 +183,7 @@ class Roofline:
         model, tp = self.model, self.attention_tp
         logits_bytes = num_logit_rows * model.vocab_size / tp * 4
         head_s = gemm_s(
-            num_logit_rows, model.head_values / tp, model.precision.weight_bytes, 2 * logits_bytes,
+            num_logit_rows, model.head_values / tp, model.precision.head_bytes, 2 * logits_bytes,
             self.attention_gpu, self.given,
         )  # fmt: skip
         return head_s + self.given.attention_launch_s

@@ -247,8 +247,8 @@ class _Reader:
 
     def _precision(self, values: Mapping[str, Any]) -> Precision:
         """Profiles had one dtype for everything once."""
-        named = values.get("precision") or dict.fromkeys(PRECISIONS, self._value(values, "dtype", str))
-        if not isinstance(named, Mapping) or set(named) != set(PRECISIONS):
+        named = values.get("precision") or dict.fromkeys(PRECISIONS[:4], self._value(values, "dtype", str))
+        if not isinstance(named, Mapping) or set(named) | {"quantization"} != set(PRECISIONS):
             raise ConfigError(f"{self._where}: precision is {named!r}; it must name {', '.join(PRECISIONS)}")
         try:
             return Precision(**named)

@@ -124,7 +124,7 @@ def why_none(task: Task) -> str:
         )
     gpus = ", ".join(f"{pool.count} {pool.gpu.name}" for pool in dict.fromkeys((*task.attention, *task.expert)))
     if not is_there:
-        total_gb = model.total_values * model.precision.weight_bytes / 1e9
+        total_gb = (model.attention_bytes + model.num_experts * model.expert_bytes) / 1e9
         return f"{model.name} ({total_gb:.0f} GB of weights) does not fit on {gpus}; give more GPUs or larger ones"
     if fits_memory:
         return (

@@ -252,7 +252,7 @@ class _Host:
                 role.requests.submit(Request(f"{num_seqs}-{index}", prompt, params))
             await role.requests.wait_idle()
             (first_bytes, first_batches), *_, (last_bytes, last_batches) = self._decoding[1]
-            expert_bytes = self._config.expert_values * self._precision.weight_bytes
+            expert_bytes = self._config.expert_values * self._precision.matrix_bytes
             found.append((last_bytes - first_bytes) / expert_bytes / (last_batches - first_batches))
         return found
 

@@ -25,7 +25,7 @@ from msi.models.families import load_config
 from msi.models.files import read_json
 from msi.models.required import check_tensors
 from msi.models.texts import read_texts
-from msi.precision import VALUE_BYTES, Precision
+from msi.precision import NONE, VALUE_BYTES, Precision
 from msi.text.grammars import Grammars
 from msi.text.tokenizer import load_tokenizer
 from msi.types import HOLE
@@ -119,30 +119,31 @@ class ModelFiles:
         """
         precision = assignment.precision
         had = had or LoadedPart(precision)
-        num_values = self._values_to_read(assignment, had)
-        dtype, num_bytes = DTYPES[precision.weights], num_values * precision.weight_bytes
+        num_attention, num_expert = self._values_to_read(assignment, had)
+        dtype, num_bytes = DTYPES[precision.weights], self._bytes_of(precision, num_attention, num_expert)
         free_bytes = device.free_memory_bytes()
         if num_bytes > free_bytes:
             raise ConfigError(
                 f"the weights of {assignment.worker_id} take {num_bytes / 1e9:.1f} GB as "
-                f"{precision.weights}, and {free_bytes / 1e9:.1f} GB of memory are free; give experts more workers, on "
+                f"{precision.held_as}, and {free_bytes / 1e9:.1f} GB of memory are free; give experts more workers, on "
                 f"more machines, or free some memory"
             )
-        self.loaded_bytes, self.total_bytes = 0, num_values * VALUE_BYTES[self.config.dtype]
+        self.loaded_bytes, self.total_bytes = 0, (num_attention + num_expert) * VALUE_BYTES[self.config.dtype]
         started = time.monotonic()
         source = self.open(self._count)
         attention, experts = had.attention, had.experts
         if assignment.experts:
             kept = None if experts is None else (experts, had.expert_ids)
             experts = load_expert_bank(
-                self.config, assignment.experts, source, device.kernels, dtype, kept, row_dtype=DTYPES[precision.rows]
-            )
+                self.config, assignment.experts, source, device.kernels, dtype, kept, row_dtype=DTYPES[precision.rows],
+                quantization=precision.quantization,
+            )  # fmt: skip
         if assignment.has_attention and attention is None:
             compute_dtype = DTYPES[precision.compute]
-            attention = load_attention_weights(self.config, source, device, dtype, compute_dtype)
+            attention = load_attention_weights(self.config, source, device, dtype, compute_dtype, precision)
         log.info(
             "%s: %.1f MB of weights read in %.1f s, held as %s",
-            assignment.worker_id, source.bytes_read / 1e6, time.monotonic() - started, precision.weights,
+            assignment.worker_id, source.bytes_read / 1e6, time.monotonic() - started, precision.held_as,
         )  # fmt: skip
         return LoadedPart(precision, attention, experts, assignment.experts)
 
@@ -166,14 +167,23 @@ class ModelFiles:
             )
         return 1 + min(useful, affordable)
 
-    def _values_to_read(self, assignment: Assignment, had: LoadedPart) -> int:
-        """Elements of what `load` will read."""
+    def _bytes_of(self, precision: Precision, num_attention: int, num_expert: int) -> float:
+        """Of so many elements of the attention side, or none, and of experts."""
+        num_bytes = num_expert * precision.matrix_bytes
+        if num_attention:
+            table = self.config.vocab_size * self.config.hidden_size
+            is_apart = precision.quantization != NONE or not self.config.tie_word_embeddings
+            num_matrices = num_attention - table * (1 if self.config.tie_word_embeddings else 2)
+            num_bytes += num_matrices * precision.matrix_bytes + table * precision.weight_bytes
+            num_bytes += table * precision.head_bytes * is_apart
+        return num_bytes
+
+    def _values_to_read(self, assignment: Assignment, had: LoadedPart) -> tuple[int, int]:
+        """Elements of what `load` will read: of the attention side, and of experts."""
         config = self.config
         num_new = len(set(assignment.experts) - {HOLE, *had.expert_ids})
-        num_values = num_new * config.num_sparse_layers * config.expert_values
-        if assignment.has_attention and had.attention is None:
-            num_values += config.attention_values
-        return num_values
+        has_attention = assignment.has_attention and had.attention is None
+        return config.attention_values * has_attention, num_new * config.num_sparse_layers * config.expert_values
 
     def _count(self, num_bytes: int) -> None:
         self.loaded_bytes += num_bytes

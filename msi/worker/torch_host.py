@@ -29,7 +29,7 @@ from msi.net.secret import NO_SECRET, Trust
 from msi.net.shm import ShmTransport
 from msi.net.tcp import TcpTransport, address_towards, split_address
 from msi.net.transport import Transport
-from msi.precision import Precision
+from msi.precision import NONE, Precision
 from msi.settings import HostOptions, ModelSource
 from msi.text.grammars import Grammars
 from msi.tracing import Spans
@@ -164,7 +164,9 @@ class TorchHost:
         return self._files.loaded_bytes, self._files.total_bytes
 
     async def prepare(self) -> None:
-        if self._files.config.dtype == "bfloat16":  # which compiled kernels multiply
+        if (
+            self._files.config.dtype == "bfloat16" or self._settings.precision.quantization != NONE
+        ):  # which compiled kernels multiply
             await asyncio.to_thread(prepare_device, self._settings.host.device)
 
     def introduce(self) -> tuple[str, Precision]:

@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from msi.kernels.kernels import ExpertBank, Linear
 from msi.kernels.plain import PlainExpertBank, PlainKernels
+from msi.kernels.quantized import Quantized
+from msi.precision import NONE
 
 Upload = Callable[[Tensor], Tensor]
 Zeros = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -23,13 +25,21 @@ class FakeKernels(PlainKernels):
         self._upload = upload
         self._zeros = zeros
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:
+        assert isinstance(weight, Tensor), weight.format
         on_device = self._upload(weight)
         bias_on_device = None if bias is None else self._upload(bias)
         return lambda rows: functional.linear(rows, on_device, bias_on_device)
 
     def expert_bank(
-        self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        dtype: torch.dtype,
+        quantization: str = NONE,
     ) -> ExpertBank:
         gate_up = self._zeros((num_layers, num_experts, 2 * inner_size, hidden_size), dtype)
         down = self._zeros((num_layers, num_experts, hidden_size, inner_size), dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msi.kernels.native.compiled import FORMATS, Packed, pack, row_dtype
 from msi.kernels.plain import scatter_answers
+from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows
 
 Matrices = list[list[Packed | None]]  # [layer][expert]
@@ -56,7 +57,7 @@ class NativeExpertBank:
                     bank._down[layer][local] = self._down[layer][place]
         return bank
 
-    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+    def put(self, layer: int, expert: int, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> None:
         self._gate_up[layer][expert] = pack(self._library, gate_up)
         self._down[layer][expert] = pack(self._library, down)
         self._addresses[layer] = None

@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from msi.kernels.quantized import Quantized
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("products.cpp")
@@ -74,15 +76,19 @@ def native_library() -> ctypes.CDLL | None:
         return None
 
 
-def pack(library: ctypes.CDLL, weight: Tensor) -> Packed:
-    """Of bfloat16 [n, depth]; n is a multiple of `WIDTH`, and depth of 2."""
-    weight = weight.contiguous()
+def pack(library: ctypes.CDLL, weight: Tensor | Quantized) -> Packed:
+    """Of bfloat16 [n, depth], or a quantised matrix; n is a multiple of `WIDTH`, and depth of 2."""
     num_outputs, depth = weight.shape
-    assert weight.dtype is torch.bfloat16, weight.dtype
     assert num_outputs % WIDTH == depth % 2 == 0, weight.shape
-    number = FORMATS["bfloat16"]
-    panels = torch.empty(library.msi_packed_bytes(number, num_outputs, depth), dtype=torch.uint8)
-    library.msi_pack(number, weight.data_ptr(), None, num_outputs, depth, panels.data_ptr())
+    if isinstance(weight, Quantized):
+        number, values, scales = FORMATS[weight.format], weight.values.contiguous(), weight.scales.contiguous()
+    else:
+        assert weight.dtype is torch.bfloat16, weight.dtype
+        number, values, scales = FORMATS["bfloat16"], weight.contiguous(), None
+    panels = torch.zeros(library.msi_packed_bytes(number, num_outputs, depth), dtype=torch.uint8)
+    library.msi_pack(
+        number, values.data_ptr(), None if scales is None else scales.data_ptr(), num_outputs, depth, panels.data_ptr()
+    )
     return Packed(panels, number, num_outputs, depth)
 
 

@@ -42,15 +42,6 @@ inline V even(U line) { return (V)(line << 16); }
 inline V odd(U line) { return (V)(line & 0xffff0000u); }
 inline U line_of(V first, V second) { return ((U)first >> 16) | ((U)second & 0xffff0000u); }
 
-inline uint16_t rounded(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return (bits >> 16) | 64;
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-inline void put(float* to, float value) { *to = value; }
-inline void put(uint16_t* to, float value) { *to = rounded(value); }
-
 // -- formats: what a pair of neighbours along the depth is, of LANES rows of a panel ----------------------------------
 
 // [depth / 2, 16, 2]
@@ -118,6 +109,7 @@ struct Fused {  // float32, each product in one fused multiply-add
   static Pair load(const uint8_t* at, int half) {
     return {F::first(at, half), F::second(at, half)};
   }
+  static void store(Row* to, V values) { *(V*)to = values; }
   static V add(V sum, Pair w, Pair x) { return fused(w.second, x.second, fused(w.first, x.first, sum)); }
 };
 
@@ -134,6 +126,7 @@ struct Dot {  // bfloat16
   static Pair load(const uint8_t* at, int half) {
     return (Pair)F::line(at, half);
   }
+  static void store(Row* to, V values) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)values)); }
   static V add(V sum, Pair w, Pair x) { return (V)_mm512_dpbf16_ps((__m512)sum, w, x); }
 };
 #endif
@@ -278,12 +271,11 @@ inline V exponential(V x) {
 }
 
 // silu(gate) * up of n numbers; n is a multiple of 16.
-template <class Row>
-inline void silu_and_mul(const float* gate, const float* up, Row* to, int64_t n) {
+template <class A>
+inline void silu_and_mul(const float* gate, const float* up, typename A::Row* to, int64_t n) {
   for (int64_t i = 0; i < n; i += LANES) {
     const V g = *(const V*)(gate + i);
-    const V result = g / (1.0f + exponential(-g)) * *(const V*)(up + i);
-    for (int l = 0; l < LANES; ++l) put(to + i + l, result[l]);
+    A::store(to + i, g / (1.0f + exponential(-g)) * *(const V*)(up + i));
   }
 }
 
@@ -315,8 +307,10 @@ void linear(int64_t rows, const typename A::Row* x, int64_t x_stride, int64_t de
       const int64_t now = std::min(chunk, panels - p), wide = now * WIDTH;
       product<A, F>(rows, x, x_stride, w + p * panel_bytes, depth, scratch.data(), wide, now);
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < wide; ++c)
-          put(y + r * n + p * WIDTH + c, scratch[r * wide + c] + (bias ? bias[p * WIDTH + c] : 0.0f));
+        for (int64_t c = 0; c < wide; c += LANES) {
+          const V values = *(const V*)(scratch.data() + r * wide + c);
+          A::store(y + r * n + p * WIDTH + c, bias ? values + *(const V*)(bias + p * WIDTH + c) : values);
+        }
     }
   }
 }
@@ -382,7 +376,7 @@ int64_t experts_of(const Chosen& of) {
       product<A, F>(expert.count, in, x_apart, expert.gate_up + (in_panels + p) * in_bytes, hidden, up.data(), wide,
                     panels);
       for (int64_t r = 0; r < expert.count; ++r)
-        silu_and_mul(gate.data() + r * wide, up.data() + r * wide,
+        silu_and_mul<A>(gate.data() + r * wide, up.data() + r * wide,
                      inside + (expert.first + r) * inside_apart + p * WIDTH, wide);
     }
 #pragma omp for schedule(dynamic, 1)

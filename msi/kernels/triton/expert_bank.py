@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from msi.kernels.blocks import BLOCK, num_blocks, to_blocks
+from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
 from msi.kernels.triton import host_rows
 from msi.kernels.triton.host_rows import HostRows
@@ -99,7 +100,9 @@ class TritonExpertBank:
         bank._counts.rows.copy_(bank.num_rows)
         return bank
 
-    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+    def put(self, layer: int, expert: int, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> None:
+        assert isinstance(gate_up, Tensor), "quantised matrices are refused on GPUs"
+        assert isinstance(down, Tensor), "quantised matrices are refused on GPUs"
         weights = self.weights
         if weights.scale13 is None or weights.scale2 is None:
             weights.w13[layer, expert] = gate_up

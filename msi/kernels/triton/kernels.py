@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from msi.kernels import SigmoidRouting
+from msi.kernels import NONE, SigmoidRouting
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
 from msi.kernels.norm import Norm, layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
@@ -45,8 +45,16 @@ class TritonKernels(PlainKernels):
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def expert_bank(
-        self, *, num_layers: int, num_experts: int, hidden_size: int, inner_size: int, dtype: torch.dtype
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        dtype: torch.dtype,
+        quantization: str = NONE,
     ) -> ExpertBank:
+        assert quantization == NONE, quantization
         return new_expert_bank(
             num_layers=num_layers, num_experts=num_experts, hidden_size=hidden_size, inner_size=inner_size,
             dtype=dtype, device=self.device,

@@ -1,0 +1,134 @@
+"""Matrices in int8 and int4: what they stand for, the kernels that unpack them, and what a trained model says then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional
+
+from msi import Engine, SamplingParams
+from msi.device.choice import precision_on
+from msi.errors import ConfigError
+from msi.kernels.cpu import CpuKernels
+from msi.kernels.native.bank import NativeExpertBank
+from msi.kernels.native.compiled import linear, native_library, pack
+from msi.kernels.plain import PlainExpertBank, PlainKernels
+from msi.kernels.quantized import quantize
+from msi.kernels.routing import PackedRows
+from msi.planner.hardware import read_catalogue
+from msi.precision import QUANTISED_BYTES, Precision
+from msi.settings import DEMO_MODEL
+from tests.test_models import PlainDevice, logits_of
+
+FORMATS = ["int8", "int4"]
+with_kernels = pytest.mark.skipif(native_library() is None, reason="the native products cannot be compiled here")
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("format", "step"), [("int8", 1 / 127), ("int4", 1 / 8)])
+def test_a_number_is_at_most_half_a_step_of_its_group_away(format, step):
+    weight = values(6, 300)
+    weight[2, 128:256] = 0.0
+    found = quantize(weight, format)
+    error = (found.dequantized(torch.float32) - weight).abs()
+    largest = torch.stack([part.abs().amax(dim=1) for part in weight.split(128, dim=1)], dim=1)
+    bound = largest.repeat_interleave(128, dim=1)[:, :300] * step
+    opposite = 1.0 if format == "int8" else 2.0  # int4 has no eighth step on the side that is not the largest's
+    assert (error <= bound * 0.5 * opposite + 1e-6).all()
+    assert found.scales.shape == (6, 3)
+    assert found.num_bytes == {"int8": 1800, "int4": 900}[format] + 6 * 3 * 4
+    assert quantize(values(6, 256), format).num_bytes == 6 * 256 * QUANTISED_BYTES[format]
+
+
+@with_kernels
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("num_outputs", "depth"), [(16, 2), (80, 258)])
+def test_products_are_those_of_the_matrix_that_it_stands_for(format, num_outputs, depth):
+    library, matrix = native_library(), quantize(values(num_outputs, depth), format)
+    rows = values(100, depth, seed=1)
+    packed, wanted = pack(library, matrix), functional.linear(rows, matrix.dequantized(torch.float32))
+    for dtype, tolerance in ((torch.float32, 4e-6), (torch.bfloat16, 1e-2)):
+        everything = linear(library, rows.to(dtype), packed)
+        assert (everything.float() - wanted).abs().max() <= tolerance * wanted.abs().max()
+        for num_rows in (1, 2, 3, 4, 6, 7, 13):
+            assert torch.equal(linear(library, rows[:num_rows].to(dtype), packed), everything[:num_rows])
+
+
+@with_kernels
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_bank_of_quantised_experts_computes_what_the_plain_one_does(format):
+    hidden, inner, num_rows = 64, 144, 9
+    native = NativeExpertBank(native_library(), 1, 2, hidden, inner, format)
+    plain = PlainExpertBank(torch.empty(1, 2, 2 * inner, hidden), torch.empty(1, 2, hidden, inner))
+    for expert in range(2):
+        gate_up, down = values(2 * inner, hidden, seed=expert), values(hidden, inner, seed=7 + expert)
+        for bank in (native, plain):
+            bank.put(0, expert, quantize(gate_up, format), quantize(down, format))
+    ids = (torch.arange(num_rows)[:, None] % 2).to(torch.int32).view(1, 1, num_rows, 1)
+    landed = PackedRows(values(1, 1, num_rows, hidden, seed=9), torch.full((1, 1, num_rows, 1), 0.7), ids)
+    found, wanted = (torch.zeros(1, num_rows, hidden) for _ in range(2))
+    native.run(0, 0, [(0, num_rows)], landed, {0: found})
+    plain.run(0, 0, [(0, num_rows)], landed, {0: wanted})
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    num_values = 2 * 3 * inner * hidden
+    assert native.weight_bytes_read >= num_values * QUANTISED_BYTES[format]
+
+
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a "
+    "wife. However little known the feelings or views of such a man may be on his first entering a neighbourhood, this "
+    "truth is so well fixed in the minds of the surrounding families, that he is considered the rightful property of "
+    "some one or other of their daughters."
+)
+
+
+@pytest.mark.parametrize(("format", "most"), [("int8", 1e-3), ("int4", 0.1)])
+def test_the_trained_model_says_nearly_what_it_says_in_full(format, most):
+    prompt = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json")).encode(TEXT).ids[:100]
+    exact = logits_of(DEMO_MODEL, prompt, torch.float32, is_everywhere=True).log_softmax(dim=-1)
+    found = {
+        name: logits_of(
+            DEMO_MODEL, prompt, torch.float32, PlainDevice(kernels), quantization=format, is_everywhere=True
+        ).log_softmax(dim=-1)
+        for name, kernels in (("own", CpuKernels()), ("plain", PlainKernels(torch.device("cpu"))))
+    }
+    divergence = functional.kl_div(found["own"], exact, reduction="none", log_target=True).sum(dim=-1)
+    assert divergence.mean() <= most
+    torch.testing.assert_close(found["own"], found["plain"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+async def test_workers_apart_say_what_one_says(format):
+    params, answers = SamplingParams(max_tokens=24, temperature=0), []  # in bfloat16 each worker's sum is rounded
+    for layout in ({"colocated": True}, {"attention_workers": 1, "expert_workers": 2, "micro_batches": 2}):
+        async with Engine.local(
+            model=DEMO_MODEL, transport="inproc", dtype="float32", quantization=format, **layout
+        ) as engine:
+            said = [[output async for output in engine.generate(text, params)] for text in (TEXT[:60], TEXT[:90])]
+        answers.append([[token for output in outputs for token in output.token_ids] for outputs in said])
+    assert answers[0] == answers[1]
+
+
+def test_planner_and_precision_count_the_bytes():
+    model = read_catalogue(None).model("mixtral-8x22b")
+    full = model.num_sparse_layers * model.expert_values
+    for format, of_value in QUANTISED_BYTES.items():
+        shape = replace(model, precision=replace(model.precision, quantization=format))
+        assert shape.expert_bytes == round(full * of_value)
+        assert shape.attention_bytes < model.attention_bytes
+        assert str(shape.precision) == f"bfloat16, matrices {format}"
+    assert shape.total_values == model.total_values
+
+
+def test_what_is_no_quantisation_or_has_no_kernels_is_refused_by_name():
+    with pytest.raises(ConfigError, match="`quantization` 'int3' is not one; supported: none, int8, int4"):
+        Precision(quantization="int3")
+    with pytest.raises(ConfigError, match="`quantization` int8 is built for `device` cpu alone"):
+        precision_on(PlainDevice(), Precision(quantization="int8"), torch.bfloat16)
