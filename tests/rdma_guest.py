@@ -10,6 +10,8 @@ import asyncio
 import collections
 import contextlib
 import itertools
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -156,7 +158,7 @@ def with_echo(scenario):
 
 @with_echo
 async def exchanges(client, process):
-    await client.exchange(1000)
+    await client.exchange(2000)
 
 
 @with_echo
@@ -255,6 +257,26 @@ def perftest():
     print("  " + done.stdout.decode().strip().splitlines()[-2])
 
 
+def resources():
+    """What the kernel keeps for both cards, by kind: queue pairs, registrations, queues, domains."""
+    done = subprocess.run(["rdma", "-j", "resource", "show"], stdout=subprocess.PIPE, check=True)
+    kinds = ("qp", "mr", "cq", "srq", "pd", "ctx")
+    return {card["ifname"]: [card.get(kind, 0) for kind in kinds] for card in json.loads(done.stdout)}
+
+
+def leftovers(ours, theirs):
+    """Neither a peer that was killed nor we leave anything behind: no descriptor, nothing that the kernel keeps."""
+
+    def once():
+        killed(ours, theirs)
+        return resources(), len(os.listdir("/proc/self/fd"))
+
+    kept = resources()
+    _, num_fds = once()  # what a process needs once is there from now on
+    assert once() == (kept, num_fds), (resources(), os.listdir("/proc/self/fd"), kept, num_fds)
+    print(f"  as before: {kept} and {num_fds} descriptors")
+
+
 def keys(ours, theirs):
     """A key that is wrong, and one that was right until the seat was revoked: the card says no."""
 
@@ -291,10 +313,21 @@ def keys(ours, theirs):
 
 ROCE_PORT = 4791
 WRITES, ACKNOWLEDGEMENT = range(6, 12), 17  # opcodes of reliable connections
+FIRST, WITH_WORD = (6, 10, 11), (9, 11)  # of writes: that say where to, and that carry an immediate
 
 
-def classes(ours, theirs):
-    """What the dialling end writes, what the accepting end writes, and acknowledgements: three traffic classes."""
+def num_carried(packet):
+    """Bytes of memory that a write's packet carries: without headers, checksum and padding."""
+    opcode, num_padding = packet[42], packet[43] >> 4 & 3
+    headers = 8 + 12 + 16 * (opcode in FIRST) + 4 * (opcode in WITH_WORD) + 4
+    return int.from_bytes(packet[38:40]) - headers - num_padding
+
+
+def wire(ours, theirs):
+    """What the dialling end writes, what the accepting end writes, and acknowledgements: three traffic classes. Of
+    memory travel the rows and their headers, and not a byte more.
+    """
+    carried = collections.Counter()
     options = {"rdma_dispatch_class": 0x68, "rdma_combine_class": 0x70, "rdma_ack_class": 0xB8}
     seen = collections.Counter()
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as sniffer:
@@ -307,16 +340,23 @@ def classes(ours, theirs):
                 if packet[12:14] == b"\x08\x00" and int.from_bytes(packet[36:38]) == ROCE_PORT:
                     sender, opcode = packet[29], packet[42]
                     what = "writes" if opcode in WRITES else "acknowledges" if opcode == ACKNOWLEDGEMENT else opcode
+                    carried[sender] += num_carried(packet) if opcode in WRITES else 0
                     seen[f"10.77.0.{sender} {what}", packet[15]] += 1
     print(f"  {dict(seen)}")
     assert set(seen) == {
         ("10.77.0.1 writes", 0x68), ("10.77.0.2 acknowledges", 0xB8),
         ("10.77.0.2 writes", 0x70), ("10.77.0.1 acknowledges", 0xB8),
     }  # fmt: skip
+    num_bytes = sum(ROWS) * LAYOUT.row_bytes + len(ROWS) * HEADER_BYTES
+    print(f"  of memory {dict(carried)} bytes; rows and headers are {num_bytes}")
+    assert carried == {1: num_bytes, 2: num_bytes}, carried
+
+
+ROWS = (1, 2, 3, 7, 8, 9, 13, 16, 16, 1)  # of ten posts: within a packet, just one, and several
 
 
 async def converse(ours, theirs, options):
-    """Ten posts of a row each way."""
+    """Ten posts each way. What comes before them, the knock, carries nothing."""
     right, left = transport(ours, 0, **options), transport(theirs, 1, **options)
     landings = [one.register(1, LAYOUT, HOST_MEMORY) for one in (right, left)]
     accepted, landed = asyncio.get_running_loop().create_future(), asyncio.Event()
@@ -325,15 +365,15 @@ async def converse(ours, theirs, options):
     address = await left.listen(lambda hello: Admission(landings[1], 0, b""))
     dialled = await right.connect(address, b"", landings[0], 0, timeout_s=WAIT_S)
     for endpoint in (dialled, await accepted):
-        for word in range(1, 11):
-            endpoint.post(0, word, num_rows=1)
+        for word, num_rows in enumerate(ROWS, start=1):
+            endpoint.post(0, word, num_rows)
     await asyncio.wait_for(landed.wait(), WAIT_S)
     await asyncio.gather(right.close(), left.close())
 
 
 CHECKS = {
     "contract": contract, "exchanges": exchanges, "killed": killed, "silent": silent, "lossy": lossy, "keys": keys,
-    "latency": latency, "perftest": perftest, "roles": roles, "classes": classes,
+    "latency": latency, "perftest": perftest, "roles": roles, "wire": wire, "leftovers": leftovers,
 }  # fmt: skip
 
 

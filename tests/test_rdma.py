@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msi.device.fake.device import FakeDevice
+from msi.device.fake.world import FakeWorld
 from msi.device.ready import Ready
 from msi.errors import ConfigError, ProtocolError, TransportError
 from msi.net.contract import RULES, check_rule
@@ -33,6 +35,7 @@ from msi.net.transport import Admission, CompletionKind
 from tests import rdma_roles
 from tests.everyday import mostly_slow
 from tests.loopback_verbs import Fabric, LoopbackCard, LoopbackDriver
+from tests.test_fake_transport import DeviceRows
 
 FABRIC = Fabric()
 LAYOUT = SlotLayout(2, 16, 128)
@@ -308,9 +311,8 @@ class ExportedRegion:
     def host(self):
         raise ConfigError("a device's")
 
-    def tensor(self):
-        torch = pytest.importorskip("torch")
-        return torch.frombuffer(self.memory, dtype=torch.uint8)
+    def zero(self, start, num_bytes):
+        self.memory[start : start + num_bytes] = bytes(num_bytes)
 
     def export(self):
         return os.dup(self.fd)
@@ -359,6 +361,26 @@ async def test_a_devices_memory_is_flushed_before_anybody_is_told_of_what_came()
     (rule,) = (rule for rule in RULES if "are there when their immediate is" in rule.sentence)
     await check_rule(rule, Subject(make, NOBODY, rows))
     assert rows.num_flushes
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule.sentence for rule in RULES])
+async def test_with_rows_in_the_memory_of_a_fake_device_it_is_true_that(rule):
+    device = FakeDevice(FakeWorld(0))
+    await check_rule(rule, Subject(make, NOBODY, DeviceRows(device), timeout_s=20))
+
+
+@pytest.mark.parametrize("flushes", [True, False])
+async def test_each_time_that_rows_came_a_fake_device_is_flushed_and_sees_nothing_otherwise(flushes, monkeypatch):
+    device = FakeDevice(FakeWorld(0))
+    monkeypatch.setattr(device, "flush", device.flush if flushes else lambda: None)
+    async with Joined(memory=DeviceRows(device)) as joined:
+        for word in (1, 2):
+            before = device.num_flushes
+            joined.pair.write(joined.ours, joined.pair.left.layout, 0, b"header", bytes([word]) * 128)
+            joined.ours.post(0, word, num_rows=1)
+            await joined.pair.left.immediates(1)
+            assert joined.pair.left.rows(0, 0, 128) == bytes([word if flushes else 0]) * 128
+            assert (device.num_flushes > before) == flushes
 
 
 async def test_memory_that_cannot_be_exported_is_refused():

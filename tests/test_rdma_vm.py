@@ -15,7 +15,8 @@ CHECKS = (
     "exchanges:direct:pyverbs", "exchanges:ibverbs:direct-polled", "exchanges:pyverbs:ibverbs",
     "lossy:direct-polled:direct-polled", "lossy:ibverbs:ibverbs", "lossy:pyverbs:pyverbs",
     "keys:direct:pyverbs", "keys:ibverbs:pyverbs", "keys:pyverbs:direct",
-    "classes:direct:pyverbs", "roles:direct:pyverbs:ibverbs", "silent:ibverbs:pyverbs",
+    "wire:direct:pyverbs", "wire:ibverbs:direct", "roles:direct:pyverbs:ibverbs",
+    "roles:direct-polled:direct-polled:ibverbs-polled", "leftovers:direct:ibverbs", "silent:ibverbs:pyverbs",
     "silent:pyverbs:ibverbs", "killed:direct-polled:ibverbs", "killed:ibverbs:ibverbs", "killed:pyverbs:pyverbs",
 )  # fmt: skip
 
@@ -24,7 +25,7 @@ CHECKS = (
 @pytest.mark.timeout(700)
 def test_all_drivers_keep_the_contract_on_real_verbs():
     """Losses, deaths, silence and wrong keys included; one machine for all, as it takes seconds to boot."""
-    command = [ROOT / "tools/rdma_vm.py", "--installed", "--timeout", "500", "--"]
+    command = [ROOT / "tools/rdma_vm.py", "--installed", "--timeout", "580", "--"]
     guest = [sys.executable, "-B", "-m", "tests.rdma_guest", *CHECKS]
     done = subprocess.run([*command, *guest], cwd=ROOT, capture_output=True, text=True)
     if done.returncode == CANNOT:

@@ -58,6 +58,9 @@ class DeviceRegion:
     def tensor(self) -> Tensor:
         return self._memory
 
+    def zero(self, start: int, num_bytes: int) -> None:
+        self._memory[start : start + num_bytes].zero_()
+
     def export(self) -> int:
         if self._descriptor is None:
             raise ConfigError(f"these {self.num_bytes} bytes of {self._device} were allocated to be nobody else's")

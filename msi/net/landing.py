@@ -27,11 +27,8 @@ class SeatedLanding:
         self._generations[index] += 1
         for header in self.headers[index]:
             header[:] = bytes(header.nbytes)
-        self._clear_rows(index)
-
-    def _clear_rows(self, index: int) -> None:
-        """Of one seat."""
-        raise NotImplementedError
+        stride = self.rows.num_bytes // self.num_seats
+        self.rows.zero(index * stride, stride)
 
     def generation(self, index: int) -> int:
         return self._generations[index]
@@ -46,10 +43,6 @@ class PlainLanding(SeatedLanding):
     def __init__(self, num_seats: int, layout: SlotLayout, allocator: Allocator) -> None:
         super().__init__(num_seats, layout, allocator)
         self.rows.host()  # or it refuses
-
-    def _clear_rows(self, index: int) -> None:
-        rows = seat_rows(self, index)
-        rows[:] = bytes(rows.nbytes)
 
 
 class Outbox:

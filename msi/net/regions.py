@@ -48,6 +48,9 @@ class Region(Protocol):
         Raises ConfigError where its allocator knows no tensors.
         """
 
+    def zero(self, start: int, num_bytes: int) -> None:
+        """Clears so much of it. No work that is launched reads or writes that part any more."""
+
     def export(self) -> int:
         """A descriptor of it for another process or a card, closed by the caller. Raises ConfigError: there is none."""
 
@@ -124,6 +127,9 @@ class HostRegion:
         if self._as_tensor is None:
             raise ConfigError(f"these {self.num_bytes} bytes belong to no device; ask a device for a region of its own")
         return self._as_tensor(self._memory)
+
+    def zero(self, start: int, num_bytes: int) -> None:
+        self._memory[start : start + num_bytes] = bytes(num_bytes)
 
     def export(self) -> int:
         raise ConfigError(f"these {self.num_bytes} bytes of host memory have no descriptor; a memfd's region has one")

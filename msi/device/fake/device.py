@@ -14,12 +14,13 @@ from torch import Tensor
 
 from msi.complaints import Complaints
 from msi.device.compute_thread import Program, as_failure
+from msi.device.fake.card_view import FakeRegion
 from msi.device.fake.kernels import FakeKernels
 from msi.device.fake.memory import DeviceMemory
 from msi.device.fake.seats import FakeSeats, of_peer
 from msi.device.fake.world import Actor, FakeWorld
 from msi.device.queues import Changed
-from msi.device.regions import DeviceRegion, HostTensors
+from msi.device.regions import HostTensors
 from msi.net.regions import Region
 from msi.tracing import Spans
 
@@ -213,7 +214,7 @@ class FakeDevice:
         return self.memory.allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def region(self, num_bytes: int) -> Region:
-        return DeviceRegion(self.memory.allocate(num_bytes), "the fake device", flush=self.flush)
+        return FakeRegion(self.memory, num_bytes, self.flush)
 
     def seats(self, num_seats: int, seat_bytes: int) -> FakeSeats:
         return FakeSeats(self.memory, num_seats, seat_bytes)

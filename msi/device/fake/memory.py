@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from random import Random
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,16 @@ LUCK = 0.3  # how often something that was not flushed is seen all the same
 _NONE, _READ_WRITE = 0, 3
 _mprotect = ctypes.PyDLL(None, use_errno=True).mprotect
 _mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class View(Protocol):
+    """Of a part of a device's memory, through which cards see it. Called while that memory is open."""
+
+    def show(self) -> None:
+        """What cards have written is in the device's memory."""
+
+    def tell(self) -> None:
+        """What the device has written is in the cards'."""
 
 
 class DeviceMemory:
@@ -44,6 +55,7 @@ class DeviceMemory:
         self._lock = threading.Lock()
         self._num_inside = 0
         self._unseen: deque[tuple[Tensor, Tensor]] = deque()  # what cards wrote: where, and what
+        self._views: list[View] = []
         self._protect(_NONE)
 
     @property
@@ -93,9 +105,15 @@ class DeviceMemory:
             yield
         finally:
             with self._lock:
+                for view in self._views:
+                    view.tell()
                 self._num_inside -= 1
                 if not self._num_inside:
                     self._protect(_NONE)
+
+    def add(self, view: View) -> None:
+        with self.opened():
+            self._views.append(view)
 
     def write_unseen(self, target: Tensor, values: Tensor) -> None:
         """A card's write: `target`, in this memory, has `values` once that is flushed."""
@@ -104,9 +122,12 @@ class DeviceMemory:
     def flush(self) -> None:
         """What cards have written is seen by whatever starts after this."""
         self._show(len(self._unseen))
+        self._show_views()
 
     def perhaps_show(self) -> None:
         """Hardware may show writes early: that is luck, and no order."""
+        if self._views and self._chance.random() < LUCK:
+            self._show_views()
         if self._unseen and self._chance.random() < LUCK:
             self._show(self._chance.randint(1, len(self._unseen)))
 
@@ -116,6 +137,12 @@ class DeviceMemory:
                 for _ in range(num_writes):
                     target, values = self._unseen.popleft()
                     target.copy_(values)
+
+    def _show_views(self) -> None:
+        if self._views:
+            with self.opened():
+                for view in self._views:
+                    view.show()
 
     def _protect(self, access: int) -> None:
         if _mprotect(self._address, len(self._memory), access):

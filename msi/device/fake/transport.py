@@ -30,11 +30,6 @@ class FakeLanding(SeatedLanding):
         super().__init__(num_seats, layout, device)
         self.memory = device.memory
 
-    def _clear_rows(self, index: int) -> None:
-        self.memory.flush()
-        with self.memory.opened():
-            self.rows.tensor().view(self.num_seats, -1)[index].zero_()
-
 
 class FakeEndpoint(LocalEndpoint):
     transport: FakeTransport

@@ -47,9 +47,6 @@ class DeviceLanding(SeatedLanding):
         super().__init__(num_seats, layout, allocator)
         os.close(self.rows.export())  # or it refuses
 
-    def _clear_rows(self, index: int) -> None:
-        self.rows.tensor().reshape(self.num_seats, -1)[index].zero_()
-
 
 class RdmaLanding:
     """Another landing, with registrations."""
