@@ -175,12 +175,7 @@ class CombineLink:
 
     def _completed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
         if kind is IMMEDIATE:
-            self._acquire()
-            try:
-                if self._take(endpoint, immediate, endpoint.came_at or self._clock()):
-                    self._all_landed()
-            finally:
-                self._release()
+            self._landed(((endpoint, immediate, endpoint.came_at),))
         elif kind is CompletionKind.CONNECTED:
             self._connected(endpoint)
         elif (left := self._seat_of.get(endpoint)) is not None:
@@ -189,45 +184,48 @@ class CombineLink:
 
     def _landed(self, landed: Sequence[Landed]) -> None:
         """What lies there together: the lock is taken once, and the listener acts once on all of it."""
-        take, now, is_news = self._take, self._clock(), False
+        now = self._clock()
         self._acquire()
         try:
-            for endpoint, immediate, came_at in landed:
-                if take(endpoint, immediate, came_at or now):
-                    is_news = True
-            if is_news:
+            if self._take(landed, now):
                 self._all_landed()
         finally:
             self._release()
 
-    def _take(self, endpoint: Endpoint, immediate: int, now: float) -> bool:
-        """An immediate that came now; whether the listener has something to do now. Needs the lock."""
-        seat = self._seat_of.get(endpoint)
-        if seat is None:
-            self.counters.dropped["closed endpoint"] += 1
-            return False
-        counters = self.counters
-        counters.immediates += 1
-        lane = immediate >> LANE_SHIFT & 7
-        slot = seat.slots[lane]
-        seq = slot.seq + 1
-        if immediate == slot.immediate | (seq & SEQ_MASK) << SEQ_SHIFT:
-            # nearly always: the peer's next dispatch, which a few comparisons tell
-            opening, its_seq, num_rows, row_bytes = ROWS_OF(slot.header)
-            if (
-                its_seq == seq
-                and opening == slot.opening
-                and row_bytes == self._row_bytes
-                and 0 < num_rows <= self._slot_rows
-            ):
-                slot.seq, slot.landed_at = seq, now
-                counters.rows += num_rows
-                try:
-                    return slot.tell(seat.index, seq, num_rows, True, now)
-                except Exception as error:
-                    self._not_taken(seat, lane, seq, error)
-                    return False
-        return self._landed_otherwise(seat, lane, immediate, now)
+    def _take(self, landed: Sequence[Landed], now: float) -> bool:
+        """Immediates that came (now, if they do not say when); whether there is something to do. Needs the lock."""
+        counters, seat_of, is_news, num_taken = self.counters, self._seat_of.get, False, 0
+        full_row_bytes, slot_rows = self._row_bytes, self._slot_rows
+        for endpoint, immediate, came_at in landed:
+            seat = seat_of(endpoint)
+            if seat is None:
+                counters.dropped["closed endpoint"] += 1
+                continue
+            num_taken += 1
+            lane = immediate >> LANE_SHIFT & 7
+            slot = seat.slots[lane]
+            seq = slot.seq + 1
+            if immediate == slot.immediate | (seq & SEQ_MASK) << SEQ_SHIFT:
+                # nearly always: the peer's next dispatch, which a few comparisons tell
+                opening, its_seq, num_rows, row_bytes = ROWS_OF(slot.header)
+                if (
+                    its_seq == seq
+                    and opening == slot.opening
+                    and row_bytes == full_row_bytes
+                    and 0 < num_rows <= slot_rows
+                ):
+                    slot.seq, slot.landed_at = seq, came_at or now
+                    counters.rows += num_rows
+                    try:
+                        if slot.tell(seat.index, seq, num_rows, True, slot.landed_at):
+                            is_news = True
+                    except Exception as error:
+                        self._not_taken(seat, lane, seq, error)
+                    continue
+            if self._landed_otherwise(seat, lane, immediate, came_at or now):
+                is_news = True
+        counters.immediates += num_taken
+        return is_news
 
     def _not_taken(self, seat: Seat, lane: int, seq: int, error: Exception) -> None:
         assert self._listener is not None
