@@ -29,9 +29,11 @@ class Delivery:
         else:
             self._handler(endpoint, kind, immediate, reason)
 
-    def gather(self, endpoint: Endpoint, immediate: int, came_at: float = 0.0) -> None:
-        """One that lies there, perhaps with others."""
-        self._gathered.append((endpoint, immediate, came_at))
+    def gather(self, endpoint: Endpoint, immediate: int, came_at: float = 0.0) -> bool:
+        """One that lies there, perhaps with others; whether it is the first of them."""
+        gathered = self._gathered
+        gathered.append((endpoint, immediate, came_at))
+        return len(gathered) == 1
 
     def hand_over(self) -> None:
         """What was gathered."""

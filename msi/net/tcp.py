@@ -32,8 +32,7 @@ from msi.net.landing import PlainLanding
 from msi.net.link_proof import DIFFERS, PROOF_BYTES, PROVED_BYTES, Proofs
 from msi.net.regions import Allocator
 from msi.net.slots import LAYOUT, SlotLayout
-from msi.net.tcp_endpoint import StreamSocket, TcpEndpoint
-from msi.net.tcp_sockets import Sockets
+from msi.net.tcp_endpoint import StreamSocket, TcpEndpoint, TurnDelivery
 from msi.net.tls import Tls, until_ready
 from msi.net.transport import (
     CONNECT_TIMEOUT_S,
@@ -84,7 +83,7 @@ class TcpTransport:
         self._complain = complain or Complaints(log)
         self._loop = asyncio.get_running_loop()
         self._deliver = Delivery()
-        self._sockets = Sockets(self._deliver)
+        self._turn = TurnDelivery(self._deliver)
         self._endpoints: set[TcpEndpoint] = set()
         self._acceptor: Acceptor | None = None
         self._accept: Callable[[bytes], Admission] | None = None
@@ -221,7 +220,7 @@ class TcpTransport:
     ) -> TcpEndpoint:
         endpoint = TcpEndpoint(
             sock, name=name, peer=peer, landing=landing, seat=seat, out_layout=layout,
-            deliver=self._deliver, sockets=self._sockets, forget=self._endpoints.discard, cut_off=self._cut_off,
+            deliver=self._turn, forget=self._endpoints.discard, cut_off=self._cut_off,
         )  # fmt: skip
         self._endpoints.add(endpoint)
         return endpoint
@@ -271,7 +270,6 @@ class TcpTransport:
             self._acceptor = None
         for endpoint in list(self._endpoints):
             endpoint.close()
-        self._sockets.close()
 
 
 class Greeting(NamedTuple):

@@ -6,10 +6,14 @@ A post is one vectored write of a frame's head and what lies in the outbox, from
 does not take at once the event loop writes later, from the same memory: a slot is not written again before its answer
 has landed, so nothing is copied. What comes goes straight to where it lands; only heads, and the first kilobytes
 behind one, pass through a small buffer, so that a short frame costs one read.
+
+Among many connections, what was read from several in one turn of the event loop is handed over together, at its end;
+but for rows larger than that buffer, as reading what others sent takes longer than handing over.
 """
 
 from __future__ import annotations
 
+import asyncio
 import struct
 import threading
 from collections import deque
@@ -20,7 +24,6 @@ from msi.errors import TransportError
 from msi.net.delivery import Delivery
 from msi.net.landing import Outbox, seat_slots
 from msi.net.slots import HEADER_BYTES, NOTE_BYTES, SlotLayout
-from msi.net.tcp_sockets import Sockets
 from msi.net.transport import CompletionKind, Landing
 
 FRAME_MAGIC = b"MSIF"
@@ -31,7 +34,9 @@ HEADS_BYTES = 40960  # of the buffer that heads pass through: copying a frame of
 MAX_BACKLOG = 3 * 8192  # pieces that a peer may be behind; a frame is at most three
 MAX_PIECES = 64  # of one write
 READS_PER_TURN = 16  # before other connections get theirs
+FEW = 4  # connections, among which a turn's end costs more than handing over together saves
 
+IMMEDIATE = CompletionKind.IMMEDIATE
 Pieces = tuple[bytes | memoryview, ...]
 
 
@@ -47,6 +52,21 @@ class StreamSocket(Protocol):
     def recv_into(self, buffer: memoryview, /) -> int: ...
 
     def recvmsg_into(self, buffers: Sequence[memoryview], /) -> tuple[Any, ...]: ...
+
+
+class TurnDelivery:
+    """Hands over what is read in one turn of the event loop at its end."""
+
+    def __init__(self, deliver: Delivery) -> None:
+        self.now = deliver
+        self.num_connections = 0
+        self._loop = asyncio.get_running_loop()
+
+    def landed(self, endpoint: TcpEndpoint, immediate: int) -> None:
+        if self.num_connections <= FEW:
+            self.now(endpoint, IMMEDIATE, immediate)
+        elif self.now.gather(endpoint, immediate):
+            self._loop.call_soon(self.now.hand_over)
 
 
 class TcpEndpoint:
@@ -69,8 +89,7 @@ class TcpEndpoint:
         landing: Landing,
         seat: int,
         out_layout: SlotLayout,
-        deliver: Delivery,
-        sockets: Sockets,
+        deliver: TurnDelivery,
         forget: Callable[[TcpEndpoint], None],
         cut_off: Callable[[str, str], None],
     ) -> None:
@@ -80,8 +99,7 @@ class TcpEndpoint:
         self.came_at = 0.0
         self._name = name
         self._sock = sock
-        self._fd = sock.fileno()
-        self._sockets = sockets
+        self._loop = asyncio.get_running_loop()
         self._deliver = deliver
         self._forget = forget
         self._cut_off = cut_off
@@ -102,7 +120,7 @@ class TcpEndpoint:
         self._posting = threading.Lock()  # held while writing, and while the connection ends
         self._backlog: deque[memoryview] = deque()
         self._is_open = True
-        self._has_started = False
+        deliver.num_connections += 1
 
     # -- out ---------------------------------------------------------------------------------------------------------
 
@@ -144,15 +162,15 @@ class TcpEndpoint:
             if sent < num_bytes:
                 backlog.extend(memoryview(piece) for piece in pieces)
                 _skip(backlog, sent)
-                if self._has_started:
-                    self._sockets.watch_writing(self._fd, True)
+                self._loop.call_soon_threadsafe(self._wait_writable)
 
-    def write_on(self) -> None:
-        """What waits for room in the socket, which may have some."""
+    def _wait_writable(self) -> None:
+        if self._is_open:
+            self._loop.add_writer(self._sock, self._writable)
+
+    def _writable(self) -> None:
         with self._posting:
             backlog = self._backlog
-            if not self._is_open:
-                return
             try:
                 while backlog:
                     _skip(
@@ -162,31 +180,26 @@ class TcpEndpoint:
                 return
             except OSError:  # reading says why
                 backlog.clear()
-            self._sockets.watch_writing(self._fd, False)
+            self._loop.remove_writer(self._sock)
 
     # -- in ----------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Frames land from now on; some may have come with the greeting already."""
-        with self._posting:
-            if self._is_open:
-                self._has_started = True
-                self._sockets.add(self._fd, self)
-                if self._backlog:
-                    self._sockets.watch_writing(self._fd, True)
+        """Frames land from now on."""
+        if self._is_open:
+            self._loop.add_reader(self._sock, self._readable)
+            self._loop.call_soon(self._readable)  # some may have come with the greeting already
 
-    def read(self) -> bool:
-        """Takes what has come; whether there may be more, as what was taken from the socket already wakes nobody."""
+    def _readable(self) -> None:
         try:
             for _ in range(READS_PER_TURN):
                 if not self._is_open or not self._read():
-                    return False
+                    return
+            self._loop.call_soon(self._readable)  # what was taken from the socket already wakes nobody
         except BlockingIOError:
-            return False
+            return
         except OSError as error:
             self._end(f"the connection broke: {error.strerror or error}")
-            return False
-        return True
 
     def _read(self) -> bool:
         """One read; whether there may be more."""
@@ -212,8 +225,7 @@ class TcpEndpoint:
             self._rest = _after(rest, num_read)
         else:
             self._rest = []
-            self._deliver.gather(self, self._immediate)
-            self._deliver.hand_over()
+            self._deliver.now(self, IMMEDIATE, self._immediate)
             self._take(num_read - num_rest)
         return num_read == wanted
 
@@ -246,7 +258,7 @@ class TcpEndpoint:
                 if num_rows:
                     self._in_slots[lane][:rows_bytes] = heads[at + header_bytes : end]
                 at = end
-            self._deliver.gather(self, immediate)
+            self._deliver.landed(self, immediate)
         self._num_heads = num_bytes - at
         if at < num_bytes:
             heads[: self._num_heads] = bytes(heads[at:num_bytes])
@@ -260,7 +272,7 @@ class TcpEndpoint:
     def _end(self, reason: str) -> None:
         if self._is_open:
             self.close()
-            self._deliver(self, CompletionKind.CLOSED, 0, reason)
+            self._deliver.now(self, CompletionKind.CLOSED, 0, reason)
 
     def close(self) -> None:
         """What the socket has taken still arrives; what waited for it does not."""
@@ -268,8 +280,10 @@ class TcpEndpoint:
             was_open, self._is_open = self._is_open, False
             self._backlog.clear()
         if was_open:
-            self._sockets.remove(self._fd)
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
             self._sock.close()
+            self._deliver.num_connections -= 1
             self._forget(self)
 
 
