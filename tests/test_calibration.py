@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from msi.control.calibration import AGAIN_AFTER_S, ANSWER_TIMEOUT_S, Calibration
 from msi.control.messages import Calibrated, CalibrationCutShort
+from msi.planner.pipeline import Stages
 from msi.types import StageTimes
 
 LIVES = {"attention-0": 0, "attention-1": 0}
@@ -99,3 +100,18 @@ def test_whatever_happens_on_the_way_the_choice_is_that_of_an_undisturbed_one(ev
         for worker_id, order in one.ask(lives, now):
             one.answered(Calibrated(worker_id, lives[worker_id], order.order, HALVES[order.num_lanes]))
     assert one.choice()[0] == undisturbed
+
+
+def test_the_choice_is_made_again_from_stages_as_they_are_with_another_number_of_workers():
+    one = calibration()
+    chosen, _ = finish(one, LIVES, 0.0)
+    then = Stages(*(getattr(HALVES[chosen], name) for name in ("attention_s", "expert_s", "comm_s")))
+    assert one.choice_now(chosen, then) == (
+        chosen,
+        f"{chosen} micro-batches stay: another number would gain less than 5 %",
+    )
+    slower_experts = Stages(then.attention_s, 8 * then.expert_s, then.comm_s)
+    now, why = one.choice_now(chosen, slower_experts)
+    assert now < chosen, why
+    assert one.choice_now(chosen, Stages(0.0, 0.0, 0.0)) is None
+    assert calibration().choice_now(2, then) is None, "nothing was measured"

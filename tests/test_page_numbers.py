@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from msi import __version__, structured_outputs
-from msi.control import overload, rebalancing, request_routing, restarts, suspects
+from msi.control import calibration, overload, rebalancing, request_routing, restarts, suspects
 from msi.net import hedging, secret
 from msi.planner import rebalance
 from msi.server import calls, completions, door, preparers, request_body
@@ -39,6 +39,7 @@ STANDS = [
     ("msi/control/README.md", r"fewer than (\d+) rows for each expert", rebalancing.LEAST_ROWS),
     ("msi/control/README.md", r"came to nothing, (ten) do", {10: "ten"}[rebalancing.REST_AFTER_FAILURE]),
     ("msi/control/README.md", r"that time, over (ten) windows", {10: "ten"}[rebalance.PAYBACK]),
+    ("launch/README.md", r"where another one gains (\d+) %", round(100 * calibration.LEAST_GAIN - 100)),
     ("launch/README.md", r"plan's by more than F \(([\d.]+)\)", OPTIONS.plan_drift),
     ("launch/README.md", r"127\.0\.0\.1 and (\d+); port 0", LAUNCH.port),
     ("launch/README.md", r"have S seconds \((\d+)\)", LAUNCH.shutdown_timeout_s),

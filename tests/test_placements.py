@@ -191,6 +191,18 @@ async def test_every_expert_may_move_while_requests_run_and_ids_that_are_free_ar
         ], "what is not wanted any more was dropped"
 
 
+async def test_the_number_of_micro_batches_changes_while_requests_run(checkpoint):
+    path, expected = checkpoint
+    async with serving(path, ONCE) as instance:
+        for num_lanes in (1, 2):
+            running = asyncio.ensure_future(instance.check_tokens(expected))
+            await asyncio.sleep(0)
+            instance.coordinator._carry_out(instance.coordinator._cluster.use_lanes(num_lanes))
+            await running
+            await until(lambda n=num_lanes: all(one.life.attention.num_lanes == n for one in instance.attention), 30)
+            await instance.check_tokens(expected)
+
+
 async def test_a_placement_that_a_worker_cannot_load_changes_nothing_and_is_told_to_whoever_asked(checkpoint):
     path, expected = checkpoint
     async with serving(path, ONCE) as instance:

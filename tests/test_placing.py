@@ -13,6 +13,7 @@ from msi.control.placing import Placing
 from msi.control.size_watch import SizeWatch
 from msi.placement import place_evenly
 from msi.placement_change import changed, padded
+from msi.planner.pipeline import Stages
 from msi.types import HOLE, Place, Placement, StageTimes
 
 FIRST = padded(place_evenly(4, 2), 3)  # (0, 1), (2, 3), ()
@@ -170,11 +171,13 @@ def test_what_another_number_of_workers_means_is_said_once_and_not_at_once():
     watch = SizeWatch()
     attention = [timed("attention", 0, attention_s=2e-3, comm_s=1e-4)]
     experts = [timed("expert", index, expert_s=1e-3) for index in (0, 1)]
-    assert watch.look(attention, experts[:1], 0, 0.0) == watch.look(attention, experts[:1], 2, 1.0) == ""
-    assert watch.look(attention, experts, 2, 2.0) == watch.look(attention, experts, 2, 11.0) == ""
-    assert watch.look(attention, experts, 2, 12.1) == (
+    assert watch.look(attention, experts[:1], 0, 0.0) is watch.look(attention, experts[:1], 2, 1.0) is None
+    assert watch.look(attention, experts, 2, 2.0) is watch.look(attention, experts, 2, 11.0) is None
+    sentence, stages = watch.look(attention, experts, 2, 12.1)
+    assert stages == Stages(2e-3, 1e-3, 1e-4)
+    assert sentence == (
         "1 attention and 2 expert workers serve, not 1 and 1: T_a 2.00 ms, T_e 1.00 ms, T_c 0.10 ms; expert workers "
         "wait: one more attention worker, or one expert worker less, would balance them; m=2 hides the round trip, "
         "m=2 runs"
     )
-    assert watch.look(attention, experts, 2, 30.0) == ""
+    assert watch.look(attention, experts, 2, 30.0) is None

@@ -228,3 +228,26 @@ def test_a_worker_fails_no_requests_but_its_own():
     router.route({"a": 1000})
     assert router.fail(["r"], Failure("request_failed", "x"), "b") == {}
     assert len(router.fail(["r"], Failure("request_failed", "x"), "a")) == 1
+
+
+def test_a_worker_that_turns_out_slower_runs_less():
+    """Eight requests run at a time; b takes three times as long for a step of the same load as a."""
+    router, capacities = Router(), {"a": 10_000, "b": 10_000}
+    running, at_a = {}, []  # worker and steps of each request
+    for step in range(400):
+        while len(running) < 8:
+            router.add(request(f"r{step}/{len(running)}", 10, 20), b"c", step / 100)
+            ((worker, one),) = router.route(capacities, now=step / 100)
+            running[one.request_id] = [worker, 0.0]
+        loads = {worker: sum(one[0] == worker for one in running.values()) for worker in "ab"}
+        at_a.append(loads["a"])
+        for name, (worker, done) in list(running.items()):
+            running[name][1] += 1 / (loads[worker] * (3 if worker == "b" else 1))
+            is_through = running[name][1] >= 4
+            if is_through or not done:
+                told = Progress(name, (1,) * (10 if is_through else 1), "length" if is_through else None)
+                router.progress(worker, [told], (step + 1) / 100)
+            if is_through:
+                del running[name]
+    assert sum(at_a[:40]) < 4.5 * 40, "nothing is known yet"
+    assert 4.8 < sum(at_a[100:]) / 300 < 7, "it runs more, and the other is not left alone"

@@ -175,6 +175,23 @@ def test_a_lost_expert_worker_fails_what_runs_and_keeps_what_waits():
     assert scheduler.plan(0) is not None or scheduler.plan(1) is not None
 
 
+def test_lanes_come_and_go_while_sequences_run():
+    scheduler = make_scheduler(num_lanes=1)
+    for name in "ab":
+        scheduler.add(request(name, 3, max_tokens=9))
+    scheduler.plan(0)
+    scheduler.use_lanes(2)
+    scheduler.add(request("c", 3, max_tokens=9))
+    assert (scheduler.num_lanes, scheduler.plan(1).query_lens) == (2, (3,)), "who comes goes to the new one"
+    scheduler.use_lanes(1)
+    scheduler.add(request("d", 3, max_tokens=2))
+    scheduler.update(0, [50, 50])
+    scheduler.update(1, [60])
+    assert scheduler.plan(0).query_lens == (1, 1, 3)
+    assert scheduler.plan(1).query_lens == (1,), "who is on the other stays to its end"
+    scheduler.check_integrity()
+
+
 def test_a_lane_says_whether_more_may_follow():
     scheduler = make_scheduler()
     scheduler.add(request("a", 4, max_tokens=2))

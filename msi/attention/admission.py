@@ -58,6 +58,9 @@ class Admission:
         lanes: where sequences run; those in flight keep their blocks.
         max_num_seqs: the most sequences that run at a time.
         has_prefix_cache: whether blocks are found again by their contents.
+
+    Attributes:
+        num_lanes: that sequences come onto; those on others stay there to their end.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Admission:
         self.counters = AdmissionCounters()
         self.num_admissions = 0
         self.admitted: list[Sequence] = []
+        self.num_lanes = len(lanes)
         self._lanes = lanes
         self._pool = pool
         self._block_tokens = block_tokens
@@ -159,7 +163,9 @@ class Admission:
             self.admitted.append(sequence)
         sequence.num_admitted += 1
         self.num_admissions += 1
-        sequence.lane = min(self._lanes, key=lambda lane: sum(other.predicted for other in lane.sequences))
+        sequence.lane = min(
+            self._lanes[: self.num_lanes], key=lambda lane: sum(other.predicted for other in lane.sequences)
+        )
         sequence.lane.sequences.append(sequence)
 
     # -- blocks ------------------------------------------------------------------------------------------------------

@@ -96,6 +96,11 @@ class Requests:
         for request in came_early:
             self.submit(request)
 
+    def use_lanes(self, num_lanes: int) -> None:
+        """While lanes run: see `Scheduler.use_lanes`."""
+        self.scheduler.use_lanes(num_lanes)
+        self._wake()
+
     # -- the coordinator's side --------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:

@@ -57,7 +57,7 @@ class AttentionRole:
         self.requests = Requests(assignment, model.shape, num_blocks, report, clock, model.grammars, spans)
         self._spans = spans
         self.measuring = Measuring(assignment, model.shape, num_blocks, self.half, self.links.link)
-        self.num_lanes = 0
+        self.num_lanes = self._num_started = 0
         self._num_blocks = num_blocks
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -84,15 +84,17 @@ class AttentionRole:
         self.links.link.turns.exchange_watch = None if spans is None else partial(_trace_exchange, spans)
 
     def use_lanes(self, num_lanes: int) -> None:
-        """Serves with this many micro-batches in flight, until this life ends; a second time is the same."""
-        if self.num_lanes:
-            return
+        """Serves with this many micro-batches in flight; with fewer than before, once what runs on others has ended."""
         assert self._tasks is not None
+        if not self.num_lanes:
+            self.requests.spread_over(num_lanes)
+        elif num_lanes != self.num_lanes:
+            self.requests.use_lanes(num_lanes)
         self.num_lanes = num_lanes
-        self.requests.spread_over(num_lanes)
-        for lane in range(num_lanes):
+        for lane in range(self._num_started, num_lanes):
             running = run_lane(lane, self.requests, self.half, self.links.link)
             self._tasks.create_task(running, name=f"lane {lane}")
+        self._num_started = max(self._num_started, num_lanes)
 
     def use_placement(self, placement: Placement) -> None:
         """Passes that begin from now on send rows where it says; those in flight keep to the one they began with.

@@ -70,6 +70,11 @@ class Scheduler:
     def num_lanes(self) -> int:
         return len(self._lanes)
 
+    def use_lanes(self, num_lanes: int) -> None:
+        """Sequences come onto so many from now on; those on others stay there to their end, or preemption."""
+        self._lanes += [Lane() for _ in range(num_lanes - len(self._lanes))]
+        self._admission.num_lanes = num_lanes
+
     @property
     def counters(self) -> dict[str, int]:
         """Counts since start, by name."""

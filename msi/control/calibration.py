@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from msi.control.messages import Calibrate, Calibrated, CalibrationCutShort
-from msi.planner.pipeline import Stages, calibration_steps, choose_micro_batches
+from msi.planner.pipeline import Stages, calibration_steps, choose_micro_batches, steady_pass_s
 from msi.types import StageTimes
 
 BATCH = 32
 PASSES = 3
 ANSWER_TIMEOUT_S = 30.0  # then a step is asked again
 AGAIN_AFTER_S = 0.25
+LEAST_GAIN = 1.05  # that another number of micro-batches is changed to for, while requests run
 
 Life = tuple[str, int]  # worker id and incarnation
 
@@ -98,6 +99,32 @@ class Calibration:
     @property
     def is_done(self) -> bool:
         return len(self._measured) == len(self._steps)
+
+    def choice_now(self, running: int, now: Stages) -> tuple[int, str] | None:
+        """The choice once stages take what they take now with so many micro-batches; None where nothing was measured.
+
+        What another number takes has changed by the same factor, stage by stage.
+        """
+        then = self._measured.get(running)
+        if not self.is_done or then is None or not (now.attention_s and now.expert_s):
+            return None
+        factors = [
+            after / before if before > 0 and after > 0 else 1.0
+            for before, after in (
+                (then.attention_s, now.attention_s), (then.expert_s, now.expert_s), (then.comm_s, now.comm_s),
+            )
+        ]  # fmt: skip
+        scaled = {
+            m: Stages(*(one * factor for one, factor in zip(
+                (stages.attention_s, stages.expert_s, stages.comm_s), factors, strict=True
+            )))
+            for m, stages in self._measured.items()
+        }  # fmt: skip
+        gain = steady_pass_s(scaled[running], running, self._num_layers)
+        chosen, why = choose_micro_batches(scaled, self._batch_size, self._num_layers)
+        if gain <= LEAST_GAIN * steady_pass_s(scaled[chosen], chosen, self._num_layers):
+            return running, f"{running} micro-batches stay: another number would gain less than 5 %"
+        return chosen, why
 
     def choice(self) -> tuple[int, str]:
         """The number of micro-batches and why, once it is done."""

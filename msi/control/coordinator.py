@@ -65,6 +65,7 @@ from msi.control.takeover import Takeover
 from msi.errors import Failure, InvalidRequest, Unavailable, one_line
 from msi.kernels import BLOCK_TOKENS
 from msi.net.control import MessageServer
+from msi.planner.pipeline import Stages
 from msi.request_spans import OpenSpans
 from msi.types import Placement, Progress, Request
 from msi.watchdog import LoopWatch
@@ -456,8 +457,17 @@ class Coordinator:
                 self._tasks.create_task(self._balance.look(question), name="rebalance")
             experts = [one for one in self._cluster.live("expert") if self._cluster.is_of_use(one)]
             serving = list(self._cluster.serving.values())
-            if sentence := self._sizes.look(serving, experts, self._cluster.num_lanes, now):
-                log.info("%s", sentence)
+            if (resized := self._sizes.look(serving, experts, self._cluster.num_lanes, now)) is not None:
+                self._look_at_lanes(*resized)
+
+    def _look_at_lanes(self, sentence: str, stages: Stages) -> None:
+        """Another number of workers serves."""
+        log.info("%s", sentence)
+        running = self._cluster.num_lanes
+        chosen, why = self._lane_choice.again(running, stages)
+        log.info("%s", why)
+        if chosen != running:
+            self._carry_out(self._cluster.use_lanes(chosen))
 
     def _look_for_drift(self, watch: DriftWatch) -> None:
         live = [worker for worker in self._cluster.stats() if worker.state == "ready"]

@@ -8,12 +8,13 @@ from msi.control.calibration import Calibration
 from msi.control.members import InstancePlan, Instruction, Send
 from msi.control.membership import Cluster
 from msi.control.messages import Calibrated, CalibrationCutShort
+from msi.planner.pipeline import Stages
 
 log = logging.getLogger(__name__)
 
 
 class LaneChoice:
-    """Of one instance, made once.
+    """Of one instance, made once, and looked at again when workers have come or gone.
 
     Args:
         num_micro_batches: m, or 0 to choose by measurement.
@@ -56,6 +57,13 @@ class LaneChoice:
             if note:
                 log.warning("measuring stages was cut short (%s) and is asked again", note)
         return [Send(members[worker_id].route, order) for worker_id, order in orders]
+
+    def again(self, running: int, now: Stages) -> tuple[int, str]:
+        """Another number of workers serves: m from now on, and why. Stages are as they are with what runs."""
+        if self._given or self._is_colocated:
+            return running, f"m={running} stays: it was given"
+        found = self._calibration.choice_now(running, now)
+        return found or (running, f"m={running} stays until a restart measures anew: nothing else was measured here")
 
     def _chosen(self) -> int:
         """0 as long as it is not known."""

@@ -262,7 +262,7 @@ class Cluster:
                 instructions += self.linked(route, Linked(member.worker_id, member.incarnation, belief.is_linked))
             if not belief.is_linked:
                 instructions += self._topology_to(member)
-            elif member.has_lanes and not belief.num_lanes:
+            elif member.has_lanes and belief.num_lanes != self.num_lanes:
                 instructions.append(Send(route, UseLanes(self.num_lanes)))
         member.placement_version, member.has_former = belief.placement_version, belief.has_former
         instructions += self.placing.to(member)
@@ -399,6 +399,8 @@ class Cluster:
     def use_lanes(self, num_lanes: int) -> list[Instruction]:
         """From now on this many micro-batches are in flight, on all attention workers."""
         self.num_lanes = num_lanes
+        for member in self.live("attention"):
+            member.has_lanes = False
         return [one for member in self.live("attention") if member.is_linked for one in self._lanes_to(member)]
 
     # -- placement ---------------------------------------------------------------------------------------------------

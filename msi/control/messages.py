@@ -277,7 +277,7 @@ class WorkerBelief:
         acked: number of the last HeartbeatAck that came: whatever was sent before that one has come, too.
         ready: weights are loaded; repeats the WorkerReady that may have been lost.
         is_linked: as in Linked.
-        num_lanes: that run; 0 before UseLanes.
+        num_lanes: that it was told of last; 0 before UseLanes.
         placement_version: of the placement that it uses; an attention worker of which nothing older is on its way.
         has_former: of an expert worker, whether it takes rows of the placement before that.
         request_ids: all that it holds.
@@ -421,7 +421,7 @@ class CalibrationCutShort:
 
 @dataclass(frozen=True, slots=True)
 class UseLanes:
-    """Serve with this many micro-batches in flight."""
+    """Serve with this many micro-batches in flight from now on."""
 
     num_lanes: Lanes
 

@@ -105,7 +105,7 @@ class Service:
 
     def started(self, routed: Routed, load: Load, first: Progress, now: float) -> Progress:
         """Its first token from its worker, whose `load` counts it as started, has come; what its client is told."""
-        routed.num_beside = load.num_requests - load.num_unstarted
+        routed.num_beside, routed.load_at_first = load.num_requests - load.num_unstarted, load.predicted
         routed.admitted_at = min(now, routed.given_at + first.queued_s)
         if routed.first_at is not None:
             return first
@@ -117,7 +117,7 @@ class Service:
         waited_s = routed.given_at - routed.came_at
         return first._replace(queued_s=first.queued_s + waited_s) if waited_s > 0 else first
 
-    def ended(self, routed: Routed, load: Load, now: float) -> None:
+    def ended(self, routed: Routed, worker_id: str, load: Load, now: float) -> None:
         """It has come to its end, and its worker's `load` is what it left behind."""
         num_output = len(routed.token_ids)
         self.meters.num_tokens.add(len(routed.request.prompt_token_ids) + num_output)
@@ -126,4 +126,6 @@ class Service:
         self.meters.stay.add(now - routed.admitted_at)
         if num_output > 1:
             num_beside = (routed.num_beside + load.num_requests - load.num_unstarted + 1) / 2
-            self.meters.tpot.add(num_beside, (now - routed.first_at) / (num_output - 1))
+            step_s = (now - routed.first_at) / (num_output - 1)
+            self.meters.tpot.add(num_beside, step_s)
+            self.meters.add_step(worker_id, (routed.load_at_first + load.predicted + routed.predicted) / 2, step_s)

@@ -14,6 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 REMEMBERED = 64  # what is measured is a mean of about the last so many
+SEEN_OFTEN = 8  # then a worker is known
+NOISE = 1.2
 MIN_SPREAD = 0.05  # of x, relative to its mean: below it a slope is not to be told from noise
 
 
@@ -74,14 +76,34 @@ class Meters:
     Attributes:
         prefill: from a sequence's admission to its first token, by tokens of prompts computed in that time.
         tpot: of each token after the first, by the sequences that ran beside it on its worker.
+        step: the same by the load of the worker (`msi.control.routed.Load.predicted`), of all workers.
+        slowness: of each worker, what its steps took over what `step` says.
         stay: from a sequence's admission to its end.
         num_tokens: of sequences, prompt and answer.
     """
 
     prefill: Line = field(default_factory=Line)
     tpot: Line = field(default_factory=Line)
+    step: Line = field(default_factory=Line)
+    slowness: dict[str, Mean] = field(default_factory=dict)
     stay: Mean = field(default_factory=Mean)
     num_tokens: Mean = field(default_factory=Mean)
+
+    def add_step(self, worker_id: str, load: float, step_s: float) -> None:
+        """A worker with this load took so long for a token of each of its sequences."""
+        if self.step.y.num_seen and (expected_s := self.step.at(load)) > 0:
+            self.slowness.setdefault(worker_id, Mean()).add(step_s / expected_s)
+        self.step.add(load, step_s)
+
+    def relative(self, worker_id: str, load: float) -> float:
+        """A load as time there, compared with other workers: of those that are slow it counts for more.
+
+        Workers that differ by less than a fifth are taken to be alike: so much is noise. In proportion to the load, so
+        that a slow one always gets some, and is measured on.
+        """
+        seen = self.slowness.get(worker_id)
+        slowness = 1.0 if seen is None or seen.num_seen < SEEN_OFTEN else seen.value
+        return load if 1 / NOISE < slowness < NOISE else load * slowness
 
     def places(self, max_num_seqs: int, capacity: int, tpot_slo_s: float) -> int:
         """Sequences that a worker runs at a time, at least 1.

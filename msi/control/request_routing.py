@@ -1,11 +1,12 @@
-"""Where requests go: to the attention worker with the least predicted load, or they wait for one.
+"""Where requests go: to the attention worker with the least predicted time of a step, or they wait for one.
 
 Workers are given what they can run and a few more; the others wait here, in the order of `fair_queue`. What is
 predicted to come too late, by what the requests before took (`prediction`), is refused when it comes, and ended when it
 has waited for too long, before it costs anything; what has had its time ends wherever it is.
 
 A decode step of a worker takes a time that grows with its sequences and with their contexts, and every sequence waits
-for all of them: so requests are placed by the sum of both, on workers whose KV cache has room.
+for all of them: so requests are placed by the sum of both, as time by what steps have taken on each worker, on workers
+whose KV cache has room.
 
 Holds every request's prompt and the tokens emitted so far: those of a worker that is lost are resumed on another, which
 computes prompt and output again; or wait for one. Decides; does not act. Knows no sockets or clock.
@@ -223,7 +224,7 @@ class Router:
                 continue
             if self._shed(routed, now):
                 continue
-            self._give(routed, self._least_loaded(routed.num_tokens, free), acks or {}, now)
+            self._give(routed, self._soonest(routed, free), acks or {}, now)
             given.append((routed.worker_id, routed.handed_out(now)))
         return given
 
@@ -276,7 +277,7 @@ class Router:
                 self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
                 num_tokens = len(routed.request.prompt_token_ids) + len(routed.token_ids)
                 self._waiting.took(routed.flow, num_tokens - routed.cost)
-                self._service.ended(routed, self.load(worker_id), now)
+                self._service.ended(routed, worker_id, self.load(worker_id), now)
             its_name = one if routed.name == one.request_id else one._replace(request_id=routed.name)
             updates.setdefault(routed.client, []).append(its_name)
         return updates
@@ -431,13 +432,16 @@ class Router:
         """What a worker has been given and has not finished."""
         return self._loads.get(worker_id, Load())
 
-    def _least_loaded(self, num_tokens: int, capacities: Mapping[str, int]) -> str:
-        """Of the workers with room the one with the least predicted load; the most room where none has enough."""
+    def _soonest(self, routed: Routed, capacities: Mapping[str, int]) -> str:
+        """Of the workers with room the one whose steps are predicted to take least with it; the most room where none
+        has enough.
+        """
+        extra, time_of = self._predicted(routed.request), self._service.meters.relative
         loads = {worker: self._loads.setdefault(worker, Load()) for worker in capacities}
         room = {worker: capacity - loads[worker].num_tokens for worker, capacity in capacities.items()}
-        roomy = [worker for worker in room if room[worker] >= num_tokens]
+        roomy = [worker for worker in room if room[worker] >= routed.num_tokens]
         if roomy:
-            return min(roomy, key=lambda worker: (loads[worker].predicted, -room[worker]))
+            return min(roomy, key=lambda worker: (time_of(worker, loads[worker].predicted + extra), -room[worker]))
         return max(room, key=room.__getitem__)
 
     def _predicted(self, request: Request) -> float:

@@ -35,7 +35,7 @@ class Routed:
         ends_at: when nobody wants its answer any more.
         is_started: a token has come from its worker.
         num_computed: tokens of prompts that were to be computed there before its first one, its own among them.
-        num_beside: sequences on its worker at its first token.
+        num_beside, load_at_first: sequences on its worker at its first token, and its load then.
         admitted_at: when its worker began with it, once it has a token.
         first_at: when its first token came.
     """
@@ -62,6 +62,7 @@ class Routed:
     is_started: bool = False
     num_computed: int = 0
     num_beside: int = 0
+    load_at_first: float = 0.0
     admitted_at: float = 0.0
     first_at: float | None = None
     _asked: bytes = b""

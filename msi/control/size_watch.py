@@ -1,4 +1,4 @@
-"""What another number of workers means for m and for the balance of both sides: said, from the stages as they are now.
+"""What another number of workers means for m and for the balance of both sides, from the stages as they are now.
 
 T_a, T_e and T_c are the medians of what workers measured last, so a while has to pass after a change. Pure.
 """
@@ -22,28 +22,30 @@ class SizeWatch:
         self._before: tuple[int, int] | None = None
         self._changed_at = 0.0
 
-    def look(self, attention: Sequence[Member], experts: Sequence[Member], num_lanes: int, now: float) -> str:
-        """A sentence, once after each change; "" while there is nothing to say.
+    def look(
+        self, attention: Sequence[Member], experts: Sequence[Member], num_lanes: int, now: float
+    ) -> tuple[str, Stages] | None:
+        """A sentence, and stages as they are since, once after each change; None while there is nothing to say.
 
         Args:
             attention, experts: those that serve.
         """
         size = (len(attention), len(experts))
         if not num_lanes or not all(size):
-            return ""
+            return None
         if self._size is None:
             self._size = self._before = size
         if size != self._size:
             self._size, self._changed_at = size, now
         if size == self._before or now - self._changed_at < SETTLES_S:
-            return ""
+            return None
         before, self._before = self._before, size
         stages = Stages(
             median(one.status.times.attention_s for one in attention),
             median(one.status.times.expert_s for one in experts),
             median(one.status.times.comm_s for one in attention),
         )
-        return _sentence(before, size, stages, num_lanes)
+        return _sentence(before, size, stages, num_lanes), stages
 
 
 def _sentence(before: tuple[int, int] | None, size: tuple[int, int], stages: Stages, num_lanes: int) -> str:
