@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from socket import htonl
 from typing import NamedTuple
 
 from msi.net.rdma.verbs import (
@@ -34,8 +35,8 @@ RETRY_S = 0.3
 class Completion(NamedTuple):
     status: int
     opcode: int
+    immediate: int
     number: int
-    immediate: int = 0
 
 
 @dataclass
@@ -113,10 +114,10 @@ class Fabric:
         sender.sends.popleft()
         if write.immediate is not None:
             to.card.num_receives -= 1
-            to.card.complete(Completion(SUCCESS, RECEIVED_IMMEDIATE, to.number, write.immediate))
+            to.card.complete(Completion(SUCCESS, RECEIVED_IMMEDIATE, htonl(write.immediate), to.number))
         sender.num_done += 1
         if write.is_signalled:
-            sender.card.complete(Completion(SUCCESS, 1, sender.number), frees=(sender, sender.num_done))
+            sender.card.complete(Completion(SUCCESS, 1, 0, sender.number), frees=(sender, sender.num_done))
             sender.num_done = 0
         return SUCCESS
 
@@ -206,7 +207,7 @@ class LoopbackQueuePair:
             if self.num_free < 0:
                 raise OSError(12, "Cannot allocate memory")
             if self.is_broken:
-                self.card.complete(Completion(FLUSHED, 0, self.number))
+                self.card.complete(Completion(FLUSHED, 0, 0, self.number))
                 return
             now = time.monotonic()
             self.sends += writes
@@ -216,7 +217,7 @@ class LoopbackQueuePair:
     def fail(self, status: int) -> None:
         self.is_broken = True
         for index in range(len(self.sends)):
-            self.card.complete(Completion(FLUSHED if index else status, 0, self.number))
+            self.card.complete(Completion(FLUSHED if index else status, 0, 0, self.number))
         self.sends.clear()
 
     def close(self):
@@ -227,6 +228,8 @@ class LoopbackQueuePair:
 
 class LoopbackCard:
     """Implements `msi.net.rdma.verbs.Card`."""
+
+    is_network_order = True
 
     def __init__(self, fabric: Fabric, name: str) -> None:
         self.fabric = fabric

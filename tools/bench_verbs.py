@@ -26,13 +26,13 @@ from msi.net.rdma.endpoint import SIGNAL_EVERY, RdmaEndpoint
 from msi.net.rdma.fabric import open_place
 from msi.net.rdma.landing import RdmaOutbox, new_landing
 from msi.net.rdma.options import RdmaOptions
-from msi.net.rdma.verbs import COMPLETIONS_PER_POLL, RECEIVES_PER_REFILL, Span
+from msi.net.rdma.verbs import RECEIVES_PER_REFILL, Span
 from msi.net.regions import HOST_MEMORY
 from msi.net.slots import HEADER_BYTES, SlotLayout
 from tools.verbs_stub import run_over_stub, stub_of
 
 LAYOUT = SlotLayout(num_lanes=4, slot_rows=512, row_bytes=8192)
-ROUNDS, CALLS = 15, 4000
+ROUNDS, CALLS, COMPLETIONS = 15, 4000, 16
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def measure(driver: str, stub: ctypes.CDLL) -> None:
         endpoint.completed()
 
     def complete() -> None:
-        stub.stub_complete(COMPLETIONS_PER_POLL, sends.number)
+        stub.stub_complete(COMPLETIONS, sends.number)
 
     rows = {
         "an empty call": timed(lambda: None),
@@ -78,7 +78,7 @@ def measure(driver: str, stub: ctypes.CDLL) -> None:
         "driver: a word": timed(lambda: sends.word(5, False)),
         "transport: rows and header, one post": timed(post_endpoint, SIGNAL_EVERY // 2),
         "transport: a word": timed(word_endpoint, SIGNAL_EVERY),
-        "driver: a completion, of 16, read": timed(card.poll, COMPLETIONS_PER_POLL, complete),
+        "driver: a completion, of 16, read": timed(card.poll, COMPLETIONS, complete),
         "driver: a poll that finds nothing": timed(card.poll),
         "driver: a receive, of 16": timed(card.refill, RECEIVES_PER_REFILL),
     }

@@ -277,9 +277,12 @@ class DispatchLink:
         """
         passing = self._passes[lane]
         if passing is not None and passing.first <= turn <= passing.last:
-            with self._turning:
+            self._acquire()
+            try:
                 if not passing.is_over:
                     self.turns.post(lane, passing, turn)
+            finally:
+                self._release()
             if self.nodes.is_leaving:
                 self._loop.call_soon_threadsafe(self._wipe)
 

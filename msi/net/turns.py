@@ -147,7 +147,13 @@ class Turns:
             word |= attempt << ATTEMPT_WORD_SHIFT
             full |= (attempt & ATTEMPT_MASK) << ATTEMPT_SHIFT
         life = passing.life_word
-        counts = self._open(lane, passing, turn, seq)
+        passing.turn, passing.is_reading = turn, False
+        self.seqs[lane] = seq
+        self._posted_at[lane] = passing.since = self._clock()
+        self._awaited[lane] = lane << LANE_SHIFT | (seq & SEQ_MASK) << SEQ_SHIFT
+        self._counts[lane] = counts = passing.counts.tolist()
+        if passing.num_counted < len(counts):
+            counts[passing.num_counted :] = [0] * (len(counts) - passing.num_counted)
         waiting = posted = 0
         for node in nodes:
             try:
@@ -167,19 +173,6 @@ class Turns:
         is_short = posted != sum(counts)  # what could not be posted are rows to nodes that are lost
         if is_short or not waiting:
             self._course.posted(lane, passing, is_short)
-
-    def _open(self, lane: int, passing: Pass, turn: int, seq: int) -> list[int]:
-        """A turn is about to be posted; the rows that lie ready for each node."""
-        passing.is_reading = False
-        self.seqs[lane] = seq
-        self._posted_at[lane] = passing.since = self._clock()
-        passing.turn = turn
-        self._awaited[lane] = lane << LANE_SHIFT | (seq & SEQ_MASK) << SEQ_SHIFT
-        counts = passing.counts.tolist()
-        if passing.num_counted < len(counts):
-            counts[passing.num_counted :] = [0] * (len(counts) - passing.num_counted)
-        self._counts[lane] = counts
-        return counts
 
     # -- lost nodes --------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Sequence
 from ctypes import addressof, byref, c_char, c_int, c_uint32, c_uint64, c_void_p
 from itertools import pairwise
-from socket import htonl, ntohl
+from socket import htonl
 from typing import Any
 
 from msi.net.rdma import abi
@@ -80,6 +80,8 @@ class _Devices:
 
 class DirectCard:
     """Implements `msi.net.rdma.verbs.Card`."""
+
+    is_network_order = True
 
     def __init__(self, library: abi.Library, name: str, context: int) -> None:
         self.name = name
@@ -157,8 +159,7 @@ class DirectCard:
 
     def _read(self, count: int) -> Sequence[Completion]:
         if count > 0:
-            found = self._unpack(self._founds[count])
-            return [(status, opcode, number, ntohl(word)) for status, opcode, word, number in found]
+            return list(self._unpack(self._founds[count]))
         if count < 0:
             raise OSError(errno.EIO, "the completion queue cannot be polled")
         return ()

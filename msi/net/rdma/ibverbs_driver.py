@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import ibverbs
@@ -32,6 +33,7 @@ from msi.net.slots import HEADER_BYTES
 WRITE, WRITE_IMMEDIATE = 0, 1  # opcodes
 SIGNALED, INLINE = 2, 8
 LOCAL_WRITE, REMOTE_WRITE = 1, 2
+FIELDS = attrgetter("status", "opcode", "imm_data", "qp_num")  # of a completion
 
 
 class IbverbsDriver:
@@ -48,6 +50,8 @@ class IbverbsDriver:
 
 class IbverbsCard:
     """Implements `msi.net.rdma.verbs.Card`."""
+
+    is_network_order = False
 
     def __init__(self, device: Any) -> None:
         self.name: str = device.name
@@ -94,7 +98,7 @@ class IbverbsCard:
 
     def poll(self) -> Sequence[Completion]:
         found = self._queue.poll(COMPLETIONS_PER_POLL)
-        return [(one.status, one.opcode, one.qp_num, one.imm_data) for one in found]
+        return list(map(FIELDS, found))
 
     look = poll  # which gives the interpreter's lock away
 

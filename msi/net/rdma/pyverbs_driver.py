@@ -12,7 +12,8 @@ import errno
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from socket import htonl, ntohl
+from operator import attrgetter
+from socket import htonl
 from typing import Any
 
 from msi.net.rdma.find_pyverbs import import_pyverbs
@@ -48,6 +49,7 @@ RELIABLE_CONNECTED = 2
 WRITE, WRITE_IMMEDIATE = 0, 1  # opcodes
 SIGNALED, INLINE = 2, 8
 LOCAL_WRITE, REMOTE_WRITE = 1, 2
+FIELDS = attrgetter("status", "opcode", "imm_data", "qp_num")  # of a completion
 MIN_RNR_TIMER = 12  # 0.64 ms
 EVENTS = "anon_inode:[infinibandevent]"
 
@@ -78,6 +80,8 @@ class PyverbsDriver:
 
 class PyverbsCard:
     """Implements `msi.net.rdma.verbs.Card`."""
+
+    is_network_order = True
 
     def __init__(self, device: str) -> None:
         self.name = device
@@ -139,7 +143,7 @@ class PyverbsCard:
 
     def poll(self) -> Sequence[Completion]:
         _, found = self._queue.poll(COMPLETIONS_PER_POLL)
-        return [(one.status, one.opcode, one.qp_num, ntohl(one.imm_data)) for one in found]
+        return list(map(FIELDS, found))
 
     look = poll
 

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from socket import ntohl
 
 from msi.errors import ConfigError, EngineError, TransportError
 from msi.net.complaints import Complaints
@@ -280,7 +281,8 @@ class RdmaTransport:
         incoming = self._incoming
         landed: list[Landed] = []
         num_sent = 0
-        for status, opcode, number, word in completions:
+        is_network_order = self._card.is_network_order
+        for status, opcode, word, number in completions:
             if opcode != RECEIVED_IMMEDIATE or status != SUCCESS:
                 num_sent += 1
                 if status != SUCCESS and landed:  # which may end its connection: first what came before
@@ -292,6 +294,8 @@ class RdmaTransport:
             if endpoint is None:
                 continue  # it was closed or revoked
             endpoint.num_received += 1
+            if is_network_order:
+                word = ntohl(word)
             if endpoint.is_ready:
                 landed.append((endpoint, word, 0.0))
             else:

@@ -30,8 +30,8 @@ RECEIVES_PER_REFILL = 16
 EVENTS_PER_ACKNOWLEDGEMENT = 64
 
 
-# status, opcode, number of the queue pair, immediate in the host's order; with a status other than SUCCESS only status
-# and number say something. No named tuple: making one costs as much as all else.
+# status, opcode, immediate, number of the queue pair; with a status other than SUCCESS only status and number say
+# something. No named tuple: making one costs as much as all else.
 Completion = tuple[int, int, int, int]
 
 
@@ -117,6 +117,7 @@ class Card(Protocol):
     """An opened device. Close what was made of it first."""
 
     name: str
+    is_network_order: bool  # of immediates in completions; those that are posted are in the host's order
 
     @property
     def fd(self) -> int:
