@@ -22,7 +22,7 @@ class Node:
     """A node that is connected, and who it said it is.
 
     Attributes:
-        out_headers, in_headers: by lane: where headers to it leave, and where its land.
+        out_words, in_headers: by lane: where headers to it leave, as 64-bit words, and where its land.
         answer: the immediate of its answer to sequence number 0 of lane 0.
         openings: by lane: what the headers of its answers begin with.
         exchanges: the last ones: seconds from a post to its answer, and those of them that the node had the rows.
@@ -32,7 +32,7 @@ class Node:
 
     __slots__ = (
         "answer", "bit", "endpoint", "exchanges", "in_headers", "index", "is_lost", "num_rows", "openings",
-        "out_headers", "post", "welcome",
+        "out_words", "post", "welcome",
     )  # fmt: skip
 
     def __init__(self, index: int, endpoint: Endpoint, welcome: LinkWelcome, in_headers: Sequence[memoryview]) -> None:
@@ -44,7 +44,7 @@ class Node:
         self.exchanges: deque[tuple[float, float]] = deque(maxlen=EXCHANGES_KEPT)
         self.num_rows = 0
         self.is_lost = False
-        self.out_headers = tuple(endpoint.out_headers)
+        self.out_words = tuple(header.cast("B").cast("Q") for header in endpoint.out_headers)
         self.in_headers = tuple(in_headers)
         self.openings = tuple(
             opening_bytes(kind_word(Kind.COMBINE, lane, False), welcome.incarnation)[:12]

@@ -39,6 +39,8 @@ class Pass:
         num_counted: nodes that its placement uses, and whose counts count: no rows go to those behind them.
         nodes: that it sends to: those that were there when it was begun, or when rows of it were packed again.
         life_word: our life, and the placement that its rows are of.
+        opened: the two words that headers begin with.
+        ways: to each of these nodes: itself, its index and bit, the header that is for it, and what posts.
         turn: posted last.
         attempt: how often its rows were packed again.
         is_short: somebody who was lost owes rows of it.
@@ -50,7 +52,7 @@ class Pass:
 
     __slots__ = (
         "attempt", "counts", "done", "first", "gates", "held_since", "is_over", "is_reading", "is_short", "last",
-        "life_word", "may_continue", "nodes", "num_counted", "seq_of_turn_0", "since", "turn",
+        "life_word", "may_continue", "nodes", "num_counted", "opened", "seq_of_turn_0", "since", "turn", "ways",
     )  # fmt: skip
 
     def __init__(
@@ -83,6 +85,17 @@ class Pass:
         self.attempt = 0
         self.is_short = self.is_reading = self.is_over = False
         self.held_since: float | None = None
+        self.opened = (0, 0)
+        self.ways: tuple[tuple[Node, int, int, memoryview, Callable[..., None]], ...] = ()
+
+    def open(self, lane: int, word: int, life: int) -> None:
+        """Headers to all nodes begin with these words, as `msi.net.slots.OPENING` has them, until others are given;
+        their times stay 0.
+        """
+        self.opened = word, life
+        self.ways = tuple((node, node.index, node.bit, node.out_words[lane], node.post) for node in self.nodes)
+        for _, _, _, header, _ in self.ways:
+            header[0], header[1] = word, life
 
     def set_done(self) -> None:
         """On the event loop: wakes who awaits it."""

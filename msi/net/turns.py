@@ -139,9 +139,9 @@ class Turns:
 
         One that is packed again goes to those that get rows; all others have seen it.
         """
-        nodes, attempt = passing.nodes, passing.attempt
-        seq, more, row_bytes, pack = passing.seq_of_turn_0 + turn, self.more[lane], self._row_bytes, OPENING.pack_into
-        word, full, empty = self._words[more][lane]
+        attempt = passing.attempt
+        seq, row_bytes = passing.seq_of_turn_0 + turn, self._row_bytes << 32
+        word, full, empty = self._words[self.more[lane]][lane]
         full, empty = full | (seq & SEQ_MASK) << SEQ_SHIFT, empty | (seq & SEQ_MASK) << SEQ_SHIFT
         if attempt:
             word |= attempt << ATTEMPT_WORD_SHIFT
@@ -154,20 +154,22 @@ class Turns:
         self._counts[lane] = counts = passing.counts.tolist()
         if passing.num_counted < len(counts):
             counts[passing.num_counted :] = [0] * (len(counts) - passing.num_counted)
+        if (word, life) != passing.opened:  # nearly always they are as in the turn before
+            passing.open(lane, word, life)
         waiting = posted = 0
-        for node in nodes:
+        for node, index, bit, header, post in passing.ways:
             try:
-                if count := counts[node.index]:
-                    pack(node.out_headers[lane], 0, word, life, seq, count, row_bytes)  # its times stay 0
-                    node.post(lane, full, count)
+                if count := counts[index]:
+                    header[2], header[3] = seq, row_bytes | count
+                    post(lane, full, count)
                     node.num_rows += count
                     posted += count
-                    waiting |= node.bit
+                    waiting |= bit
                 elif not attempt:
-                    node.post(lane, empty)
+                    post(lane, empty)
             except TransportError as error:
                 self._course.not_posted(node, error)
-        self.counters.posts += waiting.bit_count() if attempt else len(nodes)
+        self.counters.posts += waiting.bit_count() if attempt else len(passing.ways)
         self.counters.rows += posted
         self.waiting[lane] = waiting
         is_short = posted != sum(counts)  # what could not be posted are rows to nodes that are lost
@@ -201,6 +203,7 @@ class Turns:
         """Immediates that have come."""
         node_of, awaited, waitings = self._node_of.get, self._awaited, self.waiting
         seqs, counts, num_answers = self.seqs, self._counts, 0
+        notes_all = self.exchange_watch is not None
         for endpoint, immediate, came_at in landed:
             node = node_of(endpoint)
             if node is None:
@@ -213,7 +216,7 @@ class Turns:
                 if seq == seqs[lane] and opening == node.openings[lane] and num_rows == counts[lane][node.index]:
                     num_answers += 1
                     waitings[lane] = waiting = waiting ^ node.bit
-                    if not waiting or not seq % EXCHANGES_APART or self.exchange_watch is not None:
+                    if not waiting or not seq % EXCHANGES_APART or notes_all:
                         self._answered(node, lane, waiting, seq, came_at or self._clock())
                     continue
             self._arrived_otherwise(node, lane, immediate)

@@ -36,9 +36,10 @@ class RdmaEndpoint:
 
     __slots__ = (
         "_acquire", "_bytes_out", "_generation", "_groups", "_has_seat", "_is_clear", "_is_open", "_landing", "_lanes",
-        "_leave", "_max_bytes", "_num_out", "_num_silent", "_out_layout", "_outbox", "_posting", "_posts", "_release",
-        "_row_bytes", "_rows_silent", "_signal_bytes", "_signal_rows", "_waiting", "came_at", "control", "is_ready",
-        "name", "num_posted", "num_received", "out_headers", "out_rows", "peer", "receives", "seat", "sends", "way",
+        "_leave", "_max_bytes", "_num_grouped", "_num_out", "_num_silent", "_num_single", "_out_layout", "_outbox",
+        "_posting", "_posts", "_release", "_row_bytes", "_rows_silent", "_signal_bytes", "_signal_rows", "_waiting",
+        "came_at", "control", "is_ready", "name", "num_received", "out_headers", "out_rows", "peer", "receives", "seat",
+        "sends", "way",
     )  # fmt: skip
 
     def __init__(
@@ -69,7 +70,6 @@ class RdmaEndpoint:
         self.out_headers = outbox.headers
         self.out_rows = outbox.rows
         self.num_received = 0  # immediates
-        self.num_posted = 0  # that the card was given
         self.control: Endpoint | None = None
         self.is_ready = is_ready
         self._leave = leave
@@ -89,6 +89,7 @@ class RdmaEndpoint:
         self._num_silent = self._rows_silent = 0
         self._groups: deque[tuple[int, int]] = deque()  # of those that wait for theirs: work requests and bytes
         self._num_out = self._bytes_out = 0  # of these together
+        self._num_grouped = self._num_single = 0  # work requests of all groups; posts of a single one
         self._is_clear = is_ready  # open, and nothing waits or has to
 
     def aim(self, headers: Span, rows: Span) -> None:
@@ -110,6 +111,11 @@ class RdmaEndpoint:
     def is_open(self) -> bool:
         return self._is_open
 
+    @property
+    def num_posted(self) -> int:
+        """Posts that the card was given; all but the single ones are two work requests."""
+        return (self._num_grouped + self._num_silent + self._num_single) // 2
+
     # -- out ---------------------------------------------------------------------------------------------------------
 
     def post(self, lane: int, immediate: int, num_rows: int = 0, note_bytes: int = 0) -> None:
@@ -123,7 +129,6 @@ class RdmaEndpoint:
                 and self._num_silent < SIGNAL_EVERY - 2
                 and (rows_silent := self._rows_silent + num_rows) < self._signal_rows
             ):  # nearly always, and `_send` in short
-                self.num_posted += 1
                 self._num_silent += 2
                 self._rows_silent = rows_silent
                 self._posts[lane](immediate, num_rows)
@@ -135,13 +140,15 @@ class RdmaEndpoint:
             self._release()
 
     def _send(self, lane: int, immediate: int, num_rows: int, note_bytes: int) -> None:
-        self.num_posted += 1
         num_silent = self._num_silent + (2 if num_rows else 1)
+        if not num_rows:
+            self._num_single += 1
         rows_silent = self._rows_silent + num_rows
         is_last = num_silent >= SIGNAL_EVERY or rows_silent >= self._signal_rows
         if is_last:
             num_bytes = rows_silent * self._row_bytes
             self._groups.append((num_silent, num_bytes))
+            self._num_grouped += num_silent
             self._num_out += num_silent
             self._bytes_out += num_bytes
             num_silent = rows_silent = 0
@@ -170,7 +177,8 @@ class RdmaEndpoint:
     def knock(self, immediate: int) -> None:
         """A word that asks for a completion, before anything else is posted. Raises OSError."""
         with self._posting:
-            self.num_posted += 1
+            self._num_single += 1
+            self._num_grouped += 1
             self._num_out += 1
             self._groups.append((1, 0))
             self.sends.word(immediate, True)

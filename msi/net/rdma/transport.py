@@ -290,8 +290,9 @@ class RdmaTransport:
                     landed = []
                 self._sent(status, number)
                 continue
-            endpoint = incoming.get(number)
-            if endpoint is None:
+            try:
+                endpoint = incoming[number]
+            except KeyError:
                 continue  # it was closed or revoked
             endpoint.num_received += 1
             if is_network_order:
