@@ -43,6 +43,7 @@ class LaunchArguments:
 
     Attributes:
         role: "" for everything on this machine, else the one process to run.
+        standby: the coordinator for which this one stands by; "" for none.
         slurm: this process is a task of srun's.
         parent: process with which this one ends; 0 for none.
         host: where HTTP is served: an address or a name, IPv6 without brackets.
@@ -66,6 +67,7 @@ class LaunchArguments:
     options: InstanceOptions
     role: str
     coordinator: str
+    standby: str
     slurm: bool
     worker_id: str
     advertise_host: str
@@ -116,10 +118,15 @@ def parse(argv: list[str]) -> LaunchArguments:
     given = {name: value for name, value in told.items() if value is not None}
     options = InstanceOptions.of(**with_plan(given))
     _check(values)
+    trust = _trust(values)
+    if values.standby and trust.secret is None:
+        raise ConfigError(
+            "--standby needs a secret: else whoever connects could tell a coordinator that it is superseded"
+        )
     own: dict[str, Any] = {
         "options": options,
         "serving_flags": _flags_of(serving, values),
-        "trust": _trust(values),
+        "trust": trust,
         "api_keys": _api_keys(values),
     }
     for one in fields(LaunchArguments):
@@ -135,6 +142,11 @@ def _check(values: argparse.Namespace) -> None:
         raise ConfigError(f"{'--json' if values.json else '--hosts'} is for --check; give that, too, or leave it out")
     if values.role and values.role != "coordinator" and not values.coordinator:
         raise ConfigError(f"--role {values.role} needs --coordinator tcp://HOST:PORT")
+    if values.standby and (values.role != "coordinator" or not values.coordinator or values.has_gateway):
+        raise ConfigError(
+            "--standby is for --role coordinator with --no-gateway and a --coordinator address of its own: what serves "
+            "HTTP is to survive both coordinators"
+        )
     if values.prompt is not None and values.role:
         raise ConfigError(f"--prompt and --role {values.role}: a prompt is answered by an instance of its own")
 
@@ -275,7 +287,12 @@ def _add_role(parser: CommandLine) -> None:
     add = parser.add_argument_group("one process of a cluster").add_argument
     add("--role", type=one_of(*ROLES), metavar="R",
         help="coordinator (with a gateway), gateway (HTTP alone), attention, expert, or worker (any)")  # fmt: skip
-    add("--coordinator", default="", metavar="ADDRESS", help="tcp://HOST:PORT; for the coordinator: where to listen")
+    add("--coordinator", default="", metavar="ADDRESS",
+        help="tcp://HOST:PORT, or several with commas between them where one coordinator stands by for another; for "
+        "the coordinator: where to listen")  # fmt: skip
+    add("--standby", default="", metavar="ADDRESS",
+        help="of another coordinator: this one takes over once that is silent; workers and gateways are given "
+        "both")  # fmt: skip
     add("--slurm", action="store_true",
         help="this process is one of srun's tasks: each is a worker, task 0 starts the coordinator, too")  # fmt: skip
     add("--worker-id", type=text(r"[A-Za-z0-9_.-]{1,64}", "up to 64 letters, digits, and any of _ . -"),

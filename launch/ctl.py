@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from msi.control.client import CoordinatorClient
+from msi.control.following import way_to
 from msi.control.messages import CLIENT_END
 from msi.control.orders import Order, Ordered
 from msi.errors import ConfigError, Unavailable
-from msi.net.control import ControlClient
 from msi.net.secret import find_secret
 from msi.net.socket_dir import addresses_here
 
@@ -88,7 +88,7 @@ def _run(argv: list[str]) -> None:
 
 async def _asked(values: argparse.Namespace) -> Ordered:
     address = values.coordinator or _only_one_here()
-    client = CoordinatorClient(ControlClient(address, CLIENT_END, find_secret(values.secret_file)))
+    client = CoordinatorClient(way_to(address, CLIENT_END, find_secret(values.secret_file)))
     try:
         await client.start(HELLO_S)
         return await client.order(Order(0, values.verb, values.worker, values.role or "", values.within))

@@ -11,9 +11,12 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from msi.control.coordinator import Coordinator
+from msi.control.messages import CLIENT_END
+from msi.control.standing_by import StandBy
 from msi.errors import EngineError
 from msi.instance.children import follow_launcher, tell_launcher
 from msi.instance.instance import create_coordinator, create_worker, listen
+from msi.net.control import ControlClient
 from msi.watchdog import LoopWatch
 
 from .arguments import LaunchArguments
@@ -99,10 +102,15 @@ async def show_loading(worker: Worker) -> None:
 
 async def run_coordinator(arguments: LaunchArguments) -> None:
     """Until SIGTERM or SIGINT, and until the requests that run then have ended; a second signal ends it at once."""
+    if arguments.standby:
+        await stand_by(arguments)
+        return
     watch = LoopWatch("coordinator")
     try:
         where = arguments.coordinator or "tcp://127.0.0.1:*"
-        coordinator = create_coordinator(arguments.options, listen(where, arguments.trust), watch)
+        server = listen(where, arguments.trust)
+        is_private = arguments.trust.secret is not None or server.address.startswith("ipc://")
+        coordinator = create_coordinator(arguments.options, server, watch, is_private=is_private)
         watch.start()
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(coordinator.run())
@@ -123,6 +131,38 @@ async def run_coordinator(arguments: LaunchArguments) -> None:
                 following.cancel()
     except* EngineError as group:
         raise group.exceptions[0] from None
+    finally:
+        watch.stop()
+
+
+async def stand_by(arguments: LaunchArguments) -> None:
+    """A coordinator that takes over from another; it ends as any does."""
+    watch = LoopWatch("coordinator")
+    listen(arguments.coordinator, arguments.trust).close()  # what cannot be is said now
+
+    def create(term: int) -> Coordinator:
+        server = listen(arguments.coordinator, arguments.trust)
+        return create_coordinator(arguments.options, server, watch, term=term, is_private=True)
+
+    other = ControlClient(arguments.standby, CLIENT_END, arguments.trust.secret)
+    standing = StandBy(other, create)
+    running = asyncio.ensure_future(standing.run())
+    beside: list[asyncio.Task[None]] = []
+
+    async def drain() -> None:
+        if standing.coordinator is not None:
+            await standing.coordinator.drain(arguments.shutdown_timeout_s)
+        running.cancel()
+
+    ending = Ending(drain=lambda: beside.append(asyncio.create_task(drain())), end=running.cancel)
+    for number in (signal.SIGINT, *requests_to_end()):
+        asyncio.get_running_loop().add_signal_handler(number, ending.asked)
+    watch.start()
+    settle()
+    log.info("standing by for the coordinator at %s", arguments.standby)
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
     finally:
         watch.stop()
 

@@ -22,12 +22,12 @@ from typing import Any
 
 from msi import tracing
 from msi.control.client import CoordinatorClient
+from msi.control.following import way_to
 from msi.control.messages import CLIENT_END, Stats, Welcome
 from msi.errors import EngineError, Failure, Unavailable
 from msi.instance.inproc import InprocInstance
 from msi.instance.instance import LocalInstance, new_trace_dir
 from msi.instance.processes import HttpServer, ProcessInstance
-from msi.net.control import ControlClient
 from msi.net.secret import Secret, find_secret
 from msi.options import InstanceOptions, with_plan
 from msi.sampling import choices_of
@@ -92,7 +92,8 @@ class Engine:
 
     @staticmethod
     def connect(address: str, *, secret: str | None = None) -> Engine:
-        """An instance that runs elsewhere, by its coordinator's address: tcp://HOST:PORT, or ipc://PATH.
+        """An instance that runs elsewhere, by its coordinator's address: tcp://HOST:PORT, or ipc://PATH; several, with
+        commas between them, where one coordinator stands by for another.
 
         Args:
             secret: the instance's; by default that of the environment variable MSI_SECRET, if there is one.
@@ -128,7 +129,7 @@ class Engine:
                 )
             control = await self._instance.start()
         else:
-            control = ControlClient(self._address, CLIENT_END, self._secret)
+            control = way_to(self._address, CLIENT_END, self._secret)
         self._address = control.address
         self._client = CoordinatorClient(control)
         self._welcome = await self._client.start()

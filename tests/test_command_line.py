@@ -101,6 +101,15 @@ HOSTILE = [
     (["--role", ""], "--role '' is not one"),
     (["--role", "worker"], "--role worker needs --coordinator tcp://HOST:PORT"),
     (["--role", "worker", "--prompt", "a", "--coordinator", "tcp://h:1"], "--prompt and --role worker"),
+    (
+        ["--role", "worker", "--coordinator", "tcp://h:1", "--standby", "tcp://h:2"],
+        "--standby is for --role coordinator",
+    ),
+    (["--role", "coordinator", "--coordinator", "tcp://h:1", "--standby", "tcp://h:2"], "with --no-gateway"),
+    (
+        ["--role", "coordinator", "--coordinator", "tcp://h:1", "--standby", "tcp://h:2", "--no-gateway"],
+        "--standby needs a secret",
+    ),
     (["--log-level", "loud"], "--log-level 'loud' is not one; supported: debug, info, warning, error"),
     (["--dtype", "int4"], "--dtype 'int4' is not one"),
     (["--load-format", "gguf"], "--load-format 'gguf' is not one"),

@@ -13,6 +13,7 @@ import pytest
 
 from msi import Engine
 from tests.conftest import TEXT
+from tests.everyday import thorough
 from tests.test_attention_loss import ASKED, Answer, ask_all, signalled_amid, told
 from tests.test_launch import free_port, launched
 from tests.waiting import until
@@ -45,13 +46,16 @@ async def stream(session, url, begun, **changes):
 
 
 @contextlib.asynccontextmanager
-async def cluster(model, *options):
+async def cluster(model, *options, has_standby=False):
     """A coordinator, workers and a gateway, each a process; the coordinator, its arguments, and the gateway's URL."""
-    address = f"tcp://127.0.0.1:{free_port()}"
-    where = ("--coordinator", address)
-    coordinating = (model, "--role", "coordinator", *where, "--no-gateway", "--micro-batches", 2, *options)
+    address, *others = [f"tcp://127.0.0.1:{free_port()}" for _ in range(1 + has_standby)]
+    where = ("--coordinator", ",".join([address, *others]))
+    common = (model, "--role", "coordinator", "--no-gateway", "--micro-batches", 2, *options)
+    coordinating = (*common, "--coordinator", address)
     async with contextlib.AsyncExitStack() as stack:
         coordinator = await stack.enter_async_context(launched(*coordinating))
+        for other in others:
+            await stack.enter_async_context(launched(*common, "--coordinator", other, "--standby", address))
         for role in ("attention", "expert"):
             await stack.enter_async_context(launched(model, "--role", role, *where, *ONE_THREAD, *options))
         gateway = await stack.enter_async_context(launched("--role", "gateway", *where, "--port", 0))
@@ -85,6 +89,26 @@ async def test_streams_through_a_gateway_go_on_when_the_coordinator_is_killed_an
             answers = await asyncio.wait_for(asyncio.gather(*running, meanwhile), 90)
             assert answers == [*expected, expected[0]]
             assert "Traceback" not in again.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, thorough(signal.SIGKILL)])
+async def test_who_stands_by_takes_streams_over_and_a_coordinator_that_only_slept_ends(tiny_model, monkeypatch, number):
+    monkeypatch.setenv("MSI_SECRET", "that all of this test's processes have")
+    prompts = [TEXT, TEXT[:40], TEXT[5:60]]
+    async with cluster(tiny_model, has_standby=True) as (coordinator, _, url, session):
+        begun = set()
+        expected = [await stream(session, url, begun, prompt=prompt) for prompt in prompts]
+        begun.clear()
+        running = [asyncio.create_task(stream(session, url, begun, prompt=prompt)) for prompt in prompts]
+        await until(lambda: len(begun) == len(prompts), 60)
+        os.kill(coordinator.process.pid, number)
+        meanwhile = asyncio.create_task(stream(session, url, begun, prompt=prompts[0]))
+        assert await asyncio.wait_for(asyncio.gather(*running, meanwhile), 90) == [*expected, expected[0]]
+        if number == signal.SIGSTOP:
+            os.kill(coordinator.process.pid, signal.SIGCONT)
+            assert await coordinator.ended() == 2
+            assert "has taken over while this one was silent" in coordinator.said
+        assert await asyncio.wait_for(stream(session, url, begun, prompt=prompts[0]), 60) == expected[0]
 
 
 async def test_when_nobody_takes_its_place_in_time_streams_end_and_new_requests_get_503(tiny_model):

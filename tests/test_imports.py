@@ -33,7 +33,7 @@ LAYERS = [
         "msi.control.fair_queue", "msi.control.overload", "msi.control.prediction",
         "msi.control.watched", "msi.control.takeover", "msi.control.adoption",
         "msi.control.placing", "msi.control.due_changes", "msi.control.expert_places", "msi.control.changes",
-        "msi.control.orders", "msi.control.size_watch", "msi.options",
+        "msi.control.orders", "msi.control.size_watch", "msi.control.rhythm", "msi.control.succession", "msi.options",
     },
     {"msi.device", "msi.models", "msi.text"},
     {"msi.attention", "msi.experts", "msi.worker"},

@@ -226,16 +226,16 @@ def taken_over(before, now=0.0):
     cluster = Cluster(replace(PLAN, instance="another token"), now)
     for worker_id in before._members:
         assert cluster.adopt(worker_id.encode(), account(before, worker_id), now) == [
-            Send(worker_id.encode(), Adopted(1))
+            Send(worker_id.encode(), Adopted(2))
         ]
     return cluster
 
 
 def test_workers_go_on_as_they_are_under_the_token_of_the_instance():
     cluster = taken_over(formed())
-    assert cluster.plan == PLAN
+    assert cluster.plan == replace(PLAN, term=2)
     assert list(cluster.serving) == ["attention-0"]
-    assert (cluster.num_lanes, cluster.term) == (3, 1)
+    assert (cluster.num_lanes, cluster.term) == (3, 2)
     done = PassDone("attention-0", 0, 17, ())
     assert cluster.passed(b"attention-0", done) == []
     (ack,) = beat(cluster, b"attention-0", "attention-0", 1.0)
@@ -274,7 +274,9 @@ def test_nobody_hears_who_is_there_before_all_are_or_are_late():
     assert [one.worker_id for one in topology.message.experts] == ["expert-0"]
     late = hello(cluster, b"e1", worker_id="expert-1", now=TAKEOVER_S)
     assert isinstance(late, Assignment)
-    assert late.incarnation == LIVES_PER_TERM, "later than any life of its that the coordinator before may have known"
+    assert late.incarnation == 2 * LIVES_PER_TERM, (
+        "later than any life of its that the coordinator before may have known"
+    )
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ async def main() -> None:
     async with Engine.local(
         attention_workers=2, expert_workers=2, micro_batches=2, threads_per_worker=1,
         expert_redundancy=arguments.redundancy, transport=arguments.transport,
-        hedge_after=arguments.hedge_after,
+        hedge_after=arguments.hedge_after, dtype="float32",
     ) as engine:  # fmt: skip
         await played(engine, arguments.streams, 20)
         undisturbed, _ = await played(engine, arguments.streams, arguments.tokens)

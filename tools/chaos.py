@@ -15,6 +15,9 @@ end it waits until the instance is whole again. Fails (status 1) when
 - the instance was not whole again within a minute of a fault;
 - a process ended that was not killed here, or descriptors or processes are left over at the end.
 
+It computes in float32: in bfloat16 the two likeliest tokens are often equally likely to the last bit, and computing a row
+beside others turns their order.
+
 Told of each fault: the longest wait of a stream for its next piece meanwhile (stall), and when the streams were as fast
 as before again (recovery). A slow machine makes both longer: run it on an idle one.
 """
@@ -73,7 +76,7 @@ def launched_with(arguments: argparse.Namespace) -> tuple[str, ...]:
     return (
         *([arguments.model] if arguments.model else []), "--attention-workers", str(arguments.attention_workers),
         "--expert-workers", str(arguments.expert_workers), "--threads-per-worker", "1",
-        "--expert-redundancy", str(arguments.redundancy),
+        "--expert-redundancy", str(arguments.redundancy), "--dtype", "float32",
         "--transport", arguments.transport, *(f"--{option.removeprefix('--')}" for option in arguments.launch),
     )  # fmt: skip
 

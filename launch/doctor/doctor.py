@@ -49,8 +49,11 @@ def findings(arguments: LaunchArguments, limits: host.Limits | None = None) -> I
     yield host.check_descriptors(limits)
     if role == "coordinator":
         yield network.check_coordinator_port(arguments.coordinator, arguments.trust)
+        if arguments.standby:
+            yield network.check_coordinator(arguments.standby)
     elif role:
-        yield network.check_coordinator(arguments.coordinator)
+        for address in arguments.coordinator.split(","):
+            yield network.check_coordinator(address.strip())
         yield network.check_secret(arguments.coordinator, arguments.trust)
     for peer in arguments.hosts:
         yield from network.check_host(peer, arguments.port)

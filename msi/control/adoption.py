@@ -34,7 +34,7 @@ def why_not_adopted(account: Account, plan: InstancePlan, members: Mapping[str, 
         return "experts are placed on another number of workers now"
     wanted = replace(plan, instance=given.instance, timeouts=given.timeouts)
     would_be = assignment(wanted, adopted(b"", account, 0.0), account.hello.precision, given.placement, given.former)
-    if replace(would_be, memory_share=given.memory_share) != given:  # a share of so many as there were then
+    if replace(would_be, memory_share=given.memory_share, term=given.term) != given:  # a share of as many as were there
         return "the coordinator was started with other options"
     return ""
 

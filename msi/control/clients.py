@@ -79,9 +79,14 @@ class Clients:
         del self._clients[route]
         return False
 
-    def acknowledged(self, route: bytes) -> Send:
-        """The answer to a heartbeat."""
-        return Send(route, HeartbeatAck(num_outputs=self._clients[route].num_outputs))
+    def acknowledged(self, route: bytes, term: int) -> Send:
+        """The answer to a heartbeat, of the coordinator of this term."""
+        return Send(route, HeartbeatAck(num_outputs=self._clients[route].num_outputs, term=term))
+
+    @property
+    def routes(self) -> list[bytes]:
+        """To all of them."""
+        return list(self._clients)
 
     def pulse(self, pulse: ClientPulse, now: float) -> None:
         for client in self._clients.values():

@@ -48,6 +48,7 @@ from msi.control.messages import (
     Stats,
     StatsRequest,
     Submit,
+    Superseded,
     Welcome,
     WorkerFailed,
     WorkerHello,
@@ -89,6 +90,7 @@ class Coordinator:
         drift: holds what workers measure against the plan that runs, if there is one.
         watch: of the loop that this runs on; what it measures is told with the stats.
         spans: of requests; None where they are not traced.
+        is_private: only those who were let in are heard, so that they are believed that another has taken over.
         clock: seconds, monotonic.
     """
 
@@ -103,6 +105,7 @@ class Coordinator:
         drift: DriftWatch | None = None,
         watch: LoopWatch | None = None,
         spans: OpenSpans | None = None,
+        is_private: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server = server
@@ -111,6 +114,7 @@ class Coordinator:
         self._drift = drift
         self._watch = watch
         self._spans = spans
+        self._is_private = is_private
         self._cluster = Cluster(plan, clock())
         self._router = Router(
             max_model_len=plan.limits.max_model_len,
@@ -130,20 +134,54 @@ class Coordinator:
         self._lane_choice = LaneChoice(plan, num_micro_batches, num_layers)
         self._is_ending = False
         self._all_ended = asyncio.Event()
+        self._superseded: Superseded | None = None
+        self._is_superseded = asyncio.Event()
 
     async def run(self) -> None:
-        """Serves for ever. Cancel it to stop; workers are then told to end."""
+        """Serves for ever. Cancel it to stop; workers are then told to end.
+
+        Raises:
+            Unavailable: another coordinator has taken over; who followed this one is told where that is reached.
+        """
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 tasks.create_task(self._receive(), name="control")
                 tasks.create_task(self._tick(), name="tick")
+                tasks.create_task(self._until_superseded(), name="superseded")
+        except ExceptionGroup as group:
+            if self._superseded is None:
+                raise
+            raise group.exceptions[0] from None
         finally:
-            for route in self._cluster.routes:
+            for route in self._cluster.routes if self._superseded is None else []:
                 self._server.send(route, Shutdown("the coordinator ended"))
             self._server.close()
             if self._spans is not None:
                 await self._spans.close()
+
+    @property
+    def term(self) -> int:
+        """Which coordinator of the instance this is; see `msi.control.succession`."""
+        return self._cluster.term
+
+    @property
+    def has_workers(self) -> bool:
+        return bool(self._cluster.live("attention") or self._cluster.live("expert"))
+
+    def give_way(self, to: Superseded) -> None:
+        """Another one coordinates: `run` ends, and nobody who follows this one is told to end with it."""
+        if self._superseded is None:
+            self._superseded = to
+            for route in (*self._cluster.routes, *self._clients.routes):
+                self._server.send(route, to)
+            self._is_superseded.set()
+
+    async def _until_superseded(self) -> None:
+        await self._is_superseded.wait()
+        assert self._superseded is not None
+        where = f" at {self._superseded.address}" if self._superseded.address else ""
+        raise Unavailable(f"another coordinator{where} has taken over while this one was silent")
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
@@ -205,8 +243,12 @@ class Coordinator:
                 self._carry_out([answer])
             case ClientPulse():
                 self._clients.pulse(message, now)
-            case Submit() | Resubmit() | Cancel() | ClientHeartbeat() | StatsRequest() | Order() if not is_client:
-                self._server.send(route, HelloAgain("the coordinator does not know this client; say hello first"))
+            case Submit() | Resubmit() | Cancel() | ClientHeartbeat() | StatsRequest() | Superseded() | Order() if (
+                not is_client
+            ):
+                self._server.send(
+                    route, HelloAgain("the coordinator does not know this client; say hello first", cluster.term)
+                )
             case Submit():
                 self._submit(route, message, now)
             case Resubmit():
@@ -221,6 +263,9 @@ class Coordinator:
                     self._cancel(*given)
             case ClientHeartbeat():
                 self._client_beats(route, message, now)
+            case Superseded():
+                if self._is_private and message.term > cluster.term:
+                    self.give_way(message)
             case Order():
                 self._tasks.create_task(self._obey(route, message), name="order")
             case StatsRequest():
@@ -239,6 +284,8 @@ class Coordinator:
                 self._server.send(route, Refused("this connection is a worker's, and can be no client's"))
             case _:
                 log.warning("dropped %s: not for a coordinator", type(message).__name__)
+        if cluster.superseded_by:
+            self.give_way(Superseded(cluster.superseded_by, ""))
         self._advance(now)
 
     async def _obey(self, route: bytes, order: Order) -> None:
@@ -309,10 +356,10 @@ class Coordinator:
     def _client_beats(self, route: bytes, heartbeat: ClientHeartbeat, now: float) -> None:
         if not self._clients.beats(route, heartbeat.num_submits, now):
             self._forget_clients([route])
-            self._server.send(route, HelloAgain("requests were lost on the way to the coordinator"))
+            self._server.send(route, HelloAgain("requests were lost on the way to the coordinator", self.term))
             return
         self._say_status(now)
-        self._carry_out([self._clients.acknowledged(route)])
+        self._carry_out([self._clients.acknowledged(route, self._cluster.term)])
 
     def _submit(self, route: bytes, message: Submit, now: float) -> None:
         request = self._traced(route, message.request)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from msi.control.messages import Assignment, WorkerHello, WorkerStatus
+from msi.control.rhythm import Rhythm
 from msi.precision import Precision
 from msi.settings import LinkShape, Rebalance, SchedulerLimits, ServiceLevel, Timeouts
 from msi.types import Place, Placement, StageTimes
@@ -27,6 +28,8 @@ class InstancePlan:
         max_resumptions: how often a request goes on elsewhere when its attention worker is lost.
         max_attention, max_expert: as many nodes as may be there while it runs; 0: no more than at the start.
         places: of workers that are wanted now, by role; None: as many as at the start.
+        term: of its coordinator; see `msi.control.succession`.
+        is_on_network: a worker's host may vanish without a word; here somebody sees processes end.
     """
 
     instance: str
@@ -46,6 +49,8 @@ class InstancePlan:
     max_attention: int = 0
     max_expert: int = 0
     places: Mapping[str, tuple[int, ...]] | None = None
+    term: int = 0
+    is_on_network: bool = False
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -130,6 +135,7 @@ class Member:
         num_passes: PassDones that came from it.
         placement_version, has_former: of what it uses, as it last said; see `msi.control.placing`.
         leaves_by: whatever it runs goes on elsewhere then.
+        rhythm: of its signs of life.
     """
 
     worker_id: str
@@ -155,6 +161,7 @@ class Member:
     has_former: bool = False
     leaves_by: float = math.inf
     loop_lag_s: float = 0.0
+    rhythm: Rhythm = field(default_factory=Rhythm)
     status: WorkerStatus = field(default=NO_STATUS)
 
     @property
@@ -191,4 +198,5 @@ def assignment(
         link=plan.link,
         timeouts=plan.timeouts,
         precision=precision,
+        term=plan.term,
     )

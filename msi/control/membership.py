@@ -44,6 +44,7 @@ from msi.control.messages import (
     WorkerStats,
     WorkerStatus,
 )
+from msi.control.succession import next_term
 from msi.control.watched import WATCHED_FOR_S
 from msi.errors import ConfigError, shown
 
@@ -68,8 +69,9 @@ class Cluster:
         self.places = ExpertPlaces(plan, self._members)
         self.placing = self.places.placing
         self._formation = Formation(plan, self._members, self.places.why_not_yet)
+        self._formation.first_incarnation = plan.term * LIVES_PER_TERM
         self._exited: dict[int, float] = {}  # processes that ended, and when
-        self.term = 0  # which coordinator of the instance this is
+        self.superseded_by = 0  # the term of a coordinator that took over from this one
         self._taking_over_until = 0.0  # 0 where it takes nothing over
         self._asked: dict[bytes, float] = {}  # who was asked for an account, and when
 
@@ -85,6 +87,11 @@ class Cluster:
         """To everyone who is here: attention workers first, then expert workers, then those without a role yet."""
         members = [member.route for role in ("attention", "expert") for member in self.live(role)]
         return [*members, *self._formation.routes]
+
+    @property
+    def term(self) -> int:
+        """Which coordinator of the instance this is."""
+        return self.plan.term
 
     def has_route(self, route: bytes) -> bool:
         """Whether a worker is, or was last, behind it."""
@@ -186,7 +193,7 @@ class Cluster:
     def _who_are_you(self, route: bytes, worker_id: str, now: float) -> list[Instruction]:
         """To a worker that is none of ours (any more): one of the coordinator before may go on as it is."""
         if worker_id in self._members:
-            return [Send(route, HelloAgain("the coordinator does not know this worker (any more)"))]
+            return [Send(route, self._hello_again("the coordinator does not know this worker (any more)"))]
         if now - self._asked.get(route, -ASKED_AGAIN_S) < ASKED_AGAIN_S:
             return []  # what it said while there was no coordinator comes all at once
         self._asked[route] = now
@@ -202,9 +209,9 @@ class Cluster:
         given = account.assignment
         if self.member(route, given.worker_id, given.incarnation) is not None:
             return [Send(route, Adopted(self.term))]
+        self._use_places(replace(self.plan, term=max(self.term, next_term(account.term, self.term))))
         if objection := self._formation.objection(account.hello) or why_not_adopted(account, self.plan, self._members):
-            return [Send(route, HelloAgain(objection))]
-        self.term = max(self.term, account.term + 1)
+            return [Send(route, self._hello_again(objection))]
         if not self._members:
             self.plan = replace(self.plan, instance=given.instance)
             self._taking_over_until = now + TAKEOVER_S
@@ -250,6 +257,9 @@ class Cluster:
         """A sign of life, and what the worker believes; what it turns out not to know is said again."""
         member = self.member(route, heartbeat.worker_id, heartbeat.incarnation)
         if member is None:
+            if heartbeat.worker_id in self._members and heartbeat.belief.term > self.term:
+                self.superseded_by = heartbeat.belief.term  # what is known of it here is of long ago
+                return []
             return self._who_are_you(route, heartbeat.worker_id, now)
         member.last_seen = member.heard_at = now
         member.status, member.has_beaten = heartbeat.status, True
@@ -267,7 +277,8 @@ class Cluster:
         member.placement_version, member.has_former = belief.placement_version, belief.has_former
         instructions += self.placing.to(member)
         member.num_acks += 1
-        return [*instructions, Send(route, HeartbeatAck(member.num_acks, is_watched=now < self._watched_until))]
+        is_watched = now < self._watched_until
+        return [*instructions, Send(route, HeartbeatAck(member.num_acks, is_watched=is_watched, term=self.term))]
 
     def watch(self, now: float) -> None:
         """Somebody watches: workers hear of it with the answers to their heartbeats."""
@@ -285,6 +296,7 @@ class Cluster:
             reason = f"its loop has been standing still for {pulse.loop_lag_s:.0f} s"
             return self._lose(member, reason, has_crashed=True)
         member.last_seen = member.heard_at = now
+        member.rhythm.beat(now)
         return []
 
     def passed(self, route: bytes, done: PassDone) -> list[Instruction] | None:
@@ -294,7 +306,7 @@ class Cluster:
             is_new = done.worker_id not in self._members  # what it is, its heartbeat will say
             if is_new or any(one.is_live and one.route == route for one in self._members.values()):
                 return None  # of its former life
-            return [Send(route, HelloAgain("the coordinator does not know this worker (any more)"))]
+            return [Send(route, self._hello_again("the coordinator does not know this worker (any more)"))]
         if done.number != member.num_passes:
             return self._lose(member, "tokens of its were lost on the way")
         member.num_passes += 1
@@ -433,7 +445,7 @@ class Cluster:
         for member in list(self._members.values()):
             member.last_seen += late_s
             silent_s = now - member.last_seen
-            patience_s = self.plan.timeouts.lost_after_s * (LOADING_PATIENCE if member.state == "loading" else 1)
+            patience_s = self._patience_s(member)
             if member.is_live and silent_s > patience_s:
                 instructions += self._lose(member, f"no sign of life for {silent_s:.1f} s")
         instructions += self._has_taken_over(now)
@@ -451,6 +463,13 @@ class Cluster:
             self.failure = f"gave up after {self.plan.timeouts.start_timeout_s:g} s: {self.sentence(now)}"
         return instructions
 
+    def _patience_s(self, member: Member) -> float:
+        """With a member's silence."""
+        most_s = self.plan.timeouts.lost_after_s
+        if member.state == "loading":
+            return most_s * LOADING_PATIENCE
+        return member.rhythm.patience_s(most_s) if self.plan.is_on_network else most_s
+
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def knows(self, route: bytes, worker_id: str, incarnation: int) -> bool:
@@ -463,6 +482,9 @@ class Cluster:
         if member is None or not member.is_live or member.route != route or member.incarnation != incarnation:
             return None
         return member
+
+    def _hello_again(self, reason: str) -> HelloAgain:
+        return HelloAgain(reason, self.term)
 
     def _assignment(self, member: Member) -> Assignment:
         assert self._formation.precision is not None, "nobody is a member before it is known"
@@ -489,7 +511,7 @@ class Cluster:
 
     def _lose(self, member: Member, reason: str, has_crashed: bool = False) -> list[Instruction]:
         member.state, member.reason, member.is_linked = "lost", reason, False
-        out = Send(member.route, HelloAgain(f"the coordinator gave it up: {reason}"))
+        out = Send(member.route, self._hello_again(f"the coordinator gave it up: {reason}"))
         if member.role == "expert":
             return [out, *self._topology_to(*self.live("attention"))]
         fences = [Send(expert.route, Fence(member.worker_id)) for expert in self.live("expert")]

@@ -4,10 +4,10 @@ worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, P
                         Calibrated, CalibrationCutShort, WorkerFailed, Placed, Draining, Goodbye, Account,
                         RequestAccount; Pulse, by a socket of its own
 coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, AccountWanted, Adopted, Topology, UsePlacement,
-                        Fence, Submit, Cancel, Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown
+                        Fence, Submit, Cancel, Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown, Superseded
 client -> coordinator   ClientHello, Submit, Resubmit, Cancel, ClientHeartbeat, StatsRequest, Superseded, Order;
                         ClientPulse, by a socket of its own
-coordinator -> client   Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck, Ordered
+coordinator -> client   Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck, Ordered, Superseded
 
 Any message may be lost with a connection that breaks. Heartbeats say what their sender believes, and their answers how
 far the other side has come, so that what is missing is said again, and what cannot be made good ends with a sentence.
@@ -82,6 +82,7 @@ class Assignment:
         is_colocated: an attention worker that hosts all experts too.
         memory_share: of the memory for KV cache, when several attention workers share a host.
         link: with the lanes that slots are made for; UseLanes says how many run.
+        term: of the coordinator; see `msi.control.succession`.
     """
 
     instance: str
@@ -98,6 +99,7 @@ class Assignment:
     timeouts: Timeouts
     precision: Precision
     former: Placement | None = None
+    term: Count = 0
 
     @property
     def has_attention(self) -> bool:
@@ -135,9 +137,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class HelloAgain:
-    """The coordinator does not (or no longer) know this worker or client: it may come back through a new hello."""
+    """The coordinator of this term does not (or no longer) know this worker or client: it may say hello anew."""
 
     reason: str
+    term: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +284,7 @@ class WorkerBelief:
         placement_version: of the placement that it uses; an attention worker of which nothing older is on its way.
         has_former: of an expert worker, whether it takes rows of the placement before that.
         request_ids: all that it holds.
+        term: of the coordinator that it follows.
     """
 
     acked: int = -1
@@ -290,6 +294,7 @@ class WorkerBelief:
     request_ids: tuple[str, ...] = ()
     placement_version: Count = 0
     has_former: bool = False
+    term: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,11 +339,13 @@ class HeartbeatAck:
         number: counts up, for each worker.
         num_outputs: Outputs that were sent to this client so far.
         is_watched: somebody watches: this worker is to tell more with its next heartbeats.
+        term: the coordinator's.
     """
 
     number: Count = 0
     num_outputs: Count = 0
     is_watched: bool = False
+    term: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,7 +513,9 @@ class Resubmit:
 
 @dataclass(frozen=True, slots=True)
 class Superseded:
-    """To a coordinator that was taken for dead: another one has taken over, and is reached at `address`."""
+    """Another coordinator has taken over, and is reached at `address`: to one that was taken for dead, and from it to
+    those who follow it still.
+    """
 
     term: Count
     address: str
@@ -586,10 +595,10 @@ FROM_WORKER = (
 )  # fmt: skip
 TO_WORKER = (
     Assignment, Undecided, Refused, HelloAgain, AccountWanted, Adopted, Topology, UsePlacement, Fence, Submit, Cancel,
-    Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown,
+    Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown, Superseded,
 )  # fmt: skip
 FROM_CLIENT = (ClientHello, Submit, Resubmit, Cancel, ClientHeartbeat, ClientPulse, StatsRequest, Superseded, Order)
-TO_CLIENT = (Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck, Ordered)
+TO_CLIENT = (Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck, Ordered, Superseded)
 
 # Each end reads only what the other may say.
 MAX_BYTES = 16 * 1024 * 1024  # of what a coordinator reads; what it says may be longer, such as a tokenizer

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from msi.control.coordinator import Coordinator
+from msi.control.following import way_to
 from msi.control.members import InstancePlan
 from msi.control.messages import COORDINATOR_END, WORKER_END, Welcome
 from msi.errors import ConfigError
@@ -23,7 +24,7 @@ from msi.models.families import load_config
 from msi.models.files import read_json
 from msi.models.required import check_weights
 from msi.models.texts import read_texts
-from msi.net.control import ControlClient, MessageClient, MessageServer
+from msi.net.control import MessageClient, MessageServer
 from msi.net.control_server import ControlServer
 from msi.net.secret import NO_SECRET, Trust
 from msi.options import InstanceOptions
@@ -132,14 +133,21 @@ def create_coordinator(
     server: MessageServer,
     watch: LoopWatch | None = None,
     place: PlaceExperts | None = None,
+    *,
+    term: int = 0,
+    is_private: bool = False,
 ) -> Coordinator:
     """Takes the server over, and closes it where this raises.
+
+    Args:
+        term, is_private: see `msi.control.succession` and `Coordinator`.
 
     Raises:
         ConfigError: the model directory or the options cannot work.
     """
     try:
         plan, config = build_plan(options, place)
+        plan = replace(plan, term=term, is_on_network=server.address.startswith("tcp://"))
         for remark in config.remarks:
             log.warning("%s", remark)
         return Coordinator(
@@ -151,6 +159,7 @@ def create_coordinator(
             drift=_drift_watch(options),
             watch=watch,
             spans=open_spans(options.otlp_traces_endpoint, "coordinator"),
+            is_private=is_private,
         )
     except BaseException:
         server.close()
@@ -203,7 +212,7 @@ def create_worker(
     from msi.worker.worker import Worker, WorkerSettings
 
     host = HostSettings(
-        coordinator=coordinator,
+        coordinator=coordinator.partition(",")[0],
         source=options.source,
         host=options.host,
         precision=options.precision,
@@ -219,7 +228,7 @@ def create_worker(
         timeouts=options.timeouts,
         otlp_traces_endpoint=options.otlp_traces_endpoint,
     )
-    control = control or ControlClient(coordinator, WORKER_END, trust.secret)
+    control = control or way_to(coordinator, WORKER_END, trust.secret)
     made = TorchHost(host) if make_host is None else make_host(host)
     return Worker(settings, made, control, watch)
 

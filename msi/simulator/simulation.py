@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from msi.control.client import CoordinatorClient
 from msi.control.coordinator import Coordinator
 from msi.control.messages import Welcome
 from msi.errors import EngineError, Unavailable
+from msi.net.control import MessageClient
 from msi.net.control_inproc import InprocServer
 from msi.planner.drift import DriftWatch
 from msi.planner.stage_costs import StageCosts
@@ -107,7 +109,7 @@ class _Simulation:
         latency = (lambda num_bytes: 0.0) if deployment.is_colocated else costs.comm_s
         network = SimulatedNetwork(latency, is_collapsing=is_collapsing)
         server = self._new_server()
-        client = CoordinatorClient(server.connect("client"), clock=loop.time)
+        client = CoordinatorClient(self._connect(server, "client"), clock=loop.time)
         world = World(deployment, costs, self._routing, network, seed)
         async with asyncio.TaskGroup() as tasks:
             self._coordinate(tasks, server)
@@ -134,19 +136,28 @@ class _Simulation:
     def _new_server(self) -> InprocServer:
         return InprocServer(hand_over=partial(virtual_loop().call_later, self._deployment.control_latency_s))
 
+    def _connect(self, server: InprocServer, name: str) -> MessageClient:
+        """A worker's or client's way to the coordinator."""
+        return server.connect(name)
+
     def _coordinate(self, tasks: asyncio.TaskGroup, server: InprocServer) -> None:
-        deployment = self._deployment
         self._server = server
-        coordinator = Coordinator(
+        self._running[COORDINATOR] = tasks.create_task(self._coordinator(server).run(), name=COORDINATOR)
+
+    def _coordinator(
+        self, server: InprocServer, term: int = 0, clock: Callable[[], float] | None = None
+    ) -> Coordinator:
+        deployment = self._deployment
+        return Coordinator(
             server,
-            deployment.plan,
+            replace(deployment.plan, term=term),
             Welcome("simulated", VOCAB_SIZE, deployment.limits.max_model_len),
             num_micro_batches=deployment.num_micro_batches,
             num_layers=deployment.num_layers,
             drift=self._drift,
-            clock=virtual_loop().time,
+            is_private=True,
+            clock=clock or virtual_loop().time,
         )
-        self._running[COORDINATOR] = tasks.create_task(coordinator.run(), name=COORDINATOR)
 
     def _replace_coordinator(self, tasks: asyncio.TaskGroup, after_s: float) -> None:
         """It says nothing any more, and hears nothing; nor does anybody until another one has come."""
@@ -164,7 +175,7 @@ class _Simulation:
 
     def _start(self, tasks: asyncio.TaskGroup, world: World, server: InprocServer, role: str, worker_id: str) -> None:
         host = self._hosts[worker_id] = SimulatedHost(world, role)
-        control = server.connect(worker_id)
+        control = self._connect(server, worker_id)
         settings = WorkerSettings(server.address, role, worker_id, trace_dir=self._trace_dir)
         worker = self._workers[worker_id] = Worker(settings, host, control)
         running = self._running[worker_id] = tasks.create_task(worker.run(), name=worker_id)

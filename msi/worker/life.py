@@ -57,6 +57,7 @@ class Life:
             ready=self.ready,
             is_linked=attention is not None and attention.links.is_complete,
             num_lanes=0 if attention is None else attention.num_lanes,
+            term=self.term,
             request_ids=() if attention is None else attention.requests.ids,
             placement_version=self._placement_version(),
             has_former=experts is not None and experts.placed[1] is not None,

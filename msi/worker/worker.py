@@ -208,7 +208,7 @@ class Worker:
     # -- one life ----------------------------------------------------------------------------------------------------
 
     async def _live(self, assignment: Assignment) -> None:
-        life = self.life = Life(assignment, last_heard=self._clock())
+        life = self.life = Life(assignment, last_heard=self._clock(), term=assignment.term)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._heartbeats.run(life), name="heartbeats")
@@ -277,6 +277,8 @@ class Worker:
                 case Drain():
                     life.is_draining = True
                     self._drain_wanted.ring()
+                case HelloAgain() | Adopted() if message.term < life.term:
+                    log.warning("%s: a coordinator that was superseded is not obeyed", self.worker_id)
                 case HelloAgain():
                     raise LifeEnds(message.reason)
                 case AccountWanted():
