@@ -15,8 +15,8 @@ end it waits until the instance is whole again. Fails (status 1) when
 - the instance was not whole again within a minute of a fault;
 - a process ended that was not killed here, or descriptors or processes are left over at the end.
 
-It computes in float32: in bfloat16 the two likeliest tokens are often equally likely to the last bit, and computing a row
-beside others turns their order.
+It computes in float32: in bfloat16 the two likeliest tokens are often equally likely to the last bit, and computing a
+row beside others turns their order.
 
 Told of each fault: the longest wait of a stream for its next piece meanwhile (stall), and when the streams were as fast
 as before again (recovery). A slow machine makes both longer: run it on an idle one.

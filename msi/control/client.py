@@ -39,6 +39,7 @@ from msi.net.control import MessageClient
 from msi.types import Progress, Request
 
 HEARTBEAT_S = 1.0
+AGAIN_S = 0.2  # where none was answered: what runs waits for another coordinator to hear of it
 LOST_AFTER_S = 8.0  # a coordinator that is silent; on this host, whose end somebody sees, it may stand for longer
 LOCAL_LOST_AFTER_S = 30.0
 HELLO_TIMEOUT_S = 120.0
@@ -276,7 +277,11 @@ class CoordinatorClient:
         """What it says of requests does not count until it has welcomed us anew, and knows what we have."""
         if not self._must_greet:
             self._must_greet, self._unknown_since = True, self._clock()
-        if self._clock() - self._greeted_at >= HEARTBEAT_S:  # two who disagree do not talk all day
+        self._greet_again()
+
+    def _greet_again(self) -> None:
+        """Not all day: two may disagree, and the answer may be long."""
+        if self._clock() - self._greeted_at >= HEARTBEAT_S:
             self._greet()
 
     def _greet(self) -> None:
@@ -306,10 +311,13 @@ class CoordinatorClient:
     async def _beat(self) -> None:
         while True:
             if self._must_greet:
-                self._greet()
+                self._greet_again()
             else:
                 self._control.send(ClientHeartbeat(self._num_submits))
-            late_s = await sleep_late(HEARTBEAT_S, self._clock)
+            sent_at = self._clock()
+            late_s = await sleep_late(AGAIN_S, self._clock)
+            if self._last_heard >= sent_at:
+                late_s += await sleep_late(HEARTBEAT_S - AGAIN_S, self._clock)
             self._last_heard += late_s
             if not await read_first(self._control, self._clock):
                 continue

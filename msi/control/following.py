@@ -19,7 +19,7 @@ from msi.control.succession import Allegiance
 from msi.errors import ConfigError
 from msi.net.alarm import Alarm
 from msi.net.codec import Codec
-from msi.net.control import ControlClient, MessageClient
+from msi.net.control import ControlClient, MessageClient, is_address
 from msi.net.secret import Secret
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ def way_to(address: str, end: Codec, secret: Secret | None = None) -> MessageCli
         ConfigError: one of them is no address.
     """
     addresses = [one.strip() for one in address.split(",")]
+    if wrong := [one for one in addresses[1:] if not is_address(one)]:  # the first is looked at as it is connected to
+        raise ConfigError(f"{wrong[0]!r} is not a coordinator's address; give tcp://HOST:PORT,tcp://HOST:PORT")
     if len(addresses) == 1:
         return ControlClient(addresses[0], end, secret)
     return Following(addresses, lambda one: ControlClient(one, end, secret))

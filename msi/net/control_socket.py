@@ -119,7 +119,7 @@ def open_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, max_bytes: i
     opened.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
     opened.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
     opened.setsockopt(zmq.RECONNECT_IVL, 100)
-    opened.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    opened.setsockopt(zmq.RECONNECT_IVL_MAX, 250)  # streams wait for a coordinator that is started again
     return opened
 
 
