@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from msi import __version__, structured_outputs
-from msi.control import calibration, overload, rebalancing, request_routing, restarts, suspects
+from msi.control import calibration, overload, rebalancing, request_routing, restarts, succession, suspects
 from msi.net import hedging, secret
 from msi.planner import rebalance
 from msi.server import calls, completions, door, preparers, request_body
@@ -46,6 +46,7 @@ STANDS = [
     ("launch/README.md", r"N tokens \((\d+)\) at most", LAUNCH.max_tokens),
     ("launch/README.md", r"mode 600, (\d+)\ncharacters at least", secret.MIN_CHARS),
     ("launch/README.md", r"at the same address within (\d+) s", OPTIONS.timeouts.coordinator_grace_s),
+    ("launch/README.md", r"has been silent for (\d+) s;", succession.SILENT_S),
     ("launch/README.md", r"later each time it dies again \(up to (\d+) s\)", restarts.MOST_DELAY_S),
     ("launch/README.md", r"refused after (\d+) s with a sentence", request_routing.WAIT_FOR_WORKERS_S),
     ("launch/README.md", r"is refused for (ten)\s+minutes", {600.0: "ten"}[suspects.SUSPECTED_FOR_S]),
