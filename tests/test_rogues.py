@@ -252,7 +252,7 @@ def heartbeat_said(process=None, attention=None, experts=None, loop=None, peers=
         0, 0, 0, 0, 0, [0.0] * 5, plain(ProcessCounters, process), plain(AttentionCounters, attention),
         plain(ExpertCounters, experts), loop or {}, list(peers), watched, list(batches),
     ]  # fmt: skip
-    return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0, False]])
+    return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0, False, 0]])
 
 
 def test_a_member_that_counts_no_blocks_and_half_its_stalls_does_not_end_metrics():
