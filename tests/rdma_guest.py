@@ -29,7 +29,7 @@ from msi.net.rdma.transport import RdmaTransport
 from msi.net.regions import HOST_MEMORY
 from msi.net.slots import HEADER_BYTES, SlotLayout
 from msi.net.transport import Admission, CompletionKind
-from tests import rdma_roles
+from tests import rdma_least, rdma_roles
 
 CARDS = ("rxe0", "rxe1")
 LAYOUT = SlotLayout(num_lanes=2, slot_rows=16, row_bytes=512)
@@ -373,7 +373,8 @@ async def converse(ours, theirs, options):
 
 CHECKS = {
     "contract": contract, "exchanges": exchanges, "killed": killed, "silent": silent, "lossy": lossy, "keys": keys,
-    "latency": latency, "perftest": perftest, "roles": roles, "wire": wire, "leftovers": leftovers,
+    "latency": latency, "least": rdma_least.least, "perftest": perftest, "roles": roles, "wire": wire,
+    "leftovers": leftovers,
 }  # fmt: skip
 
 
