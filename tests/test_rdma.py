@@ -27,6 +27,7 @@ from msi.net.rdma.introduction import Introduction
 from msi.net.rdma.landing import address_of
 from msi.net.rdma.options import RdmaOptions
 from msi.net.rdma.patience import Patience
+from msi.net.rdma.reader import Reader
 from msi.net.rdma.transport import RECEIVES_PER_SEAT, RdmaTransport
 from msi.net.rdma.verbs import Port, RemoteQueue, Span
 from msi.net.regions import HOST_MEMORY
@@ -139,6 +140,50 @@ async def test_an_idle_transport_sleeps_on_its_descriptor(is_polled, poller):
         polls = joined.left_card.num_polls, joined.right_card.num_polls
         await asyncio.sleep(0.05)
         assert (joined.left_card.num_polls, joined.right_card.num_polls) == polls
+
+
+class LateCard:
+    """Whose events come later than what causes them; it takes no notice of being armed while one is on its way."""
+
+    fd = -1
+
+    def __init__(self):
+        self.completions, self.events, self.num_late, self.is_armed = [], 0, 0, False
+
+    def complete(self):
+        self.completions.append((0, 129, 5, 17))
+        self.num_late += self.is_armed
+        self.is_armed = False
+
+    def poll(self):
+        found, self.completions = self.completions, []
+        return found
+
+    def take_event(self):
+        was_there = self.events > 0
+        self.events -= was_there
+        return was_there
+
+    def arm(self):
+        self.is_armed = not self.events and not self.num_late
+
+
+async def test_an_event_that_comes_late_is_taken_and_the_queue_is_armed_again():
+    card, took = LateCard(), []
+    poller = SimpleNamespace(add=lambda take, fd: None)
+    reader = Reader(card, took.extend, pytest.fail, poll_s=0.0, poller=poller)
+    reader.start()
+    reader.take()
+    assert card.is_armed
+    for count in (1, 2, 3):
+        card.complete()
+        reader.take()
+        assert len(took) == count
+        reader.take()  # before it would sleep
+        assert not card.is_armed
+        card.events, card.num_late = card.num_late, 0  # which wakes it
+        reader.take()
+        assert card.is_armed
 
 
 class Sometimes:

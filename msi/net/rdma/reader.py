@@ -15,6 +15,7 @@ from msi.net.rdma.patience import Patience
 from msi.net.rdma.verbs import COMPLETIONS_PER_POLL, Card, Completion
 from msi.net.transport import Poller
 
+MOST_EVENTS = 2  # that have not been taken: of the last time that the queue was armed, and of the one before
 POLLS_PER_TURN = 4  # before others on the event loop get theirs
 
 
@@ -87,15 +88,16 @@ class Reader:
                 return False
             completions = self._card.poll()
             if not completions:
-                if self._is_armed:
+                if not self._take_events() and self._is_armed:
                     return False
-                self._arm()
+                self._card.arm()
+                self._is_armed = True
                 completions = self._card.poll()
                 if not completions:
                     return False
             if self._is_armed:
                 self._is_armed = False
-                self._num_events += 1
+                self._num_events = min(self._num_events + 1, MOST_EVENTS)
             self._took(completions)
             return self._is_open
         except OSError as error:
@@ -105,12 +107,16 @@ class Reader:
         finally:
             self._release()
 
-    def _arm(self) -> None:
-        """The next completion wakes who sleeps. Only events that were caused are taken: asking in vain is dear."""
+    def _take_events(self) -> bool:
+        """Whether any was there. Only those are taken that completions have caused: asking in vain is dear.
+
+        One may come later than what caused it. Cards may ignore that they are armed before the last event was taken; so
+        when it is here, and has woken us, they are armed again.
+        """
+        num_events = self._num_events
         while self._num_events and self._card.take_event():
             self._num_events -= 1
-        self._card.arm()
-        self._is_armed = True
+        return self._num_events < num_events
 
     # -- the event loop ----------------------------------------------------------------------------------------------
 
