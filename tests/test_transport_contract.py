@@ -29,6 +29,7 @@ from msi.net.transport import Admission, CompletionKind
 from msi.simulator.clock import VirtualClockLoop
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
 from tests.loopback_verbs import LoopbackDriver
+from tests.waiting import until
 
 LAYOUT = SlotLayout(2, 16, 128)
 
@@ -289,6 +290,41 @@ async def test_shm_refuses_memory_that_could_shrink_under_it():
         assert b"sealed" in reply
     finally:
         await transport.close()
+
+
+PEER = """
+import asyncio, sys
+from msi.net.auto import AutoTransport
+from msi.net.regions import HOST_MEMORY
+from msi.net.slots import SlotLayout
+
+async def main():
+    transport = AutoTransport("127.0.0.1")
+    landing = transport.register(1, SlotLayout(2, 16, 128), HOST_MEMORY)
+    endpoint = await transport.connect(sys.argv[1], b"anna", landing, 0)
+    endpoint.post(0, 7)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [ShmTransport, TcpTransport])
+async def test_what_a_killed_process_posted_arrives_and_then_its_end(kind):
+    transport, came = kind(), []
+    landing = transport.register(1, LAYOUT, HOST_MEMORY)
+    transport.deliver(lambda endpoint, *what: came.append(what))
+    address = await transport.listen(lambda hello: Admission(landing, 0, b""))
+    with subprocess.Popen([sys.executable, "-c", PEER, address]) as peer:  # noqa: ASYNC220  # it is awaited below
+        await until(lambda: len(came) == 2, 30)
+        peer.kill()
+        await until(lambda: len(came) == 3, 10)
+        assert came[1:] == [
+            (CompletionKind.IMMEDIATE, 7, ""),
+            (CompletionKind.CLOSED, 0, "its process is gone or closed the connection"),
+        ]
+    await transport.close()
 
 
 async def test_shm_leaves_no_descriptor_behind():

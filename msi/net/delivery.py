@@ -50,11 +50,6 @@ class Delivery:
             endpoint.came_at = came_at
             self(endpoint, IMMEDIATE, immediate)
 
-    @property
-    def shortest(self) -> Handler:
-        """What to call for a whole batch: the handler itself once there is one, which is half as dear."""
-        return self._handler or self
-
     def start(self, handler: Handler, together: Together | None = None) -> None:
         """From now on to this handler, beginning with what came before."""
         self._handler = handler
