@@ -16,10 +16,14 @@ from torch.nn import functional
 from msi.kernels import NONE
 from msi.kernels.experts import moe_experts
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
+from msi.kernels.native import rows
 from msi.kernels.native.bank import NativeExpertBank
 from msi.kernels.native.compiled import WIDTH, linear, native_library, pack
+from msi.kernels.native.rows import DecodePlan, native_rows
 from msi.kernels.norm import Norm
-from msi.kernels.plain import PlainKernels, scatter_answers
+from msi.kernels.paged_attention import AttentionPlan, AttentionShape
+from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.plain import PlainKernels, RopeTable, scatter_answers
 from msi.kernels.quantized import Quantized, num_bytes
 from msi.kernels.routing import PackedRows, pack_rows, rows_for_node
 
@@ -42,6 +46,7 @@ class CpuKernels(PlainKernels):
     def __init__(self, *, has_bf16_units: bool = True) -> None:
         super().__init__(torch.device("cpu"))
         self._has_bf16_units = has_bf16_units
+        self._rows: ctypes.PyDLL | None = None  # with the first matrix that is packed: others stay torch's altogether
 
     @property
     def can_widen(self) -> bool:
@@ -51,6 +56,7 @@ class CpuKernels(PlainKernels):
     def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:
         is_packed = isinstance(weight, Quantized) or weight.dtype is torch.bfloat16
         if is_packed and weight.shape[1] % 2 == 0 and (library := native_library()) is not None:
+            self._rows = native_rows()
             return _native(library, weight, bias)
         if isinstance(weight, Quantized):
             return super().linear(weight, bias)
@@ -86,6 +92,36 @@ class CpuKernels(PlainKernels):
             return NativeExpertBank(library, num_layers, num_experts, hidden_size, inner_size, format)
         return CpuExpertBank(self.linear, num_layers, num_experts)
 
+    def norm(self, hidden: Tensor, norm: Norm) -> Tensor:
+        normed = None if self._rows is None else rows.norm(self._rows, hidden, norm)
+        return super().norm(hidden, norm) if normed is None else normed
+
+    def add_norm(self, hidden: Tensor, added: Tensor, norm: Norm) -> Tensor:
+        normed = None if self._rows is None else rows.norm(self._rows, hidden, norm, added)
+        return super().add_norm(hidden, added, norm) if normed is None else normed
+
+    def plan_attention(
+        self,
+        inputs: PassTensors,
+        host: PassTensors,
+        shape: AttentionShape,
+        dtype: torch.dtype,
+        is_fixed: bool = False,
+    ) -> AttentionPlan | DecodePlan:
+        plan = None if self._rows is None else rows.decode_plan(host, shape, dtype)
+        return super().plan_attention(inputs, host, shape, dtype, is_fixed) if plan is None else plan
+
+    def rope_and_write(
+        self, heads: Tensor, num_q: int, rope: RopeTable, layer_cache: Tensor, plan: AttentionPlan | DecodePlan
+    ) -> None:
+        if self._rows is None or not rows.rope_and_write(self._rows, heads, num_q, rope, layer_cache, plan.kv_rows):
+            super().rope_and_write(heads, num_q, rope, layer_cache, plan)
+
+    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan | DecodePlan) -> Tensor:
+        if isinstance(plan, DecodePlan):
+            return rows.decode(query, layer_cache, plan)
+        return super().paged_attention(query, layer_cache, plan)
+
     def pack(
         self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes
     ) -> Any:
@@ -101,12 +137,15 @@ class CpuKernels(PlainKernels):
         return sent
 
     def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Any, norm: Norm) -> Tensor:
+        if len(sent) == 1 and sent[0][1] is None:  # all rows went to one node
+            node, _, count = sent[0]
+            return self.add_norm(hidden, answers[node, :count], norm)
         for node, token_index, count in sent:
-            rows = answers[node, :count]
+            added = answers[node, :count]
             if token_index is None:
-                hidden.add_(rows)
+                hidden.add_(added)
             else:
-                hidden.index_add_(0, token_index, rows)
+                hidden.index_add_(0, token_index, added)
         return self.norm(hidden, norm)
 
 

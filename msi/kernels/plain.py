@@ -17,7 +17,7 @@ from msi.kernels import NONE, SigmoidRouting
 from msi.kernels.experts import gated_mlp, silu_and_mul
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
 from msi.kernels.norm import Norm
-from msi.kernels.paged_attention import AttentionPlan, AttentionShape, paged_attention, plan_attention, write_kv
+from msi.kernels.paged_attention import AttentionShape, paged_attention, plan_attention, write_kv
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.quantized import Quantized
 from msi.kernels.rope import apply_rope, rope_table
@@ -80,18 +80,16 @@ class PlainKernels:
         shape: AttentionShape,
         dtype: torch.dtype,
         is_fixed: bool = False,
-    ) -> AttentionPlan:
+    ) -> Any:
         return plan_attention(host, shape.sliding_window, dtype, self.device, is_fixed)
 
-    def rope_and_write(
-        self, heads: Tensor, num_q: int, rope: RopeTable, layer_cache: Tensor, plan: AttentionPlan
-    ) -> None:
+    def rope_and_write(self, heads: Tensor, num_q: int, rope: RopeTable, layer_cache: Tensor, plan: Any) -> None:
         num_tokens, num_heads, head_dim = heads.shape
         num_kv = (num_heads - num_q) // 2
         apply_rope(heads[:, : num_q + num_kv], *rope)
         write_kv(layer_cache, heads[:, num_q:].view(num_tokens, 2, num_kv, head_dim), plan.kv_rows)
 
-    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan) -> Tensor:
+    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: Any) -> Tensor:
         return paged_attention(query, layer_cache, plan.groups)
 
     # -- routing -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Compiling `products.cpp` for this processor, once, and loading it; None where that cannot be.
+"""Compiling `products.cpp` and `rows.cpp` for this processor, once, and loading it; None where that cannot be.
 
 The file that is made is kept in the user's cache, under a name that changes with the source and the processor; of
 several processes that want it at once, one compiles. It runs on the threads that torch has: two pools of them would
@@ -27,7 +27,8 @@ from msi.kernels.quantized import Quantized
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("products.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "rows.cpp"))
+HEADER = Path(__file__).with_name("vectors.h")
 COMPILER = "g++"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 COMPILES_WITHIN_S = 120.0
@@ -41,6 +42,7 @@ SIGNATURES = {
     "msi_pack": (None, (_N, _P, _P, _N, _N, _P)),
     "msi_linear": (None, (_N, _N, _N, _P, _N, _N, _P, _N, _P, _P)),
     "msi_work_values": (_N, (_N, _N, _N, _N)),
+    "msi_decode": (None, (*[_N] * 5, _P, _N, _P, _P, _N, _P, _N, _P)),
     "msi_experts": (_N, (*[_N] * 7, _P, _N, _P, _N, _P, _N, *[_P] * 5)),
 }
 
@@ -145,7 +147,7 @@ def _openmp_of_torch() -> Path:
 
 
 def _compiled() -> Path:
-    source = SOURCE.read_bytes()
+    source = [path.read_bytes() for path in (*SOURCES, HEADER)]
     processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
     digest = hashlib.sha256(repr((source, FLAGS, processor)).encode()).hexdigest()[:24]
     folder = _own_folder()
@@ -173,11 +175,11 @@ def _own_folder() -> Path:
 def _compile(made: Path) -> None:
     """Beside its place, and then moved there: who does not wait sees all of it or nothing."""
     with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-        compiled, linked = Path(folder) / "products.o", Path(folder) / made.name
-        for command in (
-            [*FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
-            ["-shared", str(compiled), "-o", str(linked)],
-        ):
+        linked, objects = Path(folder) / made.name, [Path(folder) / f"{source.stem}.o" for source in SOURCES]
+        commands = [
+            [*FLAGS, "-c", str(source), "-o", str(compiled)] for source, compiled in zip(SOURCES, objects, strict=True)
+        ]
+        for command in (*commands, ["-shared", *map(str, objects), "-o", str(linked)]):
             done = subprocess.run([COMPILER, *command], capture_output=True, text=True, timeout=COMPILES_WITHIN_S)
             if done.returncode:
                 raise Unusable(f"{COMPILER} said {done.stderr.strip()[:300]!r}")

@@ -4,7 +4,8 @@
 // that; what is added up is float32. Each number of a result is one chain over the depth, however many rows there are
 // and however wide vectors are: what stands beside a row does not change its numbers, nor does the kind of processor.
 
-#include <immintrin.h>
+#include "vectors.h"
+
 #include <omp.h>
 
 #include <algorithm>
@@ -15,11 +16,9 @@
 namespace {
 
 #ifdef __AVX512F__
-constexpr int LANES = 16;
 constexpr int MOST = 6;  // rows of a tile
 constexpr int WIDE = 4;  // panels of one
 #else
-constexpr int LANES = 8;
 constexpr int MOST = 6;
 constexpr int WIDE = 1;
 #endif
@@ -30,14 +29,6 @@ constexpr int64_t GROUP = 128;        // values of a row that share a scale
 constexpr int AHEAD = 1024;           // bytes that are fetched ahead
 constexpr int FEW = 3;                // rows up to which unpacking a line in registers alone is best
 
-typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t U __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-#ifdef __AVX512F__
-inline V fused(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-#else
-inline V fused(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-#endif
 inline V even(U line) { return (V)(line << 16); }
 inline V odd(U line) { return (V)(line & 0xffff0000u); }
 inline U line_of(V first, V second) { return ((U)first >> 16) | ((U)second & 0xffff0000u); }
@@ -250,24 +241,6 @@ void product(int64_t rows, const typename A::Row* x, int64_t x_stride, const uin
   for (; panels >= P && (WIDE >= P || rows <= 1); panels -= P, w += P * panel_bytes, y += P * WIDTH)
     panels_of<A, F, P>(rows, x, x_stride, w, depth, y, y_stride);
   for (; panels > 0; --panels, w += panel_bytes, y += WIDTH) panels_of<A, F, 1>(rows, x, x_stride, w, depth, y, y_stride);
-}
-
-// e to the power of x for x <= 0 or not, as a polynomial of degree 5 around multiples of ln 2; 1e-7 of it.
-inline V exponential(V x) {
-  const V bound = V{} + 87.0f;
-  x = x > bound ? bound : x;
-  x = x < -bound ? -bound : x;
-  const V shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: its low bits are the nearest integer
-  const V n = shifted - 12582912.0f;
-  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  V e = V{} + 1.9875691500e-4f;
-  e = e * r + 1.3981999507e-3f;
-  e = e * r + 8.3334519073e-3f;
-  e = e * r + 4.1665795894e-2f;
-  e = e * r + 1.6666665459e-1f;
-  e = e * r + 5.0000001201e-1f;
-  e = e * (r * r) + r + 1.0f;
-  return (V)((U)e + ((U)shifted << 23));
 }
 
 // silu(gate) * up of n numbers; n is a multiple of 16.

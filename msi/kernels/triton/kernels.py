@@ -78,7 +78,7 @@ class TritonKernels(PlainKernels):
     ) -> tuple[Tensor, Tensor]:
         return rope.rope_table(positions, frequencies, scale)
 
-    def plan_attention(  # type: ignore[override]
+    def plan_attention(
         self,
         inputs: PassTensors,
         host: PassTensors,
@@ -98,12 +98,12 @@ class TritonKernels(PlainKernels):
             upcast=self._is_interpreted and dtype is torch.bfloat16,  # whose products the interpreter gets wrong
         )
 
-    def rope_and_write(  # type: ignore[override]
+    def rope_and_write(
         self, heads: Tensor, num_q: int, rope_table: tuple[Tensor, Tensor], layer_cache: Tensor, plan: PagedPlan
     ) -> None:
         rope.rope_and_write(heads, num_q, rope_table, layer_cache, plan.slots)
 
-    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: PagedPlan) -> Tensor:  # type: ignore[override]
+    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: PagedPlan) -> Tensor:
         return attention.paged_attention(query, layer_cache, plan)
 
     # -- routing -------------------------------------------------------------------------------------------------------

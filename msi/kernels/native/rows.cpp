@@ -1,0 +1,164 @@
+// What lies between products in a layer, a call for each: norms, rotary embedding, attention of single tokens, routing.
+//
+// Rows are float32 or bfloat16, and what is computed is float32. What stands beside a row does not change its numbers.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t BLOCK_TOKENS = 16;
+constexpr int64_t SHARED_WORK = 8000;  // dot products from which on a second thread pays
+
+template <class Row>
+void norm(int64_t rows, int64_t n, Row* x, const Row* added, int64_t added_stride, const Row* weight, float eps,
+          Row* y) {
+#pragma omp parallel for schedule(static) if (rows > 32)
+  for (int64_t r = 0; r < rows; ++r) {
+    Row* row = x + r * n;
+    Sum squares;
+    for (int64_t i = 0; i < n; i += LANES) {
+      if (added) store(row + i, load(row + i) + load(added + r * added_stride + i));
+      const V values = load(row + i);
+      squares.add(i / LANES % (16 / LANES), values, values);
+    }
+    const float scale = 1.0f / std::sqrt(squares.total() / n + eps);
+    for (int64_t i = 0; i < n; i += LANES) store(y + r * n + i, load(row + i) * scale * load(weight + i));
+  }
+}
+
+template <class Row>
+void rope_and_write(int64_t rows, int64_t num_q, int64_t num_kv, int64_t head_dim, int64_t rotated, Row* heads,
+                    const Row* cos, const Row* sin, Row* cache, const int64_t* kv_rows) {
+  const int64_t half = rotated / 2, width = (num_q + 2 * num_kv) * head_dim, kv = num_kv * head_dim;
+#pragma omp parallel for schedule(static) if (rows > 32)
+  for (int64_t r = 0; r < rows; ++r) {
+    Row* row = heads + r * width;
+    for (int64_t h = 0; h < num_q + num_kv; ++h)
+      for (int64_t i = 0; i < half; i += LANES) {
+        Row *first = row + h * head_dim + i, *second = first + half;
+        const Row *c = cos + r * rotated + i, *s = sin + r * rotated + i;
+        const V a = load(first), b = load(second);
+        store(first, a * load(c) + b * load(s));
+        store(second, b * load(c + half) + a * load(s + half));
+      }
+    const Row* keys = row + num_q * head_dim;
+    for (int64_t half_of = 0; half_of < 2; ++half_of)
+      std::memcpy(cache + kv_rows[2 * r + half_of] * kv, keys + half_of * kv, kv * sizeof(Row));
+  }
+}
+
+// One query of a sequence, of S heads of those that share a KV head: a key or a value is read once for all of them.
+template <class Row, int S>
+void attend(const Row* query, const Row* cache, const int32_t* table, int64_t first, int64_t context, int64_t num_kv,
+            int64_t kv_head, int64_t head_dim, Row* out, std::vector<float>& room) {
+  const int64_t length = context - first, apart = (length + 15) / 16 * 16;
+  room.assign(S * (head_dim + apart), 0.0f);
+  float *q = room.data(), *scores = q + S * head_dim;
+  const float scale = 1.0f / std::sqrt((float)head_dim);
+  for (int64_t i = 0; i < S * head_dim; i += LANES) store(q + i, load(query + i) * scale);
+  const auto row_of = [&](int64_t t, int64_t half) {
+    return cache + ((table[t / BLOCK_TOKENS] * 2 + half) * BLOCK_TOKENS + t % BLOCK_TOKENS) * num_kv * head_dim +
+           kv_head * head_dim;
+  };
+  for (int64_t t = 0; t < length; ++t) {
+    const Row* key = row_of(first + t, 0);
+    Sum dots[S];
+    for (int64_t i = 0; i < head_dim; i += 16)
+#pragma GCC unroll 2
+      for (int64_t h = 0; h < 16 / LANES; ++h) {
+        const V values = load(key + i + h * LANES);
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) dots[s].add(h, values, load(q + s * head_dim + i + h * LANES));
+      }
+    for (int s = 0; s < S; ++s) scores[s * apart + t] = dots[s].total();
+  }
+  for (int s = 0; s < S; ++s) {
+    float *of = scores + s * apart, most = of[0], total = 0.0f;
+    for (int64_t t = 1; t < length; ++t) most = std::max(most, of[t]);
+    for (int64_t t = 0; t < length; t += LANES) store(of + t, exponential(load(of + t) - most));
+    for (int64_t t = 0; t < length; ++t) total += of[t];
+    for (int64_t t = 0; t < length; ++t) of[t] /= total;
+  }
+  for (int64_t i = 0; i < head_dim; i += LANES) {
+    V sums[S] = {};
+    for (int64_t t = 0; t < length; ++t) {
+      const V values = load(row_of(first + t, 1) + i);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) sums[s] = fused(V{} + scores[s * apart + t], values, sums[s]);
+    }
+    for (int s = 0; s < S; ++s) store(out + s * head_dim + i, sums[s]);
+  }
+}
+
+template <class Row>
+void decode(int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_dim, const Row* query, int64_t stride,
+            const Row* cache, const int32_t* tables, int64_t tables_stride, const int32_t* contexts, int64_t window,
+            Row* out) {
+  const int64_t shared = num_heads / num_kv;
+  int64_t work = 0;
+  for (int64_t i = 0; i < num_seqs; ++i) work += contexts[i] * num_heads;
+#pragma omp parallel if (work > SHARED_WORK)
+  {
+    std::vector<float> room;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < num_seqs * num_kv; ++task) {
+      const int64_t i = task / num_kv, head = task % num_kv, context = contexts[i];
+      const int64_t first = window ? std::max<int64_t>(0, context - window) : 0;
+      for (int64_t s = 0; s < shared;) {
+        const int64_t left = shared - s;
+        const auto of = left >= 8 ? attend<Row, 8> : left >= 4 ? attend<Row, 4> : left >= 2 ? attend<Row, 2> : attend<Row, 1>;
+        const int64_t at = head * shared + s;
+        of(query + i * stride + at * head_dim, cache, tables + i * tables_stride, first, context, num_kv, head,
+           head_dim, out + (i * num_heads + at) * head_dim, room);
+        s += left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// y [rows, n] = x times its inverse root mean square times the weight; x is contiguous, and has `added` added before
+// where that is given. n is a multiple of 16.
+void msi_norm(int64_t is_bfloat16, int64_t rows, int64_t n, void* x, const void* added, int64_t added_stride,
+              const void* weight, float eps, void* y) {
+  if (is_bfloat16)
+    norm(rows, n, (uint16_t*)x, (const uint16_t*)added, added_stride, (const uint16_t*)weight, eps, (uint16_t*)y);
+  else
+    norm(rows, n, (float*)x, (const float*)added, added_stride, (const float*)weight, eps, (float*)y);
+}
+
+// Rotates the first num_q + num_kv heads of heads [rows, num_q + 2 num_kv, head_dim] by tables [rows, rotated], and
+// writes keys and values to the rows of the cache that kv_rows [rows, 2] says. `rotated` is a multiple of 32.
+void msi_rope_and_write(int64_t is_bfloat16, int64_t rows, int64_t num_q, int64_t num_kv, int64_t head_dim,
+                        int64_t rotated, void* heads, const void* cos, const void* sin, void* cache,
+                        const int64_t* kv_rows) {
+  if (is_bfloat16)
+    rope_and_write(rows, num_q, num_kv, head_dim, rotated, (uint16_t*)heads, (const uint16_t*)cos, (const uint16_t*)sin,
+                   (uint16_t*)cache, kv_rows);
+  else
+    rope_and_write(rows, num_q, num_kv, head_dim, rotated, (float*)heads, (const float*)cos, (const float*)sin,
+                   (float*)cache, kv_rows);
+}
+
+// Attention of one token of each sequence: query [num_seqs, num_heads, head_dim], rows `stride` apart; out contiguous.
+// head_dim is a multiple of 16; window 0 sees all.
+void msi_decode(int64_t is_bfloat16, int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_dim,
+                const void* query, int64_t stride, const void* cache, const int32_t* tables, int64_t tables_stride,
+                const int32_t* contexts, int64_t window, void* out) {
+  if (is_bfloat16)
+    decode(num_seqs, num_heads, num_kv, head_dim, (const uint16_t*)query, stride, (const uint16_t*)cache, tables,
+           tables_stride, contexts, window, (uint16_t*)out);
+  else
+    decode(num_seqs, num_heads, num_kv, head_dim, (const float*)query, stride, (const float*)cache, tables,
+           tables_stride, contexts, window, (float*)out);
+}
+}

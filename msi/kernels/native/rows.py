@@ -1,0 +1,110 @@
+"""What lies between products in a layer, a call of `rows.cpp` for each; nothing where shapes or dtypes are not its."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msi.kernels.native.compiled import WIDTH, native_library
+from msi.kernels.norm import Norm, rms_norm
+from msi.kernels.paged_attention import AttentionShape, kv_rows
+from msi.kernels.pass_tensors import PassTensors
+
+_P, _N = ctypes.c_void_p, ctypes.c_int64
+SIGNATURES = {
+    "msi_norm": (_N, _N, _N, _P, _P, _N, _P, ctypes.c_float, _P),
+    "msi_rope_and_write": (*[_N] * 6, *[_P] * 5),
+}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def native_rows() -> ctypes.PyDLL | None:
+    """These calls take microseconds: they keep the interpreter, which giving away and asking back costs more."""
+    library = native_library()
+    if library is None:
+        return None
+    rows = ctypes.PyDLL(library._name)
+    for name, arguments in SIGNATURES.items():
+        function = getattr(rows, name)
+        function.restype, function.argtypes = None, arguments
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Of a pass with one token of each sequence.
+
+    Attributes:
+        kv_rows: as `AttentionPlan` says.
+        tables, contexts: int32 [num_seqs, max_blocks] and [num_seqs], as the pass is laid out.
+        window: tokens that a query sees, 0 for all.
+    """
+
+    kv_rows: Tensor
+    tables: Tensor
+    contexts: Tensor
+    window: int
+
+
+def decode_plan(host: PassTensors, shape: AttentionShape, dtype: torch.dtype) -> DecodePlan | None:
+    """None where a sequence has more than one token, or heads are not what `decode` takes."""
+    if dtype not in DTYPES or shape.head_dim % WIDTH or len(host.query_lens) != len(host.slot_mapping):
+        return None
+    return DecodePlan(kv_rows(host.slot_mapping), host.block_tables, host.context_lens, shape.sliding_window or 0)
+
+
+def norm(rows: ctypes.PyDLL, hidden: Tensor, norm: Norm, added: Tensor | None = None) -> Tensor | None:
+    """The norm of hidden [n, h], to which `added` is added in place before; None where it is another's."""
+    weight = norm.weight
+    if norm.apply is not rms_norm or hidden.dtype not in DTYPES or hidden.dtype is not weight.dtype:
+        return None
+    num_rows, width = hidden.shape
+    is_ours = width % WIDTH == 0 and hidden.is_contiguous() and weight.is_contiguous()
+    if not is_ours or (added is not None and (added.dtype is not hidden.dtype or added.stride(1) != 1)):
+        return None
+    normed = torch.empty_like(hidden)
+    rows.msi_norm(
+        hidden.dtype is torch.bfloat16, num_rows, width, hidden.data_ptr(),
+        None if added is None else added.data_ptr(), 0 if added is None else added.stride(0), weight.data_ptr(),
+        norm.eps, normed.data_ptr(),
+    )  # fmt: skip
+    return normed
+
+
+def rope_and_write(
+    rows: ctypes.PyDLL, heads: Tensor, num_q: int, rope: tuple[Tensor, Tensor], layer_cache: Tensor, kv_rows: Tensor
+) -> bool:
+    """As `msi.kernels.kernels.Kernels` says; False, and nothing done, where it is another's."""
+    cos, sin = rope
+    dtype, rotated = heads.dtype, cos.shape[-1]
+    if dtype not in DTYPES or rotated % (2 * WIDTH) or not heads.is_contiguous():
+        return False
+    if not dtype == cos.dtype == sin.dtype == layer_cache.dtype:
+        return False
+    num_rows, num_heads, head_dim = heads.shape
+    rows.msi_rope_and_write(
+        dtype is torch.bfloat16, num_rows, num_q, (num_heads - num_q) // 2, head_dim, rotated, heads.data_ptr(),
+        cos.data_ptr(), sin.data_ptr(), layer_cache.data_ptr(), kv_rows.data_ptr(),
+    )  # fmt: skip
+    return True
+
+
+def decode(query: Tensor, layer_cache: Tensor, plan: DecodePlan) -> Tensor:
+    """Attention of query [num_seqs, num_heads, head_dim]; same shape."""
+    library = native_library()
+    assert library is not None, "no plan is made so without it"
+    num_seqs, num_heads, head_dim = query.shape
+    assert query.dtype is layer_cache.dtype, (query.dtype, layer_cache.dtype)
+    assert query.stride()[1:] == (head_dim, 1), query.stride()
+    attended = torch.empty(num_seqs, num_heads, head_dim, dtype=query.dtype)
+    library.msi_decode(
+        query.dtype is torch.bfloat16, num_seqs, num_heads, layer_cache.shape[3], head_dim, query.data_ptr(),
+        query.stride(0), layer_cache.data_ptr(), plan.tables.data_ptr(), plan.tables.stride(0),
+        plan.contexts.data_ptr(), plan.window, attended.data_ptr(),
+    )  # fmt: skip
+    return attended
