@@ -46,6 +46,7 @@ from tools.hostility.streams import PacedStream, paced_streams
 
 WHOLE_WITHIN_S = 60.0
 SPARE_DESCRIPTORS = 8
+WRITTEN = ("json", "picture", "log")  # where, which says nothing of what was seen
 
 
 def parse() -> argparse.Namespace:
@@ -148,7 +149,7 @@ async def observed(server: Server, arguments: argparse.Namespace) -> dict[str, A
     await asyncio.sleep(arguments.calm)
     after = num_descriptors(server.process.pid)
     return summary(run) | {
-        "options": {name: str(value) for name, value in vars(arguments).items()},
+        "options": {name: value for name, value in vars(arguments).items() if name not in WRITTEN},
         "descriptors_before": before,
         "descriptors_after": after,
         "leftovers": [
@@ -179,7 +180,7 @@ async def main() -> int:
     left = [f"{name} (pid {pid}) outlived msi-launch" for name, pid in children.items() if exists(pid)]
     seen["leftovers"] += left
     if arguments.json:
-        arguments.json.write_text(json.dumps(seen, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(seen) + "\n")
     if arguments.picture:
         draw(arguments.picture, seen)
     print(json.dumps({name: value for name, value in seen.items() if isinstance(value, int | float)}))

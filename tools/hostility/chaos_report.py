@@ -127,7 +127,7 @@ def draw(output: Path, seen: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     mpl.rcParams.update({"font.size": 8, "font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": "msi"})
-    figure, (rate, stalls) = pyplot.subplots(2, 1, figsize=(9.0, 3.6), sharex=True, height_ratios=(2, 1))
+    figure, (rate, stalls) = pyplot.subplots(2, 1, figsize=(9.0, 4.4), sharex=True, height_ratios=(2, 1))
     per_second = round(1 / seen["bucket_s"])
     seconds = [sum(seen["pieces"][at : at + per_second]) for at in range(0, len(seen["pieces"]), per_second)]
     rate.step(range(len(seconds)), seconds, where="post", color=OURS, linewidth=1.0)
@@ -143,7 +143,7 @@ def draw(output: Path, seen: dict[str, Any]) -> None:
         for one in seen["faults"]:
             panel.axvline(one["at_s"], color=FAULT, linewidth=0.5, alpha=0.6)
     for one in seen["faults"]:
-        rate.annotate(one["what"].split(" (")[0], (one["at_s"], rate.get_ylim()[1]), fontsize=5, color=INK, rotation=30)
+        rate.annotate(one["kind"], (one["at_s"], rate.get_ylim()[1]), fontsize=5, color=INK, rotation=75)
     figure.tight_layout()
     figure.savefig(output.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(output.with_suffix(".png"), dpi=200, metadata={"Software": None})
