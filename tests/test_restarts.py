@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 
+import pytest
+
+from msi.control import restarts as restarts_module
 from msi.control.restarts import HEALTHY_AFTER_S, TRIES, Restarts, restart_delay_s
+from msi.errors import ConfigError
 from msi.instance import processes as process_instance
 from msi.instance.children import Child
 from msi.options import InstanceOptions
+from tests.waiting import until
 
 
 def test_delays_grow_to_half_a_minute():
@@ -57,3 +64,61 @@ async def test_a_worker_for_which_the_machine_has_no_room_is_tried_again_and_end
     assert await instance._start_again("ipc://x", "expert", "expert-0")
     assert instance._children == {"expert-0": "child"}
     assert failures == []
+
+
+class Ended:
+    """A child that has."""
+
+    has_ended, pid, failure, end = True, 7, "", "it was killed by signal 9"
+
+    def __init__(self, failure=""):
+        self.failure, self.process, self.told = failure, self, []
+        self.end = failure or self.end
+
+    async def hear(self):
+        return None
+
+    async def wait(self):
+        return -9
+
+    def tell(self, **message):
+        self.told.append(message)
+
+    def close(self):
+        pass
+
+
+class Living(Ended):
+    has_ended = False
+
+    async def hear(self):
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("last", [Living(), Ended("another port, please")], ids=["one lives", "one says why not"])
+async def test_a_coordinator_is_started_until_one_lives_or_says_that_it_cannot(tiny_model, monkeypatch, last):
+    """One that was killed before it served again ended the instance."""
+    outcomes = [OSError(errno.EAGAIN, "Resource temporarily unavailable"), Ended(), last]
+
+    async def start(*_):
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, OSError):
+            raise outcome
+        return outcome
+
+    async def address_of(child):
+        if child.has_ended:
+            raise ConfigError("it ended while it started")
+        return "ipc://x"
+
+    monkeypatch.setattr(process_instance, "_coordinator_child", start)
+    monkeypatch.setattr(process_instance, "_address_of", address_of)
+    monkeypatch.setattr(restarts_module, "FIRST_DELAY_S", 0.001)
+    failures = []
+    instance = process_instance.ProcessInstance(InstanceOptions.of(model=tiny_model), failures.append)
+    instance._watch(instance._watch_coordinator(Ended(), "ipc://x"))
+    await until(lambda: last.told or failures)
+    assert [str(one) for one in failures] == [f"the coordinator (pid 7) is gone: {last.end}"] * bool(last.failure)
+    instance._tasks[0].cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await instance._tasks[0]
