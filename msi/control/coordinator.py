@@ -204,7 +204,9 @@ class Coordinator:
             case Heartbeat():
                 self._heartbeat(route, message, now)
             case Pulse():
-                self._carry_out(cluster.pulse(message, now))
+                if not (instructions := cluster.pulse(message, now)):
+                    return  # of these there are many, and nothing follows
+                self._carry_out(instructions)
             case WorkerHello():
                 self._carry_out(cluster.hello(route, message, now))
             case WorkerReady():
@@ -243,6 +245,7 @@ class Coordinator:
                 self._carry_out([answer])
             case ClientPulse():
                 self._clients.pulse(message, now)
+                return
             case Submit() | Resubmit() | Cancel() | ClientHeartbeat() | StatsRequest() | Superseded() | Order() if (
                 not is_client
             ):
