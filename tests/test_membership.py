@@ -334,6 +334,21 @@ def test_all_workers_hold_and_compute_in_what_the_instance_was_told_or_the_first
         assert "it leaves open what it computes in" in hello(told, b"e1", precision=unsaid).reason
 
 
+def test_cpus_that_round_differently_are_not_in_one_instance():
+    cluster, compiled = Cluster(PLAN, 0.0), "compiled products"
+    assert not hasattr(hello(cluster, b"e0", products=compiled), "reason")
+    assert "install g++ on all of these hosts, or on none" in hello(cluster, b"e1", products="torch's products").reason
+    assert not hasattr(hello(cluster, b"e1"), "reason"), "a GPU, or what computes in float32"
+
+
+def test_cpus_of_one_instance_hold_their_matrices_alike():
+    cluster = Cluster(PLAN, 0.0)
+    quantised = replace(Precision.of("float32"), quantization="int8")
+    assert "it holds weights with `quantization` int8, the instance with none" in (
+        hello(cluster, b"e0", precision=quantised).reason
+    )
+
+
 def test_it_gives_up_with_the_same_sentence():
     cluster = Cluster(replace(PLAN, timeouts=Timeouts(5.0)), 0.0)
     cluster.tick(4.0)

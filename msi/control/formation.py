@@ -65,6 +65,7 @@ class Formation:
         self.plan = plan
         self._members = members
         self._fingerprint = ""
+        self._products = ""
         self._applicants: dict[str | bytes, Applicant] = {}  # by process, in order of arrival
 
     @property
@@ -89,7 +90,7 @@ class Formation:
                 f"worker speaks protocol version {hello.protocol_version}, the coordinator {PROTOCOL_VERSION}; "
                 f"install the same version of msi on all hosts"
             )
-        for name in ("worker_id", "host", "fingerprint", "process"):
+        for name in ("worker_id", "host", "fingerprint", "process", "products"):
             text = getattr(hello, name)
             if len(text) > MAX_TEXT_CHARS or not text.isprintable():
                 return f"its {name} {shown(text)} is not one; give at most {MAX_TEXT_CHARS} printable characters"
@@ -109,6 +110,11 @@ class Formation:
             return (
                 f"it holds weights with `quantization` {hello.precision.quantization}, the instance with {wanted}; "
                 "give all workers the same"
+            )
+        if hello.products and self._products and hello.products != self._products and is_anyone_there:
+            return (
+                f"it multiplies by {hello.products}, the instance's other CPUs by {self._products}, and results would "
+                "be rounded differently; install g++ on all of these hosts, or on none"
             )
         if not self.plan.precision.is_open and hello.precision != self.precision:
             return (
@@ -140,6 +146,7 @@ class Formation:
         self.has_served = True
         self.first_incarnation = first_incarnation
         self._fingerprint = self._fingerprint or hello.fingerprint
+        self._products = self._products or hello.products
         self.precision = self.precision or hello.precision
 
     def settle(self, now: float) -> Iterator[Member | Refusal | Joining]:
@@ -175,6 +182,7 @@ class Formation:
                 if isinstance(placed, Member):
                     decision = placed
                     self._fingerprint = self._fingerprint or applicant.hello.fingerprint
+                    self._products = self._products or applicant.hello.products
                     self.precision = self.precision or applicant.hello.precision
                 elif not self._are_heard(placed.holders, since=applicant.asked_at):
                     continue

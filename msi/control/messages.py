@@ -42,7 +42,7 @@ from msi.sampling_params import NO_DEFAULTS, SamplingDefaults
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
 from msi.types import Measured, Place, Placement, Progress, Request, StageTimes
 
-PROTOCOL_VERSION = 11
+PROTOCOL_VERSION = 12
 
 Count = Annotated[int, range(2**40)]
 Seats = Annotated[int, range(2**16)]
@@ -59,6 +59,7 @@ class WorkerHello:
         fingerprint: of its model; all workers of an instance must have the same.
         precision: what its device would do, without "auto".
         process: random, one per process: tells a worker whose connection broke from another that wants its id.
+        products: whose they are, where those of others would round otherwise; "" where nothing hangs on it.
     """
 
     protocol_version: int
@@ -69,6 +70,7 @@ class WorkerHello:
     fingerprint: str
     precision: Precision
     process: str = ""
+    products: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,15 @@ def precision_on(device: OpenedDevice, asked: Precision, checkpoint: torch.dtype
     return asked.resolved(str(compute).removeprefix("torch."))
 
 
+def products_of(device: OpenedDevice, precision: Precision) -> str:
+    """Whose products a CPU takes: they round differently in bfloat16, and where quantised matrices meet it. In float32,
+    with bfloat16 matrices that are widened or held as float32, both differ by less than what decides a token.
+    """
+    if not isinstance(device, CpuDevice) or precision.compute != "bfloat16":
+        return ""
+    return "torch's products" if native_library() is None else "compiled products"
+
+
 def open_device(
     name: str,
     num_threads: int,

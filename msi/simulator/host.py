@@ -104,6 +104,8 @@ class SimulatedHost:
     def busy_s(self) -> float:
         return self.device.busy_s
 
+    products = ""
+
     async def prepare(self) -> None:
         """There is nothing to make."""
 

@@ -112,6 +112,7 @@ class Host(Protocol):
     """One per worker; outlives its incarnations."""
 
     clock: Callable[[], float]  # seconds, monotonic
+    products: str  # as `WorkerHello` says; once `introduce` has been called
 
     @property
     def busy_s(self) -> float:

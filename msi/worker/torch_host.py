@@ -12,7 +12,7 @@ from msi.attention.kv_cache import KvCache
 from msi.attention.warming import warm
 from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
-from msi.device.choice import OpenedDevice, open_device, precision_on, prepare_device
+from msi.device.choice import OpenedDevice, open_device, precision_on, prepare_device, products_of
 from msi.device.stream_device import StreamDevice
 from msi.errors import ConfigError
 from msi.experts.half import ExpertHalf
@@ -149,6 +149,7 @@ class TorchHost:
 
     def __init__(self, settings: HostSettings) -> None:
         self.clock = time.monotonic
+        self.products = ""
         self._settings = settings
         self._files = ModelFiles(settings.source.model_dir, settings.source.load_format)
         self._complain = Complaints(log)
@@ -180,6 +181,7 @@ class TorchHost:
         if self._device is None:
             self._device = self.open_device()
         precision = precision_on(self._device, settings.precision, DTYPES[self._files.config.dtype])
+        self.products = products_of(self._device, precision)
         return self._files.fingerprint(), precision
 
     def open_device(self) -> OpenedDevice:

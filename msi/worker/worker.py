@@ -167,7 +167,7 @@ class Worker:
         fingerprint, precision = self._host.introduce()
         return WorkerHello(
             PROTOCOL_VERSION, self.worker_id, self._settings.role, os.getpid(), socket.gethostname(),
-            fingerprint, precision, self._process,
+            fingerprint, precision, self._process, self._host.products,
         )  # fmt: skip
 
     async def _answer(self, hello: WorkerHello) -> Assignment | Refused:
