@@ -10,10 +10,10 @@ import pytest
 
 from msi.attention.scheduler import Scheduler
 from msi.control.fair_queue import FairQueue
-from msi.control.overload import HEADROOM, Objectives
+from msi.control.overload import HEADROOM, Objectives, Service
 from msi.control.prediction import Line, Meters, Occupancy
 from msi.control.request_routing import Router
-from msi.control.routed import Routed
+from msi.control.routed import Load, Routed
 from msi.errors import DeadlineExceeded, Failure, InvalidRequest, Overloaded
 from msi.planner.stage_costs import ConstantCosts
 from msi.server.urgency import Urgency, shortest_timeout_s, urgency
@@ -179,6 +179,19 @@ def test_what_would_come_too_late_is_refused_with_when_to_try_again_and_what_wai
     assert router.expire(18.0, "") == {}
     assert failures(router.expire(19.5, "")) == {taken[1]: Failure.of(_late(9.5 + 1.0 / HEADROOM))}
     assert router.counters["requests_shed"] == 1
+
+
+def test_where_first_tokens_come_later_than_was_predicted_others_are_refused_earlier():
+    def takes_one_more(num_late):
+        service = Service(Objectives(ttft_s=10.0), max_num_seqs=1)
+        for number in range(40):
+            one = routed(f"{number}")
+            service.started(one, Load(), Progress(one.name, (7,)), 11.0 if number >= 40 - num_late else 4.0)
+        return service.refusal(10, 0, [(1000, Load())]) is None
+
+    assert takes_one_more(0)
+    assert takes_one_more(2)
+    assert not takes_one_more(12)
 
 
 def _late(ttft_s):

@@ -10,7 +10,7 @@ import pytest
 from msi import __version__, structured_outputs
 from msi.control import calibration, overload, rebalancing, request_routing, restarts, succession, suspects
 from msi.net import hedging, secret
-from msi.planner import rebalance
+from msi.planner import rebalance, replica_state
 from msi.server import calls, completions, door, preparers, request_body
 from msi.server.parsing import writing
 from msi.simulator import workload
@@ -40,6 +40,7 @@ STANDS = [
     ("msi/control/README.md", r"came to nothing, (ten) do", {10: "ten"}[rebalancing.REST_AFTER_FAILURE]),
     ("msi/control/README.md", r"that time, over (ten) windows", {10: "ten"}[rebalance.PAYBACK]),
     ("launch/README.md", r"where another one gains (\d+) %", round(100 * calibration.LEAST_GAIN - 100)),
+    ("msi/planner/README.md", r"way counts as (twice) its computing", {2.0: "twice"}[replica_state.WAY]),
     ("launch/README.md", r"plan's by more than F \(([\d.]+)\)", OPTIONS.plan_drift),
     ("launch/README.md", r"127\.0\.0\.1 and (\d+); port 0", LAUNCH.port),
     ("launch/README.md", r"have S seconds \((\d+)\)", LAUNCH.shutdown_timeout_s),

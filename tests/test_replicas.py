@@ -81,7 +81,7 @@ def test_experts_that_a_lost_node_held_alone_are_placed_on_those_that_are_there(
 def test_a_hot_expert_is_shared_and_cold_ones_are_not_read_twice():
     load = [96.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     plan = plan_replicas(load, 8.0, 2, [5, 5], before=place_evenly(8, 2))
-    assert sorted(plan.shares[0]) == [28, 32]
+    assert sorted(plan.shares[0]) == [29, 31]
     assert all(max(shares) == TURNS for shares in plan.shares[1:]), "a cold expert's weights are read by one node"
     assert plan.num_moved == 1
 
@@ -91,7 +91,8 @@ def test_even_replicas_for_failures_alone_are_not_read_while_nothing_fails():
     evenly = expected_costs([4.0] * 8, 8.0, twice)
     plan = plan_replicas([4.0] * 8, 8.0, 4, [4] * 4, before=twice, redundancy=1)
     assert plan.num_moved == 0
-    assert plan.cost < 0.6 * max(evenly)
+    assert all(max(shares) == TURNS for shares in plan.shares)
+    assert plan.cost < 0.75 * max(evenly)
 
 
 def test_moving_must_pay():
@@ -100,9 +101,10 @@ def test_moving_must_pay():
     assert plan_replicas(load, 0.0, 2, [2, 2], before=before, move_cost=6.0).experts == before.experts
 
 
-def test_an_experts_cost_is_its_rows_or_its_weights_and_nothing_where_no_row_comes():
+def test_an_experts_cost_is_its_rows_or_its_weights_with_the_rows_way_and_nothing_where_no_row_comes():
     rows = np.array([0.0, 0.01, 1.0, 8.0, 50.0])
-    np.testing.assert_allclose(wave_cost(rows, 8.0), [0, 8 * 0.00995, 8 * 0.63212, 8, 50], rtol=1e-3)
+    computing = np.array([0, 8 * 0.00995, 8 * 0.63212, 8, 50])
+    np.testing.assert_allclose(wave_cost(rows, 8.0), (computing + 2 * rows) / 3, rtol=1e-3)
 
 
 def test_each_layer_is_placed_by_its_own_load():

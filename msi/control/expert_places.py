@@ -30,6 +30,8 @@ class ExpertPlaces:
     def __init__(self, plan: InstancePlan, members: Mapping[str, Member]) -> None:
         self.placing = Placing(plan.placement)
         copies = [len(plan.placement.nodes_of(expert)) for expert in range(plan.placement.num_experts)]
+        if plan.rebalance.rebalance == "auto":  # which experts have more is decided anew while it runs
+            copies = [min(copies)] * len(copies)
         self._due = DueChanges(plan.timeouts.reload_after_s, copies)
         self._expert_ranks = plan.expert_ranks
         self._is_colocated = plan.is_colocated

@@ -16,6 +16,8 @@ from msi.settings import ServiceLevel
 from msi.types import Progress
 
 HEADROOM = 0.8  # of an objective, up to which predictions may come: half of them are too small
+MORE_CAUTION, LESS_CAUTION = 1.1, 0.995  # with each first token that came late, and in time: one in twenty may be late
+MOST_CAUTION = 4.0
 FIRST_ANSWER = 128  # tokens that an answer is thought to have before any has ended
 
 
@@ -65,6 +67,7 @@ class Service:
 
     def __init__(self, objectives: Objectives, max_num_seqs: int) -> None:
         self.meters = Meters()
+        self._caution = 1.0  # times what is predicted, as so many turned out late
         self._objectives = objectives
         self._max_num_seqs = max_num_seqs
 
@@ -90,7 +93,7 @@ class Service:
             for capacity, load in workers
         ]
         ttft_s = self.meters.ttft_s(num_prompt, num_before, occupied)
-        return self._too_late(ttft_s, HEADROOM)
+        return self._too_late(self._caution * ttft_s, HEADROOM)
 
     def is_too_late(self, routed: Routed, now: float) -> Overloaded | None:
         """The refusal of one that has waited for so long that its first token cannot come in time any more."""
@@ -110,6 +113,9 @@ class Service:
         if routed.first_at is not None:
             return first
         routed.first_at = now
+        is_late = now - routed.came_at > self._objectives.ttft_s
+        caution = self._caution * (MORE_CAUTION if is_late else LESS_CAUTION)
+        self._caution = min(MOST_CAUTION, max(1.0, caution))
         # where it waited for a place, the prompts before it were computed meanwhile
         has_waited = first.queued_s > 0.5 * (now - routed.given_at)
         num_prompt = len(routed.request.prompt_token_ids)

@@ -14,7 +14,7 @@ from msi.planner.stage_costs import BatchMean
 from msi.types import Placement
 
 FLOOR_ROWS = 8.0  # where nothing was measured that tells
-MOVE_SHARE = 0.002  # of a node's mean cost, that an expert is to save for a node, where loading was not measured
+MOVE_SHARE = 0.0007  # of a node's mean cost, that an expert is to save for a node, where loading was not measured
 PAYBACK = 10  # windows in which what is moved is to pay for itself
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from msi.kernels.turns import homes_of
 from msi.types import Placement
 
+WAY = 2.0  # what the way of a row costs, there and back, in rows computed: nodes are to be even in rows as well
 NORM = 12  # of the nodes' costs that the search lowers: near their largest, and it tells two heavy nodes from one
 Floats = NDArray[np.float64]
 
@@ -18,9 +19,11 @@ Floats = NDArray[np.float64]
 def wave_cost(rows: Floats, floor_cost: float) -> Floats:
     """Expected cost of experts that get so many rows of a wave at the mean, rows coming independently.
 
-    An expert is hit with probability 1 - exp(-rows), and then costs its rows, or `floor_cost` where that is more.
+    An expert is hit with probability 1 - exp(-rows), and is then computed for its rows, or for `floor_cost` where that
+    is more; and rows have their way. In rows: as many as `floor_cost` or more cost themselves.
     """
-    return np.maximum(rows, floor_cost * -np.expm1(-rows))
+    computing = np.maximum(rows, floor_cost * -np.expm1(-rows))
+    return (computing + WAY * rows) / (1 + WAY)
 
 
 @dataclass(slots=True)
@@ -141,6 +144,17 @@ class ReplicaState:
         self.held[node, expert], self.held[target, expert] = False, True
         self.rows[target, expert], self.rows[node, expert] = self.rows[node, expert], 0.0
         self.cost[target, expert], self.cost[node, expert] = self.cost[node, expert], 0.0
+
+    def gathered(self) -> ReplicaState:
+        """The same places, with each expert's rows on one of its nodes, then spread where that lowers the largest."""
+        state = self.copy()
+        state.rows[:], state.cost[:] = 0.0, 0.0
+        for expert in np.argsort(-state.load, kind="stable"):
+            homes = np.flatnonzero(state.held[:, expert])
+            node = homes[np.argmin(state.costs[homes])]
+            state.give(int(expert), np.array([node]), state.load[[expert]])
+        state.even_out()
+        return state
 
     def even_out(self, rounds: int = 2) -> None:
         """Experts with replicas are spread anew, one after another, where that lowers the largest costs."""

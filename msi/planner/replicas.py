@@ -1,8 +1,8 @@
 """Replicas and places of one layer's experts by what they cost: `plan_replicas`. Pure.
 
 A node's time for a wave is the sum over the experts that the wave hits there of max(rows, floor): an expert with few
-rows takes as long as its weights take to be read, and one that no row chose takes nothing. Loads are in rows of a wave,
-costs in rows too. Knows no weights, workers or time.
+rows takes as long as its weights take to be read, and one that no row chose takes nothing. To that comes what the rows'
+way costs (`wave_cost`). Loads are in rows of a wave, costs in rows too. Knows no weights, workers or time.
 
 The search goes downhill from what is there: the step that lowers the nodes' costs most for the experts it loads, moving
 one, swapping two, giving one a replica or taking one away, until none pays. What is found is never worse than what was.
@@ -88,6 +88,7 @@ def plan_replicas(
     )
     state.place_missing(1 + redundancy)
     state.even_out()
+    state = min(state, state.gathered(), key=lambda one: norm(one.costs))
     found = _planned(_Search(state, 1 + redundancy, move_cost, most_moves).downhill(), before)
     if before is None:
         return found
