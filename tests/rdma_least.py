@@ -47,6 +47,10 @@ class End:
         self.queues.sends.connect(receives, self.queues.sends_psn, path)
         self.card.arm()
 
+    def close(self):
+        self.queues.close()
+        self.card.close()
+
     def run(self, is_first):
         """Seconds of each round."""
         card, word = self.card, self.queues.sends.word
@@ -84,6 +88,7 @@ def least(driver):
         other.stdout.readline()  # it is ready
         half_us = median(end.run(is_first=True)[NUM_WARM:]) / 2 * 1e6
         other.stdin.close()
+        end.close()
     print(f"  a word, by the driver alone: median {half_us:.0f} us")
 
 
