@@ -27,6 +27,7 @@ constexpr int HALVES = WIDTH / LANES;
 constexpr int LINE = WIDTH * 4;       // bytes: two neighbours of each row of a panel in bfloat16, or one float of each
 constexpr int64_t GROUP = 128;        // values of a row that share a scale
 constexpr int AHEAD = 1024;           // bytes that are fetched ahead
+constexpr int64_t PASS = 96;          // rows that meet all panels of a task before the next: they stay in the cache
 constexpr int FEW = 3;                // rows up to which unpacking a line in registers alone is best
 
 inline V even(U line) { return (V)(line << 16); }
@@ -95,7 +96,7 @@ struct Fused {  // float32, each product in one fused multiply-add
   struct Pair {
     V first, second;
   };
-  static Pair broadcast(const Row* x) { return {V{} + x[0], V{} + x[1]}; }
+  static Pair broadcast(const Row* x) { return {everywhere(x[0]), everywhere(x[1])}; }
   template <class F>
   static Pair load(const uint8_t* at, int half) {
     return {F::first(at, half), F::second(at, half)};
@@ -136,6 +137,29 @@ inline void tile(const typename A::Row* x, int64_t x_stride, const uint8_t* w, i
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
       for (int h = 0; h < HALVES; ++h) sums[m][p][h] = V{};
+#ifndef __AVX512F__
+  for (int64_t k = 0; k < pairs; ++k) {  // of 16 registers sums take twelve: one value of a row at a time
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const uint8_t* at = w + p * panel_bytes + k * F::PAIR_BYTES;
+      __builtin_prefetch(at + AHEAD);
+      const V low = F::first(at, 0), high = F::first(at, 1);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const V value = everywhere(x[m * x_stride + 2 * k]);
+        sums[m][p][0] = fused(low, value, sums[m][p][0]);
+        sums[m][p][1] = fused(high, value, sums[m][p][1]);
+      }
+      const V next_low = F::second(at, 0), next_high = F::second(at, 1);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const V value = everywhere(x[m * x_stride + 2 * k + 1]);
+        sums[m][p][0] = fused(next_low, value, sums[m][p][0]);
+        sums[m][p][1] = fused(next_high, value, sums[m][p][1]);
+      }
+    }
+  }
+#else
   for (int64_t k = 0; k < pairs; ++k) {
     typename A::Pair value[M];
 #pragma GCC unroll 8
@@ -152,6 +176,7 @@ inline void tile(const typename A::Row* x, int64_t x_stride, const uint8_t* w, i
       }
     }
   }
+#endif
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -235,12 +260,16 @@ inline void panels_of(int64_t rows, const typename A::Row* x, int64_t x_stride, 
 template <class A, class F>
 void product(int64_t rows, const typename A::Row* x, int64_t x_stride, const uint8_t* w, int64_t depth, float* y,
              int64_t y_stride, int64_t panels) {
-  if (!rows) return;
-  const int64_t panel_bytes = F::panel_bytes(depth);
   constexpr int P = 4;
-  for (; panels >= P && (WIDE >= P || rows <= 1); panels -= P, w += P * panel_bytes, y += P * WIDTH)
-    panels_of<A, F, P>(rows, x, x_stride, w, depth, y, y_stride);
-  for (; panels > 0; --panels, w += panel_bytes, y += WIDTH) panels_of<A, F, 1>(rows, x, x_stride, w, depth, y, y_stride);
+  const int64_t panel_bytes = F::panel_bytes(depth);
+  for (; rows > 0; rows -= PASS, x += PASS * x_stride, y += PASS * y_stride) {
+    const int64_t now = std::min(PASS, rows);
+    int64_t p = 0;
+    for (; panels - p >= P && (WIDE >= P || now == 1); p += P)
+      panels_of<A, F, P>(now, x, x_stride, w + p * panel_bytes, depth, y + p * WIDTH, y_stride);
+    for (; p < panels; ++p)
+      panels_of<A, F, 1>(now, x, x_stride, w + p * panel_bytes, depth, y + p * WIDTH, y_stride);
+  }
 }
 
 // silu(gate) * up of n numbers; n is a multiple of 16.

@@ -90,7 +90,7 @@ void attend(const Row* query, const Row* cache, const int32_t* table, int64_t fi
     for (int64_t t = 0; t < length; ++t) {
       const V values = load(row_of(first + t, 1) + i);
 #pragma GCC unroll 8
-      for (int s = 0; s < S; ++s) sums[s] = fused(V{} + scores[s * apart + t], values, sums[s]);
+      for (int s = 0; s < S; ++s) sums[s] = fused(everywhere(scores[s * apart + t]), values, sums[s]);
     }
     for (int s = 0; s < S; ++s) store(out + s * head_dim + i, sums[s]);
   }

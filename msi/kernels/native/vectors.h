@@ -23,6 +23,11 @@ inline V fused(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, 
 inline V fused(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #endif
 
+#ifdef __AVX512F__
+inline V everywhere(float value) { return (V)_mm512_set1_ps(value); }
+#else
+inline V everywhere(float value) { return (V)_mm256_set1_ps(value); }
+#endif
 inline V load(const float* at) { return *(const V*)at; }
 inline void store(float* to, V values) { *(V*)to = values; }
 
