@@ -28,7 +28,12 @@ def draw(output: Path, kept: dict[str, Any]) -> None:
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     swept = max(pairs, key=lambda pair: len({row["size_bytes"] for row in rows if of_pair(row, pair)}))
     kinds = ("size", "pairs") if len(pairs) > 1 else ("size",)
-    strips = [(kind, pattern) for kind in kinds for pattern in patterns]
+    strips = [
+        (kind, pattern)
+        for kind in kinds
+        for pattern in patterns
+        if all(has_rows(rows, pattern, pair) for pair in (pairs if kind == "pairs" else [swept]))
+    ]
     figure, grid = pyplot.subplots(len(strips), 3, figsize=(9.0, 2.3 * len(strips) + 0.5), squeeze=False)
     names = list(dict.fromkeys(row["system"] for row in rows))
     looks = looks_of(names)
@@ -51,6 +56,10 @@ def draw(output: Path, kept: dict[str, Any]) -> None:
     figure.savefig(output.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(output.with_suffix(".png"), dpi=200, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def has_rows(rows: Rows, pattern: str, pair: tuple[int, int]) -> bool:
+    return any(row["pattern"] == pattern and of_pair(row, pair) for row in rows)
 
 
 def of_pair(row: dict[str, Any], pair: tuple[int, int]) -> bool:
