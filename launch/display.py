@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from msi.control.messages import Stats, WorkerStats
+from msi.control.client_messages import Stats, WorkerStats
 from msi.json_log import with_fields
 
 from .command_line import as_flags

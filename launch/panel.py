@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from msi.control.messages import Stats, WorkerStats
+from msi.control.client_messages import Stats, WorkerStats
 from msi.net import shm
 from msi.options import InstanceOptions
 

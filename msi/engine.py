@@ -22,8 +22,9 @@ from typing import Any
 
 from msi import tracing
 from msi.control.client import CoordinatorClient
+from msi.control.client_messages import Stats, Welcome
 from msi.control.following import way_to
-from msi.control.messages import CLIENT_END, Stats, Welcome
+from msi.control.messages import CLIENT_END
 from msi.errors import EngineError, Failure, Unavailable
 from msi.instance.inproc import InprocInstance
 from msi.instance.instance import LocalInstance, new_trace_dir

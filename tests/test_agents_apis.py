@@ -13,7 +13,7 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from msi.control.messages import Welcome
+from msi.control.client_messages import Welcome
 from msi.errors import RequestFailed
 from msi.server.gateway import Gateway
 from msi.server.prepare import ANTHROPIC, ANTHROPIC_COUNT, RESPONSE, NotUnderstood, Preparation, Setup, tokens_of

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msi.control.messages import Welcome
+from msi.control.client_messages import Welcome
 from msi.errors import InvalidRequest, shown
 from msi.sampling_params import SamplingDefaults
 from msi.server.answers import Usage

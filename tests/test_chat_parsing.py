@@ -10,7 +10,7 @@ import orjson
 import pytest
 from tokenizers import Tokenizer
 
-from msi.control.messages import Welcome
+from msi.control.client_messages import Welcome
 from msi.engine import Engine
 from msi.errors import InvalidRequest
 from msi.server.chat import ChatAnswer

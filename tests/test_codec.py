@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msi.control.client_messages import Outputs, Welcome
 from msi.control.counters import AttentionCounters, ExpertCounters, PeerDelay, ProcessCounters
 from msi.control.messages import (
     CLIENT_END,
@@ -23,15 +24,13 @@ from msi.control.messages import (
     Assignment,
     ExpertAddress,
     Heartbeat,
-    Outputs,
     PassDone,
     RequestsFailed,
     Submit,
     Topology,
-    Welcome,
     WorkerHello,
-    WorkerStatus,
 )
+from msi.control.worker_status import WorkerStatus
 from msi.errors import Failure, ProtocolError
 from msi.net.codec import Codec
 from msi.precision import Precision

@@ -14,18 +14,8 @@ import zmq
 from zmq.utils import z85
 
 from msi.attention.scheduler import Request
-from msi.control.messages import (
-    CLIENT_END,
-    COORDINATOR_END,
-    TO_CLIENT,
-    Cancel,
-    ClientHello,
-    InstanceStatus,
-    StatsRequest,
-    Submit,
-    Welcome,
-    WorkerHello,
-)
+from msi.control.client_messages import ClientHello, InstanceStatus, StatsRequest, Welcome
+from msi.control.messages import CLIENT_END, COORDINATOR_END, TO_CLIENT, Cancel, Submit, WorkerHello
 from msi.errors import ConfigError
 from msi.net import control_server, control_socket
 from msi.net.codec import Codec

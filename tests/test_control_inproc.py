@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from msi import Engine, SamplingParams
-from msi.control.messages import CLIENT_END, COORDINATOR_END, Cancel, Refused, StatsRequest
+from msi.control.client_messages import StatsRequest
+from msi.control.messages import CLIENT_END, COORDINATOR_END, Cancel, Refused
 from msi.net.codec import Codec
 from msi.net.control import ControlClient
 from msi.net.control_inproc import InprocServer

@@ -12,7 +12,7 @@ from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
 from msi import ConfigError, Engine, InvalidRequest, SamplingParams
-from msi.control.messages import Stats
+from msi.control.client_messages import Stats
 from msi.errors import Unavailable
 from msi.server.chat import parse_chat
 from msi.server.chat_template import ChatTemplate

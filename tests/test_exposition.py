@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from msi.control.client_messages import Stats, WorkerStats
 from msi.control.counters import AttentionCounters, ExpertCounters, PeerDelay, ProcessCounters
-from msi.control.messages import Stats, WorkerStats, WorkerStatus
+from msi.control.worker_status import WorkerStatus
 from msi.server.edge_counters import EdgeCounters, Histogram
 from msi.server.metrics import Metrics
 from msi.types import Output, StageTimes

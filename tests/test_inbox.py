@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msi.control.client import CoordinatorClient
+from msi.control.client_messages import Outputs
 from msi.control.inbox import KEPT_WHOLE, TRIMMED, Inbox
-from msi.control.messages import Outputs
 from msi.errors import Failure
 from msi.server.merging import MAX_AHEAD, merged
 from msi.types import Output, Progress, Request, SamplingParams, TokenLogprobs

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from msi.control.messages import Welcome
+from msi.control.client_messages import Welcome
 from msi.server.prepare import (
     ANSWERS,
     ANTHROPIC,

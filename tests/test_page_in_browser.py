@@ -11,7 +11,8 @@ import signal
 import aiohttp
 import pytest
 
-from msi.control.messages import Stats, WorkerStats, WorkerStatus
+from msi.control.client_messages import Stats, WorkerStats
+from msi.control.worker_status import WorkerStatus
 from msi.server.event_values import Hello, Load, Percentiles, numbers
 from msi.server.events import sse
 from msi.server.gateway import Gateway

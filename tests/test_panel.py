@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from msi.control.client_messages import Stats, WorkerStats
 from msi.control.counters import AttentionCounters, PeerDelay
-from msi.control.messages import Stats, WorkerStats, WorkerStatus
+from msi.control.worker_status import WorkerStatus
 from msi.options import InstanceOptions
 from msi.types import StageTimes
 from msi_launch.local import Rate

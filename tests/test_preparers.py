@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from msi.control.messages import Welcome
+from msi.control.client_messages import Welcome
 from msi.errors import InvalidRequest, Unavailable
 from msi.server import preparers
 from msi.server.moment import Interrupted, for_a_moment

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from msi.control.messages import CLIENT_END, COORDINATOR_END, ClientPulse
+from msi.control.client_messages import ClientPulse
+from msi.control.messages import CLIENT_END, COORDINATOR_END
 from msi.net.control import ControlClient
 from msi.net.control_server import ControlServer
 from msi.net.secret import Secret

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from msi.control.client_messages import Stats, WorkerStats
 from msi.control.counters import AttentionCounters
-from msi.control.messages import StageTimes, Stats, WorkerStats, WorkerStatus
+from msi.control.messages import StageTimes
+from msi.control.worker_status import WorkerStatus
 from msi.server.request_log import LoadLog, RequestLog
 from msi.types import Output
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from msi.control.client_messages import ClientHello, Stats, StatsRequest, Welcome
 from msi.control.coordinator import Coordinator
 from msi.control.counters import AttentionCounters, ExpertCounters, ProcessCounters
 from msi.control.members import NO_STATUS, InstancePlan
@@ -23,15 +24,11 @@ from msi.control.messages import (
     FROM_CLIENT,
     FROM_WORKER,
     PROTOCOL_VERSION,
-    ClientHello,
     Heartbeat,
     Linked,
     PeerLost,
     Refused,
-    Stats,
-    StatsRequest,
     Submit,
-    Welcome,
     WorkerHello,
     WorkerReady,
 )

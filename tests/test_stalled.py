@@ -7,7 +7,7 @@ import asyncio
 import aiohttp
 import pytest_asyncio
 
-from msi.control.messages import InstanceStatus, Welcome
+from msi.control.client_messages import InstanceStatus, Welcome
 from msi.engine import Engine
 from msi.server.gateway import Gateway
 from msi.settings import DEMO_MODEL

@@ -8,7 +8,7 @@ import sys
 import orjson
 import pytest
 
-from msi.control.messages import Welcome
+from msi.control.client_messages import Welcome
 from msi.errors import InvalidRequest
 from msi.server.prepare import ANSWERS, CHAT, COMPLETION, MESSAGE, Elsewhere, NotUnderstood, Preparation, Setup
 from msi.structured_outputs import StructuredOutputs

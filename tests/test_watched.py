@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msi.control.client_messages import WorkerStats
 from msi.control.counters import AttentionCounters, ExpertCounters
-from msi.control.messages import COORDINATOR_END, WORKER_END, Heartbeat, WorkerStats, WorkerStatus
+from msi.control.messages import COORDINATOR_END, WORKER_END, Heartbeat
 from msi.control.watched import MAX_SPANS, SPAN, WINDOW_S, Span, SpanWindow, Watched, Way, packed_rows
+from msi.control.worker_status import WorkerStatus
 from msi.server.pingpong import ExpertCounts, PingpongWindows, picture
 from msi.types import StageTimes
 from msi.worker.watching import SpanRecorder

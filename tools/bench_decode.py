@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from msi import Engine, SamplingParams
-from msi.control.messages import Stats, WorkerStats
+from msi.control.client_messages import Stats, WorkerStats
 from msi.models.families import load_config
 from msi_launch.command_line import ScriptLine
 

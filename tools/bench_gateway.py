@@ -28,7 +28,7 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 
-from msi.control.messages import InstanceStatus, Welcome
+from msi.control.client_messages import InstanceStatus, Welcome
 from msi.engine import Engine
 from msi.server.gateway import Gateway
 from msi.server.metrics import Metrics

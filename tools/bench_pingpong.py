@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 from msi import Engine, SamplingParams
-from msi.control.messages import Stats
+from msi.control.client_messages import Stats
 from msi.planner.pipeline import Stages, steady_pass_s
 from msi_launch.command_line import ScriptLine
 

@@ -312,6 +312,7 @@ async def main() -> int:
         (
             *([arguments.model] if arguments.model else []), "--attention-workers", str(arguments.attention_workers),
             "--expert-workers", str(arguments.expert_workers), "--threads-per-worker", "1",
+            "--dtype", "float32",  # texts are compared: bfloat16's depend on who else runs
         ),
         arguments.log,
     )  # fmt: skip

@@ -14,25 +14,20 @@ from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from msi.control.inbox import Inbox
-from msi.control.lateness import read_first, sleep_late
-from msi.control.messages import (
-    PROTOCOL_VERSION,
-    Cancel,
+from msi.control.client_messages import (
     ClientHeartbeat,
     ClientHello,
     ClientPulse,
-    HeartbeatAck,
-    HelloAgain,
     InstanceStatus,
     Outputs,
-    Refused,
     Resubmit,
     Stats,
     StatsRequest,
-    Submit,
     Welcome,
 )
+from msi.control.inbox import Inbox
+from msi.control.lateness import read_first, sleep_late
+from msi.control.messages import PROTOCOL_VERSION, Cancel, HeartbeatAck, HelloAgain, Refused, Submit
 from msi.control.orders import Order, Ordered
 from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
 from msi.net.control import MessageClient

@@ -7,17 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msi.control.client_messages import ClientHello, ClientPulse, InstanceStatus, Outputs, Welcome
 from msi.control.members import Send
-from msi.control.messages import (
-    PROTOCOL_VERSION,
-    ClientHello,
-    ClientPulse,
-    HeartbeatAck,
-    InstanceStatus,
-    Outputs,
-    Refused,
-    Welcome,
-)
+from msi.control.messages import PROTOCOL_VERSION, HeartbeatAck, Refused
 from msi.control.routed import Updates
 
 LOST_AFTER_S = 10.0

@@ -15,6 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from msi.attention.journal import RequestAccount
 from msi.control.changes import ChangesOfPlacement
+from msi.control.client_messages import (
+    ClientHeartbeat,
+    ClientHello,
+    ClientPulse,
+    InstanceStatus,
+    Resubmit,
+    Stats,
+    StatsRequest,
+    Welcome,
+    WorkerStats,
+)
 from msi.control.clients import Clients
 from msi.control.counters import AttentionCounters, ExpertCounters
 from msi.control.due_changes import Choose
@@ -28,14 +39,10 @@ from msi.control.messages import (
     Calibrated,
     CalibrationCutShort,
     Cancel,
-    ClientHeartbeat,
-    ClientHello,
-    ClientPulse,
     Draining,
     Goodbye,
     Heartbeat,
     HelloAgain,
-    InstanceStatus,
     Linked,
     PassDone,
     PeerLost,
@@ -43,17 +50,12 @@ from msi.control.messages import (
     Pulse,
     Refused,
     RequestsFailed,
-    Resubmit,
     Shutdown,
-    Stats,
-    StatsRequest,
     Submit,
     Superseded,
-    Welcome,
     WorkerFailed,
     WorkerHello,
     WorkerReady,
-    WorkerStats,
 )
 from msi.control.operator import Operator
 from msi.control.orders import Order, Ordered

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from msi.control.counters import BatchTimes
-from msi.control.messages import WorkerStatus
+from msi.control.worker_status import WorkerStatus
 from msi.planner.stage_costs import BatchMean
 
 KEPT = 0.7  # of what was counted before, from window to window

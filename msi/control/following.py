@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from msi.control.client_messages import ClientHeartbeat, ClientHello
 from msi.control.lateness import sleep_late
-from msi.control.messages import ClientHeartbeat, ClientHello, Heartbeat, Superseded, WorkerHello
+from msi.control.messages import Heartbeat, Superseded, WorkerHello
 from msi.control.succession import Allegiance
 from msi.errors import ConfigError
 from msi.net.alarm import Alarm

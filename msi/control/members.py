@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from msi.control.messages import Assignment, WorkerHello, WorkerStatus
+from msi.control.messages import Assignment, WorkerHello
 from msi.control.rhythm import Rhythm
+from msi.control.worker_status import WorkerStatus
 from msi.precision import Precision
 from msi.settings import LinkShape, Rebalance, SchedulerLimits, ServiceLevel, Timeouts
 from msi.types import Place, Placement, StageTimes

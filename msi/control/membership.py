@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from msi.control.adoption import adopted, why_not_adopted
+from msi.control.client_messages import WorkerStats
 from msi.control.expert_places import ExpertPlaces
 from msi.control.formation import Formation, Joining, Refusal
 from msi.control.members import InstancePlan, Instruction, Lost, Member, Send, assignment
@@ -41,11 +42,10 @@ from msi.control.messages import (
     WorkerFailed,
     WorkerHello,
     WorkerReady,
-    WorkerStats,
-    WorkerStatus,
 )
 from msi.control.succession import next_term
 from msi.control.watched import WATCHED_FOR_S
+from msi.control.worker_status import WorkerStatus
 from msi.errors import ConfigError, shown
 
 LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer

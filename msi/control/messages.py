@@ -15,38 +15,33 @@ far the other side has come, so that what is missing is said again, and what can
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from msi.attention.journal import RequestAccount
-from msi.control.counters import (
-    NOT_COUNTED,
-    AttentionCounters,
-    BatchTimes,
-    ExpertCounters,
-    PeerDelay,
-    ProcessCounters,
-    by_name,
-    check_batches,
-    check_names,
-    check_peers,
+from msi.control.client_messages import (
+    ClientHeartbeat,
+    ClientHello,
+    ClientPulse,
+    InstanceStatus,
+    Outputs,
+    Resubmit,
+    Stats,
+    StatsRequest,
+    Welcome,
 )
 from msi.control.orders import Order, Ordered
-from msi.control.watched import Watched
+from msi.control.worker_status import Count, Seconds, WorkerStatus
 from msi.errors import Failure
 from msi.net.codec import Codec
 from msi.placement_change import merged
 from msi.precision import Precision
-from msi.sampling_params import NO_DEFAULTS, SamplingDefaults
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
-from msi.types import Measured, Place, Placement, Progress, Request, StageTimes
+from msi.types import Place, Placement, Progress, Request, StageTimes
 
 PROTOCOL_VERSION = 12
 
-Count = Annotated[int, range(2**40)]
 Seats = Annotated[int, range(2**16)]
-Seconds = Annotated[float, (0.0, math.inf)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,47 +226,6 @@ class Linked:
     worker_id: str
     incarnation: int
     is_complete: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """What a heartbeat carries.
-
-    Attributes:
-        loaded_bytes: of `total_bytes` of weights, while loading.
-        attention, experts: of the roles that run.
-        loop: what `msi.watchdog` measured, by name.
-        peers: of an attention worker, the expert workers by their delay, the slowest first.
-        watched: while somebody watches.
-        batches: of an expert worker, by their size.
-
-    Raises:
-        ValueError: /metrics could not show a name of `loop`, or a peer; or a size comes twice.
-    """
-
-    loaded_bytes: Annotated[int, range(2**60)]
-    total_bytes: Annotated[int, range(2**60)]
-    num_running: Count
-    num_waiting: Count
-    num_free_blocks: Count
-    times: StageTimes
-    process: ProcessCounters = NOT_COUNTED
-    attention: AttentionCounters | None = None
-    experts: ExpertCounters | None = None
-    loop: dict[str, Measured] = field(default_factory=dict, hash=False)
-    peers: tuple[PeerDelay, ...] = ()
-    watched: Watched | None = None
-    batches: tuple[BatchTimes, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_names(self.loop)
-        check_peers(self.peers)
-        check_batches(self.batches)
-
-    @property
-    def counters(self) -> dict[str, float]:
-        """Everything countable, by name."""
-        return {**by_name(self.attention), **by_name(self.experts), **by_name(self.process), **self.loop}
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,56 +414,7 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientHello:
-    """`client`: random, one per client: tells one whose connection broke from another."""
-
-    protocol_version: int
-    client: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Welcome:
-    """What a client needs to know about the model.
-
-    Attributes:
-        tokenizer: tokenizer.json, b"" when there is none.
-        chat_templates: in Jinja, by name; "default" if there are any.
-        special_tokens: texts that templates name, such as bos_token.
-        sampling_defaults: for requests that leave parameters out.
-        tool_call_parser, reasoning_parser: how the model writes calls of tools, and what it thinks.
-        coordinator_grace_s: requests wait so long for a coordinator in place of this one.
-    """
-
-    model_name: str
-    vocab_size: int
-    max_model_len: int
-    tokenizer: bytes = b""
-    chat_templates: dict[str, str] = field(default_factory=dict, hash=False)
-    special_tokens: dict[str, str] = field(default_factory=dict, hash=False)
-    sampling_defaults: SamplingDefaults = NO_DEFAULTS
-    tool_call_parser: str = "auto"
-    reasoning_parser: str = "auto"
-    coordinator_grace_s: Seconds = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceStatus:
-    """Whether requests are taken, and if not what is waited for; `failure` is set when it will never be."""
-
-    is_ready: bool
-    sentence: str
-    failure: str
-
-
-@dataclass(frozen=True, slots=True)
 class Submit:
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Resubmit:
-    """A request that the coordinator may not know, with the tokens that its client has; the rest is wanted."""
-
     request: Request
 
 
@@ -526,69 +431,6 @@ class Superseded:
 @dataclass(frozen=True, slots=True)
 class Cancel:
     request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class ClientHeartbeat:
-    """`num_submits`: Submits that it has sent since its hello."""
-
-    num_submits: Count
-
-
-@dataclass(frozen=True, slots=True)
-class ClientPulse:
-    """The client's process lives, however busy its loop is; `client` as in its hello."""
-
-    client: str
-
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """What is new of a client's requests. `number` counts those to a client: none may be missing."""
-
-    number: Count
-    progress: tuple[Progress, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StatsRequest:
-    """`is_watching`: workers are asked to tell more (`msi.control.watched`), until a while after the last of these."""
-
-    is_watching: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStats:
-    """`reason`: why it is lost."""
-
-    worker_id: str
-    role: str
-    pid: int
-    host: str
-    incarnation: int
-    state: str
-    status: WorkerStatus
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Everything countable in the instance.
-
-    Attributes:
-        num_waiting: requests that no worker has yet.
-        drift: where a plan runs, measured over planned by stage ("attention", "expert", "comm"), and "alarms".
-        dropped: what the coordinator did not take from its sockets, by kind.
-        counters: the coordinator's own.
-    """
-
-    num_lanes: int
-    num_requests: int
-    workers: tuple[WorkerStats, ...]
-    drift: dict[str, float] = field(default_factory=dict)
-    dropped: dict[str, float] = field(default_factory=dict)
-    counters: dict[str, float] = field(default_factory=dict)
-    num_waiting: int = 0
 
 
 FROM_WORKER = (

@@ -13,17 +13,10 @@ import secrets
 import time
 from collections.abc import Callable
 
+from msi.control.client_messages import ClientHeartbeat, ClientHello
 from msi.control.coordinator import Coordinator
 from msi.control.lateness import read_first, sleep_late
-from msi.control.messages import (
-    PROTOCOL_VERSION,
-    ClientHeartbeat,
-    ClientHello,
-    HeartbeatAck,
-    HelloAgain,
-    Refused,
-    Superseded,
-)
+from msi.control.messages import PROTOCOL_VERSION, HeartbeatAck, HelloAgain, Refused, Superseded
 from msi.control.succession import Step, Succession
 from msi.errors import ConfigError, Unavailable
 from msi.net.control import MessageClient

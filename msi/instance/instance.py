@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from msi.control.client_messages import Welcome
 from msi.control.coordinator import Coordinator
 from msi.control.following import way_to
 from msi.control.members import InstancePlan
-from msi.control.messages import COORDINATOR_END, WORKER_END, Welcome
+from msi.control.messages import COORDINATOR_END, WORKER_END
 from msi.errors import ConfigError
 from msi.models.config import ModelConfig, config_digest
 from msi.models.families import load_config

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from msi.control.messages import Stats, WorkerStats
+from msi.control.client_messages import Stats, WorkerStats
 from msi.meter import percentile
 
 MAX_SENTENCE_CHARS = 500

@@ -15,7 +15,7 @@ import orjson
 from aiohttp import web
 
 import msi
-from msi.control.messages import Stats
+from msi.control.client_messages import Stats
 from msi.engine import Engine
 from msi.errors import EngineError
 from msi.server.event_values import Hello, Load, Percentiles, numbers

@@ -56,8 +56,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE_LAT
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from msi.control.client_messages import Stats, WorkerStats
 from msi.control.counters import by_name
-from msi.control.messages import Stats, WorkerStats
 from msi.kernels import BLOCK_TOKENS
 from msi.server.edge_counters import EdgeCounters, Histogram
 from msi.watchdog import BUCKETS_S

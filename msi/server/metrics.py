@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 
-from msi.control.messages import Stats
+from msi.control.client_messages import Stats
 from msi.server.edge_counters import EdgeCounters
 from msi.server.exposition import exposition
 from msi.types import Output

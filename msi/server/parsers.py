@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import orjson
 
-from msi.control.messages import Welcome
+from msi.control.client_messages import Welcome
 from msi.server.chat import ChatRequest
 from msi.server.parsing.choice import (
     JSON_CALLS,

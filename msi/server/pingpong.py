@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from msi.control.messages import WorkerStats
+from msi.control.client_messages import WorkerStats
 from msi.control.watched import Span, SpanWindow
 from msi.server.event_values import in_order
 

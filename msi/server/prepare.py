@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from msi.control.messages import Welcome
+from msi.control.client_messages import Welcome
 from msi.errors import EngineError, Failure, InvalidRequest, ModelNotFound, shown
 from msi.net.codec import Codec
 from msi.server.anthropic import request as anthropic

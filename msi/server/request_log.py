@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from msi.control.messages import Stats
+from msi.control.client_messages import Stats
 from msi.engine import Engine
 from msi.errors import EngineError
 from msi.json_log import with_fields

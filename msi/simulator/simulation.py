@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from msi.control.client import CoordinatorClient
+from msi.control.client_messages import Welcome
 from msi.control.coordinator import Coordinator
-from msi.control.messages import Welcome
 from msi.errors import EngineError, Unavailable
 from msi.net.control import MessageClient
 from msi.net.control_inproc import InprocServer

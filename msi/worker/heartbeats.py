@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from msi.control.lateness import read_first, sleep_late
-from msi.control.messages import Assignment, Heartbeat, Pulse, WorkerStatus
+from msi.control.messages import Assignment, Heartbeat, Pulse
+from msi.control.worker_status import WorkerStatus
 from msi.errors import Unavailable
 from msi.net.control import MessageClient
 from msi.settings import Timeouts

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from msi.control.messages import Welcome
+from msi.control.client_messages import Welcome
 from msi.engine import Engine
 from msi.server.gateway import Gateway
 from msi.text.prompts import Prompts
