@@ -301,6 +301,19 @@ def test_draining_an_attention_worker_stops_requests_to_it():
     assert lost == Lost("attention-0", "it was drained")
 
 
+@pytest.mark.parametrize("how", ["it ended with status 0", "it was killed by signal 9"])
+def test_a_drained_worker_whose_end_is_seen_before_its_goodbye_is_not_waited_for(how):
+    """An instance waited for ever for a worker that had been removed."""
+    cluster = Cluster(replace(PLAN, num_attention=3), 0.0)
+    for number in range(3):
+        hello(cluster, b"a%d" % number, role="attention", worker_id=f"attention-{number}", pid=100 + number)
+    cluster.draining(b"a0", "attention-0", 0)
+    cluster.worker_exited("attention-0", 100, how, 0.5)
+    assert cluster.plan.wanted["attention"] == 2
+    cluster.worker_exited("attention-1", 101, how, 0.5)  # nobody asked this one to end
+    assert cluster.plan.wanted["attention"] == 2
+
+
 def test_draining_an_expert_worker_waits_for_all_requests():
     cluster = formed()
     assert cluster.draining(b"e0", "expert-0", 0) == []

@@ -342,6 +342,8 @@ class Cluster:
         if not member.is_live:
             member.reason = how  # whoever told before saw only a consequence
             return []
+        if member.state == "draining" and not has_crashed:
+            self._leaves(member)  # its goodbye is on its way
         return [*self._lose(member, how, has_crashed), *self._settle(now)]
 
     def draining(self, route: bytes, worker_id: str, incarnation: int) -> list[Instruction]:
@@ -404,9 +406,13 @@ class Cluster:
         member = self.member(route, goodbye.worker_id, goodbye.incarnation)
         if member is None:
             return []
+        self._leaves(member)
+        return self._lose(member, "it was drained")
+
+    def _leaves(self, member: Member) -> None:
+        """It is not wanted any more, unless it has experts that are nowhere else."""
         if member.role == "attention" or not self.placing.holds_any(member.place.node):
             self._use_places(self.plan.without_place(member.role, member.place.index))
-        return self._lose(member, "it was drained")
 
     def use_lanes(self, num_lanes: int) -> list[Instruction]:
         """From now on this many micro-batches are in flight, on all attention workers."""
