@@ -68,6 +68,6 @@ class Tracer:
 
 def merge(parts_dir: Path, into: Path) -> int:
     """Joins the parts of all workers into one Chrome trace; returns the number of its events."""
-    events = [json.loads(line) for part in sorted(parts_dir.glob("*.part")) for line in part.read_text().splitlines()]
+    events = [json.loads(line) for part in sorted(parts_dir.glob("*.part")) for line in part.read_bytes().splitlines()]
     into.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     return len(events)

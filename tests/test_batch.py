@@ -33,7 +33,7 @@ def written(path, *requests):
 
 def answers_of(path):
     """By custom_id, or else by id."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     found = {one["custom_id"] or one["id"]: one for one in lines}
     assert len(found) == len(lines), "each is answered once"
     return found

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 from msi import Engine, SamplingParams
+from msi.kernels import NONE
 from msi.kernels.cpu import CpuKernels
 from msi.kernels.triton.expert_bank import TritonExpertBank, new_expert_bank
 from tests.everyday import SOME_FAMILIES
@@ -21,7 +22,8 @@ from tests.reference import references, save_tiny
 async def test_tokens_equal_transformers_with_experts_in_triton(tmp_path, monkeypatch, family):
     banks: list[TritonExpertBank] = []
 
-    def in_triton(self: CpuKernels, **shape: object) -> TritonExpertBank:
+    def in_triton(self: CpuKernels, quantization: str, **shape: object) -> TritonExpertBank:
+        assert quantization == NONE
         banks.append(new_expert_bank(**shape, device=torch.device("cpu")))
         return banks[-1]
 

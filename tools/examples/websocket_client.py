@@ -23,8 +23,8 @@ async def ask(url: str) -> dict[str, str]:
     running = set(PROMPTS)
     async with aiohttp.ClientSession(headers=headers) as session, session.ws_connect(f"{url}/v1/stream") as socket:
         for name, prompt in PROMPTS.items():
-            max_tokens = 400 if name == "endless" else 20
-            await socket.send_json({"type": "generate", "id": name, "prompt": prompt, "max_tokens": max_tokens})
+            asked = {"max_tokens": 400, "ignore_eos": True} if name == "endless" else {"max_tokens": 20}
+            await socket.send_json({"type": "generate", "id": name, "prompt": prompt, **asked})
         while running:
             message = await socket.receive_json()
             name, kind = message["id"], message["type"]
