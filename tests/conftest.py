@@ -34,3 +34,21 @@ def tiny_model(tmp_path_factory):
     save_tiny(path, vocab_size=tokenizer.get_vocab_size())
     tokenizer.save(str(path / "tokenizer.json"))
     return path
+
+
+class ToldAtOnce:
+    """Names a test that failed as soon as it has: the whole check takes a while, and tells why at its end."""
+
+    def __init__(self, reporter):
+        self._reporter = reporter
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self._reporter.write_line(f"\nfailed: {report.nodeid}, {report.when}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(config, "workerinput"):  # not in each of the processes that run tests
+        config.pluginmanager.register(ToldAtOnce(reporter))
