@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 from hypothesis import given
@@ -36,7 +37,7 @@ from msi.errors import ConfigError
 from msi.placement import place_evenly
 from msi.precision import Precision
 from msi.settings import SchedulerLimits, Timeouts
-from msi.types import Place
+from msi.types import Place, Placement
 
 PLAN = InstancePlan("token", 1, 2, False, place_evenly(8, 2), SchedulerLimits(1024, 64, 512))
 CHOICE = "waiting for other workers: the role that they leave is this one's"
@@ -301,17 +302,46 @@ def test_draining_an_attention_worker_stops_requests_to_it():
     assert lost == Lost("attention-0", "it was drained")
 
 
-@pytest.mark.parametrize("how", ["it ended with status 0", "it was killed by signal 9"])
-def test_a_drained_worker_whose_end_is_seen_before_its_goodbye_is_not_waited_for(how):
-    """An instance waited for ever for a worker that had been removed."""
-    cluster = Cluster(replace(PLAN, num_attention=3), 0.0)
-    for number in range(3):
-        hello(cluster, b"a%d" % number, role="attention", worker_id=f"attention-{number}", pid=100 + number)
-    cluster.draining(b"a0", "attention-0", 0)
-    cluster.worker_exited("attention-0", 100, how, 0.5)
-    assert cluster.plan.wanted["attention"] == 2
-    cluster.worker_exited("attention-1", 101, how, 0.5)  # nobody asked this one to end
-    assert cluster.plan.wanted["attention"] == 2
+PIDS = {"attention-0": 100, "attention-1": 101, "expert-0": 110, "expert-1": 111}
+SIGNS_OF_AN_END = {
+    "a peer's word": lambda cluster, route, name: cluster.peer_lost(
+        b"a1", PeerLost("attention-1", 0, name, 0, "closed")
+    ),
+    "its goodbye": lambda cluster, route, name: cluster.goodbye(route, Goodbye(name, 0)),
+    "its exit": lambda cluster, route, name: cluster.worker_exited(name, PIDS[name], "it ended with status 0", 0.5),
+    "its crash": lambda cluster, route, name: cluster.worker_exited(
+        name, PIDS[name], "it was killed by signal 11", 0.5, has_crashed=True
+    ),
+    "its failure": lambda cluster, route, name: cluster.worker_failed(route, WorkerFailed(name, 0, "no memory")),
+}
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["", "before its experts are elsewhere"])
+@pytest.mark.parametrize("signs", list(permutations(SIGNS_OF_AN_END, 2)), ids=" then ".join)
+@pytest.mark.parametrize(("name", "route"), [("expert-0", b"e0"), ("attention-0", b"a0")])
+def test_a_worker_that_was_told_to_leave_is_not_waited_for_however_its_end_is_noticed(name, route, signs, is_late):
+    """Where the wrong one of its goodbye, its exit and a peer's word came first, it was waited for for ever."""
+    cluster = Cluster(replace(PLAN, num_attention=2, max_expert=3), 0.0)
+    for one, pid in PIDS.items():
+        role, number = one.split("-")
+        hello(cluster, f"{role[0]}{number}".encode(), role=role, worker_id=one, pid=pid)
+    cluster.draining(route, name, 0)
+
+    def notice():
+        for sign in signs:
+            SIGNS_OF_AN_END[sign](cluster, route, name)
+
+    if is_late:
+        notice()
+    cluster.placing.placement = Placement(((), tuple(range(8))), 8, version=1)
+    if not is_late:
+        notice()
+    cluster.tick(0.6)
+    wanted = {"attention": 2, "expert": 2, name.split("-")[0]: 1}
+    assert cluster.plan.wanted == wanted
+    cluster.worker_exited("attention-1", PIDS["attention-1"], "it was killed by signal 9", 0.7)
+    cluster.worker_exited("expert-1", PIDS["expert-1"], "it was killed by signal 9", 0.7)
+    assert cluster.plan.wanted == wanted, "nobody asked these to end"
 
 
 def test_draining_an_expert_worker_waits_for_all_requests():

@@ -135,6 +135,7 @@ class Member:
         num_acks: HeartbeatAcks that were sent to it.
         num_passes: PassDones that came from it.
         placement_version, has_former: of what it uses, as it last said; see `msi.control.placing`.
+        is_leaving: it wants to end, or somebody wants that, also once it is lost.
         leaves_by: whatever it runs goes on elsewhere then.
         rhythm: of its signs of life.
     """
@@ -160,6 +161,7 @@ class Member:
     num_passes: int = 0
     placement_version: int = 0
     has_former: bool = False
+    is_leaving: bool = False
     leaves_by: float = math.inf
     loop_lag_s: float = 0.0
     rhythm: Rhythm = field(default_factory=Rhythm)

@@ -182,6 +182,7 @@ class Cluster:
             former = self._members.get(decision.worker_id)
             if former is not None and former.is_live:
                 instructions += self._lose(former, "it began a new life")
+                self._use_places(self.plan.with_place(decision.role, decision.place.index))  # also if it was leaving
             self._members[decision.worker_id] = decision
             if decision.role == "expert" and not self.placing.holds_any(decision.place.node):
                 instructions += self.places.share_with(decision)
@@ -342,8 +343,6 @@ class Cluster:
         if not member.is_live:
             member.reason = how  # whoever told before saw only a consequence
             return []
-        if member.state == "draining" and not has_crashed:
-            self._leaves(member)  # its goodbye is on its way
         return [*self._lose(member, how, has_crashed), *self._settle(now)]
 
     def draining(self, route: bytes, worker_id: str, incarnation: int) -> list[Instruction]:
@@ -351,7 +350,7 @@ class Cluster:
         member = self.member(route, worker_id, incarnation)
         if member is None:
             return [Send(route, Drain())]
-        member.state = "draining"
+        member.state, member.is_leaving = "draining", True
         return [Send(route, Drain())] if member.role == "attention" else []
 
     def ask_to_leave(self, worker_id: str, by: float, carry_out: Callable[[list[Instruction]], None]) -> Member:
@@ -388,7 +387,6 @@ class Cluster:
         instructions: list[Instruction] = []
         for member in self.live("attention"):
             if member.state == "draining" and now > member.leaves_by:
-                self._use_places(self.plan.without_place(member.role, member.place.index))
                 instructions.append(Send(member.route, Shutdown("it was drained, and its time was over")))
                 instructions += self._lose(member, "it was drained, and its time was over")
         return instructions
@@ -406,11 +404,12 @@ class Cluster:
         member = self.member(route, goodbye.worker_id, goodbye.incarnation)
         if member is None:
             return []
-        self._leaves(member)
         return self._lose(member, "it was drained")
 
     def _leaves(self, member: Member) -> None:
-        """It is not wanted any more, unless it has experts that are nowhere else."""
+        """One that was to leave is gone, and not wanted any more, unless it has experts that are nowhere else."""
+        if member.is_live or not member.is_leaving:
+            return
         if member.role == "attention" or not self.placing.holds_any(member.place.node):
             self._use_places(self.plan.without_place(member.role, member.place.index))
 
@@ -450,6 +449,7 @@ class Cluster:
         self._formation.excuse(late_s)
         for member in list(self._members.values()):
             member.last_seen += late_s
+            self._leaves(member)  # its experts may be elsewhere by now
             silent_s = now - member.last_seen
             patience_s = self._patience_s(member)
             if member.is_live and silent_s > patience_s:
@@ -517,6 +517,7 @@ class Cluster:
 
     def _lose(self, member: Member, reason: str, has_crashed: bool = False) -> list[Instruction]:
         member.state, member.reason, member.is_linked = "lost", reason, False
+        self._leaves(member)  # however its end is noticed: its goodbye, or what a peer says, may come later
         out = Send(member.route, self._hello_again(f"the coordinator gave it up: {reason}"))
         if member.role == "expert":
             return [out, *self._topology_to(*self.live("attention"))]
