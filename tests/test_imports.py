@@ -32,7 +32,7 @@ LAYERS = [
         "msi.control.calibration", "msi.control.clients", "msi.control.counters", "msi.control.lane_choice",
         "msi.control.suspects", "msi.control.routed", "msi.control.request_routing", "msi.control.restarts",
         "msi.control.fair_queue", "msi.control.overload", "msi.control.prediction",
-        "msi.control.watched", "msi.control.takeover", "msi.control.adoption",
+        "msi.control.watched", "msi.control.takeover", "msi.control.adoption", "msi.control.arrivals",
         "msi.control.placing", "msi.control.due_changes", "msi.control.expert_places", "msi.control.changes",
         "msi.control.orders", "msi.control.size_watch", "msi.control.rhythm", "msi.control.succession", "msi.options",
     },

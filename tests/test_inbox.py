@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msi.control.client import CoordinatorClient
-from msi.control.client_messages import Outputs
+from msi.control.client_messages import Outputs, Welcome
 from msi.control.inbox import KEPT_WHOLE, TRIMMED, Inbox
-from msi.errors import Failure
+from msi.control.orders import Order
+from msi.errors import Failure, Unavailable
 from msi.server.merging import MAX_AHEAD, merged
 from msi.types import Output, Progress, Request, SamplingParams, TokenLogprobs
 
@@ -119,6 +120,21 @@ async def test_a_request_that_is_not_read_keeps_no_other_waiting_and_is_all_ther
     assert [(await one).token_ids for one in first] == [(1,), (1,)]
     assert [update.token_ids[0] async for update in quick] == list(range(2, 1001))
     assert [update.token_ids[0] async for update in slow] == list(range(2, 1001))
+
+
+@pytest.mark.parametrize("end", ["another welcomes us", "nobody comes"])
+async def test_an_operator_does_not_wait_for_the_answer_of_a_coordinator_that_is_gone(end):
+    """msi-ctl hung for ever."""
+    client = CoordinatorClient(Silent())
+    asked = asyncio.ensure_future(client.order(Order(0, "drain", "expert-1")))
+    await asyncio.sleep(0)
+    if end == "nobody comes":
+        client._give_up("the coordinator is gone")
+    else:
+        client._is_unknown()
+        client._welcomed(Welcome("m", 10, 10))
+    with pytest.raises(Unavailable, match=r"may have been done|is gone"):
+        await asyncio.wait_for(asked, 5)
 
 
 async def test_of_several_prompts_that_nobody_reads_little_is_made():

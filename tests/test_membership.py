@@ -23,6 +23,7 @@ from msi.control.messages import (
     Linked,
     PassDone,
     PeerLost,
+    Placed,
     Pulse,
     Refused,
     Topology,
@@ -342,6 +343,23 @@ def test_a_worker_that_was_told_to_leave_is_not_waited_for_however_its_end_is_no
     cluster.worker_exited("attention-1", PIDS["attention-1"], "it was killed by signal 9", 0.7)
     cluster.worker_exited("expert-1", PIDS["expert-1"], "it was killed by signal 9", 0.7)
     assert cluster.plan.wanted == wanted, "nobody asked these to end"
+
+
+def test_an_expert_worker_that_an_operator_asked_to_leave_and_that_cannot_serves_on():
+    """Its place was given up when it crashed later on."""
+    cluster = formed()
+    for route, name in ((b"e0", "expert-0"), (b"e1", "expert-1"), (b"a0", "attention-0")):
+        beat(cluster, route, name, 1.0)
+    cluster.tick(1.0)
+    member = cluster.ask_to_leave("expert-1", 9.0, lambda instructions: None)
+    cluster.tick(1.1)
+    cluster.placed(b"e0", Placed("expert-0", 0, 1, False, "the memory that is free is too little"))
+    for version, has_former in ((2, True), (2, False)):
+        for one in cluster._members.values():
+            one.placement_version, one.has_former = version, has_former and one.role == "expert"
+        cluster.tick(1.2)
+    assert (member.state, member.is_leaving) == ("ready", False)
+    assert list(cluster.serving) == ["attention-0"]
 
 
 def test_draining_an_expert_worker_waits_for_all_requests():

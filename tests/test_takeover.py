@@ -9,16 +9,19 @@ import pytest
 
 from msi.attention.journal import KEPT_S, Journal, RequestAccount, digest_of
 from msi.attention.sequence import Sequence
+from msi.control.arrivals import LULL_S, TAKEOVER_S
 from msi.control.members import Lost, Send
-from msi.control.membership import ASKED_AGAIN_S, LIVES_PER_TERM, TAKEOVER_S, Cluster
+from msi.control.membership import ASKED_AGAIN_S, LIVES_PER_TERM, Cluster
 from msi.control.messages import (
     Account,
     AccountWanted,
     Adopted,
     Assignment,
+    Goodbye,
     HelloAgain,
     PassDone,
     Topology,
+    UsePlacement,
     WorkerReady,
 )
 from msi.control.request_routing import Router
@@ -208,6 +211,16 @@ def test_requests_that_are_computed_again_come_before_new_ones_and_begin_where_t
 # -- who goes on -----------------------------------------------------------------------------------------------------
 
 
+TWO = replace(PLAN, num_attention=2)
+
+
+def formed_of_two():
+    cluster = formed(TWO)
+    hello(cluster, b"a1", role="attention", worker_id="attention-1", pid=101)
+    cluster.ready(b"a1", WorkerReady("attention-1", 0, "", 100))
+    return cluster
+
+
 def account(cluster, worker_id, **changes):
     """What a worker of a cluster would tell another coordinator."""
     member = cluster._members[worker_id]
@@ -277,6 +290,72 @@ def test_nobody_hears_who_is_there_before_all_are_or_are_late():
     assert late.incarnation == 2 * LIVES_PER_TERM, (
         "later than any life of its that the coordinator before may have known"
     )
+
+
+def test_workers_that_a_launcher_saw_end_are_not_waited_for_and_others_not_after_a_lull():
+    """Streams of a worker that died with its coordinator stood still for eight seconds."""
+    before = formed(TWO)
+    for served, is_awaited in ((["attention-0", "attention-1"], True), (["attention-0"], False)):
+        cluster = Cluster(TWO, 0.0)
+        cluster.arrivals.expects(served)
+        cluster.adopt(b"a", account(before, "attention-0"), 0.0)
+        assert cluster.awaits_accounts(1.0) == is_awaited
+        assert bool(cluster.tick(1.0)) != is_awaited, "who is there"
+        cluster.worker_exited("attention-1", 4711, "it was killed by signal 9", 1.5)
+        assert not cluster.awaits_accounts(1.6)
+    cluster = Cluster(TWO, 0.0)
+    cluster.adopt(b"a", account(before, "attention-0"), 1.0)
+    assert cluster.awaits_accounts(1.0 + LULL_S - 0.1)
+    assert not cluster.awaits_accounts(1.0 + LULL_S + 0.1)
+
+
+def test_what_a_worker_said_before_its_launcher_saw_it_end_does_not_count():
+    before = formed()
+    cluster = Cluster(PLAN, 0.0)
+    one = account(before, "attention-0")
+    cluster.worker_exited("attention-0", one.hello.pid, "it was killed by signal 9", 0.0)
+    assert cluster.adopt(b"a", one, 0.1) == []
+    assert not cluster.live("attention")
+
+
+def standing(cluster, worker_id, now=0.0):
+    return cluster._standing(cluster._members[worker_id], now)
+
+
+def test_a_coordinator_after_a_removal_waits_for_as_many_workers_as_the_one_before():
+    before = formed_of_two()
+    assert standing(before, "attention-0") is None
+    early = account(before, "expert-0")
+    before.ask_to_leave("attention-1", 9.0, lambda instructions: None)
+    early = replace(early, standing=standing(before, "expert-0"))
+    before.goodbye(b"a1", Goodbye("attention-1", 0))
+    assert standing(before, "attention-0").attention == (0,)
+    for accounts in ([early, "attention-0", "expert-1"], ["attention-0", early, "expert-1"]):
+        cluster = Cluster(replace(TWO, instance="another token"), 0.0)
+        for one in accounts:
+            told = one if isinstance(one, Account) else account(before, one, standing=standing(before, one))
+            cluster.adopt(told.hello.worker_id.encode(), told, 0.0)
+        assert cluster.plan.wanted == {"attention": 1, "expert": 2}
+        assert not cluster.awaits_accounts(0.1)
+        assert cluster.plan.num_changes >= before.plan.num_changes
+
+
+@pytest.mark.parametrize("worker_id", ["attention-1", "expert-1"])
+def test_a_worker_that_was_told_to_leave_leaves_the_next_coordinator_too(worker_id):
+    """It was waited for for ever."""
+    before = formed_of_two()
+    before.ask_to_leave(worker_id, 9.0, lambda instructions: None)
+    cluster = Cluster(replace(TWO, instance="another token"), 0.0)
+    for one in before._members:
+        cluster.adopt(one.encode(), account(before, one, standing=standing(before, one, 2.0)), 100.0)
+    member = cluster._members[worker_id]
+    assert (member.state, member.is_leaving, member.leaves_by) == ("draining", True, 107.0)
+    if worker_id == "expert-1":
+        sent = cluster.tick(100.1)
+        assert {one.message.placement.experts[1] for one in sent if isinstance(one.message, UsePlacement)} == {()}
+    else:
+        cluster.goodbye(b"attention-1", Goodbye("attention-1", 0))
+        assert cluster.plan.wanted["attention"] == 1
 
 
 @pytest.mark.parametrize(

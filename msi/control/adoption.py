@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -41,11 +42,12 @@ def why_not_adopted(account: Account, plan: InstancePlan, members: Mapping[str, 
 
 def adopted(route: bytes, account: Account, now: float) -> Member:
     """The member that it goes on as."""
-    given, hello, ready = account.assignment, account.hello, account.ready
+    given, hello, ready, standing = account.assignment, account.hello, account.ready, account.standing
+    is_asked = standing is not None and standing.is_leaving
     return Member(
         given.worker_id, given.role, given.place, given.incarnation,
         route, hello.pid, hello.host, now, hello.process,
-        state="draining" if account.is_draining else "ready",
+        state="draining" if account.is_draining or is_asked else "ready",
         heard_at=now,
         address=ready.address,
         num_blocks=ready.num_blocks,
@@ -55,4 +57,6 @@ def adopted(route: bytes, account: Account, now: float) -> Member:
         num_acks=max(0, account.acked),
         num_passes=account.num_passes,
         placement_version=account.placement.version,
+        is_leaving=account.is_draining or is_asked,
+        leaves_by=math.inf if standing is None or not is_asked else now + standing.leaves_in_s,
     )  # fmt: skip

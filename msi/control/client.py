@@ -142,12 +142,15 @@ class CoordinatorClient:
         self._end_all(error)
 
     def _end_all(self, error: EngineError) -> None:
-        for order in self._orders.values():
-            if not order.done():
-                order.set_exception(Failure.of(error).error())
+        self._end_orders(error)
         for request_id, asked in self._asked.items():
             if not asked.is_over:
                 asked.take(Progress(request_id, failure=Failure.of(error)))
+
+    def _end_orders(self, error: EngineError) -> None:
+        for order in self._orders.values():
+            if not order.done():
+                order.set_exception(Failure.of(error).error())
 
     async def wait_status(self, last: InstanceStatus) -> InstanceStatus:
         """The instance's status as soon as it is another than `last`."""
@@ -167,7 +170,11 @@ class CoordinatorClient:
         raise Unavailable(f"the coordinator at {self.address} did not answer for {waited_s:g} s")
 
     async def order(self, order: Order) -> Ordered:
-        """What an operator asks for; the answer, whenever it comes. Raises EngineError: the connection is lost."""
+        """What an operator asks for; the answer, whenever it comes.
+
+        Raises:
+            EngineError: the coordinator, or the connection to it, is lost: nobody knows whether it was done.
+        """
         number = self._num_orders = self._num_orders + 1
         answer: asyncio.Future[Ordered] = asyncio.get_running_loop().create_future()
         self._orders[number] = answer
@@ -286,6 +293,12 @@ class CoordinatorClient:
 
     def _welcomed(self, welcome: Welcome) -> None:
         self._must_greet = False
+        self._end_orders(
+            Unavailable(
+                f"the coordinator at {self.address} was lost before it answered; what was asked may have been done: "
+                "look at the status, and ask again if it was not"
+            )
+        )
         self._num_outputs = 0
         self._grace_s = welcome.coordinator_grace_s
         for asked in self._asked.values():
@@ -326,6 +339,7 @@ class CoordinatorClient:
 
     def _give_up(self, reason: str) -> None:
         """Nobody came within the grace: what had begun was lost, and the rest may be asked for again."""
+        self._end_orders(Unavailable(reason))
         for request_id, asked in self._asked.items():
             if not asked.is_over:
                 error = RequestFailed(reason) if asked.token_ids else Unavailable(reason)

@@ -303,6 +303,10 @@ class Coordinator:
 
     # -- workers' messages -------------------------------------------------------------------------------------------
 
+    def expects(self, worker_ids: Sequence[str]) -> None:
+        """The launcher says which workers served the coordinator before this one, and live."""
+        self._cluster.arrivals.expects(worker_ids)
+
     def worker_exited(self, worker_id: str, pid: int, how: str, has_crashed: bool) -> None:
         """The launcher, and nobody else, says that a process of its own has ended."""
         now = self._clock()

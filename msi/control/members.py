@@ -29,6 +29,7 @@ class InstancePlan:
         max_resumptions: how often a request goes on elsewhere when its attention worker is lost.
         max_attention, max_expert: as many nodes as may be there while it runs; 0: no more than at the start.
         places: of workers that are wanted now, by role; None: as many as at the start.
+        num_changes: of `places`, since the instance began.
         term: of its coordinator; see `msi.control.succession`.
         is_on_network: a worker's host may vanish without a word; here somebody sees processes end.
     """
@@ -50,6 +51,7 @@ class InstancePlan:
     max_attention: int = 0
     max_expert: int = 0
     places: Mapping[str, tuple[int, ...]] | None = None
+    num_changes: int = 0
     term: int = 0
     is_on_network: bool = False
 
@@ -89,14 +91,15 @@ class InstancePlan:
             return self
         places = dict(self.wanted_places)
         places[role] = tuple(sorted({*places[role], index}))
-        return replace(self, places=places)
+        return replace(self, places=places, num_changes=self.num_changes + 1)
 
     def without_place(self, role: str, index: int) -> InstancePlan:
         """One less; the last one of a role stays wanted."""
         places = dict(self.wanted_places)
-        if len(places[role]) > 1:
-            places[role] = tuple(one for one in places[role] if one != index)
-        return replace(self, places=places)
+        if places[role] == (index,) or index not in places[role]:
+            return self
+        places[role] = tuple(one for one in places[role] if one != index)
+        return replace(self, places=places, num_changes=self.num_changes + 1)
 
 
 @dataclass(frozen=True, slots=True)

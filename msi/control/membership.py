@@ -8,11 +8,13 @@ from its own connection and its present life, or from the launcher, which sees i
 from __future__ import annotations
 
 import hmac
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from msi.control.adoption import adopted, why_not_adopted
+from msi.control.arrivals import Arrivals
 from msi.control.client_messages import WorkerStats
 from msi.control.expert_places import ExpertPlaces
 from msi.control.formation import Formation, Joining, Refusal
@@ -36,6 +38,7 @@ from msi.control.messages import (
     Pulse,
     Refused,
     Shutdown,
+    Standing,
     Topology,
     Undecided,
     UseLanes,
@@ -50,7 +53,6 @@ from msi.errors import ConfigError, shown
 
 LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
 STUCK_AFTER_S = 30.0  # a process that lives, but whose loop stands still for so long, is given up
-TAKEOVER_S = 8.0  # workers of the coordinator before have so long to come
 ASKED_AGAIN_S = 0.5
 LIVES_PER_TERM = 4097  # whoever comes anew to a coordinator is of a later life than any that the one before knew
 EXITS_REMEMBERED_S = 10.0  # what a process said before it ended may be read after that
@@ -72,7 +74,8 @@ class Cluster:
         self._formation.first_incarnation = plan.term * LIVES_PER_TERM
         self._exited: dict[int, float] = {}  # processes that ended, and when
         self.superseded_by = 0  # the term of a coordinator that took over from this one
-        self._taking_over_until = 0.0  # 0 where it takes nothing over
+        self.arrivals = Arrivals(now)  # of workers of the coordinator before
+        self._places_known = 0  # changes of places, of which workers told that they took over
         self._asked: dict[bytes, float] = {}  # who was asked for an account, and when
 
     # -- what is -----------------------------------------------------------------------------------------------------
@@ -202,37 +205,62 @@ class Cluster:
 
     def awaits_accounts(self, now: float) -> bool:
         """Whether workers of the coordinator before, with requests, may still come."""
-        is_early = now < max(self._taking_over_until, self._started_at + TAKEOVER_S)
-        return is_early and len(self.live("attention")) < self.plan.wanted["attention"]
+        return self._awaits("attention", now)
+
+    def _awaits(self, role: str, now: float) -> bool:
+        num_missing = self.plan.wanted[role] - len(self.live(role))
+        return self.arrivals.awaits(now, role=role, known=self._members, num_missing=num_missing)
 
     def adopt(self, route: bytes, account: Account, now: float) -> list[Instruction]:
         """A worker of the coordinator before goes on as it is, where that fits; else it begins a new life."""
         given = account.assignment
         if self.member(route, given.worker_id, given.incarnation) is not None:
             return [Send(route, Adopted(self.term))]
+        if account.hello.pid in self._exited:
+            return []  # what it said before it ended
         self._use_places(replace(self.plan, term=max(self.term, next_term(account.term, self.term))))
         if objection := self._formation.objection(account.hello) or why_not_adopted(account, self.plan, self._members):
             return [Send(route, self._hello_again(objection))]
         if not self._members:
             self.plan = replace(self.plan, instance=given.instance)
-            self._taking_over_until = now + TAKEOVER_S
         self.placing.adopt(account.placement, is_first=not self._members)
+        self._learn_places(account.standing)
         self._use_places(self.plan.with_place(given.role, given.place.index))
         self._formation.recognise(account.hello, self.term * LIVES_PER_TERM)
         self._members[given.worker_id] = adopted(route, account, now)
+        self.arrivals.came(now)
         self.num_lanes = self.num_lanes or account.num_lanes
         return [Send(route, Adopted(self.term))]
+
+    def _learn_places(self, standing: Standing | None) -> None:
+        """What the coordinator before wanted, by whoever heard of it last; who is here is wanted."""
+        if standing is None or standing.num_changes <= self._places_known:
+            return
+        self._places_known = standing.num_changes
+        places = {
+            role: tuple(sorted({*given, *(member.place.index for member in self.live(role))}))
+            for role, given in (("attention", standing.attention), ("expert", standing.expert))
+        }
+        num_changes = max(self.plan.num_changes, standing.num_changes)
+        self._use_places(replace(self.plan, places=places, num_changes=num_changes))
+
+    def _standing(self, member: Member, now: float) -> Standing | None:
+        """What a member keeps for the coordinator after this one; None where it is as at the start."""
+        if not (self.plan.num_changes or member.is_leaving):
+            return None
+        places = self.plan.wanted_places
+        leaves_in_s = max(0.0, member.leaves_by - now)
+        return Standing(self.plan.num_changes, places["attention"], places["expert"], member.is_leaving, leaves_in_s)
 
     def attention_at(self, route: bytes) -> str:
         """The id of the attention worker behind a route, "" for none."""
         return next((one.worker_id for one in self.live("attention") if one.route == route), "")
 
     def _has_taken_over(self, now: float) -> list[Instruction]:
-        """Once all are there, or late, those who are there hear who is; before, they would drop whoever comes later."""
-        is_whole = all(len(self.live(role)) >= count for role, count in self.plan.wanted.items())
-        if not self._taking_over_until or (now < self._taking_over_until and not is_whole):
+        """Once all are there, or late, those who are there hear who is."""
+        if not self.arrivals.is_taking_over or any(self._awaits(role, now) for role in self.plan.wanted):
             return []
-        self._taking_over_until = 0.0
+        self.arrivals.over()
         self.places.begin_anew(now)
         return list(self._topology_to(*self.live("attention")))
 
@@ -279,7 +307,9 @@ class Cluster:
         instructions += self.placing.to(member)
         member.num_acks += 1
         is_watched = now < self._watched_until
-        return [*instructions, Send(route, HeartbeatAck(member.num_acks, is_watched=is_watched, term=self.term))]
+        standing = self._standing(member, now)
+        ack = HeartbeatAck(member.num_acks, is_watched=is_watched, term=self.term, standing=standing)
+        return [*instructions, Send(route, ack)]
 
     def watch(self, now: float) -> None:
         """Somebody watches: workers hear of it with the answers to their heartbeats."""
@@ -336,6 +366,7 @@ class Cluster:
     ) -> list[Instruction]:
         """The launcher saw a process of its own end; `has_crashed`: by itself, not by anybody's signal."""
         self._exited[pid] = now
+        self.arrivals.ended(worker_id)
         self._formation.forget(heard_before=-1.0, pid=pid)
         member = self._members.get(worker_id)
         if member is None or member.pid != pid:
@@ -375,6 +406,12 @@ class Cluster:
     def is_stuck(self, member: Member) -> bool:
         """Whether an expert worker that wants to leave cannot: its experts have no other place."""
         return member.role == "expert" and self._is_stuck(member)
+
+    def _let_stay(self) -> None:
+        """Those that an operator asked to leave, and that cannot, serve on."""
+        for member in self.live("expert"):
+            if member.leaves_by < math.inf and self.is_stuck(member):
+                member.state, member.is_leaving, member.leaves_by = "ready", False, math.inf
 
     def is_of_use(self, member: Member) -> bool:
         """Whether rows or requests go to it."""
@@ -429,7 +466,7 @@ class Cluster:
         return self.places.advance()
 
     def _begin_what_is_due(self, now: float) -> list[Instruction]:
-        if self._taking_over_until or not self._formation.has_served:
+        if self.arrivals.is_taking_over or not self._formation.has_served:
             return []
         return self.places.begin_what_is_due(now)
 
@@ -446,6 +483,7 @@ class Cluster:
         """
         instructions: list[Instruction] = []
         self._started_at += late_s
+        self.arrivals.excuse(late_s)
         self._formation.excuse(late_s)
         for member in list(self._members.values()):
             member.last_seen += late_s
@@ -462,6 +500,7 @@ class Cluster:
         instructions += [*self._end_late(now), *self.places.advance(), *self.places.let_end()]
         if not was_changing:  # whoever asked for a change hears of its end first
             instructions += self._begin_what_is_due(now)
+        self._let_stay()
         self._exited = {pid: at for pid, at in self._exited.items() if now - at < EXITS_REMEMBERED_S}
         self._formation.has_served |= bool(self.serving)
         has_served = self._formation.has_served
@@ -497,7 +536,7 @@ class Cluster:
         return assignment(self.plan, member, self._formation.precision, *self.placing.used_by(member.role))
 
     def _topology_to(self, *attention: Member) -> Iterator[Instruction]:
-        if self._taking_over_until:
+        if self.arrivals.is_taking_over:
             return
         members = [*self.live("expert"), *(attention if self.plan.is_colocated else ())]
         experts = tuple(

@@ -39,9 +39,10 @@ from msi.precision import Precision
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
 from msi.types import Place, Placement, Progress, Request, StageTimes
 
-PROTOCOL_VERSION = 12
+PROTOCOL_VERSION = 13
 
 Seats = Annotated[int, range(2**16)]
+Index = Annotated[int, range(2**24)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,23 @@ class Adopted:
     """A worker goes on as it is under a new coordinator. `term`: which one of the instance's coordinators that is."""
 
     term: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a worker keeps for a coordinator that comes after this one, where it is not as at the start.
+
+    Attributes:
+        num_changes: of the places that are wanted, since the instance began: whoever knows of more heard of them last.
+        attention, expert: those places.
+        is_leaving: this worker is to end; `leaves_in_s`: then whatever it runs goes on elsewhere.
+    """
+
+    num_changes: Count
+    attention: tuple[Index, ...]
+    expert: tuple[Index, ...]
+    is_leaving: bool
+    leaves_in_s: Seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +282,7 @@ class Account:
         placement: that it uses now.
         num_passes: PassDones that it has sent.
         num_requests: whose accounts follow.
+        standing: as it last heard.
     """
 
     hello: WorkerHello
@@ -277,6 +296,7 @@ class Account:
     num_passes: Count
     num_requests: Count
     acked: int
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,12 +316,14 @@ class HeartbeatAck:
         num_outputs: Outputs that were sent to this client so far.
         is_watched: somebody watches: this worker is to tell more with its next heartbeats.
         term: the coordinator's.
+        standing: of this worker.
     """
 
     number: Count = 0
     num_outputs: Count = 0
     is_watched: bool = False
     term: Count = 0
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True)

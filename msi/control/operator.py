@@ -130,9 +130,10 @@ class Operator:
         member = self._cluster.ask_to_leave(order.worker_id, self._clock() + order.within_s, self._carry_out)
         if order.verb == "remove" and self.launcher is not None:
             self.launcher(forget=order.worker_id)
-        await self._until(lambda: not member.is_live or self._cluster.is_stuck(member))
+        await self._until(lambda: not (member.is_live and member.is_leaving))
         if member.is_live:
-            member.state = "ready"
+            if order.verb == "remove" and self.launcher is not None:
+                self.launcher(keep=order.worker_id)
             reason = self._cluster.placing.failure or "its experts have no other place"
             raise Unavailable(f"{order.worker_id} stays: {reason}")
         return f"{order.worker_id} has left ({member.reason})", self._status()

@@ -28,6 +28,7 @@ class Child:
 
     Attributes:
         failure: the sentence with which it ended, "" for none.
+        is_ready: it has said so.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Child:
     ) -> None:
         self.process = process
         self.failure = ""
+        self.is_ready = False
         self._reader = reader
         self._writer = writer
 
@@ -90,6 +92,7 @@ class Child:
         message = await _next_message(self._reader)
         if message is not None:
             self.failure = str(message.get("failure", self.failure))
+            self.is_ready |= bool(message.get("ready"))
         return message
 
     def tell(self, **message: Any) -> None:

@@ -172,7 +172,7 @@ class ProcessInstance:
         for role, worker_id in worker_ids(self._options):
             await self._start_worker(address, role, worker_id)
         await self._serve(address, coordinator)
-        coordinator.tell(launches=True)
+        coordinator.tell(launches=True, serving=[])
         self._watch(self._watch_coordinator(coordinator, address))
         for role, worker_id in worker_ids(self._options):
             self._watch(self._keep_alive(address, role, worker_id))
@@ -239,6 +239,8 @@ class ProcessInstance:
                     await self._add_worker(bind, str(role))
                 elif worker_id := message.get("forget"):
                     self._leaving.add(str(worker_id))
+                elif worker_id := message.get("keep"):
+                    self._leaving.discard(str(worker_id))
             await child.process.wait()
             if self._stopping.is_set():
                 return
@@ -259,7 +261,8 @@ class ProcessInstance:
                     self._children["coordinator"] = child
                     with contextlib.suppress(ConfigError, Unavailable):
                         await _address_of(child)
-            child.tell(launches=True)
+            serving = [name for name, one in self._children.items() if one.is_ready and not one.has_ended]
+            child.tell(launches=True, serving=serving)
 
     async def _keep_alive(self, address: str, role: str, worker_id: str) -> None:
         """Tells of a worker's end, and starts it again as long as that helps."""

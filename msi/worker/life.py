@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msi.attention.role import AttentionRole
-from msi.control.messages import Assignment, WorkerBelief, WorkerReady
+from msi.control.messages import Assignment, Standing, WorkerBelief, WorkerReady
 from msi.experts.role import ExpertRole
 from msi.net.transport import Transport
 from msi.types import Placement
@@ -32,6 +32,7 @@ class Life:
         calibrating: what is being measured, or was last.
         placing: held while a new placement is taken into use.
         term: of the coordinator.
+        standing: as the coordinator last said.
         wanted: that placement and the one before it, or those that were wanted last.
     """
 
@@ -46,6 +47,7 @@ class Life:
     calibrating: asyncio.Task[None] | None = None
     placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     term: int = 0
+    standing: Standing | None = None
     wanted: tuple[Placement, Placement | None] | None = None
 
     @property

@@ -289,7 +289,7 @@ class Worker:
                     log.info("%s: ending: %s", self.worker_id, message.reason)
                     raise WorkerEnds
                 case HeartbeatAck():
-                    life.acked = message.number
+                    life.acked, life.standing = message.number, message.standing
                     if attention is not None:
                         attention.requests.journal.heard(life.last_heard)
                     self._watching.follow(message.is_watched, attention, experts)
@@ -315,6 +315,7 @@ class Worker:
                 num_passes=0 if attention is None else attention.requests.num_reports,
                 num_requests=len(requests),
                 acked=life.acked,
+                standing=life.standing,
             )
         )  # fmt: skip
         for one in requests:
