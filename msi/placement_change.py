@@ -97,6 +97,12 @@ def lost_experts(placement: Placement, nodes: Collection[int]) -> list[int]:
     return [expert for expert in range(placement.num_experts) if expert not in there]
 
 
+def scarce_experts(placement: Placement, nodes: Collection[int], copies: Sequence[int]) -> list[int]:
+    """Those that are on fewer of these nodes than `copies` says, or than there are."""
+    on = [len(set(placement.nodes_of(expert)) & set(nodes)) for expert in range(placement.num_experts)]
+    return [expert for expert, wanted in enumerate(copies) if on[expert] < min(wanted, len(nodes))]
+
+
 def with_node(placement: Placement, node: int, nodes: Collection[int], copies: Sequence[int] = ()) -> list[set[int]]:
     """`node` gets as many experts as the others then have, from those of `nodes` that hold most; nothing else moves.
 
@@ -145,13 +151,20 @@ def without_node(placement: Placement, node: int, nodes: Collection[int]) -> lis
     return held
 
 
-def repaired(placement: Placement, nodes: Collection[int]) -> list[set[int]]:
-    """Experts that none of `nodes`, which live, holds go to those of them that hold least, and from the others."""
-    held = _sets(placement)
-    for expert in lost_experts(placement, nodes):
-        for other in held:
-            other.discard(expert)
-        _give(held, expert, nodes)
+def repaired(placement: Placement, nodes: Collection[int], copies: Sequence[int] = ()) -> list[set[int]]:
+    """Experts that are on too few of `nodes`, which live, go to those of them that hold least, and from the others.
+
+    Args:
+        copies: of each expert, on how many it is to be; by default one.
+    """
+    held, copies = _sets(placement), copies or [1] * placement.num_experts
+    for expert in scarce_experts(placement, nodes, copies):
+        there = [node for node in nodes if expert in held[node]]
+        for node, of_node in enumerate(held):
+            if node not in there:
+                of_node.discard(expert)
+        for _ in range(min(copies[expert], len(nodes)) - len(there)):
+            _give(held, expert, nodes)
     return held
 
 

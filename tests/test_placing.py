@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from msi.control.due_changes import DueChanges
+from msi.control.due_changes import REPLICAS_AFTER, DueChanges
 from msi.control.members import NO_STATUS, Member, Send
 from msi.control.messages import Placed, UsePlacement
 from msi.control.placing import Placing
@@ -145,6 +145,29 @@ def test_experts_that_are_nowhere_are_loaded_elsewhere_but_their_worker_is_waite
     assert due([member("expert", 0), member("expert", 1, "loading")], now=104.0) is None, "it is coming back"
     twice = Placement(((0, 1, 2, 3), (2, 3), ()), 4)
     assert due([member("expert", 0), lost], twice, now=104.0) is None, "another has them"
+    lost.is_leaving = True
+    assert due([member("expert", 0), lost], now=98.5) is not None, "it is not coming back"
+
+
+def test_replicas_that_were_lost_with_their_worker_are_loaded_elsewhere_and_it_gets_its_share_when_it_comes():
+    """Until the next plan of who rebalances, or for ever, their experts were on one worker alone."""
+    three = Placement(((0, 1, 2), (2, 3, 0), (1, 3)), 4)
+    changes = DueChanges(5.0, [2] * 4)
+    lost = replace(member("expert", 1, "lost"), last_seen=98.0)
+    there = [member("expert", 0), lost, member("expert", 2)]
+    assert due(there, three, 98.0 + 5 * REPLICAS_AFTER - 1, changes) is None, "it may be started again"
+    remark, wanted = due(there, three, 98.0 + 5 * REPLICAS_AFTER + 1, changes)
+    assert (remark, wanted) == ("experts 0, 2, 3 have lost replicas", [{0, 1, 2, 3}, set(), {0, 1, 2, 3}])
+    assert due(there, three, 200.0, changes) is None, "it came to nothing"
+    after = changed(three, wanted)
+    assert due(there, after, 200.0, DueChanges(5.0, [2] * 4)) is None
+    lost.state = "ready"
+    remark, wanted = due(there, after, 200.0, changes)
+    assert remark == "expert-1 came"
+    assert [len([held for held in wanted if expert in held]) for expert in range(4)] == [2] * 4
+    assert due([member("expert", 0), lost], Placement(((0, 1), (0, 1)), 2), 200.0, DueChanges(5.0, [2, 2])) is None
+    lost.state = "lost"
+    assert due([member("expert", 0), lost], Placement(((0, 1), (0, 1)), 2), 200.0, DueChanges(5.0, [2, 2])) is None
 
 
 def test_what_came_to_nothing_is_tried_again_once_somebody_has_come_or_gone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msi.control.changes import ChangesOfPlacement
 from msi.control.counters import BatchTimes, ExpertCounters
 from msi.control.expert_load import ExpertLoad
 from msi.control.members import NO_STATUS
+from msi.control.messages import Placed
+from msi.control.rebalancing import Rebalancing
 from msi.errors import ConfigError
 from msi.instance.instance import build_plan
 from msi.options import InstanceOptions
@@ -21,7 +25,10 @@ from msi.planner.expert_counts import read_counts
 from msi.planner.expert_curve import ExpertCurve, fit_curve
 from msi.planner.rebalance import Question, decide
 from msi.planner.stage_costs import BatchMean
+from msi.settings import Rebalance
 from msi.types import Placement
+from tests.test_membership import PLAN, formed
+from tests.test_membership import beat as cluster_beat
 from tests.tiny import save_plainly
 
 EVEN = place_evenly(8, 2)
@@ -154,6 +161,40 @@ def test_noise_and_popularities_that_alternate_move_experts_a_few_times_at_most(
             placement, rest = changed(placement, Shared(found.experts, found.shares)), 1
             moved.append(window)
     assert len(moved) <= 2 + alternates, moved
+
+
+async def test_a_plan_that_came_too_late_is_made_anew_after_the_next_window_and_one_that_failed_after_ten():
+    cluster = formed(replace(PLAN, placement=EVEN, rebalance=Rebalance("auto", 1.0)))
+    for route, name in ((b"e0", "expert-0"), (b"e1", "expert-1"), (b"a0", "attention-0")):
+        cluster_beat(cluster, route, name, 1.0)
+    cluster.tick(1.0)
+    changes = ChangesOfPlacement(cluster, lambda instructions: None)
+    balance = Rebalancing(cluster.plan.rebalance, cluster, changes, 0.0)
+    asked = question(busy_s=1e3)
+    windows = iter(range(1, 100))
+
+    def next_questions(count):
+        """Whether the next windows lead to questions."""
+        found = []
+        for window in [next(windows) for _ in range(count)]:
+            for node in (0, 1):
+                beat(balance._load, node, dict.fromkeys(range(8), 1000 * window), 10 * window)
+            found.append(balance.next(10.0 * window) is not None)
+        return found
+
+    assert next_questions(4)[-1]
+    await balance.look(replace(asked, placement=replace(EVEN, version=7)))  # another is used since
+    assert next_questions(1) == [True]
+    changing = asyncio.create_task(balance.look(asked))
+    while not cluster.placing.is_changing:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    cluster.placed(b"e0", Placed("expert-0", 0, 1, False, "the memory that is free is too little"))
+    for has_former in (True, False):
+        for one in cluster._members.values():
+            one.placement_version, one.has_former = 2, has_former and one.role == "expert"
+        changes.look()
+    await changing
+    assert next_questions(11) == [False] * 10 + [True]
 
 
 def test_shares_are_kept_by_a_change_that_says_them_and_even_without():

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from msi.control.members import Member
-from msi.placement_change import Shared, Wanted, lost_experts, repaired, with_node, without_node
+from msi.placement_change import Shared, Wanted, lost_experts, repaired, scarce_experts, with_node, without_node
 from msi.types import Placement
 
+REPLICAS_AFTER = 4  # times as long: nobody waits for a replica, and a worker that is started again brings its own
 # of the placement that is used, and the nodes that are there
 Choose = Callable[[Placement, Sequence[int]], Wanted | Shared]
 
@@ -29,7 +30,7 @@ class DueChanges:
     """Of one instance.
 
     Args:
-        reload_after_s: experts that are nowhere wait so long for their worker.
+        reload_after_s: experts that are nowhere wait so long for their worker; replicas `REPLICAS_AFTER` times.
         copies: of each expert, on how many nodes it is to be.
     """
 
@@ -71,7 +72,7 @@ class DueChanges:
     ) -> Sequence[tuple[Due, str]]:
         live = [member.place.node for member in members if member.is_live]
         if live and (lost := lost_experts(placement, live)):
-            if self._may_come(lost, placement, members, now):
+            if self._may_come(lost, placement, members, now, self._reload_after_s):
                 return []
             remark = f"experts {_named(lost)} are on no worker that lives"
             return [(Due(repaired(placement, live), remark), f"lost {lost}")]
@@ -87,12 +88,18 @@ class DueChanges:
             elif member.state == "ready" and not held:
                 shared = with_node(placement, node, staying, self.copies)
                 found.append((Due(shared, f"{name} came"), f"came {name}"))
+        scarce = scarce_experts(placement, staying, self.copies)
+        if scarce and not self._may_come(scarce, placement, members, now, REPLICAS_AFTER * self._reload_after_s):
+            remark = f"experts {_named(scarce)} have lost replicas"
+            found.append((Due(repaired(placement, staying, self.copies), remark), f"scarce {scarce}"))
         return found
 
-    def _may_come(self, lost: Sequence[int], placement: Placement, members: Sequence[Member], now: float) -> bool:
+    def _may_come(
+        self, lost: Sequence[int], placement: Placement, members: Sequence[Member], now: float, within_s: float
+    ) -> bool:
         """Whether a worker that holds some of them was there a moment ago: it may be started again."""
-        return now - self._lost_from < self._reload_after_s or any(
-            not member.is_live and now - member.last_seen < self._reload_after_s
+        return now - self._lost_from < within_s or any(
+            not member.is_live and not member.is_leaving and now - member.last_seen < within_s
             for member in members
             if set(lost) & set(placement.held_by(member.place.node))
         )

@@ -27,6 +27,10 @@ LOOK_AGAIN_S = 1.0  # at a window in which too little has run
 REST_AFTER_FAILURE = 10  # windows
 
 
+class _Stale(ConfigError):
+    """What was planned is for another instance than there is by now."""
+
+
 class Rebalancing:
     """Of one instance.
 
@@ -76,8 +80,8 @@ class Rebalancing:
         if not self._is_steady or (window := self._load.close(self._least_rows)) is None:
             return None
         self._due = now + self._settings.rebalance_interval_s
-        self._num_resting = max(0, self._num_resting - 1)
         if self._num_resting or not self._load.before:
+            self._num_resting = max(0, self._num_resting - 1)
             return None
         return self._question(window, self._load.before)
 
@@ -112,6 +116,8 @@ class Rebalancing:
         """`answer`, for ever: what could not be is said, and left alone for a while."""
         try:
             await self.answer(question)
+        except _Stale as error:  # the next window is as good as any
+            log.info("experts stay where they are: %s", error)
         except (EngineError, ValueError) as error:
             self._num_resting = REST_AFTER_FAILURE
             log.warning("experts stay where they are: %s", one_line(error))
@@ -119,7 +125,7 @@ class Rebalancing:
     async def _change(self, question: Question, decision: Decision) -> Placement:
         def choose(placement: Placement, nodes: Sequence[int]) -> Shared:
             if (placement.version, tuple(nodes)) != (question.placement.version, question.nodes):
-                raise ConfigError("workers or experts have come or gone while the plan was made")
+                raise _Stale("workers or experts have come or gone while the plan was made")
             return Shared(decision.experts, decision.shares)
 
         clock = asyncio.get_running_loop().time
@@ -139,10 +145,11 @@ class Rebalancing:
     def _is_steady(self) -> bool:
         cluster = self._cluster
         experts = cluster.live("expert")
+        there, placement = {member.place.node for member in experts}, cluster.placing.placement
         return bool(
             cluster.serving
             and len(experts) > 1
-            and len(experts) >= cluster.plan.wanted["expert"]
+            and not any(placement.held_by(node) for node in range(placement.num_nodes) if node not in there)
             and not cluster.placing.is_changing
             and all(member.state == "ready" for member in experts)
         )
