@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 
 import pytest
 
 from tests.test_pages import ROOT
-from tools.hostility.chaos_report import Run, differences, summary
-from tools.hostility.disasters import Disaster, num_ready
+from tools.chaos import left_over
+from tools.hostility.chaos_report import Run, differences, draw, summary, write
+from tools.hostility.disasters import Disaster, num_ready, troubled
+from tools.hostility.processes import Held
 from tools.hostility.streams import BUCKET_S, Gap, PacedStream
 from tools.hostility.wire import Target
 
@@ -25,7 +28,9 @@ def test_a_wrong_answer_is_said_by_how_it_is_wrong(given, changed, repeated, los
 
 def paced(pieces, gaps=()):
     """Pieces per second of one stream."""
-    stream = PacedStream("stream-0", Target("here", 1), "a", 1, text="abcd", gaps=list(gaps), wrong=["abxd", "abcdcd"])
+    stream = PacedStream(
+        "stream-0", Target("here", 1), "a", 1, text="abcd", gaps=list(gaps), wrong=["abxd", "abcdcd"], num_wrong=2
+    )
     for second, count in enumerate(pieces):
         for number in range(count):
             stream.pieces[int((second + number / count) / BUCKET_S)] += 1
@@ -33,8 +38,15 @@ def paced(pieces, gaps=()):
 
 
 def test_stalls_recovery_and_what_throughput_was_lost_are_measured_against_the_calm():
-    stream = paced([10] * 10 + [10, 0, 0, 10, 10, 10, 10, 10, 10, 10], [Gap(5.0, 0.1), Gap(13.0, 2.1), Gap(18.0, 0.2)])
-    run = Run([stream], [Disaster("kill-attention", "kill -9 of attention-0", 11.0, 14.0)], [], 0.0, 10.0, 20.0)
+    stream = paced([10] * 10 + [10, 0, 0, 10, 10, 10, 10, 10, 10, 10], [Gap(5.0, 0.1)])
+    run = Run([stream])
+    run.begin_storm(10.0)
+    run.disasters.append(Disaster("kill-attention", "kill -9 of attention-0", 11.0, 14.0))
+    stream.gaps += [Gap(13.0, 2.1), Gap(18.0, 0.2)]
+    assert summary(run)["num_faults"] == 0, "nothing is measured of it yet"
+    run.settle(20.0)
+    assert stream.gaps == [], "it grows no further"
+    run.storm_until = 20.0
     seen = summary(run)
     assert (seen["num_changed_answers"], seen["changed_characters"], seen["repeated_characters"]) == (2, 1, 2)
     assert (seen["calm_stall_ms"], seen["stall_max_ms"]) == (100.0, 2100.0)
@@ -43,6 +55,40 @@ def test_stalls_recovery_and_what_throughput_was_lost_are_measured_against_the_c
     assert 1.7 <= fault["recovery_s"] <= 2.0
     assert fault["whole_again_s"] == 3.0
     assert seen["by_kind"] == {"kill-attention": {"count": 1, "stall_median_ms": 2100.0, "stall_max_ms": 2100.0}}
+
+
+def test_what_was_seen_is_whole_on_the_disk_at_any_time_and_a_picture_is_drawn_of_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = Run([paced([10] * 20)])
+    run.begin_storm(10.0)
+    run.disasters.append(Disaster("kill-expert", "kill -9 of expert-0", 11.0, 14.0))
+    run.settle(20.0)
+    run.storm_until = 20.0
+    for _ in range(2):
+        write(tmp_path / "seen.json", summary(run))
+    assert [one.name for one in tmp_path.iterdir()] == ["seen.json"]
+    draw(tmp_path / "seen", json.loads((tmp_path / "seen.json").read_text()))
+    assert (tmp_path / "seen.png").stat().st_size > 1000
+
+
+def test_what_a_process_holds_more_than_before_is_said():
+    before, after = {"expert-0": Held(1, 20, 6)}, {"expert-0": Held(9, 29, 15), "expert-1": Held(9, 8, 8)}
+    assert left_over(before, after) == [
+        "expert-0 holds 29 descriptors; 20 before", "expert-0 has 15 shared mappings; 6 before",
+    ]  # fmt: skip
+
+
+async def test_packets_are_late_for_a_while_and_then_as_before(tmp_path, monkeypatch):
+    told = tmp_path / "told"
+    tc = tmp_path / "tc"
+    tc.write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+    tc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    struck = await troubled("delay-packets", 0.01)
+    assert struck.what == "packets 20 ms late, give or take 10, for 0.0 s"
+    assert told.read_text().splitlines() == [
+        "qdisc replace dev lo root netem delay 20ms 10ms", "qdisc del dev lo root",
+    ]  # fmt: skip
 
 
 def test_workers_that_serve_are_counted_by_the_metrics():

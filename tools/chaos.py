@@ -6,6 +6,9 @@
     tools/chaos.py --minutes 5 --faults kill-attention --transport tcp --redundancy 0
     tools/chaos.py --minutes 5 --faults drain-attention drain-expert add-attention add-expert kill-expert
     tools/chaos.py --seed 3 --json chaos.json --picture chaos      # chaos.svg and chaos.png, which need matplotlib
+    tools/chaos.py --redraw chaos.json --picture chaos
+    tools/chaos.py --minutes 60 --json chaos.json --picture chaos --log chaos.log        # both are written as it goes
+    tools/chaos.py --transport tcp --faults kill-expert delay-packets lose-packets       # needs root, and netem
 
 Starts msi-launch, learns each stream's greedy text and the streams' pace undisturbed, then strikes by a schedule that
 the seed fixes. Each stream asks for its text again and again; every answer is held against the undisturbed one. At the
@@ -13,7 +16,11 @@ end it waits until the instance is whole again. Fails (status 1) when
 
 - a request ended with an error, or a text was not the undisturbed one to the letter;
 - the instance was not whole again within a minute of a fault;
-- a process ended that was not killed here, or descriptors or processes are left over at the end.
+- a process ended that was not killed here, or descriptors, shared mappings, KV blocks or processes are left over at the
+  end.
+
+With faults of the network it runs in a network namespace of its own, whose packets the kernel's netem delays and loses:
+those between workers over TCP, and those of the streams.
 
 It computes in float32: in bfloat16 the two likeliest tokens are often equally likely to the last bit, and computing a
 row beside others turns their order.
@@ -29,6 +36,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -38,15 +46,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 
 from msi_launch.command_line import ScriptLine, integer, number, one_of
-from tools.hostility.chaos_report import Run, draw, summary
-from tools.hostility.disasters import KINDS, NOTICED_S, ORDERS, Disaster, Disasters, exists, is_whole
-from tools.hostility.processes import family, num_descriptors
+from tools.hostility.chaos_report import Run, draw, summary, write
+from tools.hostility.disasters import KINDS, NETWORK, NOTICED_S, ORDERS, Disaster, Disasters, exists, is_whole
+from tools.hostility.network import enter_namespace
+from tools.hostility.processes import Held, all_held, family
 from tools.hostility.server import ROOT, Server
 from tools.hostility.streams import PacedStream, paced_streams
+from tools.hostility.wire import ask
 
 WHOLE_WITHIN_S = 60.0
-SPARE_DESCRIPTORS = 8
-WRITTEN = ("json", "picture", "log")  # where, which says nothing of what was seen
+SPARE_DESCRIPTORS = SPARE_MAPPINGS = 8
+DRAWN_EVERY_S = 300.0
+WRITTEN = ("json", "picture", "log", "redraw")  # where, which says nothing of what was seen
 
 
 def parse() -> argparse.Namespace:
@@ -62,12 +73,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-workers", type=integer(1, 64), default=2, metavar="N", help="2")
     parser.add_argument("--transport", type=one_of("auto", "shm", "tcp"), default="auto", metavar="T", help="auto")
     parser.add_argument("--redundancy", type=integer(0, 63), default=1, metavar="R", help="more of each expert; 1")
-    parser.add_argument("--faults", nargs="+", default=list(KINDS), type=one_of(*KINDS, *ORDERS), metavar="FAULT",
-                        help=f"all of: {', '.join(KINDS)}; there are {', '.join(ORDERS)}, too")  # fmt: skip
+    parser.add_argument("--faults", nargs="+", default=list(KINDS), type=one_of(*KINDS, *ORDERS, *NETWORK),
+                        metavar="FAULT",
+                        help=f"all of: {', '.join(KINDS)}; or {', '.join((*ORDERS, *NETWORK))}")  # fmt: skip
     parser.add_argument("--at-once", type=integer(1, 8), default=1, metavar="N", help="faults at a time; 1")
     parser.add_argument("--launch", nargs="+", default=[], metavar="OPTION", help="more for msi-launch, -- before each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was seen")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was seen, after each fault")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="throughput and stalls over time")
+    parser.add_argument("--redraw", type=Path, metavar="FILE", help="run nothing: the picture of what was seen before")
     parser.add_argument("--log", type=Path, default=Path("/dev/null"), metavar="FILE", help="what the server says")
     values: argparse.Namespace = parser.parse_args()
     return values
@@ -99,8 +112,13 @@ async def storm(server: Server, arguments: argparse.Namespace, run: Run) -> None
     disasters = Disasters(server.process.pid, random.Random(arguments.seed), arguments.faults)
     expected = family(server.process.pid)
     until = time.monotonic() + 60 * arguments.minutes
+    drawing = Drawing(arguments)
     while (due := time.monotonic() + arguments.every) < until:
         await asyncio.sleep(due - time.monotonic())
+        run.settle(time.monotonic())
+        if arguments.json:
+            await asyncio.to_thread(write, arguments.json, summary(run))
+            await drawing.look()
         now = await asyncio.to_thread(family, server.process.pid)
         run.deaths += [f"{name} ended by itself" for name, pid in expected.items() if now.get(name) != pid]
         struck = await disasters.strike(arguments.at_once)
@@ -118,13 +136,34 @@ async def storm(server: Server, arguments: argparse.Namespace, run: Run) -> None
 def say_progress(disaster: Disaster, streams: list[PacedStream]) -> None:
     line = {
         "fault": disaster.what,
-        "stall_ms": round(1e3 * disaster.stall_s(streams)),
+        "stall_ms": round(1e3 * disaster.stall_of(streams)),
         "whole_again_s": round(disaster.whole_at - disaster.began_at, 1),
         "answers": sum(stream.num_answers for stream in streams),
-        "errors": sum(len(stream.errors) for stream in streams),
-        "changed": sum(len(stream.wrong) for stream in streams),
+        "errors": sum(stream.num_errors for stream in streams),
+        "changed": sum(stream.num_wrong for stream in streams),
     }
     print(json.dumps(line), flush=True)
+
+
+class Drawing:
+    """The picture, now and then, by a process of its own that yields to all others: the streams are timed meanwhile."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._due = time.monotonic() + DRAWN_EVERY_S
+        self._running: asyncio.subprocess.Process | None = None
+
+    async def look(self) -> None:
+        arguments, nice = self._arguments, shutil.which("nice")
+        if not arguments.picture or time.monotonic() < self._due:
+            return
+        if self._running is None or self._running.returncode is not None:
+            self._due = time.monotonic() + DRAWN_EVERY_S
+            self._running = await asyncio.create_subprocess_exec(
+                *([nice, "-n", "19"] if nice else []), sys.executable, str(Path(__file__).resolve()),
+                "--redraw", str(arguments.json), "--picture", str(arguments.picture),
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+            )  # fmt: skip
 
 
 async def observed(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -138,26 +177,47 @@ async def observed(server: Server, arguments: argparse.Namespace) -> dict[str, A
             raise SystemExit(f"a stream ended with an error before anything was done to it: {wrong[0]}")
     run.calm_from = time.monotonic()
     await asyncio.sleep(arguments.calm)
-    before = num_descriptors(server.process.pid)
-    run.storm_from = time.monotonic()
+    before = all_held(server.process.pid)
+    run.begin_storm(time.monotonic())
     await storm(server, arguments, run)
     run.storm_until = time.monotonic()
     await asyncio.sleep(arguments.calm)
+    run.settle(run.storm_until)
     for one in living:
         one.cancel()
     await asyncio.gather(*living, return_exceptions=True)
     await asyncio.sleep(arguments.calm)
-    after = num_descriptors(server.process.pid)
+    after = all_held(server.process.pid)
     return summary(run) | {
         "options": {name: value for name, value in vars(arguments).items() if name not in WRITTEN},
-        "descriptors_before": before,
-        "descriptors_after": after,
-        "leftovers": [
-            f"{name} holds {count} descriptors; {before.get(name, 0)} before"
-            for name, count in after.items()
-            if count > before.get(name, 0) + SPARE_DESCRIPTORS
-        ],
+        "descriptors_before": {name: one.num_descriptors for name, one in before.items()},
+        "descriptors_after": {name: one.num_descriptors for name, one in after.items()},
+        "memory_before": {name: one.resident_bytes for name, one in before.items()},
+        "memory_after": {name: one.resident_bytes for name, one in after.items()},
+        "leftovers": [*left_over(before, after), *await blocks_left_over(server)],
     }
+
+
+def left_over(before: dict[str, Held], after: dict[str, Held]) -> list[str]:
+    """In sentences."""
+    found = []
+    for name, now in after.items():
+        then = before.get(name, Held(0, 0, 0))
+        if now.num_descriptors > then.num_descriptors + SPARE_DESCRIPTORS:
+            found.append(f"{name} holds {now.num_descriptors} descriptors; {then.num_descriptors} before")
+        if now.num_mappings > then.num_mappings + SPARE_MAPPINGS:
+            found.append(f"{name} has {now.num_mappings} shared mappings; {then.num_mappings} before")
+    return found
+
+
+async def blocks_left_over(server: Server) -> list[str]:
+    """KV blocks that are in use though no request runs."""
+    metrics = (await ask(server.target, "GET", "/metrics")).body.decode()
+    return [
+        f"KV blocks are in use though nothing runs: {line}"
+        for line in metrics.splitlines()
+        if line.startswith("vllm:kv_cache_usage_perc") and float(line.rpartition(" ")[2]) > 0
+    ]
 
 
 def failures_of(seen: dict[str, Any]) -> list[str]:
@@ -167,6 +227,11 @@ def failures_of(seen: dict[str, Any]) -> list[str]:
 
 async def main() -> int:
     arguments = parse()
+    if arguments.redraw:
+        draw(arguments.picture or arguments.redraw.with_suffix(""), json.loads(arguments.redraw.read_text()))
+        return 0
+    if set(arguments.faults) & set(NETWORK):
+        enter_namespace()
     running = asyncio.current_task()
     assert running is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)  # nothing is left behind
@@ -180,7 +245,7 @@ async def main() -> int:
     left = [f"{name} (pid {pid}) outlived msi-launch" for name, pid in children.items() if exists(pid)]
     seen["leftovers"] += left
     if arguments.json:
-        arguments.json.write_text(json.dumps(seen) + "\n")
+        write(arguments.json, seen)
     if arguments.picture:
         draw(arguments.picture, seen)
     print(json.dumps({name: value for name, value in seen.items() if isinstance(value, int | float)}))

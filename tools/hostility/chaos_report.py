@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 from tools.hostility.disasters import Disaster
 from tools.hostility.streams import BUCKET_S, PacedStream
 
+MOST_NAMED = 60  # faults whose kinds a picture says
 RECOVERED = 0.8  # of the calm throughput
 RECOVERED_OVER_S = 1.0
 INK, QUIET, OURS, FAULT = "#22262a", "#7a7f85", "#2f5d8a", "#d9822b"
@@ -17,7 +22,11 @@ INK, QUIET, OURS, FAULT = "#22262a", "#7a7f85", "#2f5d8a", "#d9822b"
 
 @dataclass(slots=True)
 class Run:
-    """What happened when, by time.monotonic()."""
+    """What happened when, by time.monotonic(). In an hour it grows by a number for each tenth of a second.
+
+    Attributes:
+        calm_stall_s: the longest wait for a piece before the storm.
+    """
 
     streams: list[PacedStream]
     disasters: list[Disaster] = field(default_factory=list)
@@ -25,23 +34,40 @@ class Run:
     calm_from: float = 0.0
     storm_from: float = 0.0
     storm_until: float = 0.0
+    calm_stall_s: float = 0.0
+
+    def begin_storm(self, now: float) -> None:
+        self.storm_from = now
+        self.calm_stall_s = max((gap.seconds for one in self.streams for gap in one.gaps), default=0.0)
+        self._forget_gaps(now)
+
+    def settle(self, now: float) -> None:
+        """What is measured of each fault so far is known: the next comes. Call it when all workers are there."""
+        calm = self.rate(self.calm_from, self.storm_from)
+        for one in self.disasters:
+            if not one.is_settled:
+                one.stall_s, one.is_settled = one.stall_of(self.streams), True
+                one.recovery_s = self._recovery_s(one.began_at, now, calm)
+        self._forget_gaps(now)
+
+    def _forget_gaps(self, now: float) -> None:
+        for stream in self.streams:
+            stream.forget_gaps(now)
 
     def num_pieces(self, begin: float, end: float) -> int:
-        first, last = int(begin / BUCKET_S), int(end / BUCKET_S)
-        return sum(stream.pieces[bucket] for stream in self.streams for bucket in range(first, last))
+        pieces = self.streams[0].pieces
+        return sum(pieces[bucket] for bucket in range(int(begin / BUCKET_S), int(end / BUCKET_S)))
 
     def rate(self, begin: float, end: float) -> float:
         """Pieces of text per second, of all streams."""
         return self.num_pieces(begin, end) / (end - begin) if end > begin else 0.0
 
-    def recovery_s(self, disaster: Disaster, calm: float) -> float:
-        """From the fault until a second in which the streams were nearly as fast as undisturbed; -1 where none came."""
-        following = [one.began_at for one in self.disasters if one.began_at > disaster.began_at]
-        until = min(following, default=self.storm_until)
-        at = disaster.began_at
+    def _recovery_s(self, began_at: float, until: float, calm: float) -> float:
+        """From then until a second in which the streams were nearly as fast as undisturbed; -1 where none came."""
+        at = began_at
         while at + RECOVERED_OVER_S <= until:
             if self.rate(at, at + RECOVERED_OVER_S) >= RECOVERED * calm:
-                return at - disaster.began_at
+                return at - began_at
             at += BUCKET_S
         return -1.0
 
@@ -56,50 +82,52 @@ def differences(expected: str, given: str) -> dict[str, int]:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """Everything; times in seconds since the calm began."""
+    """Everything so far; times in seconds since the calm began."""
+    until = run.storm_until or time.monotonic()
     calm = run.rate(run.calm_from, run.storm_from)
     streams = run.streams
     wrong = [(stream, differences(stream.text or "", text)) for stream in streams for text in stream.wrong]
     errors = [f"{stream.name}: {what}" for stream in streams for _, _, what in stream.errors]
-    stalls = sorted(one.stall_s(streams) for one in run.disasters)
+    settled = [one for one in run.disasters if one.is_settled]
+    stalls = sorted(one.stall_s for one in settled)
     first = int(run.calm_from / BUCKET_S)
-    buckets = range(first, int(run.storm_until / BUCKET_S))
+    buckets, pieces = range(first, int(until / BUCKET_S)), streams[0].pieces
     return {
-        "num_faults": len(run.disasters),
+        "num_faults": len(settled),
         "num_answers": sum(stream.num_answers for stream in streams),
-        "num_failed": len(errors),
-        "num_changed_answers": len(wrong),
+        "num_failed": sum(stream.num_errors for stream in streams),
+        "num_changed_answers": sum(stream.num_wrong for stream in streams),
         **{f"{kind}_characters": sum(one[kind] for _, one in wrong) for kind in ("changed", "repeated", "lost")},
         "stall_median_ms": _rounded_ms(statistics.median(stalls)) if stalls else 0.0,
         "stall_max_ms": _rounded_ms(stalls[-1]) if stalls else 0.0,
-        "calm_stall_ms": _rounded_ms(calm_stall_s(run)),
+        "calm_stall_ms": _rounded_ms(run.calm_stall_s),
         "calm_pieces_per_s": round(calm, 1),
-        "throughput_lost": round(1 - run.rate(run.storm_from, run.storm_until) / calm, 4) if calm else 0.0,
-        "by_kind": by_kind(run),
+        "throughput_lost": round(1 - run.rate(run.storm_from, until) / calm, 4) if calm else 0.0,
+        "by_kind": by_kind(settled),
         "faults": [
             {
                 "kind": one.kind,
                 "what": one.what,
                 "at_s": round(one.began_at - run.calm_from, 2),
-                "stall_ms": _rounded_ms(one.stall_s(streams)),
-                "recovery_s": round(run.recovery_s(one, calm), 2),
+                "stall_ms": _rounded_ms(one.stall_s),
+                "recovery_s": round(one.recovery_s, 2),
                 "whole_again_s": round(one.whole_at - one.began_at, 2),
             }
-            for one in run.disasters
+            for one in settled
         ],
         "errors": errors,
         "changed": [f"{stream.name}: {how}" for stream, how in wrong],
         "deaths": run.deaths,
         "bucket_s": BUCKET_S,
-        "pieces": [sum(stream.pieces[bucket] for stream in streams) for bucket in buckets],
+        "pieces": [pieces[bucket] for bucket in buckets],
     }
 
 
-def by_kind(run: Run) -> dict[str, dict[str, float]]:
+def by_kind(disasters: Sequence[Disaster]) -> dict[str, dict[str, float]]:
     """How often each kind of fault struck, and the streams' longest waits then."""
     kinds: dict[str, list[float]] = {}
-    for one in run.disasters:
-        kinds.setdefault(one.kind, []).append(one.stall_s(run.streams))
+    for one in disasters:
+        kinds.setdefault(one.kind, []).append(one.stall_s)
     return {
         kind: {
             "count": len(stalls),
@@ -110,13 +138,15 @@ def by_kind(run: Run) -> dict[str, dict[str, float]]:
     }
 
 
-def calm_stall_s(run: Run) -> float:
-    gaps = (gap for stream in run.streams for gap in stream.gaps)
-    return max((gap.seconds for gap in gaps if run.calm_from <= gap.ended_at <= run.storm_from), default=0.0)
-
-
 def _rounded_ms(seconds: float) -> float:
     return round(1e3 * seconds, 1)
+
+
+def write(output: Path, seen: dict[str, Any]) -> None:
+    """Whoever reads it meanwhile has all that was written before, or all of this."""
+    part = output.with_name(f"{output.name}.part")
+    part.write_text(json.dumps(seen) + "\n")
+    os.replace(part, output)
 
 
 def draw(output: Path, seen: dict[str, Any]) -> None:
@@ -142,7 +172,7 @@ def draw(output: Path, seen: dict[str, Any]) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         for one in seen["faults"]:
             panel.axvline(one["at_s"], color=FAULT, linewidth=0.5, alpha=0.6)
-    for one in seen["faults"]:
+    for one in seen["faults"] if len(seen["faults"]) <= MOST_NAMED else ():
         rate.annotate(one["kind"], (one["at_s"], rate.get_ylim()[1]), fontsize=5, color=INK, rotation=75)
     figure.tight_layout()
     figure.savefig(output.with_suffix(".svg"), metadata={"Date": None})

@@ -15,6 +15,7 @@ from typing import Any
 
 from tools.hostility.breaking import break_control, break_data
 from tools.hostility.machines import send_signal
+from tools.hostility.network import calm, trouble
 from tools.hostility.operators import come_and_go, coordinator_address, ctl
 from tools.hostility.processes import family
 from tools.hostility.streams import PacedStream
@@ -35,6 +36,7 @@ KINDS = (
     "kill-coordinator",
     "stop-coordinator",
 )
+NETWORK = ("delay-packets", "lose-packets")  # of all processes, where the kernel can
 ORDERS = (
     "drain-attention",
     "drain-expert",
@@ -45,16 +47,27 @@ ORDERS = (
 
 @dataclass(slots=True)
 class Disaster:
-    """One fault. `whole_at`: when all workers served again; `complaint`: of an order that was not carried out."""
+    """One fault.
+
+    Attributes:
+        whole_at: when all workers served again.
+        complaint: of an order that was not carried out.
+        stall_s: the longest wait for a piece that began before all was well again, and ended after it went wrong.
+        recovery_s: until the streams were nearly as fast as undisturbed; -1 where they were not before the next fault.
+        is_settled: the last two are known.
+    """
 
     kind: str
     what: str
     began_at: float
     whole_at: float = 0.0
     complaint: str = ""
+    stall_s: float = 0.0
+    recovery_s: float = -1.0
+    is_settled: bool = False
 
-    def stall_s(self, streams: Iterable[PacedStream]) -> float:
-        """The longest wait for a piece that began before all was well again, and ended after it went wrong."""
+    def stall_of(self, streams: Iterable[PacedStream]) -> float:
+        """`stall_s`, by what these have seen so far."""
         gaps = (gap for stream in streams for gap in stream.gaps)
         return max(
             (
@@ -71,7 +84,7 @@ class Disasters:
 
     Args:
         launcher: process id.
-        kinds: of `KINDS` and `ORDERS`.
+        kinds: of `KINDS`, `ORDERS` and `NETWORK`.
     """
 
     def __init__(self, launcher: int, chance: random.Random, kinds: Sequence[str]) -> None:
@@ -98,6 +111,8 @@ class Disasters:
         name = chance.choice(sorted(name for name in pids if name.startswith(role)))
         seconds = chance.uniform(*STOPPED_S)
         expert = chance.choice(sorted(name for name in pids if name.startswith("expert")) or [name])
+        if kind in NETWORK:
+            return "network", troubled(kind, seconds)
         if kind in ORDERS:
             return name, ordered(kind, role, name, pids)
         if kind.startswith("reset"):
@@ -128,6 +143,15 @@ async def broken(kind: str, name: str, expert: str, pids: dict[str, int]) -> Dis
     else:
         other, was_broken = expert, await asyncio.to_thread(break_data, pids[name], pids[expert])
     return Disaster(kind, f"{name}'s connection to {other} broken{'' if was_broken else ': none'}", began_at)
+
+
+async def troubled(kind: str, seconds: float) -> Disaster:
+    """Packets are late, or some are lost, for a while."""
+    began_at = time.monotonic()
+    how = await asyncio.to_thread(trouble, kind)
+    await asyncio.sleep(seconds)
+    await asyncio.to_thread(calm)
+    return Disaster(kind, f"{how} for {seconds:.1f} s", began_at)
 
 
 async def ordered(kind: str, role: str, name: str, pids: dict[str, int]) -> Disaster:

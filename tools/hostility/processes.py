@@ -15,10 +15,11 @@ ACCEPTS = 0x10000  # a listening socket's flag in /proc/net/unix
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What one process holds."""
+    """What one process holds. `num_mappings`: of memory that it shares with others, by descriptor."""
 
     resident_bytes: int
     num_descriptors: int
+    num_mappings: int
 
 
 def family(launcher: int) -> dict[str, int]:
@@ -59,17 +60,24 @@ def _name(pid: int) -> str:
 def held(pid: int) -> Held:
     """Raises OSError: it is gone."""
     pages = int((PROC / str(pid) / "statm").read_text().split()[1])
-    return Held(pages * os.sysconf("SC_PAGE_SIZE"), len(list((PROC / str(pid) / "fd").iterdir())))
+    num_descriptors = len(list((PROC / str(pid) / "fd").iterdir()))
+    num_mappings = (PROC / str(pid) / "maps").read_bytes().count(b" /memfd:")
+    return Held(pages * os.sysconf("SC_PAGE_SIZE"), num_descriptors, num_mappings)
+
+
+def all_held(launcher: int) -> dict[str, Held]:
+    """Of a launcher and all that it started, by name; nothing of one that has just gone."""
+    found = {}
+    for name, pid in family(launcher).items():
+        found[name] = Held(0, 0, 0)
+        with contextlib.suppress(OSError):
+            found[name] = held(pid)
+    return found
 
 
 def num_descriptors(launcher: int) -> dict[str, int]:
     """Of a launcher and all that it started, by name; 0 of one that has just gone."""
-    counts = {}
-    for name, pid in family(launcher).items():
-        counts[name] = 0
-        with contextlib.suppress(OSError):
-            counts[name] = held(pid).num_descriptors
-    return counts
+    return {name: one.num_descriptors for name, one in all_held(launcher).items()}
 
 
 def listening(launcher: int) -> list[str]:

@@ -13,6 +13,7 @@ from tools.hostility.wire import CLOSE, TEXT, Target, connected, frame, read_fra
 
 PROMPTS = ("It was a fine morning", "She had never", "Mr. Elliot was", "The weather in Bath")
 AGAIN_S = 0.3
+MOST_KEPT = 200  # errors and wrong texts of a stream; more are only counted
 BUCKET_S = 0.1
 
 
@@ -31,8 +32,8 @@ class LiveStream:
     Attributes:
         text: what it must be told every time, once it is known.
         gaps: waits for a piece of text longer than `slow_s`: kept small, as the watcher must not be late itself.
-        errors: (begun, ended, what): answers that ended with an error, or not as they should.
-        wrong: texts that were not `text`.
+        errors: (begun, ended, what): answers that ended with an error, or not as they should; `num_errors` of them.
+        wrong: texts that were not `text`; `num_wrong` of them.
     """
 
     name: str
@@ -46,6 +47,8 @@ class LiveStream:
     gaps: list[Gap] = field(default_factory=list)
     errors: list[tuple[float, float, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    num_errors: int = 0
+    num_wrong: int = 0
 
     async def run(self) -> None:
         """For ever; cancel it."""
@@ -54,14 +57,18 @@ class LiveStream:
             try:
                 text = await (self._over_websocket() if self.is_websocket else self._over_http())
             except (OSError, TimeoutError, ValueError, KeyError, asyncio.IncompleteReadError) as error:
-                self.errors.append((begun_at, time.monotonic(), f"{type(error).__name__}: {error}"[:300]))
+                self.num_errors += 1
+                if len(self.errors) < MOST_KEPT:
+                    self.errors.append((begun_at, time.monotonic(), f"{type(error).__name__}: {error}"[:300]))
                 await asyncio.sleep(AGAIN_S)
                 continue
             self.num_answers += 1
             if self.text is None:
                 self.text = text
             elif text != self.text:
-                self.wrong.append(text)
+                self.num_wrong += 1
+                if len(self.wrong) < MOST_KEPT:
+                    self.wrong.append(text)
 
     def _asked(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "max_tokens": self.max_tokens, "temperature": 0, "ignore_eos": True}
@@ -129,9 +136,13 @@ def live_streams(target: Target, max_tokens: int) -> list[LiveStream]:
 
 @dataclass(slots=True)
 class PacedStream(LiveStream):
-    """One whose pieces are counted. `pieces`: by the tenth of a second (`BUCKET_S`) in which they came."""
+    """One whose pieces are counted. `pieces`: of all streams, by the tenth of a second (`BUCKET_S`) they came in."""
 
     pieces: Counter[int] = field(default_factory=Counter)
+
+    def forget_gaps(self, before: float) -> None:
+        """Those that ended before."""
+        self.gaps = [gap for gap in self.gaps if gap.ended_at >= before]
 
     def _heard(self, last_at: float | None) -> float:
         now = LiveStream._heard(self, last_at)
@@ -141,8 +152,9 @@ class PacedStream(LiveStream):
 
 def paced_streams(target: Target, count: int, max_tokens: int) -> list[PacedStream]:
     """With texts of their own."""
+    pieces = Counter[int]()
     return [
         PacedStream(f"stream-{index}", target, f"{PROMPTS[index % len(PROMPTS)]}{' indeed' * (index // len(PROMPTS))}",
-                    max_tokens, is_websocket=index % len(PROMPTS) == len(PROMPTS) - 1, slow_s=0.05)
+                    max_tokens, is_websocket=index % len(PROMPTS) == len(PROMPTS) - 1, slow_s=0.05, pieces=pieces)
         for index in range(count)
     ]  # fmt: skip
