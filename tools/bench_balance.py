@@ -3,12 +3,16 @@
 
     tools/bench_balance.py --json tools/results/balance.json
     tools/bench_balance.py --experts 256 --nodes 32 --redundant 32 --top-k 8 --rows 1024
+    tools/bench_balance.py --layers 8 --windows 6 --seeds 2
 
 A trace is a window of waves after another, drawn from expert popularities: Zipf's alone, Zipf's that drift, or with
 bursts of single experts; what is told is the mean of several. Before each window both plan by the rows that were
 counted in those before, as an instance does; the first plan is free. EPLB (deepseek-ai/EPLB, without its hierarchy)
 gives a replica to the expert with most rows per replica again and again, packs all to nodes of equally many by weight,
 and takes the rows of an expert to divide evenly; its rows take turns here by the same rule as ours.
+
+With `--layers`, layers have popularities of their own, and what is compared is the time of all layers, one after the
+other: placed alike in all layers, by the sum of their rows, as an instance does it, or layer by layer.
 """
 
 from __future__ import annotations
@@ -70,6 +74,12 @@ def main(argv: Sequence[str]) -> None:
         arguments.experts, arguments.nodes, arguments.redundant, arguments.top_k, arguments.rows, arguments.floor,
         arguments.zipf,
     )  # fmt: skip
+    if arguments.layers:
+        print(f"{'trace':9} {'unchanged':>10} {'alike':>10} {'by layer':>10} of the slowest nodes' time, {shape}")
+        for trace in TRACES:
+            found = np.mean([layers(shape, trace, arguments, seed) for seed in range(arguments.seeds)], axis=0)
+            print(f"{trace:9} " + " ".join(f"{time:10.1f}" for time in found))
+        return
     results = {
         trace: {name: asdict(mean_of(shape, trace, planner, arguments)) for name, planner in PLANNERS.items()}
         for trace in TRACES
@@ -99,6 +109,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--waves", type=int, default=40, help="of a window; 40")
     add("--seed", type=int, default=0)
     add("--seeds", type=int, default=5, help="traces of each kind, from --seed on, whose mean is told; 5")
+    add("--layers", type=int, default=0, help="that have popularities of their own")
     add("--json", type=Path)
     values: argparse.Namespace = parser.parse_args(argv)
     return values
@@ -231,6 +242,36 @@ def measure(shape: Shape, trace: str, planner: Plan, windows: int, waves: int, s
     of_waves: list[float] = np.mean(figures, axis=0).tolist()
     max_over_mean, read, most_read, time = of_waves
     return Found(max_over_mean, read, most_read, time, float(np.mean(moved)))
+
+
+def layers(shape: Shape, trace: str, arguments: argparse.Namespace, seed: int) -> tuple[float, float, float]:
+    """Time of a pass in rows, at the mean: experts where they are without replicas, placed alike, placed by layer."""
+    num_layers, chance = arguments.layers, np.random.default_rng(seed)
+    traces = [popularities(shape, trace, arguments.windows + 1, chance) for _ in range(num_layers)]
+    loads: list[list[Floats]] = [[] for _ in range(num_layers)]
+    alike: Planned | None = None
+    by_layer: list[Planned | None] = [None] * num_layers
+    first, times = unchanged(shape, [], None), []
+    for of_layers in zip(*traces, strict=True):
+        if loads[0]:
+            alike = ours(shape, [np.mean(one, axis=0) for one in zip(*loads, strict=True)], alike)
+            by_layer = [ours(shape, one, before) for one, before in zip(loads, by_layer, strict=True)]
+        counts = np.zeros((num_layers, shape.experts))
+        for _ in range(arguments.waves):
+            spent = np.zeros(3)
+            for layer, popularity in enumerate(of_layers):
+                topk_ids = wave(shape, popularity, chance)
+                counts[layer] += np.bincount(topk_ids.ravel(), minlength=shape.experts)
+                spent += [
+                    0.0 if planned is None else of_wave(shape, planned, topk_ids)[3]
+                    for planned in (first, alike, by_layer[layer])
+                ]
+            if alike is not None:
+                times.append(spent)
+        for one, count in zip(loads, counts, strict=True):
+            one.append(count / arguments.waves)
+    mean: list[float] = np.mean(times, axis=0).tolist()
+    return mean[0], mean[1], mean[2]
 
 
 def num_moved(before: Held, after: Held) -> int:

@@ -6,8 +6,9 @@
     tools/bench_losses.py --rounds 5 --stop 1.5      # SIGSTOP, and SIGCONT so many seconds later
 
 Each round runs greedy streams on all workers, kills or stops one in their midst, and then waits until all workers are
-there again. A pause is the longest time between two outputs of a stream from then on; beside it the longest before,
-when nothing was wrong. Streams are compared with those of a round in which nothing was done to any.
+there again. A pause is the longest time between two outputs of a stream: one that began within a second of the loss;
+later, while the dead worker starts anew beside the streams, and is connected; and before, when nothing was wrong.
+Streams are compared with those of a round in which nothing was done to any.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from msi import Engine, RequestFailed, SamplingParams, Unavailable
 from msi_launch.command_line import ScriptLine
 
 BACK_WITHIN_S = 120.0
+AT_LOSS_S = 1.0
+WHEN = ("before", "at_loss", "later")
 
 
 @dataclass
@@ -43,12 +46,14 @@ class Stream:
         except (RequestFailed, Unavailable) as error:
             self.failure = str(error)
 
-    def pauses_s(self, killed_at: float) -> tuple[float, float]:
-        """The longest before and after."""
-        gaps = [(then, then - before) for before, then in zip(self.came_at, self.came_at[1:], strict=False)]
-        before = [gap_s for then, gap_s in gaps if then <= killed_at]
-        after = [gap_s for then, gap_s in gaps if then > killed_at]
-        return max(before, default=0.0), max(after, default=0.0)
+    def pauses_s(self, killed_at: float) -> dict[str, float]:
+        """The longest of each part, see `WHEN`."""
+        longest = dict.fromkeys(WHEN, 0.0)
+        for begun, ended in zip(self.came_at, self.came_at[1:], strict=False):
+            is_later = begun > killed_at + AT_LOSS_S
+            part = "before" if ended <= killed_at else "later" if is_later else "at_loss"
+            longest[part] = max(longest[part], ended - begun)
+        return longest
 
 
 async def played(
@@ -90,8 +95,7 @@ async def main() -> None:
     parser.add_argument("--hedge-after", type=int, default=150, help="milliseconds; see msi-launch")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    before: list[float] = []
-    after: list[float] = []
+    pauses: dict[str, list[float]] = {part: [] for part in WHEN}
     num_failed = num_changed = 0
     async with Engine.local(
         attention_workers=2, expert_workers=2, micro_batches=2, threads_per_worker=1,
@@ -107,16 +111,15 @@ async def main() -> None:
             for stream, expected in zip(streams, undisturbed, strict=True):
                 num_failed += bool(stream.failure)
                 num_changed += not stream.failure and stream.token_ids != expected.token_ids
-                for pauses, pause_s in zip((before, after), stream.pauses_s(killed_at), strict=True):
-                    pauses.append(pause_s)
+                for part, pause_s in stream.pauses_s(killed_at).items():
+                    pauses[part].append(pause_s)
             await all_are_back(engine)
     found = {
         "schema_version": 1,
-        "num_streams": len(after),
+        "num_streams": len(pauses["before"]),
         "num_failed": num_failed,
         "num_changed": num_changed,
-        "longest_pause_before_s": _tail(before),
-        "longest_pause_after_s": _tail(after),
+        **{f"longest_pause_{part}_s": _tail(times) for part, times in pauses.items()},
     }
     what = f"stopped for {arguments.stop:g} s" if arguments.stop else "killed"
     if arguments.json:
@@ -125,7 +128,7 @@ async def main() -> None:
     print(
         f"{arguments.worker} {what} {arguments.rounds} times under {arguments.streams} streams, {arguments.transport}, "
         f"redundancy {arguments.redundancy}: {num_failed} failed, {num_changed} changed; longest pause of a stream "
-        f"{_words(after)}, before that {_words(before)}"
+        f"{_words(pauses['at_loss'])}, later {_words(pauses['later'])}, before {_words(pauses['before'])}"
     )
 
 
