@@ -142,6 +142,12 @@ class HostOptions:
         "Triton is installed)",
         metavar="K", group=MODEL_AND_WORKERS, choices=("auto", "triton", "plain"),
     )  # fmt: skip
+    cuda_rows: str = parameter(
+        "host",
+        "where rows for a GPU land: host (pinned memory, which it sees in place), or device (its own memory, with "
+        "`transport` shm or rdma; not yet run on hardware)",
+        metavar="W", group=MODEL_AND_WORKERS, choices=("host", "device"),
+    )  # fmt: skip
     enforce_eager: bool = parameter(
         True,
         "launch attention kernel by kernel; without it, decoding replays captured graphs, which no GPU has run yet",
@@ -160,6 +166,10 @@ class HostOptions:
             raise ConfigError(f"`transport` {shown(self.transport)} is not one; supported: {', '.join(TRANSPORTS)}")
         if self.encrypt_rows and self.transport == "rdma":
             raise ConfigError("`encrypt_rows` is for TCP: RDMA cards send rows as they are; give `transport=tcp`")
+        if self.cuda_rows == "device" and self.transport not in ("shm", "rdma"):
+            raise ConfigError(
+                f"`cuda_rows` device needs `transport` shm or rdma, not {self.transport}: others copy rows by the host"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,19 @@ async def test_tokens_equal_transformers_on_a_gpu(tmp_path, family, transport, q
         assert results == [one.tokens for one in expected]
 
 
+@needs_gpu
+async def test_tokens_equal_transformers_with_rows_in_a_gpus_own_memory(tmp_path):
+    expected = references(save_tiny(tmp_path), [1, 17, 64, 129], 12)
+    async with Engine.local(
+        model=tmp_path, device="cuda", transport="shm", attention_workers=1, expert_workers=2, micro_batches=2,
+        gpu_memory_utilization=0.1, slot_rows=48, cuda_rows="device",
+    ) as engine:  # fmt: skip
+        for one in expected:
+            params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+            outputs = engine.generate(one.prompt, params)
+            assert tuple([token async for output in outputs for token in output.token_ids]) == one.tokens
+
+
 @pytest.mark.skipif(why_unavailable() is None, reason="there is a GPU")
 @pytest.mark.parametrize("transport", ["inproc", "shm"])
 async def test_without_a_gpu_it_is_said_before_anything_starts(tiny_model, transport):

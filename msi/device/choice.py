@@ -12,12 +12,14 @@ import torch
 from msi.device.cpu import CpuDevice
 from msi.device.cuda import CudaDevice, why_unavailable
 from msi.device.cuda_driver import CudaDriver, prepare, why_no_streams
+from msi.device.cuda_rows import CudaRows
 from msi.device.stream_device import StreamDevice
 from msi.errors import ConfigError
 from msi.kernels import triton
 from msi.kernels.kernels import Kernels
 from msi.kernels.native.compiled import native_library
 from msi.kernels.plain import PlainKernels
+from msi.net.regions import Allocator
 from msi.precision import AUTO, NONE, Precision
 
 log = logging.getLogger(__name__)
@@ -100,6 +102,22 @@ def open_device(
             return StreamDevice(driver, kernels(driver.device), cuda_queues == "gates", not enforce_eager)
         log.warning("CUDA device %d has a thread for each lane in place of streams: %s", number, reason)
     return CudaDevice(index=number, kernels=kernels)
+
+
+def rows_memory(device: OpenedDevice, cuda_rows: str) -> Allocator:
+    """Where rows that are computed on it land: "host", memory of the host that it sees in place, or "device".
+
+    Raises:
+        ConfigError: its own memory cannot be had, or not by others.
+    """
+    if cuda_rows == "host":
+        return device
+    if not isinstance(device, StreamDevice) or device.has_gates or not isinstance(device.driver, CudaDriver):
+        raise ConfigError("`cuda_rows` device is for `device` cuda with `cuda_queues` streams; use `cuda_rows=host`")
+    driver = device.driver
+    rows = CudaRows(driver.own_memory(), device, driver.tensor_at)
+    device.at_end(rows.close)
+    return rows
 
 
 def gpu_kernels(wanted: str) -> Callable[[torch.device], Kernels]:

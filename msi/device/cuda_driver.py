@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msi.device.cuda_memory import CudaMemory
 from msi.errors import ConfigError, EngineError
 
 NEEDS_BINDINGS = "cuda-bindings is not installed; `pip install 'msi[cuda]'`"
@@ -214,7 +215,15 @@ class CudaDriver:
         self._ok("cuMemHostUnregister", self._cu.cuMemHostUnregister(host_address(memory)))
 
     def tensor(self, memory: memoryview) -> Tensor:
-        return torch.as_tensor(_Mapped(memory), device=self.device)
+        return self.tensor_at(host_address(memory), memory.nbytes, memory)
+
+    def own_memory(self) -> CudaMemory:
+        """The device's own. Raises ConfigError."""
+        return CudaMemory(self._cu, self.device.index, self.enter)
+
+    def tensor_at(self, address: int, num_bytes: int, keep: object) -> Tensor:
+        """uint8 [num_bytes] of memory that the device sees there; refers to `keep`."""
+        return torch.as_tensor(_Mapped(address, num_bytes, keep), device=self.device)
 
     def upload(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(self.device, non_blocking=True)  # torch keeps it until the copy is through
@@ -252,10 +261,10 @@ class CudaDriver:
 
 
 class _Mapped:
-    """Host memory as torch takes memory of a device: it asks the driver whose it is."""
+    """Memory as torch takes that of a device: it asks the driver whose it is."""
 
-    def __init__(self, memory: memoryview) -> None:
-        self._memory = memory  # stays as long as the tensor does
+    def __init__(self, address: int, num_bytes: int, keep: object) -> None:
+        self._keep = keep  # stays as long as the tensor does
         self.__cuda_array_interface__ = {
-            "shape": (memory.nbytes,), "typestr": "|u1", "data": (host_address(memory), False), "version": 2,
+            "shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 2,
         }  # fmt: skip

@@ -6,7 +6,7 @@ Rows that transports move lie in host memory, pinned and mapped: kernels take th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -35,10 +35,12 @@ class StreamDevice:
     def __init__(self, driver: Driver, kernels: Kernels, gates: bool = False, uses_graphs: bool = False) -> None:
         driver.enter()
         self.kernels = kernels
-        self._driver = driver
+        self.driver = driver
+        self.has_gates = gates
         self.graphs: Graphs | None = driver if uses_graphs and not gates else None
         self._streams = Streams(driver, gates)
         self._mapped: list[memoryview] = []
+        self._at_end: list[Callable[[], None]] = []
 
     @property
     def words(self) -> StreamWords:
@@ -79,9 +81,21 @@ class StreamDevice:
         """Ends after what is being launched; what is still queued is dropped. Idempotent."""
         if await self._streams.close():
             for memory in self._mapped:
-                self._driver.unmap_host(memory)
-        self._mapped = []
-        self._driver.close()
+                self.driver.unmap_host(memory)
+            for call in self._at_end:
+                call()
+        self._mapped, self._at_end = [], []
+        self.driver.close()
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Calls it when the device closes, once nothing is left on it; not where something may be."""
+        self._at_end.append(call)
+
+    def wait_quiet(self) -> bool:
+        return self._streams.wait_quiet()
+
+    def lose(self, reason: str) -> None:
+        self._streams.lose(DeviceLost(reason))
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -89,10 +103,10 @@ class StreamDevice:
         return wanted
 
     def free_memory_bytes(self) -> int:
-        return self._driver.free_memory_bytes()
+        return self.driver.free_memory_bytes()
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        zeros = torch.zeros(shape, dtype=dtype, device=self._driver.device)
+        zeros = torch.zeros(shape, dtype=dtype, device=self.driver.device)
         self._settle()
         return zeros
 
@@ -107,7 +121,7 @@ class StreamDevice:
         parts = [memory[start : start + size] for start in range(0, num_parts * size, size)]
         for part in parts:
             try:
-                self._driver.map_host(part)
+                self.driver.map_host(part)
             except DeviceLost as error:
                 raise ConfigError(
                     f"{error}; so {memory.nbytes} bytes of host memory cannot be pinned for it"
@@ -117,19 +131,19 @@ class StreamDevice:
         @contextlib.contextmanager
         def remapping(index: int) -> Iterator[None]:
             self._streams.wait_quiet()
-            self._driver.unmap_host(parts[index])
+            self.driver.unmap_host(parts[index])
             yield
-            self._driver.map_host(parts[index])
+            self.driver.map_host(parts[index])
 
-        return HostRegion(memory, self._driver.tensor, remapping)
+        return HostRegion(memory, self.driver.tensor, remapping)
 
     def upload(self, tensor: Tensor) -> Tensor:
         if self._streams.is_launching:
-            return self._driver.upload(tensor)
-        on_device = tensor.to(self._driver.device)
+            return self.driver.upload(tensor)
+        on_device = tensor.to(self.driver.device)
         self._settle()
         return on_device
 
     def _settle(self) -> None:
         """What was put into the device's memory outside queues is there for what they run."""
-        self._driver.settle()
+        self.driver.settle()

@@ -167,11 +167,17 @@ class Streams:
         self.words.close()
         return True
 
-    def wait_quiet(self) -> None:
-        """Until nothing that was launched can go on without a gate; on the loop, and soon: it launches no more."""
+    def wait_quiet(self) -> bool:
+        """Until nothing that was launched can go on without a gate; on the loop, and soon: it launches no more.
+
+        Whether it came to that.
+        """
         until = time.monotonic() + QUIET_WITHIN_S
-        while any(map(self._is_busy, self._queues)) and time.monotonic() < until:
+        while is_busy := any(map(self._is_busy, self._queues)):
+            if time.monotonic() >= until:
+                break
             time.sleep(QUIET_WITHIN_S / 1000)
+        return not is_busy
 
     def _is_busy(self, queue: StreamQueue) -> bool:
         for index in range(len(queue.out)):
@@ -209,7 +215,7 @@ class Streams:
                     else:
                         self._launch(queue, step)
                 except DeviceLost as error:
-                    self._lose(error)
+                    self.lose(error)
                 except BaseException as error:
                     self._complaints.say(error, "launching failed")
                 del queue, step
@@ -245,7 +251,7 @@ class Streams:
             elif isinstance(step, Program):
                 self._run(queue, step)
         except DeviceLost as error:
-            self._drop(step, self._lose(error))
+            self._drop(step, self.lose(error))
         if self.lost is not None:  # the loop may have said so, and dropped what was out, before this step was
             self._loop.call_soon_threadsafe(self._drop_all)
 
@@ -298,7 +304,7 @@ class Streams:
 
     # -- a device that failed ----------------------------------------------------------------------------------------
 
-    def _lose(self, error: DeviceLost) -> DeviceLost:
+    def lose(self, error: DeviceLost) -> DeviceLost:
         """All work fails from now on, rather than waits for ever; what it fails with. From any thread."""
         with self._losing:
             if self.lost is not None:
@@ -364,7 +370,7 @@ class Streams:
             try:
                 self.driver.check()
             except DeviceLost as error:
-                self._lose(error)
+                self.lose(error)
         return is_out
 
     def _next_flag(self, queue: StreamQueue) -> int:

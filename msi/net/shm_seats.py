@@ -19,7 +19,7 @@ HEADERS_BYTES = pages(MAX_LANES * (HEADER_BYTES + NOTE_BYTES))  # behind the rin
 ROWS_AT = RING_BYTES + HEADERS_BYTES
 NOT_OURS = (
     "its rows land in the memory of a device, and what this process computes on cannot write there; give both the same "
-    "kind of `device`, or use `transport=tcp`"
+    "kind of `device`, and `cuda_rows=host` where those differ"
 )
 
 

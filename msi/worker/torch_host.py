@@ -12,7 +12,7 @@ from msi.attention.kv_cache import KvCache
 from msi.attention.warming import warm
 from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
-from msi.device.choice import OpenedDevice, open_device, precision_on, prepare_device, products_of
+from msi.device.choice import OpenedDevice, open_device, precision_on, prepare_device, products_of, rows_memory
 from msi.device.stream_device import StreamDevice
 from msi.errors import ConfigError
 from msi.experts.half import ExpertHalf
@@ -62,7 +62,11 @@ class HostSettings:
 
 
 class TorchModel:
-    """Implements `msi.worker.host.LoadedModel`."""
+    """Implements `msi.worker.host.LoadedModel`.
+
+    Args:
+        memory: where rows land; by default what `device` allocates.
+    """
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class TorchModel:
         assignment: Assignment,
         device: OpenedDevice,
         memory_utilization: float,
+        memory: Allocator | None = None,
     ) -> None:
         config, precision = files.config, assignment.precision
         precision.check_is_built()
@@ -82,7 +87,7 @@ class TorchModel:
             row_bytes=row_bytes(config.hidden_size, config.top_k, DTYPES[precision.rows]),
             answer_row_bytes=answer_row_bytes(config.hidden_size, DTYPES[precision.rows]),
         )
-        self.memory: Allocator = device
+        self.memory: Allocator = memory or device
         self.grammars: Grammars | None = files.grammars
         self._files = files
         self._assignment = assignment
@@ -154,6 +159,7 @@ class TorchHost:
         self._files = ModelFiles(settings.source.model_dir, settings.source.load_format)
         self._complain = Complaints(log)
         self._device: OpenedDevice | None = None
+        self._memory: Allocator | None = None  # that rows land in
         self._part: LoadedPart | None = None
 
     @property
@@ -180,6 +186,7 @@ class TorchHost:
             check_rdma(settings.host.rdma)
         if self._device is None:
             self._device = self.open_device()
+            self._memory = self.open_memory(self._device)
         precision = precision_on(self._device, settings.precision, DTYPES[self._files.config.dtype])
         self.products = products_of(self._device, precision)
         return self._files.fingerprint(), precision
@@ -196,6 +203,10 @@ class TorchHost:
             host.enforce_eager,
         )
 
+    def open_memory(self, device: OpenedDevice) -> Allocator:
+        """Where rows land. Raises ConfigError."""
+        return rows_memory(device, self._settings.host.cuda_rows)
+
     def use_tracer(self, tracer: Spans | None) -> None:
         assert self._device is not None
         self._device.tracer = tracer
@@ -203,11 +214,14 @@ class TorchHost:
     async def load(self, assignment: Assignment) -> TorchModel:
         device = self._device
         assert device is not None
+        assert self._memory is not None
         if self._part is None or not self._part.fits(assignment):
             had = None if self._part is None else self._part.kept_for(assignment)
             self._part = had  # the rest goes before what is new comes; this stays where that does not fit
             self._part = await asyncio.to_thread(self._files.load, assignment, device, had)
-        return TorchModel(self._files, self._part, assignment, device, self._settings.host.gpu_memory_utilization)
+        memory = None if assignment.is_colocated else self._memory  # within a process the host copies rows
+        utilization = self._settings.host.gpu_memory_utilization
+        return TorchModel(self._files, self._part, assignment, device, utilization, memory)
 
     def new_transport(self, assignment: Assignment) -> Transport:
         name = "inproc" if assignment.is_colocated else self._settings.host.transport
