@@ -200,11 +200,24 @@ class Sometimes:
         return [] if self.looks % self.nth else ["completion"]
 
 
+class Free:
+    """Cores, of which one is free or not."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def one_is_free(self):
+        return self.answers.pop(0) if self.answers else True
+
+    def close(self):
+        pass
+
+
 def test_looking_is_rewarded_or_done_less_and_less():
     soon, late = Sometimes(3), Sometimes(10**9)
-    patience = Patience(0.01, clock=soon.clock)
+    patience = Patience(0.01, cores=Free(), clock=soon.clock)
     assert [patience.look(soon.poll) for _ in range(4)] == [["completion"]] * 4
-    patience = Patience(0.0095, clock=late.clock)
+    patience = Patience(0.0095, cores=Free(), clock=late.clock)
     looks = []
     for _ in range(16):
         before = late.looks
@@ -213,6 +226,17 @@ def test_looking_is_rewarded_or_done_less_and_less():
     assert [number for number, count in enumerate(looks) if count] == [0, 2, 6, 14]
     assert not Patience(0.0).look(late.poll)
     assert late.looks == sum(looks)
+
+
+def test_an_empty_queue_is_not_looked_at_while_no_core_is_free():
+    late, cores = Sometimes(10**9), Free(False)
+    patience = Patience(1000.0, cores=cores, clock=late.clock)
+    assert not patience.look(late.poll)
+    assert late.looks == 0
+    cores.answers = [True, True, True, False]  # somebody comes while it looks
+    assert [patience.look(late.poll) for _ in range(2)] == [(), ()]
+    assert late.looks == 3
+    patience.close()
 
 
 @pytest.mark.parametrize("sentence", mostly_slow(sorted(BY_SENTENCE, key=lambda one: "order" not in one)))

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from msi.device import polling
-from msi.device.polling import Bell, Cores
+from msi.device.polling import Bell
 from msi.device.ready import Ready
 from msi.errors import TransportError
 from msi.net.inproc import InprocTransport
+from msi.net.looking import Cores
 from msi.net.rdma.transport import RdmaTransport
 from msi.net.regions import HOST_MEMORY
 from msi.net.shm import ShmTransport
@@ -238,17 +238,6 @@ def test_who_looks_in_vain_looks_less_and_less_and_who_is_rewarded_looks_again()
         waits.append(None)
     assert looks == [0, 2, 6, 14, 15, 16, 17, 18, 19]
     os.close(bell.fd)
-
-
-def test_a_core_is_free_while_no_more_threads_run_than_there_are(monkeypatch):
-    running = b"2"
-    monkeypatch.setattr(polling.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(polling.os, "pread", lambda *where: b"0.95 1.20 1.10 " + running + b"/417 12345\n")
-    cores = Cores()
-    assert cores.one_is_free()
-    running = b"3"
-    assert not cores.one_is_free()
-    cores.close()
 
 
 def test_nobody_looks_while_no_core_is_free(monkeypatch):

@@ -4,12 +4,8 @@ Looking is one call into the C library, without the interpreter's lock: `lfind` 
 of two arguments says 0. Given elements of no size, and `eventfd_read` for that function, it reads one descriptor over
 and over. A wake-up that was awaited so costs a fraction of one from sleep.
 
-A bell may follow other descriptors; then it waits for all of them by epoll, and looks at that.
-
-Looking takes a core. Where somebody else wants that core, what is awaited comes later, not sooner; so nobody looks
-while more threads run on this host, or wait to, than it has cores, which is asked again every few microseconds. And
-each wait that looks in vain lets twice as many waits as the last one go by without looking; one that is rewarded looks
-again.
+A bell may follow other descriptors; then it waits for all of them by epoll, and looks at that. When it does not look,
+as that takes a core, `msi.net.looking` says.
 """
 
 from __future__ import annotations
@@ -22,9 +18,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from msi.net.looking import SLICE_S, Cores, Vain
+
 LOOKS_TIMED = 200  # to tell how long one takes
-SLICE_S = 20e-6  # of a look, from one question whether a core is free to the next
-MOST_SKIPPED = 1024
 
 
 class Look(Protocol):
@@ -33,29 +29,6 @@ class Look(Protocol):
 
     def sleep(self) -> None:
         """Until it is rung, which takes the ring."""
-
-
-class Cores:
-    """Of this host, as its kernel counts; where it does not say, one is taken for free."""
-
-    def __init__(self) -> None:
-        self._count = os.cpu_count() or 1
-        try:
-            self._fd = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self._fd = -1
-
-    def one_is_free(self) -> bool:
-        """For whoever asks; others do not wait for it."""
-        if self._fd < 0:
-            return True
-        running = os.pread(self._fd, 64, 0).split(b" ", 4)[3]  # such as 2/417: those that run or wait to, of all
-        return int(running[: running.index(b"/")]) <= self._count
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 class Bell:
@@ -72,8 +45,7 @@ class Bell:
         self._cores = Cores() if poll_s else None
         self._look = look or (_EventfdLook(self.fd, poll_s, self._has_core) if poll_s else None)
         self._all: select.epoll | None = None
-        self._skipped = 0
-        self._to_skip = 0
+        self._vain = Vain()
 
     def wait(self) -> None:
         """Until it was rung since the last wait, or one of those that it follows became readable since."""
@@ -81,13 +53,11 @@ class Bell:
         if look is None:
             os.read(self.fd, 8)
             return
-        if self._to_skip:
-            self._to_skip -= 1
-        elif look():
-            self._skipped = 0
-            return
-        else:
-            self._skipped = self._to_skip = min(2 * self._skipped + 1, MOST_SKIPPED)
+        if self._vain.may_look():
+            is_rung = look()
+            self._vain.looked(is_rewarded=is_rung)
+            if is_rung:
+                return
         look.sleep()
 
     def follow(self, fd: int) -> None:

@@ -64,6 +64,7 @@ class Reader:
         with self.lock:
             self._is_open = False
             was_started, self._is_started = self._is_started, False
+            self._patience.close()
         if not was_started:
             return
         if self._poller is not None:
