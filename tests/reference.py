@@ -65,6 +65,27 @@ FAMILIES = {
             "attention_bias": True,
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **COMMON,
+            "head_dim": 16,
+            "intermediate_size": 24,
+            "num_local_experts": 7,
+            "num_experts_per_tok": 3,
+            "sliding_window": 24,
+            "swiglu_limit": 0.7,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
 }
 
 
@@ -85,8 +106,8 @@ def save_tiny(
     torch.manual_seed(seed)
     model = transformers().AutoModelForCausalLM.from_config(tiny_config(family, **changes)).to(dtype)
     if family != "mixtral":  # whose fixture is older than families that have biases
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms start as ones, biases as zeros: nothing would be noticed
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("_bias"):  # ones and zeros at first: nothing would be noticed
                 parameter.data += torch.empty_like(parameter).uniform_(-0.5, 0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

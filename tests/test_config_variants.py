@@ -133,6 +133,18 @@ VARIANTS = {
         "no guesses": {"num_nextn_predict_layers": 0},
         "fewer layers": {"num_hidden_layers": 2},
     },
+    "gpt_oss": {
+        **MOST_FAMILIES,
+        "experts by the other name": {"num_local_experts": ABSENT, "num_experts": 7},
+        "layer_types absent": {"layer_types": ABSENT},
+        "layer_types more than layers": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        "a small window": {"sliding_window": 8},
+        "window absent": {"sliding_window": ABSENT},
+        "limit large": {"swiglu_limit": 7.0},
+        "limit and alpha absent": {"swiglu_limit": ABSENT, "swiglu_alpha": ABSENT},
+        "attention_bias absent": {"attention_bias": ABSENT},
+        "fewer layers": {"num_hidden_layers": 2},
+    },
     "dbrx": {
         "heads by common names": {"hidden_size": 32, "num_attention_heads": 4},
         "layers by the common name": {"n_layers": ABSENT, "num_hidden_layers": 3},

@@ -14,7 +14,7 @@ needs_gpu = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_una
 
 
 @needs_gpu
-@pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3", "olmoe", "dbrx", "glm4"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3", "olmoe", "dbrx", "glm4", "gpt_oss"])
 @pytest.mark.parametrize("queues", ["threads", "streams"])
 @pytest.mark.parametrize("transport", ["inproc", "shm"])
 async def test_tokens_equal_transformers_on_a_gpu(tmp_path, family, transport, queues):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import msi.models
 from msi import Engine, SamplingParams
 from msi.errors import CheckpointError, ConfigError
-from msi.kernels import SigmoidRouting
+from msi.kernels import SWIGLU, Activation, SigmoidRouting
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
 from msi.models.expert_weights import load_expert_bank
@@ -35,16 +35,20 @@ SCALED_MOE = Path(msi.models.__file__).parent / "configs" / "scaled_moe"
 def values_of(family, **changes):
     """config.json as transformers writes it, parsed."""
     values = tiny_config(family, **changes).to_dict()
-    name = {"qwen3": "Qwen3Moe", "qwen2": "Qwen2Moe", "olmoe": "Olmoe", "dbrx": "Dbrx", "glm4": "Glm4Moe"}[family]
-    return {**json.loads(json.dumps(values, default=str)), "architectures": [f"{name}ForCausalLM"]}
+    names = {
+        "qwen3": "Qwen3Moe", "qwen2": "Qwen2Moe", "olmoe": "Olmoe", "dbrx": "Dbrx", "glm4": "Glm4Moe",
+        "gpt_oss": "GptOss",
+    }  # fmt: skip
+    return {**json.loads(json.dumps(values, default=str)), "architectures": [f"{names[family]}ForCausalLM"]}
 
 
 # -- configurations ----------------------------------------------------------------------------------------------------
 
 
 def test_what_differs_between_families_is_data():
-    qwen3, qwen2, olmoe, dbrx, glm4 = (
-        parse_config(values_of(family), "config.json") for family in ("qwen3", "qwen2", "olmoe", "dbrx", "glm4")
+    qwen3, qwen2, olmoe, dbrx, glm4, gpt_oss = (
+        parse_config(values_of(family), "config.json")
+        for family in ("qwen3", "qwen2", "olmoe", "dbrx", "glm4", "gpt_oss")
     )
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.renormalise_topk, qwen3.head_dim) == ("head", False, True, 16)
     assert (qwen3.sparse_layers, qwen3.dense_intermediate_size, qwen3.intermediate_size) == ((1, 2, 4), 40, 24)
@@ -56,15 +60,37 @@ def test_what_differs_between_families_is_data():
     assert (glm4.sigmoid, glm4.rope.share, glm4.qk_norm) == (SigmoidRouting(1, 1, 1.5), 0.5, "head")
     assert (glm4.qkv_bias, glm4.output_bias, glm4.renormalise_topk, glm4.has_shared_gate) == (True, False, True, False)
     assert (glm4.sparse_layers, glm4.dense_intermediate_size, glm4.shared_intermediate_size) == ((1, 2), 40, 48)
+    assert [gpt_oss.window_of(layer) for layer in range(3)] == [24, None, 24]
+    assert (gpt_oss.has_sinks, gpt_oss.router_bias, gpt_oss.expert_bias, gpt_oss.renormalise_topk) == (True,) * 4
+    assert (gpt_oss.qkv_bias, gpt_oss.output_bias, gpt_oss.head_dim, gpt_oss.intermediate_size) == (True, True, 16, 24)
+    assert gpt_oss.activation == Activation(alpha=1.702, limit=0.7, up_offset=1.0)
+    assert (glm4.activation, glm4.has_sinks, glm4.window_of(0)) == (SWIGLU, False, None)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx", "glm4"])
+def test_gpt_oss_is_what_is_published_where_its_configuration_is_silent():
+    """The published config.json leaves some of it out; these are transformers' own defaults."""
+    values = {"vocab_size": 201088, "hidden_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64}
+    config = parse_config({**values, "architectures": ["GptOssForCausalLM"]}, "config.json")
+    assert (config.num_experts, config.top_k, config.intermediate_size, config.head_dim) == (128, 4, 2880, 64)
+    assert (config.num_kv_heads, config.norm_eps, config.max_position_embeddings) == (8, 1e-5, 131072)
+    assert (config.sliding_window, config.full_layers) == (128, tuple(range(1, 36, 2)))
+    rope = config.rope
+    assert (rope.kind, rope.factor, rope.original_len, rope.truncate, rope.theta) == ("yarn", 32.0, 4096, False, 1.5e5)
+    assert rope.scale == pytest.approx(1.3466, abs=1e-4)
+    assert config.activation == Activation(alpha=1.702, limit=7.0, up_offset=1.0)
+    total = config.attention_values + config.num_experts * 36 * (config.expert_values + config.expert_bias_values)
+    assert total == pytest.approx(116.83e9, rel=1e-3), "of gpt-oss-120b, as its makers count"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx", "glm4", "gpt_oss"])
 def test_transformers_4_and_5_write_the_same_model(family):
     newer = values_of(family)
     older = {key: value for key, value in newer.items() if key not in ("rope_parameters", "dtype", "layer_types")}
     if family == "qwen3":
         older["num_experts"] = older.pop("num_local_experts")
-    if family != "dbrx":  # whose base is in attn_config in transformers 4
+    if family == "gpt_oss":
+        older["rope_theta"], older["rope_scaling"] = 1e4, newer["rope_parameters"]
+    elif family != "dbrx":  # whose base is in attn_config in transformers 4
         older["rope_theta"] = 1e4
     else:
         newer["attn_config"] = {key: value for key, value in newer["attn_config"].items() if key != "rope_theta"}
@@ -95,6 +121,14 @@ def test_transformers_4_and_5_write_the_same_model(family):
         ("glm4", {"n_shared_experts": 0}, "n_shared_experts is 0; it must be an integer from 1"),
         ("glm4", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5; it must be a"),
         ("glm4", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "0.2 of head_dim 16 is 3 values, which are not"),
+        (
+            "gpt_oss",
+            {"layer_types": ["sliding_attention", "linear_attention"]},
+            "layer_types holds 'linear_attention'; sup",
+        ),
+        ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types names 1 layers, and there are 3"),
+        ("gpt_oss", {"swiglu_limit": None}, "swiglu_limit is None; it must be a number above 0"),
+        ("gpt_oss", {"swiglu_alpha": "x"}, "swiglu_alpha is 'x'; it must be a number above 0"),
         ("dbrx", {"quantization_config": {"bits": 4}}, "quantization_config is set; quantised checkpoints are not"),
     ],
 )
@@ -115,6 +149,9 @@ def test_what_cannot_be_served_is_refused_by_name(family, changes, complaint):
         ("dbrx", "transformer.blocks.2.ffn.experts.mlp.v1", "[168, 32]"),
         ("glm4", "model.layers.2.mlp.gate.e_score_correction_bias", "[7]"),
         ("glm4", "model.layers.1.mlp.shared_experts.down_proj.weight", "[32, 48]"),
+        ("gpt_oss", "model.layers.1.self_attn.sinks", "[4]"),
+        ("gpt_oss", "model.layers.2.mlp.router.bias", "[7]"),
+        ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj_bias", "[7, 48]"),
     ],
 )
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path, family, name, complaint):
@@ -181,6 +218,9 @@ def slow(family, **changes):
         ),
         slow("glm4", first_k_dense_replace=0, norm_topk_prob=False, n_shared_experts=1, is_fused=True),
         slow("glm4", rope_parameters=GLM_YARN, tie_word_embeddings=True, num_key_value_heads=4),
+        slow("gpt_oss", layer_types=["full_attention"] * 2 + ["sliding_attention"], swiglu_limit=7.0),
+        slow("gpt_oss", attention_bias=False, num_key_value_heads=1, sliding_window=None, swiglu_alpha=1.0),
+        slow("gpt_oss", num_key_value_heads=4, num_experts_per_tok=1, rope_parameters=None, max_shard_size="40KB"),
         slow(
             "dbrx",
             attn_config={"clip_qkv": 1, "kv_n_heads": 4, "rope_theta": 1e4},  # transformers itself needs a limit
@@ -255,7 +295,7 @@ async def test_stretched_contexts_equal_transformers(tmp_path, parameters):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx", "glm4"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx", "glm4", "gpt_oss"])
 async def test_a_colocated_instance_equals_transformers(tmp_path, family):
     expected = references(save_tiny(tmp_path, family=family), [30], 10)
     options = {"colocated": True, "expert_workers": 1, "micro_batches": 1, "transport": "auto"}
@@ -306,7 +346,7 @@ async def test_scaled_moe_runs_on_dummy_weights(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx", "glm4"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "olmoe", "dbrx", "glm4", "gpt_oss"])
 async def test_every_family_runs_on_dummy_weights(tmp_path, family):
     (tmp_path / "config.json").write_text(json.dumps(values_of(family)))
     (one,) = await tokens_of(tmp_path, [(3, 4, 5)], load_format="dummy")

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msi.attention.pass_inputs import PassInputs
-from msi.kernels import BLOCK_TOKENS, SigmoidRouting
+from msi.kernels import BLOCK_TOKENS, Activation, SigmoidRouting
 from msi.kernels.cpu import CpuKernels
-from msi.kernels.experts import gated_mlp, sigmoid_gated, silu_and_mul
+from msi.kernels.experts import activate, gated_mlp, sigmoid_gated, silu_and_mul
 from msi.kernels.kernels import Outboxes
 from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms_norm
 from msi.kernels.paged_attention import AttentionShape, kv_rows, write_kv
@@ -110,7 +110,8 @@ def test_rope_leaves_what_lies_beyond_its_table_alone():
 
 @pytest.mark.parametrize("kernels", [PLAIN, CPU], ids=["plain", "cpu"])
 @pytest.mark.parametrize("window", [None, 7, 40])
-def test_paged_attention_equals_attention_over_each_sequence_alone(kernels, window):
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
+def test_paged_attention_equals_attention_over_each_sequence_alone(kernels, window, has_sinks):
     torch.manual_seed(0)
     num_heads, num_kv_heads, head_dim = 6, 2, 8
     query_lens, context_lens = [1, 1, 5, 1, 20], [3, 40, 33, 90, 20]
@@ -121,7 +122,8 @@ def test_paged_attention_equals_attention_over_each_sequence_alone(kernels, wind
     inputs = inputs_of(query_lens, context_lens, tables)
     shape = AttentionShape(num_heads, num_kv_heads, head_dim, window)
     plan = kernels.plan_attention(inputs, inputs, shape, torch.float32)
-    result = kernels.paged_attention(query, cache, plan)
+    sinks = torch.randn(num_heads) * 3 if has_sinks else None
+    result = kernels.paged_attention(query, cache, plan, sinks)
     row = 0
     for query_len, length, table in zip(query_lens, context_lens, tables, strict=True):
         kv = cache[table].transpose(1, 2).flatten(0, 1)[:length]
@@ -130,7 +132,10 @@ def test_paged_attention_equals_attention_over_each_sequence_alone(kernels, wind
             first = 0 if window is None else max(0, position - window + 1)
             for head in range(num_heads):
                 keys, values = (kv[first : position + 1, part, head // 3] for part in (0, 1))
-                weights = torch.softmax(keys @ query[row + offset, head] / math.sqrt(head_dim), 0)
+                scores = keys @ query[row + offset, head] / math.sqrt(head_dim)
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[head : head + 1]])
+                weights = torch.softmax(scores, 0)[: len(keys)]
                 torch.testing.assert_close(result[row + offset, head], weights @ values, atol=1e-5, rtol=1e-4)
         row += query_len
 
@@ -175,6 +180,46 @@ def test_topk_sigmoid_chooses_by_the_bias_and_weighs_without(routing, renormalis
         total = sum(scores[expert] for expert in chosen) if renormalise else 1.0
         expected = torch.tensor([scores[expert] / total * routing.scale for expert in chosen])
         torch.testing.assert_close(weights[token], expected)
+
+
+def test_an_activation_is_its_definition():
+    gate_up = torch.randn(5, 8) * 3
+    gate_up[0, 0] = math.nan
+    gate, up = gate_up[:, :4].clamp(max=1.5), gate_up[:, 4:].clamp(-1.5, 1.5)
+    expected = gate * torch.sigmoid(1.7 * gate) * (up + 1)
+    found = activate(gate_up, Activation(alpha=1.7, limit=1.5, up_offset=1.0))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert found[0, 0].isnan()
+    free = activate(gate_up[1:], Activation(alpha=1.7))
+    torch.testing.assert_close(free, (gate_up[:, :4] * torch.sigmoid(1.7 * gate_up[:, :4]) * gate_up[:, 4:])[1:])
+
+
+@pytest.mark.parametrize("kernels", [PLAIN, CPU], ids=["plain", "cpu"])
+def test_experts_with_biases_add_each_to_its_product(kernels):
+    torch.manual_seed(0)
+    gate_up, down, biases = torch.randn(3, 12, 8), torch.randn(3, 8, 6), (torch.randn(3, 12), torch.randn(3, 8))
+    activation = Activation(alpha=1.7, limit=1.5, up_offset=1.0)
+    bank = kernels.expert_bank(
+        num_layers=1, num_experts=2, hidden_size=8, inner_size=6, dtype=torch.float32, activation=activation,
+        has_bias=True,
+    )  # fmt: skip
+    for expert in range(2):
+        bank.put(0, expert, gate_up[expert], down[expert], (biases[0][expert], biases[1][expert]))
+    bank = bank.arranged([1, None, 0])
+    bank.put(0, 1, gate_up[2], down[2], (biases[0][2], biases[1][2]))
+    order, ids = [1, 2, 0], torch.tensor([[0, 1], [2, 1], [-1, 0], [1, 2]], dtype=torch.int32)
+    slots = PackedRows(torch.randn(1, 1, 4, 8), torch.rand(1, 1, 4, 2), ids.view(1, 1, 4, 2))
+    answers = {0: torch.zeros(1, 4, 8)}
+    bank.run(0, 0, [(0, 4)], slots, answers)
+    expected = torch.zeros(4, 8)
+    for row in range(4):
+        for choice, local in enumerate(ids[row].tolist()):
+            if local >= 0:
+                expert = order[local]
+                inner = activate(slots.hidden[0, 0, row] @ gate_up[expert].T + biases[0][expert], activation)
+                output = inner @ down[expert].T + biases[1][expert]
+                expected[row] += slots.topk_weights[0, 0, row, choice] * output
+    torch.testing.assert_close(answers[0][0], expected, atol=1e-4, rtol=1e-4)
 
 
 def dense_moe(hidden, topk_ids, topk_weights, gate_up, down):

@@ -134,7 +134,7 @@ async def settled(engine):
 
 # -- the other families ------------------------------------------------------------------------------------------------
 
-FAMILIES = ["qwen3", "qwen2", "olmoe", "dbrx", "glm4"]
+FAMILIES = ["qwen3", "qwen2", "olmoe", "dbrx", "glm4", "gpt_oss"]
 
 
 @pytest.fixture(scope="module", params=mostly_slow(FAMILIES[::-1], keep=2))

@@ -23,3 +23,19 @@ class SigmoidRouting:
     num_groups: int = 1
     num_chosen_groups: int = 1
     scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What an expert computes between its products: gate * sigmoid(alpha * gate) * (up + up_offset).
+
+    Attributes:
+        limit: gate is at most that, and up within both signs of it; 0 for none.
+    """
+
+    alpha: float = 1.0
+    limit: float = 0.0
+    up_offset: float = 0.0
+
+
+SWIGLU = Activation()

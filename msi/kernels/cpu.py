@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msi.kernels import NONE
+from msi.kernels import NONE, SWIGLU, Activation
 from msi.kernels.experts import moe_experts
-from msi.kernels.kernels import ExpertBank, Linear, Outboxes
+from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
 from msi.kernels.native import rows
 from msi.kernels.native.bank import NativeExpertBank
 from msi.kernels.native.compiled import WIDTH, linear, native_library, pack
@@ -84,13 +84,17 @@ class CpuKernels(PlainKernels):
         inner_size: int,
         dtype: torch.dtype,
         quantization: str = NONE,
+        activation: Activation = SWIGLU,
+        has_bias: bool = False,
     ) -> ExpertBank:
         is_packed = dtype is torch.bfloat16 or quantization != NONE
         library = native_library() if is_packed else None
         if library is not None and hidden_size % WIDTH == inner_size % WIDTH == 0:
             format = "bfloat16" if quantization == NONE else quantization
-            return NativeExpertBank(library, num_layers, num_experts, hidden_size, inner_size, format)
-        return CpuExpertBank(self.linear, num_layers, num_experts)
+            return NativeExpertBank(
+                library, num_layers, num_experts, hidden_size, inner_size, format, activation, has_bias
+            )
+        return CpuExpertBank(self.linear, num_layers, num_experts, dtype, activation)
 
     def norm(self, hidden: Tensor, norm: Norm) -> Tensor:
         normed = None if self._rows is None else rows.norm(self._rows, hidden, norm)
@@ -117,10 +121,12 @@ class CpuKernels(PlainKernels):
         if self._rows is None or not rows.rope_and_write(self._rows, heads, num_q, rope, layer_cache, plan.kv_rows):
             super().rope_and_write(heads, num_q, rope, layer_cache, plan)
 
-    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan | DecodePlan) -> Tensor:
+    def paged_attention(
+        self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan | DecodePlan, sinks: Tensor | None = None
+    ) -> Tensor:
         if isinstance(plan, DecodePlan):
-            return rows.decode(query, layer_cache, plan)
-        return super().paged_attention(query, layer_cache, plan)
+            return rows.decode(query, layer_cache, plan, sinks)
+        return super().paged_attention(query, layer_cache, plan, sinks)
 
     def pack(
         self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes
@@ -153,11 +159,21 @@ class CpuExpertBank:
     """Implements `msi.kernels.kernels.ExpertBank` with a packed matrix product for each expert that has rows.
 
     Args:
-        linear: packs a matrix.
+        linear: packs a matrix, with its bias where there is one.
+        dtype: of biases.
     """
 
-    def __init__(self, linear: Callable[[Tensor | Quantized], Linear], num_layers: int, num_experts: int) -> None:
+    def __init__(
+        self,
+        linear: Callable[[Tensor | Quantized, Tensor | None], Linear],
+        num_layers: int,
+        num_experts: int,
+        dtype: torch.dtype = torch.float32,
+        activation: Activation = SWIGLU,
+    ) -> None:
         self._linear = linear
+        self._dtype = dtype
+        self._activation = activation
         self._expert_bytes = 0
         self.weight_bytes_read = 0
         self.num_rows = torch.zeros(num_layers, num_experts, dtype=torch.int64)
@@ -165,7 +181,7 @@ class CpuExpertBank:
         self._down: list[list[Linear]] = [[_no_weights] * num_experts for _ in range(num_layers)]
 
     def arranged(self, places: Sequence[int | None]) -> CpuExpertBank:
-        bank = CpuExpertBank(self._linear, len(self._gate_up), len(places))
+        bank = CpuExpertBank(self._linear, len(self._gate_up), len(places), self._dtype, self._activation)
         bank._expert_bytes = self._expert_bytes
         for local, place in enumerate(places):
             if place is not None:
@@ -175,9 +191,17 @@ class CpuExpertBank:
                     bank._down[layer][local] = self._down[layer][place]
         return bank
 
-    def put(self, layer: int, expert: int, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> None:
-        self._gate_up[layer][expert] = self._linear(gate_up)
-        self._down[layer][expert] = self._linear(down)
+    def put(
+        self,
+        layer: int,
+        expert: int,
+        gate_up: Tensor | Quantized,
+        down: Tensor | Quantized,
+        biases: Biases | None = None,
+    ) -> None:
+        of_gate_up, of_down = (None, None) if biases is None else (bias.to(self._dtype) for bias in biases)
+        self._gate_up[layer][expert] = self._linear(gate_up, of_gate_up)
+        self._down[layer][expert] = self._linear(down, of_down)
         self._expert_bytes = num_bytes(gate_up) + num_bytes(down)
 
     def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
@@ -191,7 +215,7 @@ class CpuExpertBank:
     ) -> None:
         rows = landed.gather(lane, seats)
         combined, num_rows = moe_experts(
-            rows.hidden, rows.topk_ids, rows.topk_weights, self._gate_up[layer], self._down[layer]
+            rows.hidden, rows.topk_ids, rows.topk_weights, self._gate_up[layer], self._down[layer], self._activation
         )
         scatter_answers(combined, lane, seats, answers)
         self.num_rows[layer] += num_rows

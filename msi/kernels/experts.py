@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from msi.kernels import SWIGLU, Activation
+
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -15,6 +17,16 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """SwiGLU's middle: silu(gate) * up of gate_up [rows, 2 * h']."""
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)
+
+
+def activate(gate_up: Tensor, activation: Activation) -> Tensor:
+    """What `activation` says of gate_up [rows, 2 * h'], gate first."""
+    if activation == SWIGLU:
+        return silu_and_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation.limit:
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return gate * torch.sigmoid(activation.alpha * gate) * (up + activation.up_offset)
 
 
 def gated_mlp(rows: Tensor, gate_up: Linear, down: Linear) -> Tensor:
@@ -33,6 +45,7 @@ def moe_experts(
     topk_weights: Tensor,
     gate_up: Sequence[Linear],
     down: Sequence[Linear],
+    activation: Activation = SWIGLU,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum over each row's experts here, of hidden [rows, h], and how many rows each expert had.
 
@@ -58,7 +71,7 @@ def moe_experts(
     start = 0
     for expert, count in enumerate(num_rows):
         if count:
-            outputs.append(down[expert](silu_and_mul(gate_up[expert](rows[start : start + count]))))
+            outputs.append(down[expert](activate(gate_up[expert](rows[start : start + count]), activation)))
             start += count
     weighted = torch.cat(outputs).to(torch.float32).mul_(weights[:, None])
     combined = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).index_add_(0, token_index, weighted)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from msi.kernels import NONE, SigmoidRouting
+from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
 from msi.kernels.norm import Norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
@@ -22,6 +22,7 @@ from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows
 
 Linear = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
+Biases = tuple[Tensor, Tensor]  # of an expert: [2 h'] (gate first) and [h]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,15 @@ class ExpertBank(Protocol):
     def arranged(self, places: Sequence[int | None]) -> ExpertBank:
         """A bank whose experts are these of this one's, None for one without weights yet; this one stays as it is."""
 
-    def put(self, layer: int, expert: int, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> None:
-        """One expert's matrices, gate_up [2 h', h] (gate first) and down [h, h']."""
+    def put(
+        self,
+        layer: int,
+        expert: int,
+        gate_up: Tensor | Quantized,
+        down: Tensor | Quantized,
+        biases: Biases | None = None,
+    ) -> None:
+        """One expert's matrices, gate_up [2 h', h] (gate first) and down [h, h'], and biases where the bank has any."""
 
     def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
         """Loads what `run` needs for rows of this dtype that chose k of the experts of a layer. Slow; called once all
@@ -100,8 +108,10 @@ class Kernels(Protocol):
         inner_size: int,
         dtype: torch.dtype,
         quantization: str = NONE,
+        activation: Activation = SWIGLU,
+        has_bias: bool = False,
     ) -> ExpertBank:
-        """Without weights yet; they will all be of this dtype, or quantised so."""
+        """Without weights yet; they will all be of this dtype, or quantised so, and with biases or without."""
 
     # -- norms and MLPs ------------------------------------------------------------------------------------------------
 
@@ -138,8 +148,12 @@ class Kernels(Protocol):
         the cache, and whether they stay in `heads` too is not said.
         """
 
-    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: Any) -> Tensor:
-        """Attention of query [num_tokens, num_heads, head_dim] to its sequences' cache; same shape."""
+    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: Any, sinks: Tensor | None = None) -> Tensor:
+        """Attention of query [num_tokens, num_heads, head_dim] to its sequences' cache; same shape.
+
+        Args:
+            sinks: float32 [num_heads], of each head the score of a key that all queries see, and that has no value.
+        """
 
     # -- routing -------------------------------------------------------------------------------------------------------
 

@@ -166,21 +166,26 @@ def write_kv(layer_cache: Tensor, kv: Tensor, rows: Tensor) -> None:
     layer_cache.view(-1, *kv.shape[2:]).index_put_((rows,), kv)
 
 
-def paged_attention(query: Tensor, layer_cache: Tensor, groups: Sequence[SequenceGroup]) -> Tensor:
+def paged_attention(
+    query: Tensor, layer_cache: Tensor, groups: Sequence[SequenceGroup], sinks: Tensor | None = None
+) -> Tensor:
     """Attention of query [num_tokens, num_heads, head_dim] to its sequences' cache; same shape.
 
     Scale head_dim^-0.5. Query heads share KV heads in consecutive groups of num_heads / num_kv_heads.
+
+    Args:
+        sinks: [num_heads], p_t = exp(s_t) / (exp(sink) + sum of exp(s)).
     """
     if len(groups) == 1 and groups[0].rows is None:
-        return _attend(query, layer_cache, groups[0])
+        return _attend(query, layer_cache, groups[0], sinks)
     result = torch.empty_like(query)
     for group in groups:
         assert group.rows is not None
-        result[group.rows] = _attend(query[group.rows], layer_cache, group)
+        result[group.rows] = _attend(query[group.rows], layer_cache, group, sinks)
     return result
 
 
-def _attend(query: Tensor, layer_cache: Tensor, group: SequenceGroup) -> Tensor:
+def _attend(query: Tensor, layer_cache: Tensor, group: SequenceGroup, sinks: Tensor | None) -> Tensor:
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = layer_cache.shape[3]
     shared = num_heads // num_kv_heads
@@ -192,6 +197,25 @@ def _attend(query: Tensor, layer_cache: Tensor, group: SequenceGroup) -> Tensor:
     mask = group.mask
     if group.query_len > 1 and shared > 1:
         mask = mask.repeat(1, 1, shared, 1)
-    attended = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    if sinks is None:
+        attended = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    else:
+        attended = _attend_with_sinks(query, keys, values, mask, sinks.view(num_kv_heads, shared))
     attended = attended.view(group.num_seqs, num_kv_heads, shared, group.query_len, head_dim).permute(0, 3, 1, 2, 4)
     return attended.reshape(num_tokens, num_heads, head_dim)
+
+
+def _attend_with_sinks(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+    """A key more, all zeros but for a number that real keys lack: against that, each query holds its head's sink.
+
+    So no mask is as wide as all heads. `sinks`: [num_kv_heads, shared].
+    """
+    num_seqs, _, num_queries, head_dim = query.shape
+    scores = (sinks * head_dim**0.5).repeat_interleave(num_queries // sinks.shape[1], dim=1)
+    query = torch.cat([query, scores.to(query.dtype)[None, :, :, None].expand(num_seqs, -1, -1, 1)], dim=-1)
+    keys, values = functional.pad(keys, (0, 1, 0, 1)), functional.pad(values, (0, 1, 0, 1))
+    keys[..., -1, -1] = 1.0
+    attended = functional.scaled_dot_product_attention(
+        query, keys, values, attn_mask=functional.pad(mask, (0, 1)), scale=head_dim**-0.5
+    )
+    return attended[..., :head_dim].contiguous()

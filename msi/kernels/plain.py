@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msi.kernels import NONE, SigmoidRouting
-from msi.kernels.experts import gated_mlp, silu_and_mul
-from msi.kernels.kernels import ExpertBank, Linear, Outboxes
+from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
+from msi.kernels.experts import activate, gated_mlp
+from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
 from msi.kernels.norm import Norm
 from msi.kernels.paged_attention import AttentionShape, paged_attention, plan_attention, write_kv
 from msi.kernels.pass_tensors import PassTensors
@@ -52,10 +52,14 @@ class PlainKernels:
         inner_size: int,
         dtype: torch.dtype,
         quantization: str = NONE,
+        activation: Activation = SWIGLU,
+        has_bias: bool = False,
     ) -> ExpertBank:
-        gate_up = torch.empty(num_layers, num_experts, 2 * inner_size, hidden_size, dtype=dtype, device=self.device)
-        down = torch.empty(num_layers, num_experts, hidden_size, inner_size, dtype=dtype, device=self.device)
-        return PlainExpertBank(gate_up, down)
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(num_layers, num_experts, *shape, dtype=dtype, device=self.device)
+
+        biases = (empty(2 * inner_size), empty(hidden_size)) if has_bias else None
+        return PlainExpertBank(empty(2 * inner_size, hidden_size), empty(hidden_size, inner_size), biases, activation)
 
     # -- norms and MLPs ------------------------------------------------------------------------------------------------
 
@@ -89,8 +93,8 @@ class PlainKernels:
         apply_rope(heads[:, : num_q + num_kv], *rope)
         write_kv(layer_cache, heads[:, num_q:].view(num_tokens, 2, num_kv, head_dim), plan.kv_rows)
 
-    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: Any) -> Tensor:
-        return paged_attention(query, layer_cache, plan.groups)
+    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: Any, sinks: Tensor | None = None) -> Tensor:
+        return paged_attention(query, layer_cache, plan.groups, sinks)
 
     # -- routing -------------------------------------------------------------------------------------------------------
 
@@ -144,31 +148,48 @@ class PlainExpertBank:
     Args:
         gate_up: [num_layers, num_experts, 2 h', h], gate first.
         down: [num_layers, num_experts, h, h'].
+        biases: [num_layers, num_experts, 2 h'] and [num_layers, num_experts, h].
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+    def __init__(
+        self, gate_up: Tensor, down: Tensor, biases: Biases | None = None, activation: Activation = SWIGLU
+    ) -> None:
         self.gate_up = gate_up
         self.down = down
+        self.biases = biases
+        self._activation = activation
         self.weight_bytes_read = 0
         self.num_rows = torch.zeros(gate_up.shape[:2], dtype=torch.int64, device=gate_up.device)
 
     def arranged(self, places: Sequence[int | None]) -> PlainExpertBank:
-        weights = []
-        for old in (self.gate_up, self.down):
+        def moved(old: Tensor) -> Tensor:
             new = old.new_empty((old.shape[0], len(places), *old.shape[2:]))
             for local, place in enumerate(places):
                 if place is not None:
                     new[:, local] = old[:, place]
-            weights.append(new)
-        bank = PlainExpertBank(*weights)
+            return new
+
+        biases = None if self.biases is None else (moved(self.biases[0]), moved(self.biases[1]))
+        bank = PlainExpertBank(moved(self.gate_up), moved(self.down), biases, self._activation)
         for local, place in enumerate(places):
             if place is not None:
                 bank.num_rows[:, local] = self.num_rows[:, place]
         return bank
 
-    def put(self, layer: int, expert: int, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> None:
+    def put(
+        self,
+        layer: int,
+        expert: int,
+        gate_up: Tensor | Quantized,
+        down: Tensor | Quantized,
+        biases: Biases | None = None,
+    ) -> None:
         for held, given in ((self.gate_up, gate_up), (self.down, down)):
             held[layer, expert] = given.dequantized(held.dtype) if isinstance(given, Quantized) else given
+        assert (biases is None) == (self.biases is None), "a bank has biases of all experts or of none"
+        if biases is not None and self.biases is not None:
+            for bias, given_bias in zip(self.biases, biases, strict=True):
+                bias[layer, expert] = given_bias
 
     def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
         """There is nothing to load."""
@@ -182,7 +203,9 @@ class PlainExpertBank:
         rows = landed.gather(lane, seats).to(self.down.device)
         combined = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=self.down.device)
         for expert, (gate_up, down) in enumerate(zip(self.gate_up[layer], self.down[layer], strict=True)):
-            outputs = functional.linear(silu_and_mul(functional.linear(rows.hidden, gate_up)), down)
+            biases = (None, None) if self.biases is None else [of_all[layer, expert] for of_all in self.biases]
+            inner = activate(functional.linear(rows.hidden, gate_up, biases[0]), self._activation)
+            outputs = functional.linear(inner, down, biases[1])
             chosen = rows.topk_ids == expert
             self.num_rows[layer, expert] += chosen.any(dim=-1).sum()
             weights = torch.where(chosen, rows.topk_weights, 0.0).sum(dim=-1)

@@ -70,6 +70,7 @@ class GroupedQueryAttention:
         qkv: normed rows [n, h] -> queries, keys and values [n, (num_heads + 2 num_kv_heads) * head_dim], ready for
             rotary embedding.
         output: [n, num_heads * head_dim] -> [n, h].
+        sinks: as `msi.kernels.kernels.Kernels.paged_attention` says.
     """
 
     kernels: Kernels
@@ -79,10 +80,11 @@ class GroupedQueryAttention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    sinks: Tensor | None = None
 
     def __call__(self, normed: Tensor, plan: tuple[Any, Any], layer_cache: Tensor) -> Tensor:
         rope, attention = plan
         heads = self.qkv(normed).view(len(normed), self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         self.kernels.rope_and_write(heads, self.num_heads, rope, layer_cache, attention)
-        attended = self.kernels.paged_attention(heads[:, : self.num_heads], layer_cache, attention)
+        attended = self.kernels.paged_attention(heads[:, : self.num_heads], layer_cache, attention, self.sinks)
         return self.output(attended.reshape(len(normed), self.num_heads * self.head_dim))

@@ -112,13 +112,14 @@ class _Reader:
         self._dtype = dtype
         self._compute_dtype = compute_dtype
         self._quantization = quantization
-        self._view = GroupedQueryView(
-            device.kernels,
-            device.upload(frequencies_of(config.rope, config.rope.num_rotated(config.head_dim))),
-            config.rope.scale,
-            AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window),
-            compute_dtype,
-        )
+        frequencies = device.upload(frequencies_of(config.rope, config.rope.num_rotated(config.head_dim)))
+        self._views = {
+            window: GroupedQueryView(
+                device.kernels, frequencies, config.rope.scale,
+                AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, window), compute_dtype,
+            )
+            for window in map(config.window_of, range(config.num_layers))
+        }  # fmt: skip
 
     def read(self, name: str, *shape: int) -> Tensor:
         """As it is in the checkpoint."""
@@ -182,7 +183,12 @@ class _Reader:
         name = self._source.first_of(*(name.format(layer=layer) for name in self.names.router))
         weight = self.tensor(name, config.num_experts, config.hidden_size)
         if config.sigmoid is None:
-            return SoftmaxRoute(kernels, kernels.linear(weight), config.top_k, config.renormalise_topk)
+            bias = (
+                self.vector(self.names.router_bias.format(layer=layer), config.num_experts)
+                if config.router_bias
+                else None
+            )
+            return SoftmaxRoute(kernels, kernels.linear(weight, bias), config.top_k, config.renormalise_topk)
         bias = self.tensor(self.names.router_bias.format(layer=layer), config.num_experts, dtype=torch.float32)
         router = kernels.linear(weight.to(torch.float32))
         return SigmoidRoute(kernels, router, bias, config.top_k, config.renormalise_topk, config.sigmoid)
@@ -192,12 +198,15 @@ class _Reader:
         bias = self.vector(bias_of(output), config.hidden_size) if config.output_bias else None
         return GroupedQueryAttention(
             self._kernels,
-            self._view,
+            self._views[config.window_of(layer)],
             qkv=self._qkv(layer),
             output=self.linear(self.read(output, config.hidden_size, config.query_width), bias),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
+            sinks=self.tensor(self.names.sinks.format(layer=layer), config.num_heads, dtype=torch.float32)
+            if config.has_sinks
+            else None,
         )
 
     def _qkv(self, layer: int) -> Linear:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from msi.errors import ConfigError, shown
-from msi.kernels import SigmoidRouting
+from msi.kernels import SWIGLU, Activation, SigmoidRouting
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
@@ -70,8 +70,13 @@ class ModelConfig:
         qk_norm: RMSNorm of queries and keys, over each head or over the whole projection; None without.
         clip_qkv: queries, keys and values are cut to [-clip_qkv, clip_qkv]; None for no limit.
         sliding_window: tokens that attention looks back, itself included; None for all.
+        full_layers: those in which it looks back at all of them, window or not.
+        has_sinks: attention of each head has a learned score of a key without a value.
         renormalise_topk: whether the weights of the chosen experts are scaled to sum to 1.
+        router_bias: whether the logits of a softmax over experts have one.
         sigmoid: how experts are chosen where it is not by softmax.
+        activation: of routed experts.
+        expert_bias: whether routed experts' products have biases.
         has_shared_gate: whether a gate scales what the shared expert adds.
         eos_token_ids: tokens that end a sequence.
         dtype: of the checkpoint.
@@ -103,7 +108,12 @@ class ModelConfig:
     qk_norm: Literal["head", "projection"] | None = None
     clip_qkv: float | None = None
     sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    has_sinks: bool = False
+    router_bias: bool = False
     sigmoid: SigmoidRouting | None = None
+    activation: Activation = SWIGLU
+    expert_bias: bool = False
     shared_intermediate_size: int | None = None
     has_shared_gate: bool = True
     dense_intermediate_size: int | None = None
@@ -118,6 +128,10 @@ class ModelConfig:
     def kv_values_per_token(self) -> int:
         """Elements of KV cache per token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer's attention looks back, itself included; None for all."""
+        return None if layer in self.full_layers else self.sliding_window
 
     @property
     def query_width(self) -> int:
@@ -134,13 +148,20 @@ class ModelConfig:
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
+    def expert_bias_values(self) -> int:
+        """Elements of one routed expert's biases in one layer."""
+        return (2 * self.intermediate_size + self.hidden_size) * self.expert_bias
+
+    @property
     def attention_values(self) -> int:
         """Elements of all that an attention worker loads: everything but the routed experts."""
         hidden, query, kv = self.hidden_size, self.query_width, self.kv_width
         every_layer = hidden * (2 * query + 2 * kv + 2)  # projections and two norms
         every_layer += (query + 2 * kv) * self.qkv_bias + hidden * self.output_bias
         every_layer += {"head": 2 * self.head_dim, "projection": query + kv, None: 0}[self.qk_norm]
-        sparse_layer = hidden * self.num_experts + (0 if self.sigmoid is None else self.num_experts)
+        every_layer += self.num_heads * self.has_sinks
+        has_router_bias = self.router_bias or self.sigmoid is not None
+        sparse_layer = hidden * self.num_experts + self.num_experts * has_router_bias
         if self.shared_intermediate_size is not None:
             sparse_layer += hidden * (3 * self.shared_intermediate_size + self.has_shared_gate)
         dense_layer = 3 * hidden * (self.dense_intermediate_size or 0)

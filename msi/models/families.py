@@ -18,13 +18,14 @@ from msi.models.dbrx import DBRX
 from msi.models.family import Family
 from msi.models.files import read_json
 from msi.models.glm4_moe import GLM4_MOE
+from msi.models.gpt_oss import GPT_OSS
 from msi.models.mixtral import MIXTRAL
 from msi.models.olmoe import OLMOE
 from msi.models.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from msi.models.tensor_index import WEIGHTS, adapter_sentence, gguf_sentence, names_in, original_sentence
 from msi.models.texts import tokenizers_end
 
-FAMILIES = {family.architecture: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DBRX, GLM4_MOE)}
+FAMILIES = {family.architecture: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DBRX, GLM4_MOE, GPT_OSS)}
 
 
 def family_of(config: ModelConfig) -> Family:

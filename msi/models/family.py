@@ -39,6 +39,18 @@ class StackedExpertNames:
 
 
 @dataclass(frozen=True, slots=True)
+class InterleavedExpertNames:
+    """All experts in each tensor, transposed, gate and up taking turns: gate_up [num_experts, h, 2 h'] with bias
+    [num_experts, 2 h'], and down [num_experts, h', h] with bias [num_experts, h].
+    """
+
+    gate_up: str
+    gate_up_bias: str
+    down: str
+    down_bias: str
+
+
+@dataclass(frozen=True, slots=True)
 class TensorNames:
     """Names of one family's tensors; layer and expert numbers are filled in with str.format.
 
@@ -60,8 +72,9 @@ class TensorNames:
     output: str = "model.layers.{layer}.self_attn.o_proj.weight"
     mlp_norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
     router: tuple[str, ...] = ("model.layers.{layer}.mlp.gate.weight",)  # the first that exists
-    router_bias: str = ""  # of a sigmoid router
-    experts: ExpertNames | StackedExpertNames = ExpertNames(
+    router_bias: str = ""  # where the router has one
+    sinks: str = "model.layers.{layer}.self_attn.sinks"
+    experts: ExpertNames | StackedExpertNames | InterleavedExpertNames = ExpertNames(
         each=MlpNames(
             gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
             up="model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",

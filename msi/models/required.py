@@ -12,7 +12,7 @@ from typing import Protocol
 from msi.errors import CheckpointError
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
-from msi.models.family import ExpertNames, MlpNames, StackedExpertNames, bias_of
+from msi.models.family import ExpertNames, InterleavedExpertNames, MlpNames, StackedExpertNames, bias_of
 from msi.models.tensor_index import Shape, TensorIndex
 
 
@@ -45,7 +45,7 @@ def required_tensors(config: ModelConfig, index: TensorIndex) -> Iterator[tuple[
             yield from _mlp(names.dense_mlp, layer, config.dense_intermediate_size or 0, hidden)
             continue
         yield index.first_of(*(name.format(layer=layer) for name in names.router)), (config.num_experts, hidden)
-        if config.sigmoid is not None:
+        if config.router_bias or config.sigmoid is not None:
             yield names.router_bias.format(layer=layer), (config.num_experts,)
         if config.shared_intermediate_size is not None:
             if config.has_shared_gate:
@@ -78,6 +78,8 @@ def _attention(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
         is_per_head = config.qk_norm == "head"
         yield names.query_norm.format(layer=layer), (config.head_dim if is_per_head else query,)
         yield names.key_norm.format(layer=layer), (config.head_dim if is_per_head else kv,)
+    if config.has_sinks:
+        yield names.sinks.format(layer=layer), (config.num_heads,)
 
 
 def _mlp(names: MlpNames, layer: int, inner: int, hidden: int) -> Iterator[tuple[str, Shape]]:
@@ -87,9 +89,18 @@ def _mlp(names: MlpNames, layer: int, inner: int, hidden: int) -> Iterator[tuple
 
 
 def _experts(
-    config: ModelConfig, names: ExpertNames | StackedExpertNames, index: TensorIndex, layer: int
+    config: ModelConfig,
+    names: ExpertNames | StackedExpertNames | InterleavedExpertNames,
+    index: TensorIndex,
+    layer: int,
 ) -> Iterator[tuple[str, Shape]]:
     num_experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+    if isinstance(names, InterleavedExpertNames):
+        yield names.gate_up.format(layer=layer), (num_experts, hidden, 2 * inner)
+        yield names.gate_up_bias.format(layer=layer), (num_experts, 2 * inner)
+        yield names.down.format(layer=layer), (num_experts, inner, hidden)
+        yield names.down_bias.format(layer=layer), (num_experts, hidden)
+        return
     if isinstance(names, StackedExpertNames):
         for name in (names.gate, names.up, names.down):
             yield name.format(layer=layer), (num_experts * inner, hidden)

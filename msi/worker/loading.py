@@ -183,7 +183,8 @@ class ModelFiles:
         config = self.config
         num_new = len(set(assignment.experts) - {HOLE, *had.expert_ids})
         has_attention = assignment.has_attention and had.attention is None
-        return config.attention_values * has_attention, num_new * config.num_sparse_layers * config.expert_values
+        num_values = config.expert_values + config.expert_bias_values
+        return config.attention_values * has_attention, num_new * config.num_sparse_layers * num_values
 
     def _count(self, num_bytes: int) -> None:
         self.loaded_bytes += num_bytes

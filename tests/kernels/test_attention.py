@@ -38,7 +38,7 @@ def blocks_of(context_lens):
     return [[next(order) for _ in range(count)] for count in counts]
 
 
-def attend_exactly(query, kv, query_len, window):
+def attend_exactly(query, kv, query_len, window, sinks=None):
     """float64 of query [query_len, heads, d] and kv [2, context, kv heads, d]."""
     context, shared = kv.shape[1], query.shape[1] // kv.shape[2]
     keys, values = kv.double().repeat_interleave(shared, dim=2)
@@ -47,11 +47,17 @@ def attend_exactly(query, kv, query_len, window):
     if window is not None:
         seen &= torch.arange(context)[None, :] > at - window
     scores = torch.einsum("qhd,khd->hqk", query.double(), keys) / math.sqrt(query.shape[-1])
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, query_len, 1)], dim=-1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :context], values)
 
 
-def check_attention(dtype, query_lens, context_lens, num_heads, num_kv, head_dim, window=None, is_fixed=False):
+def check_attention(
+    dtype, query_lens, context_lens, num_heads, num_kv, head_dim, window=None, is_fixed=False, has_sinks=False
+):
     torch.manual_seed(0)
+    sinks = torch.randn(num_heads) * 3 if has_sinks else None
     tables = blocks_of(context_lens)
     cache = torch.full((sum(map(len, tables)) + 1, 2, BLOCK_TOKENS, num_kv, head_dim), NAN, dtype=dtype)
     kept = []
@@ -65,11 +71,12 @@ def check_attention(dtype, query_lens, context_lens, num_heads, num_kv, head_dim
     host = inputs_of(query_lens, context_lens, tables)
     shape = AttentionShape(num_heads, num_kv, head_dim, window)
     plan = TRITON.plan_attention(on_device(host), host, shape, dtype, is_fixed)
-    result = TRITON.paged_attention(heads.to(DEVICE)[:, :num_heads], cache.to(DEVICE), plan).cpu()
+    on_gpu = None if sinks is None else sinks.to(DEVICE)
+    result = TRITON.paged_attention(heads.to(DEVICE)[:, :num_heads], cache.to(DEVICE), plan, on_gpu).cpu()
     row = 0
     for query_len, kv in zip(query_lens, kept, strict=True):
         query = heads[row : row + query_len, :num_heads]
-        expected = attend_exactly(query, kv, query_len, window)
+        expected = attend_exactly(query, kv, query_len, window, sinks)
         error = (result[row : row + query_len].double() - expected).norm() / expected.norm()
         assert error < TOLERANCES[dtype], (query_len, kv.shape[1], float(error))
         row += query_len
@@ -88,6 +95,21 @@ LENGTHS = {
 @pytest.mark.parametrize("window", [None, 7, 100])
 def test_attention_equals_float64_over_each_sequence_alone(lengths, window):
     check_attention(torch.float32, *lengths, 6, 2, 16, window)
+
+
+@pytest.mark.parametrize("kind", mostly_slow(reversed(LENGTHS), keep=3))
+@pytest.mark.parametrize("window", mostly_slow([20, None]))
+def test_a_sink_takes_its_share_once_however_a_context_is_cut(kind, window):
+    lengths = LENGTHS[kind]
+    check_attention(torch.float32, *lengths, 6, 2, 16, window, has_sinks=True)
+    if max(lengths[0]) == 1:
+        check_attention(torch.float32, *lengths, 6, 2, 16, window, is_fixed=True, has_sinks=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sinks_of_the_published_shape_of_heads(dtype):
+    check_attention(dtype, [1, 30, 1, 3], [530, 41, 16, 20], 16, 2, 64, window=128, has_sinks=True)
 
 
 @pytest.mark.parametrize("window", [None, 7])

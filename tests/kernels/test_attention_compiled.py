@@ -11,19 +11,23 @@ from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_
 
 BF16, F32, I32, I64 = "*bf16", "*fp32", "*i32", "*i64"
 NAMES = "query", "cache", "block_tables", "items", "item_starts", "output", "partial", "partial_lse"
+GPT_OSS = AttentionShape(64, 8, 64)
 
 
 def attention(shape, dtype, is_split, architecture):
+    has_sinks = shape == GPT_OSS
     itemsize = 4 if dtype == F32 else 2
     tiles = split_tiles(shape, itemsize) if is_split else chunk_tiles(shape, itemsize, architecture)
     return Request(
         "msi.kernels.triton.attention:paged_attention_kernel",
         dict(zip(NAMES, (dtype, dtype, I32, I32, I32, dtype, F32, F32), strict=True))
-        | {"query_stride": "i32", "table_stride": "i32", "scale": "fp32", "window": "i32"},
+        | {"query_stride": "i32", "table_stride": "i32", "scale": "fp32", "window": "i32"}
+        | ({"sinks": F32} if has_sinks else {}),
         {
             "GROUP": shape.num_heads // shape.num_kv_heads, "num_kv": shape.num_kv_heads, "head_dim": shape.head_dim,
             "BLOCK_TOKENS": 16, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys,
             "D": 1 << (max(16, shape.head_dim) - 1).bit_length(), "IS_SPLIT": is_split, "UPCAST": False, "ITEM": ITEM,
+            "HAS_SINKS": has_sinks, **({} if has_sinks else {"sinks": None}),
         },
         architecture, tiles.num_warps, tiles.num_stages,
         unaligned=("block_tables", "item_starts", "table_stride", "window", "scale"),
@@ -35,7 +39,7 @@ def attention(shape, dtype, is_split, architecture):
 def test_attention_of_served_shapes_fits_and_loads_whole_lines(architecture):
     shapes = [
         AttentionShape(48, 8, 128), AttentionShape(32, 8, 128), AttentionShape(32, 4, 128), AttentionShape(96, 8, 128),
-        AttentionShape(16, 16, 128),
+        AttentionShape(16, 16, 128), GPT_OSS,
     ]  # fmt: skip
     requests = [attention(shape, BF16, is_split, architecture) for shape in shapes for is_split in (True, False)]
     for request, compiled in zip(requests, compile_all(requests), strict=True):
@@ -93,9 +97,9 @@ def small_kernels(architecture, dtype=BF16):
                  {"num_q": 48, "num_kv": 8, "head_dim": 128, "half": 64, "HEADS": 8, "HALF": 64, "REST": 1,
                   "BLOCK_TOKENS": 16}, architecture, 2, unaligned=("slots",)), 4),
         (Request(at + "attention:merge_kernel",
-                 {"items": I32, "part_starts": I32, "partial": F32, "partial_lse": F32, "output": dtype},
-                 {"GROUP": 6, "num_kv": 8, "head_dim": 128, "BLOCK_M": 16, "D": 128, "ITEM": ITEM}, architecture,
-                 unaligned=("part_starts",)), 1),
+                 {"items": I32, "part_starts": I32, "partial": F32, "partial_lse": F32, "output": dtype, "sinks": F32},
+                 {"HAS_SINKS": True, "GROUP": 6, "num_kv": 8, "head_dim": 128, "BLOCK_M": 16, "D": 128, "ITEM": ITEM},
+                 architecture, unaligned=("part_starts",)), 1),
         *((request, 0) for request in sampling_kernels(architecture)),
     ]  # fmt: skip
 

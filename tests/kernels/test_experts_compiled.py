@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from tests.everyday import mostly_slow
 from tests.kernels.compiled import ARCHITECTURES, SHARED_BYTES, Request, assert_fits, compile_all
 
 MIXTRAL = {"HIDDEN": 4096, "INNER": 14336, "NUM_EXPERTS": 8}
+GPT_OSS = {"HIDDEN": 2880, "INNER": 2880, "NUM_EXPERTS": 32}
+CLAMPED = {"ALPHA": 1.702, "LIMIT": 7.0, "UP_OFFSET": 1.0}
 WAVE = ("wave", "tile_expert", "tile_begin", "tile_end")
 
 
@@ -99,6 +103,25 @@ def test_a_waves_plan_and_answers_fit_and_store_wide(architecture):
         assert_fits(request, compiled)
     for compiled in results[4:]:
         assert compiled.count(r"STG\.E.*128"), compiled.instructions
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("architecture", mostly_slow(ARCHITECTURES))
+def test_the_products_of_clamped_experts_with_biases_fit(architecture):
+    """Of a shape that few tiles divide."""
+    requests = []
+    for tiles in default_tiles(torch.bfloat16, SHARED_BYTES[architecture]):
+        for request, bias in (
+            (gate_up(tiles, architecture, **GPT_OSS), "bias13"),
+            (down(tiles, architecture, **GPT_OSS), "bias2"),
+        ):
+            constants = {name: value for name, value in request.constants.items() if name != bias} | {"HAS_BIAS": True}
+            constants |= CLAMPED if bias == "bias13" else {}
+            requests.append(replace(request, types=request.types | {bias: "*fp32"}, constants=constants))
+    for request, compiled in zip(requests, compile_all(requests), strict=True):
+        assert_fits(request, compiled)
+        assert compiled.count(r"STG\.E\.128") == compiled.count("STG"), "results leave in wide stores"
 
 
 @pytest.mark.slow

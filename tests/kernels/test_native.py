@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from msi.device.choice import precision_on
 from msi.device.cpu import CpuDevice
+from msi.kernels import SWIGLU, Activation
 from msi.kernels.cpu import CpuKernels
 from msi.kernels.native import compiled as native
 from msi.kernels.native.bank import NativeExpertBank
@@ -56,13 +57,20 @@ def test_a_linear_of_bfloat16_weights_takes_rows_of_any_dtype(num_outputs, dtype
 HIDDEN, INNER, NUM_EXPERTS, K = 48, 80, 5, 2
 
 
-def banks() -> tuple[NativeExpertBank, PlainExpertBank]:
-    native_bank = NativeExpertBank(LIBRARY, 1, NUM_EXPERTS, HIDDEN, INNER)
-    plain = PlainExpertBank(torch.empty(1, NUM_EXPERTS, 2 * INNER, HIDDEN), torch.empty(1, NUM_EXPERTS, HIDDEN, INNER))
+CLAMPED = Activation(alpha=1.702, limit=1.5, up_offset=1.0)
+KINDS = {"plain": (SWIGLU, False), "biases": (SWIGLU, True), "clamped": (CLAMPED, False), "both": (CLAMPED, True)}
+
+
+def banks(activation: Activation = SWIGLU, has_bias: bool = False) -> tuple[NativeExpertBank, PlainExpertBank]:
+    native_bank = NativeExpertBank(LIBRARY, 1, NUM_EXPERTS, HIDDEN, INNER, "bfloat16", activation, has_bias)
+    gate_up, down = torch.empty(1, NUM_EXPERTS, 2 * INNER, HIDDEN), torch.empty(1, NUM_EXPERTS, HIDDEN, INNER)
+    of_plain = (torch.empty(gate_up.shape[:3]), torch.empty(down.shape[:3])) if has_bias else None
+    plain = PlainExpertBank(gate_up, down, of_plain, activation)
     for expert in range(NUM_EXPERTS):
+        biases = (values(2 * INNER, seed=200 + expert), values(HIDDEN, seed=300 + expert)) if has_bias else None
         gate_up, down = values(2 * INNER, HIDDEN, seed=expert), values(HIDDEN, INNER, seed=100 + expert)
-        native_bank.put(0, expert, gate_up.to(torch.bfloat16), down.to(torch.bfloat16))
-        plain.put(0, expert, gate_up.to(torch.bfloat16).float(), down.to(torch.bfloat16).float())
+        native_bank.put(0, expert, gate_up.to(torch.bfloat16), down.to(torch.bfloat16), biases)
+        plain.put(0, expert, gate_up.to(torch.bfloat16).float(), down.to(torch.bfloat16).float(), biases)
     return native_bank, plain
 
 
@@ -76,11 +84,12 @@ def landed_rows(*num_rows: int) -> PackedRows:
     return PackedRows(values(*shape, HIDDEN), torch.rand(*shape, K, generator=generator), ids)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_rows", [(1,), (7,), (3, 9), (150, 1)])
-def test_a_bank_adds_up_each_rows_experts_as_plain_torch_does(num_rows):
+def test_a_bank_adds_up_each_rows_experts_as_plain_torch_does(num_rows, kind):
     landed, seats = landed_rows(*num_rows), list(enumerate(num_rows))
     found, wanted = ({seat: torch.zeros(1, num, HIDDEN) for seat, num in seats} for _ in range(2))
-    native_bank, plain = banks()
+    native_bank, plain = banks(*KINDS[kind])
     native_bank.run(0, 0, seats, landed, found)
     plain.run(0, 0, seats, landed, wanted)
     for seat, _ in seats:
@@ -90,10 +99,11 @@ def test_a_bank_adds_up_each_rows_experts_as_plain_torch_does(num_rows):
     assert native_bank.weight_bytes_read == int(native_bank.num_rows.count_nonzero()) * expert_bytes
 
 
-def test_a_bank_that_is_arranged_anew_computes_the_same_and_asks_for_weights_that_it_lacks():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bank_that_is_arranged_anew_computes_the_same_and_asks_for_weights_that_it_lacks(kind):
     landed = landed_rows(4)
     landed.topk_ids.fill_(2)
-    old, _ = banks()
+    old, _ = banks(*KINDS[kind])
     new = old.arranged([2, None])
     answers = {0: torch.zeros(1, 4, HIDDEN)}
     old.run(0, 0, [(0, 4)], landed, answers)
@@ -105,6 +115,16 @@ def test_a_bank_that_is_arranged_anew_computes_the_same_and_asks_for_weights_tha
         landed.topk_ids.fill_(missing)
         with pytest.raises(AssertionError, match="one has no weights here"):
             new.run(0, 0, [(0, 4)], landed, answers)
+
+
+def test_what_is_not_finite_stays_so_past_the_limit():
+    landed = landed_rows(4)
+    landed.hidden[0, 0, 1, 3] = float("nan")
+    landed.topk_ids.fill_(2)
+    native_bank, _ = banks(CLAMPED, True)
+    answers = {0: torch.zeros(1, 4, HIDDEN)}
+    native_bank.run(0, 0, [(0, 4)], landed, answers)
+    assert answers[0][0].isnan().any(dim=-1).tolist() == [False, True, False, False]
 
 
 async def test_bfloat16_weights_stay_what_they_are_where_a_cpu_widens_them_and_nothing_else_was_asked(monkeypatch):

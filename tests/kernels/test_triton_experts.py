@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from msi.kernels import Activation
 from msi.kernels.blocks import BLOCK, from_blocks, to_blocks
 from msi.kernels.plain import PlainExpertBank
 from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
@@ -16,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 
 from msi.kernels.triton import expert_bank, host_rows
 from msi.kernels.triton.expert_bank import TritonExpertBank, new_expert_bank
-from msi.kernels.triton.launches import Activation, ExpertWeights
+from msi.kernels.triton.launches import ExpertWeights
 from msi.kernels.triton.tiles import Product, Tiles, choose, expected_rows
 from tests.everyday import mostly_slow
 

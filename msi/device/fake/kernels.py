@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from msi.kernels import SWIGLU, Activation
 from msi.kernels.kernels import ExpertBank, Linear
 from msi.kernels.plain import PlainExpertBank, PlainKernels
 from msi.kernels.quantized import Quantized
@@ -40,7 +41,11 @@ class FakeKernels(PlainKernels):
         inner_size: int,
         dtype: torch.dtype,
         quantization: str = NONE,
+        activation: Activation = SWIGLU,
+        has_bias: bool = False,
     ) -> ExpertBank:
-        gate_up = self._zeros((num_layers, num_experts, 2 * inner_size, hidden_size), dtype)
-        down = self._zeros((num_layers, num_experts, hidden_size, inner_size), dtype)
-        return PlainExpertBank(gate_up, down)
+        def zeros(*shape: int) -> Tensor:
+            return self._zeros((num_layers, num_experts, *shape), dtype)
+
+        biases = (zeros(2 * inner_size), zeros(hidden_size)) if has_bias else None
+        return PlainExpertBank(zeros(2 * inner_size, hidden_size), zeros(hidden_size, inner_size), biases, activation)

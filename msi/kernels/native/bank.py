@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from msi.kernels import SWIGLU, Activation
+from msi.kernels.kernels import Biases
 from msi.kernels.native.compiled import FORMATS, Packed, pack, row_dtype
 from msi.kernels.plain import scatter_answers
 from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows
 
 Matrices = list[list[Packed | None]]  # [layer][expert]
+Pointers = ctypes.Array[ctypes.c_void_p]  # of each expert
 
 
 class NativeExpertBank:
@@ -22,6 +25,7 @@ class NativeExpertBank:
     Args:
         library: of `native_library`.
         format: of `FORMATS`, in which all weights are held.
+        has_bias: all experts have biases; else none has.
     """
 
     def __init__(
@@ -32,6 +36,8 @@ class NativeExpertBank:
         hidden_size: int,
         inner_size: int,
         format: str = "bfloat16",
+        activation: Activation = SWIGLU,
+        has_bias: bool = False,
     ) -> None:
         self.weight_bytes_read = 0
         self.num_rows = torch.zeros(num_layers, num_experts, dtype=torch.int64)
@@ -42,24 +48,41 @@ class NativeExpertBank:
         self._expert_bytes = bytes_of(number, 2 * inner_size, hidden_size) + bytes_of(number, hidden_size, inner_size)
         self._gate_up: Matrices = [[None] * num_experts for _ in range(num_layers)]
         self._down: Matrices = [[None] * num_experts for _ in range(num_layers)]
-        self._addresses: list[tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]] | None]
-        self._addresses = [None] * num_layers
+        self._biases: list[list[Biases | None]] = [[None] * num_experts for _ in range(num_layers)]
+        self._addresses: list[tuple[Pointers | None, ...] | None] = [None] * num_layers
+        self._kind = (activation, has_bias)
+        numbers = (activation.alpha, activation.limit, activation.up_offset)
+        self._activation = None if self._kind == (SWIGLU, False) else (ctypes.c_float * 3)(*numbers)
         self._work = torch.empty(0)
 
     def arranged(self, places: Sequence[int | None]) -> NativeExpertBank:
         _, hidden_size, inner_size = self._sizes
-        bank = NativeExpertBank(self._library, len(self._gate_up), len(places), hidden_size, inner_size, self._format)
+        bank = NativeExpertBank(
+            self._library, len(self._gate_up), len(places), hidden_size, inner_size, self._format, *self._kind
+        )
         for local, place in enumerate(places):
             if place is not None:
                 bank.num_rows[:, local] = self.num_rows[:, place]
                 for layer in range(len(self._gate_up)):
                     bank._gate_up[layer][local] = self._gate_up[layer][place]
                     bank._down[layer][local] = self._down[layer][place]
+                    bank._biases[layer][local] = self._biases[layer][place]
         return bank
 
-    def put(self, layer: int, expert: int, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> None:
+    def put(
+        self,
+        layer: int,
+        expert: int,
+        gate_up: Tensor | Quantized,
+        down: Tensor | Quantized,
+        biases: Biases | None = None,
+    ) -> None:
         self._gate_up[layer][expert] = pack(self._library, gate_up)
         self._down[layer][expert] = pack(self._library, down)
+        assert (biases is not None) == self._kind[1], "a bank has biases of all experts or of none"
+        if biases is not None:
+            of_gate_up, of_down = (bias.to(torch.float32).contiguous() for bias in biases)
+            self._biases[layer][expert] = of_gate_up, of_down
         self._addresses[layer] = None
 
     def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
@@ -78,11 +101,11 @@ class NativeExpertBank:
         num_rows, k = rows.topk_ids.shape
         combined = torch.empty(num_rows, hidden_size, dtype=torch.float32)
         work = self._work_of(self._library.msi_work_values(num_rows, k, hidden_size, inner_size), dtype)
-        gate_up, down = self._addresses[layer] or self._addresses_of(layer)
+        addresses = self._addresses[layer] or self._addresses_of(layer)
         num_active = self._library.msi_experts(
             FORMATS[self._format], dtype is torch.bfloat16, num_rows, k, num_experts, hidden_size, inner_size,
             hidden.data_ptr(), hidden.stride(0), rows.topk_ids.data_ptr(), rows.topk_ids.stride(0),
-            weights.data_ptr(), weights.stride(0), gate_up, down, work.data_ptr(), combined.data_ptr(),
+            weights.data_ptr(), weights.stride(0), *addresses, self._activation, work.data_ptr(), combined.data_ptr(),
             self.num_rows[layer].data_ptr(),
         )  # fmt: skip
         if num_active < 0:
@@ -98,10 +121,16 @@ class NativeExpertBank:
             self._work = torch.empty(num_values, dtype=dtype)
         return self._work
 
-    def _addresses_of(self, layer: int) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]:
-        found = []
-        for experts in (self._gate_up[layer], self._down[layer]):
-            addresses = [None if one is None else one.panels.data_ptr() for one in experts]
-            found.append((ctypes.c_void_p * len(experts))(*addresses))
-        self._addresses[layer] = pair = (found[0], found[1])
-        return pair
+    def _addresses_of(self, layer: int) -> tuple[Pointers | None, ...]:
+        """Of matrices and of biases, for gate and up, and for down."""
+        of_experts = [
+            [None if one is None else one.panels for one in matrices]
+            for matrices in (self._gate_up[layer], self._down[layer])
+        ] + [[None if one is None else one[which] for one in self._biases[layer]] for which in range(2)]
+        num_experts = self._sizes[0]
+        found = [
+            (ctypes.c_void_p * num_experts)(*(None if one is None else one.data_ptr() for one in tensors))
+            for tensors in of_experts
+        ]
+        self._addresses[layer] = addresses = tuple(found) if self._kind[1] else (*found[:2], None, None)
+        return addresses

@@ -281,6 +281,26 @@ inline void silu_and_mul(const float* gate, const float* up, typename A::Row* to
   }
 }
 
+// Another activation: gate * sigmoid(alpha * gate) * (up + up_offset), with gate at most `limit`, and up within both
+// signs of it.
+struct Activation {
+  float alpha, limit, up_offset;
+};
+
+inline V at_most(V value, float limit) { return value > limit ? everywhere(limit) : value; }
+
+// Of n numbers, to which biases are added before where there are any; n is a multiple of 16.
+template <class A>
+inline void activate(const Activation& of, const float* gate, const float* up, const float* gate_bias,
+                     const float* up_bias, typename A::Row* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    V g = *(const V*)(gate + i), u = *(const V*)(up + i);
+    if (gate_bias) g += *(const V*)(gate_bias + i), u += *(const V*)(up_bias + i);
+    if (of.limit > 0) g = at_most(g, of.limit), u = -at_most(-at_most(u, of.limit), of.limit);
+    A::store(to + i, g / (1.0f + exponential(-of.alpha * g)) * (u + of.up_offset));
+  }
+}
+
 // Panels of one task: about four tasks for a thread, so that none waits long for another.
 int64_t panels_of_task(int64_t panels, int64_t tasks_beside) {
   const int64_t wanted = panels * tasks_beside / (4 * omp_get_max_threads());
@@ -326,6 +346,8 @@ struct Chosen {
   const float* weights;
   int64_t weights_stride;
   const uint8_t *const *gate_up, *const *down;
+  const float *const *gate_up_bias, *const *down_bias;
+  const Activation* activation;
   void* work;
   float* combined;
   int64_t* num_rows;
@@ -333,6 +355,7 @@ struct Chosen {
 
 struct Expert {
   const uint8_t *gate_up, *down;
+  const float *gate_up_bias, *down_bias;
   int64_t first, count;
 };
 
@@ -352,7 +375,8 @@ int64_t experts_of(const Chosen& of) {
   for (int64_t e = 0; e < of.num_experts; ++e) {
     const int64_t count = chosen[e].size();
     if (!count) continue;
-    experts.push_back({of.gate_up[e], of.down[e], (int64_t)order.size(), count});
+    experts.push_back({of.gate_up[e], of.down[e], of.gate_up_bias ? of.gate_up_bias[e] : nullptr,
+                       of.down_bias ? of.down_bias[e] : nullptr, (int64_t)order.size(), count});
     order.insert(order.end(), chosen[e].begin(), chosen[e].end());
     of.num_rows[e] += count;
   }
@@ -377,9 +401,15 @@ int64_t experts_of(const Chosen& of) {
       product<A, F>(expert.count, in, x_apart, expert.gate_up + p * in_bytes, hidden, gate.data(), wide, panels);
       product<A, F>(expert.count, in, x_apart, expert.gate_up + (in_panels + p) * in_bytes, hidden, up.data(), wide,
                     panels);
-      for (int64_t r = 0; r < expert.count; ++r)
-        silu_and_mul<A>(gate.data() + r * wide, up.data() + r * wide,
-                     inside + (expert.first + r) * inside_apart + p * WIDTH, wide);
+      const float* bias = expert.gate_up_bias ? expert.gate_up_bias + p * WIDTH : nullptr;
+      for (int64_t r = 0; r < expert.count; ++r) {
+        Row* to = inside + (expert.first + r) * inside_apart + p * WIDTH;
+        if (of.activation)
+          activate<A>(*of.activation, gate.data() + r * wide, up.data() + r * wide, bias, bias ? bias + inner : nullptr,
+                      to, wide);
+        else
+          silu_and_mul<A>(gate.data() + r * wide, up.data() + r * wide, to, wide);
+      }
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t p = 0; p < out_panels; p += out_chunk) {
@@ -394,6 +424,8 @@ int64_t experts_of(const Chosen& of) {
           const float weight = of.weights[i / k * of.weights_stride + i % k];
           float* to = of.combined + i / k * hidden + p * WIDTH;
           for (int64_t c = 0; c < wide; ++c) to[c] += weight * gate[r * wide + c];
+          if (const float* bias = expert.down_bias)
+            for (int64_t c = 0; c < wide; ++c) to[c] += weight * bias[p * WIDTH + c];
         }
       }
     }
@@ -507,15 +539,20 @@ int64_t msi_work_values(int64_t rows, int64_t k, int64_t hidden, int64_t inner) 
 // Adds up each row's experts by their weights: combined [rows, hidden], which need not be zero.
 //   x [rows, x_stride]; topk_ids [rows, ids_stride], -1 for an expert elsewhere; topk_weights [rows, weights_stride]
 //   gate_up, down: of each expert, packed [2 * inner, hidden] and [hidden, inner]
+//   gate_up_bias, down_bias: of each expert, [2 * inner] and [hidden]; null where there are none
+//   activation: three floats as `Activation` has them; null for silu(gate) * up, of experts without biases
 //   work: of x's dtype, `msi_work_values` of them
 //   num_rows: of each expert, to which this is added
 // Returns how many experts had rows; -1, and does nothing, when there is no such expert, or it has no weights.
 int64_t msi_experts(int64_t format, int64_t is_bfloat16, int64_t rows, int64_t k, int64_t num_experts, int64_t hidden,
                     int64_t inner, const void* x, int64_t x_stride, const int32_t* topk_ids, int64_t ids_stride,
                     const float* topk_weights, int64_t weights_stride, const uint8_t* const* gate_up,
-                    const uint8_t* const* down, void* work, float* combined, int64_t* num_rows) {
-  const Chosen chosen{rows,         k,       num_experts, hidden, inner, x,        x_stride, topk_ids, ids_stride,
-                      topk_weights, weights_stride, gate_up,     down,   work,  combined, num_rows};
+                    const uint8_t* const* down, const float* const* gate_up_bias, const float* const* down_bias,
+                    const float* activation, void* work, float* combined, int64_t* num_rows) {
+  const Chosen chosen{rows,      k,          num_experts,  hidden,         inner,   x,
+                      x_stride,  topk_ids,   ids_stride,   topk_weights,   weights_stride, gate_up,
+                      down,      gate_up_bias, down_bias,  (const Activation*)activation, work, combined,
+                      num_rows};
   int64_t num = -1;
   MSI_WITH(format, is_bfloat16, (num = experts_of<A, F>(chosen)))
   return num;

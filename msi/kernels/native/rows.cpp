@@ -56,7 +56,7 @@ void rope_and_write(int64_t rows, int64_t num_q, int64_t num_kv, int64_t head_di
 // One query of a sequence, of S heads of those that share a KV head: a key or a value is read once for all of them.
 template <class Row, int S>
 void attend(const Row* query, const Row* cache, const int32_t* table, int64_t first, int64_t context, int64_t num_kv,
-            int64_t kv_head, int64_t head_dim, Row* out, std::vector<float>& room) {
+            int64_t kv_head, int64_t head_dim, const float* sinks, Row* out, std::vector<float>& room) {
   const int64_t length = context - first, apart = (length + 15) / 16 * 16;
   room.assign(S * (head_dim + apart), 0.0f);
   float *q = room.data(), *scores = q + S * head_dim;
@@ -81,8 +81,10 @@ void attend(const Row* query, const Row* cache, const int32_t* table, int64_t fi
   for (int s = 0; s < S; ++s) {
     float *of = scores + s * apart, most = of[0], total = 0.0f;
     for (int64_t t = 1; t < length; ++t) most = std::max(most, of[t]);
+    if (sinks) most = std::max(most, sinks[s]);
     for (int64_t t = 0; t < length; t += LANES) store(of + t, exponential(load(of + t) - most));
     for (int64_t t = 0; t < length; ++t) total += of[t];
+    if (sinks) total += std::exp(sinks[s] - most);
     for (int64_t t = 0; t < length; ++t) of[t] /= total;
   }
   for (int64_t i = 0; i < head_dim; i += LANES) {
@@ -99,7 +101,7 @@ void attend(const Row* query, const Row* cache, const int32_t* table, int64_t fi
 template <class Row>
 void decode(int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_dim, const Row* query, int64_t stride,
             const Row* cache, const int32_t* tables, int64_t tables_stride, const int32_t* contexts, int64_t window,
-            Row* out) {
+            const float* sinks, Row* out) {
   const int64_t shared = num_heads / num_kv;
   int64_t work = 0;
   for (int64_t i = 0; i < num_seqs; ++i) work += contexts[i] * num_heads;
@@ -115,7 +117,7 @@ void decode(int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_di
         const auto of = left >= 8 ? attend<Row, 8> : left >= 4 ? attend<Row, 4> : left >= 2 ? attend<Row, 2> : attend<Row, 1>;
         const int64_t at = head * shared + s;
         of(query + i * stride + at * head_dim, cache, tables + i * tables_stride, first, context, num_kv, head,
-           head_dim, out + (i * num_heads + at) * head_dim, room);
+           head_dim, sinks ? sinks + at : nullptr, out + (i * num_heads + at) * head_dim, room);
         s += left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
       }
     }
@@ -150,15 +152,15 @@ void msi_rope_and_write(int64_t is_bfloat16, int64_t rows, int64_t num_q, int64_
 }
 
 // Attention of one token of each sequence: query [num_seqs, num_heads, head_dim], rows `stride` apart; out contiguous.
-// head_dim is a multiple of 16; window 0 sees all.
+// head_dim is a multiple of 16; window 0 sees all; sinks [num_heads], of each head the score of a key without a value.
 void msi_decode(int64_t is_bfloat16, int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_dim,
                 const void* query, int64_t stride, const void* cache, const int32_t* tables, int64_t tables_stride,
-                const int32_t* contexts, int64_t window, void* out) {
+                const int32_t* contexts, int64_t window, const float* sinks, void* out) {
   if (is_bfloat16)
     decode(num_seqs, num_heads, num_kv, head_dim, (const uint16_t*)query, stride, (const uint16_t*)cache, tables,
-           tables_stride, contexts, window, (uint16_t*)out);
+           tables_stride, contexts, window, sinks, (uint16_t*)out);
   else
     decode(num_seqs, num_heads, num_kv, head_dim, (const float*)query, stride, (const float*)cache, tables,
-           tables_stride, contexts, window, (float*)out);
+           tables_stride, contexts, window, sinks, (float*)out);
 }
 }

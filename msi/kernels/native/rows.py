@@ -94,8 +94,8 @@ def rope_and_write(
     return True
 
 
-def decode(query: Tensor, layer_cache: Tensor, plan: DecodePlan) -> Tensor:
-    """Attention of query [num_seqs, num_heads, head_dim]; same shape."""
+def decode(query: Tensor, layer_cache: Tensor, plan: DecodePlan, sinks: Tensor | None = None) -> Tensor:
+    """Attention of query [num_seqs, num_heads, head_dim]; same shape. `sinks`: float32 [num_heads]."""
     library = native_library()
     assert library is not None, "no plan is made so without it"
     num_seqs, num_heads, head_dim = query.shape
@@ -105,6 +105,6 @@ def decode(query: Tensor, layer_cache: Tensor, plan: DecodePlan) -> Tensor:
     library.msi_decode(
         query.dtype is torch.bfloat16, num_seqs, num_heads, layer_cache.shape[3], head_dim, query.data_ptr(),
         query.stride(0), layer_cache.data_ptr(), plan.tables.data_ptr(), plan.tables.stride(0),
-        plan.contexts.data_ptr(), plan.window, attended.data_ptr(),
+        plan.contexts.data_ptr(), plan.window, None if sinks is None else sinks.data_ptr(), attended.data_ptr(),
     )  # fmt: skip
     return attended

@@ -20,13 +20,16 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def _attend(
-    item, kv_head, query, cache, block_tables, output, partial, partial_lse, query_stride, table_stride, scale, window,
+    item, kv_head, query, cache, block_tables, sinks, output, partial, partial_lse, query_stride, table_stride, scale,
+    window,
     GROUP: tl.constexpr, num_kv: tl.constexpr, head_dim: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, IS_SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_SINKS: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """`item` int32: sequence, its first row, queries, position of the first, context from, to, row of `partial` or -1.
 
-    The softmax is computed in powers of two; `scale` has log2(e) in it.
+    The softmax is computed in powers of two; `scale` has log2(e) in it. A sink is a score that was seen before all
+    others, and has no value; of a sequence in parts, whoever merges them has seen it.
     """
     sequence = tl.load(item).to(tl.int64)
     first_row = tl.load(item + 1).to(tl.int64)
@@ -53,8 +56,12 @@ def _attend(
     tables = block_tables + sequence * table_stride
     heads = cache + kv_head * head_dim
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    top, total = _begin(sinks, head, is_row, BLOCK_M, HAS_SINKS)
+    if IS_SPLIT:
+        part = tl.load(item + 6)
+        if HAS_SINKS:
+            top = tl.where(part < 0, top, float("-inf"))
+            total = tl.where(part < 0, total, 0.0)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for start in range(begin, end, BLOCK_N):
         key_at = start + n
@@ -84,7 +91,6 @@ def _attend(
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # of a row that saw nothing
     if IS_SPLIT:
-        part = tl.load(item + 6)
         if part >= 0:
             to = (part.to(tl.int64) * num_kv + kv_head) * BLOCK_M + m
             tl.store(partial + to[:, None] * D + d[None, :], acc, mask=is_row[:, None])
@@ -94,6 +100,18 @@ def _attend(
             _store(acc, output, first_row, of_query, head, inside, d, GROUP, num_kv, head_dim)
     else:
         _store(acc, output, first_row, of_query, head, inside, d, GROUP, num_kv, head_dim)
+
+
+@triton.jit
+def _begin(sinks, head, is_row, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr):
+    """The largest score so far, in powers of two, and the sum: of nothing, or of the rows' sinks."""
+    if HAS_SINKS:
+        top = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634  # log2(e)
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    return top, total
 
 
 @triton.jit
@@ -110,11 +128,11 @@ def _store(
     do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["block_tables", "item_starts"]
 )  # what differs between passes would be compiled anew
 def paged_attention_kernel(
-    query, cache, block_tables, items, item_starts, output, partial, partial_lse,
+    query, cache, block_tables, items, item_starts, sinks, output, partial, partial_lse,
     query_stride, table_stride, scale, window,
     GROUP: tl.constexpr, num_kv: tl.constexpr, head_dim: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, IS_SPLIT: tl.constexpr, UPCAST: tl.constexpr,
-    ITEM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_SINKS: tl.constexpr,
+    UPCAST: tl.constexpr, ITEM: tl.constexpr,
 ):  # fmt: skip
     """Grid: (KV heads, programs). Program p works off items [item_starts[p], item_starts[p + 1]); not split, item p."""
     kv_head = tl.program_id(0)
@@ -122,23 +140,23 @@ def paged_attention_kernel(
     if IS_SPLIT:
         for index in range(tl.load(item_starts + p), tl.load(item_starts + p + 1)):
             _attend(
-                items + index * ITEM, kv_head, query, cache, block_tables, output, partial, partial_lse,
+                items + index * ITEM, kv_head, query, cache, block_tables, sinks, output, partial, partial_lse,
                 query_stride, table_stride, scale, window,
-                GROUP, num_kv, head_dim, BLOCK_TOKENS, BLOCK_M, BLOCK_N, D, IS_SPLIT, UPCAST,
+                GROUP, num_kv, head_dim, BLOCK_TOKENS, BLOCK_M, BLOCK_N, D, IS_SPLIT, HAS_SINKS, UPCAST,
             )  # fmt: skip
     else:
         _attend(
-            items + p * ITEM, kv_head, query, cache, block_tables, output, partial, partial_lse,
+            items + p * ITEM, kv_head, query, cache, block_tables, sinks, output, partial, partial_lse,
             query_stride, table_stride, scale, window,
-            GROUP, num_kv, head_dim, BLOCK_TOKENS, BLOCK_M, BLOCK_N, D, IS_SPLIT, UPCAST,
+            GROUP, num_kv, head_dim, BLOCK_TOKENS, BLOCK_M, BLOCK_N, D, IS_SPLIT, HAS_SINKS, UPCAST,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["part_starts"])
 def merge_kernel(
-    items, part_starts, partial, partial_lse, output,
+    items, part_starts, partial, partial_lse, sinks, output,
     GROUP: tl.constexpr, num_kv: tl.constexpr, head_dim: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
-    ITEM: tl.constexpr,
+    HAS_SINKS: tl.constexpr, ITEM: tl.constexpr,
 ):  # fmt: skip
     """A sequence's parts are items [part_starts[s], part_starts[s + 1]); one alone has been written. Grid: (KV heads,
     sequences).
@@ -153,8 +171,8 @@ def merge_kernel(
         first_row = tl.load(items + first * ITEM + 1).to(tl.int64)
         num_queries = tl.load(items + first * ITEM + 2)
         is_row = m // GROUP < num_queries
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+        head = kv_head * GROUP + m % GROUP
+        top, total = _begin(sinks, head, is_row, BLOCK_M, HAS_SINKS)
         acc = tl.zeros([BLOCK_M, D], tl.float32)
         for index in range(first, last):
             part = tl.load(items + index * ITEM + 6).to(tl.int64)
@@ -168,14 +186,17 @@ def merge_kernel(
             acc = acc * fade[:, None] + part_acc * share[:, None]
             total = total * fade + share
             top = new_top
-        head = kv_head * GROUP + m % GROUP
         inside = is_row[:, None] & (d < head_dim)[None, :]
         acc = acc / tl.where(is_row, total, 1.0)[:, None]
         _store(acc, output, first_row, m // GROUP, head, inside, d, GROUP, num_kv, head_dim)
 
 
-def paged_attention(query: Tensor, layer_cache: Tensor, plan: PagedPlan) -> Tensor:
-    """Attention of query [num_tokens, num_heads, head_dim] (of any row stride) to its sequences' cache; same shape."""
+def paged_attention(query: Tensor, layer_cache: Tensor, plan: PagedPlan, sinks: Tensor | None = None) -> Tensor:
+    """Attention of query [num_tokens, num_heads, head_dim] (of any row stride) to its sequences' cache; same shape.
+
+    Args:
+        sinks: float32 [num_heads], of each head the score of a key that has no value.
+    """
     _, num_heads, head_dim = query.shape
     num_kv = layer_cache.shape[3]
     group = num_heads // num_kv
@@ -183,14 +204,14 @@ def paged_attention(query: Tensor, layer_cache: Tensor, plan: PagedPlan) -> Tens
     width = triton.next_power_of_2(max(16, head_dim))
     common = {
         "GROUP": group, "num_kv": num_kv, "head_dim": head_dim, "BLOCK_TOKENS": BLOCK_TOKENS, "D": width,
-        "UPCAST": plan.upcast, "ITEM": ITEM,
+        "HAS_SINKS": sinks is not None, "UPCAST": plan.upcast, "ITEM": ITEM,
     }  # fmt: skip
     scale = head_dim**-0.5 * LOG2E
     window = plan.sliding_window or 0
 
     def launch(tiles: Tiles, programs: int, items: Tensor, starts: Tensor, partial: Tensor, lse: Tensor) -> None:
         paged_attention_kernel[(num_kv, programs)](
-            query, layer_cache, plan.block_tables, items, starts, output, partial, lse, query.stride(0),
+            query, layer_cache, plan.block_tables, items, starts, sinks, output, partial, lse, query.stride(0),
             plan.block_tables.stride(0), scale, window, IS_SPLIT=tiles.per_processor > 0, BLOCK_M=tiles.rows,
             BLOCK_N=tiles.keys, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **common,
         )  # fmt: skip
@@ -203,8 +224,8 @@ def paged_attention(query: Tensor, layer_cache: Tensor, plan: PagedPlan) -> Tens
         launch(split.tiles, split.num_programs, split.items, split.item_starts, partial, lse)
         if split.num_parts:
             merge_kernel[(num_kv, split.num_sequences)](
-                split.items, split.part_starts, partial, lse, output, GROUP=group, num_kv=num_kv, head_dim=head_dim,
-                BLOCK_M=rows, D=width, ITEM=ITEM, num_warps=4,
+                split.items, split.part_starts, partial, lse, sinks, output, GROUP=group, num_kv=num_kv,
+                head_dim=head_dim, BLOCK_M=rows, D=width, HAS_SINKS=sinks is not None, ITEM=ITEM, num_warps=4,
             )  # fmt: skip
     if plan.chunks is not None:
         chunks = plan.chunks  # nothing of theirs is in parts

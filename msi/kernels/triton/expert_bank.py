@@ -9,7 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from msi.kernels import SWIGLU, Activation
 from msi.kernels.blocks import BLOCK, num_blocks, to_blocks
+from msi.kernels.kernels import Biases
 from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
 from msi.kernels.triton import host_rows
@@ -100,10 +102,20 @@ class TritonExpertBank:
         bank._counts.rows.copy_(bank.num_rows)
         return bank
 
-    def put(self, layer: int, expert: int, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> None:
+    def put(
+        self,
+        layer: int,
+        expert: int,
+        gate_up: Tensor | Quantized,
+        down: Tensor | Quantized,
+        biases: Biases | None = None,
+    ) -> None:
         assert isinstance(gate_up, Tensor), "quantised matrices are refused on GPUs"
         assert isinstance(down, Tensor), "quantised matrices are refused on GPUs"
         weights = self.weights
+        assert (biases is None) == (weights.bias13 is None), "a bank has biases of all experts or of none"
+        if biases is not None and weights.bias13 is not None and weights.bias2 is not None:
+            weights.bias13[layer, expert], weights.bias2[layer, expert] = biases
         if weights.scale13 is None or weights.scale2 is None:
             weights.w13[layer, expert] = gate_up
             weights.w2[layer, expert] = down
@@ -204,8 +216,10 @@ def new_expert_bank(
     dtype: torch.dtype,
     device: torch.device,
     num_model_experts: int | None = None,
+    activation: Activation = SWIGLU,
+    has_bias: bool = False,
 ) -> TritonExpertBank:
-    """Without weights yet.
+    """Without weights yet. Biases are float32, whatever the rest is.
 
     Args:
         dtype: that weights are kept in; with float8_e4m3fn, in blocks that have a scale each, whatever is put.
@@ -214,7 +228,10 @@ def new_expert_bank(
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(num_layers, num_experts, *shape, dtype=dtype, device=device)
 
-    weights = ExpertWeights(empty(2 * inner_size, hidden_size), empty(hidden_size, inner_size))
+    weights = ExpertWeights(empty(2 * inner_size, hidden_size), empty(hidden_size, inner_size), activation=activation)
+    if has_bias:
+        biases = (empty(size, dtype=torch.float32) for size in (2 * inner_size, hidden_size))
+        weights = replace(weights, bias13=next(biases), bias2=next(biases))
     if dtype is torch.float8_e4m3fn:
         across, along = num_blocks(hidden_size), num_blocks(inner_size)
         scales = empty(2 * along, across, dtype=torch.float32), empty(across, along, dtype=torch.float32)

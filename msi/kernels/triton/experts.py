@@ -135,8 +135,8 @@ def gate_up(
             gate += tl.load(biases, mask=columns < INNER, other=0.0).to(tl.float32)[None, :]
             up += tl.load(biases + INNER, mask=columns < INNER, other=0.0).to(tl.float32)[None, :]
         if LIMIT > 0:
-            gate = tl.minimum(gate, LIMIT)
-            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+            gate = tl.where(gate > LIMIT, LIMIT, gate)  # a NaN stays one
+            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
         product = gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + UP_OFFSET)
         to = act + pairs.to(tl.int64)[:, None] * INNER + columns[None, :]
         tl.store(to, product.to(act.dtype.element_ty), mask=(pairs < end)[:, None] & (columns < INNER)[None, :])

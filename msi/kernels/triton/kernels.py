@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from msi.kernels import NONE, SigmoidRouting
+from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
 from msi.kernels.norm import Norm, layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
@@ -53,11 +53,13 @@ class TritonKernels(PlainKernels):
         inner_size: int,
         dtype: torch.dtype,
         quantization: str = NONE,
+        activation: Activation = SWIGLU,
+        has_bias: bool = False,
     ) -> ExpertBank:
         assert quantization == NONE, quantization
         return new_expert_bank(
             num_layers=num_layers, num_experts=num_experts, hidden_size=hidden_size, inner_size=inner_size,
-            dtype=dtype, device=self.device,
+            dtype=dtype, device=self.device, activation=activation, has_bias=has_bias,
         )  # fmt: skip
 
     # -- norms and MLPs ------------------------------------------------------------------------------------------------
@@ -103,8 +105,10 @@ class TritonKernels(PlainKernels):
     ) -> None:
         rope.rope_and_write(heads, num_q, rope_table, layer_cache, plan.slots)
 
-    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: PagedPlan) -> Tensor:
-        return attention.paged_attention(query, layer_cache, plan)
+    def paged_attention(
+        self, query: Tensor, layer_cache: Tensor, plan: PagedPlan, sinks: Tensor | None = None
+    ) -> Tensor:
+        return attention.paged_attention(query, layer_cache, plan, sinks)
 
     # -- routing -------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msi.kernels import SWIGLU, Activation
 from msi.kernels.routing import PackedRows
 from msi.kernels.triton import experts
 from msi.kernels.triton.tiles import Product, Tiles
@@ -21,15 +22,6 @@ PLAN_PAIRS, PLAN_VALUES = 64, 4096  # of rows and choices, that a program sorts 
 COUNTED_PAIRS, COUNTED_VALUES = 2048, 8192  # that it counts at a time; rows of them times seats, which lie in registers
 ANSWER_BLOCK = 1024
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """gate * sigmoid(alpha * gate) * (up + up_offset), with gate at most `limit` and up within both signs of it."""
-
-    alpha: float = 1.0
-    limit: float = 0.0  # none
-    up_offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +42,7 @@ class ExpertWeights:
     scale13: Tensor | None = None
     scale2: Tensor | None = None
     scale_block: int = 0
-    activation: Activation = Activation()
+    activation: Activation = SWIGLU
 
 
 @dataclass(frozen=True, slots=True)
