@@ -17,7 +17,7 @@ from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan import Workload
 from msi.planner.profile import Profile, read_profile
 from msi.planner.task import OBJECTIVES, TP_SIZES, Limits, Pool, Task
-from msi.precision import NONE, QUANTISED_BYTES, VALUE_BYTES, Precision
+from msi.precision import AUTO, QUANTISATIONS, VALUE_BYTES, Precision
 from msi.settings import SLOT_ROWS
 
 from .command_line import CommandLine, file_to_ask, file_to_write, integer, number, one_of, quoted
@@ -103,8 +103,8 @@ def _add_what(parser: CommandLine) -> None:
         help="gpu, cost, watt or cluster: tokens/s per GPU, per price, per watt, or of all GPUs")  # fmt: skip
     add("--dtype", type=one_of(*VALUE_BYTES), metavar="D",
         help=f"of weights and KV cache: {', '.join(VALUE_BYTES)}; bfloat16 for known names")  # fmt: skip
-    add("--quantization", type=one_of(NONE, *QUANTISED_BYTES), metavar="Q", default=NONE,
-        help=f"of matrices: {', '.join((NONE, *QUANTISED_BYTES))}")  # fmt: skip
+    add("--quantization", type=one_of(*QUANTISATIONS), metavar="Q", default=AUTO,
+        help=f"of matrices: {', '.join(QUANTISATIONS[1:])}; auto: as the checkpoint is")  # fmt: skip
 
 
 def _add_hardware(parser: CommandLine) -> None:
@@ -165,7 +165,8 @@ def _task(values: argparse.Namespace) -> Task:
     catalogue = read_catalogue(values.catalogue)
     profile = None if values.profile is None else read_profile(values.profile)
     model = _model(values.model, values.dtype or "", catalogue)
-    model = replace(model, precision=replace(model.precision, quantization=values.quantization))
+    if values.quantization != AUTO:
+        model = replace(model, precision=replace(model.precision, quantization=values.quantization))
     if profile is not None:
         model = _profiled(model, profile, values)
         pools: tuple[Pool, ...] = (Pool(catalogue.gpu("cpu"), profile.num_cores),)
@@ -197,7 +198,9 @@ def _model(name: str, dtype: str, catalogue: Catalogue) -> ModelShape:
         )
     else:
         model = catalogue.model(name)
-    return replace(model, precision=Precision.of(dtype)) if dtype else model
+    if not dtype:
+        return model
+    return replace(model, precision=replace(Precision.of(dtype), quantization=model.precision.quantization))
 
 
 def _profiled(model: ModelShape, profile: Profile, values: argparse.Namespace) -> ModelShape:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from msi.planner.profile import Profile, to_json
-from msi.precision import VALUE_BYTES, Precision
+from msi.precision import AUTO, QUANTISATIONS, VALUE_BYTES, Precision
 
 from .command import open_missing_streams, run_command
 from .command_line import CommandLine, file_to_write, integer, number, one_of, quoted
@@ -67,6 +67,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="D",
         help=f"auto, {', '.join(VALUE_BYTES)}",
     )
+    add("--quantization", default=AUTO, type=one_of(*QUANTISATIONS), metavar="Q",
+        help=f"of matrices: {', '.join(QUANTISATIONS[1:])}; auto: as the checkpoint is")  # fmt: skip
     add("--load-format", default="auto", type=one_of("auto", "dummy"), metavar="F",
         help="dummy: random weights, from config.json alone")  # fmt: skip
     add("--threads", type=numbers(MOST_THREADS), default=(), metavar="N[,N...]", help="torch threads per worker; 1,2")
@@ -94,7 +96,7 @@ def measuring(values: argparse.Namespace) -> Measuring:
     return Measuring(
         model_dir=values.model,
         device=values.device,
-        precision=Precision(compute=values.dtype),
+        precision=Precision(compute=values.dtype, quantization=values.quantization),
         load_format=values.load_format,
         threads=values.threads,
         batches=values.batches,

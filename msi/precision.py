@@ -11,7 +11,10 @@ AUTO = "auto"
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = (AUTO, *VALUE_BYTES)
 NONE = "none"
-QUANTISED_BYTES = {"int8": 1 + 4 / 128, "int4": 0.5 + 4 / 128}  # 128 values share a float32 scale
+FP8 = "fp8"
+QUANTISED_BYTES = {"int8": 1 + 4 / 128, "int4": 0.5 + 4 / 128, FP8: 1 + 4 / 128}  # 128 values share a float32 scale
+HEAD_FORMATS = {"int8": "int8", "int4": "int8"}  # of LM heads; others stay as they are
+QUANTISATIONS = (AUTO, NONE, *QUANTISED_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,9 @@ class Precision:
         kv_cache: keys and values.
         rows: hidden states on their way to the experts and back.
         compute: activations.
-        quantization: "none", or how the matrices of attention, MLPs and experts, and the LM head, are held: made when
-            they are loaded, and unpacked as they are read. Embedding, routers and norms stay as they are, and an LM
-            head has eight bits at least.
+        quantization: how the matrices of attention, MLPs and experts are held: "none" in `weights`, "auto" as the
+            checkpoint has them, else made when they are loaded; unpacked as they are read. Embedding, routers and norms
+            stay as they are, and so does an LM head beside fp8; beside whole numbers it has eight bits.
 
     Raises:
         ConfigError: one is none that is known; names it.
@@ -39,32 +42,33 @@ class Precision:
         AUTO, "auto, float32, bfloat16 or float16", metavar="D", group="model and workers", name="dtype", choices=DTYPES
     )
     quantization: str = parameter(
-        NONE, "none, int8 or int4: matrices in so many bits, made as they are loaded (CPUs)", metavar="Q",
-        group="model and workers", choices=(NONE, *QUANTISED_BYTES),
+        AUTO, "auto, as the checkpoint is; none; or fp8, and on CPUs int8 or int4: matrices in so many bits, made as "
+        "they are loaded", metavar="Q", group="model and workers", choices=QUANTISATIONS,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_parameters(self)
         for one in fields(self):
-            known = (NONE, *QUANTISED_BYTES) if one.name == "quantization" else DTYPES
+            known = QUANTISATIONS if one.name == "quantization" else DTYPES
             if (value := getattr(self, one.name)) not in known:
                 raise ConfigError(f"`{one.name}` {shown(value)} is not one; supported: {', '.join(known)}")
 
     @staticmethod
     def of(dtype: str) -> Precision:
         """Everything in one dtype."""
-        return Precision(dtype, dtype, dtype, dtype)
+        return Precision(dtype, dtype, dtype, dtype, NONE)
 
     @property
     def is_open(self) -> bool:
         """Whether it is left to a checkpoint and a device."""
         return self.compute == AUTO
 
-    def resolved(self, dtype: str) -> Precision:
-        """Without "auto": what follows the checkpoint and the device becomes `dtype`."""
+    def resolved(self, dtype: str, stored: str = NONE) -> Precision:
+        """Without "auto": what follows the checkpoint and the device becomes `dtype`, and matrices stay as `stored`."""
         compute = dtype if self.compute == AUTO else self.compute
         weights, kv_cache, rows = (compute if one == AUTO else one for one in (self.weights, self.kv_cache, self.rows))
-        return Precision(weights, kv_cache, rows, compute, self.quantization)
+        quantization = stored if self.quantization == AUTO else self.quantization
+        return Precision(weights, kv_cache, rows, compute, quantization)
 
     def check_is_built(self) -> None:
         """Raises ConfigError: the runtime does not have a dtype of its own for one of them yet; names it."""
@@ -83,7 +87,7 @@ class Precision:
             shown_dtypes = self.compute
         else:
             shown_dtypes = ", ".join(f"{one.name} {getattr(self, one.name)}" for one in dtypes)
-        return shown_dtypes if self.quantization == NONE else f"{shown_dtypes}, matrices {self.quantization}"
+        return shown_dtypes if self.quantization in (AUTO, NONE) else f"{shown_dtypes}, matrices {self.quantization}"
 
     # -- bytes of one value; not while it is "auto" --------------------------------------------------------------------
 
@@ -99,12 +103,12 @@ class Precision:
     @property
     def held_as(self) -> str:
         """What matrices are."""
-        return self.weights if self.quantization == NONE else self.quantization
+        return self.quantization if self.quantization in QUANTISED_BYTES else self.weights
 
     @property
     def head_format(self) -> str:
         """How the LM head is quantised."""
-        return NONE if self.quantization == NONE else "int8"
+        return HEAD_FORMATS.get(self.quantization, NONE)
 
     @property
     def head_bytes(self) -> float:

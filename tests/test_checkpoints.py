@@ -345,8 +345,14 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
         (store_as("model.layers.0.mlp.experts.gate_up_proj_scales", torch.ones(4, 4)), "are quantised"),
         (store_as("model.layers.0.self_attn.q_proj.SCB", torch.ones(4)), "are quantised"),
         (lambda path: edit(path, quantization_config={"quant_method": "gptq"}), "quantization_config is set ('gptq')"),
-        (lambda path: edit(path, quantization_config={}), "quantization_config is set; quantised checkpoints are"),
-        (lambda path: edit(path, quantization_config=[[]]), "quantization_config is set; quantised checkpoints are"),
+        (
+            lambda path: edit(path, quantization_config={}),
+            "quantization_config is set; of quantised checkpoints those in fp8",
+        ),
+        (
+            lambda path: edit(path, quantization_config=[[]]),
+            "quantization_config is set; of quantised checkpoints those in fp8",
+        ),
         (lambda path: edit(path, compression_config={"format": "x"}), "compression_config is set"),
         (lambda path: edit(path, transformers_weights="a.safetensors"), "transformers_weights is 'a.safetensors'"),
         (lambda path: (path / "adapter_config.json").write_text("{}"), "adapter_config.json is an adapter"),

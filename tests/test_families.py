@@ -129,7 +129,11 @@ def test_transformers_4_and_5_write_the_same_model(family):
         ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types names 1 layers, and there are 3"),
         ("gpt_oss", {"swiglu_limit": None}, "swiglu_limit is None; it must be a number above 0"),
         ("gpt_oss", {"swiglu_alpha": "x"}, "swiglu_alpha is 'x'; it must be a number above 0"),
-        ("dbrx", {"quantization_config": {"bits": 4}}, "quantization_config is set; quantised checkpoints are not"),
+        (
+            "dbrx",
+            {"quantization_config": {"bits": 4}},
+            "quantization_config is set; of quantised checkpoints those in fp8",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(family, changes, complaint):

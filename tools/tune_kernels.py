@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from msi.kernels.blocks import BLOCK, num_blocks  # noqa: E402
+from msi.kernels import SCALE_BLOCK  # noqa: E402
+from msi.kernels.blocks import num_blocks  # noqa: E402
 from msi.kernels.routing import PackedRows, row_bytes  # noqa: E402
 from msi.kernels.triton.expert_bank import MAX_ROWS, TritonExpertBank  # noqa: E402
 from msi.kernels.triton.launches import ExpertWeights, WaveLaunches  # noqa: E402
@@ -219,7 +220,7 @@ class Bench:
             torch.full((1, shape.num_experts, *size), 1 / FLOAT8_FACTOR, device=self.device)
             for size in ((2 * along, across), (across, along))
         )
-        scaled = ExpertWeights(w13, w2, scale13=scale13, scale2=scale2, scale_block=BLOCK)
+        scaled = ExpertWeights(w13, w2, scale13=scale13, scale2=scale2, scale_block=SCALE_BLOCK)
         for rows in (2,) if self.is_dry else (16, 128):
             tiles = choose(default_tiles(torch.float8_e4m3fn, 227 * 1024), rows)
             _, truth = self._wave_s(choose(default_tiles(torch.bfloat16, 227 * 1024), rows), rows)

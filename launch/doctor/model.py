@@ -139,7 +139,7 @@ def shape_here(options: InstanceOptions, config: ModelConfig) -> ModelShape:
         if dtype == "bfloat16" and CpuKernels(has_bf16_units=has_bf16_units()).can_widen:
             precision = replace(precision, weights=dtype)
         dtype = dtype if dtype == "bfloat16" and has_bf16_units() else "float32"
-    return shape_of(config, name="", digest="", precision=precision.resolved(dtype))
+    return shape_of(config, name="", digest="", precision=precision.resolved(dtype, config.stored_as))
 
 
 def check_memory(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from msi.control.members import Applicant, InstancePlan, Member
 from msi.control.messages import PROTOCOL_VERSION, WorkerHello
 from msi.errors import shown
+from msi.precision import AUTO
 from msi.types import Place
 
 MAX_APPLICANTS = 1024
@@ -61,7 +62,8 @@ class Formation:
         self.first_incarnation = 0  # of those who were not heard of before
         self._why_not_yet = why_not_yet
         asked = plan.precision
-        self.precision = None if asked.is_open else asked.resolved(asked.compute)  # else that of the first worker
+        is_open = asked.is_open or asked.quantization == AUTO
+        self.precision = None if is_open else asked.resolved(asked.compute)  # else that of the first worker
         self.plan = plan
         self._members = members
         self._fingerprint = ""
@@ -105,21 +107,20 @@ class Formation:
             return (
                 f"it leaves open what it computes in ({hello.precision}); install the same version of msi on all hosts"
             )
-        wanted = self.plan.precision.quantization
-        if hello.precision.quantization != wanted:
-            return (
-                f"it holds weights with `quantization` {hello.precision.quantization}, the instance with {wanted}; "
-                "give all workers the same"
-            )
+        asked, held = self.plan.precision, hello.precision.quantization
+        if asked.quantization != AUTO:
+            wanted = asked.quantization
+        else:
+            wanted = held if self.precision is None else self.precision.quantization
+        if held != wanted:
+            return f"it holds weights with `quantization` {held}, the instance with {wanted}; give all workers the same"
         if hello.products and self._products and hello.products != self._products and is_anyone_there:
             return (
                 f"it multiplies by {hello.products}, the instance's other CPUs by {self._products}, and results would "
                 "be rounded differently; install g++ on all of these hosts, or on none"
             )
-        if not self.plan.precision.is_open and hello.precision != self.precision:
-            return (
-                f"it computes in {hello.precision}, the instance in {self.precision}; give all workers the same `dtype`"
-            )
+        if not asked.is_open and hello.precision != (wanted_all := asked.resolved(asked.compute, wanted)):
+            return f"it computes in {hello.precision}, the instance in {wanted_all}; give all workers the same `dtype`"
         return ""
 
     def apply(self, route: bytes, hello: WorkerHello, now: float) -> None:

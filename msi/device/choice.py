@@ -20,7 +20,7 @@ from msi.kernels.kernels import Kernels
 from msi.kernels.native.compiled import native_library
 from msi.kernels.plain import PlainKernels
 from msi.net.regions import Allocator
-from msi.precision import AUTO, NONE, Precision
+from msi.precision import AUTO, FP8, NONE, Precision
 
 log = logging.getLogger(__name__)
 
@@ -39,24 +39,43 @@ def prepare_device(name: str) -> None:
         native_library()
 
 
-def precision_on(device: OpenedDevice, asked: Precision, checkpoint: torch.dtype) -> Precision:
+def precision_on(device: OpenedDevice, asked: Precision, checkpoint: torch.dtype, stored_as: str = NONE) -> Precision:
     """What was asked for, with what it leaves open as the device computes a checkpoint of that dtype fastest.
 
     A CPU without units for bfloat16 computes in float32, and reads such weights as they are where it can. Who asks for
-    float32 gets float32 weights.
+    float32 gets float32 weights. Matrices that a checkpoint has quantised are unpacked, unless it was asked otherwise,
+    where the device has no kernels for them.
+
+    Args:
+        stored_as: as `ModelConfig` has it.
 
     Raises:
-        ConfigError: this device has no kernels for it.
+        ConfigError: this device has no kernels for it, or it cannot be made of what is stored.
     """
-    if asked.quantization != NONE and not isinstance(device, CpuDevice):
-        raise ConfigError(
-            f"`quantization` {asked.quantization} is built for `device` cpu alone; use quantization=none on a GPU"
-        )
+    asked = replace(asked, quantization=_quantization_on(device.kernels, asked.quantization, stored_as))
     compute = device.compute_dtype(checkpoint)
     is_widened = asked.is_open and checkpoint is torch.bfloat16 and compute is torch.float32
     if is_widened and asked.weights == AUTO and isinstance(device, CpuDevice) and device.kernels.can_widen:
         asked = replace(asked, weights="bfloat16")
     return asked.resolved(str(compute).removeprefix("torch."))
+
+
+def _quantization_on(kernels: Kernels, asked: str, stored_as: str) -> str:
+    held = stored_as if asked == AUTO else asked
+    if held == NONE or (held in kernels.quantisations and stored_as in (NONE, held)):
+        return held
+    if asked == AUTO:
+        log.warning("matrices in %s are unpacked as they are loaded: this device has no kernels for them", held)
+        return NONE
+    if held not in kernels.quantisations:
+        needs = (
+            "Triton's kernels on a GPU of compute capability 8.9 or later" if held == FP8 else "`device` cpu"
+        )  # fmt: skip
+        raise ConfigError(f"`quantization` {held} needs {needs}; use quantization=none on this device")
+    raise ConfigError(
+        f"`quantization` {held} is not made of matrices that are in {stored_as} already; leave it at auto, and they "
+        "are held as they are, or use none, and they are unpacked"
+    )
 
 
 def products_of(device: OpenedDevice, precision: Precision) -> str:

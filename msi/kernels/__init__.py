@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 BLOCK_TOKENS = 16  # of a block of the KV cache; here, without torch, for those who only count blocks
 NONE = "none"  # of matrices that are not quantised
+SCALE_BLOCK = 128  # rows and columns of a matrix in float8 that share a scale
 
 
 @dataclass(frozen=True, slots=True)

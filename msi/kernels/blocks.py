@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 128
+from msi.kernels import SCALE_BLOCK as BLOCK
+
 LARGEST = 448.0  # of float8 e4m3
 LEAST_SCALE = 1e-12  # of a block of zeros
 

@@ -49,6 +49,10 @@ class CpuKernels(PlainKernels):
         self._rows: ctypes.PyDLL | None = None  # with the first matrix that is packed: others stay torch's altogether
 
     @property
+    def quantisations(self) -> tuple[str, ...]:
+        return ("int8", "int4", "fp8")
+
+    @property
     def can_widen(self) -> bool:
         """Whether bfloat16 weights cost their own bytes beside a computation in float32."""
         return not self._has_bf16_units and native_library() is not None
@@ -243,11 +247,10 @@ def _native(library: ctypes.CDLL, weight: Tensor | Quantized, bias: Tensor | Non
     """For rows of any dtype, which the results are of."""
     num_outputs = weight.shape[0]
     missing = -num_outputs % WIDTH  # of a router, a gate
-    below = (0, 0, 0, missing)
     if isinstance(weight, Quantized):
-        weight = Quantized(weight.format, functional.pad(weight.values, below), functional.pad(weight.scales, below))
+        weight = weight.with_rows_below(missing)
     else:
-        weight = functional.pad(weight, below)
+        weight = functional.pad(weight, (0, 0, 0, missing))
     packed = pack(library, weight)
     if bias is not None:
         bias = functional.pad(bias.to(torch.float32), (0, missing))

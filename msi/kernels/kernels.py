@@ -90,9 +90,16 @@ class ExpertBank(Protocol):
 
 
 class Kernels(Protocol):
-    """`hidden` is the residual stream, [num_tokens, h]; `normed` the rows that come out of a norm of it."""
+    """`hidden` is the residual stream, [num_tokens, h]; `normed` the rows that come out of a norm of it.
+
+    Attributes:
+        quantisations: formats of matrices that save memory here.
+    """
 
     device: torch.device
+
+    @property
+    def quantisations(self) -> tuple[str, ...]: ...
 
     # -- weights -------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,10 @@ class PlainKernels:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    @property
+    def quantisations(self) -> tuple[str, ...]:
+        return ()
+
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:

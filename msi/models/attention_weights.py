@@ -17,7 +17,7 @@ from msi.device.device import Device
 from msi.kernels.experts import sigmoid_gated
 from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms_norm
 from msi.kernels.paged_attention import AttentionShape
-from msi.kernels.quantized import Quantized, held, num_bytes
+from msi.kernels.quantized import Quantized, held, joined, num_bytes
 from msi.models.attend import Attend, GroupedQueryAttention, GroupedQueryView
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
@@ -77,7 +77,7 @@ def load_attention_weights(
         CheckpointError: a tensor is missing, truncated or misshapen.
     """
     quantization, head_format = (NONE, NONE) if precision is None else (precision.quantization, precision.head_format)
-    reader = _Reader(config, source, device, dtype, compute_dtype or dtype, quantization)
+    reader = _Reader(config, source, device, dtype, compute_dtype or dtype, quantization, head_format)
     names = reader.names
     layers = tuple(reader.layer(layer) for layer in range(config.num_layers))
     final_norm = reader.norm(names.final_norm)
@@ -87,7 +87,8 @@ def load_attention_weights(
     else:
         embed = device.upload(source.read(names.embed, table).to(dtype))  # a pass reads only some of its rows
         head = reader.read(names.lm_head, *table)
-    return AttentionWeights(embed, layers, final_norm, reader.linear(head, format=head_format), reader.num_bytes)
+    lm_head = reader.linear(held(head, dtype, head_format))
+    return AttentionWeights(embed, layers, final_norm, lm_head, reader.num_bytes)
 
 
 class _Reader:
@@ -101,6 +102,7 @@ class _Reader:
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
         quantization: str,
+        head_format: str,
     ) -> None:
         self.names = family_of(config).names
         self.num_bytes = 0
@@ -112,6 +114,8 @@ class _Reader:
         self._dtype = dtype
         self._compute_dtype = compute_dtype
         self._quantization = quantization
+        self._head_format = head_format
+        self._made_as = quantization if config.stored_as == NONE else NONE  # what is not quantised in the checkpoint
         frequencies = device.upload(frequencies_of(config.rope, config.rope.num_rotated(config.head_dim)))
         self._views = {
             window: GroupedQueryView(
@@ -122,21 +126,25 @@ class _Reader:
         }  # fmt: skip
 
     def read(self, name: str, *shape: int) -> Tensor:
-        """As it is in the checkpoint."""
+        """As it is in the checkpoint, unpacked."""
         return self._source.read(name, shape)
+
+    def matrix(self, name: str, *shape: int) -> Tensor | Quantized:
+        """As it will be held."""
+        weight = self._source.read_matrix(name, shape)
+        return held(weight, self._dtype, self._quantization if isinstance(weight, Quantized) else self._made_as)
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         tensor = self._device.upload(self.read(name, *shape).to(dtype or self._dtype))
         self.num_bytes += num_bytes(tensor)
         return tensor
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, format: str | None = None) -> Linear:
-        """The product with a matrix of the checkpoint, quantised where that is wanted; it counts."""
-        given = held(weight, self._dtype, self._quantization if format is None else format)
-        self.num_bytes += num_bytes(given)
-        if not isinstance(given, Quantized):
-            given = self._device.upload(given)
-        return self._kernels.linear(given, bias)
+    def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:
+        """The product with a matrix as it is held; it counts."""
+        self.num_bytes += num_bytes(weight)
+        if not isinstance(weight, Quantized):
+            weight = self._device.upload(weight)
+        return self._kernels.linear(weight, bias)
 
     def norm(self, name: str) -> Norm:
         weight = self.vector(name, self._config.hidden_size)
@@ -152,7 +160,7 @@ class _Reader:
         tables = [self.read(name, *shape) for name in tied_names(self.names.embed, self.names.lm_head, self._source)]
         embed = self._device.upload(tables[0].to(self._dtype))
         if len(tables) == 1 or torch.equal(*tables):
-            return embed, embed if self._quantization == NONE else tables[0]
+            return embed, embed if self._head_format == NONE else tables[0]
         return embed, tables[1]
 
     def layer(self, layer: int) -> AttentionLayer:
@@ -200,7 +208,7 @@ class _Reader:
             self._kernels,
             self._views[config.window_of(layer)],
             qkv=self._qkv(layer),
-            output=self.linear(self.read(output, config.hidden_size, config.query_width), bias),
+            output=self.linear(self.matrix(output, config.hidden_size, config.query_width), bias),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -214,8 +222,8 @@ class _Reader:
         config, names = self._config, [name.format(layer=layer) for name in self.names.qkv]
         query, kv = config.query_width, config.kv_width
         widths = [query, kv, kv] if len(names) == 3 else [query + 2 * kv]
-        weight = torch.cat(
-            [self.read(name, width, config.hidden_size) for name, width in zip(names, widths, strict=True)]
+        weight = joined(
+            [self.matrix(name, width, config.hidden_size) for name, width in zip(names, widths, strict=True)]
         )
         bias = None
         if config.qkv_bias:
@@ -239,8 +247,8 @@ class _Reader:
     def _mlp(self, names: MlpNames, layer: int, inner: int) -> Linear:
         gate, up, down = (name.format(layer=layer) for name in (names.gate, names.up, names.down))
         hidden = self._config.hidden_size
-        gate_up = torch.cat([self.read(gate, inner, hidden), self.read(up, inner, hidden)])
-        down_weight = self.read(down, hidden, inner)
+        gate_up = joined([self.matrix(gate, inner, hidden), self.matrix(up, inner, hidden)])
+        down_weight = self.matrix(down, hidden, inner)
         return partial(self._kernels.gated_mlp, gate_up=self.linear(gate_up), down=self.linear(down_weight))
 
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msi.errors import CheckpointError
+from msi.kernels import NONE, SCALE_BLOCK
+from msi.kernels.quantized import Quantized, in_float8, quantize
 from msi.models.tensor_index import Shape, TensorIndex
 
 Rows = tuple[int, int]  # from, to
@@ -31,11 +33,15 @@ class TensorSource(Protocol):
     def has(self, name: str) -> bool: ...
 
     def read(self, name: str, shape: Shape, rows: Rows | None = None) -> Tensor:
-        """One tensor, which has this shape; of its first dimension only `rows`, where given.
+        """One tensor, which has this shape; of its first dimension only `rows`, where given. Unpacked to float32, where
+        it is quantised.
 
         Raises:
             CheckpointError: missing, truncated or misshapen; names the tensor.
         """
+
+    def read_matrix(self, name: str, shape: Shape, rows: Rows | None = None) -> Tensor | Quantized:
+        """A matrix, or of a stack [experts, n, depth] the one that `rows` are of, as it is stored. Raises as `read`."""
 
 
 class Checkpoint:
@@ -43,14 +49,17 @@ class Checkpoint:
 
     Args:
         report: called with the bytes of every tensor read, for progress bars.
+        stored_as: as `ModelConfig` has it.
 
     Raises:
         CheckpointError: no weights that are served, or a file is missing, truncated or damaged.
     """
 
-    def __init__(self, model_dir: Path, report: Callable[[int], None] = lambda num_bytes: None) -> None:
+    def __init__(
+        self, model_dir: Path, report: Callable[[int], None] = lambda num_bytes: None, stored_as: str = NONE
+    ) -> None:
         self.bytes_read = 0
-        self.index = TensorIndex(model_dir)
+        self.index = TensorIndex(model_dir, stored_as)
         self._report = report
         self._files: dict[Path, Any] = {}
 
@@ -61,10 +70,33 @@ class Checkpoint:
         return self.index.first_of(*names)
 
     def read(self, name: str, shape: Shape, rows: Rows | None = None) -> Tensor:
-        file = self.index.require(name, shape).file
+        stored = self.index.require(name, shape)
+        if self.index.is_quantised(name):
+            matrix = self.read_matrix(name, shape, rows)
+            assert isinstance(matrix, Quantized), name
+            return matrix.dequantized(torch.float32)
+        return self._read(stored.file, name, rows)
+
+    def read_matrix(self, name: str, shape: Shape, rows: Rows | None = None) -> Tensor | Quantized:
+        stored = self.index.require(name, shape)
+        if not self.index.is_quantised(name):
+            matrix = self.read(name, shape, rows)
+            return matrix if matrix.dim() == 2 else matrix[0]
+        values = self._read(stored.file, name, rows)
+        scales_name, of_scales = self.index.scales_of(name)
+        scales = self._read(of_scales.file, scales_name, _scale_rows(of_scales.shape, shape, rows))
+        if values.dim() == 3:
+            values = values[0]
+            scales = scales[0] if len(of_scales.shape) > 0 else scales
+        bits = values.view(torch.uint8)
+        if bool(((bits & 0x7F) == 0x7F).any()) or not bool(torch.isfinite(scales.to(torch.float32)).all()):
+            raise CheckpointError(f"{stored.file}: {name} or its scales hold what is no number; download it again")
+        return in_float8(values, scales)
+
+    def _read(self, file: Path, name: str, rows: Rows | None) -> Tensor:
         try:
-            stored = self._open(file).get_slice(name)
-            tensor: Tensor = stored[:] if rows is None else stored[rows[0] : rows[1]]
+            opened = self._open(file)
+            tensor: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows[0] : rows[1]]
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:  # whatever the libraries make of damage
             raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
         num_bytes = tensor.numel() * tensor.element_size()
@@ -83,6 +115,16 @@ class Checkpoint:
         return self._files[file]
 
 
+def _scale_rows(scales: Shape, matrix: Shape, rows: Rows | None) -> Rows | None:
+    """Of the scales of a matrix, or of a stack, those of these of its rows; all for None."""
+    if rows is None or (math.prod(scales) == 1 and len(matrix) == 2):
+        return None
+    if scales[0] == matrix[0]:
+        return rows
+    assert rows[0] % SCALE_BLOCK == 0 or scales[0] == 1, (scales, matrix, rows)  # `check_tensors` refuses others
+    return rows[0] // SCALE_BLOCK, -(-rows[1] // SCALE_BLOCK)
+
+
 DRAWN = 1_048_573  # of a dummy's values, a prime: rows are of lengths that it is no multiple of, and differ
 
 
@@ -93,13 +135,18 @@ class DummyCheckpoint:
 
     Args:
         dtype: of the tensors.
+        stored_as: as `ModelConfig` has it; then matrices are quantised.
     """
 
     def __init__(
-        self, report: Callable[[int], None] = lambda num_bytes: None, dtype: torch.dtype = torch.float32
+        self,
+        report: Callable[[int], None] = lambda num_bytes: None,
+        dtype: torch.dtype = torch.float32,
+        stored_as: str = NONE,
     ) -> None:
         self.bytes_read = 0
         self._dtype = dtype
+        self._stored_as = stored_as
         self._report = report
 
     def has(self, name: str) -> bool:
@@ -125,6 +172,11 @@ class DummyCheckpoint:
         self.bytes_read += num_bytes
         self._report(num_bytes)
         return tensor
+
+    def read_matrix(self, name: str, shape: Shape, rows: Rows | None = None) -> Tensor | Quantized:
+        matrix = self.read(name, shape, rows)
+        matrix = matrix if matrix.dim() == 2 else matrix[0]
+        return matrix if self._stored_as == NONE else quantize(matrix, self._stored_as)
 
     def fingerprint(self) -> str:
         return "dummy"

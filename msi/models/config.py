@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from msi.errors import ConfigError, shown
-from msi.kernels import SWIGLU, Activation, SigmoidRouting
+from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
@@ -80,6 +80,7 @@ class ModelConfig:
         has_shared_gate: whether a gate scales what the shared expert adds.
         eos_token_ids: tokens that end a sequence.
         dtype: of the checkpoint.
+        stored_as: "none", or the number format that matrices of the checkpoint are quantised in: "fp8".
         max_position_embeddings: the longest context the model was made for.
         remarks: sentences about what the files say and is not used.
     """
@@ -117,6 +118,7 @@ class ModelConfig:
     shared_intermediate_size: int | None = None
     has_shared_gate: bool = True
     dense_intermediate_size: int | None = None
+    stored_as: str = NONE
     remarks: tuple[str, ...] = field(default=(), compare=False)
 
     @property

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from msi.kernels.kernels import Biases, ExpertBank, Kernels
-from msi.kernels.quantized import held
+from msi.kernels.quantized import Quantized, held, joined
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
@@ -57,51 +57,48 @@ def load_expert_bank(
             if expert == HOLE or expert in known:
                 continue
             gate_up, down, biases = _read_expert(config, source, layer, expert)
-            bank.put(index, local, held(gate_up, dtype, quantization), held(down, dtype, quantization), biases)
+            parts = [held(one, dtype, quantization) for one in gate_up]
+            bank.put(index, local, joined(parts), held(down, dtype, quantization), biases)
     bank.warm(config.num_experts, config.top_k, row_dtype or dtype)
     return bank
 
 
 def _read_expert(
     config: ModelConfig, source: TensorSource, layer: int, expert: int
-) -> tuple[Tensor, Tensor, Biases | None]:
-    """gate_up [2 h', h] (gate first) and down [h, h']."""
+) -> tuple[list[Tensor | Quantized], Tensor | Quantized, Biases | None]:
+    """gate_up [2 h', h] (gate first), in parts that are quantised apart, and down [h, h']."""
     names = family_of(config).names.experts
     num_experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
     if isinstance(names, StackedExpertNames):
         rows = (expert * inner, (expert + 1) * inner)
         gate, up, down = (
-            source.read(name.format(layer=layer), (num_experts * inner, hidden), rows)
+            source.read_matrix(name.format(layer=layer), (num_experts * inner, hidden), rows)
             for name in (names.gate, names.up, names.down)
         )
-        return torch.cat([gate, up]), down.T.contiguous(), None
+        return [gate, up], down.transposed() if isinstance(down, Quantized) else down.T.contiguous(), None
     if isinstance(names, InterleavedExpertNames):
         return _read_interleaved(config, names, source, layer, expert)
     fused = names.fused_gate_up.format(layer=layer)
     if source.has(fused):
         rows = (expert, expert + 1)
-        gate_up = source.read(fused, (num_experts, 2 * inner, hidden), rows)
-        down = source.read(names.fused_down.format(layer=layer), (num_experts, hidden, inner), rows)
-        return gate_up[0], down[0], None
+        gate_up = source.read_matrix(fused, (num_experts, 2 * inner, hidden), rows)
+        down = source.read_matrix(names.fused_down.format(layer=layer), (num_experts, hidden, inner), rows)
+        return [gate_up] if isinstance(gate_up, Quantized) else [*gate_up.chunk(2)], down, None
     gate_name, up_name, down_name = (
         name.format(layer=layer, expert=expert) for name in (names.each.gate, names.each.up, names.each.down)
     )
-    gate, up = source.read(gate_name, (inner, hidden)), source.read(up_name, (inner, hidden))
-    return torch.cat([gate, up]), source.read(down_name, (hidden, inner)), None
+    parts = [source.read_matrix(name, (inner, hidden)) for name in (gate_name, up_name)]
+    return parts, source.read_matrix(down_name, (hidden, inner)), None
 
 
 def _read_interleaved(
     config: ModelConfig, names: InterleavedExpertNames, source: TensorSource, layer: int, expert: int
-) -> tuple[Tensor, Tensor, Biases]:
+) -> tuple[list[Tensor | Quantized], Tensor, Biases]:
     def read(name: str, *shape: int) -> Tensor:
         return source.read(name.format(layer=layer), (config.num_experts, *shape), (expert, expert + 1))[0]
 
     hidden, inner = config.hidden_size, config.intermediate_size
     gate_up, down = read(names.gate_up, hidden, 2 * inner).T, read(names.down, inner, hidden).T
-    biases = read(names.gate_up_bias, 2 * inner), read(names.down_bias, hidden)
-    return _gate_first(gate_up), down.contiguous(), (_gate_first(biases[0]), biases[1])
-
-
-def _gate_first(gate_up: Tensor) -> Tensor:
-    """Of rows that take turns."""
-    return torch.cat([gate_up[::2], gate_up[1::2]])
+    bias = read(names.gate_up_bias, 2 * inner)
+    biases = torch.cat([bias[::2], bias[1::2]]), read(names.down_bias, hidden)
+    return [gate_up[::2], gate_up[1::2]], down.contiguous(), biases

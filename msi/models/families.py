@@ -21,6 +21,7 @@ from msi.models.glm4_moe import GLM4_MOE
 from msi.models.gpt_oss import GPT_OSS
 from msi.models.mixtral import MIXTRAL
 from msi.models.olmoe import OLMOE
+from msi.models.quantisation import read_quantization
 from msi.models.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from msi.models.tensor_index import WEIGHTS, adapter_sentence, gguf_sentence, names_in, original_sentence
 from msi.models.texts import tokenizers_end
@@ -36,16 +37,10 @@ def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
     """Raises ConfigError: an architecture or a setting that is not supported; names it, and what is supported."""
     reader = ConfigReader(values, source)
     family = _family_in(reader)
-    for key in ("quantization_config", "compression_config"):
-        if values.get(key) is not None:
-            section = values[key]
-            method = section.get("quant_method") if isinstance(section, dict) else None
-            raise ConfigError(
-                f"{source}: {key} is set{f' ({shown(method)})' if method else ''}; quantised checkpoints are not "
-                f"supported; give the one in bfloat16, float16 or float32"
-            )
+    stored_as, remarks = read_quantization(reader)
     reader.require("transformers_weights", None, WEIGHTS)  # another file instead
     config = family.parse(reader)
+    config = replace(config, stored_as=stored_as, remarks=config.remarks + remarks)
     check_config(config, source)
     return config
 

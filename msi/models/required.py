@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from msi.errors import CheckpointError
+from msi.kernels import NONE, SCALE_BLOCK
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
 from msi.models.family import ExpertNames, InterleavedExpertNames, MlpNames, StackedExpertNames, bias_of
@@ -18,13 +19,15 @@ from msi.models.tensor_index import Shape, TensorIndex
 
 def check_weights(model_dir: Path, config: ModelConfig) -> None:
     """Looks into the headers of a directory's weights. Raises CheckpointError: what is there cannot be served."""
-    check_tensors(config, TensorIndex(model_dir))
+    check_tensors(config, TensorIndex(model_dir, config.stored_as))
 
 
 def check_tensors(config: ModelConfig, index: TensorIndex) -> None:
     """Raises CheckpointError: a tensor is missing, misshapen or of a type that no weight has."""
     for name, shape in required_tensors(config, index):
         index.require(name, shape)
+    if config.stored_as != NONE:
+        _check_quantised_experts(config, index)
 
 
 def required_tensors(config: ModelConfig, index: TensorIndex) -> Iterator[tuple[str, Shape]]:
@@ -117,3 +120,35 @@ def _experts(
     for expert in range(num_experts):
         for name, shape in zip(each, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
             yield name.format(expert=expert), shape
+
+
+def _check_quantised_experts(config: ModelConfig, index: TensorIndex) -> None:
+    """A bank has one format, and a matrix that is cut out of a tensor takes whole scales with it."""
+    names = family_of(config).names.experts
+    if isinstance(names, InterleavedExpertNames):
+        raise CheckpointError(
+            f"{index.model_dir}: experts of {config.architecture} have rows of gate and up by turns, and in "
+            f"{config.stored_as} they are not supported; give the checkpoint in bfloat16"
+        )
+    for layer in config.sparse_layers:
+        for name, shape in _experts(config, names, index, layer):
+            stored = index.tensors[name]
+            if not index.is_quantised(name):
+                raise CheckpointError(
+                    f"{stored.file}: {name} is stored as {stored.dtype}, and config.json says that matrices are in "
+                    f"{config.stored_as}; experts that are not, beside others that are, are not supported"
+                )
+            scales_name, scales = index.scales_of(name)
+            blocks = tuple(-(-size // SCALE_BLOCK) for size in shape[-2:])
+            is_in_blocks = scales.shape[-2:] == blocks and blocks[0] > 1
+            if isinstance(names, StackedExpertNames):
+                is_cut = is_in_blocks and config.intermediate_size % SCALE_BLOCK > 0
+                is_cut |= name == names.down.format(layer=layer) and scales.shape[:1] == shape[:1]
+            else:
+                is_gate_up = name == names.fused_gate_up.format(layer=layer)
+                is_cut = is_gate_up and is_in_blocks and config.intermediate_size % SCALE_BLOCK > 0
+            if is_cut:
+                raise CheckpointError(
+                    f"{scales.file}: {scales_name} {list(scales.shape)} has numbers that are of more than one expert's "
+                    f"matrix, or of its columns alone; such scales are not supported"
+                )

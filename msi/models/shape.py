@@ -32,7 +32,7 @@ def shape_of(config: ModelConfig, *, name: str, digest: str, precision: Precisio
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
         is_tied=config.tie_word_embeddings,
-        precision=precision.resolved(config.dtype),
+        precision=precision.resolved(config.dtype, config.stored_as),
         sliding_window=config.sliding_window or 0,
         config_digest=digest,
     )

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from msi.errors import CheckpointError, ConfigError, shown
+from msi.kernels import NONE
+from msi.kernels import SCALE_BLOCK as BLOCK
 from msi.models.files import open_regular, parse_json, read_json
 
 Shape = tuple[int, ...]
@@ -36,6 +38,11 @@ QUANTISED_ENDINGS = (
 )  # fmt: skip
 
 
+FLOAT8 = "F8_E4M3"
+SCALE_ENDINGS = (".weight_scale", ".weight_scale_inv", "_scale_inv", "_scale", ".input_scale")  # beside float8
+SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0")
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One tensor's place. `dtype` is safetensors' word."""
@@ -48,12 +55,16 @@ class StoredTensor:
 class TensorIndex:
     """All tensors of a model directory, by name.
 
+    Args:
+        stored_as: what config.json says that matrices are stored as, "none" or "fp8": then they have scales.
+
     Raises:
         CheckpointError: no weights that are served, or files that contradict their headers or each other.
     """
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, stored_as: str = NONE) -> None:
         self.model_dir = model_dir
+        self.stored_as = stored_as
         self.tensors: dict[str, StoredTensor] = {}
         for path in chosen_files(model_dir):
             for name, stored in read_header(path):
@@ -61,8 +72,9 @@ class TensorIndex:
                     other = self.tensors[name].file
                     raise CheckpointError(f"{name} is in two files, {other} and {path.name}; remove the one not meant")
                 self.tensors[name] = stored
+        known = () if stored_as == NONE else SCALE_ENDINGS
         for name in self.tensors:
-            if name.endswith(QUANTISED_ENDINGS):
+            if name.endswith(QUANTISED_ENDINGS) and not name.endswith(known):
                 raise CheckpointError(
                     f"{self.tensors[name].file} holds {shown(name)}: these weights are quantised, which is not "
                     f"supported; give the checkpoint in bfloat16, float16 or float32"
@@ -85,12 +97,37 @@ class TensorIndex:
             raise CheckpointError(f"{self.model_dir} has no tensor {name}; expected one of shape {list(shape)}")
         if stored.shape != shape:
             raise CheckpointError(f"{stored.file}: {name} is {list(stored.shape)}; expected {list(shape)}")
-        if stored.dtype not in WEIGHT_DTYPES:
+        if self.is_quantised(name):
+            self.scales_of(name)
+        elif stored.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(
                 f"{stored.file}: {name} is stored as {stored.dtype}, which is not supported; "
                 f"supported: {', '.join(WEIGHT_DTYPES)}"
             )
         return stored
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether a tensor that is there is float8 with scales."""
+        return self.stored_as != NONE and self.tensors[name].dtype == FLOAT8
+
+    def scales_of(self, name: str) -> tuple[str, StoredTensor]:
+        """The scales of a quantised matrix, or of a stack of them, with their name: one, one for each row, or one for
+        each block of 128 rows and columns. Raises CheckpointError: there are none, or of another shape.
+        """
+        scales_name = self.first_of(name + "_scale_inv", name + "_scale")
+        stored, scales = self.tensors[name], self.tensors.get(scales_name)
+        if scales is None:
+            raise CheckpointError(f"{stored.file}: {name} is stored as {FLOAT8}, and there is no {scales_name}")
+        *stack, num_rows, num_columns = stored.shape
+        blocks = (-(-num_rows // BLOCK), -(-num_columns // BLOCK))
+        each = [(), (1,), (1, 1), (num_rows,), (num_rows, 1), blocks]
+        allowed = [(*stack, *shape) for shape in each] if stack else each
+        if scales.shape not in allowed or scales.dtype not in SCALE_DTYPES:
+            raise CheckpointError(
+                f"{scales.file}: {scales_name} is {scales.dtype} {list(scales.shape)}; expected one number, one for "
+                f"each of the {num_rows} rows of {name}, or {list(blocks)}: one for each {BLOCK} x {BLOCK}"
+            )
+        return scales_name, scales
 
 
 # -- which files -----------------------------------------------------------------------------------------------------

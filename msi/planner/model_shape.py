@@ -127,7 +127,7 @@ class ModelShape:
         precision, routers = self.precision, self.num_sparse_layers * self.hidden_size * self.num_experts
         tables = (1 if self.is_tied else 2) * self.head_values
         matrices = self.attention_values - tables - routers
-        is_head_apart = precision.quantization != NONE or not self.is_tied
+        is_head_apart = precision.head_format != NONE or not self.is_tied
         whole = (routers + self.head_values) * precision.weight_bytes
         return round(
             whole + matrices * precision.matrix_bytes + is_head_apart * self.head_values * precision.head_bytes
@@ -167,10 +167,17 @@ def model_shape_from_json(values: Mapping[str, Any]) -> ModelShape:
         return ModelShape(
             **values,
             latent=LatentAttention(**latent) if latent else None,
-            precision=Precision(**precision) if precision else Precision.of(OF_VALUE_BYTES[value_bytes]),
+            precision=Precision(**{"quantization": NONE, **precision})
+            if precision
+            else Precision.of(OF_VALUE_BYTES[value_bytes]),
         )
     except (TypeError, KeyError) as error:
         raise ConfigError(f"the plan's model cannot be read: {error}") from error
+
+
+def _precision(values: Mapping[str, Any]) -> Precision:
+    """Plans did not name a quantisation once."""
+    return Precision(**{"quantization": NONE, **values})
 
 
 LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

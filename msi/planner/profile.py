@@ -33,7 +33,7 @@ import numpy as np
 
 from msi.errors import ConfigError
 from msi.planner.interpolation import Curve, Size, Surface, fit_line, like
-from msi.precision import Precision
+from msi.precision import NONE, Precision
 
 SCHEMA_VERSION = 1
 KIND = "msi-profile"
@@ -251,7 +251,7 @@ class _Reader:
         if not isinstance(named, Mapping) or set(named) | {"quantization"} != set(PRECISIONS):
             raise ConfigError(f"{self._where}: precision is {named!r}; it must name {', '.join(PRECISIONS)}")
         try:
-            return Precision(**named)
+            return Precision(**{"quantization": NONE, **named})
         except ConfigError as error:
             raise ConfigError(f"{self._where}: {error}") from error
 

@@ -151,7 +151,8 @@ class _Host:
         hosting = self._hosting
         await asyncio.to_thread(prepare_device, hosting.device)
         device = self._device = open_device(hosting.device, 0)
-        self._precision = precision_on(device, hosting.precision, DTYPES[self._config.dtype])
+        config = self._config
+        self._precision = precision_on(device, hosting.precision, DTYPES[config.dtype], config.stored_as)
         self._loaded = await asyncio.to_thread(self._files.load, self._assignment(), device)
         return self._precision
 

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from msi.models.families import load_config
 from msi.models.files import read_json
 from msi.models.required import check_tensors
 from msi.models.texts import read_texts
-from msi.precision import NONE, VALUE_BYTES, Precision
+from msi.precision import NONE, Precision
 from msi.text.grammars import Grammars
 from msi.text.tokenizer import load_tokenizer
 from msi.types import HOLE
@@ -87,8 +87,8 @@ class ModelFiles:
     def open(self, report: Callable[[int], None] = lambda num_bytes: None) -> Checkpoint | DummyCheckpoint:
         """Raises CheckpointError."""
         if self.load_format == "dummy":
-            return DummyCheckpoint(report, DTYPES[self.config.dtype])
-        source = Checkpoint(self.model_dir, report)
+            return DummyCheckpoint(report, DTYPES[self.config.dtype], self.config.stored_as)
+        source = Checkpoint(self.model_dir, report, self.config.stored_as)
         check_tensors(self.config, source.index)
         return source
 
@@ -128,7 +128,8 @@ class ModelFiles:
                 f"{precision.held_as}, and {free_bytes / 1e9:.1f} GB of memory are free; give experts more workers, on "
                 f"more machines, or free some memory"
             )
-        self.loaded_bytes, self.total_bytes = 0, (num_attention + num_expert) * VALUE_BYTES[self.config.dtype]
+        stored = replace(Precision.of(self.config.dtype), quantization=self.config.stored_as)
+        self.loaded_bytes, self.total_bytes = 0, round(self._bytes_of(stored, num_attention, num_expert))
         started = time.monotonic()
         source = self.open(self._count)
         attention, experts = had.attention, had.experts
@@ -172,7 +173,7 @@ class ModelFiles:
         num_bytes = num_expert * precision.matrix_bytes
         if num_attention:
             table = self.config.vocab_size * self.config.hidden_size
-            is_apart = precision.quantization != NONE or not self.config.tie_word_embeddings
+            is_apart = precision.head_format != NONE or not self.config.tie_word_embeddings
             num_matrices = num_attention - table * (1 if self.config.tie_word_embeddings else 2)
             num_bytes += num_matrices * precision.matrix_bytes + table * precision.weight_bytes
             num_bytes += table * precision.head_bytes * is_apart

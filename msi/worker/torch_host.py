@@ -171,9 +171,9 @@ class TorchHost:
         return self._files.loaded_bytes, self._files.total_bytes
 
     async def prepare(self) -> None:
-        if (
-            self._files.config.dtype == "bfloat16" or self._settings.precision.quantization != NONE
-        ):  # which compiled kernels multiply
+        config = self._files.config
+        will_be = self._settings.precision.resolved(config.dtype, config.stored_as)
+        if config.dtype == "bfloat16" or will_be.quantization != NONE:  # which compiled kernels multiply
             await asyncio.to_thread(prepare_device, self._settings.host.device)
 
     def introduce(self) -> tuple[str, Precision]:
@@ -187,7 +187,8 @@ class TorchHost:
         if self._device is None:
             self._device = self.open_device()
             self._memory = self.open_memory(self._device)
-        precision = precision_on(self._device, settings.precision, DTYPES[self._files.config.dtype])
+        config = self._files.config
+        precision = precision_on(self._device, settings.precision, DTYPES[config.dtype], config.stored_as)
         self.products = products_of(self._device, precision)
         return self._files.fingerprint(), precision
 

@@ -1,4 +1,4 @@
-"""Matrices in int8 and int4: what they stand for, the kernels that unpack them, and what a trained model says then."""
+"""Matrices in int8, int4 and fp8: what they stand for, the kernels that unpack them, what a trained model says then."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from msi.kernels.cpu import CpuKernels
 from msi.kernels.native.bank import NativeExpertBank
 from msi.kernels.native.compiled import linear, native_library, pack
 from msi.kernels.plain import PlainExpertBank, PlainKernels
-from msi.kernels.quantized import quantize
+from msi.kernels.quantized import in_float8, joined, quantize
 from msi.kernels.routing import PackedRows
 from msi.planner.hardware import read_catalogue
 from msi.precision import QUANTISED_BYTES, Precision
 from msi.settings import DEMO_MODEL
 from tests.test_models import PlainDevice, logits_of
 
-FORMATS = ["int8", "int4"]
+FORMATS = ["int8", "int4", "fp8"]
 with_kernels = pytest.mark.skipif(native_library() is None, reason="the native products cannot be compiled here")
 
 
@@ -44,6 +44,40 @@ def test_a_number_is_at_most_half_a_step_of_its_group_away(format, step):
     assert found.scales.shape == (6, 3)
     assert found.num_bytes == {"int8": 1800, "int4": 900}[format] + 6 * 3 * 4
     assert quantize(values(6, 256), format).num_bytes == 6 * 256 * QUANTISED_BYTES[format]
+
+
+def test_float8_is_a_sixteenth_away_at_most_and_its_scales_are_of_blocks():
+    weight = values(200, 300)
+    weight[:128, 128:256] = 0.0
+    found = quantize(weight, "fp8")
+    error = (found.dequantized(torch.float32) - weight).abs()
+    assert (error <= weight.abs() / 16 + 2e-5).all(), "three bits of mantissa; smaller ones than 2^-6 have fewer"
+    assert (found.scales[:128] == found.scales[0]).all()
+    assert (found.scales[128:] == found.scales[128]).all()
+    assert found.grain == "block"
+    assert found.num_bytes == 200 * 300 + 200 * 3 * 4
+    turned = found.transposed()
+    assert torch.equal(turned.dequantized(torch.float32), found.dequantized(torch.float32).T)
+
+
+@with_kernels
+def test_every_number_of_float8_is_unpacked_as_it_is():
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = numbers[~numbers.float().isnan()].repeat(16, 1)
+    packed = pack(native_library(), in_float8(numbers, torch.tensor(3.0)))
+    for num_rows in (1, 5):  # in registers, and by blocks
+        found = [linear(native_library(), part, packed) for part in torch.eye(numbers.shape[1]).split(num_rows)]
+        assert torch.equal(torch.cat(found), 3 * numbers.float().T)
+
+
+def test_parts_below_each_other_are_quantised_as_they_were():
+    upper, lower = quantize(values(130, 60), "fp8"), quantize(values(100, 60, seed=1), "fp8")
+    both = joined([upper, lower])
+    assert both.grain == "block"
+    assert torch.equal(both.dequantized(torch.float32)[130:], lower.dequantized(torch.float32))
+    mixed = joined([upper, values(3, 60).bfloat16()])
+    assert mixed.dtype is torch.bfloat16
+    assert mixed.shape == (133, 60)
 
 
 @with_kernels
@@ -88,7 +122,7 @@ TEXT = (
 )
 
 
-@pytest.mark.parametrize(("format", "most"), [("int8", 1e-3), ("int4", 0.1)])
+@pytest.mark.parametrize(("format", "most"), [("int8", 1e-3), ("int4", 0.1), ("fp8", 5e-3)])
 def test_the_trained_model_says_nearly_what_it_says_in_full(format, most):
     prompt = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json")).encode(TEXT).ids[:100]
     exact = logits_of(DEMO_MODEL, prompt, torch.float32, is_everywhere=True).log_softmax(dim=-1)
@@ -128,7 +162,9 @@ def test_planner_and_precision_count_the_bytes():
 
 
 def test_what_is_no_quantisation_or_has_no_kernels_is_refused_by_name():
-    with pytest.raises(ConfigError, match="`quantization` 'int3' is not one; supported: none, int8, int4"):
+    with pytest.raises(ConfigError, match="`quantization` 'int3' is not one; supported: auto, none, int8, int4, fp8"):
         Precision(quantization="int3")
-    with pytest.raises(ConfigError, match="`quantization` int8 is built for `device` cpu alone"):
+    with pytest.raises(ConfigError, match="`quantization` int8 needs `device` cpu; use quantization=none"):
         precision_on(PlainDevice(), Precision(quantization="int8"), torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"`quantization` fp8 needs Triton's kernels on a GPU of .* 8\.9 or later"):
+        precision_on(PlainDevice(), Precision(quantization="fp8"), torch.bfloat16)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from msi.kernels import Activation
-from msi.kernels.blocks import BLOCK, from_blocks, to_blocks
+from msi.kernels import SCALE_BLOCK, Activation
+from msi.kernels.blocks import from_blocks, to_blocks
 from msi.kernels.plain import PlainExpertBank
 from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
 
@@ -206,7 +206,7 @@ def test_biases_limits_and_scales_are_those_of_the_definition(weights_in_blocks)
         halves = w13.view(2, experts, 2, inner, hidden)
         (w13, scale13, seen13), (w2, scale2, seen2) = (in_blocks(one) for one in (halves, w2))
         w13, scale13, seen13 = (one.reshape(2, experts, -1, one.shape[-1]) for one in (w13, scale13, seen13))
-        weights = ExpertWeights(w13, w2, bias13, bias2, scale13, scale2, BLOCK, activation)
+        weights = ExpertWeights(w13, w2, bias13, bias2, scale13, scale2, SCALE_BLOCK, activation)
     else:
         seen13, seen2 = w13.half(), w2.half()
         weights = ExpertWeights(seen13, seen2, bias13, bias2, activation=activation)

@@ -26,8 +26,14 @@ class FakeKernels(PlainKernels):
         self._upload = upload
         self._zeros = zeros
 
+    @property
+    def quantisations(self) -> tuple[str, ...]:
+        return ("fp8",)
+
     def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:
-        assert isinstance(weight, Tensor), weight.format
+        if isinstance(weight, Quantized):
+            wide = self.linear(weight.dequantized(torch.float32), None if bias is None else bias.float())
+            return lambda rows: wide(rows.to(torch.float32)).to(rows.dtype)
         on_device = self._upload(weight)
         bias_on_device = None if bias is None else self._upload(bias)
         return lambda rows: functional.linear(rows, on_device, bias_on_device)

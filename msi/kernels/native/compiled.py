@@ -36,7 +36,7 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fPIC", "-f
 COMPILES_WITHIN_S = 120.0
 LARGE_PAGE = 1 << 21  # bytes
 WIDTH = 16  # of a panel: a matrix has a multiple of it of rows
-FORMATS = {"bfloat16": 0, "int8": 1, "int4": 2}  # as `products.cpp` numbers them
+FORMATS = {"bfloat16": 0, "int8": 1, "int4": 2, "fp8": 3}  # as `products.cpp` numbers them
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {

@@ -69,6 +69,23 @@ struct Int8 : Grouped<2 * WIDTH> {
   static U line(const uint8_t* at, int half) { return line_of(first(at, half), second(at, half)); }
 };
 
+// [depth, 16] of float8 e4m3. Its bits are those of a float16 that is 256 times smaller: scales make up for it.
+struct Float8 : Grouped<2 * WIDTH> {
+  static constexpr float SCALE = 256.0f;
+  static V floats(const uint8_t* at) {
+#ifdef __AVX512F__
+    const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at)), 7);
+    return (V)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff)));
+#else
+    const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)at)), 7);
+    return (V)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbfff)));
+#endif
+  }
+  static V first(const uint8_t* at, int half) { return floats(at + half * LANES); }
+  static V second(const uint8_t* at, int half) { return floats(at + WIDTH + half * LANES); }
+  static U line(const uint8_t* at, int half) { return line_of(first(at, half), second(at, half)); }
+};
+
 // [depth / 2, 16]: the first of a pair in the low half of a byte, 8 more than it is
 struct Int4 : Grouped<WIDTH> {
 #ifdef __AVX512F__
@@ -433,7 +450,7 @@ int64_t experts_of(const Chosen& of) {
   return num;
 }
 
-enum Format { BFLOAT16, INT8, INT4 };
+enum Format { BFLOAT16, INT8, INT4, FLOAT8 };
 
 #ifdef __AVX512BF16__
 #define MSI_WITH_ROWS(is_bfloat16, call) \
@@ -464,6 +481,11 @@ enum Format { BFLOAT16, INT8, INT4 };
       MSI_WITH_ROWS(is_bfloat16, call);                           \
       break;                                                      \
     }                                                             \
+    case FLOAT8: {                                                \
+      typedef Float8 F;                                           \
+      MSI_WITH_ROWS(is_bfloat16, call);                           \
+      break;                                                      \
+    }                                                             \
     default: {                                                    \
       typedef Bfloat16 F;                                         \
       MSI_WITH_ROWS(is_bfloat16, call);                           \
@@ -485,13 +507,14 @@ int64_t msi_has_bfloat16_rows() {
 
 // Bytes of a matrix [n, depth] in panels; n is a multiple of 16, and depth of 2.
 int64_t msi_packed_bytes(int64_t format, int64_t n, int64_t depth) {
-  const int64_t panel = format == INT8   ? Int8::panel_bytes(depth)
-                        : format == INT4 ? Int4::panel_bytes(depth)
-                                         : Bfloat16::panel_bytes(depth);
+  const int64_t panel = format == INT8     ? Int8::panel_bytes(depth)
+                        : format == INT4   ? Int4::panel_bytes(depth)
+                        : format == FLOAT8 ? Float8::panel_bytes(depth)
+                                           : Bfloat16::panel_bytes(depth);
   return n / WIDTH * panel;
 }
 
-// w [n, depth] as panels: bfloat16; or int8 with scales float [n, groups].
+// w [n, depth] as panels: bfloat16; or int8 or float8 with scales float [n, groups].
 void msi_pack(int64_t format, const void* w, const float* scales, int64_t n, int64_t depth, uint8_t* packed) {
   const int64_t panel_bytes = msi_packed_bytes(format, WIDTH, depth), groups = (depth + GROUP - 1) / GROUP;
 #pragma omp parallel for schedule(static)
@@ -505,14 +528,15 @@ void msi_pack(int64_t format, const void* w, const float* scales, int64_t n, int
         continue;
       }
       const int8_t* from = (const int8_t*)w + row * depth;
-      const int64_t group_bytes = format == INT8 ? Int8::GROUP_BYTES : Int4::GROUP_BYTES;
+      const int64_t group_bytes = format == INT4 ? Int4::GROUP_BYTES : Int8::GROUP_BYTES;
+      const float factor = format == FLOAT8 ? Float8::SCALE : 1.0f;
       for (int64_t g = 0; g < groups; ++g) {
         uint8_t* at = panel + g * group_bytes;
-        ((float*)at)[l] = scales[row * groups + g];
+        ((float*)at)[l] = scales[row * groups + g] * factor;
         at += LINE;
         for (int64_t i = 0; i < std::min(GROUP, depth - g * GROUP); ++i) {
           const int8_t value = from[g * GROUP + i];
-          if (format == INT8)
+          if (format != INT4)
             at[i * WIDTH + l] = value;
           else if (i % 2 == 0)
             at[i / 2 * WIDTH + l] = value + 8;

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from msi.kernels import SWIGLU, Activation
-from msi.kernels.blocks import BLOCK, num_blocks, to_blocks
+from msi.kernels import SCALE_BLOCK, SWIGLU, Activation
+from msi.kernels.blocks import num_blocks, to_blocks
 from msi.kernels.kernels import Biases
 from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
@@ -235,7 +235,7 @@ def new_expert_bank(
     if dtype is torch.float8_e4m3fn:
         across, along = num_blocks(hidden_size), num_blocks(inner_size)
         scales = empty(2 * along, across, dtype=torch.float32), empty(across, along, dtype=torch.float32)
-        weights = replace(weights, scale13=scales[0], scale2=scales[1], scale_block=BLOCK)
+        weights = replace(weights, scale13=scales[0], scale2=scales[1], scale_block=SCALE_BLOCK)
     return TritonExpertBank(weights, num_model_experts=num_model_experts)
 
 
