@@ -345,6 +345,22 @@ def test_a_worker_that_was_told_to_leave_is_not_waited_for_however_its_end_is_no
     assert cluster.plan.wanted == wanted, "nobody asked these to end"
 
 
+def test_who_has_the_place_of_one_that_left_stays_wanted():
+    cluster = formed(replace(PLAN, num_attention=2, max_attention=3))
+    hello(cluster, b"a1", role="attention", worker_id="attention-1", pid=101)
+    cluster.ready(b"a1", WorkerReady("attention-1", 0, "", 100))
+    cluster._formation.has_served = True
+    cluster.draining(b"a0", "attention-0", 0)
+    cluster.goodbye(b"a0", Goodbye("attention-0", 0))
+    assert cluster.plan.wanted_places["attention"] == (1,)
+    assert isinstance(hello(cluster, b"a5", role="attention", worker_id="attention-5", pid=105), Undecided)
+    beat(cluster, b"a1", "attention-1", 1.0)
+    for at in (1.1, 1.2):
+        cluster.tick(at)
+    assert cluster._members["attention-5"].place.index == 0
+    assert cluster.plan.wanted_places["attention"] == (0, 1)
+
+
 def test_an_expert_worker_that_an_operator_asked_to_leave_and_that_cannot_serves_on():
     """Its place was given up when it crashed later on."""
     cluster = formed()

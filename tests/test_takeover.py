@@ -297,7 +297,7 @@ def test_workers_that_a_launcher_saw_end_are_not_waited_for_and_others_not_after
     before = formed(TWO)
     for served, is_awaited in ((["attention-0", "attention-1"], True), (["attention-0"], False)):
         cluster = Cluster(TWO, 0.0)
-        cluster.arrivals.expects(served)
+        cluster.launched(served, {})
         cluster.adopt(b"a", account(before, "attention-0"), 0.0)
         assert cluster.awaits_accounts(1.0) == is_awaited
         assert bool(cluster.tick(1.0)) != is_awaited, "who is there"
@@ -316,6 +316,34 @@ def test_what_a_worker_said_before_its_launcher_saw_it_end_does_not_count():
     cluster.worker_exited("attention-0", one.hello.pid, "it was killed by signal 9", 0.0)
     assert cluster.adopt(b"a", one, 0.1) == []
     assert not cluster.live("attention")
+
+
+def test_a_worker_that_comes_before_those_who_serve_makes_nobody_begin_anew():
+    """All others were taken for those of another instance; alone it got a life that expert workers knew a later one of,
+    and never was connected.
+    """
+    before = formed_of_two()
+    cluster = Cluster(replace(TWO, instance="another token"), 0.0)
+    early = hello(cluster, b"new", role="attention", worker_id="attention-1", pid=4711)
+    assert early.incarnation == 0
+    again, adopted = cluster.adopt(b"e0", account(before, "expert-0"), 0.1)
+    assert (again.route, type(again.message), adopted) == (b"new", HelloAgain, Send(b"e0", Adopted(2)))
+    assert cluster.adopt(b"a0", account(before, "attention-0"), 0.2) == [Send(b"a0", Adopted(2))]
+    late = hello(cluster, b"new", role="attention", worker_id="attention-1", pid=4711)
+    assert (late.instance, late.place.index, late.incarnation) == ("token", 1, 2 * LIVES_PER_TERM)
+
+
+def test_a_coordinator_wants_no_more_workers_than_its_launcher_runs():
+    """The one before died right after a removal, before anybody heard of that."""
+    cluster = Cluster(TWO, 0.0)
+    cluster.launched([], {"attention": 1, "expert": 2})
+    assert cluster.plan.wanted_places == {"attention": (0,), "expert": (0, 1)}
+    before = formed_of_two()
+    for worker_id in ("attention-1", "expert-0", "expert-1"):
+        cluster.adopt(worker_id.encode(), account(before, worker_id), 0.1)
+    cluster.tick(0.2)
+    assert cluster.plan.wanted_places == {"attention": (1,), "expert": (0, 1)}
+    assert Cluster(TWO, 0.0).plan.at_most({"expert": 0}, {"expert": [0]}).wanted["expert"] == 1
 
 
 def standing(cluster, worker_id, now=0.0):

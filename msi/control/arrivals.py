@@ -16,10 +16,19 @@ LULL_S = 3.0  # after the last one: they miss a coordinator within little more t
 
 
 class Arrivals:
-    """At one coordinator. `now` is when it began."""
+    """At one coordinator.
+
+    Args:
+        now: when it began.
+
+    Attributes:
+        num_came: so far.
+        is_taking_over: somebody has come, and others may.
+    """
 
     def __init__(self, now: float) -> None:
         self.is_taking_over = False
+        self.num_came = 0
         self._until = now + TAKEOVER_S
         self._lull_until = math.inf
         self._expected: set[str] | None = None  # None: nobody knows
@@ -35,8 +44,9 @@ class Arrivals:
 
     def came(self, now: float) -> None:
         """One that goes on as it is."""
-        if not self.is_taking_over:
+        if not self.num_came:
             self.is_taking_over, self._until = True, now + TAKEOVER_S
+        self.num_came += 1
         self._lull_until = now + LULL_S
 
     def excuse(self, late_s: float) -> None:

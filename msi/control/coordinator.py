@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -303,9 +303,9 @@ class Coordinator:
 
     # -- workers' messages -------------------------------------------------------------------------------------------
 
-    def expects(self, worker_ids: Sequence[str]) -> None:
-        """The launcher says which workers served the coordinator before this one, and live."""
-        self._cluster.arrivals.expects(worker_ids)
+    def launched(self, serving: Sequence[str], running: Mapping[str, int]) -> None:
+        """The launcher says which workers served the coordinator before this one, and live; and how many it runs."""
+        self._cluster.launched(serving, running)
 
     def worker_exited(self, worker_id: str, pid: int, how: str, has_crashed: bool) -> None:
         """The launcher, and nobody else, says that a process of its own has ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,6 +101,15 @@ class InstancePlan:
         places[role] = tuple(one for one in places[role] if one != index)
         return replace(self, places=places, num_changes=self.num_changes + 1)
 
+    def at_most(self, counts: Mapping[str, int], held: Mapping[str, Collection[int]]) -> InstancePlan:
+        """No more places of these roles than so many, but those that somebody has; the last one stays wanted."""
+        plan = self
+        for role, count in counts.items():
+            free = [index for index in plan.wanted_places[role] if index not in held[role]]
+            while free and len(plan.wanted_places[role]) > max(1, count):
+                plan = plan.without_place(role, free.pop())
+        return plan
+
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -138,7 +147,7 @@ class Member:
         num_acks: HeartbeatAcks that were sent to it.
         num_passes: PassDones that came from it.
         placement_version, has_former: of what it uses, as it last said; see `msi.control.placing`.
-        is_leaving: it wants to end, or somebody wants that, also once it is lost.
+        is_leaving: it wants to end, or somebody wants that; also once it is lost, until its place is given up.
         leaves_by: whatever it runs goes on elsewhere then.
         rhythm: of its signs of life.
     """

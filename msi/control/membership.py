@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from msi.control.adoption import adopted, why_not_adopted
@@ -75,6 +75,7 @@ class Cluster:
         self._exited: dict[int, float] = {}  # processes that ended, and when
         self.superseded_by = 0  # the term of a coordinator that took over from this one
         self.arrivals = Arrivals(now)  # of workers of the coordinator before
+        self._launched: dict[str, int] = {}  # workers that a launcher keeps running, by role, as it said at the start
         self._places_known = 0  # changes of places, of which workers told that they took over
         self._asked: dict[bytes, float] = {}  # who was asked for an account, and when
 
@@ -218,19 +219,37 @@ class Cluster:
             return [Send(route, Adopted(self.term))]
         if account.hello.pid in self._exited:
             return []  # what it said before it ended
+        is_first = not (self.arrivals.num_came or self._formation.has_served)
+        members = {} if is_first else self._members
         self._use_places(replace(self.plan, term=max(self.term, next_term(account.term, self.term))))
-        if objection := self._formation.objection(account.hello) or why_not_adopted(account, self.plan, self._members):
+        if objection := self._formation.objection(account.hello) or why_not_adopted(account, self.plan, members):
             return [Send(route, self._hello_again(objection))]
-        if not self._members:
+        instructions: list[Instruction] = []
+        if is_first:  # who came before it has an instance of its own, and a life that others may know of an earlier one
+            early = [one for one in self._members.values() if one.is_live]
+            instructions += [Send(one.route, self._hello_again("it came before those who serve")) for one in early]
+            self._members.clear()
             self.plan = replace(self.plan, instance=given.instance)
-        self.placing.adopt(account.placement, is_first=not self._members)
+        self.placing.adopt(account.placement, is_first=is_first)
         self._learn_places(account.standing)
         self._use_places(self.plan.with_place(given.role, given.place.index))
         self._formation.recognise(account.hello, self.term * LIVES_PER_TERM)
         self._members[given.worker_id] = adopted(route, account, now)
         self.arrivals.came(now)
         self.num_lanes = self.num_lanes or account.num_lanes
-        return [Send(route, Adopted(self.term))]
+        return [*instructions, Send(route, Adopted(self.term))]
+
+    def launched(self, serving: Collection[str], running: Mapping[str, int]) -> None:
+        """Whoever starts workers here says which of them served the coordinator before, and live; and how many of each
+        role there are to be: more places, that nobody has, are not wanted.
+        """
+        self.arrivals.expects(serving)
+        self._launched = dict(running)
+        self._want_no_more()
+
+    def _want_no_more(self) -> None:
+        held = {role: [member.place.index for member in self.live(role)] for role in self._launched}
+        self._use_places(self.plan.at_most(self._launched, held))
 
     def _learn_places(self, standing: Standing | None) -> None:
         """What the coordinator before wanted, by whoever heard of it last; who is here is wanted."""
@@ -261,6 +280,7 @@ class Cluster:
         if not self.arrivals.is_taking_over or any(self._awaits(role, now) for role in self.plan.wanted):
             return []
         self.arrivals.over()
+        self._want_no_more()
         self.places.begin_anew(now)
         return list(self._topology_to(*self.live("attention")))
 
@@ -447,7 +467,10 @@ class Cluster:
         """One that was to leave is gone, and not wanted any more, unless it has experts that are nowhere else."""
         if member.is_live or not member.is_leaving:
             return
-        if member.role == "attention" or not self.placing.holds_any(member.place.node):
+        if any(one.place == member.place for one in self.live(member.role)):
+            member.is_leaving = False  # another has its place
+        elif member.role == "attention" or not self.placing.holds_any(member.place.node):
+            member.is_leaving = False
             self._use_places(self.plan.without_place(member.role, member.place.index))
 
     def use_lanes(self, num_lanes: int) -> list[Instruction]:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from itertools import count
 from pathlib import Path
@@ -172,7 +173,7 @@ class ProcessInstance:
         for role, worker_id in worker_ids(self._options):
             await self._start_worker(address, role, worker_id)
         await self._serve(address, coordinator)
-        coordinator.tell(launches=True, serving=[])
+        self._say_what_runs(coordinator)
         self._watch(self._watch_coordinator(coordinator, address))
         for role, worker_id in worker_ids(self._options):
             self._watch(self._keep_alive(address, role, worker_id))
@@ -261,8 +262,14 @@ class ProcessInstance:
                     self._children["coordinator"] = child
                     with contextlib.suppress(ConfigError, Unavailable):
                         await _address_of(child)
-            serving = [name for name, one in self._children.items() if one.is_ready and not one.has_ended]
-            child.tell(launches=True, serving=serving)
+            self._say_what_runs(child)
+
+    def _say_what_runs(self, coordinator: Child) -> None:
+        """And that more may be started here. Ids of workers begin with their role."""
+        workers = {name: child for name, child in self._children.items() if name != "coordinator"}
+        serving = [name for name, child in workers.items() if child.is_ready and not child.has_ended]
+        running = Counter(name.rpartition("-")[0] for name in workers)
+        coordinator.tell(launches=True, serving=serving, running=running)
 
     async def _keep_alive(self, address: str, role: str, worker_id: str) -> None:
         """Tells of a worker's end, and starts it again as long as that helps."""

@@ -124,7 +124,7 @@ class _Simulation:
             results = await self._serve(client, arrivals, started_at)
             num_lanes = (await client.stats()).num_lanes
             num_messages = network.num_messages - num_messages
-            busy_s = {worker_id: host.busy_s - busy_before[worker_id] for worker_id, host in self._hosts.items()}
+            busy_s = {name: max(0.0, host.busy_s - busy_before.get(name, 0.0)) for name, host in self._hosts.items()}
             for timer in causing:
                 timer.cancel()
             for running in self._running.values():

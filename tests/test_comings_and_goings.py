@@ -1,0 +1,32 @@
+"""Workers are killed, drained, removed and added while coordinators die: no request notices, and all ends well."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from msi.simulator.workload import Arrival
+from tests.comings_and_goings import Act, lived_through
+from tests.everyday import NUM_SEEDS, mostly_slow
+from tests.test_takeover import COSTS, STORMY
+
+
+def arrivals(chance, until_s):
+    return [Arrival(chance.uniform(0, until_s), chance.randrange(1, 40), chance.randrange(1, 300)) for _ in range(16)]
+
+
+@pytest.mark.parametrize("redundancy", [0, 1])
+@pytest.mark.parametrize("seed", mostly_slow(range(NUM_SEEDS)))
+def test_whoever_comes_and_goes_no_request_notices_and_nobody_is_waited_for_in_the_end(seed, redundancy):
+    chance = random.Random(seed)
+    acts, at_s = [], 0.0
+    for _ in range(8):
+        at_s += chance.choice([0.0, chance.uniform(0.0, 0.3), chance.uniform(0.5, 6)])
+        kind = chance.choice(["kill", "kill", "drain", "remove", "add", "dies"])
+        amount = chance.uniform(0.05, 3.0)
+        acts.append(Act(at_s, kind, chance.choice(["attention", "expert"]), chance.randrange(8), amount))
+    deployment = replace(STORMY, expert_redundancy=redundancy)
+    report, _ = lived_through(deployment, COSTS, arrivals(chance, at_s + 1), acts, seed)
+    assert not report.failed, report.failed
