@@ -42,7 +42,7 @@ class Act:
 class ComingsAndGoings(_Simulation):
     """Attributes: complaints: of orders that were not carried out."""
 
-    def __init__(self, deployment, acts, seed):
+    def __init__(self, deployment, acts, seed, has_launcher=True):
         self.plan = replace(
             deployment.plan, max_attention=deployment.num_attention + 2, max_expert=deployment.num_expert + 2,
             placement=padded(deployment.plan.placement, deployment.num_expert + 2), max_resumptions=100,
@@ -51,6 +51,7 @@ class ComingsAndGoings(_Simulation):
         routing = build_routing("uniform", self.plan.placement, deployment.top_k, most_tokens=512, seed=seed)
         super().__init__(deployment, routing, (), None, None, lambda done, wanted: None)
         self.acts = acts
+        self.has_launcher = has_launcher  # else each process is started again by somebody who tells nobody
         self.complaints = []
         self.pids = {}
         self._num_processes = 0
@@ -71,9 +72,10 @@ class ComingsAndGoings(_Simulation):
     def _coordinate(self, tasks, server):
         self._server, self._tasks = server, tasks
         self.coordinator = self._coordinator(server)
-        self.coordinator.operator.launcher = self._told
         serving = [name for name in self.pids if self._workers[name].has_been_ready.is_set()]
-        self.coordinator.launched(serving, Counter(self._roles.values()))
+        if self.has_launcher:
+            self.coordinator.operator.launcher = self._told
+            self.coordinator.launched(serving, Counter(self._roles.values()))
         self._is_coordinating = True
         self._running[COORDINATOR] = tasks.create_task(self.coordinator.run(), name=COORDINATOR)
 
@@ -111,7 +113,7 @@ class ComingsAndGoings(_Simulation):
         if self.pids.get(worker_id) != pid or self._is_over:
             return
         del self.pids[worker_id]
-        if self._is_coordinating:
+        if self._is_coordinating and self.has_launcher:
             self.coordinator.worker_exited(worker_id, pid, "it was killed by signal 9", False)
         if worker_id in self._leaving:
             del self._roles[worker_id]
@@ -177,12 +179,12 @@ class ComingsAndGoings(_Simulation):
         )  # fmt: skip
 
 
-def lived_through(deployment, costs, arrivals, acts, seed, limit_s=2000.0):
+def lived_through(deployment, costs, arrivals, acts, seed, *, has_launcher=True, limit_s=2000.0):
     """The report, and the world that it happened in."""
     worlds = []
 
     async def run():
-        worlds.append(ComingsAndGoings(deployment, acts, seed))
+        worlds.append(ComingsAndGoings(deployment, acts, seed, has_launcher))
         return await worlds[0].run(costs, arrivals, seed, True)
 
     return run_virtual(run(), limit_s), worlds[0]

@@ -9,6 +9,7 @@ import pytest
 
 from msi.attention.journal import KEPT_S, Journal, RequestAccount, digest_of
 from msi.attention.sequence import Sequence
+from msi.control.adoption import standing_of
 from msi.control.arrivals import LULL_S, TAKEOVER_S
 from msi.control.members import Lost, Send
 from msi.control.membership import ASKED_AGAIN_S, LIVES_PER_TERM, Cluster
@@ -347,7 +348,7 @@ def test_a_coordinator_wants_no_more_workers_than_its_launcher_runs():
 
 
 def standing(cluster, worker_id, now=0.0):
-    return cluster._standing(cluster._members[worker_id], now)
+    return standing_of(cluster._members[worker_id], cluster.plan, now)
 
 
 def test_a_coordinator_after_a_removal_waits_for_as_many_workers_as_the_one_before():

@@ -1,13 +1,13 @@
-"""Whether a worker that served under the coordinator before may go on as it is, and as whom. Pure."""
+"""Whether a worker that served under the coordinator before may go on, and as whom; what it keeps for that. Pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from msi.control.members import InstancePlan, Member, assignment
-from msi.control.messages import Account
+from msi.control.messages import Account, Standing
 
 
 def why_not_adopted(account: Account, plan: InstancePlan, members: Mapping[str, Member]) -> str:
@@ -60,3 +60,20 @@ def adopted(route: bytes, account: Account, now: float) -> Member:
         is_leaving=account.is_draining or is_asked,
         leaves_by=math.inf if standing is None or not is_asked else now + standing.leaves_in_s,
     )  # fmt: skip
+
+
+def standing_of(member: Member, plan: InstancePlan, now: float) -> Standing | None:
+    """What a member keeps for the coordinator after this one; None where it is as at the start."""
+    if not (plan.num_changes or member.is_leaving):
+        return None
+    places, leaves_in_s = plan.wanted_places, max(0.0, member.leaves_by - now)
+    return Standing(plan.num_changes, places["attention"], places["expert"], member.is_leaving, leaves_in_s)
+
+
+def with_places_of(standing: Standing, plan: InstancePlan, members: Iterable[Member]) -> InstancePlan:
+    """What the coordinator before wanted; who is here is wanted, too."""
+    places = {"attention": standing.attention, "expert": standing.expert}
+    for one in members:
+        if one.is_live:
+            places[one.role] = tuple(sorted({*places[one.role], one.place.index}))
+    return replace(plan, places=places, num_changes=max(plan.num_changes, standing.num_changes))

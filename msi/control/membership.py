@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from msi.control.adoption import adopted, why_not_adopted
+from msi.control.adoption import adopted, standing_of, why_not_adopted, with_places_of
 from msi.control.arrivals import Arrivals
 from msi.control.client_messages import WorkerStats
 from msi.control.expert_places import ExpertPlaces
@@ -38,7 +38,6 @@ from msi.control.messages import (
     Pulse,
     Refused,
     Shutdown,
-    Standing,
     Topology,
     Undecided,
     UseLanes,
@@ -231,7 +230,9 @@ class Cluster:
             self._members.clear()
             self.plan = replace(self.plan, instance=given.instance)
         self.placing.adopt(account.placement, is_first=is_first)
-        self._learn_places(account.standing)
+        if (standing := account.standing) is not None and standing.num_changes > self._places_known:
+            self._places_known = standing.num_changes
+            self._use_places(with_places_of(standing, self.plan, self._members.values()))
         self._use_places(self.plan.with_place(given.role, given.place.index))
         self._formation.recognise(account.hello, self.term * LIVES_PER_TERM)
         self._members[given.worker_id] = adopted(route, account, now)
@@ -250,26 +251,6 @@ class Cluster:
     def _want_no_more(self) -> None:
         held = {role: [member.place.index for member in self.live(role)] for role in self._launched}
         self._use_places(self.plan.at_most(self._launched, held))
-
-    def _learn_places(self, standing: Standing | None) -> None:
-        """What the coordinator before wanted, by whoever heard of it last; who is here is wanted."""
-        if standing is None or standing.num_changes <= self._places_known:
-            return
-        self._places_known = standing.num_changes
-        places = {
-            role: tuple(sorted({*given, *(member.place.index for member in self.live(role))}))
-            for role, given in (("attention", standing.attention), ("expert", standing.expert))
-        }
-        num_changes = max(self.plan.num_changes, standing.num_changes)
-        self._use_places(replace(self.plan, places=places, num_changes=num_changes))
-
-    def _standing(self, member: Member, now: float) -> Standing | None:
-        """What a member keeps for the coordinator after this one; None where it is as at the start."""
-        if not (self.plan.num_changes or member.is_leaving):
-            return None
-        places = self.plan.wanted_places
-        leaves_in_s = max(0.0, member.leaves_by - now)
-        return Standing(self.plan.num_changes, places["attention"], places["expert"], member.is_leaving, leaves_in_s)
 
     def attention_at(self, route: bytes) -> str:
         """The id of the attention worker behind a route, "" for none."""
@@ -327,7 +308,7 @@ class Cluster:
         instructions += self.placing.to(member)
         member.num_acks += 1
         is_watched = now < self._watched_until
-        standing = self._standing(member, now)
+        standing = standing_of(member, self.plan, now)
         ack = HeartbeatAck(member.num_acks, is_watched=is_watched, term=self.term, standing=standing)
         return [*instructions, Send(route, ack)]
 
