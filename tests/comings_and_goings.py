@@ -30,7 +30,9 @@ SETTLES_S = 300.0
 
 @dataclass(frozen=True)
 class Act:
-    """At `at_s`: "kill", "drain" or "remove" the live worker of this number and role; "add" one; coordinator "dies"."""
+    """At `at_s`: "kill", "drain", "remove" or "ask" (to end, by a signal) the live worker of this number and role;
+    "add" one; "rebalance"; the coordinator "dies".
+    """
 
     at_s: float
     kind: str
@@ -138,8 +140,9 @@ class ComingsAndGoings(_Simulation):
             self._replace_coordinator(self._tasks, act.amount)
             self._is_coordinating = False
             return
-        if act.kind == "add":
-            self._tasks.create_task(self._order(Order(0, "add", role=act.role)))
+        if act.kind in ("add", "rebalance"):
+            role = act.role if act.kind == "add" else ""
+            self._tasks.create_task(self._order(Order(0, act.kind, role=role)))
             return
         names = sorted(name for name in self.pids if self._roles[name] == act.role)
         if not names:
@@ -147,6 +150,8 @@ class ComingsAndGoings(_Simulation):
         name = names[act.number % len(names)]
         if act.kind == "kill":
             self._kill[name]()
+        elif act.kind == "ask":
+            self._workers[name].drain()
         else:
             self._tasks.create_task(self._order(Order(0, act.kind, name, within_s=act.amount)))
 

@@ -32,7 +32,7 @@ def acts_of(chance, kinds):
 @pytest.mark.parametrize("seed", mostly_slow(range(NUM_SEEDS)))
 def test_whoever_comes_and_goes_no_request_notices_and_nobody_is_waited_for_in_the_end(seed, redundancy):
     chance = random.Random(seed)
-    acts = acts_of(chance, ["kill", "kill", "drain", "remove", "add", "dies"])
+    acts = acts_of(chance, ["kill", "kill", "drain", "remove", "ask", "add", "rebalance", "dies"])
     deployment = replace(STORMY, expert_redundancy=redundancy)
     report, _ = lived_through(deployment, COSTS, arrivals(chance, acts[-1].at_s + 1), acts, seed)
     assert not report.failed, report.failed

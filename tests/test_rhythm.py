@@ -13,6 +13,7 @@ def beaten(gaps, begin=0.0):
     for gap in gaps:
         now += gap
         rhythm.beat(now)
+        rhythm.settle(0.0)
     return rhythm, now
 
 
@@ -29,10 +30,22 @@ def test_who_is_not_known_yet_and_whose_signs_come_late_have_the_full_time_at_mo
     assert rhythm.patience_s(MOST_S) == MOST_S
 
 
+def test_what_whoever_reads_is_late_by_makes_nobody_more_patient():
+    rhythm, now = beaten([0.19] * KNOWN_FROM)
+    for late_s in (0.6, 0.6, 0.6):  # read together, by one that stood still
+        rhythm.beat(now + late_s)
+    rhythm.settle(0.45)
+    assert rhythm.patience_s(MOST_S) == LEAST_S
+    rhythm.beat(now + 1.2)
+    rhythm.settle(0.0)
+    assert rhythm.patience_s(MOST_S) > LEAST_S
+
+
 def test_a_pause_is_forgotten_after_two_windows():
     rhythm, now = beaten([0.2] * KNOWN_FROM + [0.6])
     for _ in range(round(2.2 * WINDOW_S / 0.2)):
         assert rhythm.patience_s(MOST_S) >= LEAST_S
         now += 0.2
         rhythm.beat(now)
+        rhythm.settle(0.0)
     assert rhythm.patience_s(MOST_S) < TIMES * 0.6

@@ -493,6 +493,7 @@ class Cluster:
             member.last_seen += late_s
             self._leaves(member)  # its experts may be elsewhere by now
             silent_s = now - member.last_seen
+            member.rhythm.settle(late_s)
             patience_s = self._patience_s(member)
             if member.is_live and silent_s > patience_s:
                 instructions += self._lose(member, f"no sign of life for {silent_s:.1f} s")

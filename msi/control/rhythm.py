@@ -23,14 +23,24 @@ class Rhythm:
         self._last = math.inf
         self._began = 0.0
         self._pause_s = self._pause_before_s = 0.0
+        self._new_s = 0.0  # the longest pause since `settle`
 
     def beat(self, now: float) -> None:
         """One came."""
         if now - self._began > WINDOW_S:
             self._began, self._pause_before_s, self._pause_s = now, self._pause_s, 0.0
-        self._pause_s = max(self._pause_s, now - self._last)
+        self._new_s = max(self._new_s, now - self._last)
         self._last = now
         self._num += 1
+
+    def settle(self, late_s: float) -> None:
+        """What has come since the last time counts from now on.
+
+        Args:
+            late_s: by so much whoever reads them was late meanwhile: that much of a pause was not the worker's.
+        """
+        self._pause_s = max(self._pause_s, self._new_s - late_s)
+        self._new_s = 0.0
 
     def patience_s(self, most_s: float) -> float:
         """For its silence."""
