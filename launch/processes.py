@@ -197,7 +197,7 @@ class CoordinatorEnding:
             self._is_urgent.set()
         elif message.get("launches"):
             self._coordinator.operator.launcher = functools.partial(tell_launcher, self._announce)
-            self._coordinator.launched(message["serving"], message["running"])
+            self._coordinator.launched(message["serving"], message["running"], message["forgotten"])
         elif worker_id := message.get("exited"):
             self._coordinator.worker_exited(worker_id, message["pid"], message["how"], message["has_crashed"])
 

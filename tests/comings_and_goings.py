@@ -77,7 +77,7 @@ class ComingsAndGoings(_Simulation):
         serving = [name for name in self.pids if self._workers[name].has_been_ready.is_set()]
         if self.has_launcher:
             self.coordinator.operator.launcher = self._told
-            self.coordinator.launched(serving, Counter(self._roles.values()))
+            self.coordinator.launched(serving, Counter(self._roles.values()), self._leaving)
         self._is_coordinating = True
         self._running[COORDINATOR] = tasks.create_task(self.coordinator.run(), name=COORDINATOR)
 

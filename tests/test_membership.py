@@ -374,7 +374,7 @@ def test_an_expert_worker_that_an_operator_asked_to_leave_and_that_cannot_serves
         for one in cluster._members.values():
             one.placement_version, one.has_former = version, has_former and one.role == "expert"
         cluster.tick(1.2)
-    assert (member.state, member.is_leaving) == ("ready", False)
+    assert (member.state, member.is_leaving, cluster.take_staying()) == ("ready", False, ["expert-1"])
     assert list(cluster.serving) == ["attention-0"]
 
 

@@ -12,12 +12,13 @@ from msi.attention.sequence import Sequence
 from msi.control.adoption import standing_of
 from msi.control.arrivals import LULL_S, TAKEOVER_S
 from msi.control.members import Lost, Send
-from msi.control.membership import ASKED_AGAIN_S, LIVES_PER_TERM, Cluster
+from msi.control.membership import ASKED_AGAIN_S, LEAVES_WITHIN_S, LIVES_PER_TERM, Cluster
 from msi.control.messages import (
     Account,
     AccountWanted,
     Adopted,
     Assignment,
+    Drain,
     Goodbye,
     HelloAgain,
     PassDone,
@@ -345,6 +346,18 @@ def test_a_coordinator_wants_no_more_workers_than_its_launcher_runs():
     cluster.tick(0.2)
     assert cluster.plan.wanted_places == {"attention": (1,), "expert": (0, 1)}
     assert Cluster(TWO, 0.0).plan.at_most({"expert": 0}, {"expert": [0]}).wanted["expert"] == 1
+
+
+@pytest.mark.parametrize("worker_id", ["attention-1", "expert-1"])
+def test_a_worker_that_its_launcher_does_not_start_again_leaves_though_nobody_else_heard_of_it(worker_id):
+    """It would have been waited for for ever once it died."""
+    before = formed_of_two()
+    cluster = Cluster(TWO, 0.0)
+    cluster.launched([], {"attention": 2, "expert": 2}, [worker_id])
+    sent = [cluster.adopt(one.encode(), account(before, one), 1.0) for one in before._members]
+    member = cluster._members[worker_id]
+    assert (member.state, member.is_leaving, member.leaves_by) == ("draining", True, 1.0 + LEAVES_WITHIN_S)
+    assert (Send(b"attention-1", Drain()) in [one for some in sent for one in some]) == (worker_id == "attention-1")
 
 
 def standing(cluster, worker_id, now=0.0):

@@ -303,9 +303,9 @@ class Coordinator:
 
     # -- workers' messages -------------------------------------------------------------------------------------------
 
-    def launched(self, serving: Sequence[str], running: Mapping[str, int]) -> None:
-        """The launcher says which workers served the coordinator before this one, and live; and how many it runs."""
-        self._cluster.launched(serving, running)
+    def launched(self, serving: Sequence[str], running: Mapping[str, int], forgotten: Sequence[str]) -> None:
+        """The launcher says what there is, see `Cluster.launched`."""
+        self._cluster.launched(serving, running, forgotten)
 
     def worker_exited(self, worker_id: str, pid: int, how: str, has_crashed: bool) -> None:
         """The launcher, and nobody else, says that a process of its own has ended."""

@@ -54,6 +54,7 @@ LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times long
 STUCK_AFTER_S = 30.0  # a process that lives, but whose loop stands still for so long, is given up
 ASKED_AGAIN_S = 0.5
 LIVES_PER_TERM = 4097  # whoever comes anew to a coordinator is of a later life than any that the one before knew
+LEAVES_WITHIN_S = 60.0  # where nobody knows how long it was given
 EXITS_REMEMBERED_S = 10.0  # what a process said before it ended may be read after that
 
 
@@ -74,6 +75,8 @@ class Cluster:
         self._exited: dict[int, float] = {}  # processes that ended, and when
         self.superseded_by = 0  # the term of a coordinator that took over from this one
         self.arrivals = Arrivals(now)  # of workers of the coordinator before
+        self._staying: list[str] = []
+        self._forgotten: frozenset[str] = frozenset()  # by whoever starts workers here
         self._launched: dict[str, int] = {}  # workers that a launcher keeps running, by role, as it said at the start
         self._places_known = 0  # changes of places, of which workers told that they took over
         self._asked: dict[bytes, float] = {}  # who was asked for an account, and when
@@ -235,17 +238,25 @@ class Cluster:
             self._use_places(with_places_of(standing, self.plan, self._members.values()))
         self._use_places(self.plan.with_place(given.role, given.place.index))
         self._formation.recognise(account.hello, self.term * LIVES_PER_TERM)
-        self._members[given.worker_id] = adopted(route, account, now)
+        member = self._members[given.worker_id] = adopted(route, account, now)
+        if given.worker_id in self._forgotten and not member.is_leaving:
+            member.state, member.is_leaving, member.leaves_by = "draining", True, now + LEAVES_WITHIN_S
+        if member.state == "draining" and member.role == "attention":
+            instructions.append(Send(route, Drain()))  # it may not have heard
         self.arrivals.came(now)
         self.num_lanes = self.num_lanes or account.num_lanes
         return [*instructions, Send(route, Adopted(self.term))]
 
-    def launched(self, serving: Collection[str], running: Mapping[str, int]) -> None:
-        """Whoever starts workers here says which of them served the coordinator before, and live; and how many of each
-        role there are to be: more places, that nobody has, are not wanted.
+    def launched(self, serving: Collection[str], running: Mapping[str, int], forgotten: Collection[str] = ()) -> None:
+        """Whoever starts workers here says what there is at the start of this coordinator.
+
+        Args:
+            serving: workers that served the coordinator before, and live.
+            running: how many of each role there are to be: more places, that nobody has, are not wanted.
+            forgotten: workers that were to leave the coordinator before: they are not started again.
         """
         self.arrivals.expects(serving)
-        self._launched = dict(running)
+        self._launched, self._forgotten = dict(running), frozenset(forgotten)
         self._want_no_more()
 
     def _want_no_more(self) -> None:
@@ -413,6 +424,12 @@ class Cluster:
         for member in self.live("expert"):
             if member.leaves_by < math.inf and self.is_stuck(member):
                 member.state, member.is_leaving, member.leaves_by = "ready", False, math.inf
+                self._staying.append(member.worker_id)
+
+    def take_staying(self) -> list[str]:
+        """Workers that were to leave, and stay since they cannot."""
+        staying, self._staying = self._staying, []
+        return staying
 
     def is_of_use(self, member: Member) -> bool:
         """Whether rows or requests go to it."""

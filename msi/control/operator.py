@@ -50,6 +50,9 @@ class Operator:
 
     def look(self) -> None:
         """After whatever happened."""
+        for worker_id in self._cluster.take_staying():
+            if self.launcher is not None:
+                self.launcher(keep=worker_id)
         for wait in [one for one in self._waits if one[1].done() or one[0]()]:
             self._waits.remove(wait)
             if not wait[1].done():
@@ -132,8 +135,6 @@ class Operator:
             self.launcher(forget=order.worker_id)
         await self._until(lambda: not (member.is_live and member.is_leaving))
         if member.is_live:
-            if order.verb == "remove" and self.launcher is not None:
-                self.launcher(keep=order.worker_id)
             reason = self._cluster.placing.failure or "its experts have no other place"
             raise Unavailable(f"{order.worker_id} stays: {reason}")
         return f"{order.worker_id} has left ({member.reason})", self._status()

@@ -269,7 +269,8 @@ class ProcessInstance:
         workers = {name: child for name, child in self._children.items() if name != "coordinator"}
         serving = [name for name, child in workers.items() if child.is_ready and not child.has_ended]
         running = Counter(name.rpartition("-")[0] for name in workers)
-        coordinator.tell(launches=True, serving=serving, running=running)
+        forgotten = [name for name in workers if name in self._leaving]
+        coordinator.tell(launches=True, serving=serving, running=running, forgotten=forgotten)
 
     async def _keep_alive(self, address: str, role: str, worker_id: str) -> None:
         """Tells of a worker's end, and starts it again as long as that helps."""
