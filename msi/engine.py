@@ -301,6 +301,7 @@ class Engine:
         priority: int = 0,
         timeout_s: float = 0.0,
         flow: str = "",
+        cache_salt: str = "",
     ) -> AsyncGenerator[Output, None]:
         """Generates, yielding what is new as it comes; the last output of each choice has a finish_reason.
 
@@ -314,6 +315,7 @@ class Engine:
             priority: lower is earlier, and is not preempted for what is higher.
             timeout_s: the whole answer has to come in that time; 0 for none.
             flow: who asks; flows share the instance evenly. "" for this engine.
+            cache_salt: only requests with the same one find each other's prefixes in the cache.
 
         Raises:
             InvalidRequest: the prompt or the parameters cannot be served.
@@ -337,7 +339,9 @@ class Engine:
         texts = text_streams(self._vocabulary, token_ids, params, thinking)
         num_cached = [0] * params.n
         requests = [
-            Request(name, token_ids, one, trace, priority=priority, timeout_s=timeout_s, flow=flow)
+            Request(
+                name, token_ids, one, trace, priority=priority, timeout_s=timeout_s, flow=flow, cache_salt=cache_salt
+            )
             for name, one in zip(names, choices, strict=True)
         ]
         updates = client.generate(requests)

@@ -207,6 +207,7 @@ class Request:
         priority: vLLM's: lower is earlier, and gives its blocks up later.
         timeout_s: from now on, after which nobody wants its answer any more; 0 for none.
         flow: who asks: flows share the instance evenly. "" for the connection that it comes by.
+        cache_salt: only requests with the same one find each other's prefixes in the cache.
     """
 
     request_id: str
@@ -219,6 +220,7 @@ class Request:
     priority: Annotated[int, range(-MAX_PRIORITY, MAX_PRIORITY + 1)] = 0
     timeout_s: Annotated[float, (0.0, MAX_TIMEOUT_S)] = 0.0
     flow: str = ""
+    cache_salt: str = ""
 
 
 class Progress(NamedTuple):  # one for every token: a tuple is made in a third of the time of a frozen dataclass

@@ -55,7 +55,8 @@ NEUTRAL = {
     "skip_special_tokens": [None, True], "include_stop_str_in_output": [None, False], "store": [None, True, False],
     "metadata": [None, {"a": "b"}], "service_tier": ["auto"], "parallel_tool_calls": [None, True, False],
     "spaces_between_special_tokens": [True, False], "kv_transfer_params": [None],
-    "return_token_ids": [None, False], "num_beams": [1], "do_sample": [True], "typical_p": [1.0], "cache_salt": [None],
+    "return_token_ids": [None, False], "num_beams": [1], "do_sample": [True], "typical_p": [1.0],
+    "cache_salt": [None, ""], "return_tokens_as_token_ids": [False],
     "verbosity": [None, "medium"], "request_id": ["x"],
 }  # fmt: skip
 
@@ -72,11 +73,11 @@ CHANGES = {
     "best_of": 2, "suffix": "b", "regex": "a+",
     "use_beam_search": True, "length_penalty": 2, "logits_processors": ["x"], "prompt_embeds": "AAAA",
     "audio": {"voice": "x"}, "modalities": ["text", "audio"],
-    "cache_salt": "s", "kv_transfer_params": {"a": 1}, "thinking_token_budget": 5,
+    "kv_transfer_params": {"a": 1}, "thinking_token_budget": 5,
     "max_new_tokens": 5, "repeat_penalty": 1.1, "num_beams": 4, "do_sample": False, "functions": [{"name": "f"}],
     "tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}],
     "web_search_options": {"a": 1},
-    "verbosity": "low", "return_token_ids": True, "detokenize": False, "typical_p": 0.5, "lora_path": "x",
+    "verbosity": "low", "return_token_offsets": True, "detokenize": False, "typical_p": 0.5, "lora_path": "x",
 }  # fmt: skip
 
 

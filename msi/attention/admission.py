@@ -20,7 +20,7 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from msi.attention.block_pool import BlockPool, hash_block
+from msi.attention.block_pool import BlockPool, hash_block, hash_salt
 from msi.attention.sequence import Lane, Sequence
 
 OVERTAKING = 32  # waiting requests that are looked at for one that fits
@@ -178,7 +178,8 @@ class Admission:
         hashes, size = sequence.hashes, self._block_tokens
         while len(hashes) <= index:
             start = len(hashes) * size
-            hashes.append(hash_block(hashes[-1] if hashes else b"", sequence.tokens[start : start + size]))
+            parent = hashes[-1] if hashes else hash_salt(sequence.request.cache_salt)
+            hashes.append(hash_block(parent, sequence.tokens[start : start + size]))
         return hashes[index]
 
     def _known_blocks(self, sequence: Sequence) -> list[int]:

@@ -15,8 +15,13 @@ from collections.abc import Iterable, Sequence
 HASH_BYTES = 16
 
 
+def hash_salt(salt: str) -> bytes:
+    """What the first block of a prefix comes after; b"" without a salt."""
+    return hashlib.blake2b(salt.encode(), digest_size=HASH_BYTES, person=b"salt").digest() if salt else b""
+
+
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The name of a block's contents: its tokens after everything that `parent` names (b"" at the start)."""
+    """The name of a block's contents: its tokens after everything that `parent` names (at the start, `hash_salt`)."""
     tokens = struct.pack(f"<{len(token_ids)}q", *token_ids)
     return hashlib.blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
 

@@ -53,6 +53,7 @@ from msi.server.preparers import Preparers
 from msi.server.prompt_answers import PromptAnswers, ScoredPrompt, ends_of
 from msi.server.request_log import RequestLog
 from msi.server.responses.answer import ResponseAnswer
+from msi.server.token_ids import TokenIds
 from msi.server.traced import traced
 from msi.server.urgency import shortest_timeout_s
 from msi.types import Output, TokenText
@@ -132,7 +133,9 @@ class Caller:
         timeout_s = shortest_timeout_s(urgency.timeout_s, self.headers, is_streamed=asked.streaming.stream)
         if timeout_s and self.came_at is not None:  # understanding it took time
             timeout_s = max(0.001, timeout_s - (time.monotonic() - self.came_at))
-        told = {"priority": urgency.priority, "timeout_s": timeout_s, "flow": self.flow}
+        told = {
+            "priority": urgency.priority, "timeout_s": timeout_s, "flow": self.flow, "cache_salt": asked.cache_salt,
+        }  # fmt: skip
         return {name: value for name, value in told.items() if value}
 
 
@@ -231,6 +234,7 @@ class Calls:
         created = int(time.time())
         common = (engine.model_name, created, engine.token_text, num_choices)
         answer: ChunkAnswer | TypedAnswer
+        shown_as: dict[str, Any] = {"token_ids": token_ids_of(asked), "names_by_id": asked.streaming.tokens_as_ids}
         if asked.endpoint == RESPONSE:
             answer = ResponseAnswer(request_id, engine.model_name, created, asked)
         elif asked.endpoint == ANTHROPIC:
@@ -238,11 +242,13 @@ class Calls:
         elif asked.endpoint == CHAT:
             answer = ChatAnswer(
                 f"chatcmpl-{request_id}", *common, has_logprobs, asked.parsing, is_streamed=asked.streaming.stream,
-                prompts=scored,
+                prompts=scored, **shown_as,
             )  # fmt: skip
         else:
             echoes = [echo.decode() for echo in asked.echoes]
-            answer = CompletionAnswer(f"cmpl-{request_id}", *common, echoes, has_logprobs=has_logprobs, prompts=scored)
+            answer = CompletionAnswer(
+                f"cmpl-{request_id}", *common, echoes, has_logprobs=has_logprobs, prompts=scored, **shown_as
+            )
         thinking = None if asked.parsing is None else thinking_of(asked.parsing)
 
         def start(trace: str = "") -> AsyncGenerator[Output, None]:
@@ -269,6 +275,13 @@ class Calls:
                 log.info("field %s of requests is not known here and is ignored", shown(name))
 
 
+def token_ids_of(asked: Prepared) -> TokenIds | None:
+    """Where they are asked for."""
+    if not asked.streaming.token_ids:
+        return None
+    return TokenIds([tokens_of(one) for one in asked.prompts], asked.params.n)
+
+
 def prompt_answers(asked: Prepared, token_text: Callable[[int], TokenText]) -> PromptAnswers | None:
     """Where the log-probabilities of the prompts are asked for."""
     if asked.params.prompt_logprobs is None:
@@ -279,7 +292,10 @@ def prompt_answers(asked: Prepared, token_text: Callable[[int], TokenText]) -> P
     else:
         prompts = [ScoredPrompt(tokens_of(one)) for one in asked.prompts]
     num_echoed = asked.params.logprobs if asked.echo_ends else None
-    return PromptAnswers(prompts, asked.params.n, token_text, num_echoed=num_echoed, num_listed=asked.num_listed)
+    return PromptAnswers(
+        prompts, asked.params.n, token_text, num_echoed=num_echoed, num_listed=asked.num_listed,
+        names_by_id=asked.streaming.tokens_as_ids,
+    )  # fmt: skip
 
 
 async def with_prompts(outputs: AsyncGenerator[Output, None], prompts: PromptAnswers) -> AsyncGenerator[Output, None]:

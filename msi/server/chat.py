@@ -26,6 +26,7 @@ from msi.server.fields import (
 from msi.server.parsed_choice import ParsedChoice
 from msi.server.parsing.parser import Parsing
 from msi.server.prompt_answers import PromptAnswers
+from msi.server.token_ids import TokenIds, id_name, named_by_id
 from msi.types import Output, SamplingParams, TokenLogprobs, TokenText
 
 FIELDS = SHARED_FIELDS | {
@@ -297,6 +298,8 @@ class ChatAnswer:
         parsing: what is looked for in the text; None to tell it as it is.
         is_streamed: nobody will ask for a whole `choice`.
         prompts: log-probabilities of the prompt, where those are wanted.
+        token_ids: where those are wanted.
+        names_by_id: log-probabilities name tokens by their ids.
 
     Attributes:
         is_plain: the chunks of a choice differ in nothing but their text, up to the one that ends it.
@@ -305,12 +308,14 @@ class ChatAnswer:
     def __init__(
         self, request_id: str, model: str, created: int, token_text: Callable[[int], TokenText], num_choices: int,
         has_logprobs: bool = False, parsing: Parsing | None = None, is_streamed: bool = False,
-        prompts: PromptAnswers | None = None,
+        prompts: PromptAnswers | None = None, token_ids: TokenIds | None = None, names_by_id: bool = False,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.usage = Usage(num_choices)
-        self.is_plain = not has_logprobs and parsing is None and prompts is None
-        self._token_text = token_text
+        self.is_plain = not has_logprobs and parsing is None and prompts is None and token_ids is None
+        self._token_text = named_by_id(token_text) if names_by_id else token_text
+        self._token_ids = token_ids
+        self._names_by_id = names_by_id
         self._has_logprobs = has_logprobs
         self._prompts = prompts
         self._is_open = False
@@ -331,13 +336,19 @@ class ChatAnswer:
         chunks = [self._head | {"choices": [_choice(index, "delta", delta)]} for index in range(self.num_choices)]
         if self._prompts is not None:
             chunks[0] |= self._prompts.listed(0)
+        if self._token_ids is not None:
+            chunks[0] |= self._token_ids.of_prompt(0)
         return chunks
 
     def chunk(self, output: Output) -> dict[str, Any]:
         """One server-sent event."""
         delta, reason = self.delta(output)
-        logprobs = logprobs_content(output, self._token_text) if self._has_logprobs else None
+        logprobs = None
+        if self._has_logprobs:
+            logprobs = logprobs_content(output, self._token_text, names_by_id=self._names_by_id)
         choice = _choice(output.index, "delta", delta, logprobs, reason)
+        if self._token_ids is not None:
+            choice |= self._token_ids.take(output)
         return self._head | {"choices": [choice]}
 
     def delta(self, output: Output) -> tuple[dict[str, Any], str | None]:
@@ -357,6 +368,8 @@ class ChatAnswer:
     def frame(self) -> dict[str, Any]:
         """The answer to a request that does not stream, less the choices."""
         values = self._common | {"object": "chat.completion", "usage": self.usage.values()}
+        if self._token_ids is not None:
+            values |= self._token_ids.of_prompt(0)
         return values if self._prompts is None else values | self._prompts.listed(0)
 
     def echoed(self, index: int) -> Mapping[str, bytes]:
@@ -366,15 +379,23 @@ class ChatAnswer:
     def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
         """One choice of that answer, less log-probabilities."""
         message = self._parsed[index].message() if self._parsed else {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "finish_reason": finish_reason}
+        values = {"index": index, "message": message, "finish_reason": finish_reason}
+        return values if self._token_ids is None else values | self._token_ids.whole(index)
 
 
-def logprobs_content(output: Output, token_text: Callable[[int], TokenText]) -> dict[str, Any]:
+def logprobs_content(
+    output: Output, token_text: Callable[[int], TokenText], *, names_by_id: bool = False
+) -> dict[str, Any]:
     """The chat endpoint's form of log-probabilities: `token` and `bytes` are what a token adds to the text.
 
     So joined they are the text, and its UTF-8; "" is a token inside a character, or one that ended the answer.
     """
-    pairs = zip(output.logprobs, output.token_texts, strict=True)
+    texts = output.token_texts
+    if names_by_id:
+        texts = tuple(
+            TokenText(id_name(new.token_id), one.data) for new, one in zip(output.logprobs, texts, strict=True)
+        )
+    pairs = zip(output.logprobs, texts, strict=True)
     return {"content": [_token(one, added, token_text) for one, added in pairs]}
 
 

@@ -23,6 +23,7 @@ from msi.server.fields import (
     typed,
 )
 from msi.server.prompt_answers import PromptAnswers, named_top
+from msi.server.token_ids import TokenIds, id_name, named_by_id
 from msi.types import Output, SamplingParams, TokenText
 
 DEFAULT_MAX_TOKENS = 16
@@ -118,6 +119,8 @@ class CompletionAnswer:
         echoes: what comes before the text, for each prompt.
         has_logprobs: whether log-probabilities are wanted.
         prompts: log-probabilities of the prompts, where those are wanted.
+        token_ids: where those are wanted.
+        names_by_id: log-probabilities name tokens by their ids.
 
     Attributes:
         is_plain: the chunks of a choice differ in nothing but their text, up to the one that ends it.
@@ -126,11 +129,14 @@ class CompletionAnswer:
     def __init__(
         self, request_id: str, model: str, created: int, token_text: Callable[[int], TokenText], num_choices: int,
         echoes: Sequence[str] = ("",), has_logprobs: bool = False, prompts: PromptAnswers | None = None,
+        token_ids: TokenIds | None = None, names_by_id: bool = False,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.usage = Usage(num_choices)
-        self.is_plain = not has_logprobs and prompts is None
-        self._token_text = token_text
+        self.is_plain = not has_logprobs and prompts is None and token_ids is None
+        self._token_text = named_by_id(token_text) if names_by_id else token_text
+        self._token_ids = token_ids
+        self._names_by_id = names_by_id
         self._has_logprobs = has_logprobs
         self._prompts = prompts
         self._num_each = num_choices
@@ -165,6 +171,8 @@ class CompletionAnswer:
         """One server-sent event."""
         self.usage.add(output)
         choice = _choice(output.index, output.text, self._logprobs(output), output.finish_reason)
+        if self._token_ids is not None:
+            choice |= self._token_ids.first_of(output) | self._token_ids.take(output)
         return self._head | {"choices": [choice]}
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -178,6 +186,8 @@ class CompletionAnswer:
     def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
         """One choice of that answer, less log-probabilities."""
         values = {"index": index, "text": self._echoes[index] + text, "finish_reason": finish_reason}
+        if self._token_ids is not None:
+            values |= self._token_ids.of_prompt(index) | self._token_ids.whole(index)
         return values if self._prompts is None else values | self._prompts.listed(index)
 
     def _logprobs(self, output: Output) -> dict[str, Any] | None:
@@ -186,9 +196,10 @@ class CompletionAnswer:
         tokens, values, tops, offsets = [], [], [], []
         for one, added in zip(output.logprobs, output.token_texts, strict=True):
             value, best = logprob_values(one)
-            tokens.append(added.text)
+            name = id_name(one.token_id) if self._names_by_id else added.text
+            tokens.append(name)
             values.append(value)
-            tops.append(named_top(one.token_id, added.text, value, best, self._token_text))
+            tops.append(named_top(one.token_id, name, value, best, self._token_text))
             offsets.append(self._offsets[output.index])
             self._offsets[output.index] += len(added.text)
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}

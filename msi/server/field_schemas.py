@@ -25,6 +25,7 @@ from msi.sampling_params import (
     SamplingParams,
 )
 from msi.server.field_table import ALWAYS_NEUTRAL, IGNORED, NOT_DONE, NotDone
+from msi.server.fields import MAX_SALT_CHARS
 from msi.types import MAX_PRIORITY, MAX_TIMEOUT_S
 
 Schema = dict[str, Any]
@@ -217,6 +218,13 @@ FIELDS: dict[str, Schema] = {  # what is no sampling parameter, or looks otherwi
         "maximum": MAX_TIMEOUT_S,
         "description": "The whole answer comes in so many seconds, or ends with an error (504).",
     },
+    "cache_salt": {
+        "type": ["string", "null"],
+        "maxLength": MAX_SALT_CHARS,
+        "description": "Only requests with the same one find each other's prefixes in the cache.",
+    },
+    "return_token_ids": _switch("Token ids of prompt and answer."),
+    "return_tokens_as_token_ids": _switch('Log-probabilities name tokens as "token_id:N".'),
     "return_token_strs": _switch("Each token's name, too."),
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "Token ids."},
 }

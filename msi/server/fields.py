@@ -26,12 +26,13 @@ SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "freque
 SHARED_FIELDS = frozenset({
     "model", "stream", "stream_options", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "add_special_tokens",
     "allowed_token_ids", "bad_words", "skip_special_tokens", "include_stop_str_in_output", "prompt_logprobs",
-    "priority", "timeout_s",
+    "priority", "timeout_s", "cache_salt", "return_token_ids", "return_tokens_as_token_ids",
     *SAMPLING_INTEGERS, *SAMPLING_NUMBERS, *STRUCTURED_FIELDS,
 })  # fmt: skip
 MAX_DEPTH = 100  # of arrays and objects within one another
 TOO_DEEP = f"the body is nested more than {MAX_DEPTH} levels deep"
 MAX_NAME_CHARS = 256  # of a field
+MAX_SALT_CHARS = 256
 MAX_IGNORED_NAMES = 32  # that one request tells the log of
 
 Values = Mapping[str, Any]
@@ -114,15 +115,19 @@ class Streaming:
         stream: in events, as it is written.
         include_usage: a last event tells usage.
         continuous_usage: every event tells usage so far.
+        token_ids: of prompt and answer, are in it.
+        tokens_as_ids: log-probabilities name tokens by their ids.
     """
 
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    token_ids: bool = False
+    tokens_as_ids: bool = False
 
 
 def streaming(values: Values) -> Streaming:
-    """stream and stream_options. Raises InvalidRequest."""
+    """What a body says of it. Raises InvalidRequest."""
     stream = typed(values, "stream", bool, False)
     options = typed(values, "stream_options", dict, {})
     include, continuous = (
@@ -131,7 +136,20 @@ def streaming(values: Values) -> Streaming:
     )
     if (include or continuous) and not stream:
         raise InvalidRequest('stream_options is only allowed with "stream": true', param="stream_options")
-    return Streaming(stream, include, include and continuous)
+    token_ids, as_ids = (
+        typed(values, name, bool, False) for name in ("return_token_ids", "return_tokens_as_token_ids")
+    )
+    return Streaming(stream, include, include and continuous, token_ids, as_ids)
+
+
+def cache_salt(values: Values) -> str:
+    """What keeps the prefixes of a body's prompts from those of others. Raises InvalidRequest."""
+    salt = typed(values, "cache_salt", str, "")
+    if len(salt) > MAX_SALT_CHARS:
+        raise InvalidRequest(
+            f"cache_salt has {len(salt)} characters; at most {MAX_SALT_CHARS} are allowed", param="cache_salt"
+        )
+    return str(salt)
 
 
 def sampling_params(

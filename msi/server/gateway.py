@@ -1,9 +1,9 @@
 """The gateway: HTTP in front of an engine.
 
 POST /v1/completions, /v1/chat/completions, /v1/responses and /v1/messages (server-sent events with "stream": true),
-/tokenize and /detokenize, GET /v1/models, WebSocket /v1/stream, GET /health, /ready, /metrics, /version and
-/openapi.json, the page and /v1/events. A client that leaves cancels its requests; every answer that is no success is an
-error in JSON.
+/tokenize and /detokenize, GET /v1/models and /v1/models/NAME, WebSocket /v1/stream, GET /health, /ready, /metrics,
+/version and /openapi.json, the page and /v1/events. A client that leaves cancels its requests; every answer that is no
+success is an error in JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from aiohttp import web
 
 import msi
 from msi.engine import Engine
-from msi.errors import MAX_SHOWN_CHARS, Overloaded
+from msi.errors import MAX_SHOWN_CHARS, ModelNotFound, Overloaded, shown
 from msi.request_spans import OpenSpans
 from msi.server.answers import error_object
 from msi.server.anthropic.errors import error_body, is_anthropics
@@ -69,6 +69,8 @@ ASKED = {
     "/v1/completions": COMPLETION, "/v1/chat/completions": CHAT, "/v1/responses": RESPONSE, "/v1/messages": ANTHROPIC,
     "/v1/messages/count_tokens": ANTHROPIC_COUNT, "/tokenize": TOKENIZE, "/detokenize": DETOKENIZE,
 }  # fmt: skip
+OF_MODEL = "/v1/models/"  # and its name, which may have slashes
+MODEL = OF_MODEL + "{model}"
 PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
 ENDS_WITHIN_S = 2.0  # clients, once their requests have ended
 Handler = Callable[[web.BaseRequest, dict[str, str]], Awaitable[web.StreamResponse]]  # headers: of the answer
@@ -130,6 +132,7 @@ class Gateway:
             **{path: {"POST": self._asking(endpoint)} for path, endpoint in ASKED.items()},
             "/v1/stream": {"GET": self._websocket},
             "/v1/models": {"GET": self._models},
+            MODEL: {"GET": self._model},
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
             "/metrics": {"GET": self._prometheus},
@@ -251,7 +254,8 @@ class Gateway:
 
     def _endpoint(self, request: web.BaseRequest) -> Handler:
         """Raises Refused."""
-        methods = self._endpoints.get(request.path) or self._files.get(request.path)
+        path = MODEL if request.path.startswith(OF_MODEL) else request.path
+        methods = self._endpoints.get(path) or self._files.get(path)
         if methods is None:
             raise Refused(404, f"there is no {request.path[:MAX_SHOWN_CHARS]}", is_unread=request.can_read_body)
         if request.method == "OPTIONS":
@@ -342,6 +346,12 @@ class Gateway:
     async def _models(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
         card = model_card(self._engine.model_name, self._engine.max_model_len, self._created)
         return json_response({"object": "list", "data": [card]})
+
+    async def _model(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
+        name = request.path.removeprefix(OF_MODEL)
+        if name != self._engine.model_name:
+            raise ModelNotFound(f"model {shown(name)} is not served here; this is {self._engine.model_name!r}")
+        return json_response(model_card(name, self._engine.max_model_len, self._created))
 
     async def _health(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
         """Whether the process lives."""

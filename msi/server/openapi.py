@@ -5,6 +5,7 @@ Pure; knows no HTTP. A test fails where the gateway has an endpoint, or an endpo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -46,9 +47,11 @@ STRING: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
 TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
 COUNT: Schema = {"type": "integer", "minimum": 0}
+IDS: Schema = {"type": "array", "items": COUNT}
 OBJECT_OR_NULL: Schema = {"type": ["object", "null"]}
 PROMPT_LOGPROBS: Schema = {"type": "array", "items": OBJECT_OR_NULL}
 REASON: Schema = {"enum": ["stop", "length", "tool_calls", None]}
+OF_A_MODEL: dict[str, Schema] = {"id": STRING, "object": {"const": "model"}, "created": INTEGER, "max_model_len": COUNT}
 HEAD: dict[str, Schema] = {"id": STRING, "object": STRING, "created": INTEGER, "model": STRING}
 
 
@@ -84,6 +87,8 @@ SCHEMAS: dict[str, Schema] = {
             finish_reason=REASON,
             logprobs=OBJECT_OR_NULL,
             prompt_logprobs=PROMPT_LOGPROBS,
+            prompt_token_ids=IDS,
+            token_ids=IDS,
         )
     ),
     "ChatCompletion": _answer(
@@ -92,6 +97,7 @@ SCHEMAS: dict[str, Schema] = {
             index=COUNT,
             finish_reason=REASON,
             logprobs=OBJECT_OR_NULL,
+            token_ids=IDS,
             message=_object(
                 "role content",
                 role={"const": "assistant"},
@@ -102,6 +108,7 @@ SCHEMAS: dict[str, Schema] = {
             ),
         ),
         prompt_logprobs=PROMPT_LOGPROBS,
+        prompt_token_ids=IDS,
     ),
     "CompletionEvent": _answer(
         _object(
@@ -111,15 +118,26 @@ SCHEMAS: dict[str, Schema] = {
             finish_reason=REASON,
             logprobs=OBJECT_OR_NULL,
             prompt_logprobs=PROMPT_LOGPROBS,
+            prompt_token_ids=IDS,
+            token_ids=IDS,
         ),
         is_chunk=True,
     ),
     "ChatCompletionEvent": _answer(
-        _object("index delta", index=COUNT, delta={"type": "object"}, finish_reason=REASON, logprobs=OBJECT_OR_NULL),
+        _object(
+            "index delta",
+            index=COUNT,
+            delta={"type": "object"},
+            finish_reason=REASON,
+            logprobs=OBJECT_OR_NULL,
+            token_ids=IDS,
+        ),
         is_chunk=True,
         prompt_logprobs=PROMPT_LOGPROBS,
+        prompt_token_ids=IDS,
     ),
-    "Models": _object("object data", object={"const": "list"}, data=_list(_object("id object created", **HEAD))),
+    "Models": _object("object data", object={"const": "list"}, data=_list(_ref("Model"))),
+    "Model": _object("id object created", **OF_A_MODEL),
     "Tokens": _object(
         "count max_model_len tokens",
         count=COUNT,
@@ -212,6 +230,7 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         )
     },
     "/v1/models": {"GET": Operation("What is served.", "Models")},
+    "/v1/models/{model}": {"GET": Operation("The same of one model, by its name.", "Model", statuses=(404,))},
     "/health": {"GET": Operation("Whether the process lives.", "Health", is_probe=True)},
     "/ready": {"GET": Operation("Whether requests are taken; 503 says why not.", "Ready", is_probe=True)},
     "/version": {"GET": Operation("The server's version.", "Version", is_probe=True)},
@@ -230,7 +249,7 @@ def description(version: str, *, needs_key: bool = False, has_page: bool = True)
         has_page: whether the page and its events are served.
     """
     paths = {
-        path: {method.lower(): _operation(one, needs_key) for method, one in methods.items()}
+        path: {method.lower(): _operation(path, one, needs_key) for method, one in methods.items()}
         for path, methods in OPERATIONS.items()
         if has_page or path not in OF_PAGE
     }
@@ -250,7 +269,7 @@ def description(version: str, *, needs_key: bool = False, has_page: bool = True)
     }
 
 
-def _operation(one: Operation, needs_key: bool) -> dict[str, Any]:
+def _operation(path: str, one: Operation, needs_key: bool) -> dict[str, Any]:
     statuses = {*EVERYWHERE, *(OF_BODIES if one.fields is not None else ()), *one.statuses}
     responses: dict[str, Any] = {}
     if one.media:
@@ -262,6 +281,8 @@ def _operation(one: Operation, needs_key: bool) -> dict[str, Any]:
         schema = _ref("Ready") if status == 503 and one.answer == "Ready" else _ref(one.error)
         responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": {JSON: {"schema": schema}}}
     operation: dict[str, Any] = {"summary": one.summary, "responses": responses}
+    if names := re.findall(r"{(\w+)}", path):
+        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": STRING} for name in names]
     if one.fields is not None:
         schema = body_schema(one.fields, one.not_here, one.required, one.own)
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}

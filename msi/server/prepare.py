@@ -24,7 +24,7 @@ from msi.server.completions import parse_completion
 from msi.server.constraints import Constraints, Held
 from msi.server.cutting import cut_to_fit
 from msi.server.echoes import Echoes, check_size
-from msi.server.fields import Streaming, Values, kind_of, parse_object, typed
+from msi.server.fields import Streaming, Values, cache_salt, kind_of, parse_object, typed
 from msi.server.parsers import ModelParsers
 from msi.server.parsing.parser import Parsing
 from msi.server.responses import request as responses
@@ -60,6 +60,7 @@ class Prepared:
         parsing: what is looked for in the answers of a chat; None to tell their text as it is.
         told: what the answer repeats of the request, a JSON object.
         urgency: what the body says of it.
+        cache_salt: see `msi.types.Request`.
     """
 
     endpoint: str
@@ -73,6 +74,7 @@ class Prepared:
     num_listed: int | None = None
     told: bytes = b"{}"
     urgency: Urgency = Urgency()
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +205,10 @@ class Preparation:
         check_size(num_tokens, params)
         echoes, echo_ends = self._echoes.of(asked, prompts) if asked.echo else ((b"",) * len(prompts), ())
         prepared = self._prepared(COMPLETION, prompts, params, asked.streaming, echoes, asked.ignored)
-        return replace(prepared, echo_ends=echo_ends, num_listed=asked.num_listed, urgency=urgency(values))
+        return replace(
+            prepared, echo_ends=echo_ends, num_listed=asked.num_listed, urgency=urgency(values),
+            cache_salt=cache_salt(values),
+        )  # fmt: skip
 
     def chat(self, values: Values, *, is_message: bool = False) -> Prepared:
         """Raises InvalidRequest.
@@ -233,7 +238,10 @@ class Preparation:
         params = params if held is None else self._held(params, held)
         check_size(len(prompt), params)
         prepared = self._prepared(CHAT, [prompt], params, asked.streaming, (b"",), asked.ignored)
-        return replace(prepared, parsing=parsing, num_listed=params.prompt_logprobs, urgency=urgency(values))
+        return replace(
+            prepared, parsing=parsing, num_listed=params.prompt_logprobs, urgency=urgency(values),
+            cache_salt=cache_salt(values),
+        )  # fmt: skip
 
     def translated(self, endpoint: str, asked: Translation) -> Prepared:
         """A chat that another API asked for. Raises InvalidRequest."""

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from msi.prompt_logprobs import PromptLogprobs, ScoredToken
+from msi.server.token_ids import id_name, named_by_id
 from msi.types import Output, TokenText
 
 TOKENS_AT_A_TIME = 64
@@ -41,15 +42,19 @@ class PromptAnswers:
     Args:
         num_echoed: most probable tokens that an echo shows of each position; None for no echo.
         num_listed: the same for `prompt_logprobs`.
+        names_by_id: an echo names tokens by their ids.
     """
 
     def __init__(
         self, prompts: Sequence[ScoredPrompt], num_choices: int, token_text: Callable[[int], TokenText],
         *, num_echoed: int | None = None, num_listed: int | None = None,
+        names_by_id: bool = False,
     ) -> None:  # fmt: skip
         self._prompts = prompts
         self._num_choices = num_choices
         self._token_text = token_text
+        self._named = named_by_id(token_text) if names_by_id else token_text
+        self._names_by_id = names_by_id
         self._num_echoed = num_echoed
         self._num_listed = num_listed
         self._echoed: dict[int, dict[str, bytes]] = {}  # by prompt: items as JSON, by name
@@ -103,12 +108,12 @@ class PromptAnswers:
         offset = prompt.ends[start - 1] if start else 0
         for at, one in enumerate(scored, start):
             token_id, end = prompt.token_ids[at], prompt.ends[at]
-            text = prompt.echo[offset:end]
+            text = id_name(token_id) if self._names_by_id else prompt.echo[offset:end]
             if one is None:
                 yield text, None, None, offset
             else:
                 best = zip(one.top_token_ids[:num_top], one.top_logprobs[:num_top], strict=True)
-                yield text, one.logprob, named_top(token_id, text, one.logprob, best, self._token_text), offset
+                yield text, one.logprob, named_top(token_id, text, one.logprob, best, self._named), offset
             offset = end
 
     def _list(
