@@ -30,7 +30,7 @@ SETTLES_S = 300.0
 
 @dataclass(frozen=True)
 class Act:
-    """At `at_s`: "kill", "drain", "remove" or "ask" (to end, by a signal) the live worker of this number and role;
+    """At `at_s`: "kill", "drain", "remove" or "ask" (to end, by a signal) the worker of this number and role;
     "add" one; "rebalance"; the coordinator "dies".
     """
 
@@ -56,7 +56,7 @@ class ComingsAndGoings(_Simulation):
         self.has_launcher = has_launcher  # else each process is started again by somebody who tells nobody
         self.complaints = []
         self.pids = {}
-        self._num_processes = 0
+        self._num_processes = self._num_orders = 0
         self._leaving = set()
         self._roles = {name: role for role, name in deployment.workers}
         self._is_coordinating = False
@@ -151,15 +151,19 @@ class ComingsAndGoings(_Simulation):
         if act.kind == "kill":
             self._kill[name]()
         elif act.kind == "ask":
-            self._workers[name].drain()
+            others = (one for one in self.coordinator._cluster.live(act.role) if one.worker_id != name)
+            if any(one.state == "ready" for one in others):  # else new requests are refused after a while, as is said
+                self._workers[name].drain()
         else:
             self._tasks.create_task(self._order(Order(0, act.kind, name, within_s=act.amount)))
 
     async def _order(self, order):
+        self._num_orders += 1
         try:
             await self._client.order(order)
         except EngineError as error:
             self.complaints.append(str(error))
+        self._num_orders -= 1
 
     async def _settle(self, last_act_at):
         """Once nothing happens any more, all is well again: nobody is waited for who does not come."""
@@ -177,10 +181,11 @@ class ComingsAndGoings(_Simulation):
     def is_well(self):
         cluster = self.coordinator._cluster
         there = {role: len(cluster.live(role)) for role in cluster.plan.wanted}
-        running = {role: sum(self._roles[name] == role for name in self.pids) for role in there}
+        running = {role: sum(one == role for one in self._roles.values()) for role in there}
         return (
             self._is_coordinating and self.sentence == "ready" and not cluster.placing.is_changing
-            and there == cluster.plan.wanted == running
+            and there == cluster.plan.wanted == running and self.pids.keys() == self._roles.keys()
+            and not self._num_orders
         )  # fmt: skip
 
 

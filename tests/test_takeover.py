@@ -33,7 +33,7 @@ from msi.prompt_logprobs import PromptLogprobs
 from msi.simulator.deployment import LIMITS, Deployment, Fault
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
-from msi.types import Place, Progress, Request, SamplingParams
+from msi.types import Place, Placement, Progress, Request, SamplingParams
 from tests.everyday import NUM_SEEDS, mostly_slow
 from tests.test_membership import HELLO, PLAN, beat, formed, hello
 
@@ -338,13 +338,14 @@ def test_a_worker_that_comes_before_those_who_serve_makes_nobody_begin_anew():
 def test_a_coordinator_wants_no_more_workers_than_its_launcher_runs():
     """The one before died right after a removal, before anybody heard of that."""
     cluster = Cluster(TWO, 0.0)
-    cluster.launched([], {"attention": 1, "expert": 2})
-    assert cluster.plan.wanted_places == {"attention": (0,), "expert": (0, 1)}
+    cluster.launched([], {"attention": 1, "expert": 1})
+    assert cluster.plan.wanted_places == {"attention": (0,), "expert": (0, 1)}, "both have experts"
     before = formed_of_two()
-    for worker_id in ("attention-1", "expert-0", "expert-1"):
-        cluster.adopt(worker_id.encode(), account(before, worker_id), 0.1)
+    moved = Placement(((), tuple(range(8))), 8, version=1)
+    cluster.adopt(b"attention-1", account(before, "attention-1", placement=moved), 0.1)
     cluster.tick(0.2)
-    assert cluster.plan.wanted_places == {"attention": (1,), "expert": (0, 1)}
+    assert cluster.plan.wanted_places == {"attention": (1,), "expert": (1,)}
+    assert hello(cluster, b"e1", worker_id="expert-1").place.index == 1, "it died with the coordinator"
     assert Cluster(TWO, 0.0).plan.at_most({"expert": 0}, {"expert": [0]}).wanted["expert"] == 1
 
 

@@ -56,6 +56,8 @@ class ExpertPlaces:
         """Begins a change, where none is under way. Raises ConfigError: it cannot be."""
         if self._is_colocated:
             raise ConfigError("this instance runs colocated: all experts are in its one worker, and stay there")
+        if not self._staying:
+            raise ConfigError("all expert workers are about to leave: none is there that could hold other experts")
         return self._begin(choose(self.placing.placement, self._staying), remark)
 
     def share_with(self, member: Member) -> list[Instruction]:

@@ -49,6 +49,7 @@ from msi.control.succession import next_term
 from msi.control.watched import WATCHED_FOR_S
 from msi.control.worker_status import WorkerStatus
 from msi.errors import ConfigError, shown
+from msi.types import Place
 
 LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
 STUCK_AFTER_S = 30.0  # a process that lives, but whose loop stands still for so long, is given up
@@ -260,7 +261,12 @@ class Cluster:
         self._want_no_more()
 
     def _want_no_more(self) -> None:
-        held = {role: [member.place.index for member in self.live(role)] for role in self._launched}
+        """Places that have experts are somebody's, though nobody is there."""
+        held = {role: {member.place.index for member in self.live(role)} for role in self.plan.wanted}
+        ranks = self.plan.expert_ranks
+        held["expert"] |= {
+            index for index in self.plan.wanted_places["expert"] if self.placing.holds_any(Place.at(index, ranks).node)
+        }
         self._use_places(self.plan.at_most(self._launched, held))
 
     def attention_at(self, route: bytes) -> str:
@@ -381,6 +387,10 @@ class Cluster:
         self.arrivals.ended(worker_id)
         self._formation.forget(heard_before=-1.0, pid=pid)
         member = self._members.get(worker_id)
+        if member is None and worker_id in self._forgotten:  # nobody is to come in its place
+            role = worker_id.rpartition("-")[0]
+            self._launched[role] = self._launched.get(role, 1) - 1
+            self._want_no_more()
         if member is None or member.pid != pid:
             return []
         if not member.is_live:
@@ -393,6 +403,7 @@ class Cluster:
         member = self.member(route, worker_id, incarnation)
         if member is None:
             return [Send(route, Drain())]
+        self._formation.has_served |= bool(self.serving)  # until now
         member.state, member.is_leaving = "draining", True
         return [Send(route, Drain())] if member.role == "attention" else []
 

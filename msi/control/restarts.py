@@ -8,7 +8,7 @@ from __future__ import annotations
 
 FIRST_DELAY_S = 1.0  # of the second start in a row; the first is at once
 MOST_DELAY_S = 30.0
-HEALTHY_AFTER_S = 60.0  # a life that long, ready, was no failure to start
+HEALTHY_AFTER_S = 10.0  # a life that long, ready, was no failure to start: whoever ended it, waiting would not help
 TRIES = 4  # of a worker that never was ready
 
 
