@@ -378,11 +378,13 @@ def test_an_expert_worker_that_an_operator_asked_to_leave_and_that_cannot_serves
     assert list(cluster.serving) == ["attention-0"]
 
 
-def test_draining_an_expert_worker_waits_for_all_requests():
+def test_expert_workers_that_all_want_to_end_wait_for_all_requests():
     cluster = formed()
     assert cluster.draining(b"e0", "expert-0", 0) == []
+    assert cluster.serving, "the other one may take its experts"
+    assert cluster.draining(b"e1", "expert-1", 0) == []
     assert not cluster.serving
-    assert cluster.no_requests_left() == [Send(b"e0", Drain())]
+    assert cluster.no_requests_left() == [Send(b"e0", Drain()), Send(b"e1", Drain())]
 
 
 def test_what_is_waited_for_is_said_by_name():
