@@ -179,6 +179,8 @@ class SchedulerLimits:
     Attributes:
         max_model_len: the longest sequence, prompt included; 0 for what the model was made for.
         max_num_batched_tokens: tokens per micro-batch; 0 for the rows of a slot.
+        prefill_delay_ms: passes that have prompts in them may take so long while other sequences decode, or three times
+            as long as without prompts if that is more: with fewer tokens of prompts, as was measured. 0 for any time.
         max_num_waiting: requests that wait at an attention worker; the next is refused (503).
         enable_prefix_caching: requests with a common prefix share its KV blocks.
         num_gpu_blocks_override: KV blocks, whatever the memory allows; 0 for what it allows.
@@ -193,6 +195,10 @@ class SchedulerLimits:
     max_num_batched_tokens: Count = parameter(
         0, "tokens per micro-batch; by default the rows of a slot", metavar="N", group=LIMITS
     )
+    prefill_delay_ms: Annotated[int, range(10**7)] = parameter(
+        50, "milliseconds that prompts may keep those waiting that decode (0: any time)", metavar="MS", group=LIMITS,
+        name="prefill_delay",
+    )  # fmt: skip
     max_num_waiting: CountFromOne = parameter(
         1024, "requests that wait; the next is refused", metavar="N", group=LIMITS
     )

@@ -14,6 +14,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from msi.attention.journal import Journal, RequestAccount, digest_of
+from msi.attention.prompt_share import PromptShare
 from msi.attention.scheduler import Scheduler
 from msi.complaints import Complaints
 from msi.control.messages import Assignment, PassDone, RequestsFailed
@@ -65,6 +66,7 @@ class Requests:
         self._num_blocks = num_blocks
         self._report = report
         self._clock = clock
+        self._began = [0.0] * assignment.link.num_lanes  # when the pass of each lane did
         self._came_at: dict[str, float] = {}  # of those that were never admitted
         self._queued_s: dict[str, float] = {}  # of those that have no token yet
         self._spans = spans
@@ -80,13 +82,16 @@ class Requests:
         self._complaints = Complaints(log)
 
     def _new_scheduler(self, num_lanes: int) -> Scheduler:
+        limits = self._assignment.limits
+        most, delay_s = limits.max_num_batched_tokens, limits.prefill_delay_ms / 1e3
         return Scheduler(
-            self._assignment.limits,
+            limits,
             num_lanes=num_lanes,
             num_blocks=self._num_blocks,
             block_tokens=BLOCK_TOKENS,
             vocab_size=self._shape.vocab_size,
             eos_token_ids=self._shape.eos_token_ids,
+            prompt_share=PromptShare(most, delay_s) if delay_s else None,
         )
 
     def spread_over(self, num_lanes: int) -> None:
@@ -256,6 +261,7 @@ class Requests:
             if self.scheduler.num_admissions > seen:
                 self._wake()  # onto other lanes
             if micro_batch is not None:
+                self._began[lane] = self._clock()
                 return micro_batch
             await self._idle[lane].wait()
 
@@ -267,6 +273,7 @@ class Requests:
         self.batch_tokens += micro_batch.num_tokens
         self.batch_contexts += sum(micro_batch.context_lens)
         try:
+            self.scheduler.took(lane, self._clock() - self._began[lane])
             for index, reason in sampled.failures.items():
                 error = reason if isinstance(reason, InvalidRequest) else self._failed(reason)
                 self._fail(self.scheduler.fail(lane, (index,)), error)

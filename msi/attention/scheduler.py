@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 
 from msi.attention.admission import Admission
 from msi.attention.block_pool import BlockPool
+from msi.attention.prompt_share import PromptShare
 from msi.attention.sequence import Lane, Sequence, micro_batch, share_budget
 from msi.errors import InvalidRequest, RequestFailed, Unavailable, context_exceeded, shown
 from msi.prompt_logprobs import PromptLogprobs
@@ -36,6 +38,7 @@ class Scheduler:
         num_blocks: KV blocks, block 0 (padding) included.
         block_tokens: tokens per block.
         limits: without zeros; a micro-batch's tokens are at most the rows of a slot.
+        prompt_share: what prompts may have beside those that decode; None for whatever there is room for.
         vocab_size: no token outside it gets in; None for any.
     """
 
@@ -48,6 +51,7 @@ class Scheduler:
         block_tokens: int,
         vocab_size: int | None = None,
         eos_token_ids: tuple[int, ...] = (),
+        prompt_share: PromptShare | None = None,
     ) -> None:
         self._num_arrived = 0
         self._pool = BlockPool(num_blocks)
@@ -58,6 +62,7 @@ class Scheduler:
         )  # fmt: skip
         self._cache_len = self._pool.capacity * block_tokens
         self._limits = limits
+        self._prompt_share = prompt_share
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(token for token in eos_token_ids if self._is_token(token))
         self._sequences: dict[str, Sequence] = {}
@@ -211,6 +216,7 @@ class Scheduler:
             if not self._admission.admit():
                 return None
         lane.num_passes += 1
+        lane.prompt_tokens = sum(count for _, count in chosen if count > 1)
         for sequence, _ in chosen:
             sequence.served_at = lane.num_passes
         lane.in_flight = chosen
@@ -221,11 +227,30 @@ class Scheduler:
         suspect = next((one for one in lane.sequences if one.is_suspect), None)
         candidates = lane.sequences if suspect is None else [suspect]
         chosen: list[tuple[Sequence, int]] = []
-        for sequence, count in share_budget(candidates, self._limits.max_num_batched_tokens):
+        lane.prompt_room = 0
+        room = None if self._prompt_share is None else partial(self._prompt_room, lane, self._prompt_share)
+        for sequence, count in share_budget(candidates, self._limits.max_num_batched_tokens, room):
             # one without blocks was preempted for another of them
             if sequence.blocks and self._admission.make_room(sequence, count, chosen):
                 chosen.append((sequence, count))
         return chosen
+
+    def _prompt_room(self, lane: Lane, share: PromptShare, is_decoding: bool) -> int:
+        others = [one for one in self._lanes if one is not lane]
+        if not is_decoding and not any(one.num_left == 1 for other in others for one in other.sequences):
+            return self._limits.max_num_batched_tokens
+        lane.prompt_room = share.room(sum(one.prompt_tokens for one in others if one.in_flight))
+        return lane.prompt_room
+
+    def took(self, lane_index: int, seconds: float) -> None:
+        """The pass of a lane is through, and took so long; before its `update`."""
+        lane, share = self._lanes[lane_index], self._prompt_share
+        if share is None:
+            return
+        if lane.prompt_room:
+            share.passed(seconds, is_full=lane.prompt_tokens >= lane.prompt_room)
+        elif not any(one.prompt_tokens for one in self._lanes if one.in_flight):
+            share.decoded(seconds)
 
     def may_continue(self, lane_index: int) -> bool:
         """Whether the lane may have a micro-batch right after the one in flight."""

@@ -5,7 +5,7 @@ Decides by values; knows no blocks of others, lanes or clock.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from msi.sampling import SeenTokens, has_extras, is_penalised, sampling_extras
@@ -24,6 +24,8 @@ class Lane:
     sequences: list[Sequence] = field(default_factory=list)
     in_flight: list[tuple[Sequence, int]] = field(default_factory=list)
     num_passes: int = 0
+    prompt_tokens: int = 0
+    prompt_room: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -98,13 +100,18 @@ class Sequence:
         return 1 + len(self.tokens) / CONTEXT_UNIT + (self.num_left - 1) * PROMPT_SHARE
 
 
-def share_budget(sequences: Iterable[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+def share_budget(
+    sequences: Iterable[Sequence], budget: int, prompt_room: Callable[[bool], int] | None = None
+) -> list[tuple[Sequence, int]]:
     """How many tokens of which sequences go into a micro-batch of at most `budget`.
 
     Those that decode have a token each; more than half of the budget only where no prompt waits, and in turns where
     they are too many: none waits longer than all of them take. Of what is left, half goes to prompts that it finishes,
     the shortest first, and the rest in order of arrival: so a short prompt does not wait for long ones, and the first
     of the long ones gets on all the time.
+
+    Args:
+        prompt_room: how many of the tokens may be of prompts, given whether others of these decode; None for all.
     """
     decoding: list[Sequence] = []
     prompts: list[Sequence] = []
@@ -116,6 +123,8 @@ def share_budget(sequences: Iterable[Sequence], budget: int) -> list[tuple[Seque
     if len(decoding) > room:
         decoding = sorted(sorted(decoding, key=lambda one: one.served_at)[:room], key=lambda one: one.arrival)
     left = budget - len(decoding)
+    if prompts and prompt_room is not None:
+        left = min(left, prompt_room(bool(decoding)))
     finished: dict[int, int] = {}  # by arrival
     if len(prompts) > 1:
         for_short = left // 2
