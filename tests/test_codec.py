@@ -88,7 +88,7 @@ def test_messages_survive_the_wire(message):
 
 def submit(**changes):
     params = dataclasses.asdict(SamplingParams()) | changes
-    return msgpack.packb(["Submit", ["r", [1], list(params.values()), "", [], 0, 0, 0, 0.0, ""]])
+    return msgpack.packb(["Submit", ["r", [1], list(params.values()), "", [], 0, 0, 0, 0.0, "", ""]])
 
 
 @pytest.mark.parametrize(
