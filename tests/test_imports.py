@@ -22,7 +22,7 @@ LAYERS = [
         "msi.experts.waves", "msi.experts.wave", "msi.experts.pace", "msi.experts.batches", "msi.placement",
         "msi.placement_change",
         "msi.attention.scheduler", "msi.attention.admission",
-        "msi.attention.sequence", "msi.attention.journal", "msi.attention.block_pool",
+        "msi.attention.sequence", "msi.attention.journal", "msi.attention.block_pool", "msi.attention.prompt_share",
         "msi.sampling", "msi.kernels", "msi.net", "msi.planner",
         "msi.settings",
     },
