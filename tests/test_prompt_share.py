@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msi.attention.prompt_share import FIRST_TOKENS, LEAST_TOKENS, PromptShare
+from msi.attention.prompt_share import FIRST_TOKENS, LEAST_BESIDE, LEAST_TOKENS, PromptShare
 from tests.test_scheduler import make_scheduler, request
 
 BUDGET = 512
@@ -37,8 +37,8 @@ def test_prompts_have_what_those_that_decode_can_wait_for(base_s, token_s, decod
 
 def test_what_is_under_way_on_other_lanes_counts():
     alone = settled(0.01, 2e-4)
-    assert settled(0.01, 2e-4, under_way=100) <= max(LEAST_TOKENS, alone - 60)
-    assert PromptShare(BUDGET, 0.05).room(10**6) == LEAST_TOKENS
+    assert settled(0.01, 2e-4, under_way=100) <= alone - 60
+    assert PromptShare(BUDGET, 0.05).room(10**6) == LEAST_BESIDE
 
 
 def test_a_pass_that_stood_still_halves_it_at_most_and_it_grows_again():
@@ -66,6 +66,7 @@ def test_it_stays_within_its_bounds_whatever_is_measured(passes, most):
         else:
             share.decoded(seconds)
         assert min(LEAST_TOKENS, most) <= share.room(0) <= most
+        assert min(LEAST_BESIDE, most) <= share.room(10**6) <= most
 
 
 def tokens_of(micro_batch):
@@ -112,9 +113,9 @@ def test_those_that_decode_on_other_lanes_count_and_so_do_prompts_there():
     for number in (1, 2):
         scheduler.add(request(str(number), 1000, max_tokens=1))
     assert tokens_of(scheduler.plan(1)) == [FIRST_TOKENS]
-    assert tokens_of(scheduler.plan(2)) == [LEAST_TOKENS], "the first has taken all"
+    assert tokens_of(scheduler.plan(2)) == [LEAST_BESIDE], "the first has taken all"
     scheduler.update(1, [])
-    assert tokens_of(scheduler.plan(1)) == [LEAST_TOKENS]
+    assert tokens_of(scheduler.plan(1)) == [FIRST_TOKENS - LEAST_BESIDE]
     assert tokens_of(scheduler.plan(0)) == [1]
     scheduler.took(0, 0.2)  # what prompts elsewhere cost says nothing of a pass without any
     scheduler.update(0, [5])

@@ -7,8 +7,9 @@ it is measured, and the tokens of prompts that may be under way follow. Decides;
 
 from __future__ import annotations
 
-LEAST_TOKENS = 64  # of a pass: less would hardly be faster, as all weights are read for them
-FIRST_TOKENS = 128  # before anything was measured
+LEAST_TOKENS = 128  # of a pass: less would hardly be faster, as all weights are read for them
+LEAST_BESIDE = 32  # where other lanes have such passes under way
+FIRST_TOKENS = 256  # before anything was measured
 TIMES_DECODING = 3.0  # a pass with prompts may take so many times as long as one without, where that is longer
 GROWTH = 1.25
 LEAST_SHRINKING = 0.5  # by one pass, which may have taken long for other reasons
@@ -36,7 +37,8 @@ class PromptShare:
         Args:
             under_way: in passes of other lanes.
         """
-        return max(self._least, int(self._tokens) - under_way)
+        least = min(self._least, LEAST_BESIDE) if under_way else self._least
+        return max(least, int(self._tokens) - under_way)
 
     def passed(self, seconds: float, *, is_full: bool) -> None:
         """A pass with prompts took so long while others decoded; `is_full`: it had as many tokens as `room` said."""
