@@ -16,7 +16,7 @@ from msi.kernels import BLOCK_TOKENS, Activation, SigmoidRouting
 from msi.kernels.cpu import CpuKernels
 from msi.kernels.experts import activate, gated_mlp, sigmoid_gated, silu_and_mul
 from msi.kernels.kernels import Outboxes
-from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms_norm
+from msi.kernels.norm import HeadNorm, Norm, layer_norm, norm_heads, norm_projections, rms_norm
 from msi.kernels.paged_attention import AttentionShape, kv_rows, write_kv
 from msi.kernels.plain import PlainKernels
 from msi.kernels.replicas import PlacementTables, choose_replicas
@@ -45,10 +45,10 @@ def test_layer_norm_is_its_definition():
 def test_queries_and_keys_are_normed_head_by_head_and_values_left_alone():
     query, key, value = torch.randn(5, 3, 4), torch.randn(5, 2, 4), torch.randn(5, 2, 4)
     query_weight, key_weight = torch.randn(4), torch.randn(4)
-    qkv = torch.cat([query, key, value], dim=1).flatten(1)
-    norm_heads(qkv, torch.cat([query_weight.expand(3, -1), key_weight.expand(2, -1)]), 1e-6)
+    heads = torch.cat([query, key, value], dim=1)
+    norm_heads(heads, HeadNorm(torch.cat([query_weight.expand(3, -1), key_weight.expand(2, -1)]), 1e-6))
     expected = torch.cat([rms_norm(query, query_weight, 1e-6), rms_norm(key, key_weight, 1e-6), value], dim=1)
-    torch.testing.assert_close(qkv, expected.flatten(1))
+    torch.testing.assert_close(heads, expected)
 
 
 def test_queries_and_keys_are_normed_as_wholes_and_values_left_alone():

@@ -20,7 +20,7 @@ from msi.kernels.native import rows
 from msi.kernels.native.bank import NativeExpertBank
 from msi.kernels.native.compiled import WIDTH, linear, native_library, pack
 from msi.kernels.native.rows import DecodePlan, native_rows
-from msi.kernels.norm import Norm
+from msi.kernels.norm import HeadNorm, Norm
 from msi.kernels.paged_attention import AttentionPlan, AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels, RopeTable, scatter_answers
@@ -120,10 +120,17 @@ class CpuKernels(PlainKernels):
         return super().plan_attention(inputs, host, shape, dtype, is_fixed) if plan is None else plan
 
     def rope_and_write(
-        self, heads: Tensor, num_q: int, rope: RopeTable, layer_cache: Tensor, plan: AttentionPlan | DecodePlan
+        self,
+        heads: Tensor,
+        num_q: int,
+        rope: RopeTable,
+        layer_cache: Tensor,
+        plan: AttentionPlan | DecodePlan,
+        norm: HeadNorm | None = None,
     ) -> None:
-        if self._rows is None or not rows.rope_and_write(self._rows, heads, num_q, rope, layer_cache, plan.kv_rows):
-            super().rope_and_write(heads, num_q, rope, layer_cache, plan)
+        rows_ = self._rows
+        if rows_ is None or not rows.rope_and_write(rows_, heads, num_q, rope, layer_cache, plan.kv_rows, norm):
+            super().rope_and_write(heads, num_q, rope, layer_cache, plan, norm)
 
     def paged_attention(
         self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan | DecodePlan, sinks: Tensor | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
-from msi.kernels.norm import Norm
+from msi.kernels.norm import HeadNorm, Norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.quantized import Quantized
@@ -150,9 +150,14 @@ class Kernels(Protocol):
             is_fixed: all but the tensors' values follows from the inputs' shapes; of sequences with one token each.
         """
 
-    def rope_and_write(self, heads: Tensor, num_q: int, rope: Any, layer_cache: Tensor, plan: Any) -> None:
+    def rope_and_write(
+        self, heads: Tensor, num_q: int, rope: Any, layer_cache: Tensor, plan: Any, norm: HeadNorm | None = None
+    ) -> None:
         """Of heads [num_tokens, num_q + 2 num_kv, head_dim], rotates queries in place; rotated keys, and values, go to
         the cache, and whether they stay in `heads` too is not said.
+
+        Args:
+            norm: of queries and keys before they are rotated.
         """
 
     def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: Any, sinks: Tensor | None = None) -> Tensor:

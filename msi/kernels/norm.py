@@ -28,15 +28,23 @@ def layer_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return functional.layer_norm(hidden, (hidden.shape[-1],), weight, None, eps)
 
 
-def norm_heads(qkv: Tensor, weights: Tensor, eps: float) -> None:
-    """RMSNorm in place of each query and key head of qkv [n, all heads * head_dim], values last and left alone.
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMSNorm of each query and key head by itself.
 
-    Args:
+    Attributes:
         weights: [num_heads + num_kv_heads, head_dim].
     """
-    num_normed, head_dim = weights.shape
-    heads = qkv.view(qkv.shape[0], -1, head_dim)[:, :num_normed]
-    heads.copy_(functional.rms_norm(heads, (head_dim,), None, eps).mul_(weights))
+
+    weights: Tensor
+    eps: float
+
+
+def norm_heads(heads: Tensor, norm: HeadNorm) -> None:
+    """In place, of heads [n, num_heads + 2 num_kv_heads, head_dim]; values are last and left alone."""
+    num_normed, head_dim = norm.weights.shape
+    normed = heads[:, :num_normed]
+    normed.copy_(functional.rms_norm(normed, (head_dim,), None, norm.eps).mul_(norm.weights))
 
 
 def norm_projections(qkv: Tensor, query: Tensor, key: Tensor, eps: float) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
 from msi.kernels.experts import activate, gated_mlp
 from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
-from msi.kernels.norm import Norm
+from msi.kernels.norm import HeadNorm, Norm, norm_heads
 from msi.kernels.paged_attention import AttentionShape, paged_attention, plan_attention, write_kv
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.quantized import Quantized
@@ -91,7 +91,11 @@ class PlainKernels:
     ) -> Any:
         return plan_attention(host, shape.sliding_window, dtype, self.device, is_fixed)
 
-    def rope_and_write(self, heads: Tensor, num_q: int, rope: RopeTable, layer_cache: Tensor, plan: Any) -> None:
+    def rope_and_write(
+        self, heads: Tensor, num_q: int, rope: RopeTable, layer_cache: Tensor, plan: Any, norm: HeadNorm | None = None
+    ) -> None:
+        if norm is not None:
+            norm_heads(heads, norm)
         num_tokens, num_heads, head_dim = heads.shape
         num_kv = (num_heads - num_q) // 2
         apply_rope(heads[:, : num_q + num_kv], *rope)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from msi.kernels.kernels import Kernels, Linear
+from msi.kernels.norm import HeadNorm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 
@@ -68,7 +69,7 @@ class GroupedQueryAttention:
 
     Attributes:
         qkv: normed rows [n, h] -> queries, keys and values [n, (num_heads + 2 num_kv_heads) * head_dim], ready for
-            rotary embedding.
+            `norm`, where there is one, and rotary embedding.
         output: [n, num_heads * head_dim] -> [n, h].
         sinks: as `msi.kernels.kernels.Kernels.paged_attention` says.
     """
@@ -80,11 +81,12 @@ class GroupedQueryAttention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    norm: HeadNorm | None = None
     sinks: Tensor | None = None
 
     def __call__(self, normed: Tensor, plan: tuple[Any, Any], layer_cache: Tensor) -> Tensor:
         rope, attention = plan
         heads = self.qkv(normed).view(len(normed), self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        self.kernels.rope_and_write(heads, self.num_heads, rope, layer_cache, attention)
+        self.kernels.rope_and_write(heads, self.num_heads, rope, layer_cache, attention, self.norm)
         attended = self.kernels.paged_attention(heads[:, : self.num_heads], layer_cache, attention, self.sinks)
         return self.output(attended.reshape(len(normed), self.num_heads * self.head_dim))

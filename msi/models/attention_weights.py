@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msi.device.device import Device
 from msi.kernels.experts import sigmoid_gated
-from msi.kernels.norm import Norm, layer_norm, norm_heads, norm_projections, rms_norm
+from msi.kernels.norm import HeadNorm, Norm, layer_norm, norm_projections, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.quantized import Quantized, held, joined, num_bytes
 from msi.models.attend import Attend, GroupedQueryAttention, GroupedQueryView
@@ -212,6 +212,7 @@ class _Reader:
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
+            norm=self._head_norm(layer),
             sinks=self.tensor(self.names.sinks.format(layer=layer), config.num_heads, dtype=torch.float32)
             if config.has_sinks
             else None,
@@ -229,20 +230,22 @@ class _Reader:
         if config.qkv_bias:
             bias = torch.cat([self.vector(bias_of(name), width) for name, width in zip(names, widths, strict=True)])
         project = self.linear(weight, bias)
-        if config.qk_norm is not None:
-            is_per_head = config.qk_norm == "head"
-            query_norm, key_norm = (
-                self.vector(name.format(layer=layer), config.head_dim if is_per_head else width)
-                for name, width in ((self.names.query_norm, query), (self.names.key_norm, kv))
-            )
-            if is_per_head:
-                weights = torch.cat([query_norm.expand(config.num_heads, -1), key_norm.expand(config.num_kv_heads, -1)])
-                project = _then(project, partial(norm_heads, weights=weights, eps=config.norm_eps))
-            else:
-                project = _then(project, partial(norm_projections, query=query_norm, key=key_norm, eps=config.norm_eps))
+        if config.qk_norm == "projection":
+            query_norm = self.vector(self.names.query_norm.format(layer=layer), query)
+            key_norm = self.vector(self.names.key_norm.format(layer=layer), kv)
+            project = _then(project, partial(norm_projections, query=query_norm, key=key_norm, eps=config.norm_eps))
         if config.clip_qkv is not None:
             project = _then(project, partial(Tensor.clamp_, min=-config.clip_qkv, max=config.clip_qkv))
         return project
+
+    def _head_norm(self, layer: int) -> HeadNorm | None:
+        config = self._config
+        if config.qk_norm != "head":
+            return None
+        assert config.clip_qkv is None, "clipped after heads are normed, and that is done later"
+        names = ((self.names.query_norm, config.num_heads), (self.names.key_norm, config.num_kv_heads))
+        weights = [self.vector(name.format(layer=layer), config.head_dim).expand(count, -1) for name, count in names]
+        return HeadNorm(torch.cat(weights), config.norm_eps)
 
     def _mlp(self, names: MlpNames, layer: int, inner: int) -> Linear:
         gate, up, down = (name.format(layer=layer) for name in (names.gate, names.up, names.down))

@@ -11,7 +11,7 @@ import torch
 from msi.attention import graphs
 from msi.attention.pass_inputs import PassInputs
 from msi.kernels import BLOCK_TOKENS
-from msi.kernels.norm import layer_norm, rms_norm
+from msi.kernels.norm import HeadNorm, layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.plain import PlainKernels
 from msi.kernels.rope import rope_frequencies
@@ -200,7 +200,8 @@ def test_every_query_sees_its_context_once_whatever_the_lengths(seed):
 
 
 @pytest.mark.parametrize("rotated", [16, 8], ids=["all", "half"])
-def test_rope_and_cache_are_the_plain_ones_and_a_slot_of_none_writes_nothing(rotated):
+@pytest.mark.parametrize("has_norm", [False, True], ids=["as they are", "normed"])
+def test_rope_and_cache_are_the_plain_ones_and_a_slot_of_none_writes_nothing(rotated, has_norm):
     torch.manual_seed(1)
     num_q, num_kv, head_dim = 6, 2, 16
     query_lens, context_lens = [1, 5, 1], [40, 5, 1]
@@ -208,6 +209,7 @@ def test_rope_and_cache_are_the_plain_ones_and_a_slot_of_none_writes_nothing(rot
     inputs = on_device(host)
     shape = AttentionShape(num_q, num_kv, head_dim)
     heads = torch.randn(7, num_q + 2 * num_kv, head_dim, device=DEVICE)
+    norm = HeadNorm(torch.randn(num_q + num_kv, head_dim, device=DEVICE), 1e-5) if has_norm else None
     results = []
     for kernels in (PLAIN, TRITON):
         ours = heads.clone()
@@ -217,13 +219,41 @@ def test_rope_and_cache_are_the_plain_ones_and_a_slot_of_none_writes_nothing(rot
         plan = kernels.plan_attention(inputs, host, shape, torch.float32)
         if kernels is TRITON:
             plan.slots[3] = -1
-        kernels.rope_and_write(ours, num_q, table, cache, plan)
+        kernels.rope_and_write(ours, num_q, table, cache, plan, norm)
         results.append((ours[:, :num_q], cache))
     (plain, plain_cache), (fast, fast_cache) = results
     slot = int(host.block_tables[1, 0])
     plain_cache[slot, :, 2] = 77.0
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fast_cache, plain_cache, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotated", [16, 10], ids=["all", "part"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_normed_and_rotated_heads_are_those_of_float64(dtype, rotated):
+    """Keys from the cache; every byte that is nobody's is poison."""
+    torch.manual_seed(4)
+    num_q, num_kv, head_dim, num_tokens = 5, 1, 16, 9
+    host = inputs_of([num_tokens], [num_tokens], [[2]])
+    given = torch.randn(num_tokens, num_q + 2 * num_kv, head_dim).to(dtype)
+    norm = HeadNorm(torch.randn(num_q + num_kv, head_dim).to(dtype), 1e-5)
+    strided = torch.full((num_tokens, 9, head_dim), NAN, dtype=dtype)
+    strided[:, :7] = given
+    heads, cache = strided.to(DEVICE)[:, :7], torch.full((4, 2, BLOCK_TOKENS, 1, head_dim), NAN, dtype=dtype).to(DEVICE)
+    plan = TRITON.plan_attention(on_device(host), host, AttentionShape(num_q, num_kv, head_dim), dtype)
+    frequencies = rope_frequencies(rotated, 1e4)
+    table = TRITON.rope_table(on_device(host).positions, frequencies.to(DEVICE), dtype, 1.0)
+    TRITON.rope_and_write(heads, num_q, table, cache, plan, HeadNorm(norm.weights.to(DEVICE), norm.eps))
+    exact = given[:, :6].double()
+    exact *= norm.weights.double() / (exact.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    angles = (torch.arange(num_tokens)[:, None] * frequencies)[:, None].double()
+    a, b = exact[..., : rotated // 2].clone(), exact[..., rotated // 2 : rotated].clone()
+    exact[..., : rotated // 2] = a * angles.cos() - b * angles.sin()
+    exact[..., rotated // 2 : rotated] = b * angles.cos() + a * angles.sin()
+    found = torch.cat([heads[:, :num_q], cache[2, 0, :num_tokens]], dim=1).cpu().double()
+    assert (found - exact).norm() / exact.norm() < TOLERANCES[dtype]
+    assert torch.equal(cache[2, 1, :num_tokens, 0].cpu(), given[:, 6]), "values are left alone"
+    assert cache[[0, 1, 3]].isnan().all()
 
 
 @pytest.mark.parametrize("norm", [rms_norm, layer_norm])

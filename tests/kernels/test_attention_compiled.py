@@ -92,16 +92,28 @@ def small_kernels(architecture, dtype=BF16):
                  hidden, architecture, 16, unaligned=("eps", "num_tokens", "num_nodes")), 2),
         (Request(at + "rows:silu_mul_kernel", {"gate_up": dtype, "out": dtype}, {"inner": 2048, "BLOCK": 1024},
                  architecture), 1),
-        (Request(at + "rope:rope_write_kernel",
-                 {"heads": dtype, "cache": dtype, "cosines": F32, "sines": F32, "slots": I32, "token_stride": "i32"},
-                 {"num_q": 48, "num_kv": 8, "head_dim": 128, "half": 64, "HEADS": 8, "HALF": 64, "REST": 1,
-                  "BLOCK_TOKENS": 16}, architecture, 2, unaligned=("slots",)), 4),
+        (rope_kernel(architecture, dtype, 48, 8, 64, has_norm=False), 4),
+        (rope_kernel(architecture, dtype, 32, 4, 64, has_norm=True), 4),
+        (rope_kernel(architecture, dtype, 96, 8, 32, has_norm=True), 2),  # half of each head rotates: lines of 8 bytes
         (Request(at + "attention:merge_kernel",
                  {"items": I32, "part_starts": I32, "partial": F32, "partial_lse": F32, "output": dtype, "sinks": F32},
                  {"HAS_SINKS": True, "GROUP": 6, "num_kv": 8, "head_dim": 128, "BLOCK_M": 16, "D": 128, "ITEM": ITEM},
                  architecture, unaligned=("part_starts",)), 1),
         *((request, 0) for request in sampling_kernels(architecture)),
     ]  # fmt: skip
+
+
+def rope_kernel(architecture, dtype, num_q, num_kv, half, has_norm):
+    types = {"heads": dtype, "cache": dtype, "cosines": F32, "sines": F32, "slots": I32}
+    types |= {"token_stride": "i32", "eps": "fp32"} | ({"weights": dtype} if has_norm else {})
+    constants = {
+        "num_q": num_q, "num_kv": num_kv, "head_dim": 128, "half": half, "HEADS": 8, "HALF": half,
+        "REST": max(1, 128 - 2 * half), "BLOCK_TOKENS": 16, "HAS_NORM": has_norm,
+    }  # fmt: skip
+    constants |= {} if has_norm else {"weights": None}
+    return Request(
+        "msi.kernels.triton.rope:rope_write_kernel", types, constants, architecture, 2, unaligned=("slots", "eps")
+    )
 
 
 def sampling_kernels(architecture):

@@ -8,7 +8,7 @@ import torch
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.cpu import CpuKernels
 from msi.kernels.native.rows import DecodePlan, native_rows
-from msi.kernels.norm import Norm, rms_norm
+from msi.kernels.norm import HeadNorm, Norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels
@@ -75,10 +75,11 @@ def a_pass(query_lens, context_lens):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks and norms"])
 @pytest.mark.parametrize(("query_lens", "context_lens"), [((1, 1, 1), (1, 16, 75)), ((3, 1), (18, 40))])
 def test_attention_of_a_layer_is_that_of_plain_torch(query_lens, context_lens, window, dtype, has_sinks):
     sinks = values(6, seed=7) * 3 if has_sinks else None
+    norm = HeadNorm(values(8, 32, dtype=dtype, seed=8), 1e-5) if has_sinks else None
     num_q, num_kv, head_dim = 6, 2, 32
     inputs = a_pass(query_lens, context_lens)
     shape = AttentionShape(num_q, num_kv, head_dim, window)
@@ -89,7 +90,7 @@ def test_attention_of_a_layer_is_that_of_plain_torch(query_lens, context_lens, w
         plan = one.plan_attention(inputs, inputs, shape, dtype)
         assert isinstance(plan, DecodePlan) == (isinstance(one, CpuKernels) and max(query_lens) == 1)
         rope = one.rope_table(inputs.positions, rope_frequencies(head_dim, 1e4), dtype, 1.0)
-        one.rope_and_write(heads, num_q, rope, cache, plan)
+        one.rope_and_write(heads, num_q, rope, cache, plan, norm)
         found.append((heads[:, : num_q + num_kv], cache, one.paged_attention(heads[:, :num_q], cache, plan, sinks)))
     for ours, theirs in zip(*found, strict=True):
         assert close(ours, theirs)

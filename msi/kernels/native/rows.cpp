@@ -32,14 +32,27 @@ void norm(int64_t rows, int64_t n, Row* x, const Row* added, int64_t added_strid
   }
 }
 
+// By its inverse root mean square and the weight, n numbers.
+template <class Row>
+void norm_head(Row* head, const Row* weight, int64_t n, float eps) {
+  Sum squares;
+  for (int64_t i = 0; i < n; i += LANES) {
+    const V values = load(head + i);
+    squares.add(i / LANES % (16 / LANES), values, values);
+  }
+  const float scale = 1.0f / std::sqrt(squares.total() / n + eps);
+  for (int64_t i = 0; i < n; i += LANES) store(head + i, load(head + i) * scale * load(weight + i));
+}
+
 template <class Row>
 void rope_and_write(int64_t rows, int64_t num_q, int64_t num_kv, int64_t head_dim, int64_t rotated, Row* heads,
-                    const Row* cos, const Row* sin, Row* cache, const int64_t* kv_rows) {
+                    const Row* cos, const Row* sin, Row* cache, const int64_t* kv_rows, const Row* weights, float eps) {
   const int64_t half = rotated / 2, width = (num_q + 2 * num_kv) * head_dim, kv = num_kv * head_dim;
 #pragma omp parallel for schedule(static) if (rows > 32)
   for (int64_t r = 0; r < rows; ++r) {
     Row* row = heads + r * width;
-    for (int64_t h = 0; h < num_q + num_kv; ++h)
+    for (int64_t h = 0; h < num_q + num_kv; ++h) {
+      if (weights) norm_head(row + h * head_dim, weights + h * head_dim, head_dim, eps);
       for (int64_t i = 0; i < half; i += LANES) {
         Row *first = row + h * head_dim + i, *second = first + half;
         const Row *c = cos + r * rotated + i, *s = sin + r * rotated + i;
@@ -47,6 +60,7 @@ void rope_and_write(int64_t rows, int64_t num_q, int64_t num_kv, int64_t head_di
         store(first, a * load(c) + b * load(s));
         store(second, b * load(c + half) + a * load(s + half));
       }
+    }
     const Row* keys = row + num_q * head_dim;
     for (int64_t half_of = 0; half_of < 2; ++half_of)
       std::memcpy(cache + kv_rows[2 * r + half_of] * kv, keys + half_of * kv, kv * sizeof(Row));
@@ -139,16 +153,17 @@ void msi_norm(int64_t is_bfloat16, int64_t rows, int64_t n, void* x, const void*
 }
 
 // Rotates the first num_q + num_kv heads of heads [rows, num_q + 2 num_kv, head_dim] by tables [rows, rotated], and
-// writes keys and values to the rows of the cache that kv_rows [rows, 2] says. `rotated` is a multiple of 32.
+// writes keys and values to the rows of the cache that kv_rows [rows, 2] says. `rotated` is a multiple of 32. With
+// weights [num_q + num_kv, head_dim] these heads are normed before; then head_dim is a multiple of 16.
 void msi_rope_and_write(int64_t is_bfloat16, int64_t rows, int64_t num_q, int64_t num_kv, int64_t head_dim,
                         int64_t rotated, void* heads, const void* cos, const void* sin, void* cache,
-                        const int64_t* kv_rows) {
+                        const int64_t* kv_rows, const void* weights, float eps) {
   if (is_bfloat16)
     rope_and_write(rows, num_q, num_kv, head_dim, rotated, (uint16_t*)heads, (const uint16_t*)cos, (const uint16_t*)sin,
-                   (uint16_t*)cache, kv_rows);
+                   (uint16_t*)cache, kv_rows, (const uint16_t*)weights, eps);
   else
     rope_and_write(rows, num_q, num_kv, head_dim, rotated, (float*)heads, (const float*)cos, (const float*)sin,
-                   (float*)cache, kv_rows);
+                   (float*)cache, kv_rows, (const float*)weights, eps);
 }
 
 // Attention of one token of each sequence: query [num_seqs, num_heads, head_dim], rows `stride` apart; out contiguous.

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from msi.kernels.native.compiled import WIDTH, native_library
-from msi.kernels.norm import Norm, rms_norm
+from msi.kernels.norm import HeadNorm, Norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape, kv_rows
 from msi.kernels.pass_tensors import PassTensors
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     "msi_norm": (_N, _N, _N, _P, _P, _N, _P, ctypes.c_float, _P),
-    "msi_rope_and_write": (*[_N] * 6, *[_P] * 5),
+    "msi_rope_and_write": (*[_N] * 6, *[_P] * 6, ctypes.c_float),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -77,7 +77,13 @@ def norm(rows: ctypes.PyDLL, hidden: Tensor, norm: Norm, added: Tensor | None = 
 
 
 def rope_and_write(
-    rows: ctypes.PyDLL, heads: Tensor, num_q: int, rope: tuple[Tensor, Tensor], layer_cache: Tensor, kv_rows: Tensor
+    rows: ctypes.PyDLL,
+    heads: Tensor,
+    num_q: int,
+    rope: tuple[Tensor, Tensor],
+    layer_cache: Tensor,
+    kv_rows: Tensor,
+    norm: HeadNorm | None = None,
 ) -> bool:
     """As `msi.kernels.kernels.Kernels` says; False, and nothing done, where it is another's."""
     cos, sin = rope
@@ -87,9 +93,12 @@ def rope_and_write(
     if not dtype == cos.dtype == sin.dtype == layer_cache.dtype:
         return False
     num_rows, num_heads, head_dim = heads.shape
+    if norm is not None and (head_dim % WIDTH or norm.weights.dtype is not dtype):
+        return False
     rows.msi_rope_and_write(
         dtype is torch.bfloat16, num_rows, num_q, (num_heads - num_q) // 2, head_dim, rotated, heads.data_ptr(),
         cos.data_ptr(), sin.data_ptr(), layer_cache.data_ptr(), kv_rows.data_ptr(),
+        None if norm is None else norm.weights.data_ptr(), 0.0 if norm is None else norm.eps,
     )  # fmt: skip
     return True
 

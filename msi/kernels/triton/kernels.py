@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
-from msi.kernels.norm import Norm, layer_norm, rms_norm
+from msi.kernels.norm import HeadNorm, Norm, layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels
@@ -101,9 +101,15 @@ class TritonKernels(PlainKernels):
         )
 
     def rope_and_write(
-        self, heads: Tensor, num_q: int, rope_table: tuple[Tensor, Tensor], layer_cache: Tensor, plan: PagedPlan
+        self,
+        heads: Tensor,
+        num_q: int,
+        rope_table: tuple[Tensor, Tensor],
+        layer_cache: Tensor,
+        plan: PagedPlan,
+        norm: HeadNorm | None = None,
     ) -> None:
-        rope.rope_and_write(heads, num_q, rope_table, layer_cache, plan.slots)
+        rope.rope_and_write(heads, num_q, rope_table, layer_cache, plan.slots, norm)
 
     def paged_attention(
         self, query: Tensor, layer_cache: Tensor, plan: PagedPlan, sinks: Tensor | None = None
