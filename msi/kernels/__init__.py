@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BLOCK_TOKENS = 16  # of a block of the KV cache; here, without torch, for those who only count blocks
+MXFP4_GROUP = 32  # values of a row of an MXFP4 matrix that share a scale
 NONE = "none"  # of matrices that are not quantised
 SCALE_BLOCK = 128  # rows and columns of a matrix in float8 that share a scale
 

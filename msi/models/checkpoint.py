@@ -49,17 +49,21 @@ class Checkpoint:
 
     Args:
         report: called with the bytes of every tensor read, for progress bars.
-        stored_as: as `ModelConfig` has it.
+        stored_as, has_mxfp4: as `ModelConfig` has it, of matrices and of experts.
 
     Raises:
         CheckpointError: no weights that are served, or a file is missing, truncated or damaged.
     """
 
     def __init__(
-        self, model_dir: Path, report: Callable[[int], None] = lambda num_bytes: None, stored_as: str = NONE
+        self,
+        model_dir: Path,
+        report: Callable[[int], None] = lambda num_bytes: None,
+        stored_as: str = NONE,
+        has_mxfp4: bool = False,
     ) -> None:
         self.bytes_read = 0
-        self.index = TensorIndex(model_dir, stored_as)
+        self.index = TensorIndex(model_dir, stored_as, has_mxfp4)
         self._report = report
         self._files: dict[Path, Any] = {}
 

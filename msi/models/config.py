@@ -81,6 +81,7 @@ class ModelConfig:
         eos_token_ids: tokens that end a sequence.
         dtype: of the checkpoint.
         stored_as: "none", or the number format that matrices of the checkpoint are quantised in: "fp8".
+        has_mxfp4_experts: routed experts are stored in MXFP4, and unpacked as they are loaded.
         max_position_embeddings: the longest context the model was made for.
         remarks: sentences about what the files say and is not used.
     """
@@ -119,6 +120,7 @@ class ModelConfig:
     has_shared_gate: bool = True
     dense_intermediate_size: int | None = None
     stored_as: str = NONE
+    has_mxfp4_experts: bool = False
     remarks: tuple[str, ...] = field(default=(), compare=False)
 
     @property

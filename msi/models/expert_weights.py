@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msi.errors import CheckpointError
+from msi.kernels import MXFP4_GROUP
 from msi.kernels.kernels import Biases, ExpertBank, Kernels
+from msi.kernels.mxfp4 import NO_NUMBER, unpacked
 from msi.kernels.quantized import Quantized, held, joined
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
@@ -97,8 +100,18 @@ def _read_interleaved(
     def read(name: str, *shape: int) -> Tensor:
         return source.read(name.format(layer=layer), (config.num_experts, *shape), (expert, expert + 1))[0]
 
+    def matrix(name: str, rows: int, depth: int) -> Tensor:
+        scales_name = name.format(layer=layer) + "_scales"
+        if not source.has(scales_name):  # invented ones are not packed, whatever config.json says
+            return read(name, depth, rows).T
+        groups = depth // MXFP4_GROUP
+        scales = read(name + "_scales", rows, groups)
+        if bool((scales == NO_NUMBER).any()):
+            raise CheckpointError(f"{scales_name} holds what is no number; download it again")
+        return unpacked(read(name + "_blocks", rows, groups, MXFP4_GROUP // 2), scales)
+
     hidden, inner = config.hidden_size, config.intermediate_size
-    gate_up, down = read(names.gate_up, hidden, 2 * inner).T, read(names.down, inner, hidden).T
+    gate_up, down = matrix(names.gate_up, 2 * inner, hidden), matrix(names.down, hidden, inner)
     bias = read(names.gate_up_bias, 2 * inner)
     biases = torch.cat([bias[::2], bias[1::2]]), read(names.down_bias, hidden)
     return [gate_up[::2], gate_up[1::2]], down.contiguous(), biases

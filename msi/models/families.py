@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from msi.errors import ConfigError, shown
+from msi.kernels import MXFP4_GROUP as GROUP
 from msi.models.config import ConfigReader, ModelConfig, check_config
 from msi.models.dbrx import DBRX
-from msi.models.family import Family
+from msi.models.family import Family, InterleavedExpertNames
 from msi.models.files import read_json
 from msi.models.glm4_moe import GLM4_MOE
 from msi.models.gpt_oss import GPT_OSS
 from msi.models.mixtral import MIXTRAL
 from msi.models.olmoe import OLMOE
-from msi.models.quantisation import read_quantization
+from msi.models.quantisation import MXFP4, read_quantization
 from msi.models.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from msi.models.tensor_index import WEIGHTS, adapter_sentence, gguf_sentence, names_in, original_sentence
 from msi.models.texts import tokenizers_end
@@ -40,9 +41,26 @@ def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
     stored_as, remarks = read_quantization(reader)
     reader.require("transformers_weights", None, WEIGHTS)  # another file instead
     config = family.parse(reader)
-    config = replace(config, stored_as=stored_as, remarks=config.remarks + remarks)
+    config = replace(config, remarks=config.remarks + remarks)
+    if stored_as == MXFP4:
+        _check_mxfp4(family, config, source)
+        is_silent = values.get("dtype") is None and values.get("torch_dtype") is None
+        config = replace(config, has_mxfp4_experts=True, dtype="bfloat16" if is_silent else config.dtype)
+    else:
+        config = replace(config, stored_as=stored_as)
     check_config(config, source)
     return config
+
+
+def _check_mxfp4(family: Family, config: ModelConfig, source: str) -> None:
+    if not isinstance(family.names.experts, InterleavedExpertNames):
+        raise ConfigError(
+            f"{source}: quant_method is 'mxfp4', which is supported for GptOssForCausalLM alone; give "
+            f"{family.architecture} in bfloat16, float16, float32 or fp8"
+        )
+    for key in ("hidden_size", "intermediate_size"):
+        if (size := getattr(config, key)) % GROUP:
+            raise ConfigError(f"{source}: {key} is {size}; of experts in mxfp4 it must be a multiple of {GROUP}")
 
 
 def _family_in(reader: ConfigReader) -> Family:

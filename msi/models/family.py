@@ -42,6 +42,9 @@ class StackedExpertNames:
 class InterleavedExpertNames:
     """All experts in each tensor, transposed, gate and up taking turns: gate_up [num_experts, h, 2 h'] with bias
     [num_experts, 2 h'], and down [num_experts, h', h] with bias [num_experts, h].
+
+    In MXFP4 matrices are not transposed, and lie in two tensors: name_blocks [num_experts, rows, groups, 16] and
+    name_scales [num_experts, rows, groups], bytes.
     """
 
     gate_up: str

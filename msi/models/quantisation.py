@@ -1,4 +1,5 @@
-"""How config.json says that a checkpoint's matrices are quantised, and which of it is served: float8 with scales.
+"""How config.json says that a checkpoint's matrices are quantised, and which of it is served: float8 with scales, and
+experts in MXFP4, which are unpacked.
 
 What each scale is of, its shape says (`msi.models.tensor_index`). Activations are never rounded to float8 here, so
 scales of theirs are not read, and a remark says so.
@@ -14,13 +15,14 @@ from msi.precision import FP8, NONE
 KEYS = ("quantization_config", "compression_config")
 SERVED = (
     "of quantised checkpoints those in fp8 are supported (quant_method 'fp8', or 'compressed-tensors' in the format "
-    "'float-quantized'); give such a one, or one in bfloat16, float16 or float32"
+    "'float-quantized'), and gpt-oss in mxfp4; give such a one, or one in bfloat16, float16 or float32"
 )
+MXFP4 = "mxfp4"
 STRATEGIES = ("tensor", "channel", "block")  # of scales, in the words of compressed-tensors
 
 
 def read_quantization(reader: ConfigReader) -> tuple[str, tuple[str, ...]]:
-    """What matrices are stored as, "none" or "fp8", and remarks about what is not done.
+    """What matrices are stored as, "none", "fp8" or (experts alone) "mxfp4", and remarks about what is not done.
 
     Raises:
         ConfigError: another method, or what would change the result and is not done.
@@ -30,6 +32,9 @@ def read_quantization(reader: ConfigReader) -> tuple[str, tuple[str, ...]]:
         return NONE, ()
     value = reader.values[key]
     method = value.get("quant_method") if isinstance(value, dict) else None
+    if method == MXFP4:
+        said = "experts in mxfp4 are unpacked to `dtype` as they are loaded, and take the room of that"
+        return MXFP4, (f"{reader.source}: {said}",)
     if method not in ("fp8", "compressed-tensors"):
         raise ConfigError(f"{reader.source}: {key} is set{f' ({shown(method)})' if method else ''}; {SERVED}")
     section = reader.section(key)

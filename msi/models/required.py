@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from msi.errors import CheckpointError
-from msi.kernels import NONE, SCALE_BLOCK
+from msi.kernels import MXFP4_GROUP, NONE, SCALE_BLOCK
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
 from msi.models.family import ExpertNames, InterleavedExpertNames, MlpNames, StackedExpertNames, bias_of
@@ -19,7 +19,7 @@ from msi.models.tensor_index import Shape, TensorIndex
 
 def check_weights(model_dir: Path, config: ModelConfig) -> None:
     """Looks into the headers of a directory's weights. Raises CheckpointError: what is there cannot be served."""
-    check_tensors(config, TensorIndex(model_dir, config.stored_as))
+    check_tensors(config, TensorIndex(model_dir, config.stored_as, config.has_mxfp4_experts))
 
 
 def check_tensors(config: ModelConfig, index: TensorIndex) -> None:
@@ -99,9 +99,14 @@ def _experts(
 ) -> Iterator[tuple[str, Shape]]:
     num_experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
     if isinstance(names, InterleavedExpertNames):
-        yield names.gate_up.format(layer=layer), (num_experts, hidden, 2 * inner)
+        for name, rows, depth in ((names.gate_up, 2 * inner, hidden), (names.down, hidden, inner)):
+            matrix = name.format(layer=layer)
+            if config.has_mxfp4_experts:
+                yield matrix + "_blocks", (num_experts, rows, depth // MXFP4_GROUP, MXFP4_GROUP // 2)
+                yield matrix + "_scales", (num_experts, rows, depth // MXFP4_GROUP)
+            else:
+                yield matrix, (num_experts, depth, rows)
         yield names.gate_up_bias.format(layer=layer), (num_experts, 2 * inner)
-        yield names.down.format(layer=layer), (num_experts, inner, hidden)
         yield names.down_bias.format(layer=layer), (num_experts, hidden)
         return
     if isinstance(names, StackedExpertNames):

@@ -41,6 +41,7 @@ QUANTISED_ENDINGS = (
 FLOAT8 = "F8_E4M3"
 SCALE_ENDINGS = (".weight_scale", ".weight_scale_inv", "_scale_inv", "_scale", ".input_scale")  # beside float8
 SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0")
+MXFP4_ENDINGS, MXFP4_DTYPES = ("_blocks", "_scales"), ("U8",)  # of experts' matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +58,16 @@ class TensorIndex:
 
     Args:
         stored_as: what config.json says that matrices are stored as, "none" or "fp8": then they have scales.
+        has_mxfp4: it says that experts are in MXFP4.
 
     Raises:
         CheckpointError: no weights that are served, or files that contradict their headers or each other.
     """
 
-    def __init__(self, model_dir: Path, stored_as: str = NONE) -> None:
+    def __init__(self, model_dir: Path, stored_as: str = NONE, has_mxfp4: bool = False) -> None:
         self.model_dir = model_dir
         self.stored_as = stored_as
+        self._packed = MXFP4_ENDINGS if has_mxfp4 else ()
         self.tensors: dict[str, StoredTensor] = {}
         for path in chosen_files(model_dir):
             for name, stored in read_header(path):
@@ -72,7 +75,7 @@ class TensorIndex:
                     other = self.tensors[name].file
                     raise CheckpointError(f"{name} is in two files, {other} and {path.name}; remove the one not meant")
                 self.tensors[name] = stored
-        known = () if stored_as == NONE else SCALE_ENDINGS
+        known = self._packed if stored_as == NONE else SCALE_ENDINGS
         for name in self.tensors:
             if name.endswith(QUANTISED_ENDINGS) and not name.endswith(known):
                 raise CheckpointError(
@@ -97,12 +100,13 @@ class TensorIndex:
             raise CheckpointError(f"{self.model_dir} has no tensor {name}; expected one of shape {list(shape)}")
         if stored.shape != shape:
             raise CheckpointError(f"{stored.file}: {name} is {list(stored.shape)}; expected {list(shape)}")
+        allowed = MXFP4_DTYPES if name.endswith(self._packed) else WEIGHT_DTYPES
         if self.is_quantised(name):
             self.scales_of(name)
-        elif stored.dtype not in WEIGHT_DTYPES:
+        elif stored.dtype not in allowed:
             raise CheckpointError(
                 f"{stored.file}: {name} is stored as {stored.dtype}, which is not supported; "
-                f"supported: {', '.join(WEIGHT_DTYPES)}"
+                f"supported: {', '.join(allowed)}"
             )
         return stored
 

@@ -17,6 +17,7 @@ from msi.device.device import Device
 from msi.errors import ConfigError
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.kernels import ExpertBank
+from msi.kernels.mxfp4 import BYTES as MXFP4_BYTES
 from msi.models.attention_weights import AttentionWeights, load_attention_weights
 from msi.models.checkpoint import Checkpoint, DummyCheckpoint
 from msi.models.config import ModelConfig, config_digest
@@ -88,7 +89,7 @@ class ModelFiles:
         """Raises CheckpointError."""
         if self.load_format == "dummy":
             return DummyCheckpoint(report, DTYPES[self.config.dtype], self.config.stored_as)
-        source = Checkpoint(self.model_dir, report, self.config.stored_as)
+        source = Checkpoint(self.model_dir, report, self.config.stored_as, self.config.has_mxfp4_experts)
         check_tensors(self.config, source.index)
         return source
 
@@ -128,8 +129,7 @@ class ModelFiles:
                 f"{precision.held_as}, and {free_bytes / 1e9:.1f} GB of memory are free; give experts more workers, on "
                 f"more machines, or free some memory"
             )
-        stored = replace(Precision.of(self.config.dtype), quantization=self.config.stored_as)
-        self.loaded_bytes, self.total_bytes = 0, round(self._bytes_of(stored, num_attention, num_expert))
+        self.loaded_bytes, self.total_bytes = 0, round(self._stored_bytes(num_attention, num_expert))
         started = time.monotonic()
         source = self.open(self._count)
         attention, experts = had.attention, had.experts
@@ -177,6 +177,16 @@ class ModelFiles:
             num_matrices = num_attention - table * (1 if self.config.tie_word_embeddings else 2)
             num_bytes += num_matrices * precision.matrix_bytes + table * precision.weight_bytes
             num_bytes += table * precision.head_bytes * is_apart
+        return num_bytes
+
+    def _stored_bytes(self, num_attention: int, num_expert: int) -> float:
+        """The same, of the checkpoint."""
+        config = self.config
+        stored = replace(Precision.of(config.dtype), quantization=config.stored_as)
+        num_bytes = self._bytes_of(stored, num_attention, num_expert)
+        if config.has_mxfp4_experts:
+            num_packed = num_expert * config.expert_values / (config.expert_values + config.expert_bias_values)
+            num_bytes -= num_packed * (stored.weight_bytes - MXFP4_BYTES)
         return num_bytes
 
     def _values_to_read(self, assignment: Assignment, had: LoadedPart) -> tuple[int, int]:
