@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import torch
 
 from msi import ConfigError, Engine, SamplingParams
 from msi.device.cuda import why_unavailable
+from msi.device.cuda_driver import CudaDriver
 from tests.reference import references, save_tiny
 
 needs_gpu = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
@@ -43,6 +45,36 @@ async def test_tokens_equal_transformers_with_rows_in_a_gpus_own_memory(tmp_path
             params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
             outputs = engine.generate(one.prompt, params)
             assert tuple([token async for output in outputs for token in output.token_ids]) == one.tokens
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["mixtral", "qwen3", "glm4", "gpt_oss"])
+async def test_no_layer_waits_for_the_device(tmp_path, monkeypatch, family):
+    """torch raises where one of its operators would; what reads values, and what runs for the first time, may."""
+    expected = references(save_tiny(tmp_path, family=family), [17, 40], 8)
+    launch, is_strict = CudaDriver.launch, False
+
+    def watched(self, stream, work, reads=False):
+        if reads or not is_strict:
+            launch(self, stream, work, reads)
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launch(self, stream, work, reads)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(CudaDriver, "launch", watched)
+    async with Engine.local(
+        model=tmp_path, device="cuda", transport="inproc", micro_batches=1, gpu_memory_utilization=0.1, slot_rows=48,
+        cuda_queues="streams",
+    ) as engine:  # fmt: skip
+        params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+        for _ in range(2):
+            for one in expected:
+                tokens = [token async for output in engine.generate(one.prompt, params) for token in output.token_ids]
+                assert tuple(tokens) == one.tokens
+            is_strict = True
 
 
 @pytest.mark.skipif(why_unavailable() is None, reason="there is a GPU")

@@ -249,6 +249,12 @@ def test_the_planner_is_told_of_dense_layers_and_shared_experts(tmp_path):
     assert sizes == (24, 48, 40)
 
 
+def test_the_planner_is_told_which_layers_have_a_window(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values_of("gpt_oss")))
+    shape = read_shape(tmp_path)
+    assert (shape.num_layers, shape.sliding_window, shape.num_full_layers) == (3, 24, 1)
+
+
 async def test_what_guesses_further_tokens_is_said_and_not_read(tmp_path):
     expected = references(save_tiny(tmp_path, family="glm4"), [30], 10)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import jsonschema
 import openai
@@ -63,14 +64,14 @@ CASES = [
 def model_of(tiny_model, tmp_path_factory):
     """A random model whose tokenizer has these tokens, too: special ones, and ones that are text."""
 
-    def make(special=(), plain=()):
+    def make(special=(), plain=(), template=TEMPLATE, **changes):
         path = tmp_path_factory.mktemp("model")
         tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
         tokenizer.add_special_tokens(list(special))
         tokenizer.add_tokens(list(plain))
-        save_tiny(path, vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=4096)
+        save_tiny(path, vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=4096, **changes)
         tokenizer.save(str(path / "tokenizer.json"))
-        values = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+        values = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
         (path / "tokenizer_config.json").write_text(json.dumps(values))
         return path
 
@@ -182,6 +183,20 @@ async def test_gpt_oss_thinks_and_answers_in_messages(model_of, is_special):
     for answer in answers[:4]:
         jsonschema.validate(json.loads(answer.choices[0].message.content), NUMBERS)
     assert all(calls_of(answer) for answer in answers[4:])
+
+
+async def test_gpt_oss_needs_no_more_than_its_own_template(model_of):
+    pytest.importorskip("transformers", reason="makes the model")
+    template = (Path(__file__).parent / "chat_templates" / "gpt_oss.jinja").read_text()
+    model = model_of(SPECIAL["openai"], template=template, family="gpt_oss")
+    bias = ending_a_thought(model, "<|end|>")
+    tools = [one for one in TOOLS if "parameters" in one["function"]]  # which the template asks for
+    bodies = [{"response_format": FORMAT}, {"tools": tools, "tool_choice": "required"}]
+    structured, forced = await chats(
+        model, *({**body, "seed": 1, **bias} for body in bodies), tool="auto", reasoning="auto"
+    )
+    jsonschema.validate(json.loads(structured.choices[0].message.content), NUMBERS)
+    assert calls_of(forced)
 
 
 @pytest.mark.parametrize("reasoning", mostly_slow(["qwen3", "none"]))

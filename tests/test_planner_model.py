@@ -474,10 +474,14 @@ def test_latent_rows_are_kept_whole_by_every_gpu_of_a_group():
     assert with_row - without == 8 * 70_272
 
 
-def test_a_sliding_window_bounds_what_is_kept():
+def test_a_sliding_window_bounds_what_is_read_in_the_layers_that_have_it():
     model = replace(MODEL, sliding_window=4096)
     assert [context_len(model, mean_len) for mean_len in (100.0, 5000.0)] == [100.0, 4096.0]
     assert context_len(MODEL, 5000.0) == 5000.0
+    gpt_oss = CATALOGUE.model("gpt-oss-120b")
+    assert [context_len(gpt_oss, mean_len) for mean_len in (100.0, 1128.0)] == [100.0, 628.0]
+    assert gpt_oss.total_values == pytest.approx(116.8e9, rel=2e-3)
+    assert model_shape_from_json(gpt_oss.to_json()) == gpt_oss
 
 
 # ------------------------------------------------------------------------------------- arrays of candidates, one number

@@ -131,10 +131,11 @@ def try_everything(task: Task) -> Iterator[Tried]:
 def predict_one(task, attention, expert, tp_a, tp_e, n_a, n_e, experts_per_node, m, b_a) -> Tried | None:
     model, given = task.model, task.given
     mean_len = task.workload.input_len + task.workload.output_len / 2
+    kept_len = mean_len
     if model.sliding_window:
         mean_len = min(mean_len, model.sliding_window)
     held = attention_node_bytes(
-        model, tp_a, given, micro_batch=b_a, num_micro_batches=m, mean_len=mean_len, num_expert_nodes=n_e
+        model, tp_a, given, micro_batch=b_a, num_micro_batches=m, mean_len=kept_len, num_expert_nodes=n_e
     )
     if held > tp_a * attention.gpu.memory_bytes * given.memory_utilization:
         return None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from msi.attention.launching import LanePrograms, LaneQueues
+from msi.device import streams
 from msi.device.compute_thread import Program
 from msi.device.cuda_driver import DeviceLost, host_address
 from msi.device.fake.late import WouldWait
@@ -126,6 +127,44 @@ async def test_nothing_is_left_on_the_device_when_it_closes_behind_closed_gates(
     await device.close()
     assert all(not stream.steps for stream in driver._streams)
     assert not driver._mapped
+
+
+class WaitsForGates(FakeStreams):
+    """Work is launched once all before it on its stream is through, as where a driver has to wait for memory."""
+
+    def launch(self, stream, work, reads=False):
+        while stream.steps and self.goes_on():
+            time.sleep(0.001)
+        super().launch(stream, work, reads)
+
+    def goes_on(self):
+        return True
+
+
+class HangsForEver(WaitsForGates):
+    is_over = False
+
+    def wait(self, stream, address, at_least):
+        stream.steps.append((True, lambda: self.is_over))
+
+    def goes_on(self):
+        return not self.is_over
+
+
+@pytest.mark.parametrize("kind", [WaitsForGates, HangsForEver])
+async def test_a_device_closes_though_its_driver_waits_behind_a_closed_gate(kind, monkeypatch):
+    monkeypatch.setattr(streams, "DRAINED_WITHIN_S", 0.5 if kind is HangsForEver else 20.0)
+    driver = kind()
+    device = StreamDevice(driver, PlainKernels(driver.device), gates=True)
+    queue, ran = device.queue("gated"), []
+    queue.wait(device.words.take(), 1)
+    queue.run(Program(lambda: ran.append(1), ran.append, StageMeter(), "behind", 0))
+    await asyncio.sleep(0.02)
+    async with asyncio.timeout(20):
+        await device.close()
+    assert bool(driver._mapped) == (kind is HangsForEver), "memory stays mapped while something may still use it"
+    assert ran == ([] if kind is HangsForEver else [1])
+    driver.is_over = True
 
 
 @pytest.fixture(scope="module", params=SOME_FAMILIES)

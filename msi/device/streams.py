@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 CHECKED_EACH_S = 0.1  # whether the device has failed, while flags are looked for
 DRAINED_WITHIN_S = 2.0  # at the end, once all gates are open
+JOINED_EACH_S = 0.05  # until then
 QUIET_WITHIN_S = 0.2  # of a layer or two
 
 
@@ -148,19 +149,22 @@ class Streams:
     async def close(self) -> bool:
         """Ends after what is being launched; gates are opened, so that nothing stays on the device. Idempotent.
 
-        Whether nothing is left there.
+        Whether nothing is left there, and nothing is being launched any more.
         """
         if not self._is_open:
             return False
         self._is_open = False
         self._todo.put(None)
-        await asyncio.to_thread(self._thread.join)
         until = time.monotonic() + DRAINED_WITHIN_S
+        while self._thread.is_alive() and time.monotonic() < until:
+            for queue in self._queues:
+                self._is_out(queue)  # the call of the driver that it is in may wait for a gate
+            await asyncio.to_thread(self._thread.join, JOINED_EACH_S)
         is_out = True
         while is_out and self.lost is None and time.monotonic() < until:
             is_out = sum(self._is_out(queue) for queue in self._queues) > 0
             await asyncio.sleep(0.001 * is_out)
-        if is_out or self.lost is not None:
+        if is_out or self.lost is not None or self._thread.is_alive():
             return False
         for queue in self._queues:
             await asyncio.to_thread(self.driver.finish, queue.stream)

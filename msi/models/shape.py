@@ -34,6 +34,7 @@ def shape_of(config: ModelConfig, *, name: str, digest: str, precision: Precisio
         is_tied=config.tie_word_embeddings,
         precision=precision.resolved(config.dtype, config.stored_as),
         sliding_window=config.sliding_window or 0,
+        num_full_layers=len(config.full_layers) if config.sliding_window else 0,
         config_digest=digest,
     )
 

@@ -92,7 +92,14 @@ def algorithm1(
 
 def _as_the_paper_sees(model: ModelShape) -> ModelShape:
     """Defect 5: no shared experts, no dense layers (nor a sliding window)."""
-    return replace(model, num_dense_layers=0, dense_intermediate_size=0, shared_intermediate_size=0, sliding_window=0)
+    return replace(
+        model,
+        num_dense_layers=0,
+        dense_intermediate_size=0,
+        shared_intermediate_size=0,
+        sliding_window=0,
+        num_full_layers=0,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ class Group:
             self.task.given,
             micro_batch=float(batch),
             num_micro_batches=1.0,
-            mean_len=context_len(model, self.task.workload.mean_len),
+            mean_len=self.task.workload.mean_len,
             num_expert_nodes=0.0,
         )
         activations = (

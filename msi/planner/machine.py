@@ -127,7 +127,7 @@ class Machine:
             given,
             micro_batch=float(micro_batch),
             num_micro_batches=float(layout.num_micro_batches),
-            mean_len=context_len(model, self.task.workload.mean_len),
+            mean_len=self.task.workload.mean_len,
             num_expert_nodes=float(layout.num_expert),
         )
         expert = expert_node_bytes(

@@ -38,6 +38,7 @@ class ModelShape:
         dense_intermediate_size: of the layers without experts.
         precision: of weights, KV cache, rows between nodes and activations, without "auto".
         sliding_window: tokens that attention looks back; 0 for all.
+        num_full_layers: those in which it looks back at all of them, window or not.
         config_digest: of the config.json that it was read from; "" for one known by name.
     """
 
@@ -57,6 +58,7 @@ class ModelShape:
     is_tied: bool = False
     precision: Precision = Precision.of("bfloat16")
     sliding_window: int = 0
+    num_full_layers: int = 0
     latent: LatentAttention | None = None
     config_digest: str = ""
 
@@ -182,7 +184,7 @@ def _precision(values: Mapping[str, Any]) -> Precision:
 
 LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 NEEDED_KEYS = ("layers", "hidden", "intermediate", "experts", "top_k", "heads", "kv_heads", "head_dim", "vocab")
-OPTIONAL_KEYS = ("dense_layers", "dense_intermediate", "shared_intermediate", "sliding_window")
+OPTIONAL_KEYS = ("dense_layers", "dense_intermediate", "shared_intermediate", "sliding_window", "full_layers")
 
 
 def model_shape_from_table(name: str, table: Mapping[str, Any], source: str) -> ModelShape:
@@ -220,10 +222,13 @@ def model_shape_from_table(name: str, table: Mapping[str, Any], source: str) -> 
         head_dim=table["head_dim"],
         vocab_size=table["vocab"],
         sliding_window=table.get("sliding_window", 0),
+        num_full_layers=table.get("full_layers", 0),
         latent=LatentAttention(**{key: table[key] for key in LATENT_KEYS}) if has_latent else None,
     )
     if shape.top_k > shape.num_experts or shape.num_dense_layers >= shape.num_layers:
         raise ConfigError(f"{where}: top_k must not exceed experts, and one layer at least must have experts")
+    if shape.num_full_layers > shape.num_layers:
+        raise ConfigError(f"{where}: full_layers is {shape.num_full_layers}, and there are {shape.num_layers} layers")
     if shape.num_dense_layers and not shape.dense_intermediate_size:
         raise ConfigError(f"{where}: dense_layers is {shape.num_dense_layers}; give dense_intermediate, too")
     return shape

@@ -135,7 +135,7 @@ class NodePair:
             task.given,
             micro_batch=micro_batch,
             num_micro_batches=at.num_micro_batches,
-            mean_len=context_len(task.model, task.workload.mean_len),
+            mean_len=task.workload.mean_len,
             num_expert_nodes=at.num_expert_nodes,
         )
 

@@ -71,8 +71,11 @@ def kv_shards(model: ModelShape, tp: int) -> int:
 
 
 def context_len(model: ModelShape, mean_len: Quantity) -> Quantity:
-    """Tokens that attention reads and the cache keeps per sequence."""
-    return np.minimum(mean_len, model.sliding_window) if model.sliding_window else mean_len
+    """Tokens that attention reads per sequence, in the mean over layers. The cache keeps all, window or not."""
+    if not model.sliding_window:
+        return mean_len
+    windowed = (model.num_layers - model.num_full_layers) / model.num_layers
+    return (1 - windowed) * mean_len + windowed * np.minimum(mean_len, model.sliding_window)
 
 
 def attention_layer_s(

@@ -33,8 +33,8 @@ PAGE_BYTES = 1 << 16
 OPENER = """
 import mmap, os, sys, time
 words = memoryview(mmap.mmap(int(sys.argv[1]), 4096)).cast("I")
-done = 0
-while os.getppid() != 1 and words[32] == 0:
+done, parent = 0, int(sys.argv[3])
+while os.getppid() == parent and words[32] == 0:
     asked = words[0]
     if asked != done:
         time.sleep(float(sys.argv[2]))
@@ -56,7 +56,9 @@ class Bench:
         self.at = self.driver.map_host(self.memory)
         self.stream = self.driver.stream()
         self.opener = subprocess.Popen(
-            [sys.executable, "-c", OPENER, str(fd), str(OPENED_AFTER_S)], pass_fds=[fd], stdin=subprocess.DEVNULL
+            [sys.executable, "-c", OPENER, str(fd), str(OPENED_AFTER_S), str(os.getpid())],
+            pass_fds=[fd],
+            stdin=subprocess.DEVNULL,
         )
         self._fd = fd
         self._asked = 0

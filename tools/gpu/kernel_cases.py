@@ -6,15 +6,16 @@ A case says how many bytes have to be moved and how much has to be calculated at
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from msi.attention.pass_inputs import PassInputs
-from msi.kernels import BLOCK_TOKENS, SigmoidRouting
+from msi.kernels import BLOCK_TOKENS, SWIGLU, Activation, SigmoidRouting
 from msi.kernels.kernels import Kernels, Outboxes
-from msi.kernels.norm import Norm, rms_norm
+from msi.kernels.norm import HeadNorm, Norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels
@@ -89,6 +90,7 @@ class Numbers:
 
 
 Make = Callable[[Kernels, Size, Numbers], Case]
+CLAMPED = Activation(alpha=1.702, limit=1.0, up_offset=1.0)  # gpt-oss's, of a limit that many numbers are past
 
 
 # -- the operations --------------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ def mlp_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     )
 
 
-def rope_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+def rope_case(kernels: Kernels, size: Size, numbers: Numbers, has_norm: bool = False) -> Case:
     """Of fresh heads each time, as they are rotated in place."""
     host, on_device = _decoding(size, numbers.device)
     num_heads = size.num_heads + 2 * size.num_kv_heads
@@ -128,23 +130,28 @@ def rope_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     frequencies = rope_frequencies(size.head_dim, 1e4).to(numbers.device)
     table = kernels.rope_table(on_device.positions, frequencies, numbers.dtype, 1.0)
     rotated = torch.empty_like(heads)
+    norm = HeadNorm(numbers.normal(size.num_heads + size.num_kv_heads, size.head_dim), 1e-5) if has_norm else None
 
     def run() -> None:
         rotated.copy_(heads)
-        kernels.rope_and_write(rotated, size.num_heads, table, cache, plan)
+        kernels.rope_and_write(rotated, size.num_heads, table, cache, plan, norm)
 
     return Case(run, lambda: torch.cat((rotated[:, : size.num_heads].flatten(), cache.flatten())), 2 * heads.nbytes)
 
 
-def attention_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+def attention_case(kernels: Kernels, size: Size, numbers: Numbers, has_sinks: bool = False) -> Case:
+    """With sinks also within a window, of half a context."""
+    window = size.context_len // 2 if has_sinks else None
     host, on_device = _decoding(size, numbers.device)
     query = numbers.normal(size.num_tokens, size.num_heads, size.head_dim)
     cache = numbers.normal(*_cache_shape(size))
-    plan = kernels.plan_attention(on_device, host, _heads(size), numbers.dtype)
+    plan = kernels.plan_attention(on_device, host, replace(_heads(size), sliding_window=window), numbers.dtype)
+    sinks = numbers.distinct(size.num_heads) if has_sinks else None
     found: list[Tensor] = []
-    read = sum(host.context_lens.tolist()) * 2 * size.num_kv_heads * size.head_dim * query.itemsize
+    seen = [min(length, window or length) for length in host.context_lens.tolist()]
+    read = sum(seen) * 2 * size.num_kv_heads * size.head_dim * query.itemsize
     return Case(
-        lambda: found.__setitem__(slice(None), [kernels.paged_attention(query, cache, plan)]),
+        lambda: found.__setitem__(slice(None), [kernels.paged_attention(query, cache, plan, sinks)]),
         lambda: found[0],
         read + 2 * query.nbytes,
     )
@@ -221,14 +228,19 @@ def best_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     )
 
 
-def experts_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+def experts_case(
+    kernels: Kernels, size: Size, numbers: Numbers, activation: Activation = SWIGLU, has_bias: bool = False
+) -> Case:
     """One wave of four seats, the last without rows."""
     bank = kernels.expert_bank(
-        num_layers=1, num_experts=size.num_experts, hidden_size=size.hidden, inner_size=size.inner, dtype=numbers.dtype
-    )
+        num_layers=1, num_experts=size.num_experts, hidden_size=size.hidden, inner_size=size.inner, dtype=numbers.dtype,
+        activation=activation, has_bias=has_bias,
+    )  # fmt: skip
     for expert in range(size.num_experts):
         gate_up = numbers.normal(2 * size.inner, size.hidden, scale=size.hidden**-0.5)
-        bank.put(0, expert, gate_up, numbers.normal(size.hidden, size.inner, scale=size.inner**-0.5))
+        down = numbers.normal(size.hidden, size.inner, scale=size.inner**-0.5)
+        biases = (numbers.normal(2 * size.inner), numbers.normal(size.hidden)) if has_bias else None
+        bank.put(0, expert, gate_up, down, biases)
     each = -(-size.num_tokens // 3)
     seats = [(seat, min(each, size.num_tokens - seat * each)) for seat in range(3) if size.num_tokens > seat * each]
     bytes_each = row_bytes(size.hidden, size.top_k, numbers.dtype)
@@ -256,11 +268,14 @@ CASES: dict[str, Make] = {
     "norm": norm_case,
     "gated MLP": mlp_case,
     "rope and KV write": rope_case,
+    "norms of heads, rope and KV write": partial(rope_case, has_norm=True),
     "paged decode attention": attention_case,
+    "paged decode attention with sinks in a window": partial(attention_case, has_sinks=True),
     "softmax routing": softmax_routing_case,
     "sigmoid routing": sigmoid_routing_case,
     "pack, combine and norm": pack_case,
     "experts": experts_case,
+    "clamped experts with biases": partial(experts_case, activation=CLAMPED, has_bias=True),
     "greedy tokens": best_case,
     "drawing tokens": draw_case,
 }
