@@ -223,7 +223,7 @@ def slow(family, **changes):
         slow("glm4", first_k_dense_replace=0, norm_topk_prob=False, n_shared_experts=1, is_fused=True),
         slow("glm4", rope_parameters=GLM_YARN, tie_word_embeddings=True, num_key_value_heads=4),
         slow("gpt_oss", layer_types=["full_attention"] * 2 + ["sliding_attention"], swiglu_limit=7.0),
-        slow("gpt_oss", attention_bias=False, num_key_value_heads=1, sliding_window=None, swiglu_alpha=1.0),
+        slow("gpt_oss", attention_bias=False, num_key_value_heads=1, sliding_window=8, swiglu_alpha=1.0),
         slow("gpt_oss", num_key_value_heads=4, num_experts_per_tok=1, rope_parameters=None, max_shard_size="40KB"),
         slow(
             "dbrx",

@@ -17,7 +17,7 @@ ROPE = {  # where config.json says nothing of it
 
 
 def _parse(reader: ConfigReader) -> ModelConfig:
-    if not reader.values.get("rope_parameters") and not reader.values.get("rope_scaling"):
+    if reader.values.get("rope_parameters") is None and reader.values.get("rope_scaling") is None:
         reader = ConfigReader({**reader.values, "rope_parameters": ROPE}, reader.source)
     config = read_common(
         reader,
@@ -50,13 +50,15 @@ def _parse(reader: ConfigReader) -> ModelConfig:
 
 def _full_layers(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
     """Every second one where config.json does not say."""
-    kinds = reader.texts("layer_types") or (WINDOWED, FULL) * num_layers
+    kinds = reader.texts("layer_types")
+    if not kinds:
+        return tuple(range(1, num_layers, 2))
     for kind in kinds:
         if kind not in (WINDOWED, FULL):
             raise ConfigError(f"{reader.source}: layer_types holds {kind!r}; supported: {WINDOWED!r}, {FULL!r}")
-    if len(kinds) < num_layers:
+    if len(kinds) != num_layers:
         raise ConfigError(f"{reader.source}: layer_types names {len(kinds)} layers, and there are {num_layers}")
-    return tuple(layer for layer in range(num_layers) if kinds[layer] == FULL)
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == FULL)
 
 
 _MLP = "model.layers.{layer}.mlp."
