@@ -3,6 +3,7 @@
 
     tools/bench_losses.py --rounds 5
     tools/bench_losses.py --rounds 5 --worker expert-1 --redundancy 0
+    tools/bench_losses.py --rounds 5 --worker coordinator attention-1              # both at once
     tools/bench_losses.py --rounds 5 --stop 1.5      # SIGSTOP, and SIGCONT so many seconds later
 
 Each round runs greedy streams on all workers, kills or stops one in their midst, and then waits until all workers are
@@ -19,6 +20,7 @@ import os
 import signal
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msi import Engine, RequestFailed, SamplingParams, Unavailable
@@ -57,9 +59,9 @@ class Stream:
 
 
 async def played(
-    engine: Engine, num_streams: int, num_tokens: int, kill: str = "", stop_s: float = 0.0
+    engine: Engine, num_streams: int, num_tokens: int, kill: Sequence[str] = (), stop_s: float = 0.0
 ) -> tuple[list[Stream], float]:
-    """All streams to their end, and when `kill` was killed, or stopped for `stop_s`: a third of the way."""
+    """All streams to their end, and when `kill` were killed, or stopped for `stop_s`: a third of the way."""
     streams = [Stream() for _ in range(num_streams)]
     running = asyncio.gather(*(one.run(engine, index, num_tokens) for index, one in enumerate(streams)))
     killed_at = 0.0
@@ -67,10 +69,10 @@ async def played(
         await asyncio.wait([running], timeout=0.01)
         if kill and not killed_at and min(len(one.token_ids) for one in streams) >= num_tokens // 3:
             killed_at = time.monotonic()
-            pid = engine.pids[kill]
-            os.kill(pid, signal.SIGSTOP if stop_s else signal.SIGKILL)
-            if stop_s:
-                asyncio.get_running_loop().call_later(stop_s, os.kill, pid, signal.SIGCONT)
+            for pid in [engine.pids[name] for name in kill]:
+                os.kill(pid, signal.SIGSTOP if stop_s else signal.SIGKILL)
+                if stop_s:
+                    asyncio.get_running_loop().call_later(stop_s, os.kill, pid, signal.SIGCONT)
     await running
     if kill:
         await asyncio.sleep(stop_s)
@@ -85,7 +87,7 @@ async def all_are_back(engine: Engine) -> None:
 
 async def main() -> None:
     parser = ScriptLine(__doc__)
-    parser.add_argument("--worker", default="expert-1", help="who is killed")
+    parser.add_argument("--worker", nargs="+", default=["expert-1"], help="who is killed; expert-1")
     parser.add_argument("--redundancy", type=int, default=1, help="replicas of each expert")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=8)
@@ -121,12 +123,12 @@ async def main() -> None:
         "num_changed": num_changed,
         **{f"longest_pause_{part}_s": _tail(times) for part, times in pauses.items()},
     }
-    what = f"stopped for {arguments.stop:g} s" if arguments.stop else "killed"
+    what = f"{' and '.join(arguments.worker)} {f'stopped for {arguments.stop:g} s' if arguments.stop else 'killed'}"
     if arguments.json:
         print(json.dumps(found))
         return
     print(
-        f"{arguments.worker} {what} {arguments.rounds} times under {arguments.streams} streams, {arguments.transport}, "
+        f"{what} {arguments.rounds} times under {arguments.streams} streams, {arguments.transport}, "
         f"redundancy {arguments.redundancy}: {num_failed} failed, {num_changed} changed; longest pause of a stream "
         f"{_words(pauses['at_loss'])}, later {_words(pauses['later'])}, before {_words(pauses['before'])}"
     )
