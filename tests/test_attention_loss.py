@@ -90,8 +90,8 @@ async def resumptions(engine):
     return (await engine.stats()).counters["resumptions"]
 
 
-async def signalled_amid(engine, worker_id, number, asked=ASKED, after=3):
-    """All answers, where a worker gets a signal once each has some tokens."""
+async def signalled_amid(engine, worker_id, number, asked=ASKED, after=3, beside=()):
+    """All answers, where a worker, and those beside it, get a signal once each has some tokens."""
     answers: dict[str, Answer] = {}
     asking = asyncio.create_task(ask_all(engine, answers, asked))
 
@@ -99,7 +99,8 @@ async def signalled_amid(engine, worker_id, number, asked=ASKED, after=3):
         return len(answers) == len(asked) and all(one.num_outputs >= after for one in answers.values())
 
     await until(all_have_begun)
-    os.kill(engine.pids[worker_id], number)
+    for pid in [engine.pids[name] for name in (worker_id, *beside)]:
+        os.kill(pid, number)
     await asyncio.wait_for(asking, ENDS_WITHIN_S)
     return answers
 

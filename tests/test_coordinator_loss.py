@@ -13,8 +13,9 @@ import pytest
 
 from msi import Engine
 from tests.conftest import TEXT
-from tests.everyday import thorough
+from tests.everyday import only_thorough, thorough
 from tests.test_attention_loss import ASKED, Answer, ask_all, signalled_amid, told
+from tests.test_faults import until as until_so
 from tests.test_launch import free_port, launched
 from tests.waiting import until
 
@@ -121,6 +122,25 @@ async def test_when_nobody_takes_its_place_in_time_streams_end_and_new_requests_
         answer = await asyncio.wait_for(stream(session, url, begun), 60)
         assert answer.startswith("503: ")
         assert "has given no sign of life for" in answer
+
+
+@pytest.mark.parametrize("worker_id", ["attention-0", "expert-1"])
+@only_thorough
+async def test_when_a_worker_dies_with_the_coordinator_every_answer_is_what_it_would_have_been(tiny_model, worker_id):
+    async with Engine.local(
+        model=tiny_model, attention_workers=2, expert_workers=2, micro_batches=2, threads_per_worker=1
+    ) as engine:
+        expected: dict[str, Answer] = {}
+        await ask_all(engine, expected)
+        answers = await signalled_amid(engine, "coordinator", signal.SIGKILL, ASKED, beside=(worker_id,))
+        assert told(answers) == told(expected)
+
+        async def all_are_there():
+            workers = (await engine.stats()).workers
+            return len(workers) == 4 and all(one.state == "ready" for one in workers)
+
+        await until_so(all_are_there, 60)
+        assert engine.status == (True, "ready")
 
 
 async def test_an_embedded_engine_starts_its_coordinator_again_and_every_answer_is_what_it_would_have_been(tiny_model):
