@@ -8,7 +8,17 @@ import tomllib
 import pytest
 
 from msi import __version__, structured_outputs
-from msi.control import calibration, due_changes, overload, rebalancing, request_routing, restarts, succession, suspects
+from msi.control import (
+    arrivals,
+    calibration,
+    due_changes,
+    overload,
+    rebalancing,
+    request_routing,
+    restarts,
+    succession,
+    suspects,
+)
 from msi.net import hedging, secret
 from msi.planner import rebalance, replica_state
 from msi.server import calls, completions, door, preparers, request_body
@@ -37,6 +47,8 @@ STANDS = [
     ("launch/README.md", r"looked at every S seconds \((\d+)\)", OPTIONS.rebalance.rebalance_interval_s),
     ("launch/README.md", r"more than F of its time \(([\d.]+)\)", OPTIONS.rebalance.rebalance_threshold),
     ("msi/control/README.md", r"fewer than (\d+) rows for each expert", rebalancing.LEAST_ROWS),
+    ("msi/control/README.md", r"none has come for (three) seconds", {3.0: "three"}[arrivals.LULL_S]),
+    ("msi/control/README.md", r"three seconds, (eight) at most", {8.0: "eight"}[arrivals.TAKEOVER_S]),
     ("msi/control/README.md", r"gone for (four) times", {4: "four"}[due_changes.REPLICAS_AFTER]),
     ("launch/README.md", r"replicas that were lost, after (\d) S", due_changes.REPLICAS_AFTER),
     ("msi/control/README.md", r"came to nothing, (ten) do", {10: "ten"}[rebalancing.REST_AFTER_FAILURE]),
