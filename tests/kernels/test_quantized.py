@@ -12,6 +12,7 @@ from torch.nn import functional
 from msi import Engine, SamplingParams
 from msi.device.choice import precision_on
 from msi.errors import ConfigError
+from msi.kernels import SWIGLU, Activation
 from msi.kernels.cpu import CpuKernels
 from msi.kernels.native.bank import NativeExpertBank
 from msi.kernels.native.compiled import linear, native_library, pack
@@ -96,14 +97,20 @@ def test_products_are_those_of_the_matrix_that_it_stands_for(format, num_outputs
 
 @with_kernels
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_bank_of_quantised_experts_computes_what_the_plain_one_does(format):
+@pytest.mark.parametrize("kind", [(SWIGLU, False), (Activation(alpha=1.7, limit=1.5, up_offset=1.0), True)], ids=str)
+def test_a_bank_of_quantised_experts_computes_what_the_plain_one_does(format, kind):
     hidden, inner, num_rows = 64, 144, 9
-    native = NativeExpertBank(native_library(), 1, 2, hidden, inner, format)
-    plain = PlainExpertBank(torch.empty(1, 2, 2 * inner, hidden), torch.empty(1, 2, hidden, inner))
+    activation, has_bias = kind
+    native = NativeExpertBank(native_library(), 1, 2, hidden, inner, format, activation, has_bias)
+    of_plain = (torch.empty(1, 2, 2 * inner), torch.empty(1, 2, hidden)) if has_bias else None
+    plain = PlainExpertBank(
+        torch.empty(1, 2, 2 * inner, hidden), torch.empty(1, 2, hidden, inner), of_plain, activation
+    )
     for expert in range(2):
         gate_up, down = values(2 * inner, hidden, seed=expert), values(hidden, inner, seed=7 + expert)
+        biases = (values(2 * inner, seed=20 + expert), values(hidden, seed=30 + expert)) if has_bias else None
         for bank in (native, plain):
-            bank.put(0, expert, quantize(gate_up, format), quantize(down, format))
+            bank.put(0, expert, quantize(gate_up, format), quantize(down, format), biases)
     ids = (torch.arange(num_rows)[:, None] % 2).to(torch.int32).view(1, 1, num_rows, 1)
     landed = PackedRows(values(1, 1, num_rows, hidden, seed=9), torch.full((1, 1, num_rows, 1), 0.7), ids)
     found, wanted = (torch.zeros(1, num_rows, hidden) for _ in range(2))
