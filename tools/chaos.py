@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -131,6 +132,7 @@ async def storm(server: Server, arguments: argparse.Namespace, run: Run) -> None
             one.whole_at = time.monotonic()
             say_progress(one, run.streams)
         expected = await asyncio.to_thread(family, server.process.pid)
+    await drawing.end()
 
 
 def say_progress(disaster: Disaster, streams: list[PacedStream]) -> None:
@@ -164,6 +166,13 @@ class Drawing:
                 "--redraw", str(arguments.json), "--picture", str(arguments.picture),
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
             )  # fmt: skip
+
+    async def end(self) -> None:
+        """None is drawn any more: the last one is to stay."""
+        if self._running is not None and self._running.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._running.kill()
+            await self._running.wait()
 
 
 async def observed(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
