@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from msi.kernels.triton.launches import counted_rows, plan_rows
 from msi.kernels.triton.tiles import Product, Tiles, default_tiles
 from tests.everyday import mostly_slow
-from tests.kernels.compiled import ARCHITECTURES, SHARED_BYTES, Request, assert_fits, compile_all
+from tests.kernels.compiled import ARCHITECTURES, SHARED_BYTES, Compiled, Request, assert_fits, compile_all
 
 MIXTRAL = {"HIDDEN": 4096, "INNER": 14336, "NUM_EXPERTS": 8}
 GPT_OSS = {"HIDDEN": 2880, "INNER": 2880, "NUM_EXPERTS": 32}
@@ -120,8 +120,7 @@ def test_the_products_of_clamped_experts_with_biases_fit(architecture):
             constants |= CLAMPED if bias == "bias13" else {}
             requests.append(replace(request, types=request.types | {bias: "*fp32"}, constants=constants))
     for request, compiled in zip(requests, compile_all(requests), strict=True):
-        assert_fits(request, compiled)
-        assert compiled.count(r"STG\.E\.128") == compiled.count("STG"), "results leave in wide stores"
+        _assert_is_wide(request, compiled)
 
 
 @pytest.mark.slow
@@ -135,8 +134,12 @@ def test_the_products_fit(architecture, weights):
     tiles = default_tiles(torch.bfloat16 if weights == "bf16" else torch.float8_e4m3fn, SHARED_BYTES[architecture])
     requests = [make(one, architecture, weights) for one in tiles for make in (gate_up, down)]
     for request, compiled in zip(requests, compile_all(requests), strict=True):
-        assert_fits(request, compiled)
-        assert compiled.count(r"LDGSTS.*128|UTMALDG"), "rows and weights come in wide loads"
-        assert compiled.count(r"STG\.E\.128") == compiled.count("STG"), "and results leave in wide stores"
-        if architecture == 90 and request.constants["BLOCK_M"] >= 64:
-            assert compiled.count("HGMMA"), request
+        _assert_is_wide(request, compiled)
+
+
+def _assert_is_wide(request: Request, compiled: Compiled) -> None:
+    assert_fits(request, compiled)
+    assert compiled.count(r"LDGSTS.*128|UTMALDG"), "rows and weights come in wide loads"
+    assert compiled.count(r"STG\.E\.128") == compiled.count("STG"), "and results leave in wide stores"
+    if request.architecture == 90 and request.constants["BLOCK_M"] >= 64:
+        assert compiled.count("HGMMA"), request
