@@ -21,6 +21,7 @@ from msi.precision import AUTO, QUANTISATIONS, VALUE_BYTES, Precision
 from msi.settings import SLOT_ROWS
 
 from .command_line import CommandLine, file_to_ask, file_to_write, integer, number, one_of, quoted
+from .precision_flags import add_eight_bits, with_eight_bits
 
 DEFAULT_COUNT = 64  # GPUs of a type, where no count is given
 FIGURES = (".png", ".svg", ".pdf")
@@ -106,6 +107,8 @@ def _add_what(parser: CommandLine) -> None:
     add("--quantization", type=one_of(*QUANTISATIONS), metavar="Q", default=AUTO,
         help=f"of matrices: {', '.join(QUANTISATIONS[1:])}; auto: as the checkpoint is")  # fmt: skip
 
+    add_eight_bits(add)
+
 
 def _add_hardware(parser: CommandLine) -> None:
     add = parser.add_argument_group("on what").add_argument
@@ -167,6 +170,7 @@ def _task(values: argparse.Namespace) -> Task:
     model = _model(values.model, values.dtype or "", catalogue)
     if values.quantization != AUTO:
         model = replace(model, precision=replace(model.precision, quantization=values.quantization))
+    model = replace(model, precision=with_eight_bits(model.precision, values))
     if profile is not None:
         model = _profiled(model, profile, values)
         pools: tuple[Pool, ...] = (Pool(catalogue.gpu("cpu"), profile.num_cores),)

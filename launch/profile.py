@@ -18,6 +18,7 @@ from msi.precision import AUTO, QUANTISATIONS, VALUE_BYTES, Precision
 
 from .command import open_missing_streams, run_command
 from .command_line import CommandLine, file_to_write, integer, number, one_of, quoted
+from .precision_flags import add_eight_bits, with_eight_bits
 
 if TYPE_CHECKING:
     from msi.profiler.measure import Measuring, Steps
@@ -69,6 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--quantization", default=AUTO, type=one_of(*QUANTISATIONS), metavar="Q",
         help=f"of matrices: {', '.join(QUANTISATIONS[1:])}; auto: as the checkpoint is")  # fmt: skip
+    add_eight_bits(add)
     add("--load-format", default="auto", type=one_of("auto", "dummy"), metavar="F",
         help="dummy: random weights, from config.json alone")  # fmt: skip
     add("--threads", type=numbers(MOST_THREADS), default=(), metavar="N[,N...]", help="torch threads per worker; 1,2")
@@ -96,7 +98,7 @@ def measuring(values: argparse.Namespace) -> Measuring:
     return Measuring(
         model_dir=values.model,
         device=values.device,
-        precision=Precision(compute=values.dtype, quantization=values.quantization),
+        precision=with_eight_bits(Precision(compute=values.dtype, quantization=values.quantization), values),
         load_format=values.load_format,
         threads=values.threads,
         batches=values.batches,

@@ -119,8 +119,7 @@ FOREIGN = (
     *_values("--allowed-local-media-path", "--allowed-media-domains", "--mm-processor-cache-gb"),
     *_switches("--disable-mm-preprocessor-cache", "--disable-chunked-mm-input"),
     # -- memory and scheduling
-    *_values("--kv-cache-dtype", neutral=("auto",), instead="is not built yet: the cache has the dtype of --dtype"),
-    *_switches("--calculate-kv-scales", instead="is not built yet: the cache has the dtype of --dtype"),
+    *_switches("--calculate-kv-scales", instead="is not built: a cache in fp8 has no scales"),
     *_values("--kv-cache-memory-bytes", instead="is not built: give --num-gpu-blocks-override, in blocks of 16 tokens"),
     *_values("--block-size", neutral=("16",), instead="is not built: blocks have 16 tokens"),
     *_values("--prefix-caching-hash-algo", "--swap-space"),

@@ -434,6 +434,19 @@ def test_cpus_of_one_instance_hold_their_matrices_alike():
     )
 
 
+def test_caches_and_rows_of_one_instance_are_alike():
+    hello_of = replace(Precision.of("float32"), kv_cache="fp8")
+    assert "it has `kv_cache_dtype` fp8, the instance another; give all workers the same" in (
+        hello(Cluster(PLAN, 0.0), b"a0", precision=hello_of).reason
+    )
+    cluster = Cluster(replace(PLAN, precision=Precision(kv_cache="fp8")), 0.0)
+    assert "it has `kv_cache_dtype` another, the instance fp8" in hello(cluster, b"e0").reason
+    assert "it has `rows_dtype` fp8, the instance another" in (
+        hello(cluster, b"e0", precision=replace(hello_of, rows="fp8")).reason
+    )
+    assert not hasattr(hello(cluster, b"e0", precision=hello_of), "reason")
+
+
 def test_it_gives_up_with_the_same_sentence():
     cluster = Cluster(replace(PLAN, timeouts=Timeouts(5.0)), 0.0)
     cluster.tick(4.0)

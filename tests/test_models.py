@@ -19,7 +19,7 @@ from msi.kernels import BLOCK_TOKENS
 from msi.kernels.cpu import CpuKernels
 from msi.kernels.kernels import Outboxes
 from msi.kernels.plain import PlainKernels
-from msi.kernels.routing import PackedRows, row_bytes
+from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, hidden_rows, row_bytes
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
 from msi.models.expert_weights import load_expert_bank
@@ -296,9 +296,11 @@ async def test_dummy_weights_need_nothing_but_the_configuration(tmp_path):
     assert results[0] == results[1]
 
 
-def logits_of(path, prompt, dtype, device=None, weights=None, quantization="none", is_everywhere=False):
-    """float32 logits at the last position of a prompt, or at all, computed in `dtype` with one expert node; weights in
-    their own dtype, where one is given."""
+def logits_of(
+    path, prompt, dtype, device=None, weights=None, quantization="none", is_everywhere=False, kv_cache=None, rows=None
+):
+    """float32 logits at the last position of a prompt, or at all, computed in `dtype` with one expert node; weights, KV
+    cache and rows on their way in their own dtypes, where one is given."""
     config, _ = load_config(path)
     source = Checkpoint(path)
     device = device or PlainDevice()
@@ -311,15 +313,16 @@ def logits_of(path, prompt, dtype, device=None, weights=None, quantization="none
     num_rows = len(prompt)
     num_blocks = 2 + num_rows // BLOCK_TOKENS
     forward = Forward(
-        config, attention, KvCache(config, num_blocks, device, dtype), place_evenly(config.num_experts, 1), device
-    )
-    memory = torch.zeros(
-        1, 1, num_rows, row_bytes(config.hidden_size, config.top_k, dtype), dtype=torch.uint8, device=at
-    )
-    landed = PackedRows.view(memory, config.hidden_size, config.top_k, dtype)
+        config, attention, KvCache(config, num_blocks, device, kv_cache or dtype), place_evenly(config.num_experts, 1),
+        device,
+    )  # fmt: skip
+    hidden_size, k, rows = config.hidden_size, config.top_k, rows or RowDtypes.of(dtype)
+    memory = torch.zeros(1, 1, num_rows, row_bytes(hidden_size, k, rows.sent), dtype=torch.uint8, device=at)
+    landed = PackedRows.view(memory, hidden_size, k, rows.sent, rows.computed)
     counts = torch.zeros(1, dtype=torch.int32, device=at)
-    outboxes = Outboxes([PackedRows.view(memory[0, 0], config.hidden_size, config.top_k, dtype)], counts)
-    answers = torch.zeros(1, num_rows, config.hidden_size, dtype=dtype, device=at)
+    outboxes = Outboxes([PackedRows.view(memory[0, 0], hidden_size, k, rows.sent)], counts)
+    answers = torch.zeros(1, num_rows, answer_row_bytes(hidden_size, rows.answered), dtype=torch.uint8, device=at)
+    answers = hidden_rows(answers, hidden_size, rows.answered)
     wanted = tuple(range(num_rows)) if is_everywhere else (num_rows - 1,)
     batch = MicroBatch(
         tuple(prompt), tuple(range(num_rows)), (num_rows,), (num_rows,), (tuple(range(1, num_blocks)),),

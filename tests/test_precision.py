@@ -34,15 +34,20 @@ def test_what_is_left_open_follows_the_computation_and_that_the_device():
     assert Precision(kv_cache="float16").resolved("float32") == replace(Precision.of("float32"), kv_cache="float16")
     assert str(BFLOAT16) == "bfloat16"
     assert str(replace(BFLOAT16, rows="float32")) == (
-        "weights bfloat16, kv_cache bfloat16, rows float32, compute bfloat16"
+        "weights bfloat16, kv_cache bfloat16, rows float32, compute bfloat16, answers bfloat16"
     )
 
 
-@pytest.mark.parametrize("name", ["weights", "kv_cache", "rows"])
-def test_a_dtype_of_its_own_is_refused_by_name_until_it_is_built(name):
-    with pytest.raises(ConfigError, match=f"`{name}` 'float3' is not one; supported: auto, float32, bfloat16, float16"):
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("weights", "weights"), ("kv_cache", "kv_cache_dtype"), ("rows", "rows_dtype"), ("answers", "answers_dtype")],
+)
+def test_a_dtype_of_its_own_is_refused_by_name_until_it_is_built(name, option):
+    with pytest.raises(
+        ConfigError, match=f"`{option}` 'float3' is not one; supported: auto, float32, bfloat16, float16"
+    ):
         Precision(**{name: "float3"})
-    with pytest.raises(ConfigError, match=f"`{name}` in float16 beside `dtype` float32 is not built yet"):
+    with pytest.raises(ConfigError, match=f"`{option}` in float16 beside `dtype` float32 is not built yet"):
         InstanceOptions(precision=Precision(compute="float32", **{name: "float16"}))
     assert InstanceOptions(precision=Precision(compute="float16", **{name: "float16"}))
     with pytest.raises(TypeError, match=f"no option '{name}'"):
@@ -93,15 +98,17 @@ def test_a_model_counts_each_of_its_bytes_by_the_precision_that_they_are_in():
         experts = expert_node_bytes(shape, 1, Assumptions(), num_attention_nodes=4.0, experts_per_node=1.0, **sizes)
         return {
             "weights": shape.attention_bytes, "experts": shape.expert_bytes, "kv_cache": shape.kv_bytes_per_token,
-            "rows": shape.row_bytes, "attention node": float(nodes), "expert node": float(experts),
+            "sent": shape.sent_row_bytes, "answers": shape.answer_row_bytes, "attention node": float(nodes),
+            "expert node": float(experts),
         }  # fmt: skip
 
     before = bytes_of(BFLOAT16)
     for name, doubled in (
-        ("weights", {"weights", "experts"}), ("kv_cache", {"kv_cache"}), ("rows", {"rows"}), ("compute", set()),
+        ("weights", {"weights", "experts"}), ("kv_cache", {"kv_cache"}), ("rows", {"sent"}), ("answers", {"answers"}),
+        ("compute", set()),
     ):  # fmt: skip
         after = bytes_of(replace(BFLOAT16, **{name: "float32"}))
-        for what in ("weights", "experts", "kv_cache", "rows"):
+        for what in ("weights", "experts", "kv_cache", "sent", "answers"):
             assert after[what] == before[what] * (2 if what in doubled else 1)
         assert after["attention node"] > before["attention node"]
         assert (after["expert node"] > before["expert node"]) == (name != "kv_cache")
@@ -125,5 +132,5 @@ def test_plans_and_profiles_of_one_dtype_can_still_be_read(tmp_path: Path):
     assert read_profile({name: value for name, value in profile.items() if name != "precision"}) == PROFILE
     with pytest.raises(ConfigError, match=r"precision is .*; it must name weights, kv_cache, rows, compute"):
         read_profile({**profile, "precision": {"weights": "float32"}})
-    with pytest.raises(ConfigError, match=r"the profile: `rows` 'int3' is not one"):
+    with pytest.raises(ConfigError, match=r"the profile: `rows_dtype` 'int3' is not one"):
         read_profile({**profile, "precision": {**profile["precision"], "rows": "int3"}})

@@ -185,7 +185,7 @@ class Bench:
         bank, landed, members = self._wave(tiles, rows)
         answers = torch.empty(1, landed.hidden.shape[2], self.shape.hidden, dtype=self.dtype, device=self.device)
         self._answers = answers  # of all seats; kept, as launches know no more than its address
-        bank.prepare(landed, (answers[0].nbytes, answers[0, 0].nbytes))
+        bank.prepare(landed, (answers[0].nbytes, answers[0, 0].nbytes), landed.dtype)
         launches = bank._launches
         assert launches is not None
         launches.descriptors.write_everywhere(0, 0, [(seat, 0, count, answers.data_ptr()) for seat, count in members])
@@ -331,7 +331,7 @@ def _compile(work: list[tuple[Shape, Tiles]]) -> None:
             rows = torch.zeros(2, 1, 16, bytes_each, dtype=torch.uint8, device=device)
             landed[shape] = PackedRows.view(rows, shape.hidden, shape.k, torch.bfloat16)
         bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=(tiles,), uses_graphs=False)
-        bank.prepare(landed[shape], (32 * shape.hidden, 2 * shape.hidden))
+        bank.prepare(landed[shape], (32 * shape.hidden, 2 * shape.hidden), torch.bfloat16)
         launches = bank._launches
         assert launches is not None
         launches.planned["wave"].zero_()

@@ -28,7 +28,7 @@ from msi.device.device import Device
 from msi.device.regions import slot_rows
 from msi.kernels.kernels import Outboxes
 from msi.kernels.replicas import PlacementTables
-from msi.kernels.routing import PackedRows
+from msi.kernels.routing import PackedRows, RowDtypes, hidden_rows
 from msi.meter import StageMeter
 from msi.models.attention_weights import AttentionWeights
 from msi.models.config import ModelConfig
@@ -62,7 +62,7 @@ class AttentionHalf:
     """Implements `msi.attention.lanes.AttentionCompute`.
 
     Args:
-        row_dtype: of rows on their way to the experts and back.
+        row_dtypes: of rows on their way to the experts and back.
         landing: where combined rows land: [num_nodes, stride] of `answer_layout` slots' rows.
         dispatch_layout, answer_layout: the slots on either side of the link.
     """
@@ -74,7 +74,7 @@ class AttentionHalf:
         kv_cache: KvCache,
         placement: Placement,
         device: Device,
-        row_dtype: torch.dtype,
+        row_dtypes: RowDtypes,
         *,
         dispatch_layout: SlotLayout,
         answer_layout: SlotLayout,
@@ -89,7 +89,7 @@ class AttentionHalf:
         self.kv_cache = kv_cache
         self.forward = Forward(config, weights, kv_cache, placement, device)
         self._config = config
-        self._dtype = row_dtype
+        self._sent_dtype = row_dtypes.sent
         self._device = device
         self._layout = dispatch_layout
         lanes = range(dispatch_layout.num_lanes)
@@ -109,12 +109,13 @@ class AttentionHalf:
         self._queues = LaneQueues(device, placement.num_nodes, programs, counts.host())
         self.counts = self._queues.counts
         nowhere = PackedRows.view(
-            torch.empty(0, dispatch_layout.row_bytes, dtype=torch.uint8), config.hidden_size, config.top_k, self._dtype
-        )
+            torch.empty(0, dispatch_layout.row_bytes, dtype=torch.uint8), config.hidden_size, config.top_k,
+            self._sent_dtype,
+        )  # fmt: skip
         of_lanes = counts.tensor().view(torch.int32).view(len(lanes), placement.num_nodes)
         self._outboxes = [Outboxes([nowhere] * placement.num_nodes, of_lane) for of_lane in of_lanes]
         answers = slot_rows(landing, placement.num_nodes, answer_layout)
-        answers = answers[..., : config.hidden_size * self._dtype.itemsize].view(self._dtype)
+        answers = hidden_rows(answers, config.hidden_size, row_dtypes.answered)
         self._answers = answers.unbind(1)  # by lane: [num_nodes, slot_rows, hidden_size]
 
     def attach(self, node: int, out_rows: Region) -> None:
@@ -122,7 +123,7 @@ class AttentionHalf:
         slots = slot_rows(out_rows, 1, self._layout)[0]
         config = self._config
         for lane, outboxes in enumerate(self._outboxes):
-            outboxes.rows[node] = PackedRows.view(slots[lane], config.hidden_size, config.top_k, self._dtype)
+            outboxes.rows[node] = PackedRows.view(slots[lane], config.hidden_size, config.top_k, self._sent_dtype)
 
     def use_placement(self, placement: Placement) -> None:
         """Passes that begin from now on send rows where it says."""

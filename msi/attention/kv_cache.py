@@ -1,7 +1,7 @@
 """The paged KV cache of an attention worker: its shape, its memory, and what is written to it.
 
 A layer's is [num_blocks, 2, BLOCK_TOKENS, num_kv_heads, head_dim], a block's keys before its values. Block 0 belongs to
-no sequence: it pads block tables, and stays zero.
+no sequence: it pads block tables, and stays zero. In eight bits, keys and values are as `msi.kernels.fp8` has them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msi.device.device import Device
 from msi.errors import ConfigError
-from msi.kernels import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS, fp8
 from msi.models.config import ModelConfig
 
 
@@ -29,14 +29,15 @@ class KvCache:
     def __init__(self, config: ModelConfig, num_blocks: int, device: Device, dtype: torch.dtype) -> None:
         shape = (config.num_layers, num_blocks, 2, BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
         try:
-            self._memory = device.zeros(shape, dtype)
+            memory = device.zeros(shape, torch.uint8 if dtype is fp8.E4M3 else dtype)
         except (OSError, OverflowError, MemoryError, RuntimeError) as error:
             raise ConfigError(
                 f"there is no memory for {num_blocks} KV blocks ({error}); give a smaller "
                 "`num_gpu_blocks_override` or `gpu_memory_utilization`"
             ) from error
         self.dtype = dtype
-        self.layers: tuple[Tensor, ...] = tuple(self._memory.unbind(0))
+        self.layers: tuple[Tensor, ...] = tuple(memory.view(dtype).unbind(0))
+        self._memory = memory  # of eight bits as bytes, which more operators take
 
     @staticmethod
     def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -48,8 +49,9 @@ class KvCache:
         before, which no mask of attention hides.
         """
         if len(blocks):
-            self._memory.index_fill_(1, blocks.to(torch.int64), 0.0)
+            self._memory.index_fill_(1, blocks.to(torch.int64), 0)
 
     def fill(self, value: float) -> None:
         """All of it but the padding, as if sequences had been there before."""
-        self._memory[:, 1:].fill_(value)
+        for layer in self.layers:
+            layer[1:].fill_(value)

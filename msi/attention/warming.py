@@ -14,7 +14,7 @@ from msi.attention.pass_inputs import PassInputs
 from msi.device.device import Device
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.kernels import Outboxes
-from msi.kernels.routing import PackedRows, row_bytes
+from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, hidden_rows, row_bytes
 from msi.models.config import ModelConfig
 from msi.types import MicroBatch, TokenSampling
 
@@ -23,7 +23,7 @@ SAMPLING = (TokenSampling(0.0, 1.0, 0, 0, 0), TokenSampling(0.7, 0.9, 5, 0, 0))
 
 
 def warm(
-    forward: Forward, config: ModelConfig, kv_cache: KvCache, num_nodes: int, device: Device, row_dtype: torch.dtype
+    forward: Forward, config: ModelConfig, kv_cache: KvCache, num_nodes: int, device: Device, row_dtypes: RowDtypes
 ) -> None:
     """Through all layers, to outboxes of its own; the KV blocks that it writes are zero again. Waits for the device.
 
@@ -32,11 +32,13 @@ def warm(
     if len(kv_cache.layers[0]) < 3:
         return
     at, num_tokens = device.kernels.device, 1 + CHUNK
-    shape = (num_nodes, num_tokens, row_bytes(config.hidden_size, config.top_k, row_dtype))
+    hidden_size, k = config.hidden_size, config.top_k
+    shape = (num_nodes, num_tokens, row_bytes(hidden_size, k, row_dtypes.sent))
     memory = torch.zeros(shape, dtype=torch.uint8, device=at)
     counts = torch.zeros(num_nodes, dtype=torch.int32, pin_memory=at.type == "cuda")
-    outboxes = Outboxes([PackedRows.view(one, config.hidden_size, config.top_k, row_dtype) for one in memory], counts)
-    answers = torch.zeros(num_nodes, num_tokens, config.hidden_size, dtype=row_dtype, device=at)
+    outboxes = Outboxes([PackedRows.view(one, hidden_size, k, row_dtypes.sent) for one in memory], counts)
+    shape = (num_nodes, num_tokens, answer_row_bytes(hidden_size, row_dtypes.answered))
+    answers = hidden_rows(torch.zeros(shape, dtype=torch.uint8, device=at), hidden_size, row_dtypes.answered)
     batch = MicroBatch(
         token_ids=(0,) * num_tokens,
         positions=(0, *range(CHUNK)),

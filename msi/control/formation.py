@@ -114,6 +114,11 @@ class Formation:
             wanted = held if self.precision is None else self.precision.quantization
         if held != wanted:
             return f"it holds weights with `quantization` {held}, the instance with {wanted}; give all workers the same"
+        in_eight_bits = hello.precision.in_eight_bits
+        for name, is_wanted in asked.in_eight_bits.items():
+            if in_eight_bits[name] != is_wanted:
+                kinds = ("another", "fp8") if is_wanted else ("fp8", "another")
+                return f"it has `{name}` {kinds[0]}, the instance {kinds[1]}; give all workers the same"
         if hello.products and self._products and hello.products != self._products and is_anyone_there:
             return (
                 f"it multiplies by {hello.products}, the instance's other CPUs by {self._products}, and results would "

@@ -53,6 +53,12 @@ def precision_on(device: OpenedDevice, asked: Precision, checkpoint: torch.dtype
         ConfigError: this device has no kernels for it, or it cannot be made of what is stored.
     """
     asked = replace(asked, quantization=_quantization_on(device.kernels, asked.quantization, stored_as))
+    in_eight_bits = [name for name, is_so in asked.in_eight_bits.items() if is_so]
+    if in_eight_bits and not device.kernels.has_e4m3:
+        raise ConfigError(
+            f"`{in_eight_bits[0]}` fp8 needs a GPU that has instructions for it, of compute capability 8.9 or more; "
+            "leave it at auto, or give cuda_kernels=plain"
+        )
     compute = device.compute_dtype(checkpoint)
     is_widened = asked.is_open and checkpoint is torch.bfloat16 and compute is torch.float32
     if is_widened and asked.weights == AUTO and isinstance(device, CpuDevice) and device.kernels.can_widen:

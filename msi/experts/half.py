@@ -9,7 +9,6 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from msi.device.compute_thread import Program
@@ -18,7 +17,7 @@ from msi.device.regions import slot_rows
 from msi.experts.batches import WaveBatch
 from msi.experts.server import Finished
 from msi.kernels.kernels import ExpertBank
-from msi.kernels.routing import PackedRows
+from msi.kernels.routing import PackedRows, RowDtypes, hidden_rows
 from msi.meter import StageMeter
 from msi.models.config import ModelConfig
 from msi.net.regions import Region
@@ -46,7 +45,7 @@ class ExpertHalf:
         config: ModelConfig,
         bank: ExpertBank,
         device: Device,
-        dtype: torch.dtype,
+        row_dtypes: RowDtypes,
         *,
         dispatch_layout: SlotLayout,
         answer_layout: SlotLayout,
@@ -62,12 +61,13 @@ class ExpertHalf:
         self._rows_before: Tensor | None = None  # the bank's [layer, expert] when somebody began to ask
         self._bytes_before = 0  # that earlier banks read
         self._device = device
-        self._dtype = dtype
+        self._answer_dtype = row_dtypes.answered
         self._answer_layout = answer_layout
         self._answer_strides = (answer_layout.slot_bytes, answer_layout.row_bytes)
         rows = slot_rows(landing, num_seats, dispatch_layout)
-        self._rows = PackedRows.view(rows, config.hidden_size, config.top_k, dtype)
-        bank.prepare(self._rows, self._answer_strides)
+        hidden_size, k = config.hidden_size, config.top_k
+        self._rows = PackedRows.view(rows, hidden_size, k, row_dtypes.sent, row_dtypes.computed)
+        bank.prepare(self._rows, self._answer_strides, self._answer_dtype)
         self._outboxes: dict[int, Tensor] = {}
         self._batches: deque[WaveBatch] = deque()  # launched, not yet run
         self._programs = [
@@ -81,7 +81,7 @@ class ExpertHalf:
 
     def use_bank(self, bank: ExpertBank, experts: tuple[int, ...]) -> None:
         """Computes with this one from now on: whatever rows are here, their experts have the same local ids in it."""
-        bank.prepare(self._rows, self._answer_strides)
+        bank.prepare(self._rows, self._answer_strides, self._answer_dtype)
         self._bytes_before += self._bank.weight_bytes_read
         if self._ran:
             self._replaced.append((self._ran[-1], self._bank))
@@ -109,7 +109,7 @@ class ExpertHalf:
 
     def attach(self, seat: int, out_rows: Region) -> None:
         rows = slot_rows(out_rows, 1, self._answer_layout)[0]
-        self._outboxes[seat] = rows[..., : self._config.hidden_size * self._dtype.itemsize].view(self._dtype)
+        self._outboxes[seat] = hidden_rows(rows, self._config.hidden_size, self._answer_dtype)
 
     def run(self, batch: WaveBatch, ticket: int) -> None:
         self._batches.append(batch)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msi.kernels import NONE, SWIGLU, Activation
+from msi.kernels import NONE, SWIGLU, Activation, fp8
 from msi.kernels.experts import moe_experts
 from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
 from msi.kernels.native import rows
@@ -23,9 +23,9 @@ from msi.kernels.native.rows import DecodePlan, native_rows
 from msi.kernels.norm import HeadNorm, Norm
 from msi.kernels.paged_attention import AttentionPlan, AttentionShape
 from msi.kernels.pass_tensors import PassTensors
-from msi.kernels.plain import PlainKernels, RopeTable, scatter_answers
+from msi.kernels.plain import PlainKernels, RopeTable, as_sent, scatter_answers
 from msi.kernels.quantized import Quantized, num_bytes
-from msi.kernels.routing import PackedRows, pack_rows, rows_for_node
+from msi.kernels.routing import PackedRows, RowDtypes, pack_rows, rows_for_node
 
 log = logging.getLogger(__name__)
 PACKED_BYTES = 1 << 20  # a call of oneDNN costs 80 us before it computes, one of MKL 14: smaller weights are not packed
@@ -144,7 +144,7 @@ class CpuKernels(PlainKernels):
     ) -> Any:
         """(node, token_index or None for all tokens in order, count) of each node that gets rows."""
         sent: list[tuple[int, Tensor | None, int]] = []
-        counts = outboxes.counts.numpy()
+        counts, normed = outboxes.counts.numpy(), as_sent(normed, outboxes)
         for node, out in enumerate(outboxes.rows[: len(local_ids)]):
             token_index, local = rows_for_node(topk_ids, local_ids, node)
             counts[node] = count = len(local)
@@ -156,9 +156,9 @@ class CpuKernels(PlainKernels):
     def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Any, norm: Norm) -> Tensor:
         if len(sent) == 1 and sent[0][1] is None:  # all rows went to one node
             node, _, count = sent[0]
-            return self.add_norm(hidden, answers[node, :count], norm)
+            return self.add_norm(hidden, fp8.as_computed(answers[node, :count], hidden.shape[1], hidden.dtype), norm)
         for node, token_index, count in sent:
-            added = answers[node, :count]
+            added = fp8.as_computed(answers[node, :count], hidden.shape[1], hidden.dtype)
             if token_index is None:
                 hidden.add_(added)
             else:
@@ -215,10 +215,10 @@ class CpuExpertBank:
         self._down[layer][expert] = self._linear(down, of_down)
         self._expert_bytes = num_bytes(gate_up) + num_bytes(down)
 
-    def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
+    def warm(self, num_model_experts: int, k: int, dtypes: RowDtypes) -> None:
         """There is nothing to load."""
 
-    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int]) -> None:
+    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int], answer_dtype: torch.dtype) -> None:
         """Memory is taken as it is needed."""
 
     def run(

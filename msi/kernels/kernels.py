@@ -19,7 +19,7 @@ from msi.kernels.norm import HeadNorm, Norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.quantized import Quantized
-from msi.kernels.routing import PackedRows
+from msi.kernels.routing import PackedRows, RowDtypes
 
 Linear = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
 Biases = tuple[Tensor, Tensor]  # of an expert: [2 h'] (gate first) and [h]
@@ -65,16 +65,17 @@ class ExpertBank(Protocol):
     ) -> None:
         """One expert's matrices, gate_up [2 h', h] (gate first) and down [h, h'], and biases where the bank has any."""
 
-    def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
-        """Loads what `run` needs for rows of this dtype that chose k of the experts of a layer. Slow; called once all
+    def warm(self, num_model_experts: int, k: int, dtypes: RowDtypes) -> None:
+        """Loads what `run` needs for rows of these dtypes that chose k of the experts of a layer. Slow; called once all
         experts are put, in whatever thread.
         """
 
-    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int]) -> None:
+    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int], answer_dtype: torch.dtype) -> None:
         """Takes the memory that `run` needs for rows that land here, before the first.
 
         Args:
             answer_strides: bytes from lane to lane and from row to row where answers leave.
+            answer_dtype: in which they travel.
         """
 
     def run(
@@ -85,7 +86,8 @@ class ExpertBank(Protocol):
         Args:
             seats: (seat, num_rows) of the lane's slot.
             landed: [seats, lanes, slot_rows].
-            answers: of each seat, [lanes, slot_rows, h]; as many rows are written as landed.
+            answers: of each seat, [lanes, slot_rows, h], in eight bits as `fp8.pack` has them; as many rows are
+                written as landed.
         """
 
 
@@ -94,12 +96,16 @@ class Kernels(Protocol):
 
     Attributes:
         quantisations: formats of matrices that save memory here.
+        has_e4m3: whether its device has instructions for numbers in e4m3, or needs none.
     """
 
     device: torch.device
 
     @property
     def quantisations(self) -> tuple[str, ...]: ...
+
+    @property
+    def has_e4m3(self) -> bool: ...
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -188,7 +194,11 @@ class Kernels(Protocol):
         """
 
     def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Any, norm: Norm) -> Tensor:
-        """Adds the answers [num_nodes, slot_rows, h] to what was sent to the residual stream in place, and norms it."""
+        """Adds the answers [num_nodes, slot_rows, h] to what was sent to the residual stream in place, and norms it.
+
+        Args:
+            answers: in eight bits as `fp8.pack` has them.
+        """
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Attention over a paged KV cache.
 
-The cache of one layer is [num_blocks, 2, BLOCK_TOKENS, num_kv_heads, head_dim], a block's keys before its values. A
+The cache of one layer is [num_blocks, 2, BLOCK_TOKENS, num_kv_heads, head_dim], a block's keys before its values, in
+the dtype that is computed in or in `fp8.E4M3`. A
 micro-batch's sequences are put into groups of equal query length and similar context once per pass; each layer then
 gathers each group's blocks and calls one fused attention on it. Block 0 is never given to a sequence: it pads block
 tables.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msi.kernels import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS, fp8
 from msi.kernels.pass_tensors import PassTensors
 
 Ints = npt.NDArray[np.integer[Any]]
@@ -163,7 +164,10 @@ def kv_rows(slot_mapping: Tensor) -> Tensor:
 
 def write_kv(layer_cache: Tensor, kv: Tensor, rows: Tensor) -> None:
     """kv [num_tokens, 2, num_kv_heads, head_dim] goes to cache rows [num_tokens, 2] of `kv_rows`."""
-    layer_cache.view(-1, *kv.shape[2:]).index_put_((rows,), kv)
+    cached = layer_cache.view(-1, *kv.shape[2:])
+    if layer_cache.dtype is fp8.E4M3:
+        cached, kv = cached.view(torch.uint8), fp8.to_e4m3(kv).view(torch.uint8)
+    cached.index_put_((rows,), kv)
 
 
 def paged_attention(
@@ -190,6 +194,8 @@ def _attend(query: Tensor, layer_cache: Tensor, group: SequenceGroup, sinks: Ten
     num_kv_heads = layer_cache.shape[3]
     shared = num_heads // num_kv_heads
     gathered = layer_cache.view(2 * layer_cache.shape[0], -1).index_select(0, group.halves)
+    if layer_cache.dtype is fp8.E4M3:
+        gathered = fp8.from_e4m3(gathered, query.dtype)
     keys, values = gathered.view(2, group.num_seqs, -1, num_kv_heads, head_dim).transpose(2, 3)
     # the query heads that share a KV head become queries of that head
     query = query.view(group.num_seqs, group.query_len, num_kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
+from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting, fp8
 from msi.kernels.experts import activate, gated_mlp
 from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
 from msi.kernels.norm import HeadNorm, Norm, norm_heads
@@ -21,7 +21,7 @@ from msi.kernels.paged_attention import AttentionShape, paged_attention, plan_at
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.quantized import Quantized
 from msi.kernels.rope import apply_rope, rope_table
-from msi.kernels.routing import PackedRows, topk_sigmoid, topk_softmax
+from msi.kernels.routing import PackedRows, RowDtypes, topk_sigmoid, topk_softmax
 from msi.kernels.sampling import best, draw
 
 RopeTable = tuple[Tensor, Tensor]
@@ -36,6 +36,10 @@ class PlainKernels:
     @property
     def quantisations(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def has_e4m3(self) -> bool:
+        return True
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -122,6 +126,7 @@ class PlainKernels:
         local = local_ids[:, topk_ids]  # [num_nodes, num_tokens, k]
         goes = (local >= 0).any(dim=-1)
         first = torch.argsort(goes.to(torch.int32), dim=-1, descending=True, stable=True)  # those that go, in order
+        normed = as_sent(normed, outboxes)
         for node, out in enumerate(outboxes.rows[: len(local_ids)]):
             order = first[node]
             out.hidden[:num_tokens] = normed[order]
@@ -132,6 +137,7 @@ class PlainKernels:
 
     def combine_norm(self, hidden: Tensor, answers: Tensor, sent: Any, norm: Norm) -> Tensor:
         for rows, of_token in zip(answers[: len(sent)].to(self.device), sent, strict=True):
+            rows = fp8.as_computed(rows, hidden.shape[1], hidden.dtype)
             there = rows.index_select(0, of_token.clamp(min=0))
             hidden += torch.where(of_token[:, None] >= 0, there, 0.0)  # other rows may hold anything
         return self.norm(hidden, norm)
@@ -199,10 +205,10 @@ class PlainExpertBank:
             for bias, given_bias in zip(self.biases, biases, strict=True):
                 bias[layer, expert] = given_bias
 
-    def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
+    def warm(self, num_model_experts: int, k: int, dtypes: RowDtypes) -> None:
         """There is nothing to load."""
 
-    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int]) -> None:
+    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int], answer_dtype: torch.dtype) -> None:
         """Memory is taken as it is needed."""
 
     def run(
@@ -223,10 +229,17 @@ class PlainExpertBank:
         self.weight_bytes_read += (self.gate_up[layer].numel() + self.down[layer].numel()) * self.down.itemsize
 
 
+def as_sent(normed: Tensor, outboxes: Outboxes) -> Tensor:
+    """Rows as they leave by these outboxes."""
+    return fp8.pack(normed) if fp8.is_packed(outboxes.rows[0].hidden) else normed
+
+
 def scatter_answers(
     combined: Tensor, lane: int, seats: Sequence[tuple[int, int]], answers: Mapping[int, Tensor]
 ) -> None:
-    """Rows of several seats behind one another, [n, h], each to where its seat's answers leave."""
+    """Rows of several seats behind one another, [n, h], each to where its seat's answers leave, as they travel."""
+    if seats and fp8.is_packed(answers[seats[0][0]]):
+        combined = fp8.pack(combined)
     start = 0
     for seat, num_rows in seats:
         answers[seat][lane, :num_rows] = combined[start : start + num_rows]

@@ -1,7 +1,7 @@
 """The router, and packing rows for expert nodes.
 
 A packed row is `hidden | weights float32 [k] | local ids int32 [k]`: one contiguous run of bytes per token and node.
-An id of -1 marks an expert of another node.
+An id of -1 marks an expert of another node. Hidden rows may be in eight bits (`fp8.pack`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msi.kernels import SigmoidRouting
+from msi.kernels import SigmoidRouting, fp8
 
 
 def topk_softmax(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
@@ -49,14 +49,44 @@ def topk_sigmoid(
     return weights * routing.scale, topk_ids
 
 
+@dataclass(frozen=True, slots=True)
+class RowDtypes:
+    """Of hidden rows.
+
+    Attributes:
+        computed: in which they are computed.
+        sent, answered: in which they travel to the experts, and back: that, or `fp8.E4M3`.
+    """
+
+    computed: torch.dtype
+    sent: torch.dtype
+    answered: torch.dtype
+
+    @staticmethod
+    def of(dtype: torch.dtype) -> RowDtypes:
+        """All alike."""
+        return RowDtypes(dtype, dtype, dtype)
+
+
 def row_bytes(hidden_size: int, k: int, dtype: torch.dtype) -> int:
     """Bytes of a packed row: whole lines of 128 bytes, so that every row starts on one."""
-    return _lines(hidden_size * dtype.itemsize + 8 * k)
+    return _lines(hidden_bytes(hidden_size, dtype) + 8 * k)
 
 
 def answer_row_bytes(hidden_size: int, dtype: torch.dtype) -> int:
     """Bytes of a row that comes back, which is a hidden row alone."""
-    return _lines(hidden_size * dtype.itemsize)
+    return _lines(hidden_bytes(hidden_size, dtype))
+
+
+def hidden_bytes(hidden_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a hidden row as it travels in a dtype."""
+    return fp8.packed_bytes(hidden_size) if dtype is fp8.E4M3 else hidden_size * dtype.itemsize
+
+
+def hidden_rows(rows: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
+    """The beginnings of uint8 [..., row_bytes]: [..., hidden_size], in eight bits uint8 [..., fp8.packed_bytes]."""
+    hidden = rows[..., : hidden_bytes(hidden_size, dtype)]
+    return hidden if dtype is fp8.E4M3 else hidden.view(dtype)
 
 
 def _lines(num_bytes: int) -> int:
@@ -65,29 +95,54 @@ def _lines(num_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """Typed views of memory that holds packed rows; leading dimensions are those of the bytes."""
+    """Typed views of memory that holds packed rows; leading dimensions are those of the bytes.
 
-    hidden: Tensor  # [..., rows, hidden_size]
+    Attributes:
+        unpacked: of rows in eight bits, hidden_size and the dtype that they are computed in.
+    """
+
+    hidden: Tensor  # [..., rows, hidden_size], in eight bits uint8 [..., rows, fp8.packed_bytes(hidden_size)]
     topk_weights: Tensor  # [..., rows, k] float32
     topk_ids: Tensor  # [..., rows, k] int32, local, -1 for none
+    unpacked: tuple[int, torch.dtype] | None = None
 
     @staticmethod
-    def view(rows: Tensor, hidden_size: int, k: int, dtype: torch.dtype) -> PackedRows:
-        """Views of uint8 [..., rows, row_bytes]."""
-        at = hidden_size * dtype.itemsize
+    def view(
+        rows: Tensor, hidden_size: int, k: int, dtype: torch.dtype, computed: torch.dtype | None = None
+    ) -> PackedRows:
+        """Views of uint8 [..., rows, row_bytes].
+
+        Args:
+            dtype: in which they travel.
+            computed: of rows in eight bits that will be read.
+        """
+        at = hidden_bytes(hidden_size, dtype)
         return PackedRows(
-            rows[..., :at].view(dtype),
+            hidden_rows(rows, hidden_size, dtype),
             rows[..., at : at + 4 * k].view(torch.float32),
             rows[..., at + 4 * k : at + 8 * k].view(torch.int32),
+            None if computed is None or dtype is not fp8.E4M3 else (hidden_size, computed),
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which they are computed."""
+        return self.hidden.dtype if self.unpacked is None else self.unpacked[1]
+
     def gather(self, lane: int, seats: Sequence[tuple[int, int]]) -> PackedRows:
-        """Of rows [seats, lanes, slot_rows], those of a lane's slots behind one another; `seats`: (seat, num_rows)."""
-        fields = (self.hidden, self.topk_weights, self.topk_ids)
-        if len(seats) == 1:
-            ((seat, num_rows),) = seats
-            return PackedRows(*(field[seat, lane, :num_rows] for field in fields))
-        return PackedRows(*(torch.cat([field[seat, lane, :num_rows] for seat, num_rows in seats]) for field in fields))
+        """Of rows [seats, lanes, slot_rows], those of a lane's slots behind one another, and none in eight bits.
+
+        Args:
+            seats: (seat, num_rows).
+        """
+        parts = [
+            [field[seat, lane, :num_rows] for seat, num_rows in seats]
+            for field in (self.hidden, self.topk_weights, self.topk_ids)
+        ]
+        hidden, weights, ids = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
+        if self.unpacked is not None:
+            hidden = fp8.unpack(hidden, *self.unpacked)
+        return PackedRows(hidden, weights, ids)
 
     def to(self, device: torch.device) -> PackedRows:
         return PackedRows(self.hidden.to(device), self.topk_weights.to(device), self.topk_ids.to(device))
@@ -112,7 +167,7 @@ def rows_for_node(topk_ids: Tensor, local_ids: Tensor, node: int) -> tuple[Tenso
 def pack_rows(
     hidden: Tensor, topk_weights: Tensor, local_ids: Tensor, token_index: Tensor | None, into: PackedRows
 ) -> int:
-    """Writes one node's rows to the start of `into`; returns how many."""
+    """Writes one node's rows, of hidden rows as they travel, to the start of `into`; returns how many."""
     count = int(local_ids.shape[0])
     if token_index is None:
         into.hidden[:count] = hidden

@@ -10,6 +10,7 @@ from msi.kernels import MXFP4_GROUP
 from msi.kernels.kernels import Biases, ExpertBank, Kernels
 from msi.kernels.mxfp4 import NO_NUMBER, unpacked
 from msi.kernels.quantized import Quantized, held, joined
+from msi.kernels.routing import RowDtypes
 from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
@@ -26,13 +27,13 @@ def load_expert_bank(
     dtype: torch.dtype,
     had: tuple[ExpertBank, tuple[int, ...]] | None = None,
     *,
-    row_dtype: torch.dtype | None = None,
+    row_dtypes: RowDtypes | None = None,
     quantization: str = NONE,
 ) -> ExpertBank:
     """Reads the matrices of these experts, and no others, however they lie on disk.
 
     Args:
-        row_dtype: of what will be computed; None for that of the weights.
+        row_dtypes: of what will be computed; None for that of the weights.
         quantization: of the matrices, or "none".
         experts: by local id; a `HOLE` gets no weights.
         had: a bank of these kernels and this dtype, and its experts: what is wanted of them is not read again.
@@ -62,7 +63,7 @@ def load_expert_bank(
             gate_up, down, biases = _read_expert(config, source, layer, expert)
             parts = [held(one, dtype, quantization) for one in gate_up]
             bank.put(index, local, joined(parts), held(down, dtype, quantization), biases)
-    bank.warm(config.num_experts, config.top_k, row_dtype or dtype)
+    bank.warm(config.num_experts, config.top_k, row_dtypes or RowDtypes.of(dtype))
     return bank
 
 

@@ -232,7 +232,7 @@ class _Pair:
             W_a=W_a,
             W_e=W_e,
             util=util,
-            value_bytes=model.precision.row_bytes,
+            value_bytes=model.row_bytes / model.hidden_size,
         )
         return (mean_s + given.network_latency_s) * given.tail  # defect 7
 

@@ -71,7 +71,7 @@ def eq6_corrected_s(
     W_a: float,
     W_e: float,
     util: Util,
-    value_bytes: int,
+    value_bytes: float,
 ) -> float:
     """Defect 1. Bytes; Util of the message of one pair, b_a K / E h bytes, as each GPU of the node sends its part."""
     pair = b_a * K / E * h * value_bytes

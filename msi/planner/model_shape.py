@@ -143,8 +143,18 @@ class ModelShape:
 
     @property
     def row_bytes(self) -> int:
-        """One hidden state on its way between nodes."""
-        return self.hidden_size * self.precision.row_bytes
+        """One hidden state on its way between nodes, in the mean of there and back."""
+        return (self.sent_row_bytes + self.answer_row_bytes) // 2
+
+    @property
+    def sent_row_bytes(self) -> int:
+        """On its way to the experts."""
+        return round(self.hidden_size * self.precision.row_bytes)
+
+    @property
+    def answer_row_bytes(self) -> int:
+        """On its way back."""
+        return round(self.hidden_size * self.precision.answer_bytes)
 
     @property
     def expert_bytes(self) -> int:
@@ -169,9 +179,7 @@ def model_shape_from_json(values: Mapping[str, Any]) -> ModelShape:
         return ModelShape(
             **values,
             latent=LatentAttention(**latent) if latent else None,
-            precision=Precision(**{"quantization": NONE, **precision})
-            if precision
-            else Precision.of(OF_VALUE_BYTES[value_bytes]),
+            precision=Precision.read(precision) if precision else Precision.of(OF_VALUE_BYTES[value_bytes]),
         )
     except (TypeError, KeyError) as error:
         raise ConfigError(f"the plan's model cannot be read: {error}") from error

@@ -33,7 +33,7 @@ import numpy as np
 
 from msi.errors import ConfigError
 from msi.planner.interpolation import Curve, Size, Surface, fit_line, like
-from msi.precision import NONE, Precision
+from msi.precision import Precision
 
 SCHEMA_VERSION = 1
 KIND = "msi-profile"
@@ -248,10 +248,10 @@ class _Reader:
     def _precision(self, values: Mapping[str, Any]) -> Precision:
         """Profiles had one dtype for everything once."""
         named = values.get("precision") or dict.fromkeys(PRECISIONS[:4], self._value(values, "dtype", str))
-        if not isinstance(named, Mapping) or set(named) | {"quantization"} != set(PRECISIONS):
+        if not isinstance(named, Mapping) or set(named) | {"quantization", "answers"} != set(PRECISIONS):
             raise ConfigError(f"{self._where}: precision is {named!r}; it must name {', '.join(PRECISIONS)}")
         try:
-            return Precision(**{"quantization": NONE, **named})
+            return Precision.read(named)
         except ConfigError as error:
             raise ConfigError(f"{self._where}: {error}") from error
 

@@ -29,7 +29,7 @@ from msi.device.cpu import CpuDevice
 from msi.errors import ConfigError, EngineError
 from msi.experts.role import ExpertRole
 from msi.kernels import BLOCK_TOKENS
-from msi.kernels.routing import row_bytes
+from msi.kernels.routing import answer_row_bytes, row_bytes
 from msi.net.codec import Codec
 from msi.net.inproc import InprocTransport
 from msi.net.shm import ShmTransport
@@ -41,7 +41,7 @@ from msi.precision import Precision
 from msi.profiler.sides import SLOT_ROWS, AttentionSide, ExpertSide, Timed
 from msi.settings import LinkShape, SchedulerLimits, Timeouts
 from msi.types import Place, Request, SamplingParams
-from msi.worker.loading import DTYPES, LoadedPart, ModelFiles
+from msi.worker.loading import DTYPES, LoadedPart, ModelFiles, row_dtypes
 from msi.worker.torch_host import TorchModel
 
 LINK_TIMEOUT_S = 60.0
@@ -163,7 +163,7 @@ class _Host:
         if isinstance(self._device, CpuDevice):
             await self._device.close()
             self._device = open_device(self._hosting.device, num_threads)
-        config, hosting, row_dtype = self._config, self._hosting, DTYPES[self._precision.rows]
+        config, hosting, dtypes = self._config, self._hosting, row_dtypes(self._precision)
         if hosting.role == "attention":
             num_blocks = -(-hosting.max_context // BLOCK_TOKENS)  # of each sequence
             if self._kv_cache is None:
@@ -171,10 +171,10 @@ class _Host:
                 self._kv_cache = KvCache(config, 1 + hosting.max_seqs * num_blocks, self._device, dtype)
                 self._kv_cache.fill(0.01)  # pages that nothing was written to are all one page, which a cache holds
             self._side = AttentionSide(
-                config, self._loaded, self._kv_cache, num_blocks, self._device, self._placement, row_dtype
+                config, self._loaded, self._kv_cache, num_blocks, self._device, self._placement, dtypes
             )  # fmt: skip
         elif hosting.role == "expert":
-            self._side = ExpertSide(config, self._loaded, self._device, row_dtype)
+            self._side = ExpertSide(config, self._loaded, self._device, dtypes)
 
     # -- one side ----------------------------------------------------------------------------------------------------
 
@@ -280,9 +280,10 @@ class _Host:
         self._attention_role = self._expert_role = None
 
     async def message_bytes(self, num_seqs: int) -> int:
-        """Of one dispatch of so many rows; what comes back has the size of hidden rows, which differs by few bytes."""
-        config, dtype = self._config, DTYPES[self._precision.rows]
-        return HEADER_BYTES + num_seqs * row_bytes(config.hidden_size, config.top_k, dtype)
+        """Of a dispatch of so many rows and what comes back, in the mean."""
+        config, dtypes = self._config, row_dtypes(self._precision)
+        sent = row_bytes(config.hidden_size, config.top_k, dtypes.sent)
+        return HEADER_BYTES + num_seqs * (sent + answer_row_bytes(config.hidden_size, dtypes.answered)) // 2
 
     def _model(self) -> TorchModel:
         assert self._loaded is not None

@@ -21,8 +21,8 @@ from msi.device.regions import slot_rows
 from msi.errors import ConfigError
 from msi.experts.batches import WaveBatch
 from msi.experts.half import ExpertHalf
-from msi.kernels import BLOCK_TOKENS
-from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
+from msi.kernels import BLOCK_TOKENS, fp8
+from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, row_bytes
 from msi.models.config import ModelConfig
 from msi.net.dispatch_link import DispatchLink
 from msi.net.passes import Gates
@@ -72,11 +72,11 @@ class AttentionSide:
         num_blocks: int,
         device: OpenedDevice,
         placement: Placement,
-        dtype: torch.dtype,
+        dtypes: RowDtypes,
     ) -> None:
         assert loaded.attention is not None
-        layout = SlotLayout(1, SLOT_ROWS, row_bytes(config.hidden_size, config.top_k, dtype))
-        answers = SlotLayout(1, SLOT_ROWS, answer_row_bytes(config.hidden_size, dtype))
+        layout = SlotLayout(1, SLOT_ROWS, row_bytes(config.hidden_size, config.top_k, dtypes.sent))
+        answers = SlotLayout(1, SLOT_ROWS, answer_row_bytes(config.hidden_size, dtypes.answered))
         self._config = config
         self._num_blocks = num_blocks
         self._link = _NoExperts()
@@ -86,7 +86,7 @@ class AttentionSide:
             kv_cache,
             placement,
             device,
-            dtype,
+            dtypes,
             dispatch_layout=layout,
             answer_layout=answers,
             landing=device.region(answers.rows_bytes),
@@ -168,14 +168,15 @@ def _resolve(done: asyncio.Future[None], error: Exception | None) -> None:
 class ExpertSide:
     """The expert half of a model with all experts on one node, and rows made up to hit as many as are asked for."""
 
-    def __init__(self, config: ModelConfig, loaded: LoadedPart, device: OpenedDevice, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, loaded: LoadedPart, device: OpenedDevice, dtypes: RowDtypes) -> None:
         assert loaded.experts is not None
-        layout = SlotLayout(1, SLOT_ROWS, row_bytes(config.hidden_size, config.top_k, dtype))
-        answers = SlotLayout(1, SLOT_ROWS, answer_row_bytes(config.hidden_size, dtype))
+        layout = SlotLayout(1, SLOT_ROWS, row_bytes(config.hidden_size, config.top_k, dtypes.sent))
+        answers = SlotLayout(1, SLOT_ROWS, answer_row_bytes(config.hidden_size, dtypes.answered))
         landing = device.region(layout.rows_bytes)
-        rows = PackedRows.view(slot_rows(landing, 1, layout), config.hidden_size, config.top_k, dtype)
+        rows = PackedRows.view(slot_rows(landing, 1, layout), config.hidden_size, config.top_k, dtypes.sent)
         self._rows = PackedRows(rows.hidden[0, 0], rows.topk_weights[0, 0], rows.topk_ids[0, 0])
-        self._rows.hidden.normal_(generator=torch.Generator().manual_seed(0))
+        made_up = torch.randn(SLOT_ROWS, config.hidden_size, generator=torch.Generator().manual_seed(0))
+        self._rows.hidden.copy_(fp8.pack(made_up) if dtypes.sent is fp8.E4M3 else made_up)
         self._rows.topk_weights.fill_(1 / config.top_k)
         self._config = config
         self._num_layers = config.num_sparse_layers
@@ -183,7 +184,7 @@ class ExpertSide:
             config,
             loaded.experts,
             device,
-            dtype,
+            dtypes,
             dispatch_layout=layout,
             answer_layout=answers,
             landing=landing,

@@ -39,8 +39,8 @@ def deployment_of_plan(file: PlanFile) -> tuple[Deployment, StageCosts]:
         num_expert=num_expert,
         num_micro_batches=plan.num_micro_batches,
         is_colocated=plan.kind == "colocated",
-        row_bytes=model.row_bytes,
-        answer_row_bytes=model.row_bytes,
+        row_bytes=model.sent_row_bytes,
+        answer_row_bytes=model.answer_row_bytes,
         limits=replace(
             LIMITS, max_num_seqs=per_node, num_gpu_blocks_override=max(num_blocks, 2 + longest // BLOCK_TOKENS)
         ),

@@ -15,9 +15,10 @@ from msi.attention.kv_cache import KvCache
 from msi.control.messages import Assignment
 from msi.device.device import Device
 from msi.errors import ConfigError
-from msi.kernels import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS, fp8
 from msi.kernels.kernels import ExpertBank
 from msi.kernels.mxfp4 import BYTES as MXFP4_BYTES
+from msi.kernels.routing import RowDtypes
 from msi.models.attention_weights import AttentionWeights, load_attention_weights
 from msi.models.checkpoint import Checkpoint, DummyCheckpoint
 from msi.models.config import ModelConfig, config_digest
@@ -26,14 +27,20 @@ from msi.models.families import load_config
 from msi.models.files import read_json
 from msi.models.required import check_tensors
 from msi.models.texts import read_texts
-from msi.precision import NONE, Precision
+from msi.precision import FP8, NONE, Precision
 from msi.text.grammars import Grammars
 from msi.text.tokenizer import load_tokenizer
 from msi.types import HOLE
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # names of msi.precision
+DTYPES = {  # names of msi.precision
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, FP8: fp8.E4M3,
+}  # fmt: skip
+
+
+def row_dtypes(precision: Precision) -> RowDtypes:
+    return RowDtypes(DTYPES[precision.compute], DTYPES[precision.rows], DTYPES[precision.answers])
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class ModelFiles:
         if assignment.experts:
             kept = None if experts is None else (experts, had.expert_ids)
             experts = load_expert_bank(
-                self.config, assignment.experts, source, device.kernels, dtype, kept, row_dtype=DTYPES[precision.rows],
+                self.config, assignment.experts, source, device.kernels, dtype, kept, row_dtypes=row_dtypes(precision),
                 quantization=precision.quantization,
             )  # fmt: skip
         if assignment.has_attention and attention is None:

@@ -34,7 +34,7 @@ from msi.settings import HostOptions, ModelSource
 from msi.text.grammars import Grammars
 from msi.tracing import Spans
 from msi.worker.host import ExpertPart, ServedShape
-from msi.worker.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes
+from msi.worker.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes, row_dtypes
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +78,15 @@ class TorchModel:
         memory: Allocator | None = None,
     ) -> None:
         config, precision = files.config, assignment.precision
+        dtypes = row_dtypes(precision)
         precision.check_is_built()
         self.part = part
         self.shape = ServedShape(
             num_sparse_layers=config.num_sparse_layers,
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
-            row_bytes=row_bytes(config.hidden_size, config.top_k, DTYPES[precision.rows]),
-            answer_row_bytes=answer_row_bytes(config.hidden_size, DTYPES[precision.rows]),
+            row_bytes=row_bytes(config.hidden_size, config.top_k, dtypes.sent),
+            answer_row_bytes=answer_row_bytes(config.hidden_size, dtypes.answered),
         )
         self.memory: Allocator = memory or device
         self.grammars: Grammars | None = files.grammars
@@ -116,13 +117,13 @@ class TorchModel:
             kv_cache,
             placement,
             device,
-            DTYPES[precision.rows],
+            row_dtypes(precision),
             dispatch_layout=link.layout,
             answer_layout=link.answer_layout,
             landing=link.landing.rows,
         )
         if device.kernels.device.type == "cuda":
-            warm(half.forward, config, kv_cache, placement.num_nodes, device, DTYPES[precision.rows])
+            warm(half.forward, config, kv_cache, placement.num_nodes, device, row_dtypes(precision))
         return half
 
     def expert_half(self, link: CombineLink, num_seats: int) -> ExpertHalf:
@@ -131,7 +132,7 @@ class TorchModel:
             self._files.config,
             self.part.experts,
             self._device,
-            DTYPES[self._assignment.precision.rows],
+            row_dtypes(self._assignment.precision),
             dispatch_layout=link.layout,
             answer_layout=link.answer_layout,
             landing=link.landing.rows,

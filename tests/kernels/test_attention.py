@@ -10,7 +10,7 @@ import torch
 
 from msi.attention import graphs
 from msi.attention.pass_inputs import PassInputs
-from msi.kernels import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS, fp8
 from msi.kernels.norm import HeadNorm, layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.plain import PlainKernels
@@ -54,15 +54,25 @@ def attend_exactly(query, kv, query_len, window, sinks=None):
 
 
 def check_attention(
-    dtype, query_lens, context_lens, num_heads, num_kv, head_dim, window=None, is_fixed=False, has_sinks=False
+    dtype,
+    query_lens,
+    context_lens,
+    num_heads,
+    num_kv,
+    head_dim,
+    window=None,
+    is_fixed=False,
+    has_sinks=False,
+    cached=None,
 ):
     torch.manual_seed(0)
     sinks = torch.randn(num_heads) * 3 if has_sinks else None
     tables = blocks_of(context_lens)
-    cache = torch.full((sum(map(len, tables)) + 1, 2, BLOCK_TOKENS, num_kv, head_dim), NAN, dtype=dtype)
+    cached = cached or dtype
+    cache = torch.full((sum(map(len, tables)) + 1, 2, BLOCK_TOKENS, num_kv, head_dim), NAN).to(cached)
     kept = []
     for table, length in zip(tables, context_lens, strict=True):
-        kv = torch.randn(2, length, num_kv, head_dim).to(dtype)
+        kv = torch.randn(2, length, num_kv, head_dim).to(cached)
         for at in range(length):
             cache[table[at // BLOCK_TOKENS], :, at % BLOCK_TOKENS] = kv[:, at]
         kept.append(kv)
@@ -110,6 +120,12 @@ def test_a_sink_takes_its_share_once_however_a_context_is_cut(kind, window):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sinks_of_the_published_shape_of_heads(dtype):
     check_attention(dtype, [1, 30, 1, 3], [530, 41, 16, 20], 16, 2, 64, window=128, has_sinks=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_to_a_cache_in_eight_bits(window, dtype):
+    check_attention(dtype, *LENGTHS["mixed"], 6, 2, 16, window, cached=fp8.E4M3)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -199,9 +215,10 @@ def test_every_query_sees_its_context_once_whatever_the_lengths(seed):
             row += 1
 
 
+@pytest.mark.parametrize("cached", [torch.float32, fp8.E4M3], ids=["as computed", "in eight bits"])
 @pytest.mark.parametrize("rotated", [16, 8], ids=["all", "half"])
 @pytest.mark.parametrize("has_norm", [False, True], ids=["as they are", "normed"])
-def test_rope_and_cache_are_the_plain_ones_and_a_slot_of_none_writes_nothing(rotated, has_norm):
+def test_rope_and_cache_are_the_plain_ones_and_a_slot_of_none_writes_nothing(rotated, has_norm, cached):
     torch.manual_seed(1)
     num_q, num_kv, head_dim = 6, 2, 16
     query_lens, context_lens = [1, 5, 1], [40, 5, 1]
@@ -210,22 +227,25 @@ def test_rope_and_cache_are_the_plain_ones_and_a_slot_of_none_writes_nothing(rot
     shape = AttentionShape(num_q, num_kv, head_dim)
     heads = torch.randn(7, num_q + 2 * num_kv, head_dim, device=DEVICE)
     norm = HeadNorm(torch.randn(num_q + num_kv, head_dim, device=DEVICE), 1e-5) if has_norm else None
+    heads[2, 9, 1], heads[4, 9, 3] = 1e4, NAN  # of values, which are not rotated
     results = []
     for kernels in (PLAIN, TRITON):
         ours = heads.clone()
-        cache = torch.full((9, 2, BLOCK_TOKENS, num_kv, head_dim), 77.0, device=DEVICE)
+        cache = torch.full((9, 2, BLOCK_TOKENS, num_kv, head_dim), 72.0, device=DEVICE).to(cached)
         frequencies = rope_frequencies(rotated, 1e4).to(DEVICE)
         table = kernels.rope_table(inputs.positions, frequencies, torch.float32, 1.25)
         plan = kernels.plan_attention(inputs, host, shape, torch.float32)
         if kernels is TRITON:
             plan.slots[3] = -1
         kernels.rope_and_write(ours, num_q, table, cache, plan, norm)
-        results.append((ours[:, :num_q], cache))
+        results.append((ours[:, :num_q], cache.float()))
     (plain, plain_cache), (fast, fast_cache) = results
     slot = int(host.block_tables[1, 0])
-    plain_cache[slot, :, 2] = 77.0
+    plain_cache[slot, :, 2] = 72.0
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(fast_cache, plain_cache, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fast_cache, plain_cache, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert fast_cache.isnan().sum() == 1
+    assert fast_cache.nan_to_num().max() == (1e4 if cached is torch.float32 else 448.0)
 
 
 @pytest.mark.parametrize("rotated", [16, 10], ids=["all", "part"])

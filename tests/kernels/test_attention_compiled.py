@@ -6,21 +6,21 @@ import pytest
 
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.triton import sampling
-from msi.kernels.triton.attention_plan import ITEM, chunk_tiles, split_tiles
+from msi.kernels.triton.attention_plan import ITEM, chunk_tiles, num_warps, split_tiles
 from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
 
-BF16, F32, I32, I64 = "*bf16", "*fp32", "*i32", "*i64"
+BF16, F32, I32, I64, E4M3 = "*bf16", "*fp32", "*i32", "*i64", "*fp8e4nv"
 NAMES = "query", "cache", "block_tables", "items", "item_starts", "output", "partial", "partial_lse"
 GPT_OSS = AttentionShape(64, 8, 64)
 
 
-def attention(shape, dtype, is_split, architecture):
+def attention(shape, dtype, is_split, architecture, cached=None):
     has_sinks = shape == GPT_OSS
     itemsize = 4 if dtype == F32 else 2
     tiles = split_tiles(shape, itemsize) if is_split else chunk_tiles(shape, itemsize, architecture)
     return Request(
         "msi.kernels.triton.attention:paged_attention_kernel",
-        dict(zip(NAMES, (dtype, dtype, I32, I32, I32, dtype, F32, F32), strict=True))
+        dict(zip(NAMES, (dtype, cached or dtype, I32, I32, I32, dtype, F32, F32), strict=True))
         | {"query_stride": "i32", "table_stride": "i32", "scale": "fp32", "window": "i32"}
         | ({"sinks": F32} if has_sinks else {}),
         {
@@ -29,7 +29,7 @@ def attention(shape, dtype, is_split, architecture):
             "D": 1 << (max(16, shape.head_dim) - 1).bit_length(), "IS_SPLIT": is_split, "UPCAST": False, "ITEM": ITEM,
             "HAS_SINKS": has_sinks, **({} if has_sinks else {"sinks": None}),
         },
-        architecture, tiles.num_warps, tiles.num_stages,
+        architecture, num_warps(tiles, cached is not None), tiles.num_stages,
         unaligned=("block_tables", "item_starts", "table_stride", "window", "scale"),
     )  # fmt: skip
 
@@ -47,6 +47,16 @@ def test_attention_of_served_shapes_fits_and_loads_whole_lines(architecture):
         assert compiled.count(r"LDGSTS\.E.*128") >= 4, "keys and values are copied in lines of 16 bytes, ahead"
         if architecture == 90 and not request.constants["IS_SPLIT"]:
             assert compiled.count("HGMMA"), "chunks of prompts use the tensor cores' own way"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [89, 90, 100])
+def test_attention_to_a_cache_in_eight_bits_fits(architecture):
+    shapes = [AttentionShape(48, 8, 128), AttentionShape(32, 4, 128), AttentionShape(16, 16, 128)]
+    requests = [attention(shape, BF16, is_split, architecture, E4M3) for shape in shapes for is_split in (True, False)]
+    for request, compiled in zip(requests, compile_all(requests), strict=True):
+        assert_fits(request, compiled)
+        assert compiled.count(r"F2FP\..*E4M3.*UNPACK"), "by the GPU's own instruction"
 
 
 @pytest.mark.slow
@@ -80,8 +90,8 @@ def small_kernels(architecture, dtype=BF16):
         (Request(at + "routing:pack_kernel",
                  {"normed": dtype, "topk_weights": F32, "topk_ids": I64, "local_ids": I32, "positions": I32,
                   "outboxes": I64, "num_tokens": "i32", "num_ids": "i32", "out_row_stride": "i32"},
-                 {"hidden": 6144, "num_nodes": 8, "NODES": 4, "k": 2, "K": 2, "BLOCK": 2048}, architecture, 4,
-                 unaligned=("num_tokens", "num_ids")), 2),
+                 {"hidden": 6144, "num_nodes": 8, "NODES": 4, "k": 2, "K": 2, "BLOCK": 2048, "META_AT": 12288,
+                  "SCALES_AT": 0}, architecture, 4, unaligned=("num_tokens", "num_ids")), 2),
         (Request(at + "rows:norm_kernel", {"rows": dtype, **normed, "row_stride": "i32"}, hidden, architecture, 16,
                  unaligned=("eps",)), 1),
         (Request(at + "rows:add_norm_kernel", {"residual": dtype, "added": dtype, **normed, "added_stride": "i32"},
@@ -89,12 +99,25 @@ def small_kernels(architecture, dtype=BF16):
         (Request(at + "rows:combine_norm_kernel",
                  {"residual": dtype, "answers": dtype, "positions": I32, **normed, "num_tokens": "i32",
                   "num_nodes": "i32", "node_stride": "i32", "row_stride": "i32"},
-                 hidden, architecture, 16, unaligned=("eps", "num_tokens", "num_nodes")), 2),
+                 {**hidden, "SCALES_AT": 0}, architecture, 16, unaligned=("eps", "num_tokens", "num_nodes")), 2),
         (Request(at + "rows:silu_mul_kernel", {"gate_up": dtype, "out": dtype}, {"inner": 2048, "BLOCK": 1024},
                  architecture), 1),
         (rope_kernel(architecture, dtype, 48, 8, 64, has_norm=False), 4),
         (rope_kernel(architecture, dtype, 32, 4, 64, has_norm=True), 4),
         (rope_kernel(architecture, dtype, 96, 8, 32, has_norm=True), 2),  # half of each head rotates: lines of 8 bytes
+        *([] if architecture < 89 else [
+            (Request(at + "routing:pack_kernel",
+                     {"normed": dtype, "topk_weights": F32, "topk_ids": I64, "local_ids": I32, "positions": I32,
+                      "outboxes": I64, "num_tokens": "i32", "num_ids": "i32", "out_row_stride": "i32"},
+                     {"hidden": 6144, "num_nodes": 8, "NODES": 4, "k": 2, "K": 2, "BLOCK": 2048, "META_AT": 6336,
+                      "SCALES_AT": 6144}, architecture, 4, unaligned=("num_tokens", "num_ids")), 0),
+            (Request(at + "rows:combine_norm_kernel",
+                     {"residual": dtype, "answers": "*u8", "positions": I32, **normed, "num_tokens": "i32",
+                      "num_nodes": "i32", "node_stride": "i32", "row_stride": "i32"},
+                     {**hidden, "SCALES_AT": 6144}, architecture, 16,
+                     unaligned=("eps", "num_tokens", "num_nodes")), 2),
+            (rope_kernel(architecture, dtype, 32, 4, 64, has_norm=True, cached=E4M3), 2),
+        ]),
         (Request(at + "attention:merge_kernel",
                  {"items": I32, "part_starts": I32, "partial": F32, "partial_lse": F32, "output": dtype, "sinks": F32},
                  {"HAS_SINKS": True, "GROUP": 6, "num_kv": 8, "head_dim": 128, "BLOCK_M": 16, "D": 128, "ITEM": ITEM},
@@ -103,8 +126,8 @@ def small_kernels(architecture, dtype=BF16):
     ]  # fmt: skip
 
 
-def rope_kernel(architecture, dtype, num_q, num_kv, half, has_norm):
-    types = {"heads": dtype, "cache": dtype, "cosines": F32, "sines": F32, "slots": I32}
+def rope_kernel(architecture, dtype, num_q, num_kv, half, has_norm, cached=None):
+    types = {"heads": dtype, "cache": cached or dtype, "cosines": F32, "sines": F32, "slots": I32}
     types |= {"token_stride": "i32", "eps": "fp32"} | ({"weights": dtype} if has_norm else {})
     constants = {
         "num_q": num_q, "num_kv": num_kv, "head_dim": 128, "half": half, "HEADS": 8, "HALF": half,

@@ -76,16 +76,17 @@ def plan(architecture: int, num_experts: int, k: int, seats: int = 64) -> Reques
     return Request("msi.kernels.triton.wave:plan_wave", types, constants, architecture, num_warps=8)
 
 
-def answer(architecture: int) -> Request:
+def answer(architecture: int, scales_at: int = 0) -> Request:
     types = {"partial": "*fp32", "wave": "*i32", "ticket": "*i64", "row_pair": "*i32", "row_weight": "*fp32"}
     types |= {"row_answer": "*i64", "num_pairs": "i32"}
-    constants = {"HIDDEN": 4096, "K": 2, "SPLITS": 4, "BLOCK": 1024, "DTYPE": "tl.bfloat16"}
+    constants = {"HIDDEN": 4096, "K": 2, "SPLITS": 4, "BLOCK": 1024, "DTYPE": "tl.bfloat16", "SCALES_AT": scales_at}
     return Request("msi.kernels.triton.wave:answer_rows", types, constants, architecture)
 
 
-def stage(architecture: int) -> Request:
-    types = {"hidden": "*bf16", "row_source": "*i64", "wave": "*i32", "staged": "*bf16"}
-    return Request("msi.kernels.triton.wave:stage_rows", types, {"HIDDEN": 4096, "BLOCK": 1024}, architecture)
+def stage(architecture: int, scales_at: int = 0) -> Request:
+    types = {"hidden": "*u8" if scales_at else "*bf16", "row_source": "*i64", "wave": "*i32", "staged": "*bf16"}
+    constants = {"HIDDEN": 4096, "BLOCK": 1024, "SCALES_AT": scales_at}
+    return Request("msi.kernels.triton.wave:stage_rows", types, constants, architecture)
 
 
 @pytest.mark.parametrize("architecture", mostly_slow(sorted(ARCHITECTURES, key=lambda one: one != 90)))
@@ -97,12 +98,14 @@ def test_a_waves_plan_and_answers_fit_and_store_wide(architecture):
         plan(architecture, 8, 2, seats=8),
         answer(architecture),
         stage(architecture),
+        *([answer(architecture, 4096), stage(architecture, 4096)] if architecture >= 89 else []),
     ]
     results = compile_all(requests)
     for request, compiled in zip(requests, results, strict=True):
         assert_fits(request, compiled)
-    for compiled in results[4:]:
-        assert compiled.count(r"STG\.E.*128"), compiled.instructions
+    for request, compiled in zip(requests[4:], results[4:], strict=True):
+        is_packed_answer = request.constants["SCALES_AT"] and "DTYPE" in request.constants
+        assert compiled.count(r"STG\.E.*64" if is_packed_answer else r"STG\.E.*128"), compiled.instructions
 
 
 @pytest.mark.slow

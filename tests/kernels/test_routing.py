@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msi.kernels import SigmoidRouting
+from msi.kernels import SigmoidRouting, fp8
 from msi.kernels.kernels import Outboxes
 from msi.kernels.norm import Norm, rms_norm
 from msi.kernels.plain import PlainKernels
-from msi.kernels.routing import PackedRows, row_bytes, topk_sigmoid, topk_softmax
+from msi.kernels.routing import (
+    PackedRows,
+    answer_row_bytes,
+    hidden_bytes,
+    hidden_rows,
+    row_bytes,
+    topk_sigmoid,
+    topk_softmax,
+)
 from msi.kernels.triton.kernels import TritonKernels
 from tests.everyday import mostly_slow
 from tests.kernels.device import DEVICE, TOLERANCES
@@ -67,6 +75,17 @@ def test_a_sigmoid_router_chooses_as_the_plain_one(routing, renormalise):
     torch.testing.assert_close(weights, expected)
 
 
+def packed_answers(num_nodes, num_rows, hidden, num_counted):
+    """Answers in eight bits, as they land, and what they stand for; whatever lies between them is poison."""
+    rows = torch.randn(num_nodes, num_rows, hidden)
+    rows[:, :, hidden // 2 :] *= 100.0
+    landed = torch.full((num_nodes, num_rows, answer_row_bytes(hidden, fp8.E4M3)), 0xEE, dtype=torch.uint8)
+    answers = hidden_rows(landed, hidden, fp8.E4M3)
+    for node, count in enumerate(num_counted):
+        answers[node, :count] = fp8.pack(rows[node, :count])
+    return answers.to(DEVICE)
+
+
 def outboxes_of(num_nodes, num_rows, hidden, k, dtype):
     """Of poison, with the memory they lie in."""
     memory = torch.full((num_nodes, num_rows, row_bytes(hidden, k, dtype)), 0xEE, dtype=torch.uint8, device=DEVICE)
@@ -117,3 +136,48 @@ def test_rows_leave_and_come_back_as_the_plain_ones(num_tokens, num_nodes, num_e
         assert all(map(torch.equal, one, two))
     for one, two in zip(plain[3:], fast[3:], strict=True):
         torch.testing.assert_close(two, one, rtol=3 * TOLERANCES[dtype], atol=3 * TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_nodes", "num_experts", "k", "hidden"),
+    [(9, 3, 8, 2, 48), (3, 2, 4, 1, 200), *mostly_slow([(12, 9, 20, 4, 2064), (5, 1, 4, 3, 18)], keep=0)],
+)
+def test_rows_in_eight_bits_leave_and_come_back_bit_for_bit_as_the_plain_ones(
+    num_tokens, num_nodes, num_experts, k, hidden, dtype
+):
+    torch.manual_seed(5)
+    local_ids = torch.full((num_nodes, num_experts), -1, dtype=torch.int32)
+    for expert in range(num_experts):
+        local_ids[expert % num_nodes, expert] = expert // num_nodes
+    local_ids = local_ids.to(DEVICE)
+    normed = torch.randn(num_tokens, hidden).to(dtype)
+    normed[0], normed[1, 3] = 0.0, NAN
+    normed = normed.to(DEVICE)
+    weights, ids = topk_softmax(torch.randn(num_tokens, num_experts, device=DEVICE), k, True)
+    residual = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
+    norm = Norm(rms_norm, torch.randn(hidden, device=DEVICE).to(dtype), 1e-5)
+    written = hidden_bytes(hidden, fp8.E4M3) + 8 * k
+    results = []
+    for kernels in (PLAIN, TRITON):
+        memory, boxes = outboxes_of(num_nodes, num_tokens + 2, hidden, k, fp8.E4M3)
+        sent = kernels.pack(normed, weights, ids, local_ids, boxes)
+        counts, ours = boxes.counts.tolist(), residual.clone()
+        if kernels is TRITON:
+            assert (memory[..., written:] == 0xEE).all()
+            assert all((memory[node, count:] == 0xEE).all() for node, count in enumerate(counts))
+        torch.manual_seed(6)
+        answers = packed_answers(num_nodes, num_tokens + 2, hidden, counts)
+        rows = [memory[node, :count, :written].cpu() for node, count in enumerate(counts)]
+        results.append((counts, sent.long(), rows, kernels.combine_norm(ours, answers, sent, norm), ours))
+    plain, fast = results
+    assert plain[0] == fast[0]
+    assert torch.equal(plain[1], fast[1])
+    for one, two in zip(plain[2], fast[2], strict=True):
+        assert (one != two).sum() <= (0 if DEVICE.type == "cpu" else one.numel() // 50)
+    for one, two in zip(plain[3:], fast[3:], strict=True):
+        assert (two.float() - one.float()).norm() <= TOLERANCES[dtype] * one.float().norm()
+    exact = fp8.unpack(fast[2][-1], hidden, torch.float64)
+    row = int((fast[1][-1] == 0).nonzero()[0])
+    error = (exact[0] - normed[row].double().cpu()).abs()
+    assert (error <= normed[row].double().cpu().abs() / 16 + 1e-3).all() or row == 1

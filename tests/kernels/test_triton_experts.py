@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from msi.kernels import SCALE_BLOCK, Activation
+from msi.kernels import SCALE_BLOCK, Activation, fp8
 from msi.kernels.blocks import from_blocks, to_blocks
 from msi.kernels.plain import PlainExpertBank
-from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
+from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, hidden_bytes, hidden_rows, row_bytes
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
@@ -29,19 +29,21 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 class Place:
     """Rows that land, and where their answers leave; all poison but what is put there."""
 
-    def __init__(self, seats, lanes, slot_rows, k, hidden, dtype):
+    def __init__(self, seats, lanes, slot_rows, k, hidden, dtype, sent=None, answered=None):
         self.shape, self.k, self.hidden, self.dtype = (seats, lanes, slot_rows), k, hidden, dtype
-        memory = torch.full((*self.shape, row_bytes(hidden, k, dtype)), POISON, dtype=torch.uint8, device=DEVICE)
-        self.landed = PackedRows.view(memory, hidden, k, dtype)
-        each = (lanes, slot_rows, answer_row_bytes(hidden, dtype))
+        sent, self.answered = sent or dtype, answered or dtype
+        memory = torch.full((*self.shape, row_bytes(hidden, k, sent)), POISON, dtype=torch.uint8, device=DEVICE)
+        self.landed = PackedRows.view(memory, hidden, k, sent, dtype)
+        each = (lanes, slot_rows, answer_row_bytes(hidden, self.answered))
         self.memory = [torch.full(each, POISON, dtype=torch.uint8, device=DEVICE) for _ in range(seats)]
-        self.answers = {seat: one[..., : hidden * dtype.itemsize].view(dtype) for seat, one in enumerate(self.memory)}
+        self.answers = {seat: hidden_rows(one, hidden, self.answered) for seat, one in enumerate(self.memory)}
 
     def put(self, seat, lane, num_rows, num_experts, generator, share_here=0.7):
         ids = torch.stack([torch.randperm(num_experts, generator=generator)[: self.k] for _ in range(num_rows)])
         ids[torch.rand(num_rows, self.k, generator=generator) > share_here] = -1
         rows = (self.landed.hidden, self.landed.topk_ids, self.landed.topk_weights)
         hidden = torch.randn(num_rows, self.hidden, generator=generator)
+        hidden = hidden if self.landed.unpacked is None else fp8.pack(hidden)
         for into, what in zip(rows, (hidden, ids, torch.rand(num_rows, self.k, generator=generator)), strict=True):
             into[seat, lane, :num_rows] = what.to(into.device, into.dtype)
 
@@ -51,7 +53,7 @@ class Place:
             left = memory.clone()
             for its, lane, num_rows in written:
                 if its == seat:
-                    left[lane, :num_rows, : self.hidden * self.dtype.itemsize] = POISON
+                    left[lane, :num_rows, : hidden_bytes(self.hidden, self.answered)] = POISON
             if not bool((left == POISON).all()):
                 return False
         return True
@@ -65,10 +67,8 @@ def weights_of(layers, experts, hidden, inner, dtype, generator):
 
 def expected(place, seat, lane, num_rows, w13, w2):
     """float64 [num_rows, h] with the layer's matrices [experts, ...]."""
-    hidden, ids, weights = (
-        field[seat, lane, :num_rows].double()
-        for field in (place.landed.hidden, place.landed.topk_ids, place.landed.topk_weights)
-    )
+    rows = place.landed.gather(lane, [(seat, num_rows)])
+    hidden, ids, weights = (field.double() for field in (rows.hidden, rows.topk_ids, rows.topk_weights))
     result = torch.zeros_like(hidden)
     for expert in range(len(w13)):
         gate, up = (hidden @ w13[expert].double().T).chunk(2, -1)
@@ -129,6 +129,31 @@ def test_waves_are_right_and_write_nothing_but_their_rows(shape, dtype):
             assert torch.equal(bank.num_rows.cpu(), plain.num_rows.cpu())
 
 
+@pytest.mark.parametrize("answered", [None, fp8.E4M3], ids=["answers as computed", "answers in eight bits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", mostly_slow([200, 48], keep=1))
+def test_waves_of_rows_in_eight_bits_are_right_and_write_nothing_but_their_rows(hidden, dtype, answered):
+    seats, lanes, slot_rows, k, experts, inner = 3, 2, 8, 2, 4, 40
+    generator = torch.Generator().manual_seed(2)
+    w13, w2 = weights_of(2, experts, hidden, inner, dtype, generator)
+    bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=tiles_of(down={"splits": 3}))
+    plain = PlainExpertBank(w13, w2)
+    place = Place(seats, lanes, slot_rows, k, hidden, dtype, fp8.E4M3, answered)
+    counts = [(0, 5), (1, 0), (2, 8)]
+    for seat, count in counts:
+        if count:
+            place.put(seat, 1, count, experts, generator)
+    theirs = {seat: answers.clone() for seat, answers in place.answers.items()}
+    bank.run(1, 1, counts, place.landed, place.answers)
+    assert place.untouched([(seat, 1, count) for seat, count in counts])
+    plain.run(1, 1, counts, place.landed, theirs)
+    for seat, count in counts:
+        wanted = expected(place, seat, 1, count, w13[1], w2[1])
+        for answers in (place.answers, theirs):
+            found = fp8.as_computed(answers[seat][1, :count], hidden, torch.float32)
+            assert error(found, wanted) < (TOLERANCE[dtype] if answered is None else 0.04)
+
+
 def test_rows_without_an_expert_here_get_zeros():
     generator = torch.Generator().manual_seed(0)
     w13, w2 = weights_of(1, 3, 32, 32, torch.float32, generator)
@@ -146,7 +171,7 @@ def test_a_bank_that_was_warmed_counts_nothing_and_knows_how_many_rows_to_expect
     w13, w2 = weights_of(1, 3, 32, 32, torch.float32, generator)
     tiles = tiles_of()[0]
     bank = TritonExpertBank(ExpertWeights(w13, w2), tiles=(replace(tiles, rows=2), replace(tiles, block_m=32)))
-    bank.warm(12, 2, torch.float32)
+    bank.warm(12, 2, RowDtypes.of(torch.float32))
     assert not bank.num_rows.any()
     place = Place(2, 1, 16, 2, 32, torch.float32)
     for rows in (3, 16):  # of which an expert of ours can expect 1.1 and 6.1: either of the two

@@ -253,7 +253,7 @@ def experts_case(
     answers = {seat: torch.zeros(1, each, size.hidden, dtype=numbers.dtype, device=numbers.device) for seat in range(4)}
     ids = torch.cat([landed.topk_ids[seat, 0, :num_rows].flatten() for seat, num_rows in seats])
     active = len(set(ids.tolist()))
-    bank.prepare(landed, (answers[0].nbytes, answers[0][0, 0].nbytes))
+    bank.prepare(landed, (answers[0].nbytes, answers[0][0, 0].nbytes), landed.dtype)
     expert_values = 3 * size.hidden * size.inner
     return Case(
         lambda: bank.run(0, 0, seats, landed, answers),

@@ -13,7 +13,7 @@ from msi.kernels.kernels import Biases
 from msi.kernels.native.compiled import FORMATS, Packed, pack, row_dtype
 from msi.kernels.plain import scatter_answers
 from msi.kernels.quantized import Quantized
-from msi.kernels.routing import PackedRows
+from msi.kernels.routing import PackedRows, RowDtypes
 
 Matrices = list[list[Packed | None]]  # [layer][expert]
 Pointers = ctypes.Array[ctypes.c_void_p]  # of each expert
@@ -85,10 +85,10 @@ class NativeExpertBank:
             self._biases[layer][expert] = of_gate_up, of_down
         self._addresses[layer] = None
 
-    def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
+    def warm(self, num_model_experts: int, k: int, dtypes: RowDtypes) -> None:
         """There is nothing to load."""
 
-    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int]) -> None:
+    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int], answer_dtype: torch.dtype) -> None:
         """Memory is taken as it is needed."""
 
     def run(

@@ -45,7 +45,7 @@ SIGNATURES = {
     "msi_pack": (None, (_N, _P, _P, _N, _N, _P)),
     "msi_linear": (None, (_N, _N, _N, _P, _N, _N, _P, _N, _P, _P)),
     "msi_work_values": (_N, (_N, _N, _N, _N)),
-    "msi_decode": (None, (*[_N] * 5, _P, _N, _P, _P, _N, _P, _N, _P, _P)),
+    "msi_decode": (None, (*[_N] * 6, _P, _N, _P, _P, _N, _P, _N, _P, _P)),
     "msi_experts": (_N, (*[_N] * 7, _P, _N, _P, _N, _P, _N, *[_P] * 8)),
 }
 

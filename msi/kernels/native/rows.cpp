@@ -1,11 +1,12 @@
 // What lies between products in a layer, a call for each: norms, rotary embedding, attention of single tokens, routing.
 //
-// Rows are float32 or bfloat16, and what is computed is float32. What stands beside a row does not change its numbers.
+// Rows are float32 or bfloat16, a cache is too or e4m3, and what is computed is float32. What stands beside a row does not change its numbers.
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -44,9 +45,9 @@ void norm_head(Row* head, const Row* weight, int64_t n, float eps) {
   for (int64_t i = 0; i < n; i += LANES) store(head + i, load(head + i) * scale * load(weight + i));
 }
 
-template <class Row>
+template <class Row, class Cached>
 void rope_and_write(int64_t rows, int64_t num_q, int64_t num_kv, int64_t head_dim, int64_t rotated, Row* heads,
-                    const Row* cos, const Row* sin, Row* cache, const int64_t* kv_rows, const Row* weights, float eps) {
+                    const Row* cos, const Row* sin, Cached* cache, const int64_t* kv_rows, const Row* weights, float eps) {
   const int64_t half = rotated / 2, width = (num_q + 2 * num_kv) * head_dim, kv = num_kv * head_dim;
 #pragma omp parallel for schedule(static) if (rows > 32)
   for (int64_t r = 0; r < rows; ++r) {
@@ -62,14 +63,19 @@ void rope_and_write(int64_t rows, int64_t num_q, int64_t num_kv, int64_t head_di
       }
     }
     const Row* keys = row + num_q * head_dim;
-    for (int64_t half_of = 0; half_of < 2; ++half_of)
-      std::memcpy(cache + kv_rows[2 * r + half_of] * kv, keys + half_of * kv, kv * sizeof(Row));
+    for (int64_t half_of = 0; half_of < 2; ++half_of) {
+      Cached* to = cache + kv_rows[2 * r + half_of] * kv;
+      if constexpr (std::is_same_v<Row, Cached>)
+        std::memcpy(to, keys + half_of * kv, kv * sizeof(Row));
+      else
+        for (int64_t i = 0; i < kv; i += LANES) store(to + i, load(keys + half_of * kv + i));
+    }
   }
 }
 
 // One query of a sequence, of S heads of those that share a KV head: a key or a value is read once for all of them.
-template <class Row, int S>
-void attend(const Row* query, const Row* cache, const int32_t* table, int64_t first, int64_t context, int64_t num_kv,
+template <class Row, class Cached, int S>
+void attend(const Row* query, const Cached* cache, const int32_t* table, int64_t first, int64_t context, int64_t num_kv,
             int64_t kv_head, int64_t head_dim, const float* sinks, Row* out, std::vector<float>& room) {
   const int64_t length = context - first, apart = (length + 15) / 16 * 16;
   room.assign(S * (head_dim + apart), 0.0f);
@@ -81,7 +87,7 @@ void attend(const Row* query, const Row* cache, const int32_t* table, int64_t fi
            kv_head * head_dim;
   };
   for (int64_t t = 0; t < length; ++t) {
-    const Row* key = row_of(first + t, 0);
+    const Cached* key = row_of(first + t, 0);
     Sum dots[S];
     for (int64_t i = 0; i < head_dim; i += 16)
 #pragma GCC unroll 2
@@ -112,9 +118,9 @@ void attend(const Row* query, const Row* cache, const int32_t* table, int64_t fi
   }
 }
 
-template <class Row>
+template <class Row, class Cached>
 void decode(int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_dim, const Row* query, int64_t stride,
-            const Row* cache, const int32_t* tables, int64_t tables_stride, const int32_t* contexts, int64_t window,
+            const Cached* cache, const int32_t* tables, int64_t tables_stride, const int32_t* contexts, int64_t window,
             const float* sinks, Row* out) {
   const int64_t shared = num_heads / num_kv;
   int64_t work = 0;
@@ -128,7 +134,10 @@ void decode(int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_di
       const int64_t first = window ? std::max<int64_t>(0, context - window) : 0;
       for (int64_t s = 0; s < shared;) {
         const int64_t left = shared - s;
-        const auto of = left >= 8 ? attend<Row, 8> : left >= 4 ? attend<Row, 4> : left >= 2 ? attend<Row, 2> : attend<Row, 1>;
+        const auto of = left >= 8   ? attend<Row, Cached, 8>
+                        : left >= 4 ? attend<Row, Cached, 4>
+                        : left >= 2 ? attend<Row, Cached, 2>
+                                    : attend<Row, Cached, 1>;
         const int64_t at = head * shared + s;
         of(query + i * stride + at * head_dim, cache, tables + i * tables_stride, first, context, num_kv, head,
            head_dim, sinks ? sinks + at : nullptr, out + (i * num_heads + at) * head_dim, room);
@@ -136,6 +145,19 @@ void decode(int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_di
       }
     }
   }
+}
+
+// Calls it with a number of the rows' type and one of the cache's, which is e4m3 or the same.
+template <class With>
+void by_dtypes(int64_t is_bfloat16, int64_t is_e4m3, const With& with) {
+  if (is_bfloat16 && is_e4m3)
+    with(uint16_t{}, uint8_t{});
+  else if (is_bfloat16)
+    with(uint16_t{}, uint16_t{});
+  else if (is_e4m3)
+    with(float{}, uint8_t{});
+  else
+    with(float{}, float{});
 }
 
 }  // namespace
@@ -154,28 +176,30 @@ void msi_norm(int64_t is_bfloat16, int64_t rows, int64_t n, void* x, const void*
 
 // Rotates the first num_q + num_kv heads of heads [rows, num_q + 2 num_kv, head_dim] by tables [rows, rotated], and
 // writes keys and values to the rows of the cache that kv_rows [rows, 2] says. `rotated` is a multiple of 32. With
-// weights [num_q + num_kv, head_dim] these heads are normed before; then head_dim is a multiple of 16.
-void msi_rope_and_write(int64_t is_bfloat16, int64_t rows, int64_t num_q, int64_t num_kv, int64_t head_dim,
-                        int64_t rotated, void* heads, const void* cos, const void* sin, void* cache,
+// weights [num_q + num_kv, head_dim] these heads are normed before; then, and with a cache in e4m3, head_dim is a multiple
+// of 16.
+void msi_rope_and_write(int64_t is_bfloat16, int64_t is_e4m3, int64_t rows, int64_t num_q, int64_t num_kv,
+                        int64_t head_dim, int64_t rotated, void* heads, const void* cos, const void* sin, void* cache,
                         const int64_t* kv_rows, const void* weights, float eps) {
-  if (is_bfloat16)
-    rope_and_write(rows, num_q, num_kv, head_dim, rotated, (uint16_t*)heads, (const uint16_t*)cos, (const uint16_t*)sin,
-                   (uint16_t*)cache, kv_rows, (const uint16_t*)weights, eps);
-  else
-    rope_and_write(rows, num_q, num_kv, head_dim, rotated, (float*)heads, (const float*)cos, (const float*)sin,
-                   (float*)cache, kv_rows, (const float*)weights, eps);
+  const auto with = [&](auto row, auto cached) {
+    using Row = decltype(row);
+    rope_and_write(rows, num_q, num_kv, head_dim, rotated, (Row*)heads, (const Row*)cos, (const Row*)sin,
+                   (decltype(cached)*)cache, kv_rows, (const Row*)weights, eps);
+  };
+  by_dtypes(is_bfloat16, is_e4m3, with);
 }
 
 // Attention of one token of each sequence: query [num_seqs, num_heads, head_dim], rows `stride` apart; out contiguous.
 // head_dim is a multiple of 16; window 0 sees all; sinks [num_heads], of each head the score of a key without a value.
-void msi_decode(int64_t is_bfloat16, int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_dim,
-                const void* query, int64_t stride, const void* cache, const int32_t* tables, int64_t tables_stride,
-                const int32_t* contexts, int64_t window, const float* sinks, void* out) {
-  if (is_bfloat16)
-    decode(num_seqs, num_heads, num_kv, head_dim, (const uint16_t*)query, stride, (const uint16_t*)cache, tables,
-           tables_stride, contexts, window, sinks, (uint16_t*)out);
-  else
-    decode(num_seqs, num_heads, num_kv, head_dim, (const float*)query, stride, (const float*)cache, tables,
-           tables_stride, contexts, window, sinks, (float*)out);
+void msi_decode(int64_t is_bfloat16, int64_t is_e4m3, int64_t num_seqs, int64_t num_heads, int64_t num_kv,
+                int64_t head_dim, const void* query, int64_t stride, const void* cache, const int32_t* tables,
+                int64_t tables_stride, const int32_t* contexts, int64_t window, const float* sinks,
+                void* out) {
+  const auto with = [&](auto row, auto cached) {
+    using Row = decltype(row);
+    decode(num_seqs, num_heads, num_kv, head_dim, (const Row*)query, stride, (const decltype(cached)*)cache, tables,
+           tables_stride, contexts, window, sinks, (Row*)out);
+  };
+  by_dtypes(is_bfloat16, is_e4m3, with);
 }
 }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msi.kernels import fp8
 from msi.kernels.native.compiled import WIDTH, native_library
 from msi.kernels.norm import HeadNorm, Norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape, kv_rows
@@ -17,7 +18,7 @@ from msi.kernels.pass_tensors import PassTensors
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     "msi_norm": (_N, _N, _N, _P, _P, _N, _P, ctypes.c_float, _P),
-    "msi_rope_and_write": (*[_N] * 6, *[_P] * 6, ctypes.c_float),
+    "msi_rope_and_write": (*[_N] * 7, *[_P] * 6, ctypes.c_float),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -87,17 +88,18 @@ def rope_and_write(
 ) -> bool:
     """As `msi.kernels.kernels.Kernels` says; False, and nothing done, where it is another's."""
     cos, sin = rope
-    dtype, rotated = heads.dtype, cos.shape[-1]
+    dtype, rotated, is_e4m3 = heads.dtype, cos.shape[-1], layer_cache.dtype is fp8.E4M3
     if dtype not in DTYPES or rotated % (2 * WIDTH) or not heads.is_contiguous():
         return False
-    if not dtype == cos.dtype == sin.dtype == layer_cache.dtype:
-        return False
     num_rows, num_heads, head_dim = heads.shape
+    is_taken = head_dim % WIDTH == 0 if is_e4m3 else layer_cache.dtype is dtype
+    if not is_taken or not dtype == cos.dtype == sin.dtype:
+        return False
     if norm is not None and (head_dim % WIDTH or norm.weights.dtype is not dtype):
         return False
     rows.msi_rope_and_write(
-        dtype is torch.bfloat16, num_rows, num_q, (num_heads - num_q) // 2, head_dim, rotated, heads.data_ptr(),
-        cos.data_ptr(), sin.data_ptr(), layer_cache.data_ptr(), kv_rows.data_ptr(),
+        dtype is torch.bfloat16, is_e4m3, num_rows, num_q, (num_heads - num_q) // 2, head_dim, rotated,
+        heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), layer_cache.data_ptr(), kv_rows.data_ptr(),
         None if norm is None else norm.weights.data_ptr(), 0.0 if norm is None else norm.eps,
     )  # fmt: skip
     return True
@@ -108,11 +110,12 @@ def decode(query: Tensor, layer_cache: Tensor, plan: DecodePlan, sinks: Tensor |
     library = native_library()
     assert library is not None, "no plan is made so without it"
     num_seqs, num_heads, head_dim = query.shape
-    assert query.dtype is layer_cache.dtype, (query.dtype, layer_cache.dtype)
+    is_e4m3 = layer_cache.dtype is fp8.E4M3
+    assert is_e4m3 or query.dtype is layer_cache.dtype, (query.dtype, layer_cache.dtype)
     assert query.stride()[1:] == (head_dim, 1), query.stride()
     attended = torch.empty(num_seqs, num_heads, head_dim, dtype=query.dtype)
     library.msi_decode(
-        query.dtype is torch.bfloat16, num_seqs, num_heads, layer_cache.shape[3], head_dim, query.data_ptr(),
+        query.dtype is torch.bfloat16, is_e4m3, num_seqs, num_heads, layer_cache.shape[3], head_dim, query.data_ptr(),
         query.stride(0), layer_cache.data_ptr(), plan.tables.data_ptr(), plan.tables.stride(0),
         plan.contexts.data_ptr(), plan.window, None if sinks is None else sinks.data_ptr(), attended.data_ptr(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-// Vectors of float32, as wide as the processor's, and how they come from float32 or bfloat16 and go there.
+// Vectors of float32, as wide as the processor's, and how they come from float32, bfloat16 or e4m3 (as bytes) and go there.
 
 #pragma once
 
@@ -16,6 +16,7 @@ constexpr int LANES = 8;
 
 typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t U __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t I __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 #ifdef __AVX512F__
 inline V fused(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -49,6 +50,36 @@ inline void store(uint16_t* to, V values) {
 #else
   const __m256i packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
   _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
+#endif
+}
+
+inline V load(const uint8_t* at) {
+#ifdef __AVX512F__
+  const U code = (U)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));
+#else
+  const U code = (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at));
+#endif
+  const U size = code & 127u;
+  U bits = (size << 20) + (120u << 23);
+  bits = size < 8u ? (U)(__builtin_convertvector((I)size, V) * 0x1p-9f) : bits;  // denormal numbers would take long
+  bits = size == 127u ? U{} + 0x7fc00000u : bits;
+  return (V)(bits | (code & 128u) << 24);
+}
+
+// Rounded to the nearest, ties to even; beyond 448 either way 448, and a NaN stays one.
+inline void store(uint8_t* to, V values) {
+  const U size = (U)values & 0x7fffffffu;
+  const U large = (size + (size >> 20 & 1u) + 0x7ffffu - (120u << 23)) >> 20;
+  const U small = (U)((V)size + 16384.0f) - (141u << 23);  // the last bit of 2^14 is 2^-9, the least step
+  U code = size < (121u << 23) ? small : large;
+  code = code > 126u ? U{} + 126u : code;
+  code = values == values ? code : U{} + 127u;
+  code |= (U)values >> 24 & 128u;
+#ifdef __AVX512F__
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)code));
+#else
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)code), _mm256_extracti128_si256((__m256i)code, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(words, words));
 #endif
 }
 

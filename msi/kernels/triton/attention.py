@@ -1,5 +1,7 @@
 """Attention over a paged KV cache, in the cache's own memory: decoding split over the context, and chunks of prompts.
 
+A cache in e4m3 is read as it is, and unpacked in registers.
+
 One kernel for both. The query heads that share a KV head, of one query or of several, are the rows of a tile: so keys
 and values are read once for all of them. What a program works off is an item of the pass's plan (`attention_plan.py`):
 some queries of a sequence against part of its context. Parts of one sequence are merged by their log-sum-exps.
@@ -13,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msi.kernels import BLOCK_TOKENS
-from msi.kernels.triton.attention_plan import ITEM, PagedPlan, Tiles
+from msi.kernels.triton.attention_plan import ITEM, PagedPlan, Tiles, num_warps
 
 LOG2E = 1.4426950408889634
 
@@ -73,9 +75,8 @@ def _attend(
             token[:, None] + BLOCK_TOKENS * token_stride + d[None, :],
             mask=is_key[:, None] & (d < head_dim)[None, :], other=0.0,
         )  # fmt: skip
-        if UPCAST:
-            keys = keys.to(tl.float32)
-            values = values.to(tl.float32)
+        keys = keys.to(q.dtype)  # which a cache in eight bits is not, and one that is widened
+        values = values.to(q.dtype)
         scores = tl.dot(q, keys, input_precision="ieee") * scale
         is_seen = is_key[None, :] & (key_at[None, :] <= at[:, None])
         if window > 0:
@@ -213,7 +214,8 @@ def paged_attention(query: Tensor, layer_cache: Tensor, plan: PagedPlan, sinks: 
         paged_attention_kernel[(num_kv, programs)](
             query, layer_cache, plan.block_tables, items, starts, sinks, output, partial, lse, query.stride(0),
             plan.block_tables.stride(0), scale, window, IS_SPLIT=tiles.per_processor > 0, BLOCK_M=tiles.rows,
-            BLOCK_N=tiles.keys, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **common,
+            BLOCK_N=tiles.keys, num_warps=num_warps(tiles, layer_cache.dtype is not query.dtype),
+            num_stages=tiles.num_stages, **common,
         )  # fmt: skip
 
     if plan.split is not None:

@@ -107,6 +107,11 @@ def chunk_tiles(shape: AttentionShape, itemsize: int, architecture: int = 90) ->
     return Tiles(rows, _keys(shape, itemsize, num_bytes), num_warps, 2)
 
 
+def num_warps(tiles: Tiles, is_unpacked: bool) -> int:
+    """A chunk of a prompt against a cache in eight bits has more in registers than those of four warps hold."""
+    return max(tiles.num_warps, 8) if is_unpacked and not tiles.per_processor else tiles.num_warps
+
+
 def _keys(shape: AttentionShape, itemsize: int, num_bytes: int) -> int:
     return min(64, max(16, num_bytes // (_power_of_2(max(16, shape.head_dim)) * itemsize)))
 

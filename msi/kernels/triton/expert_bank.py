@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from msi.kernels import SCALE_BLOCK, SWIGLU, Activation
+from msi.kernels import SCALE_BLOCK, SWIGLU, Activation, fp8
 from msi.kernels.blocks import num_blocks, to_blocks
 from msi.kernels.kernels import Biases
 from msi.kernels.quantized import Quantized
-from msi.kernels.routing import PackedRows, answer_row_bytes, row_bytes
+from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, row_bytes
 from msi.kernels.triton import host_rows
 from msi.kernels.triton.host_rows import HostRows
 from msi.kernels.triton.launches import Counts, ExpertWeights, WaveLaunches
@@ -127,30 +127,34 @@ class TritonExpertBank:
             weights.scale13[layer, expert, half * height : (half + 1) * height] = scales
         weights.w2[layer, expert], weights.scale2[layer, expert] = to_blocks(down)
 
-    def warm(self, num_model_experts: int, k: int, dtype: torch.dtype) -> None:
+    def warm(self, num_model_experts: int, k: int, dtypes: RowDtypes) -> None:
         """With waves of no rows, through memory of their own."""
         self._num_model_experts = num_model_experts
         hidden = self.weights.w2.shape[2]
-        memory = torch.zeros(2, 2, WARM_ROWS, row_bytes(hidden, k, dtype), dtype=torch.uint8, device=self._device)
-        landed = PackedRows.view(memory, hidden, k, dtype)
-        strides = (WARM_ROWS * answer_row_bytes(hidden, dtype), answer_row_bytes(hidden, dtype))
+        memory = torch.zeros(2, 2, WARM_ROWS, row_bytes(hidden, k, dtypes.sent), dtype=torch.uint8, device=self._device)
+        landed = PackedRows.view(memory, hidden, k, dtypes.sent, dtypes.computed)
+        answer_bytes = answer_row_bytes(hidden, dtypes.answered)
         is_gpu = self._device.type == "cuda"
         with torch.cuda.device_of(self.weights.w2):
             for is_staged in (False, True) if is_gpu else (False,):
-                launches = self._new_launches(landed, strides, is_staged)
+                launches = self._new_launches(
+                    landed, (WARM_ROWS * answer_bytes, answer_bytes), dtypes.answered, is_staged
+                )
                 for tiles in self.tiles:
                     launches.descriptors.write(0, 0, [])
                     launches.launch_eagerly(tiles)
             if is_gpu:
                 torch.cuda.current_stream().synchronize()
 
-    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int]) -> None:
+    def prepare(self, landed: PackedRows, answer_strides: tuple[int, int], answer_dtype: torch.dtype) -> None:
         is_reached = host_rows.can_reach(self._device, landed.hidden)
-        self._host_rows = None if is_reached else HostRows(landed, self._device)
+        hidden = self.weights.w2.shape[2]
+        self._host_rows = None if is_reached else HostRows(landed, self._device, hidden, answer_dtype)
         if self._host_rows is not None:
             landed, answer_strides = self._host_rows.landed, self._host_rows.answer_strides
         self._landed, self._addresses = landed, {}
-        self._launches = self._new_launches(landed, answer_strides, host_rows.is_far(self._device, landed.hidden))
+        is_far = host_rows.is_far(self._device, landed.hidden)
+        self._launches = self._new_launches(landed, answer_strides, answer_dtype, is_far)
         if self._uses_graphs:
             try:
                 self._launches.capture()
@@ -160,11 +164,13 @@ class TritonExpertBank:
                 )
                 self._launches.forget_graphs()
 
-    def _new_launches(self, landed: PackedRows, answer_strides: tuple[int, int], is_staged: bool) -> WaveLaunches:
+    def _new_launches(
+        self, landed: PackedRows, answer_strides: tuple[int, int], answer_dtype: torch.dtype, is_staged: bool
+    ) -> WaveLaunches:
         num_seats, _, slot_rows, _ = landed.hidden.shape
         return WaveLaunches(
-            self.weights, self._counts, landed, answer_strides, max_rows=min(num_seats * slot_rows, MAX_ROWS),
-            tiles=self.tiles, num_sms=self._num_sms, is_staged=is_staged,
+            self.weights, self._counts, landed, answer_strides, answer_dtype,
+            max_rows=min(num_seats * slot_rows, MAX_ROWS), tiles=self.tiles, num_sms=self._num_sms, is_staged=is_staged,
         )  # fmt: skip
 
     def run(
@@ -174,7 +180,8 @@ class TritonExpertBank:
             return
         if self._landed is not landed and not (self._host_rows is not None and self._host_rows.is_of(landed)):
             first = answers[seats[0][0]]
-            self.prepare(landed, (first.stride(0) * first.element_size(), first.stride(1) * first.element_size()))
+            strides = (first.stride(0) * first.element_size(), first.stride(1) * first.element_size())
+            self.prepare(landed, strides, fp8.E4M3 if fp8.is_packed(first) else first.dtype)
         if self._host_rows is None:
             self._launch(layer, lane, seats, landed, answers)
         else:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from msi.kernels.routing import PackedRows
+from msi.kernels import fp8
+from msi.kernels.routing import PackedRows, answer_row_bytes, hidden_rows
 
 MEMORY_TYPE, HOST_MEMORY = 2, 1  # CU_POINTER_ATTRIBUTE_MEMORY_TYPE and CU_MEMORYTYPE_HOST of the driver
 
@@ -32,13 +33,26 @@ def is_far(device: torch.device, memory: Tensor) -> bool:
 
 
 class HostRows:
-    """A twin, on the device, of landed rows and of where answers leave. The host waits for every copy."""
+    """A twin, on the device, of landed rows and of where answers leave. The host waits for every copy.
 
-    def __init__(self, landed: PackedRows, device: torch.device) -> None:
+    Args:
+        answer_dtype: in which answers of so many values leave.
+    """
+
+    def __init__(self, landed: PackedRows, device: torch.device, hidden_size: int, answer_dtype: torch.dtype) -> None:
         self._source = landed
-        fields = (landed.hidden, landed.topk_weights, landed.topk_ids)
-        self.landed = PackedRows(*(torch.empty(field.shape, dtype=field.dtype, device=device) for field in fields))
-        answers = torch.empty(landed.hidden.shape, dtype=landed.hidden.dtype, device=device)
+
+        def twin(dtype: torch.dtype) -> Tensor:
+            shape = (*landed.hidden.shape[:-1], answer_row_bytes(hidden_size, dtype))
+            return hidden_rows(torch.empty(shape, dtype=torch.uint8, device=device), hidden_size, dtype)
+
+        self.landed = PackedRows(
+            twin(landed.dtype if landed.unpacked is None else fp8.E4M3),
+            torch.empty_like(landed.topk_weights, device=device),
+            torch.empty_like(landed.topk_ids, device=device),
+            landed.unpacked,
+        )
+        answers = twin(answer_dtype)
         self.answers: dict[int, Tensor] = dict(enumerate(answers))
         self.answer_strides = (answers.stride(1) * answers.element_size(), answers.stride(2) * answers.element_size())
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
+from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting, fp8
 from msi.kernels.kernels import ExpertBank, Linear, Outboxes
 from msi.kernels.norm import HeadNorm, Norm, layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
@@ -41,6 +41,10 @@ class TritonKernels(PlainKernels):
             properties = torch.cuda.get_device_properties(device)
             self._num_processors = properties.multi_processor_count
             self._architecture = 10 * properties.major + properties.minor
+
+    @property
+    def has_e4m3(self) -> bool:
+        return self._architecture >= 89
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -142,15 +146,16 @@ class TritonKernels(PlainKernels):
             counts.copy_(at)
         first = outboxes.rows[0].hidden
         row_bytes = first.stride(0) * first.itemsize
-        normed = normed.to(first.dtype)
+        is_packed = fp8.is_packed(first)
         routing.pack(
-            normed,
+            normed if is_packed else normed.to(first.dtype),
             topk_weights,
             topk_ids,
             local_ids,
             positions,
             self._addresses_of(outboxes.rows[:num_nodes]),
             row_bytes,
+            is_packed,
         )
         return positions
 

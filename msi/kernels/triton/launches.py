@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msi.kernels import SWIGLU, Activation
+from msi.kernels import SWIGLU, Activation, fp8
 from msi.kernels.routing import PackedRows
 from msi.kernels.triton import experts
 from msi.kernels.triton.tiles import Product, Tiles
@@ -61,8 +61,10 @@ class WaveLaunches:
     Args:
         landed: [seats, lanes, slot_rows], in memory that the device can read.
         answer_strides: of a lane and of a row where answers leave, in bytes.
+        answer_dtype: in which they leave.
         max_rows: of a wave.
-        is_staged: rows land in the host's memory, and are copied together before they are multiplied.
+        is_staged: rows land in the host's memory, and are copied together before they are multiplied, as those in
+            eight bits always are.
     """
 
     def __init__(
@@ -71,20 +73,24 @@ class WaveLaunches:
         counts: Counts,
         landed: PackedRows,
         answer_strides: tuple[int, int],
+        answer_dtype: torch.dtype,
         *,
         max_rows: int,
         tiles: tuple[Tiles, ...],
         num_sms: int,
         is_staged: bool = False,
     ) -> None:
-        num_seats, _, _, self._hidden = landed.hidden.shape
+        num_seats, self._hidden, dtype = landed.hidden.shape[0], weights.w2.shape[2], landed.dtype
+        is_packed = fp8.is_packed(landed.hidden)
         self._k = landed.topk_ids.shape[-1]
         self._weights, self._counts, self._landed = weights, counts, landed
         self._num_experts, self._inner = weights.w2.shape[1], weights.w2.shape[3]
-        self._answer_strides = answer_strides
+        self._answer_strides, self._dtype = answer_strides, dtype
+        at = fp8.scales_at(self._hidden)
+        self._scales_at, self._answer_scales_at = at * is_packed, at * (answer_dtype is fp8.E4M3)
         self._num_sms, self._tiles = num_sms, tiles
         self.max_rows = max_rows
-        device, dtype = weights.w2.device, landed.hidden.dtype
+        device = weights.w2.device
         self.descriptors = Descriptors(num_seats, device)
         self._num_pairs = max_rows * self._k
         num_tiles = self._num_experts + self._num_pairs // min(one.block_m for one in tiles)
@@ -92,7 +98,9 @@ class WaveLaunches:
         self.act = torch.empty(self._num_pairs, self._inner, dtype=dtype, device=device)
         splits = max(one.down.splits for one in tiles)
         self._partial = torch.empty(splits, self._num_pairs, self._hidden, dtype=torch.float32, device=device)
-        self._staged = torch.empty(max_rows, self._hidden, dtype=dtype, device=device) if is_staged else None
+        self._staged: Tensor | None = None
+        if is_staged or is_packed:
+            self._staged = torch.empty(max_rows, self._hidden, dtype=dtype, device=device)
         self._upcast = dtype is torch.bfloat16 and device.type == "cpu"
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
@@ -158,8 +166,9 @@ class WaveLaunches:
         )  # fmt: skip
         if self._staged is not None:
             stage_rows[(self._num_sms,)](
-                landed.hidden, plan["row_source"], plan["wave"], self._staged, HIDDEN=self._hidden, BLOCK=ANSWER_BLOCK
-            )
+                landed.hidden, plan["row_source"], plan["wave"], self._staged, HIDDEN=self._hidden, BLOCK=ANSWER_BLOCK,
+                SCALES_AT=self._scales_at,
+            )  # fmt: skip
 
     def gate_up(self, tiles: Tiles) -> None:
         plan, weights, product = self.planned, self._weights, tiles.gate_up
@@ -200,7 +209,7 @@ class WaveLaunches:
             return self._partial
         return (
             self._partial.flatten()
-            .view(self._landed.hidden.dtype)[: self._num_pairs * self._hidden]
+            .view(self._dtype)[: self._num_pairs * self._hidden]
             .view(1, self._num_pairs, self._hidden)
         )
 
@@ -210,7 +219,8 @@ class WaveLaunches:
             self.partial_of(tiles), plan["wave"], self.descriptors.ticket, plan["row_pair"], plan["row_weight"],
             plan["row_answer"], self._num_pairs,
             HIDDEN=self._hidden, K=self._k, SPLITS=tiles.down.splits,
-            BLOCK=min(ANSWER_BLOCK, triton.next_power_of_2(self._hidden)), DTYPE=TYPES[self._landed.hidden.dtype],
+            BLOCK=min(ANSWER_BLOCK, triton.next_power_of_2(max(fp8.GROUP, self._hidden))), DTYPE=TYPES[self._dtype],
+            SCALES_AT=self._answer_scales_at,
         )  # fmt: skip
 
     def _descriptor(self, stack: Tensor, product: Product) -> object:

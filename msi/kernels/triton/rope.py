@@ -9,6 +9,15 @@ from torch import Tensor
 
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.norm import HeadNorm
+from msi.kernels.triton.fp8 import to_e4m3
+
+
+@triton.jit
+def _cached(x, cache):
+    """As the cache has it."""
+    if cache.dtype.element_ty == tl.float8e4nv:
+        x = to_e4m3(x.to(tl.float32))
+    return x
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -63,8 +72,8 @@ def rope_write_kernel(
     to = cache + row[:, None] * head_dim
     is_kv = is_head & (head >= num_q) & (slot >= 0)
     written = inside & is_kv[:, None]
-    tl.store(to + i[None, :], first, mask=written)
-    tl.store(to + half + i[None, :], second, mask=written)
+    tl.store(to + i[None, :], _cached(first, cache), mask=written)
+    tl.store(to + half + i[None, :], _cached(second, cache), mask=written)
     if head_dim > 2 * half:
         if HAS_NORM:
             weight_of_rest = tl.load(weight + r[None, :], mask=beyond & is_rotated, other=1.0).to(tl.float32)
@@ -72,7 +81,7 @@ def rope_write_kernel(
             tl.store(source + r[None, :], kept, mask=beyond & (head < num_q)[:, None])
         else:
             kept = tl.load(source + r[None, :], mask=beyond & is_kv[:, None], other=0.0)
-        tl.store(to + r[None, :], kept, mask=beyond & is_kv[:, None])
+        tl.store(to + r[None, :], _cached(kept, cache), mask=beyond & is_kv[:, None])
 
 
 def rope_table(positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msi.kernels import SigmoidRouting
+from msi.kernels import SigmoidRouting, fp8
+from msi.kernels.triton.fp8 import store_packed
 
 LOWEST = tl.constexpr(-3.0e38)  # of what may still be chosen; what has been is -inf
 
@@ -135,9 +136,11 @@ def count_kernel(
 def pack_kernel(
     normed, topk_weights, topk_ids, local_ids, positions, outboxes, num_tokens, num_ids, out_row_stride,
     hidden: tl.constexpr, num_nodes: tl.constexpr, NODES: tl.constexpr, k: tl.constexpr, K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, META_AT: tl.constexpr, SCALES_AT: tl.constexpr,
 ):  # fmt: skip
     """Rows go straight to where they leave from, `hidden | weights | local ids`.
+
+    META_AT: bytes before the weights. SCALES_AT: hidden rows leave in e4m3, with scales behind so many bytes; else 0.
 
     Grid: (tokens, groups of NODES nodes, blocks of columns); the first block writes weights and ids. `outboxes` int64
     [num_nodes]: addresses, on lines of 16 bytes.
@@ -145,16 +148,21 @@ def pack_kernel(
     t = tl.program_id(0).to(tl.int64)
     column = tl.program_id(2)
     c = column * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(normed + t * hidden + c, mask=c < hidden)
+    x = tl.load(normed + t * hidden + c, mask=c < hidden, other=0.0)
+    if SCALES_AT > 0:
+        x = x.to(tl.float32)
     j = tl.arange(0, K)
     for node in range(tl.program_id(1) * NODES, min(num_nodes, tl.program_id(1) * NODES + NODES)):
         row = tl.load(positions + node * num_tokens + t)
         if row >= 0:
             to = tl.load(outboxes + node) + row.to(tl.int64) * out_row_stride
-            out = tl.multiple_of(to.to(tl.pointer_type(normed.dtype.element_ty)), 16)  # else stores of 2 bytes
-            tl.store(out + c, x, mask=c < hidden)
+            if SCALES_AT > 0:
+                store_packed(to, x, column * BLOCK, hidden, SCALES_AT, BLOCK)
+            else:
+                out = tl.multiple_of(to.to(tl.pointer_type(normed.dtype.element_ty)), 16)  # else stores of 2 bytes
+                tl.store(out + c, x, mask=c < hidden)
             if column == 0:
-                meta = to + hidden * (normed.dtype.element_ty.primitive_bitwidth // 8)
+                meta = to + META_AT
                 ids = tl.load(topk_ids + t * k + j, mask=j < k, other=0)
                 local = tl.load(local_ids + node * num_ids + ids, mask=j < k, other=-1)
                 weights = tl.load(topk_weights + t * k + j, mask=j < k, other=0.0)
@@ -214,17 +222,24 @@ def count(topk_ids: Tensor, local_ids: Tensor, counts: Tensor) -> Tensor:
 
 def pack(
     normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, positions: Tensor, outboxes: Tensor,
-    row_bytes: int,
+    row_bytes: int, is_packed: bool,
 ) -> None:  # fmt: skip
-    """Args: outboxes: int64 [num_nodes], where each one's rows begin; row_bytes: from one to the next."""
+    """
+    Args:
+        outboxes: int64 [num_nodes], where each one's rows begin.
+        row_bytes: from one to the next.
+        is_packed: hidden rows leave in eight bits.
+    """
     num_tokens, hidden = normed.shape
     num_nodes, num_ids = local_ids.shape
     if not num_tokens:
         return
     k = topk_ids.shape[1]
-    block = min(2048, triton.next_power_of_2(hidden))
+    block = min(2048, triton.next_power_of_2(max(fp8.GROUP, hidden)))
     nodes = min(4, num_nodes)
     pack_kernel[(num_tokens, triton.cdiv(num_nodes, nodes), triton.cdiv(hidden, block))](
         normed, topk_weights, topk_ids, local_ids, positions, outboxes, num_tokens, num_ids, row_bytes,
-        hidden=hidden, num_nodes=num_nodes, NODES=nodes, k=k, K=triton.next_power_of_2(k), BLOCK=block, num_warps=4,
+        hidden=hidden, num_nodes=num_nodes, NODES=nodes, k=k, K=triton.next_power_of_2(k), BLOCK=block,
+        META_AT=fp8.packed_bytes(hidden) if is_packed else hidden * normed.itemsize,
+        SCALES_AT=fp8.scales_at(hidden) if is_packed else 0, num_warps=4,
     )  # fmt: skip

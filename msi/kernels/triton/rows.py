@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msi.kernels import fp8
+from msi.kernels.triton.fp8 import unpack
+
 
 @triton.jit
 def _normed(x, inside, weight, c, eps, hidden: tl.constexpr, is_layer_norm: tl.constexpr):
@@ -53,9 +56,12 @@ def add_norm_kernel(
 @triton.jit(do_not_specialize=["num_tokens"])
 def combine_norm_kernel(
     residual, answers, positions, weight, out, eps, num_tokens, num_nodes, node_stride, row_stride,
-    hidden: tl.constexpr, is_layer_norm: tl.constexpr, BLOCK: tl.constexpr,
+    hidden: tl.constexpr, is_layer_norm: tl.constexpr, BLOCK: tl.constexpr, SCALES_AT: tl.constexpr,
 ):  # fmt: skip
-    """Of answers [num_nodes, rows, hidden] those rows that positions [num_nodes, num_tokens] name. Grid: tokens."""
+    """Of answers [num_nodes, rows, hidden] those rows that positions [num_nodes, num_tokens] name. Grid: tokens.
+
+    SCALES_AT: answers are in e4m3, uint8 with scales behind so many bytes; else 0.
+    """
     t = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < hidden
@@ -66,7 +72,10 @@ def combine_norm_kernel(
     for _ in range(num_nodes):
         row = tl.load(its_position).to(tl.int64)
         if row >= 0:
-            x += tl.load(its_answers + row * row_stride + c, mask=inside, other=0.0).to(tl.float32)
+            if SCALES_AT > 0:
+                x += unpack(its_answers + row * row_stride, c, inside, SCALES_AT)
+            else:
+                x += tl.load(its_answers + row * row_stride + c, mask=inside, other=0.0).to(tl.float32)
         its_position += num_tokens
         its_answers += node_stride
     tl.store(residual + t * hidden + c, x.to(dtype), mask=inside)
@@ -108,13 +117,15 @@ def combine_norm(
     """Adds to the residual stream [n, h] in place the rows of answers [nodes, rows, h], and norms it.
 
     Args:
+        answers: in eight bits as `fp8.pack` has them.
         positions: [num_nodes, n], each token's row of each node's answers, -1 for none; other rows may hold anything.
     """
     out = torch.empty_like(residual)
     if len(residual):
         combine_norm_kernel[(len(residual),)](
             residual, answers, positions, weight, out, eps, len(residual), len(positions), answers.stride(0),
-            answers.stride(1), **_sizes(residual, is_layer_norm),
+            answers.stride(1), SCALES_AT=fp8.scales_at(residual.shape[1]) if fp8.is_packed(answers) else 0,
+            **_sizes(residual, is_layer_norm),
         )  # fmt: skip
     return out
 

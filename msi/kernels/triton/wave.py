@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msi.kernels.triton.fp8 import store_packed, unpack
+
 RING = 32  # waves that may be launched and not yet planned
 LEAST_SEATS = 8  # that a descriptor has places for, so that few kinds of kernels are compiled
 LAYER, LANE, NUM_MEMBERS, NUM_ROWS, MEMBERS = 0, 1, 2, 3, 4  # of a descriptor; then four numbers of each member
@@ -182,8 +184,10 @@ def plan_wave(
 
 
 @triton.jit
-def stage_rows(hidden, row_source, wave, staged, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows that landed in host memory, behind one another in the device's: a row crosses the bus once, not per tile."""
+def stage_rows(hidden, row_source, wave, staged, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, SCALES_AT: tl.constexpr):
+    """Rows behind one another: those that landed in host memory, so that each crosses the bus once, not per tile; and
+    those in e4m3, so that each is unpacked once (SCALES_AT: behind so many bytes of `hidden`'s rows; else 0).
+    """
     num_rows = tl.load(wave + 1)
     blocks: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
     for unit in range(tl.program_id(0), num_rows * blocks, tl.num_programs(0)):
@@ -191,18 +195,25 @@ def stage_rows(hidden, row_source, wave, staged, HIDDEN: tl.constexpr, BLOCK: tl
         cols = (unit % blocks) * BLOCK + tl.arange(0, BLOCK)
         source = tl.multiple_of(hidden + tl.load(row_source + row), 16)
         to = staged + row.to(tl.int64) * HIDDEN
-        tl.store(to + cols, tl.load(source + cols, mask=cols < HIDDEN), mask=cols < HIDDEN)
+        if SCALES_AT > 0:
+            rows = unpack(source, cols, cols < HIDDEN, SCALES_AT).to(staged.dtype.element_ty)
+        else:
+            rows = tl.load(source + cols, mask=cols < HIDDEN)
+        tl.store(to + cols, rows, mask=cols < HIDDEN)
 
 
 @triton.jit
 def answer_rows(
     partial, wave, ticket, row_pair, row_weight, row_answer, num_pairs,
     HIDDEN: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    SCALES_AT: tl.constexpr,
 ):  # fmt: skip
     """Each row's experts added up by their weights, in the order of its choices, to where its answer leaves.
 
     Args:
         partial: [SPLITS, num_pairs, HIDDEN], as `msi.kernels.triton.experts.down` left it.
+        DTYPE: of answers, unless they leave in e4m3.
+        SCALES_AT: in e4m3, with scales behind so many bytes; else 0.
     """
     num_rows = tl.load(wave + 1)
     if tl.program_id(0) == 0:
@@ -218,11 +229,15 @@ def answer_rows(
             here = cols < tl.where(pair >= 0, HIDDEN, 0)
             output = tl.zeros([BLOCK], tl.float32)
             for split in tl.static_range(SPLITS):
-                at = (tl.maximum(pair, 0) + split * num_pairs).to(tl.int64) * HIDDEN + cols
-                output += tl.load(partial + at, mask=here, other=0.0).to(tl.float32)
+                part = (tl.maximum(pair, 0) + split * num_pairs).to(tl.int64) * HIDDEN + cols
+                output += tl.load(partial + part, mask=here, other=0.0).to(tl.float32)
             combined += tl.where(here, output * weight, 0.0)
-        to = tl.multiple_of(tl.load(row_answer + row).to(tl.pointer_type(DTYPE)), 16)
-        tl.store(to + cols, combined.to(DTYPE), mask=cols < HIDDEN)
+        at = tl.load(row_answer + row)
+        if SCALES_AT > 0:
+            store_packed(at, combined, (unit % blocks) * BLOCK, HIDDEN, SCALES_AT, BLOCK)
+        else:
+            to = tl.multiple_of(at.to(tl.pointer_type(DTYPE)), 16)
+            tl.store(to + cols, combined.to(DTYPE), mask=cols < HIDDEN)
 
 
 def new_plan(
