@@ -57,7 +57,7 @@ async def test_a_worker_for_which_the_machine_has_no_room_is_tried_again_and_end
             raise outcome
         return outcome
 
-    monkeypatch.setattr(Child, "start", start)
+    monkeypatch.setattr(Child, "fork", start)
     monkeypatch.setattr(process_instance, "NO_ROOM_AGAIN_S", 0.01)
     failures = []
     instance = process_instance.ProcessInstance(InstanceOptions.of(model=tiny_model), failures.append)

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from msi.net.secret import VARIABLE, Secret
+from msi.instance.fork_server import Forked, ForkServer
+from msi.net.secret import VARIABLE, Secret, without_secret
 
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 MAX_LINE_BYTES = 1 << 20
@@ -33,7 +34,7 @@ class Child:
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: asyncio.subprocess.Process | Forked,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
@@ -46,7 +47,7 @@ class Child:
     @staticmethod
     async def start(arguments: Iterable[str], secret: Secret | None = None, pass_fds: tuple[int, ...] = ()) -> Child:
         """Runs msi_launch with these arguments; the secret is what peers on a network have to hold."""
-        environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+        environment = without_secret(os.environ)
         if secret is not None:  # never on a command line, which every user of the machine can read
             environment[VARIABLE] = secret.text
         ours, theirs = socket.socketpair()
@@ -61,6 +62,18 @@ class Child:
             raise
         finally:
             theirs.close()
+        return Child(process, *await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES))
+
+    @staticmethod
+    async def fork(arguments: Iterable[str], server: ForkServer) -> Child:
+        """The same by a process that has loaded what it needs. Raises OSError: there is no room for one more."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await server.fork(arguments, theirs)
+            except BaseException:
+                ours.close()
+                raise
         return Child(process, *await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES))
 
     @property

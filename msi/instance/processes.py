@@ -19,6 +19,7 @@ from msi.control.messages import CLIENT_END
 from msi.control.restarts import Restarts
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.instance.children import Child
+from msi.instance.fork_server import ForkServer, can_fork
 from msi.instance.instance import check_device, check_files, worker_ids
 from msi.json_log import with_fields
 from msi.net.control import ControlClient, MessageClient
@@ -73,6 +74,17 @@ async def _address_of(child: Child) -> str:
         raise
     child.close()
     raise ConfigError(child.failure or "the coordinator ended while it started; what it said is above")
+
+
+async def _all_or_none(*works: Coroutine[Any, Any, None]) -> None:
+    """Until all are done; where one raises, the others are given up, and this raises that."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def stop_children(*children: Child, grace_s: float = STOP_GRACE_S) -> None:
@@ -151,6 +163,7 @@ class ProcessInstance:
         self._sockets: SocketDir | None = None
         self._stopping = asyncio.Event()
         self._leaving: set[str] = set()  # workers that are not started again
+        self._forks = ForkServer() if can_fork(options.host.device) else None
 
     @property
     def url(self) -> str:
@@ -167,12 +180,12 @@ class ProcessInstance:
         """Raises what `start_coordinator` does."""
         self._sockets = SocketDir()
         address = self._sockets.address("coordinator")
+        if self._forks is not None:  # first, as it has most to load
+            await self._forks.start()
         coordinator = await _coordinator_child(self._options, address, self._coordinator_flags)
         self._children["coordinator"] = coordinator
         # the others load what they need beside it: they may knock before somebody is there
-        for role, worker_id in worker_ids(self._options):
-            await self._start_worker(address, role, worker_id)
-        await self._serve(address, coordinator)
+        await _all_or_none(self._start_workers(address), self._serve(address, coordinator))
         self._say_what_runs(coordinator)
         self._watch(self._watch_coordinator(coordinator, address))
         for role, worker_id in worker_ids(self._options):
@@ -222,13 +235,22 @@ class ProcessInstance:
             self._http.fail(str(error))
         self._report_failure(error)
 
+    async def _start_workers(self, address: str) -> None:
+        """Raises Unavailable: what they need cannot be loaded, or there is no room for them."""
+        for role, worker_id in worker_ids(self._options):
+            try:
+                await self._start_worker(address, role, worker_id)
+            except OSError as error:
+                raise Unavailable(f"{worker_id} cannot be started: {error.strerror or error}") from error
+
     async def _start_worker(self, address: str, role: str, worker_id: str) -> None:
-        self._children[worker_id] = await Child.start(
-            (
-                *self._options.flags(), "--role", role, "--worker-id", worker_id, "--coordinator", address,
-                "--transport", self._options.chosen_transport, *self._worker_flags,
-            )
+        """Raises OSError: it cannot be started."""
+        words = (
+            *self._options.flags(), "--role", role, "--worker-id", worker_id, "--coordinator", address,
+            "--transport", self._options.chosen_transport, *self._worker_flags,
         )  # fmt: skip
+        starting = Child.start(words) if self._forks is None else Child.fork(words, self._forks)
+        self._children[worker_id] = await starting
 
     async def _watch_coordinator(self, child: Child, bind: str) -> None:
         """Starts it again at its address within the grace: workers and clients go on with the new one."""
@@ -339,6 +361,8 @@ class ProcessInstance:
             self._http.drain()
             await self._http.stop()
         await stop_children(*self._children.values())
+        if self._forks is not None:
+            await self._forks.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -65,6 +65,11 @@ def find_secret(path: Path | None, environment: Mapping[str, str] = os.environ) 
     return None if text is None else Secret(text)
 
 
+def without_secret(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a child that is not to know it."""
+    return {name: value for name, value in environment.items() if name != VARIABLE}
+
+
 def read_private(path: Path, name: str) -> str:
     """A short text that nobody but its owner can read. Raises ConfigError: it is not that; begins with `name`."""
     try:

@@ -1,0 +1,119 @@
+"""Workers that are forked by a process that has loaded what they need."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from msi.errors import Unavailable
+from msi.instance import processes as process_instance
+from msi.instance.children import Child
+from msi.instance.fork_server import ForkServer, can_fork
+from msi.options import InstanceOptions
+from msi_launch import fork_server
+from tests.waiting import until
+
+pytestmark = pytest.mark.timeout(120)
+WORDS = ("--role", "expert", "--worker-id", "expert-0", "--coordinator")
+
+
+def of_process(pid, name):
+    return Path(f"/proc/{pid}/{name}").read_bytes()
+
+
+def command_line(pid):
+    return tuple(map(os.fsdecode, of_process(pid, "cmdline").rstrip(b"\0").split(b"\0")))
+
+
+def is_there(pid):
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_workers_on_gpus_are_not_forked():
+    assert can_fork("cpu") == (sys.platform == "linux")
+    assert not can_fork("cuda")
+    assert not can_fork("cuda:1")
+
+
+async def test_workers_are_forked_show_their_command_lines_and_their_ends_are_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("MSI_SECRET", "not-for-workers-of-this-machine")
+    server = ForkServer()
+    try:
+        nowhere = f"ipc://{tmp_path}/x"  # where nobody is, and nobody else could be
+        refused = await Child.fork((*WORDS, "nonsense"), server)
+        waiting = await Child.fork((*WORDS, nowhere, "--start-timeout", "60"), server)
+        parent = server._process.pid
+        assert len(os.listdir(f"/proc/{parent}/task")) == 1, "a fork takes one thread along"
+        assert await refused.hear() == {"failure": refused.failure}
+        assert "'nonsense' is not a coordinator's address" in refused.failure
+        assert await asyncio.wait_for(refused.process.wait(), 30) == 2
+        assert refused.end == refused.failure
+        for pid, words in ((parent, ("msi_launch.fork_server",)), (waiting.pid, ("msi_launch", *WORDS, nowhere))):
+            assert command_line(pid)[: len(words) + 2] == (sys.executable, "-m", *words)
+            assert b"MSI_SECRET" not in of_process(pid, "environ")
+        waiting.signal(signal.SIGKILL)
+        assert await asyncio.wait_for(waiting.process.wait(), 30) == -signal.SIGKILL
+        assert waiting.end == "it was killed by signal 9"
+
+        orphan = await Child.fork((*WORDS, nowhere), server)
+        os.kill(parent, signal.SIGKILL)
+        assert await asyncio.wait_for(orphan.process.wait(), 30) == -signal.SIGKILL, "it ends with whoever forked it"
+        await until(lambda: not is_there(orphan.pid))
+        again = await Child.fork((*WORDS, nowhere), server)
+        assert server._process.pid != parent, "and the next is forked by another"
+        for child in (refused, waiting, orphan, again):
+            child.close()
+    finally:
+        await server.stop()
+    await until(lambda: not is_there(again.pid))
+
+
+@pytest.fixture
+def pair():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_a_machine_without_room_for_a_process_is_said_and_the_server_goes_on(pair, monkeypatch):
+    ours, theirs = pair
+
+    def fork():
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(fork_server.os, "fork", fork)
+    with open(os.devnull) as given:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(2):
+            socket.send_fds(ours, [b"[]"], [given.fileno()])
+        ours.shutdown(socket.SHUT_WR)
+        assert fork_server.fork_as_asked(theirs) == []
+        assert len(os.listdir("/proc/self/fd")) == before, "sockets that came are closed"
+    assert [ours.recv(100) for _ in range(2)] == [b'{"errno": 11}'] * 2
+
+
+class Broken(ForkServer):
+    """One that ends while it loads, as where torch cannot be imported."""
+
+    async def start(self):
+        if self._socket is None:
+            await super().start()
+            self._process.kill()
+
+
+async def test_what_cannot_be_loaded_is_said_and_leaves_nothing_behind(tiny_model, monkeypatch):
+    monkeypatch.setattr(process_instance, "ForkServer", Broken)
+    failures = []
+    instance = process_instance.ProcessInstance(InstanceOptions.of(model=tiny_model), failures.append)
+    with pytest.raises(Unavailable, match="expert-0 cannot be started: the process that forks workers has ended"):
+        await instance.start()
+    pids = list(instance.pids.values())
+    await instance.stop()
+    assert not any(is_there(pid) for pid in pids)
