@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from msi.kernels import NONE, SWIGLU, Activation, fp8
-from msi.kernels.experts import moe_experts
+from msi.kernels.experts import at_places, counts_at, moe_experts
 from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
 from msi.kernels.native import rows
 from msi.kernels.native.bank import NativeExpertBank
@@ -194,12 +194,9 @@ class CpuExpertBank:
     def arranged(self, places: Sequence[int | None]) -> CpuExpertBank:
         bank = CpuExpertBank(self._linear, len(self._gate_up), len(places), self._dtype, self._activation)
         bank._expert_bytes = self._expert_bytes
-        for local, place in enumerate(places):
-            if place is not None:
-                bank.num_rows[:, local] = self.num_rows[:, place]
-                for layer in range(len(self._gate_up)):
-                    bank._gate_up[layer][local] = self._gate_up[layer][place]
-                    bank._down[layer][local] = self._down[layer][place]
+        bank.num_rows = counts_at(self.num_rows, places)
+        bank._gate_up = at_places(self._gate_up, places, _no_weights)
+        bank._down = at_places(self._down, places, _no_weights)
         return bank
 
     def put(

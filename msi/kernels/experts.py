@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn import functional
 from msi.kernels import SWIGLU, Activation
 
 Linear = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -76,3 +78,17 @@ def moe_experts(
     weighted = torch.cat(outputs).to(torch.float32).mul_(weights[:, None])
     combined = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).index_add_(0, token_index, weighted)
     return combined, counts[1:]
+
+
+def at_places(layers: Sequence[Sequence[T]], places: Sequence[int | None], none: T) -> list[list[T]]:
+    """What each layer has at these places, in their order; `none` where there is no place."""
+    return [[none if place is None else layer[place] for place in places] for layer in layers]
+
+
+def counts_at(counts: Tensor, places: Sequence[int | None]) -> Tensor:
+    """The same of counts [layers, experts]; 0 where there is no place."""
+    arranged = counts.new_zeros(counts.shape[0], len(places))
+    for local, place in enumerate(places):
+        if place is not None:
+            arranged[:, local] = counts[:, place]
+    return arranged

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting, fp8
-from msi.kernels.experts import activate, gated_mlp
+from msi.kernels.experts import activate, counts_at, gated_mlp
 from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
 from msi.kernels.norm import HeadNorm, Norm, norm_heads
 from msi.kernels.paged_attention import AttentionShape, paged_attention, plan_attention, write_kv
@@ -185,9 +185,7 @@ class PlainExpertBank:
 
         biases = None if self.biases is None else (moved(self.biases[0]), moved(self.biases[1]))
         bank = PlainExpertBank(moved(self.gate_up), moved(self.down), biases, self._activation)
-        for local, place in enumerate(places):
-            if place is not None:
-                bank.num_rows[:, local] = self.num_rows[:, place]
+        bank.num_rows = counts_at(self.num_rows, places)
         return bank
 
     def put(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msi.kernels import SWIGLU, Activation
+from msi.kernels.experts import at_places, counts_at
 from msi.kernels.kernels import Biases
 from msi.kernels.native.compiled import FORMATS, Packed, pack, row_dtype
 from msi.kernels.plain import scatter_answers
@@ -60,13 +61,10 @@ class NativeExpertBank:
         bank = NativeExpertBank(
             self._library, len(self._gate_up), len(places), hidden_size, inner_size, self._format, *self._kind
         )
-        for local, place in enumerate(places):
-            if place is not None:
-                bank.num_rows[:, local] = self.num_rows[:, place]
-                for layer in range(len(self._gate_up)):
-                    bank._gate_up[layer][local] = self._gate_up[layer][place]
-                    bank._down[layer][local] = self._down[layer][place]
-                    bank._biases[layer][local] = self._biases[layer][place]
+        bank.num_rows = counts_at(self.num_rows, places)
+        bank._gate_up = at_places(self._gate_up, places, None)
+        bank._down = at_places(self._down, places, None)
+        bank._biases = at_places(self._biases, places, None)
         return bank
 
     def put(
