@@ -30,7 +30,7 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 
 from msi_launch.command_line import ScriptLine, integer, one_of
-from tools.hostility.processes import family
+from tools.hostility.processes import shared_out_mb
 
 LAYOUTS = {
     "colocated": ("--colocated",),
@@ -97,15 +97,6 @@ async def first_token(url: str) -> None:
         if response.status != 200:
             raise SystemExit(f"{response.status}: {await response.text()}")
         await response.content.readuntil(b"\n\n")
-
-
-def shared_out_mb(launcher: int) -> float:
-    """Memory of a launcher and all that it started; a page that n of them share is an nth for each."""
-    total = 0
-    for pid in family(launcher).values():
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-    return total / 1e3
 
 
 def help_s(python: Path) -> float:

@@ -207,18 +207,18 @@ CLIENTS = {
 }
 
 
-def environment(name: str, client: Client) -> Path:
-    """The Python of a client's environment, made where it is missing."""
+def environment(name: str, packages: tuple[str, ...], unwanted: tuple[str, ...] = ()) -> Path:
+    """The Python of an environment with these packages and without those, made where it is missing."""
     folder = ENVIRONMENTS / name
     python, stamp = folder / "bin" / "python", folder / "installed"
-    wanted = "\n".join(client.packages)
+    wanted = "\n".join(packages)
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"installing {name}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-        subprocess.run([*pip, "install", *client.packages], check=True)
-        if client.unwanted:
-            subprocess.run([*pip, "uninstall", "--yes", *client.unwanted], check=True)
+        subprocess.run([*pip, "install", *packages], check=True)
+        if unwanted:
+            subprocess.run([*pip, "uninstall", "--yes", *unwanted], check=True)
         stamp.write_text(wanted)
     return python
 
@@ -257,7 +257,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     chosen = {name: CLIENTS[name] for name in arguments.clients or CLIENTS}
-    pythons = {name: environment(name, client) for name, client in chosen.items()}
+    pythons = {name: environment(name, client.packages, client.unwanted) for name, client in chosen.items()}
     url, calling_url = (f"http://127.0.0.1:{port}" for port in (arguments.port, arguments.port + 1))
     calling = [sys.executable, str(ROOT / "tools" / "clients" / "calling_server.py"), str(arguments.port + 1)]
     table = Table("client", "version", "what was run", "result")

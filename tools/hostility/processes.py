@@ -75,6 +75,15 @@ def all_held(launcher: int) -> dict[str, Held]:
     return found
 
 
+def shared_out_mb(launcher: int) -> float:
+    """Memory of a process and all that it started; a page that n of them share is an nth for each."""
+    total = 0
+    for pid in family(launcher).values():
+        rollup = (PROC / str(pid) / "smaps_rollup").read_text()
+        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    return total / 1e3
+
+
 def num_descriptors(launcher: int) -> dict[str, int]:
     """Of a launcher and all that it started, by name; 0 of one that has just gone."""
     return {name: one.num_descriptors for name, one in all_held(launcher).items()}
