@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--repeat", type=integer(1, 100), default=3, metavar="N", help="instances, one after another; 3"
     )
+    parser.add_argument("--patience", type=number(0, 1e5), default=60.0, metavar="S", help="of the profile; 60")
     parser.add_argument("--model", type=Path, metavar="DIR", help="made there, or used if it is there; else made anew")
     values: argparse.Namespace = parser.parse_args()
     return values
@@ -167,6 +168,7 @@ def profile_of(model: Path, folder: Path, values: argparse.Namespace) -> Profile
         [
             str(Path(sys.executable).with_name("msi-profile")), str(model), "--dtype", "float32", "--threads", "1",
             "--batches", batches, "--contexts", "32,64", "--transport", "shm", "-o", str(output),
+            "--patience", str(values.patience),
         ],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
