@@ -18,7 +18,7 @@ from msi.precision import Precision
 
 LIBRARY = native.native_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native products cannot be compiled here")
-WIDENED = Precision("bfloat16", "float32", "float32", "float32", "none")
+WIDENED = Precision("bfloat16", "float32", "float32", "float32", "none", "float32")
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
