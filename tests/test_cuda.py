@@ -10,7 +10,8 @@ import torch
 from msi import ConfigError, Engine, SamplingParams
 from msi.device.cuda import why_unavailable
 from msi.device.cuda_driver import CudaDriver
-from tests.reference import references, save_tiny
+from tests.reference import load_reference, references, save_tiny
+from tests.test_float8_checkpoints import save_in_float8, tokens_of
 
 needs_gpu = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
@@ -75,6 +76,16 @@ async def test_no_layer_waits_for_the_device(tmp_path, monkeypatch, family):
                 tokens = [token async for output in engine.generate(one.prompt, params) for token in output.token_ids]
                 assert tuple(tokens) == one.tokens
             is_strict = True
+
+
+@needs_gpu
+@pytest.mark.parametrize("how", ["blocks", "rows"])
+async def test_a_checkpoint_in_float8_gives_the_tokens_of_its_matrices_on_a_gpu(tmp_path, how):
+    expected = references(load_reference(save_in_float8(tmp_path, how, family="glm4")), [3, 17], 6)
+    wanted = [one.tokens for one in expected]
+    assert (
+        await tokens_of(tmp_path, [one.prompt for one in expected], device="cuda", gpu_memory_utilization=0.1) == wanted
+    )
 
 
 @pytest.mark.skipif(why_unavailable() is None, reason="there is a GPU")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launch.profile import measuring, parse
 from msi import Engine, SamplingParams
 from msi.control.messages import Assignment
 from msi.device.choice import precision_on
+from msi.device.fake.world import FakeWorld
 from msi.errors import CheckpointError, ConfigError
 from msi.kernels.blocks import LARGEST, to_blocks
 from msi.kernels.cpu import CpuKernels
@@ -28,6 +31,7 @@ from msi.precision import Precision
 from msi.settings import LinkShape, SchedulerLimits, Timeouts
 from msi.worker.loading import ModelFiles
 from tests.everyday import mostly_slow
+from tests.fake_engine import fake_engine
 from tests.reference import load_reference, references, save_tiny
 from tests.test_models import PlainDevice
 from tests.tiny import MIXTRAL
@@ -126,10 +130,11 @@ def save_in_float8(path: Path, how: str = "blocks", *, family: str = "mixtral", 
     return path / "full"
 
 
-async def tokens_of(path, prompts, **options):
+async def tokens_of(path, prompts, make=Engine.local, **options):
     params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-    options = {"transport": "inproc", "expert_workers": 2, "micro_batches": 1, "dtype": "float32"} | options
-    async with Engine.local(model=path, **options) as engine:
+    if not options.get("colocated"):
+        options = {"transport": "inproc", "expert_workers": 2, "micro_batches": 1, **options}
+    async with make(model=path, dtype="float32", **options) as engine:
         return [
             tuple([token async for output in engine.generate(prompt, params) for token in output.token_ids])
             for prompt in prompts
@@ -154,6 +159,21 @@ async def test_tokens_are_those_of_the_matrices_that_are_meant(tmp_path, how, fa
         assert await tokens_of(tmp_path, prompts, quantization="none") == wanted, "unpacked as they are loaded"
 
 
+async def test_a_gpus_workers_hold_it_as_it_is(tmp_path):
+    """On the fake device."""
+    expected = references(load_reference(save_in_float8(tmp_path)), [3, 17], 6)
+    found = await tokens_of(
+        tmp_path, [one.prompt for one in expected], lambda **options: fake_engine(FakeWorld(0), **options),
+        colocated=True,
+    )  # fmt: skip
+    assert found == [one.tokens for one in expected]
+
+
+def test_a_profile_is_measured_with_matrices_as_asked():
+    assert measuring(parse(["model", "--quantization", "fp8"])).precision == Precision(quantization="fp8")
+    assert measuring(parse(["model"])).precision == Precision()
+
+
 def on_cpu():
     device = PlainDevice(CpuKernels())
     device.compute_dtype = lambda checkpoint: checkpoint
@@ -167,7 +187,7 @@ def test_a_byte_is_held_for_each_number_and_counted(tmp_path, load_format):
     config = files.config
     device = on_cpu()
     precision = precision_on(device, Precision(), torch.float32, config.stored_as)
-    assert precision == Precision("float32", "float32", "float32", "float32", "fp8")
+    assert precision == replace(Precision.of("float32"), quantization="fp8")
     assignment = Assignment(
         "i", "worker-0", "expert", 0, 0, place_evenly(config.num_experts, 1), 4, True, 1.0,
         SchedulerLimits(1024, 64, 512), LinkShape(), Timeouts(), precision,

@@ -302,7 +302,7 @@ def logits_of(
     """float32 logits at the last position of a prompt, or at all, computed in `dtype` with one expert node; weights, KV
     cache and rows on their way in their own dtypes, where one is given."""
     config, _ = load_config(path)
-    source = Checkpoint(path)
+    source = Checkpoint(path, stored_as=config.stored_as)
     device = device or PlainDevice()
     at = device.kernels.device
     precision = Precision(quantization=quantization)

@@ -54,7 +54,7 @@ def main() -> None:
     torch.manual_seed(0)
     weights = [torch.randn(arguments.outputs, arguments.depth).to(torch.bfloat16) for _ in range(NUM_MATRICES)]
     kernels = CpuKernels(has_bf16_units=has_bf16_units())
-    held: dict[str, list[Any]] = {name: [quantize(one, name) for one in weights] for name in ("int8", "int4")}
+    held: dict[str, list[Any]] = {name: [quantize(one, name) for one in weights] for name in ("int8", "int4", "fp8")}
     held["bfloat16"] = weights
     packed: dict[str, list[Any]] = {name: [kernels.linear(one) for one in of] for name, of in held.items()}
     read = {name: num_bytes(of[0]) for name, of in held.items()}
@@ -62,8 +62,8 @@ def main() -> None:
         packed["torch"] = [kernels.linear(weight) for weight in weights]
         packed["torch float32"] = [kernels.linear(weight.float()) for weight in weights]
     read |= {"torch": read["bfloat16"], "torch float32": 2 * read["bfloat16"]}
-    kinds = [(name, torch.bfloat16) for name in ("bfloat16", "int8", "int4", "torch")]
-    kinds += [("bfloat16", torch.float32), ("int8", torch.float32), ("torch float32", torch.float32)]
+    kinds = [(name, torch.bfloat16) for name in ("bfloat16", "int8", "int4", "fp8", "torch")]
+    kinds += [(name, torch.float32) for name in ("bfloat16", "int8", "fp8", "torch float32")]
     for num_rows in arguments.rows:
         shown = []
         for name, dtype in kinds:

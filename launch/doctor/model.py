@@ -20,6 +20,7 @@ from msi.planner.assumptions import DEFAULTS
 from msi.planner.model_shape import ModelShape
 from msi.planner.performance import attention_node_bytes, expert_node_bytes
 from msi.planner.pipeline import MAX_MICRO_BATCHES
+from msi.precision import NONE
 
 from .findings import Finding, failed, ok, refused, warning
 
@@ -39,7 +40,7 @@ def check_config(options: InstanceOptions) -> tuple[list[Finding], ModelConfig |
     family = config.architecture.removesuffix("ForCausalLM")
     found = [
         ok("model", f"{family}, {config.num_layers} layers, {config.num_experts} experts of which {config.top_k} are "
-           f"chosen, {config.dtype}")
+           f"chosen, {config.dtype}{'' if config.stored_as == NONE else f', matrices {config.stored_as}'}")
     ]  # fmt: skip
     return [*found, *(warning("model", remark) for remark in config.remarks)], config
 

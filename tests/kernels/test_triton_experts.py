@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from msi.kernels import SCALE_BLOCK, Activation, fp8
 from msi.kernels.blocks import from_blocks, to_blocks
 from msi.kernels.plain import PlainExpertBank
+from msi.kernels.quantized import in_float8, joined, quantize
 from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, hidden_bytes, hidden_rows, row_bytes
 
 pytest.importorskip("triton", reason="Triton is not installed here")
@@ -276,6 +278,40 @@ def test_what_is_put_into_a_float8_bank_is_kept_in_blocks():
     wanted = expected(place, 0, 0, 5, w13[0, order], w2[0, order])
     assert error(place.answers[0][0], wanted) < 0.06  # three bits of mantissa
     assert moved.weight_bytes_read == len(set(place.landed.topk_ids.flatten().tolist()) - {-1}) * 3 * 136 * 144
+
+
+@pytest.mark.parametrize("grain", ["block", "row"])
+def test_experts_of_a_checkpoint_in_float8_are_taken_as_they_are(grain):
+    generator = torch.Generator().manual_seed(6)
+    hidden, inner, num_experts = 136, 144, 3
+    w13, w2 = (one.cpu() for one in weights_of(1, num_experts, hidden, inner, torch.float32, generator))
+    bank = new_expert_bank(
+        num_layers=1, num_experts=num_experts, hidden_size=hidden, inner_size=inner, dtype=torch.float8_e4m3fn,
+        device=DEVICE,
+    )  # fmt: skip
+
+    def in_rows(matrix):
+        scales = matrix.abs().amax(dim=1, keepdim=True) / 448
+        return in_float8((matrix / scales).to(torch.float8_e4m3fn), scales)
+
+    make = in_rows if grain == "row" else partial(quantize, format="fp8")
+    seen = []
+    for expert in range(num_experts):
+        gate_up, down = joined([make(half) for half in w13[0, expert].chunk(2)]), make(w2[0, expert])
+        assert gate_up.grain == down.grain == grain
+        bank.put(0, expert, gate_up, down)
+        seen.append([one.dequantized(torch.float32) for one in (gate_up, down)])
+    seen13, seen2 = (torch.stack(ones).to(DEVICE) for ones in zip(*seen, strict=True))
+    assert bank.weights.scale_block == (1 if grain == "row" else SCALE_BLOCK)
+    order = [2, 0, 1]
+    moved = bank.arranged(order)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+        place = Place(1, 1, 9, 2, hidden, dtype)
+        place.put(0, 0, 9, num_experts, generator)
+        moved.warm(num_experts, 2, RowDtypes.of(dtype))
+        moved.run(0, 0, [(0, 9)], place.landed, place.answers)
+        assert error(place.answers[0][0], expected(place, 0, 0, 9, seen13[order], seen2[order])) < tolerance
+        assert place.untouched([(0, 0, 9)])
 
 
 VARIANTS = {

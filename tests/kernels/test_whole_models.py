@@ -18,10 +18,12 @@ from msi.models.checkpoint import Checkpoint
 from msi.models.expert_weights import load_expert_bank
 from msi.models.families import load_config
 from msi.placement import place_evenly
+from msi.precision import Precision
 from msi.types import MicroBatch, TokenSampling
 from tests.everyday import mostly_slow
 from tests.kernels.device import DEVICE
-from tests.reference import FAMILIES, references, save_tiny
+from tests.reference import FAMILIES, load_reference, references, save_tiny
+from tests.test_float8_checkpoints import save_in_float8
 
 NUM_NODES, NUM_BLOCKS, CHUNK = 2, 40, 20
 GREEDY = TokenSampling(0, 1, 0, 0, 0)
@@ -47,10 +49,14 @@ class Model:
         self.device = device = KernelDevice()
         config, _ = load_config(path)
         self.config = config
-        source = Checkpoint(path)
+        source = Checkpoint(path, stored_as=config.stored_as)
         placement = place_evenly(config.num_experts, NUM_NODES)
-        self.banks = [load_expert_bank(config, held, source, device.kernels, dtype) for held in placement.experts]
-        weights = load_attention_weights(config, source, device, dtype)
+        self.banks = [
+            load_expert_bank(config, held, source, device.kernels, dtype, quantization=config.stored_as)
+            for held in placement.experts
+        ]
+        precision = Precision(quantization=config.stored_as)
+        weights = load_attention_weights(config, source, device, dtype, precision=precision)
         self.kv_cache = KvCache(config, NUM_BLOCKS, device, dtype)
         self.forward = Forward(config, weights, self.kv_cache, placement, device)
         shape = (NUM_NODES, 1, 1, 96, row_bytes(config.hidden_size, config.top_k, dtype))
@@ -112,6 +118,15 @@ def test_every_familys_greedy_tokens_are_transformers(tmp_path, family):
     assert generate(Model(tmp_path, torch.float32), [one.prompt for one in expected], 6) == [
         one.tokens for one in expected
     ]
+
+
+@pytest.mark.parametrize(("how", "family"), mostly_slow([("blocks", "mixtral"), ("rows", "glm4"), ("whole", "qwen2")]))
+def test_a_checkpoint_in_float8_is_computed_as_it_is(tmp_path, how, family):
+    layers = {"num_hidden_layers": 1} if family == "mixtral" else {}
+    expected = references(load_reference(save_in_float8(tmp_path, how, family=family, **layers)), [7], 2)
+    model = Model(tmp_path, torch.float32)
+    assert {bank.weights.w13.dtype for bank in model.banks} == {torch.float8_e4m3fn}
+    assert generate(model, [one.prompt for one in expected], 2) == [one.tokens for one in expected]
 
 
 def test_a_pass_before_the_first_leaves_nothing_behind(tmp_path):

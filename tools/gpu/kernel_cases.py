@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from msi.attention.pass_inputs import PassInputs
-from msi.kernels import BLOCK_TOKENS, SWIGLU, Activation, SigmoidRouting
+from msi.kernels import BLOCK_TOKENS, NONE, SWIGLU, Activation, SigmoidRouting
 from msi.kernels.kernels import Kernels, Outboxes
 from msi.kernels.norm import HeadNorm, Norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels
+from msi.kernels.quantized import held, joined
 from msi.kernels.rope import rope_frequencies
 from msi.kernels.routing import PackedRows, row_bytes
 from msi.types import MicroBatch
@@ -106,16 +107,19 @@ def norm_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     )
 
 
-def mlp_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+def mlp_case(kernels: Kernels, size: Size, numbers: Numbers, format: str = NONE) -> Case:
     rows = numbers.normal(size.num_tokens, size.hidden)
-    gate_up = kernels.linear(numbers.normal(2 * size.inner, size.hidden, scale=size.hidden**-0.5))
-    down = kernels.linear(numbers.normal(size.hidden, size.inner, scale=size.inner**-0.5))
+    weights = (
+        numbers.normal(2 * size.inner, size.hidden, scale=size.hidden**-0.5),
+        numbers.normal(size.hidden, size.inner, scale=size.inner**-0.5),
+    )
+    gate_up, down = (kernels.linear(held(one, numbers.dtype, format)) for one in weights)
     found: list[Tensor] = []
     values = 3 * size.hidden * size.inner
     return Case(
         lambda: found.__setitem__(slice(None), [kernels.gated_mlp(rows, gate_up, down)]),
         lambda: found[0],
-        values * rows.itemsize,
+        values * (rows.itemsize if format == NONE else 1),
         2.0 * values * size.num_tokens,
     )
 
@@ -229,18 +233,24 @@ def best_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
 
 
 def experts_case(
-    kernels: Kernels, size: Size, numbers: Numbers, activation: Activation = SWIGLU, has_bias: bool = False
+    kernels: Kernels,
+    size: Size,
+    numbers: Numbers,
+    activation: Activation = SWIGLU,
+    has_bias: bool = False,
+    format: str = NONE,
 ) -> Case:
     """One wave of four seats, the last without rows."""
     bank = kernels.expert_bank(
         num_layers=1, num_experts=size.num_experts, hidden_size=size.hidden, inner_size=size.inner, dtype=numbers.dtype,
-        activation=activation, has_bias=has_bias,
+        quantization=format, activation=activation, has_bias=has_bias,
     )  # fmt: skip
     for expert in range(size.num_experts):
         gate_up = numbers.normal(2 * size.inner, size.hidden, scale=size.hidden**-0.5)
         down = numbers.normal(size.hidden, size.inner, scale=size.inner**-0.5)
         biases = (numbers.normal(2 * size.inner), numbers.normal(size.hidden)) if has_bias else None
-        bank.put(0, expert, gate_up, down, biases)
+        halves = [held(half, numbers.dtype, format) for half in gate_up.chunk(2)]
+        bank.put(0, expert, joined(halves), held(down, numbers.dtype, format), biases)
     each = -(-size.num_tokens // 3)
     seats = [(seat, min(each, size.num_tokens - seat * each)) for seat in range(3) if size.num_tokens > seat * each]
     bytes_each = row_bytes(size.hidden, size.top_k, numbers.dtype)
@@ -258,7 +268,7 @@ def experts_case(
     return Case(
         lambda: bank.run(0, 0, seats, landed, answers),
         lambda: torch.cat([answers[seat][0, :num_rows] for seat, num_rows in seats]),
-        active * expert_values * numbers.dtype.itemsize,
+        active * expert_values * (numbers.dtype.itemsize if format == NONE else 1),
         2.0 * expert_values * len(ids),
         num_warm=2 * RING,  # then the ring says the same everywhere
     )
@@ -267,6 +277,7 @@ def experts_case(
 CASES: dict[str, Make] = {
     "norm": norm_case,
     "gated MLP": mlp_case,
+    "gated MLP in float8": partial(mlp_case, format="fp8"),
     "rope and KV write": rope_case,
     "norms of heads, rope and KV write": partial(rope_case, has_norm=True),
     "paged decode attention": attention_case,
@@ -276,6 +287,7 @@ CASES: dict[str, Make] = {
     "pack, combine and norm": pack_case,
     "experts": experts_case,
     "clamped experts with biases": partial(experts_case, activation=CLAMPED, has_bias=True),
+    "experts in float8": partial(experts_case, format="fp8"),
     "greedy tokens": best_case,
     "drawing tokens": draw_case,
 }

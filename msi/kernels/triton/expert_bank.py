@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from msi.kernels import SCALE_BLOCK, SWIGLU, Activation, fp8
-from msi.kernels.blocks import num_blocks, to_blocks
+from msi.kernels.blocks import num_blocks
 from msi.kernels.kernels import Biases
-from msi.kernels.quantized import Quantized
+from msi.kernels.quantized import Quantized, quantize
 from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, row_bytes
 from msi.kernels.triton import host_rows
 from msi.kernels.triton.host_rows import HostRows
 from msi.kernels.triton.launches import Counts, ExpertWeights, WaveLaunches
-from msi.kernels.triton.tiles import Tiles, choose, expected_rows, tiles_for
+from msi.kernels.triton.tiles import TINY, Tiles, choose, expected_rows, tiles_for
 
 log = logging.getLogger(__name__)
 MAX_ROWS = 4096  # of what is computed at a time: longer waves go in parts, so memory between the products has a bound
@@ -68,6 +68,7 @@ class TritonExpertBank:
         self.num_rows = self._counts.rows_seen
         self._launches: WaveLaunches | None = None
         self._landed: PackedRows | None = None
+        self._has_scaled = False  # matrices whose scales say how all others are scaled
         self._host_rows: HostRows | None = None
         self._addresses: dict[int, tuple[Tensor, int]] = {}  # of where each seat's answers leave
 
@@ -96,6 +97,7 @@ class TritonExpertBank:
         bank = TritonExpertBank(
             new, num_model_experts=self._num_model_experts, tiles=self._wanted_tiles, uses_graphs=self._uses_graphs
         )
+        bank._has_scaled = self._has_scaled
         for local, place in enumerate(places):
             if place is not None:
                 bank.num_rows[:, local] = self.num_rows[:, place]
@@ -110,27 +112,37 @@ class TritonExpertBank:
         down: Tensor | Quantized,
         biases: Biases | None = None,
     ) -> None:
-        assert isinstance(gate_up, Tensor), "quantised matrices are refused on GPUs"
-        assert isinstance(down, Tensor), "quantised matrices are refused on GPUs"
         weights = self.weights
         assert (biases is None) == (weights.bias13 is None), "a bank has biases of all experts or of none"
         if biases is not None and weights.bias13 is not None and weights.bias2 is not None:
             weights.bias13[layer, expert], weights.bias2[layer, expert] = biases
-        if weights.scale13 is None or weights.scale2 is None:
+        if weights.scale_block == 0:
+            assert isinstance(gate_up, Tensor), gate_up.format
+            assert isinstance(down, Tensor), down.format
             weights.w13[layer, expert] = gate_up
             weights.w2[layer, expert] = down
             return
-        inner, height = gate_up.shape[0] // 2, num_blocks(gate_up.shape[0] // 2)
-        for half in range(2):
-            packed, scales = to_blocks(gate_up[half * inner : (half + 1) * inner])
-            weights.w13[layer, expert, half * inner : (half + 1) * inner] = packed
-            weights.scale13[layer, expert, half * height : (half + 1) * height] = scales
-        weights.w2[layer, expert], weights.scale2[layer, expert] = to_blocks(down)
+        gates, ups, down = (_in_float8(one) for one in (*_halves(gate_up), down))
+        assert gates.grain == ups.grain == down.grain, "matrices of an expert are scaled alike"
+        if down.grain == "row" and not self._has_scaled:
+            weights = self.weights = _with_scales_of_rows(weights)
+        self._has_scaled = True
+        is_of_rows = weights.scale_block == 1
+        assert is_of_rows == (down.grain == "row"), "experts of a bank are scaled alike"
+        assert weights.scale13 is not None
+        assert weights.scale2 is not None
+        inner, height = weights.w2.shape[3], weights.scale13.shape[2] // 2
+        for half, one in enumerate((gates, ups)):
+            weights.w13[layer, expert, half * inner : (half + 1) * inner] = one.values
+            weights.scale13[layer, expert, half * height : (half + 1) * height] = _scales(one)
+        weights.w2[layer, expert], weights.scale2[layer, expert] = down.values, _scales(down)
 
     def warm(self, num_model_experts: int, k: int, dtypes: RowDtypes) -> None:
         """With waves of no rows, through memory of their own."""
         self._num_model_experts = num_model_experts
         hidden = self.weights.w2.shape[2]
+        if dtypes.computed is torch.float32 and self._wanted_tiles is None:  # wider than weights in float8
+            self.tiles = TINY
         memory = torch.zeros(2, 2, WARM_ROWS, row_bytes(hidden, k, dtypes.sent), dtype=torch.uint8, device=self._device)
         landed = PackedRows.view(memory, hidden, k, dtypes.sent, dtypes.computed)
         answer_bytes = answer_row_bytes(hidden, dtypes.answered)
@@ -229,7 +241,8 @@ def new_expert_bank(
     """Without weights yet. Biases are float32, whatever the rest is.
 
     Args:
-        dtype: that weights are kept in; with float8_e4m3fn, in blocks that have a scale each, whatever is put.
+        dtype: that weights are kept in; with float8_e4m3fn, in blocks that have a scale each, unless what is put first
+            has scales of rows.
     """
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -244,6 +257,31 @@ def new_expert_bank(
         scales = empty(2 * along, across, dtype=torch.float32), empty(across, along, dtype=torch.float32)
         weights = replace(weights, scale13=scales[0], scale2=scales[1], scale_block=SCALE_BLOCK)
     return TritonExpertBank(weights, num_model_experts=num_model_experts)
+
+
+def _halves(gate_up: Tensor | Quantized) -> Sequence[Tensor | Quantized]:
+    if isinstance(gate_up, Tensor):
+        return gate_up.chunk(2)
+    pairs = zip(gate_up.values.chunk(2), gate_up.scales.chunk(2), strict=True)
+    return [replace(gate_up, values=values, scales=scales) for values, scales in pairs]
+
+
+def _in_float8(matrix: Tensor | Quantized) -> Quantized:
+    return matrix if isinstance(matrix, Quantized) else quantize(matrix, "fp8")
+
+
+def _scales(matrix: Quantized) -> Tensor:
+    """Those that differ: of blocks [blocks, blocks], or of rows [n]."""
+    return matrix.scales[:, 0] if matrix.grain == "row" else matrix.scales[::SCALE_BLOCK]
+
+
+def _with_scales_of_rows(weights: ExpertWeights) -> ExpertWeights:
+    num_layers, num_experts, hidden, inner = weights.w2.shape
+
+    def ones(num_rows: int) -> Tensor:
+        return torch.ones(num_layers, num_experts, num_rows, device=weights.w2.device)
+
+    return replace(weights, scale13=ones(2 * inner), scale2=ones(hidden), scale_block=1)
 
 
 def _fresh(counts: Tensor, device: torch.device) -> Tensor:

@@ -60,8 +60,8 @@ def _dot(rows, weights, sums, scale, IS_SWAPPED: tl.constexpr, IS_SCALED: tl.con
     """
     if UPCAST:
         rows, weights = rows.to(tl.float32), weights.to(tl.float32)
-    elif IS_SCALED:
-        weights = weights.to(rows.dtype)
+    else:
+        weights = weights.to(rows.dtype)  # of float8; else nothing
     if IS_SWAPPED:
         left, right = weights, tl.trans(rows)
     else:
@@ -94,7 +94,8 @@ def gate_up(
 
     Args:
         w13: [layers, experts, 2 * INNER, HIDDEN], gate first, or a descriptor of [all rows, HIDDEN] (IS_TMA).
-        scale13: float32 [layers, experts, 2 * INNER / SCALE_BLOCK, HIDDEN / SCALE_BLOCK] (SCALE_BLOCK > 0).
+        scale13: float32 [layers, experts, 2 * INNER / SCALE_BLOCK, HIDDEN / SCALE_BLOCK] (SCALE_BLOCK > 1), or
+            [layers, experts, 2 * INNER], of rows (SCALE_BLOCK 1).
         bias13: [layers, experts, 2 * INNER] (HAS_BIAS).
         ALIGN: elements that every row's beginning is a multiple of.
         IS_FLAT: loops over units and along rows are one, so that a unit's loads begin before the unit before it ends.
@@ -103,7 +104,7 @@ def gate_up(
     layer = tl.load(wave).to(tl.int64)
     num_tiles = tl.load(wave + 2)
     column_tiles: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
-    IS_SCALED: tl.constexpr = SCALE_BLOCK > 0
+    IS_SCALED: tl.constexpr = SCALE_BLOCK > 1
     for unit in tl.range(tl.program_id(0), num_tiles * column_tiles, tl.num_programs(0), flatten=IS_FLAT):
         tile = unit % num_tiles
         column = (unit // num_tiles) * BLOCK_N
@@ -130,6 +131,10 @@ def gate_up(
         if IS_SWAPPED:
             gate, up = tl.trans(gate), tl.trans(up)
         columns = column + tl.arange(0, BLOCK_N)
+        if SCALE_BLOCK == 1:
+            of_rows = scale13 + matrix * 2 * INNER + columns
+            gate *= tl.load(of_rows, mask=columns < INNER, other=0.0)[None, :]
+            up *= tl.load(of_rows + INNER, mask=columns < INNER, other=0.0)[None, :]
         if HAS_BIAS:
             biases = bias13 + matrix * 2 * INNER + columns
             gate += tl.load(biases, mask=columns < INNER, other=0.0).to(tl.float32)[None, :]
@@ -162,7 +167,7 @@ def down(
     num_tiles = tl.load(wave + 2)
     column_tiles: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     each: tl.constexpr = ((INNER + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
-    IS_SCALED: tl.constexpr = SCALE_BLOCK > 0
+    IS_SCALED: tl.constexpr = SCALE_BLOCK > 1
     for unit in tl.range(tl.program_id(0), num_tiles * column_tiles * SPLITS, tl.num_programs(0), flatten=IS_FLAT):
         tile = unit % num_tiles
         column = (unit // num_tiles) % column_tiles * BLOCK_N
@@ -184,6 +189,8 @@ def down(
         if IS_SWAPPED:
             sums = tl.trans(sums)
         columns = column + tl.arange(0, BLOCK_N)
+        if SCALE_BLOCK == 1:
+            sums *= tl.load(scale2 + matrix * HIDDEN + columns, mask=columns < HIDDEN, other=0.0)[None, :]
         if HAS_BIAS:
             bias = tl.load(bias2 + matrix * HIDDEN + columns, mask=columns < HIDDEN, other=0.0).to(tl.float32)
             sums += tl.where(split == 0, bias, 0.0)[None, :]

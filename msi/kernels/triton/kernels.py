@@ -20,12 +20,15 @@ from msi.kernels.norm import HeadNorm, Norm, layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels
+from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows
 from msi.kernels.triton import attention, attention_plan, rope, routing, rows, sampling
 from msi.kernels.triton.attention_plan import PagedPlan
 from msi.kernels.triton.expert_bank import new_expert_bank
+from msi.kernels.triton.linear import Float8Linear
 
 INTERPRETED_PROCESSORS = 3  # so that little is split
+FLOAT8_ARCHITECTURE = 89  # the first that unpacks float8
 
 
 class TritonKernels(PlainKernels):
@@ -44,9 +47,18 @@ class TritonKernels(PlainKernels):
 
     @property
     def has_e4m3(self) -> bool:
-        return self._architecture >= 89
+        return self._architecture >= FLOAT8_ARCHITECTURE
+
+    @property
+    def quantisations(self) -> tuple[str, ...]:
+        return ("fp8",) if self.has_e4m3 else ()
 
     # -- weights -------------------------------------------------------------------------------------------------------
+
+    def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:
+        if isinstance(weight, Quantized):
+            return Float8Linear(weight, bias, self.device)
+        return super().linear(weight, bias)
 
     def expert_bank(
         self,
@@ -60,10 +72,11 @@ class TritonKernels(PlainKernels):
         activation: Activation = SWIGLU,
         has_bias: bool = False,
     ) -> ExpertBank:
-        assert quantization == NONE, quantization
+        assert quantization in (NONE, *self.quantisations), quantization
         return new_expert_bank(
             num_layers=num_layers, num_experts=num_experts, hidden_size=hidden_size, inner_size=inner_size,
-            dtype=dtype, device=self.device, activation=activation, has_bias=has_bias,
+            dtype=dtype if quantization == NONE else torch.float8_e4m3fn, device=self.device, activation=activation,
+            has_bias=has_bias,
         )  # fmt: skip
 
     # -- norms and MLPs ------------------------------------------------------------------------------------------------

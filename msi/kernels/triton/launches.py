@@ -32,7 +32,8 @@ class ExpertWeights:
         w13: [layers, experts, 2 h', h], gate first.
         w2: [layers, experts, h, h'].
         bias13, bias2: [layers, experts, 2 h'] and [layers, experts, h].
-        scale13, scale2: float32, of blocks of `scale_block` rows and columns (of either half of w13 by itself).
+        scale13, scale2: float32, of blocks of `scale_block` rows and columns (of either half of w13 by itself), or of
+            rows where that is 1.
     """
 
     w13: Tensor
