@@ -159,7 +159,7 @@ async def test_a_turn_is_one_post_per_node_and_an_answer_from_those_that_had_row
     assert not turn.done()
     pair.nodes[0].answer(1, [(0, 0, 2)], compute_s=0.001)
     await asyncio.wait_for(turn, 5)
-    assert pair.link.turns.compute_meter.median_s == pytest.approx(0.001)
+    assert pair.link.turns.times.compute_s == pytest.approx(0.001)
     turn = pair.exchange(1, (0, 1), more=False)
     assert await pair.landed(0) == [(0, 1, 1, 0, False)]
     assert await pair.landed(1) == [(0, 1, 1, 1, False)]

@@ -45,13 +45,9 @@ class Measuring:
         Raises:
             TransportError: an expert worker was lost on the way, or a pass failed here.
         """
-        for meter in (
-            self._half.meter,
-            self._half.shared_meter,
-            self._link.turns.comm_meter,
-            self._link.turns.compute_meter,
-        ):
+        for meter in (self._half.meter, self._half.shared_meter):
             meter.clear_recent()
+        self._link.turns.times.clear()
         micro_batch = self._synthetic(num_seqs)
 
         async def run(lane: int) -> None:
@@ -88,8 +84,8 @@ class Measuring:
         """T_a (what a turn takes of the device), T_e and T_c as measured; busy and bubble are the device's to say."""
         return StageTimes(
             attention_s=self._half.meter.median_s + self._half.shared_meter.median_s,
-            expert_s=self._link.turns.compute_meter.median_s,
-            comm_s=self._link.turns.comm_meter.median_s,
+            expert_s=self._link.turns.times.compute_s,
+            comm_s=self._link.turns.times.comm_s,
         )
 
 

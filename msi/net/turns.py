@@ -8,13 +8,14 @@ lane's pass when the last answer is here, or when one will not come, the link de
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Protocol
 
 from msi.errors import BatchRefused, TransportError
-from msi.meter import StageMeter
+from msi.meter import SAMPLES_KEPT
 from msi.net.dispatch_nodes import DispatchNodes, Node
 from msi.net.link_hello import LinkHello
 from msi.net.passes import Pass
@@ -40,13 +41,12 @@ from msi.net.slots import (
 from msi.net.transport import Landed
 
 ANSWER_OF, TIMES_OF = ANSWER.unpack_from, TIMES.unpack_from
-INFINITE = math.inf
 NO_WORD = 1 << 32  # no immediate
 EXCHANGES_APART = 7  # turns of a lane: to keep each would cost 0.5 us an answer (tools/bench_links.py)
 Watch = Callable[[str, int, float, float, float], None]  # worker id, lane, posted at, answer came at, residence
 
 
-@dataclass
+@dataclass(slots=True)
 class DispatchCounters:
     """Counts since start; `dropped` by the reason why an immediate was not used.
 
@@ -63,6 +63,40 @@ class DispatchCounters:
     hedges: int = 0
     hedges_cancelled: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+
+
+class TurnTimes:
+    """Of the last turns whose answers all landed, each as bytes said it; what they say is worked out when asked for.
+
+    Attributes:
+        add: takes seconds from a post to the last answer, those of them that its node had the rows, and what of them it
+            computed.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, float, float]] = deque(maxlen=SAMPLES_KEPT)
+        self.add = self._recent.append
+
+    @property
+    def comm_s(self) -> float:
+        """T_c: half of a turn that was not the other side's service, in the median; 0.0 before the first."""
+        return self._median(lambda away_s, service_s, compute_s: max(0.0, away_s - service_s) / 2)
+
+    @property
+    def compute_s(self) -> float:
+        """T_e, as the other side measures it, in the median; 0.0 before the first."""
+        return self._median(lambda away_s, service_s, compute_s: compute_s)
+
+    def clear(self) -> None:
+        self._recent.clear()
+
+    def _median(self, of: Callable[[float, float, float], float]) -> float:
+        sound = [
+            of(away_s, service_s, compute_s)
+            for away_s, service_s, compute_s in tuple(self._recent)
+            if 0.0 <= service_s < math.inf and 0.0 <= compute_s < math.inf  # bytes may say anything
+        ]
+        return median(sound) if sound else 0.0
 
 
 class Course(Protocol):
@@ -106,8 +140,7 @@ class Turns:
         watch: Watch | None,
     ) -> None:
         self.counters = DispatchCounters()
-        self.comm_meter = StageMeter()  # T_c: half of a turn that was not the other side's service
-        self.compute_meter = StageMeter()  # T_e, as the other side measures it
+        self.times = TurnTimes()
         self.exchange_watch = watch
         self.passes: list[Pass | None] = [None] * hello.num_lanes
         self.more = [True] * hello.num_lanes
@@ -119,7 +152,7 @@ class Turns:
         self._nodes, self._node_of = nodes, nodes.of
         self._course = course
         self._clock = clock
-        self._row_bytes = hello.dispatch_layout.row_bytes
+        self._row_bytes_word = hello.dispatch_layout.row_bytes << 32
         self._words = [
             [
                 (
@@ -140,9 +173,11 @@ class Turns:
         One that is packed again goes to those that get rows; all others have seen it.
         """
         attempt = passing.attempt
-        seq, row_bytes = passing.seq_of_turn_0 + turn, self._row_bytes << 32
+        seq = passing.seq_of_turn_0 + turn
+        low_seq = (seq & SEQ_MASK) << SEQ_SHIFT
         word, full, empty = self._words[self.more[lane]][lane]
-        full, empty = full | (seq & SEQ_MASK) << SEQ_SHIFT, empty | (seq & SEQ_MASK) << SEQ_SHIFT
+        full |= low_seq
+        empty |= low_seq
         if attempt:
             word |= attempt << ATTEMPT_WORD_SHIFT
             full |= (attempt & ATTEMPT_MASK) << ATTEMPT_SHIFT
@@ -150,17 +185,19 @@ class Turns:
         passing.turn, passing.is_reading = turn, False
         self.seqs[lane] = seq
         self._posted_at[lane] = passing.since = self._clock()
-        self._awaited[lane] = lane << LANE_SHIFT | (seq & SEQ_MASK) << SEQ_SHIFT
+        self._awaited[lane] = lane << LANE_SHIFT | low_seq
         self._counts[lane] = counts = passing.counts.tolist()
         if passing.num_counted < len(counts):
             counts[passing.num_counted :] = [0] * (len(counts) - passing.num_counted)
         if (word, life) != passing.opened:  # nearly always they are as in the turn before
             passing.open(lane, word, life)
         waiting = posted = 0
+        row_bytes = self._row_bytes_word
         for node, index, bit, header, post in passing.ways:
             try:
                 if count := counts[index]:
-                    header[2], header[3] = seq, row_bytes | count
+                    header[2] = seq
+                    header[3] = row_bytes | count
                     post(lane, full, count)
                     node.num_rows += count
                     posted += count
@@ -169,8 +206,9 @@ class Turns:
                     post(lane, empty)
             except TransportError as error:
                 self._course.not_posted(node, error)
-        self.counters.posts += waiting.bit_count() if attempt else len(passing.ways)
-        self.counters.rows += posted
+        counters = self.counters
+        counters.posts += waiting.bit_count() if attempt else len(passing.ways)
+        counters.rows += posted
         self.waiting[lane] = waiting
         is_short = posted != sum(counts)  # what could not be posted are rows to nodes that are lost
         if is_short or not waiting:
@@ -228,10 +266,7 @@ class Turns:
         if not seq % EXCHANGES_APART or self.exchange_watch is not None:
             self._exchanged(node, lane, now, service_s)
         if not waiting:
-            if 0.0 <= service_s < INFINITE and 0.0 <= compute_s < INFINITE:  # bytes may say anything
-                both_ways_s = now - self._posted_at[lane] - service_s
-                self.comm_meter.add(both_ways_s / 2 if both_ways_s > 0.0 else 0.0)
-                self.compute_meter.add(compute_s)
+            self.times.add((now - self._posted_at[lane], service_s, compute_s))
             passing = self.passes[lane]
             assert passing is not None, f"lane {lane} has no pass, and answers were owed to it"
             self._course.landed(lane, passing, now)

@@ -152,6 +152,8 @@ class DirectCard:
 
     def poll(self) -> Sequence[Completion]:
         count = self._poll(self._from, COMPLETIONS_PER_POLL, self._into)
+        if count > 0:
+            return list(self._unpack(self._founds[count]))
         return self._read(count) if count else ()
 
     def look(self) -> Sequence[Completion]:
