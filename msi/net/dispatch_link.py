@@ -244,8 +244,10 @@ class DispatchLink:
 
     def end(self, lane: int) -> None:
         """A pass is through, its last answers read."""
-        assert self._passes[lane] is not None, f"lane {lane} has no pass"
+        passing = self._passes[lane]
+        assert passing is not None, f"lane {lane} has no pass"
         self._passes[lane] = None
+        self.turns.sent(passing)
         if self.nodes.is_leaving:
             self._wipe()
 
@@ -264,6 +266,7 @@ class DispatchLink:
             self._next_seqs[lane] = -(-(self.turns.seqs[lane] + 1) // num_layers) * num_layers
             self.turns.waiting[lane] = 0
             self._passes[lane] = None
+            self.turns.sent(passing)
         if self.nodes.is_leaving:
             self._wipe()
         passing.gates.open(lane, passing.last)

@@ -40,6 +40,7 @@ class Pass:
         nodes: that it sends to: those that were there when it was begun, or when rows of it were packed again.
         life_word: our life, and the placement that its rows are of.
         opened: the two words that headers begin with.
+        sent: of each turn that was posted since rows were counted last, those to each node: added up once a pass.
         ways: to each of these nodes: itself, its index and bit, the header that is for it, and what posts.
         turn: posted last.
         attempt: how often its rows were packed again.
@@ -52,7 +53,8 @@ class Pass:
 
     __slots__ = (
         "attempt", "counts", "done", "first", "gates", "held_since", "is_over", "is_reading", "is_short", "last",
-        "life_word", "may_continue", "nodes", "num_counted", "opened", "seq_of_turn_0", "since", "turn", "ways",
+        "life_word", "may_continue", "nodes", "num_counted", "num_sent", "opened", "sent", "seq_of_turn_0", "since",
+        "turn", "ways",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +88,8 @@ class Pass:
         self.is_short = self.is_reading = self.is_over = False
         self.held_since: float | None = None
         self.opened = (0, 0)
+        self.sent: list[list[int]] = []
+        self.num_sent = 0  # rows, of those that were added up
         self.ways: tuple[tuple[Node, int, int, memoryview, Callable[..., None]], ...] = ()
 
     def open(self, lane: int, word: int, life: int) -> None:
@@ -93,9 +97,24 @@ class Pass:
         their times stay 0.
         """
         self.opened = word, life
+        self._add_up()  # before they go to others
         self.ways = tuple((node, node.index, node.bit, node.out_words[lane], node.post) for node in self.nodes)
         for _, _, _, header, _ in self.ways:
             header[0], header[1] = word, life
+
+    def count_rows(self) -> int:
+        """Those that were sent, and not counted before; each node has its own then."""
+        self._add_up()
+        num_sent, self.num_sent = self.num_sent, 0
+        return num_sent
+
+    def _add_up(self) -> None:
+        sent, self.sent = self.sent, []
+        totals = [sum(of_node) for of_node in zip(*sent, strict=True)]
+        if totals:
+            for node, index, *_ in self.ways:
+                node.num_rows += totals[index]
+                self.num_sent += totals[index]
 
     def set_done(self) -> None:
         """On the event loop: wakes who awaits it."""

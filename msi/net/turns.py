@@ -191,28 +191,32 @@ class Turns:
             counts[passing.num_counted :] = [0] * (len(counts) - passing.num_counted)
         if (word, life) != passing.opened:  # nearly always they are as in the turn before
             passing.open(lane, word, life)
-        waiting = posted = 0
+        waiting = 0
         row_bytes = self._row_bytes_word
-        for node, index, bit, header, post in passing.ways:
+        for node, index, bit, header, post in passing.ways:  # what is done here is done for each: see `Pass.sent`
             try:
                 if count := counts[index]:
                     header[2] = seq
                     header[3] = row_bytes | count
                     post(lane, full, count)
-                    node.num_rows += count
-                    posted += count
                     waiting |= bit
                 elif not attempt:
                     post(lane, empty)
             except TransportError as error:
                 self._course.not_posted(node, error)
-        counters = self.counters
-        counters.posts += waiting.bit_count() if attempt else len(passing.ways)
-        counters.rows += posted
+        passing.sent.append(counts)
+        num_posts = waiting.bit_count()
+        is_short = num_posts + counts.count(0) != len(
+            counts
+        )  # what could not be posted are rows to nodes that are lost
+        self.counters.posts += num_posts if attempt else len(passing.ways)
         self.waiting[lane] = waiting
-        is_short = posted != sum(counts)  # what could not be posted are rows to nodes that are lost
         if is_short or not waiting:
             self._course.posted(lane, passing, is_short)
+
+    def sent(self, passing: Pass) -> None:
+        """A pass is through, or given up: its rows are counted."""
+        self.counters.rows += passing.count_rows()
 
     # -- lost nodes --------------------------------------------------------------------------------------------------
 
