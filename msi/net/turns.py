@@ -205,11 +205,9 @@ class Turns:
             except TransportError as error:
                 self._course.not_posted(node, error)
         passing.sent.append(counts)
-        num_posts = waiting.bit_count()
-        is_short = num_posts + counts.count(0) != len(
-            counts
-        )  # what could not be posted are rows to nodes that are lost
-        self.counters.posts += num_posts if attempt else len(passing.ways)
+        num_full = waiting.bit_count()
+        is_short = num_full + counts.count(0) != len(counts)  # what could not be posted are rows to nodes that are lost
+        self.counters.posts += num_full if attempt else len(passing.ways)
         self.waiting[lane] = waiting
         if is_short or not waiting:
             self._course.posted(lane, passing, is_short)
