@@ -9,9 +9,9 @@ from msi.attention.forward import Forward
 from msi.attention.kv_cache import KvCache
 from msi.attention.pass_inputs import PassInputs
 from msi.attention.warming import warm
-from msi.kernels import BLOCK_TOKENS
+from msi.kernels import BLOCK_TOKENS, fp8
 from msi.kernels.kernels import Outboxes
-from msi.kernels.routing import PackedRows, row_bytes
+from msi.kernels.routing import PackedRows, RowDtypes, row_bytes
 from msi.kernels.triton.kernels import TritonKernels
 from msi.models.attention_weights import load_attention_weights
 from msi.models.checkpoint import Checkpoint
@@ -132,7 +132,8 @@ def test_a_checkpoint_in_float8_is_computed_as_it_is(tmp_path, how, family):
 def test_a_pass_before_the_first_leaves_nothing_behind(tmp_path):
     save_tiny(tmp_path, family="qwen2")
     model = Model(tmp_path, torch.float32)
-    warm(model.forward, model.config, model.kv_cache, NUM_NODES, model.device, torch.float32)
+    for dtypes in (RowDtypes.of(torch.float32), RowDtypes(torch.float32, fp8.E4M3, fp8.E4M3)):
+        warm(model.forward, model.config, model.kv_cache, NUM_NODES, model.device, dtypes)
     assert not any(layer.any() for layer in model.kv_cache.layers)
 
 
