@@ -87,10 +87,10 @@ async def test_no_stream_fails_or_changes_when_an_expert_worker_is_killed(checkp
 
 
 async def test_requests_that_were_held_too_long_end_with_what_is_missing(checkpoint):
-    async with local(checkpoint, "shm", hold_timeout_s=0.3) as engine:
+    async with local(checkpoint, "shm", hold_timeout_s=0.02) as engine:
         streams = Streams(engine)
         await kill(engine, streams, "expert-1")
         with pytest.raises(
-            RequestFailed, match=r"expert-1 was lost: .*; no worker has had 3 of 7 experts .* for 0\.3 s"
+            RequestFailed, match=r"expert-1 was lost: .*; no worker has had 3 of 7 experts .* for 0\.02 s"
         ):
             await asyncio.wait_for(streams.ended, ENDS_WITHIN_S)

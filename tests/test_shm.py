@@ -70,7 +70,7 @@ async def test_a_killed_process_leaves_no_descriptor_and_no_memory_of_its_own():
         assert came[-1][0] is CompletionKind.CLOSED
         landing.revoke(0)
     came.clear()
-    await until(lambda: set(os.listdir("/proc/self/fd")) == before, 10)
+    await until(lambda: set(os.listdir("/proc/self/fd")) <= before, 10)  # others' may go meanwhile
     assert shared_maps() == mapped
     await transport.close()
 

@@ -6,7 +6,7 @@ import pytest
 
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.triton import sampling
-from msi.kernels.triton.attention_plan import ITEM, chunk_tiles, num_warps, split_tiles
+from msi.kernels.triton.attention_plan import ITEM, chunk_tiles, split_tiles, warps_and_stages
 from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
 
 BF16, F32, I32, I64, E4M3 = "*bf16", "*fp32", "*i32", "*i64", "*fp8e4nv"
@@ -29,7 +29,7 @@ def attention(shape, dtype, is_split, architecture, cached=None):
             "D": 1 << (max(16, shape.head_dim) - 1).bit_length(), "IS_SPLIT": is_split, "UPCAST": False, "ITEM": ITEM,
             "HAS_SINKS": has_sinks, **({} if has_sinks else {"sinks": None}),
         },
-        architecture, num_warps(tiles, cached is not None), tiles.num_stages,
+        architecture, *warps_and_stages(tiles, cached is not None),
         unaligned=("block_tables", "item_starts", "table_stride", "window", "scale"),
     )  # fmt: skip
 

@@ -173,8 +173,10 @@ def test_rows_in_eight_bits_leave_and_come_back_bit_for_bit_as_the_plain_ones(
     plain, fast = results
     assert plain[0] == fast[0]
     assert torch.equal(plain[1], fast[1])
+    meant = torch.ones(written, dtype=torch.bool)
+    meant[hidden : -(-hidden // 4) * 4] = False  # scales begin at a multiple of four
     for one, two in zip(plain[2], fast[2], strict=True):
-        assert (one != two).sum() <= (0 if DEVICE.type == "cpu" else one.numel() // 50)
+        assert (one != two)[:, meant].sum() <= (0 if DEVICE.type == "cpu" else one.numel() // 50)
     for one, two in zip(plain[3:], fast[3:], strict=True):
         assert (two.float() - one.float()).norm() <= TOLERANCES[dtype] * one.float().norm()
     exact = fp8.unpack(fast[2][-1], hidden, torch.float64)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msi.kernels import BLOCK_TOKENS
-from msi.kernels.triton.attention_plan import ITEM, PagedPlan, Tiles, num_warps
+from msi.kernels.triton.attention_plan import ITEM, PagedPlan, Tiles, warps_and_stages
 
 LOG2E = 1.4426950408889634
 
@@ -211,11 +211,11 @@ def paged_attention(query: Tensor, layer_cache: Tensor, plan: PagedPlan, sinks: 
     window = plan.sliding_window or 0
 
     def launch(tiles: Tiles, programs: int, items: Tensor, starts: Tensor, partial: Tensor, lse: Tensor) -> None:
+        num_warps, num_stages = warps_and_stages(tiles, layer_cache.dtype is not query.dtype)
         paged_attention_kernel[(num_kv, programs)](
             query, layer_cache, plan.block_tables, items, starts, sinks, output, partial, lse, query.stride(0),
             plan.block_tables.stride(0), scale, window, IS_SPLIT=tiles.per_processor > 0, BLOCK_M=tiles.rows,
-            BLOCK_N=tiles.keys, num_warps=num_warps(tiles, layer_cache.dtype is not query.dtype),
-            num_stages=tiles.num_stages, **common,
+            BLOCK_N=tiles.keys, num_warps=num_warps, num_stages=num_stages, **common,
         )  # fmt: skip
 
     if plan.split is not None:

@@ -107,9 +107,16 @@ def chunk_tiles(shape: AttentionShape, itemsize: int, architecture: int = 90) ->
     return Tiles(rows, _keys(shape, itemsize, num_bytes), num_warps, 2)
 
 
-def num_warps(tiles: Tiles, is_unpacked: bool) -> int:
-    """A chunk of a prompt against a cache in eight bits has more in registers than those of four warps hold."""
-    return max(tiles.num_warps, 8) if is_unpacked and not tiles.per_processor else tiles.num_warps
+MOST_STAGES_UNPACKED = 4
+
+
+def warps_and_stages(tiles: Tiles, is_unpacked: bool) -> tuple[int, int]:
+    """With which a kernel is launched: what a cache in eight bits takes more of registers, it has from more warps in
+    chunks of prompts, and from fewer tiles in flight in decoding."""
+    if not is_unpacked:
+        return tiles.num_warps, tiles.num_stages
+    num_warps = tiles.num_warps if tiles.per_processor else max(tiles.num_warps, 8)
+    return num_warps, min(tiles.num_stages, MOST_STAGES_UNPACKED)
 
 
 def _keys(shape: AttentionShape, itemsize: int, num_bytes: int) -> int:

@@ -56,6 +56,11 @@ class Counts:
     read_seen: Tensor
 
 
+def answer_warps(scales_at: int) -> int:
+    """Of `answer_rows`: where answers are packed in eight bits, four spill."""
+    return 8 if scales_at else 4
+
+
 class WaveLaunches:
     """Launches for rows that land in one place.
 
@@ -221,7 +226,7 @@ class WaveLaunches:
             plan["row_answer"], self._num_pairs,
             HIDDEN=self._hidden, K=self._k, SPLITS=tiles.down.splits,
             BLOCK=min(ANSWER_BLOCK, triton.next_power_of_2(max(fp8.GROUP, self._hidden))), DTYPE=TYPES[self._dtype],
-            SCALES_AT=self._answer_scales_at,
+            SCALES_AT=self._answer_scales_at, num_warps=answer_warps(self._answer_scales_at),
         )  # fmt: skip
 
     def _descriptor(self, stack: Tensor, product: Product) -> object:
