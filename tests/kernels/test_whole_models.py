@@ -147,7 +147,7 @@ def test_a_pass_before_the_first_leaves_nothing_behind(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{"sliding_window": 24}, {"num_key_value_heads": 4, "head_dim": 8}, thorough({"num_key_value_heads": 1})],
+    [{"sliding_window": 24}, *map(thorough, [{"num_key_value_heads": 4, "head_dim": 8}, {"num_key_value_heads": 1}])],
     ids=str,
 )
 def test_variants_of_heads_are_transformers(tmp_path, changes):
