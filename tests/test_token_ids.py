@@ -143,3 +143,17 @@ async def test_one_model_has_a_card_of_its_own(served):
             assert len(error["message"]) < 300
     async with session.post(f"{url}/v1/models/tiny") as response:
         assert (response.status, response.headers["Allow"]) == (405, "GET")
+
+
+async def test_a_websocket_tells_the_prompts_tokens_once_and_names_by_ids(served):
+    _, url, session = served
+    async with session.ws_connect(f"{url}/v1/stream") as socket:
+        asked = {**ASKED, "logprobs": 2, "return_tokens_as_token_ids": True}
+        await socket.send_json({"type": "generate", "id": "a", "prompt": PROMPTS[0], **asked})
+        outputs = []
+        while (message := await socket.receive_json(timeout=30))["type"] == "output":
+            outputs.append(message)
+    assert message["type"] == "done"
+    assert [one.get("prompt_token_ids") for one in outputs] == [PROMPTS[0]] + [None] * (len(outputs) - 1)
+    for one in outputs:
+        assert [entry["token"] for entry in one["logprobs"]["content"]] == [f"token_id:{t}" for t in one["token_ids"]]

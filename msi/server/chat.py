@@ -314,7 +314,7 @@ class ChatAnswer:
         self.usage = Usage(num_choices)
         self.is_plain = not has_logprobs and parsing is None and prompts is None and token_ids is None
         self._token_text = named_by_id(token_text) if names_by_id else token_text
-        self._token_ids = token_ids
+        self.token_ids = token_ids
         self._names_by_id = names_by_id
         self._has_logprobs = has_logprobs
         self._prompts = prompts
@@ -336,8 +336,8 @@ class ChatAnswer:
         chunks = [self._head | {"choices": [_choice(index, "delta", delta)]} for index in range(self.num_choices)]
         if self._prompts is not None:
             chunks[0] |= self._prompts.listed(0)
-        if self._token_ids is not None:
-            chunks[0] |= self._token_ids.of_prompt(0)
+        if self.token_ids is not None:
+            chunks[0] |= self.token_ids.of_prompt(0)
         return chunks
 
     def chunk(self, output: Output) -> dict[str, Any]:
@@ -347,8 +347,8 @@ class ChatAnswer:
         if self._has_logprobs:
             logprobs = logprobs_content(output, self._token_text, names_by_id=self._names_by_id)
         choice = _choice(output.index, "delta", delta, logprobs, reason)
-        if self._token_ids is not None:
-            choice |= self._token_ids.take(output)
+        if self.token_ids is not None:
+            choice |= self.token_ids.take(output)
         return self._head | {"choices": [choice]}
 
     def delta(self, output: Output) -> tuple[dict[str, Any], str | None]:
@@ -368,8 +368,8 @@ class ChatAnswer:
     def frame(self) -> dict[str, Any]:
         """The answer to a request that does not stream, less the choices."""
         values = self._common | {"object": "chat.completion", "usage": self.usage.values()}
-        if self._token_ids is not None:
-            values |= self._token_ids.of_prompt(0)
+        if self.token_ids is not None:
+            values |= self.token_ids.of_prompt(0)
         return values if self._prompts is None else values | self._prompts.listed(0)
 
     def echoed(self, index: int) -> Mapping[str, bytes]:
@@ -380,7 +380,7 @@ class ChatAnswer:
         """One choice of that answer, less log-probabilities."""
         message = self._parsed[index].message() if self._parsed else {"role": "assistant", "content": text}
         values = {"index": index, "message": message, "finish_reason": finish_reason}
-        return values if self._token_ids is None else values | self._token_ids.whole(index)
+        return values if self.token_ids is None else values | self.token_ids.whole(index)
 
 
 def logprobs_content(

@@ -135,7 +135,7 @@ class CompletionAnswer:
         self.usage = Usage(num_choices)
         self.is_plain = not has_logprobs and prompts is None and token_ids is None
         self._token_text = named_by_id(token_text) if names_by_id else token_text
-        self._token_ids = token_ids
+        self.token_ids = token_ids
         self._names_by_id = names_by_id
         self._has_logprobs = has_logprobs
         self._prompts = prompts
@@ -171,8 +171,8 @@ class CompletionAnswer:
         """One server-sent event."""
         self.usage.add(output)
         choice = _choice(output.index, output.text, self._logprobs(output), output.finish_reason)
-        if self._token_ids is not None:
-            choice |= self._token_ids.first_of(output) | self._token_ids.take(output)
+        if self.token_ids is not None:
+            choice |= self.token_ids.first_of(output) | self.token_ids.take(output)
         return self._head | {"choices": [choice]}
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -186,8 +186,8 @@ class CompletionAnswer:
     def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
         """One choice of that answer, less log-probabilities."""
         values = {"index": index, "text": self._echoes[index] + text, "finish_reason": finish_reason}
-        if self._token_ids is not None:
-            values |= self._token_ids.of_prompt(index) | self._token_ids.whole(index)
+        if self.token_ids is not None:
+            values |= self.token_ids.of_prompt(index) | self.token_ids.whole(index)
         return values if self._prompts is None else values | self._prompts.listed(index)
 
     def _logprobs(self, output: Output) -> dict[str, Any] | None:

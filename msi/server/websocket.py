@@ -43,9 +43,11 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from msi.errors import InvalidRequest, Unavailable, shown
 from msi.server.calls import Call, Caller, Calls, error_of
 from msi.server.chat import ChatAnswer, logprobs_content
+from msi.server.completions import CompletionAnswer
 from msi.server.door import Connection, connection_of
 from msi.server.prepare import MESSAGE, Answered, NotUnderstood, Prepared
 from msi.server.running import Running
+from msi.server.token_ids import named_by_id
 from msi.types import Output
 
 MAX_REQUESTS = 1024  # at a time, on one connection
@@ -196,10 +198,19 @@ class _Connection:
             delta, reason = call.answer.delta(output)
         else:
             call.answer.usage.add(output)
+        prompt: dict[str, Any] = {}
+        if isinstance(call.answer, ChatAnswer | CompletionAnswer) and call.answer.token_ids is not None:
+            prompt = call.answer.token_ids.first_of(output)
+            call.answer.token_ids.take(output)
+        logprobs = None
+        if call.has_logprobs:
+            by_id = call.streaming.tokens_as_ids
+            token_text = named_by_id(self._calls.token_text) if by_id else self._calls.token_text
+            logprobs = logprobs_content(output, token_text, names_by_id=by_id)
         return {
             "type": "output", "id": request_id, "index": output.index, "text": delta.pop("content", ""),
             "token_ids": output.token_ids, "finish_reason": reason,
-            "logprobs": logprobs_content(output, self._calls.token_text) if call.has_logprobs else None, **delta,
+            "logprobs": logprobs, **prompt, **delta,
         }  # fmt: skip
 
 
