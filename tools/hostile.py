@@ -106,32 +106,37 @@ class Watch:
         self._server = server
         self._streams = streams
         self._seen: dict[str, int] = family(server.process.pid)
-        self._is_striking = False
+        self._calm = asyncio.Event()  # no fault is in the making
+        self._calm.set()
         self._since = time.monotonic()
 
     async def strike_now_and_then(self, chance: random.Random) -> None:
         while True:
             await asyncio.sleep(FAULT_EVERY_S * chance.uniform(0.5, 1.5))
-            self._is_striking = True
+            self._calm.clear()
             try:
                 self.faults.append(await strike(self._server.target, self._server.process.pid, chance))
             except TimeoutError:
                 self.deaths.append("the instance did not serve again within a minute of a fault")
             self._seen = family(self._server.process.pid)
-            self._is_striking = False
+            self._calm.set()
+
+    async def last_fault_is_over(self) -> None:
+        """One that was made while the attacks ended is told, too, and leaves nobody stopped."""
+        await self._calm.wait()
 
     async def count_deaths(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            if self._is_striking:
+            if not self._calm.is_set():
                 continue
             now = await asyncio.to_thread(family, self._server.process.pid)
             for name, pid in self._seen.items():
                 if name.startswith("helper"):
                     continue  # they may be ended and started again when a request takes too long
-                if now.get(name) != pid and not self._is_striking:
+                if now.get(name) != pid and self._calm.is_set():
                     self.deaths.append(f"{name} (pid {pid}) ended by itself")
-            if not self._is_striking:
+            if self._calm.is_set():
                 self._seen = now
 
     async def measure_own_lateness(self) -> None:
@@ -238,6 +243,7 @@ async def attack(server: Server, arguments: argparse.Namespace) -> dict[str, Any
     early = memory(server)
     await attacking
     hostile_until = time.monotonic()
+    await watch.last_fault_is_over()
     for one in watching:
         one.cancel()
     await asyncio.sleep(CALM_S)
