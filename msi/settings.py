@@ -138,9 +138,10 @@ class HostOptions:
     )  # fmt: skip
     cuda_kernels: str = parameter(
         "auto",
-        "what a GPU computes with: triton (kernels of our own), plain (torch's operators), or auto (triton where "
-        "Triton is installed)",
-        metavar="K", group=MODEL_AND_WORKERS, choices=("auto", "triton", "plain"),
+        "what a GPU computes with: triton (kernels of our own), flashinfer (that library's attention, and triton for "
+        "the rest), plain (torch's operators), or auto (triton where it is installed, with flashinfer's attention "
+        "where that is, too, and measured to be faster)",
+        metavar="K", group=MODEL_AND_WORKERS, choices=("auto", "triton", "flashinfer", "plain"),
     )  # fmt: skip
     cuda_rows: str = parameter(
         "host",

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -108,7 +109,7 @@ def open_device(
         poll_s: how long a CPU's compute thread looks for something to do before it sleeps.
         cuda_queues: of a GPU: "threads"; or "streams" or "gates", in whose place threads are taken where it has no
             such.
-        cuda_kernels: of a GPU: "triton", "plain", or "auto": the former where it can work.
+        cuda_kernels: of a GPU: "triton", "flashinfer", "plain", or "auto", as `gpu_kernels` has them.
         enforce_eager: of a GPU with streams: nothing is captured but the experts' waves.
 
     Raises:
@@ -118,7 +119,7 @@ def open_device(
         return CpuDevice(num_threads=num_threads or torch.get_num_threads(), poll_s=poll_s)
     _, _, index = name.partition(":")
     number = int(index or os.environ.get("LOCAL_RANK", "0"))
-    kernels = gpu_kernels(cuda_kernels)
+    kernels = gpu_kernels(cuda_kernels, has_gates=cuda_queues == "gates")
     if cuda_queues != "threads":
         check_device(name)
         prepare()
@@ -145,8 +146,14 @@ def rows_memory(device: OpenedDevice, cuda_rows: str) -> Allocator:
     return rows
 
 
-def gpu_kernels(wanted: str) -> Callable[[torch.device], Kernels]:
-    """Makes the kernels for a GPU, "triton", "plain", or "auto". Raises ConfigError where there are none."""
+def gpu_kernels(wanted: str, has_gates: bool = False) -> Callable[[torch.device], Kernels]:
+    """Makes the kernels for a GPU. Raises ConfigError where there are none.
+
+    Args:
+        wanted: "triton", "flashinfer" for attention and Triton for all else, "plain", or "auto": Triton where it can
+            work, and flashinfer for attention where that is installed, and then measured to be faster.
+        has_gates: streams wait behind gates, where nobody may take memory, as flashinfer does.
+    """
     if wanted == "plain":
         return PlainKernels
     if (reason := triton.why_unavailable()) is not None:
@@ -156,4 +163,15 @@ def gpu_kernels(wanted: str) -> Callable[[torch.device], Kernels]:
         raise ConfigError(f"`cuda_kernels` {wanted} cannot work: {reason}; without it, use `cuda_kernels=plain`")
     from msi.kernels.triton.kernels import TritonKernels
 
-    return TritonKernels
+    if wanted == "triton":
+        return TritonKernels
+    from msi.kernels import flashinfer
+
+    reason = (
+        "with `cuda_queues` gates nobody may take memory, as it does" if has_gates else flashinfer.why_unavailable()
+    )
+    if reason is None:
+        return partial(flashinfer.FlashinferKernels, is_measured=wanted == "auto")
+    if wanted == "auto":
+        return TritonKernels
+    raise ConfigError(f"`cuda_kernels` {wanted} cannot work: {reason}; without it, use `cuda_kernels=triton`")

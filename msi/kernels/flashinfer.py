@@ -1,0 +1,290 @@
+"""Attention by flashinfer, a library that users may have installed; all else by Triton's kernels.
+
+It reads the paged cache where it lies: [blocks, 2, BLOCK_TOKENS, num_kv_heads, head_dim] is its layout "NHD". Triton's
+kernels attend where it has no kernels: in float32, with attention sinks, in passes that a graph is captured of. Tokens
+are never drawn by it: it makes its own random numbers, and a request's have to follow from its seed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msi.kernels import BLOCK_TOKENS, fp8
+from msi.kernels.choosing import choose
+from msi.kernels.norm import HeadNorm
+from msi.kernels.paged_attention import AttentionShape
+from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.triton import rope
+from msi.kernels.triton.attention_plan import PagedPlan
+from msi.kernels.triton.kernels import TritonKernels
+
+HEAD_DIMS = (64, 128, 256)
+DTYPES = (torch.float16, torch.bfloat16)
+WORKSPACE_BYTES = 128 << 20  # what the library recommends
+FEWEST_SHARING = 3  # query heads of a KV head, from which tensor cores pay; without them it has no kernels for most
+MOST_APART = 2e-2  # of two results in 16 bits
+TIMED_RUNS, ROUNDS = 10, 3
+
+
+def why_unavailable() -> str | None:
+    """A sentence where it is not installed, else None."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer is not installed; `pip install flashinfer-python` brings it"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Passes that ways to attend are compared on."""
+
+    num_seqs: int = 32
+    context_len: int = 1024
+    query_len: int = 256  # of a prompt's piece
+    num_prompts: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """What the library wants to know of a pass, in host memory but for `indices`; int32.
+
+    Attributes:
+        query_starts: [num_seqs + 1], sums of the numbers of queries.
+        starts: [num_seqs + 1], sums of the numbers of blocks.
+        indices: [starts[-1]], blocks of all sequences, behind one another.
+        last_lens: [num_seqs], tokens in each sequence's last block.
+    """
+
+    query_starts: Tensor
+    starts: Tensor
+    indices: Tensor
+    last_lens: Tensor
+
+    @property
+    def is_decoding(self) -> bool:
+        """One query each."""
+        return int(self.query_starts[-1]) == len(self.last_lens)
+
+
+@dataclass(slots=True)
+class FlashinferPlan:
+    """What every layer's attention reads of a pass.
+
+    Attributes:
+        slots: int32 [num_tokens], where their keys and values go.
+        new_own: makes Triton's plan of the pass.
+        planned: by dtype of the cache, what is ready to run.
+    """
+
+    slots: Tensor
+    pages: Pages
+    shape: AttentionShape
+    dtype: torch.dtype
+    new_own: Callable[[], PagedPlan]
+    planned: dict[torch.dtype, Any] = field(default_factory=dict)
+    own: PagedPlan | None = None
+
+
+class FlashinferKernels(TritonKernels):
+    """Implements `msi.kernels.kernels.Kernels`.
+
+    Args:
+        is_measured: flashinfer attends where it gives what Triton's kernels give, and is faster, which is found out
+            where a shape of heads is met first; else wherever it can.
+        trial: what that is measured on.
+        seconds: that something takes on the device.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        is_measured: bool = False,
+        trial: Trial | None = None,
+        seconds: Callable[[Callable[[], object]], float] | None = None,
+    ) -> None:
+        super().__init__(device)
+        self._library: Any = importlib.import_module("flashinfer")
+        self._is_measured = is_measured
+        self._trial = trial or Trial()
+        self._seconds = seconds or partial(device_seconds, device)
+        self._wrappers: dict[object, Any] = {}
+        self._is_taken: dict[object, dict[bool, bool]] = {}  # in passes that decode, and in others
+
+    def plan_attention(
+        self,
+        inputs: PassTensors,
+        host: PassTensors,
+        shape: AttentionShape,
+        dtype: torch.dtype,
+        is_fixed: bool = False,
+    ) -> Any:
+        new_own = partial(super().plan_attention, inputs, host, shape, dtype, is_fixed)
+        if is_fixed or dtype not in DTYPES or shape.head_dim not in HEAD_DIMS:
+            return new_own()
+        return FlashinferPlan(inputs.slot_mapping, self._pages(host), shape, dtype, new_own)
+
+    def rope_and_write(
+        self,
+        heads: Tensor,
+        num_q: int,
+        rope_table: tuple[Tensor, Tensor],
+        layer_cache: Tensor,
+        plan: PagedPlan | FlashinferPlan,
+        norm: HeadNorm | None = None,
+    ) -> None:
+        rope.rope_and_write(heads, num_q, rope_table, layer_cache, plan.slots, norm)
+
+    def paged_attention(
+        self, query: Tensor, layer_cache: Tensor, plan: PagedPlan | FlashinferPlan, sinks: Tensor | None = None
+    ) -> Tensor:
+        if isinstance(plan, PagedPlan):
+            return super().paged_attention(query, layer_cache, plan, sinks)
+        if sinks is not None or not self._takes(plan, layer_cache.dtype):
+            plan.own = plan.own or plan.new_own()
+            return super().paged_attention(query, layer_cache, plan.own, sinks)
+        return self._attend(query, layer_cache, plan)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _attend(self, query: Tensor, layer_cache: Tensor, plan: FlashinferPlan) -> Tensor:
+        ready = plan.planned.get(layer_cache.dtype)
+        if ready is None:
+            ready = plan.planned[layer_cache.dtype] = self._planned(plan, layer_cache.dtype)
+        attended: Tensor = ready.run(query.contiguous(), layer_cache)
+        return attended
+
+    def _planned(self, plan: FlashinferPlan, cache_dtype: torch.dtype) -> Any:
+        """A wrapper that knows the pass. Each lane, by its stream, has its own of each kind: what one plans lies in its
+        buffers until the last layer has run.
+        """
+        pages, shape = plan.pages, plan.shape
+        lane = 0 if self.device.type == "cpu" else torch.cuda.current_stream(self.device).cuda_stream
+        key = (lane, pages.is_decoding, shape, plan.dtype, cache_dtype)
+        wrapper = self._wrappers.get(key)
+        if wrapper is None:
+            workspace = torch.zeros(self._workspace_bytes, dtype=torch.uint8, device=self.device)
+            if pages.is_decoding:
+                has_cores = shape.num_heads // shape.num_kv_heads >= FEWEST_SHARING
+                wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=has_cores)
+            else:
+                wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+            self._wrappers[key] = wrapper
+        told = {
+            "window_left": -1 if shape.sliding_window is None else shape.sliding_window - 1,  # beside the query's own
+            "q_data_type": plan.dtype,
+            "kv_data_type": cache_dtype,
+        }
+        of_heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, BLOCK_TOKENS
+        of_pages = pages.starts, pages.indices, pages.last_lens
+        if pages.is_decoding:
+            wrapper.plan(*of_pages, *of_heads, **told)
+        else:
+            wrapper.plan(pages.query_starts, *of_pages, *of_heads, causal=True, **told)
+        return wrapper
+
+    @property
+    def _workspace_bytes(self) -> int:
+        return 1 << 10 if self.device.type == "cpu" else WORKSPACE_BYTES
+
+    def _pages(self, host: PassTensors) -> Pages:
+        contexts, queries, tables = (one.numpy() for one in (host.context_lens, host.query_lens, host.block_tables))
+        num_blocks = -(-contexts // BLOCK_TOKENS)
+        used = tables[np.arange(tables.shape[1]) < num_blocks[:, None]]
+        starts = np.zeros((2, len(contexts) + 1), np.int32)
+        np.cumsum(queries, out=starts[0, 1:])
+        np.cumsum(num_blocks, out=starts[1, 1:])
+        last = contexts - (num_blocks - 1) * BLOCK_TOKENS
+        query_starts, block_starts, last_lens = (self._pinned(one) for one in (*starts, last.astype(np.int32)))
+        return Pages(query_starts, block_starts, self._upload(used.astype(np.int32)), last_lens)
+
+    def _pinned(self, numbers: Any) -> Tensor:
+        tensor = torch.from_numpy(numbers)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory()
+
+    # -- the choice ----------------------------------------------------------------------------------------------------
+
+    def _takes(self, plan: FlashinferPlan, cache_dtype: torch.dtype) -> bool:
+        """Whether flashinfer attends in such a pass."""
+        key = (plan.shape, plan.dtype, cache_dtype)
+        found = self._is_taken.get(key)
+        if found is None:  # in the pass before the first: whatever it compiles for either is there by then
+            found = self._is_taken[key] = {
+                is_decoding: self._is_better(plan.shape, plan.dtype, cache_dtype, is_decoding)
+                for is_decoding in (True, False)
+            }
+        return found[plan.pages.is_decoding]
+
+    def _is_better(
+        self, shape: AttentionShape, dtype: torch.dtype, cache_dtype: torch.dtype, is_decoding: bool
+    ) -> bool:
+        trial = self._trial
+        num_seqs, query_len = (trial.num_seqs, 1) if is_decoding else (trial.num_prompts, trial.query_len)
+        host = alike(num_seqs, query_len, trial.context_len)
+        on_device = replace(host, block_tables=host.block_tables.to(self.device))
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def numbers(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=self.device).to(dtype)
+
+        cache = numbers(1 + host.block_tables.numel(), 2, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
+        cache = fp8.to_e4m3(cache) if cache_dtype is fp8.E4M3 else cache
+        query = numbers(num_seqs * query_len, shape.num_heads, shape.head_dim)
+        own = super().plan_attention(on_device, host, shape, dtype)
+        theirs = FlashinferPlan(own.slots, self._pages(host), shape, dtype, lambda: own)
+        ways = {
+            "Triton": partial(super().paged_attention, query, cache, own),
+            "flashinfer": partial(self._attend, query, cache, theirs),
+        }
+        if not self._is_measured:
+            ways["flashinfer"]()
+            return True
+        what = "sequences that decode" if is_decoding else "prompts"
+        return choose(f"attention of {what}, {shape}", ways, self._seconds, MOST_APART) == "flashinfer"
+
+
+def alike(num_seqs: int, query_len: int, context_len: int) -> PassTensors:
+    """A pass of sequences that are, with blocks in no order; in host memory."""
+    width = -(-context_len // BLOCK_TOKENS)
+    blocks = torch.randperm(num_seqs * width, generator=torch.Generator().manual_seed(0)).to(torch.int32) + 1
+    tables = blocks.view(num_seqs, width)
+    at = torch.arange(context_len - query_len, context_len, dtype=torch.int32)
+    nothing = torch.zeros(0, dtype=torch.int32)
+    return PassTensors(
+        token_ids=torch.zeros(num_seqs * query_len, dtype=torch.int32),
+        positions=at.repeat(num_seqs),
+        query_lens=torch.full((num_seqs,), query_len, dtype=torch.int32),
+        context_lens=torch.full((num_seqs,), context_len, dtype=torch.int32),
+        logit_rows=nothing,
+        slot_mapping=(tables[:, at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS).flatten(),
+        sequence_of=torch.arange(num_seqs, dtype=torch.int32).repeat_interleave(query_len),
+        begun_blocks=nothing,
+        block_tables=tables,
+    )
+
+
+def device_seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Of one run, the least of some rounds, after one that does not count."""
+    work()
+    if device.type == "cpu":
+        began_s = time.perf_counter()
+        work()
+        return time.perf_counter() - began_s
+    taken = []
+    for _ in range(ROUNDS):
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        started.record()
+        for _ in range(TIMED_RUNS):
+            work()
+        ended.record()
+        ended.synchronize()
+        taken.append(float(started.elapsed_time(ended)) / 1e3 / TIMED_RUNS)
+    return min(taken)

@@ -1,0 +1,109 @@
+"""A module with the signatures that flashinfer 0.7.2 has for attention over pages, in plain float32.
+
+It works from the page tables alone, as the library's documentation has them, and refuses what the library refuses.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def attend(query, keys, values, is_causal, window_left, sm_scale):
+    """Of one request: [queries, heads, dim] to [tokens, kv heads, dim]; queries are the last of its tokens."""
+    num_queries, num_heads, _ = query.shape
+    num_tokens, num_kv, _ = keys.shape
+    keys, values = (one.float().repeat_interleave(num_heads // num_kv, dim=1) for one in (keys, values))
+    scores = torch.einsum("qhd,thd->hqt", query.float(), keys) * sm_scale
+    at = torch.arange(num_tokens)[None] - (torch.arange(num_queries)[:, None] + num_tokens - num_queries)
+    is_hidden = (at > 0) & is_causal
+    if window_left >= 0:
+        is_hidden |= at < -window_left
+    weights = scores.masked_fill(is_hidden, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hqt,thd->qhd", weights, values)
+
+
+class _Wrapper:
+    def __init__(self, float_workspace_buffer, kv_layout):
+        assert float_workspace_buffer.dtype is torch.uint8
+        assert not float_workspace_buffer.any(), "a workspace is of zeros at first"
+        assert kv_layout == "NHD"
+        self.num_plans = 0
+
+    def _keep(self, query_starts, starts, indices, last_lens, heads, page_size, window_left, dtypes):
+        for numbers in (query_starts, starts, indices, last_lens):
+            assert numbers.dtype is torch.int32
+        assert len(starts) == len(last_lens) + 1 == len(query_starts)
+        assert len(indices) == starts[-1]
+        assert ((last_lens >= 1) & (last_lens <= page_size)).all()
+        assert dtypes[0] in (torch.float16, torch.bfloat16)
+        self.pass_ = query_starts.tolist(), starts.tolist(), indices.clone(), last_lens.tolist()
+        self.heads, self.page_size, self.window_left, self.dtypes = heads, page_size, window_left, dtypes
+        self.num_plans += 1
+
+    def _run(self, q, paged_kv_cache, is_causal):
+        query_starts, starts, indices, last_lens = self.pass_
+        num_heads, num_kv, head_dim = self.heads
+        assert q.is_contiguous()
+        assert q.shape == (query_starts[-1], num_heads, head_dim)
+        assert paged_kv_cache.shape[1:] == (2, self.page_size, num_kv, head_dim)
+        assert (q.dtype, paged_kv_cache.dtype) == self.dtypes
+        out = torch.empty_like(q)
+        for request, last in enumerate(last_lens):
+            pages = paged_kv_cache[indices[starts[request] : starts[request + 1]].long()].float()
+            length = (len(pages) - 1) * self.page_size + last
+            keys, values = (pages[:, half].flatten(0, 1)[:length] for half in (0, 1))
+            rows = slice(query_starts[request], query_starts[request + 1])
+            out[rows] = attend(q[rows], keys, values, is_causal, self.window_left, 1 / math.sqrt(head_dim)).to(q.dtype)
+        return out
+
+
+class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
+    def __init__(
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False,
+        paged_kv_indptr_buffer=None, paged_kv_indices_buffer=None, paged_kv_last_page_len_buffer=None, backend="auto",
+        jit_args=None,
+    ):  # fmt: skip
+        super().__init__(float_workspace_buffer, kv_layout)
+        self.use_tensor_cores = use_tensor_cores
+
+    def plan(
+        self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, *, window_left=-1,
+        q_data_type="float16", kv_data_type=None,
+    ):  # fmt: skip
+        assert self.use_tensor_cores or num_qo_heads // num_kv_heads in (1, 2, 4, 8)
+        each = torch.arange(len(last_page_len) + 1, dtype=torch.int32)
+        heads = num_qo_heads, num_kv_heads, head_dim
+        self._keep(
+            each, indptr, indices, last_page_len, heads, page_size, window_left, (q_data_type, kv_data_type)
+        )  # fmt: skip
+
+    def run(self, q, paged_kv_cache, *args, out=None, window_left=None, sinks=None):
+        assert sinks is None, "which its kernels for Hopper pass over"
+        return self._run(q, paged_kv_cache, is_causal=False)
+
+
+class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
+    def __init__(
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, qo_indptr_buf=None,
+        paged_kv_indptr_buf=None, paged_kv_indices_buf=None, paged_kv_last_page_len_buf=None, custom_mask_buf=None,
+        mask_indptr_buf=None, backend="auto", jit_args=None, jit_kwargs=None, variant_owns_mask=False,
+    ):  # fmt: skip
+        super().__init__(float_workspace_buffer, kv_layout)
+
+    def plan(
+        self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads,
+        head_dim_qk, page_size, head_dim_vo=None, custom_mask=None, packed_custom_mask=None, causal=False,
+        pos_encoding_mode="NONE", use_fp16_qk_reduction=False, sm_scale=None, window_left=-1, logits_soft_cap=None,
+        rope_scale=None, rope_theta=None, q_data_type="float16", kv_data_type=None,
+    ):  # fmt: skip
+        self._is_causal = causal
+        self._keep(
+            qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len,
+            (num_qo_heads, num_kv_heads, head_dim_qk), page_size, window_left, (q_data_type, kv_data_type),
+        )  # fmt: skip
+
+    def run(self, q, paged_kv_cache, *args, out=None, window_left=None, sinks=None):
+        assert sinks is None, "which its kernels for Hopper pass over"
+        return self._run(q, paged_kv_cache, self._is_causal)
