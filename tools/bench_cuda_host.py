@@ -14,7 +14,6 @@ left behind.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import time
@@ -22,6 +21,7 @@ import tracemalloc
 from functools import partial
 
 import torch
+import uvloop
 
 from msi.attention.forward import PassState
 from msi.attention.graphs import AlikePasses, LaneGraphs
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="that are timed")
     parser.add_argument("--passes", type=int, default=1000, help="over which memory is watched; 0: not")
     parser.add_argument("--gates", action="store_true", help="streams wait at gates themselves")
-    print(json.dumps(asyncio.run(measure(**vars(parser.parse_args())))))
+    print(json.dumps(uvloop.run(measure(**vars(parser.parse_args())))))
 
 
 async def measure(
