@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from msi.attention.pass_inputs import PassInputs
-from msi.kernels import BLOCK_TOKENS, NONE, SWIGLU, Activation, SigmoidRouting
+from msi.kernels import BLOCK_TOKENS, NONE, SWIGLU, Activation, SigmoidRouting, fp8
 from msi.kernels.kernels import Kernels, Outboxes
 from msi.kernels.norm import HeadNorm, Norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
@@ -21,7 +21,7 @@ from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels
 from msi.kernels.quantized import held, joined
 from msi.kernels.rope import rope_frequencies
-from msi.kernels.routing import PackedRows, row_bytes
+from msi.kernels.routing import PackedRows, answer_row_bytes, hidden_rows, row_bytes
 from msi.types import MicroBatch
 from tools.gpu.shapes import Shape
 
@@ -124,12 +124,14 @@ def mlp_case(kernels: Kernels, size: Size, numbers: Numbers, format: str = NONE)
     )
 
 
-def rope_case(kernels: Kernels, size: Size, numbers: Numbers, has_norm: bool = False) -> Case:
-    """Of fresh heads each time, as they are rotated in place."""
+def rope_case(
+    kernels: Kernels, size: Size, numbers: Numbers, has_norm: bool = False, in_eight_bits: bool = False
+) -> Case:
+    """Of fresh heads each time, as they are rotated in place; into a cache in eight bits, or as they are."""
     host, on_device = _decoding(size, numbers.device)
     num_heads = size.num_heads + 2 * size.num_kv_heads
     heads = numbers.normal(size.num_tokens, num_heads, size.head_dim)
-    cache = torch.zeros(_cache_shape(size), dtype=numbers.dtype, device=numbers.device)
+    cache = torch.zeros(_cache_shape(size), dtype=fp8.E4M3 if in_eight_bits else numbers.dtype, device=numbers.device)
     plan = kernels.plan_attention(on_device, host, _heads(size), numbers.dtype)
     frequencies = rope_frequencies(size.head_dim, 1e4).to(numbers.device)
     table = kernels.rope_table(on_device.positions, frequencies, numbers.dtype, 1.0)
@@ -140,20 +142,27 @@ def rope_case(kernels: Kernels, size: Size, numbers: Numbers, has_norm: bool = F
         rotated.copy_(heads)
         kernels.rope_and_write(rotated, size.num_heads, table, cache, plan, norm)
 
-    return Case(run, lambda: torch.cat((rotated[:, : size.num_heads].flatten(), cache.flatten())), 2 * heads.nbytes)
+    def result() -> Tensor:
+        return torch.cat((rotated[:, : size.num_heads].flatten().double(), cache.flatten().double()))
+
+    kept = size.num_tokens * 2 * size.num_kv_heads * size.head_dim
+    return Case(run, result, 2 * heads.nbytes - kept * (heads.itemsize - cache.itemsize))
 
 
-def attention_case(kernels: Kernels, size: Size, numbers: Numbers, has_sinks: bool = False) -> Case:
-    """With sinks also within a window, of half a context."""
+def attention_case(
+    kernels: Kernels, size: Size, numbers: Numbers, has_sinks: bool = False, in_eight_bits: bool = False
+) -> Case:
+    """With sinks also within a window, of half a context; of a cache in eight bits, or as it is computed in."""
     window = size.context_len // 2 if has_sinks else None
     host, on_device = _decoding(size, numbers.device)
     query = numbers.normal(size.num_tokens, size.num_heads, size.head_dim)
     cache = numbers.normal(*_cache_shape(size))
+    cache = fp8.to_e4m3(cache) if in_eight_bits else cache
     plan = kernels.plan_attention(on_device, host, replace(_heads(size), sliding_window=window), numbers.dtype)
     sinks = numbers.distinct(size.num_heads) if has_sinks else None
     found: list[Tensor] = []
     seen = [min(length, window or length) for length in host.context_lens.tolist()]
-    read = sum(seen) * 2 * size.num_kv_heads * size.head_dim * query.itemsize
+    read = sum(seen) * 2 * size.num_kv_heads * size.head_dim * cache.itemsize
     return Case(
         lambda: found.__setitem__(slice(None), [kernels.paged_attention(query, cache, plan, sinks)]),
         lambda: found[0],
@@ -161,8 +170,8 @@ def attention_case(kernels: Kernels, size: Size, numbers: Numbers, has_sinks: bo
     )
 
 
-def pack_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
-    """Rows to two nodes and, as if each had answered with what it was sent, back."""
+def pack_case(kernels: Kernels, size: Size, numbers: Numbers, in_eight_bits: bool = False) -> Case:
+    """Rows to two nodes and, as if each had answered with what it was sent, back; in eight bits, or as computed."""
     hidden = numbers.normal(size.num_tokens, size.hidden)
     normed, norm = numbers.normal(size.num_tokens, size.hidden), _norm(size, numbers)
     ids = numbers.choices(size.num_tokens, size.top_k, size.num_experts)
@@ -170,18 +179,19 @@ def pack_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     half = (size.num_experts + 1) // 2
     experts = torch.arange(size.num_experts, dtype=torch.int32, device=numbers.device)
     local = torch.stack((torch.where(experts < half, experts, -1), torch.where(experts < half, -1, experts - half)))
-    bytes_each = row_bytes(size.hidden, size.top_k, numbers.dtype)
+    sent = fp8.E4M3 if in_eight_bits else numbers.dtype
+    bytes_each = row_bytes(size.hidden, size.top_k, sent)
     memory = torch.full((2, size.num_tokens, bytes_each), 0xFF, dtype=torch.uint8, device=numbers.device)
-    rows = [PackedRows.view(one, size.hidden, size.top_k, numbers.dtype) for one in memory]
+    rows = [PackedRows.view(one, size.hidden, size.top_k, sent) for one in memory]
     counts = torch.zeros(2, dtype=torch.int32, pin_memory=numbers.device.type == "cuda")
     found: list[Tensor] = []
     stream = torch.empty_like(hidden)
 
     def run() -> None:
         stream.copy_(hidden)
-        sent = kernels.pack(normed, weights, ids, local, Outboxes(rows, counts))
+        positions = kernels.pack(normed, weights, ids, local, Outboxes(rows, counts))
         answers = torch.stack([one.hidden for one in rows])
-        found[:] = [kernels.combine_norm(stream, answers, sent, norm)]
+        found[:] = [kernels.combine_norm(stream, answers, positions, norm)]
 
     num_warm = 0 if type(kernels) is PlainKernels else 3  # which copies its counts, and waits
     return Case(run, lambda: torch.cat((found[0].double(), stream.double())), 6 * hidden.nbytes, num_warm=num_warm)
@@ -239,6 +249,8 @@ def experts_case(
     activation: Activation = SWIGLU,
     has_bias: bool = False,
     format: str = NONE,
+    rows_in_eight_bits: bool = False,
+    answers_in_eight_bits: bool = False,
 ) -> Case:
     """One wave of four seats, the last without rows."""
     bank = kernels.expert_bank(
@@ -253,21 +265,27 @@ def experts_case(
         bank.put(0, expert, joined(halves), held(down, numbers.dtype, format), biases)
     each = -(-size.num_tokens // 3)
     seats = [(seat, min(each, size.num_tokens - seat * each)) for seat in range(3) if size.num_tokens > seat * each]
-    bytes_each = row_bytes(size.hidden, size.top_k, numbers.dtype)
+    sent, answered = (fp8.E4M3 if is_so else numbers.dtype for is_so in (rows_in_eight_bits, answers_in_eight_bits))
+    bytes_each = row_bytes(size.hidden, size.top_k, sent)
     memory = torch.full((4, 1, each, bytes_each), 0xFF, dtype=torch.uint8, device=numbers.device)
-    landed = PackedRows.view(memory, size.hidden, size.top_k, numbers.dtype)
+    landed = PackedRows.view(memory, size.hidden, size.top_k, sent, numbers.dtype)
     for seat, num_rows in seats:
-        landed.hidden[seat, 0, :num_rows] = numbers.normal(num_rows, size.hidden)
+        rows = numbers.normal(num_rows, size.hidden)
+        landed.hidden[seat, 0, :num_rows] = fp8.pack(rows) if rows_in_eight_bits else rows
         landed.topk_weights[seat, 0, :num_rows] = 1 / size.top_k
         landed.topk_ids[seat, 0, :num_rows] = numbers.choices(num_rows, size.top_k, size.num_experts).to(torch.int32)
-    answers = {seat: torch.zeros(1, each, size.hidden, dtype=numbers.dtype, device=numbers.device) for seat in range(4)}
+    shape = (4, 1, each, answer_row_bytes(size.hidden, answered))
+    outboxes = hidden_rows(torch.zeros(shape, dtype=torch.uint8, device=numbers.device), size.hidden, answered)
+    answers = dict(enumerate(outboxes))
     ids = torch.cat([landed.topk_ids[seat, 0, :num_rows].flatten() for seat, num_rows in seats])
     active = len(set(ids.tolist()))
-    bank.prepare(landed, (answers[0].nbytes, answers[0][0, 0].nbytes), landed.dtype)
+    bank.prepare(landed, (each * shape[-1], shape[-1]), answered)
     expert_values = 3 * size.hidden * size.inner
     return Case(
         lambda: bank.run(0, 0, seats, landed, answers),
-        lambda: torch.cat([answers[seat][0, :num_rows] for seat, num_rows in seats]),
+        lambda: fp8.as_computed(
+            torch.cat([answers[seat][0, :num_rows] for seat, num_rows in seats]), size.hidden, torch.float64
+        ),
         active * expert_values * (numbers.dtype.itemsize if format == NONE else 1),
         2.0 * expert_values * len(ids),
         num_warm=2 * RING,  # then the ring says the same everywhere
@@ -282,15 +300,27 @@ CASES: dict[str, Make] = {
     "norms of heads, rope and KV write": partial(rope_case, has_norm=True),
     "paged decode attention": attention_case,
     "paged decode attention with sinks in a window": partial(attention_case, has_sinks=True),
+    "rope and KV write in float8": partial(rope_case, in_eight_bits=True),
+    "paged decode attention over float8": partial(attention_case, in_eight_bits=True),
+    "paged decode attention over float8 with sinks in a window": partial(
+        attention_case, has_sinks=True, in_eight_bits=True
+    ),
     "softmax routing": softmax_routing_case,
     "sigmoid routing": sigmoid_routing_case,
     "pack, combine and norm": pack_case,
+    "pack, combine and norm in float8": partial(pack_case, in_eight_bits=True),
     "experts": experts_case,
     "clamped experts with biases": partial(experts_case, activation=CLAMPED, has_bias=True),
     "experts in float8": partial(experts_case, format="fp8"),
+    "experts of rows in float8": partial(experts_case, rows_in_eight_bits=True),
+    "experts in float8 of rows in float8, answers too": partial(
+        experts_case, format="fp8", rows_in_eight_bits=True, answers_in_eight_bits=True
+    ),
     "greedy tokens": best_case,
     "drawing tokens": draw_case,
 }
+# What they leave is in eight bits, so a number that lies between two of those may become either.
+ROUNDED = frozenset({"rope and KV write in float8", "experts in float8 of rows in float8, answers too"})
 
 
 def _heads(size: Size) -> AttentionShape:

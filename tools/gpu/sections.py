@@ -7,7 +7,7 @@ from functools import partial
 
 import torch  # loaded once, before sections fork  # noqa: F401
 
-from tools.gpu import attention_tiles, ceilings, decode, kernels, machine, sanitizer, stages, tokens, tuning
+from tools.gpu import attention_tiles, ceilings, decode, kernels, machine, precision, sanitizer, stages, tokens, tuning
 from tools.gpu.gates import gates
 from tools.gpu.handles import handles
 from tools.gpu.host_memory import host_memory
@@ -37,6 +37,7 @@ SECTIONS = {
         Section("ceilings", ceilings.run, 30),
         Section("gates", by_rows(gates), 45),
         Section("kernels", kernels.are_right, 90),
+        Section("precision", precision.run, 60),
         Section("tuning", tuning.run, 100),
         Section("times", kernels.take_times, 90),
         Section("attention-tiles", attention_tiles.run, 60),
