@@ -28,7 +28,8 @@ LAYERS = [
     },
     {  # decisions about an instance, and its messages
         "msi.control.messages", "msi.control.client_messages", "msi.control.worker_status",
-        "msi.control.members", "msi.control.formation", "msi.control.membership",
+        "msi.control.members", "msi.control.roster", "msi.control.formation", "msi.control.membership",
+        "msi.control.inheritance", "msi.control.leaving", "msi.control.waiting_for",
         "msi.control.calibration", "msi.control.clients", "msi.control.counters", "msi.control.lane_choice",
         "msi.control.suspects", "msi.control.routed", "msi.control.request_routing", "msi.control.restarts",
         "msi.control.fair_queue", "msi.control.overload", "msi.control.prediction",

@@ -11,8 +11,9 @@ from msi.attention.journal import KEPT_S, Journal, RequestAccount, digest_of
 from msi.attention.sequence import Sequence
 from msi.control.adoption import standing_of
 from msi.control.arrivals import LULL_S, TAKEOVER_S
+from msi.control.inheritance import ASKED_AGAIN_S, LEAVES_WITHIN_S, LIVES_PER_TERM
 from msi.control.members import Lost, Send
-from msi.control.membership import ASKED_AGAIN_S, LEAVES_WITHIN_S, LIVES_PER_TERM, Cluster
+from msi.control.membership import Cluster
 from msi.control.messages import (
     Account,
     AccountWanted,
@@ -264,10 +265,12 @@ def test_a_worker_that_serves_is_asked_and_one_that_was_given_up_is_not():
     cluster._members["expert-0"] = formed()._members["expert-0"]
     former = formed()._members["attention-0"]
     cluster._members["expert-0"].state = "lost"
-    (answer,) = cluster._who_are_you(b"x", "expert-0", 0.0)
+    (answer,) = cluster._inheritance.who_are_you(b"x", "expert-0", 0.0)
     assert isinstance(answer.message, HelloAgain)
-    assert cluster._who_are_you(b"a", former.worker_id, 0.0) == [Send(b"a", AccountWanted())]
-    assert cluster._who_are_you(b"a", former.worker_id, ASKED_AGAIN_S / 2) == [], "what it said before comes at once"
+    assert cluster._inheritance.who_are_you(b"a", former.worker_id, 0.0) == [Send(b"a", AccountWanted())]
+    assert cluster._inheritance.who_are_you(b"a", former.worker_id, ASKED_AGAIN_S / 2) == [], (
+        "what it said before comes at once"
+    )
     assert cluster.passed(b"a", PassDone(former.worker_id, 0, 5, ())) is None
 
 

@@ -5,12 +5,11 @@ Decides; does not act. Knows members as they are, and no time but what it is tol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from msi.control.due_changes import Choose, DueChanges
-from msi.control.members import InstancePlan, Instruction, Member, Send
+from msi.control.members import Instruction, Member, Send
 from msi.control.messages import Drain
 from msi.control.placing import Placing
+from msi.control.roster import Roster
 from msi.errors import ConfigError
 from msi.placement_change import Shared, Wanted, changed, lost_experts, with_node
 from msi.types import Place
@@ -20,14 +19,14 @@ class ExpertPlaces:
     """Of one instance.
 
     Args:
-        plan: of the start.
-        members: by id, of every role, as they change.
+        roster: with the plan of the start.
 
     Attributes:
         placing: the placement that is used, and the change to another one.
     """
 
-    def __init__(self, plan: InstancePlan, members: Mapping[str, Member]) -> None:
+    def __init__(self, roster: Roster) -> None:
+        plan = roster.plan
         self.placing = Placing(plan.placement)
         copies = [len(plan.placement.nodes_of(expert)) for expert in range(plan.placement.num_experts)]
         if plan.rebalance.rebalance == "auto":  # which experts have more is decided anew while it runs
@@ -35,12 +34,11 @@ class ExpertPlaces:
         self._due = DueChanges(plan.timeouts.reload_after_s, copies)
         self._expert_ranks = plan.expert_ranks
         self._is_colocated = plan.is_colocated
-        self._members = members
+        self._roster = roster
 
     @property
     def _live(self) -> list[Member]:
-        found = [one for one in self._members.values() if one.role == "expert" and one.is_live]
-        return sorted(found, key=lambda member: member.place.index)
+        return self._roster.live("expert")
 
     @property
     def _staying(self) -> list[int]:
@@ -68,7 +66,7 @@ class ExpertPlaces:
     def begin_what_is_due(self, now: float) -> list[Instruction]:
         if self.placing.is_changing or self._is_colocated:
             return []
-        experts = [member for member in self._members.values() if member.role == "expert"]
+        experts = [member for member in self._roster.members.values() if member.role == "expert"]
         due = self._due.next(self.placing.placement, experts, now)
         return [] if due is None else self._begin(due.wanted, due.remark)
 
@@ -90,9 +88,7 @@ class ExpertPlaces:
         """What follows for it, and once there is none."""
         if not self.placing.is_changing:
             return []
-        attention = [one for one in self._members.values() if one.role == "attention" and one.is_live]
-        attention.sort(key=lambda member: member.place.index)
-        instructions = self.placing.advance(self._live, attention)
+        instructions = self.placing.advance(self._live, self._roster.live("attention"))
         return instructions if self.placing.is_changing else [*instructions, *self.let_end()]
 
     # -- who may come, and who may leave -----------------------------------------------------------------------------

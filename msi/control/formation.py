@@ -6,11 +6,12 @@ and nobody has noticed yet, the new one takes its place as soon as somebody has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from msi.control.members import Applicant, InstancePlan, Member
+from msi.control.members import Applicant, Member
 from msi.control.messages import PROTOCOL_VERSION, WorkerHello
+from msi.control.roster import Roster
 from msi.errors import shown
 from msi.precision import AUTO
 from msi.types import Place
@@ -48,24 +49,19 @@ class Formation:
     """The applicants for places.
 
     Args:
-        members: everyone who is or was there, by id; whoever owns it enters those who are given a place.
+        roster: whoever is given a place is entered there by whoever owns this.
         why_not_yet: why an expert worker cannot come to this place now, "" where it can.
-
-    Attributes:
-        plan: its places may change.
     """
 
-    def __init__(
-        self, plan: InstancePlan, members: Mapping[str, Member], why_not_yet: Callable[[int], str] = lambda index: ""
-    ) -> None:
+    def __init__(self, roster: Roster, why_not_yet: Callable[[int], str]) -> None:
         self.has_served = False  # then a place is filled by whoever comes
         self.first_incarnation = 0  # of those who were not heard of before
         self._why_not_yet = why_not_yet
-        asked = plan.precision
+        asked = roster.plan.precision
         is_open = asked.is_open or asked.quantization == AUTO
         self.precision = None if is_open else asked.resolved(asked.compute)  # else that of the first worker
-        self.plan = plan
-        self._members = members
+        self._roster = roster
+        self._members = roster.members
         self._fingerprint = ""
         self._products = ""
         self._applicants: dict[str | bytes, Applicant] = {}  # by process, in order of arrival
@@ -107,7 +103,7 @@ class Formation:
             return (
                 f"it leaves open what it computes in ({hello.precision}); install the same version of msi on all hosts"
             )
-        asked, held = self.plan.precision, hello.precision.quantization
+        asked, held = self._roster.plan.precision, hello.precision.quantization
         if asked.quantization != AUTO:
             wanted = asked.quantization
         else:
@@ -202,13 +198,10 @@ class Formation:
 
     def _are_heard(self, holders: tuple[Member, ...], since: float) -> bool:
         """What was read with the hello may have lain there as long as it: half a beat later it has not."""
-        return all(holder.heard_at >= since + self.plan.timeouts.heartbeat_s / 2 for holder in holders)
+        return all(holder.heard_at >= since + self._roster.plan.timeouts.heartbeat_s / 2 for holder in holders)
 
     def _num_free(self) -> dict[str, int]:
-        return {role: count - len(self._live(role)) for role, count in self.plan.wanted.items()}
-
-    def _live(self, role: str) -> list[Member]:
-        return [member for member in self._members.values() if member.role == role and member.is_live]
+        return {role: count - len(self._roster.live(role)) for role, count in self._roster.plan.wanted.items()}
 
     @property
     def _is_open(self) -> bool:
@@ -219,7 +212,7 @@ class Formation:
         """Whether a worker may get either role: one that had a place before, here or by its id, gets that."""
         if hello.role != "worker" or not self._is_open or hello.worker_id in self._members:
             return False
-        return all(_index_in(hello.worker_id, role) is None for role in self.plan.wanted)
+        return all(_index_in(hello.worker_id, role) is None for role in self._roster.plan.wanted)
 
     def _room_for(self, applicant: Applicant) -> Joining | None:
         """A place that there may be for a worker besides those that are wanted; its role has to be clear."""
@@ -227,10 +220,10 @@ class Formation:
         former = self._members.get(worker_id)
         if not self.has_served or role == "worker" or (former is not None and (former.is_live or former.role != role)):
             return None
-        places = self.plan.wanted_places[role]
-        taken = {*places, *(member.place.index for member in self._live(role))}
-        free = [index for index in range(self.plan.most[role]) if index not in taken]
-        if not free or len(places) >= self.plan.most[role]:
+        places = self._roster.plan.wanted_places[role]
+        taken = {*places, *(member.place.index for member in self._roster.live(role))}
+        free = [index for index in range(self._roster.plan.most[role]) if index not in taken]
+        if not free or len(places) >= self._roster.plan.most[role]:
             return None
         named = _index_in(worker_id, role)
         return Joining(role, named if named in free else free[0])
@@ -251,8 +244,8 @@ class Formation:
             roles = [role for role in roles if role == former.role]
         roles.sort(key=lambda role: _index_in(hello.worker_id, role) is None)
         for role in roles:
-            taken = {member.place.index for member in self._live(role) if member is not former}
-            free = [index for index in self.plan.wanted_places[role] if index not in taken]
+            taken = {member.place.index for member in self._roster.live(role) if member is not former}
+            free = [index for index in self._roster.plan.wanted_places[role] if index not in taken]
             if former is not None and former.place.index in free:
                 free = [former.place.index]
             if not free:
@@ -264,15 +257,15 @@ class Formation:
             worker_id = hello.worker_id or f"{role}-{index}"
             former = self._members.get(worker_id)
             incarnation = self.first_incarnation if former is None else former.incarnation + 1
-            place = Place.at(index, self.plan.ranks[role])
+            place = Place.at(index, self._roster.plan.ranks[role])
             return Member(
                 worker_id, role, place, incarnation, route, hello.pid, hello.host, now, hello.process, heard_at=now
             )
-        wanted = self.plan.wanted.get(hello.role, sum(self.plan.wanted.values()))
+        wanted = self._roster.plan.wanted.get(hello.role, sum(self._roster.plan.wanted.values()))
         kind = "" if hello.role == "worker" else f"{hello.role} "
         if not wanted:
             return _Taken((), f"this instance has no {kind}workers of its own: it runs colocated")
-        holders = tuple(member for role in roles for member in self._live(role))
+        holders = tuple(member for role in roles for member in self._roster.live(role))
         return _Taken(holders, f"all {wanted} {kind}workers of this instance are there already")
 
 
