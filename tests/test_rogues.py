@@ -157,7 +157,9 @@ def test_whatever_a_member_says_the_coordinator_and_the_metrics_go_on_and_others
     instance = Instance(lanes)
     for number in range(4):
         instance.submit(f"r{number}")
-    mine = {name for name, one in instance.coordinator._router._requests.items() if one.worker_id == route.decode()}
+    mine = {
+        name for name, one in instance.coordinator._traffic._router._requests.items() if one.worker_id == route.decode()
+    }
     for message in filter(None, map(said, plain)):
         instance.hear(route, message)
     stats = instance.stats()

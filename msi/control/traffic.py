@@ -1,0 +1,287 @@
+"""Requests on their way through the coordinator: from clients to attention workers, and tokens back.
+
+A thin shell: which request goes where is decided by `Router`, what a client has and what was lost on its way by
+`Clients`, and whose the requests of a coordinator before are by `Takeover`. Who is there is the `Cluster`'s to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from msi.attention.journal import RequestAccount
+from msi.control.client_messages import (
+    ClientHeartbeat,
+    ClientHello,
+    ClientPulse,
+    InstanceStatus,
+    Resubmit,
+    Welcome,
+)
+from msi.control.clients import Clients
+from msi.control.members import InstancePlan, Lost, Send
+from msi.control.membership import Cluster
+from msi.control.messages import Account, Cancel, Heartbeat, HelloAgain, PassDone, RequestsFailed, Submit
+from msi.control.overload import Objectives, backlog_of
+from msi.control.request_routing import Router
+from msi.control.routed import Updates
+from msi.control.takeover import Takeover
+from msi.errors import Failure, InvalidRequest, Unavailable
+from msi.kernels import BLOCK_TOKENS
+from msi.request_spans import OpenSpans
+from msi.types import Progress, Request
+
+log = logging.getLogger(__name__)
+
+
+class Traffic:
+    """Of one coordinator.
+
+    Args:
+        cluster: decides who serves; what it decides is carried out by whoever owns both.
+        send: gives a message to whoever is behind a route.
+        plan: of the start.
+        welcome: what each client is told of the model.
+        sentence: what the instance waits for at a time, in words.
+        spans: of requests; None where they are not traced.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        send: Callable[[bytes, Any], None],
+        plan: InstancePlan,
+        welcome: Welcome,
+        sentence: Callable[[float], str],
+        spans: OpenSpans | None,
+    ) -> None:
+        self._cluster = cluster
+        self._send = send
+        self._sentence = sentence
+        self._spans = spans
+        self._router = Router(
+            max_model_len=plan.limits.max_model_len,
+            max_num_seqs=plan.limits.max_num_seqs,
+            max_waiting=plan.num_attention * plan.limits.max_num_waiting,
+            max_resumptions=plan.max_resumptions,
+            hold_timeout_s=plan.timeouts.hold_timeout_s,
+            objectives=Objectives.of(plan.service),
+            backlog=backlog_of(plan.limits.max_num_seqs),
+        )
+        self._clients = Clients(welcome)
+        self._takeover = Takeover()
+        self._is_ending = False
+        self._all_ended = asyncio.Event()
+
+    def __len__(self) -> int:
+        """Requests that are here."""
+        return len(self._router)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are at no worker."""
+        return self._router.num_unrouted
+
+    @property
+    def counters(self) -> dict[str, float]:
+        return self._router.counters
+
+    @property
+    def clients(self) -> list[bytes]:
+        """Routes to all of them."""
+        return self._clients.routes
+
+    def is_client(self, route: bytes) -> bool:
+        return route in self._clients
+
+    # -- clients' messages -------------------------------------------------------------------------------------------
+
+    def hello(self, route: bytes, hello: ClientHello, now: float) -> None:
+        answer, gone = self._clients.hello(route, hello, now)
+        self._forget_clients(gone)
+        self._send(route, answer.message)
+
+    def pulse(self, pulse: ClientPulse, now: float) -> None:
+        self._clients.pulse(pulse, now)
+
+    def submit(self, route: bytes, message: Submit, now: float) -> None:
+        request = self._traced(route, message.request)
+        self._clients.submits(route)
+        if (given := self._takeover.displaced(request.request_id)) is not None:
+            self._cancel(*given)
+        if request.params.seed is None:
+            failure = Failure.of(InvalidRequest("give every request a seed"))
+            refusal: Progress | None = Progress(request.request_id, failure=failure)
+        elif self._is_ending:
+            failure = Failure.of(Unavailable("the server is ending; it takes no new requests"))
+            refusal = Progress(request.request_id, failure=failure)
+        else:
+            refusal = self._router.add(request, route, now)
+        if refusal is not None:
+            self._tell({route: [refusal]})
+
+    def resubmit(self, route: bytes, message: Resubmit) -> None:
+        """A request that the coordinator before knew."""
+        self._clients.submits(route)
+        if not self._router.has(route, message.request.request_id):
+            self._takeover.claim(route, self._traced(route, message.request))
+
+    def cancel(self, route: bytes, request_id: str) -> None:
+        self._takeover.unclaim(route, request_id)
+        if self._spans is not None:
+            self._spans.end((route, request_id), "cancelled")
+        if (given := self._router.cancel(route, request_id)) is not None:
+            self._cancel(*given)
+
+    def beats(self, route: bytes, heartbeat: ClientHeartbeat, now: float) -> None:
+        term = self._cluster.term
+        if not self._clients.beats(route, heartbeat.num_submits, now):
+            self._forget_clients([route])
+            self._send(route, HelloAgain("requests were lost on the way to the coordinator", term))
+            return
+        self._say_status(now)
+        self._send(route, self._clients.acknowledged(route, term).message)
+
+    def _forget_clients(self, routes: Iterable[bytes]) -> None:
+        """They are gone: nobody waits for their requests."""
+        for route in routes:
+            if self._spans is not None:
+                self._spans.end_where(lambda key, route=route: key[0] == route, "its client is gone")  # type: ignore
+            self._takeover.client_lost(route)
+            for worker_id, request_id in self._router.client_lost(route):
+                self._cancel(worker_id, request_id)
+
+    def _traced(self, route: bytes, request: Request) -> Request:
+        if self._spans is None or not request.trace:
+            return request
+        key = (route, request.request_id)
+        return replace(request, trace=self._spans.begin(key, "coordinator", request.trace))
+
+    # -- attention workers' messages, once the cluster knows whose they are ------------------------------------------
+
+    def passed(self, done: PassDone, now: float) -> None:
+        """New tokens."""
+        self._tell(self._router.progress(done.worker_id, done.progress, now))
+        self._takeover.progress(done.worker_id, done.progress)
+
+    def failed(self, failed: RequestsFailed) -> None:
+        self._tell(self._router.fail(failed.request_ids, failed.failure, failed.worker_id))
+        self._takeover.failed(failed.worker_id, failed.request_ids)
+
+    def believed(self, route: bytes, heartbeat: Heartbeat, now: float) -> None:
+        """A worker says which requests it has: others are as lost as those that nobody here knows."""
+        belief = heartbeat.belief
+        found = self._router.reconcile(heartbeat.worker_id, belief.request_ids, belief.acked, now)
+        for request_id in found.unknown_here:
+            if not self._takeover.holds(heartbeat.worker_id, request_id):
+                self._send(route, Cancel(request_id))
+        self._tell(found.updates)
+
+    def taken_over(self, worker_id: str, account: Account, now: float) -> None:
+        """A worker of the coordinator before is about to say what it has."""
+        self._takeover.begins(worker_id, account.num_requests, now)
+
+    def account(self, worker_id: str, account: RequestAccount, now: float) -> None:
+        self._takeover.account(worker_id, account, now, is_known=self._router.knows(account.request_id))
+
+    def worker_lost(self, lost: Lost, now: float) -> None:
+        log.warning("attention worker %s was lost: %s", lost.worker_id, lost.reason)
+        self._takeover.worker_lost(lost.worker_id)
+        self._tell(self._router.worker_lost(lost.worker_id, lost.reason, now, lost.has_crashed))
+
+    # -- what follows ------------------------------------------------------------------------------------------------
+
+    def route(self, now: float) -> None:
+        """After whatever happened: requests go to those who serve now."""
+        if self._takeover:
+            self._settle(now)
+        serving = self._cluster.serving
+        capacities = {worker_id: (member.num_blocks - 1) * BLOCK_TOKENS for worker_id, member in serving.items()}
+        acks = {worker_id: member.num_acks for worker_id, member in serving.items()}
+        for worker_id, request in self._router.route(capacities, acks, now):
+            self._send(serving[worker_id].route, Submit(request))
+        self._tell(self._router.take_ended())
+
+    def look(self, now: float) -> None:
+        """After whatever happened: clients hear whether requests are taken now, and the end goes on."""
+        if self._is_ending and not len(self):
+            self._all_ended.set()
+        if not self._clients.are_told(self._is_ready):
+            self._say_status(now)
+
+    def tick(self, now: float, late_s: float) -> None:
+        """Time has passed; see `Cluster.tick`."""
+        self._tell(self._router.expire(now, self._cluster.sentence(now)))
+        for given in self._router.take_to_cancel():
+            self._cancel(*given)
+        self._forget_clients(self._clients.tick(now, late_s))
+        self._say_status(now)
+
+    def _settle(self, now: float) -> None:
+        """Requests of the coordinator before go on where they are, or are computed again."""
+        settled = self._takeover.settle(now, is_complete=not self._cluster.awaits_accounts(now))
+        for given in settled.cancelled:
+            self._cancel(*given)
+        for one in settled.taken:
+            self._router.adopt(one.request, one.request_id, one.worker_id, one.client, now)
+            self._tell(self._router.progress(one.worker_id, one.behind, now))
+        for client, request in settled.resumed:
+            self._router.resume(request, client, now)
+
+    @property
+    def _is_ready(self) -> bool:
+        return bool(self._cluster.serving) and not self._is_ending
+
+    def _say_status(self, now: float) -> None:
+        """To the clients that do not know it."""
+        sentence = f"ending, {len(self)} requests run" if self._is_ending else self._sentence(now)
+        status = InstanceStatus(self._is_ready, sentence, self._cluster.failure)
+        self._send_all(self._clients.statuses(status))
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """No new requests are taken from now on."""
+        self._is_ending = True
+
+    async def ended(self, timeout_s: float) -> None:
+        """Until those that are here have ended, after `timeout_s` with an error. Cancelling it leaves them alone."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._all_ended.wait()
+        except TimeoutError:
+            error = Unavailable(
+                f"the server was shut down before this request was done; it had {timeout_s:g} s from then"
+                if timeout_s
+                else "the server was shut down before this request was done"
+            )
+            updates, given = self._router.fail_all(Failure.of(error))
+            for worker_id, request_id in given:
+                self._cancel(worker_id, request_id)
+            self._tell(updates)
+
+    # -- acting ------------------------------------------------------------------------------------------------------
+
+    def _tell(self, updates: Updates) -> None:
+        if self._spans is not None:
+            self._end_spans(self._spans, updates)
+        self._send_all(self._clients.outputs(updates))
+
+    def _send_all(self, sends: Sequence[Send]) -> None:
+        for one in sends:
+            self._send(one.route, one.message)
+
+    @staticmethod
+    def _end_spans(spans: OpenSpans, updates: Updates) -> None:
+        for route, items in updates.items():
+            for one in items:
+                if one.is_last:
+                    spans.end((route, one.request_id), "" if one.failure is None else str(one.failure.error()))
+
+    def _cancel(self, worker_id: str, request_id: str) -> None:
+        member = next((m for m in self._cluster.live("attention") if m.worker_id == worker_id), None)
+        if member is not None:
+            self._send(member.route, Cancel(request_id))
