@@ -15,7 +15,8 @@ from msi.errors import InvalidRequest, shown
 from msi.sampling_params import SamplingDefaults
 from msi.server.answers import Usage
 from msi.server.chat import FIELDS as CHAT_FIELDS
-from msi.server.chat import ChatAnswer, ChatRequest, parse_chat
+from msi.server.chat import ChatRequest, parse_chat
+from msi.server.chat_answers import ChatAnswer
 from msi.server.completions import FIELDS as COMPLETION_FIELDS
 from msi.server.completions import MAX_TOTAL_CHOICES, CompletionAnswer, CompletionRequest, parse_completion
 from msi.server.field_table import IGNORED, NOT_DONE, NOT_IN_CHATS, NOT_IN_COMPLETIONS

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from msi.control.client_messages import Welcome
 from msi.engine import Engine
 from msi.errors import InvalidRequest
-from msi.server.chat import ChatAnswer
+from msi.server.chat_answers import ChatAnswer
 from msi.server.gateway import Gateway
 from msi.server.parsing.choice import REASONING_PARSERS, TOOL_PARSERS
 from msi.server.parsing.parser import Parsing, thinking_of

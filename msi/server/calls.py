@@ -26,7 +26,7 @@ from msi.errors import (
 from msi.request_spans import OpenSpans
 from msi.server.answers import error_object
 from msi.server.anthropic.answer import MessageAnswer
-from msi.server.chat import ChatAnswer
+from msi.server.chat_answers import ChatAnswer
 from msi.server.completions import CompletionAnswer
 from msi.server.fields import Streaming
 from msi.server.merging import merged

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import orjson
 
 from msi.server.calls import Call, ChunkAnswer, TypedAnswer, error_of, status_of
-from msi.server.chat import ChatAnswer
+from msi.server.chat_answers import ChatAnswer
 from msi.server.completions import CompletionAnswer
 from msi.server.fields import Streaming
 from msi.server.typed_answers import Event

@@ -42,7 +42,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from msi.errors import InvalidRequest, Unavailable, shown
 from msi.server.calls import Call, Caller, Calls, error_of
-from msi.server.chat import ChatAnswer, logprobs_content
+from msi.server.chat_answers import ChatAnswer, logprobs_content
 from msi.server.completions import CompletionAnswer
 from msi.server.door import Connection, connection_of
 from msi.server.prepare import MESSAGE, Answered, NotUnderstood, Prepared
