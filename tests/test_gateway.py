@@ -11,7 +11,8 @@ import aiohttp
 import pytest
 
 from msi import ConfigError, Engine, __version__
-from msi.server.gateway import MAX_BODY_BYTES, Gateway
+from msi.server.gateway import Gateway
+from msi.server.request_body import MAX_BODY_BYTES
 from tests.conftest import TEXT
 from tests.test_engine import collect, idle
 

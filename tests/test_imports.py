@@ -49,6 +49,8 @@ OWNERS = {
     "msgpack": {"msi/net/codec.py"},
     "aiohttp": {
         "msi/server/gateway.py",
+        "msi/server/endpoints.py",
+        "msi/server/json_answers.py",
         "msi/server/websocket.py",
         "msi/server/door.py",
         "msi/server/request_body.py",

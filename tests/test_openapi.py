@@ -22,7 +22,7 @@ FIELDS = completions.FIELDS | chat.FIELDS | tokenizing.TEXT_FIELDS | tokenizing.
 
 
 def endpoints(served: Gateway):
-    return {(path, method) for path, methods in served._endpoints.items() for method in methods}
+    return {(path, method) for path, methods in served._handlers.items() for method in methods}
 
 
 async def test_every_endpoint_is_described_and_nothing_else(tiny_model):

@@ -1,4 +1,4 @@
-"""The gateway: HTTP in front of an engine.
+"""The gateway: HTTP in front of an engine. Who may ask, and how it begins and ends; answers are of `Endpoints`.
 
 POST /v1/completions, /v1/chat/completions, /v1/responses and /v1/messages (server-sent events with "stream": true),
 /tokenize and /detokenize, GET /v1/models and /v1/models/NAME, WebSocket /v1/stream, GET /health, /ready, /metrics,
@@ -9,71 +9,43 @@ success is an error in JSON.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import re
 import socket
-import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
-import orjson
 from aiohttp import web
 
 import msi
 from msi.engine import Engine
-from msi.errors import MAX_SHOWN_CHARS, ModelNotFound, Overloaded, shown
+from msi.errors import MAX_SHOWN_CHARS, Overloaded
 from msi.request_spans import OpenSpans
 from msi.server.answers import error_object
-from msi.server.anthropic.errors import error_body, is_anthropics
 from msi.server.api_keys import ApiKeys
-from msi.server.calls import Call, Caller, Calls, error_of, request_id_of, status_of
+from msi.server.calls import Calls, error_of, request_id_of, status_of
 from msi.server.door import Door
-from msi.server.event_stream import MAX_PIECE_BYTES, EventStream, write_pieces
+from msi.server.endpoints import ID_HEADER, MODEL, OF_MODEL, Endpoints, Handler
 from msi.server.events import Events
-from msi.server.exposition import CONTENT_TYPE_LATEST
+from msi.server.json_answers import error_response
 from msi.server.listening import Entrance, listen, max_connections, url_of
 from msi.server.metrics import Metrics
-from msi.server.model_card import model_card
 from msi.server.openapi import description
 from msi.server.origins import Origins
 from msi.server.page import Page
-from msi.server.prepare import (
-    ANTHROPIC,
-    ANTHROPIC_COUNT,
-    CHAT,
-    COMPLETION,
-    DETOKENIZE,
-    RESPONSE,
-    TOKENIZE,
-    Answered,
-    NotUnderstood,
-)
 from msi.server.refusals import Refused
-from msi.server.replies import reply_of
-from msi.server.request_body import MAX_BODY_BYTES, Bodies, discard
+from msi.server.request_body import discard
 from msi.server.request_log import LoadLog, RequestLog
 from msi.server.running import Running
-from msi.server.websocket import Sockets
 from msi.watchdog import LoopWatch
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1  # what a client waits that nothing could take now
-ID_HEADER = "X-Request-Id"
 USUAL_HEADERS = f"Authorization, Content-Type, {ID_HEADER}"
 HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(, ?[A-Za-z0-9-]{1,64}){0,63}")
 KEY_HEADER = "x-api-key"  # Anthropic's clients send the key there
-ASKED = {
-    "/v1/completions": COMPLETION, "/v1/chat/completions": CHAT, "/v1/responses": RESPONSE, "/v1/messages": ANTHROPIC,
-    "/v1/messages/count_tokens": ANTHROPIC_COUNT, "/tokenize": TOKENIZE, "/detokenize": DETOKENIZE,
-}  # fmt: skip
-OF_MODEL = "/v1/models/"  # and its name, which may have slashes
-MODEL = OF_MODEL + "{model}"
 PROBES = ("/health", "/ready", "/version")  # whoever restarts or balances servers has no key
 ENDS_WITHIN_S = 2.0  # clients, once their requests have ended
-Handler = Callable[[web.BaseRequest, dict[str, str]], Awaitable[web.StreamResponse]]  # headers: of the answer
 
 
 class Gateway:
@@ -109,36 +81,30 @@ class Gateway:
         watch: LoopWatch | None = None,
         spans: OpenSpans | None = None,
     ) -> None:
-        self._engine = engine
         self._host = host
         self._port = port
         self._api_keys = ApiKeys(api_keys)
         self._origins = Origins(allowed_origins, host, bool(api_keys))
         self._watch = watch
-        self._created = int(time.time())
-        self._metrics = Metrics(engine.model_name)
+        metrics = Metrics(engine.model_name)
         requests = RequestLog(is_told=log_requests)
-        self._calls = Calls(engine, self._metrics, chat_template, requests, spans)
+        self._calls = Calls(engine, metrics, chat_template, requests, spans)
         self._spans = spans
         self._load_log = LoadLog(engine, requests) if log_load else None
         self._telling: asyncio.Task[None] | None = None
-        self._bodies = Bodies()
         self._running = Running()
-        self._sockets = Sockets(self._calls, self._running, MAX_BODY_BYTES)
         self._door = Door(self._handle, max_connections())
         self._entrance: Entrance | None = None
-        self._description = description(msi.__version__, needs_key=bool(api_keys), has_page=has_page)
-        self._endpoints: dict[str, dict[str, Handler]] = {
-            **{path: {"POST": self._asking(endpoint)} for path, endpoint in ASKED.items()},
-            "/v1/stream": {"GET": self._websocket},
-            "/v1/models": {"GET": self._models},
-            MODEL: {"GET": self._model},
-            "/health": {"GET": self._health},
-            "/ready": {"GET": self._ready},
-            "/metrics": {"GET": self._prometheus},
-            "/version": {"GET": self._version},
-            "/openapi.json": {"GET": self._openapi},
-        }
+        self._endpoints = Endpoints(
+            engine,
+            self._calls,
+            metrics,
+            self._running,
+            description=description(msi.__version__, needs_key=bool(api_keys), has_page=has_page),
+            flow_of=self._flow_of,
+            counters=self._counters,
+        )
+        self._handlers = dict(self._endpoints.by_path)
         self._without_key = frozenset(PROBES)
         self._events: Events | None = None
         self._files: dict[str, dict[str, Handler]] = {}  # of the page
@@ -146,7 +112,7 @@ class Gateway:
             page = Page()
             has_chat = bool(chat_template or engine.welcome.chat_templates)
             self._events = Events(engine, requests, has_chat=has_chat, needs_key=bool(api_keys))
-            self._endpoints |= {"/": {"GET": page.serve}, "/v1/events": {"GET": self._events.serve}}
+            self._handlers |= {"/": {"GET": page.serve}, "/v1/events": {"GET": self._events.serve}}
             self._files = {path: {"GET": page.serve} for path in page.paths}
             self._without_key |= page.paths
 
@@ -186,7 +152,7 @@ class Gateway:
             await running.wait_idle(grace_s)
         self.end_requests()
         await running.wait_idle(ENDS_WITHIN_S)
-        await self._sockets.close()
+        await self._endpoints.close()
         await self._door.shutdown(ENDS_WITHIN_S)
         await self._calls.close()
         if self._spans is not None:
@@ -248,14 +214,18 @@ class Gateway:
                 is_unread=True,
             )
 
-    def _caller(self, request: web.BaseRequest, came_at: float | None = None) -> Caller:
+    def _flow_of(self, request: web.BaseRequest) -> str:
+        """By its key; "" without one."""
         flows = [self._api_keys.flow_of(bearer) for bearer in bearers_of(request)]
-        return Caller(next(filter(None, flows), ""), request.headers, came_at)
+        return next(filter(None, flows), "")
+
+    def _counters(self) -> dict[str, float]:
+        return ({} if self._watch is None else self._watch.counters()) | self._door.counters()
 
     def _endpoint(self, request: web.BaseRequest) -> Handler:
         """Raises Refused."""
         path = MODEL if request.path.startswith(OF_MODEL) else request.path
-        methods = self._endpoints.get(path) or self._files.get(path)
+        methods = self._handlers.get(path) or self._files.get(path)
         if methods is None:
             raise Refused(404, f"there is no {request.path[:MAX_SHOWN_CHARS]}", is_unread=request.can_read_body)
         if request.method == "OPTIONS":
@@ -281,101 +251,6 @@ class Gateway:
             },
         )
 
-    # -- endpoints ---------------------------------------------------------------------------------------------------
-
-    def _asking(self, endpoint: str) -> Handler:
-        return lambda request, headers: self._answer(request, headers, endpoint)
-
-    async def _answer(self, request: web.BaseRequest, headers: dict[str, str], endpoint: str) -> web.StreamResponse:
-        came_at = time.monotonic()
-        with self._running.request():
-            async with self._bodies.read(request) as body:
-                asked = await self._calls.understand(endpoint, body, client=request.protocol)
-                del body
-            if isinstance(asked, NotUnderstood):
-                raise asked.failure.error()
-            if isinstance(asked, Answered):
-                return await _send(request, [asked.body], headers)
-            assert asked.request is not None
-            parent, caller = request.headers.get("traceparent", ""), self._caller(request, came_at)
-            call = self._calls.call(asked.request, headers[ID_HEADER], parent, caller)
-            if not call.streaming.stream:
-                return await self._whole(request, call, headers)
-        return await self._stream(request, call, headers)
-
-    async def _whole(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
-        reply = reply_of(call)
-        async with contextlib.aclosing(call.outputs):
-            async for output in call.outputs:
-                reply.add(output)
-        parts = []
-        for part in reply.parts():
-            parts.append(part)
-            await asyncio.sleep(0)
-        return await _send(request, parts, headers)
-
-    async def _stream(self, request: web.BaseRequest, call: Call, headers: dict[str, str]) -> web.StreamResponse:
-        """A failure before the first event is an HTTP error, and one after it an event."""
-        response, reply = EventStream(request, headers), reply_of(call)
-        connection = response.connection
-        try:
-            with self._running.request():
-                async with contextlib.aclosing(call.outputs):
-                    async for output in call.outputs:
-                        if connection.is_behind:
-                            await connection.caught_up()
-                        await response.tell(reply.events(output))
-            last = reply.end()
-        except ConnectionResetError:
-            raise
-        except Exception as error:
-            if not response.prepared:
-                raise
-            last = reply.failure(error)
-        await response.write_eof(last)
-        return response
-
-    async def _websocket(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        if request.method != "GET" or request.headers.get("Upgrade", "").lower() != "websocket":
-            raise Refused(426, f"{request.path} speaks WebSocket", headers={"Upgrade": "websocket"})
-        try:
-            return await self._sockets.serve(request, headers, self._caller(request).flow)
-        except web.HTTPException as error:  # a handshake that is none
-            raise Refused(400, f"this is no WebSocket handshake: {error.text}") from error
-
-    async def _models(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        card = model_card(self._engine.model_name, self._engine.max_model_len, self._created)
-        return json_response({"object": "list", "data": [card]})
-
-    async def _model(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        name = request.path.removeprefix(OF_MODEL)
-        if name != self._engine.model_name:
-            raise ModelNotFound(f"model {shown(name)} is not served here; this is {self._engine.model_name!r}")
-        return json_response(model_card(name, self._engine.max_model_len, self._created))
-
-    async def _health(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        """Whether the process lives."""
-        return json_response({"status": "ok"})
-
-    async def _ready(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        """Whether requests are taken now; 503 and what is waited for if not."""
-        is_ready, sentence = self._engine.status
-        if self._running.is_ending:
-            is_ready, sentence = False, "the server is shutting down"
-        return json_response({"ready": is_ready, "status": sentence}, status=200 if is_ready else 503)
-
-    async def _prometheus(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        own = {} if self._watch is None else self._watch.counters()
-        own |= self._door.counters() | {"preparations_given_up": self._calls.num_given_up}
-        body = self._metrics.exposition(await self._engine.stats(), own)
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    async def _openapi(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        return json_response(self._description)
-
-    async def _version(self, request: web.BaseRequest, headers: dict[str, str]) -> web.StreamResponse:
-        return json_response({"version": msi.__version__})
-
 
 def bearers_of(request: web.BaseRequest) -> list[str]:
     """The keys of a request as Authorization headers."""
@@ -387,34 +262,3 @@ def retry_after(error: Exception) -> dict[str, str]:
     """The header of a refusal that knows when it would be none."""
     after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
     return {"Retry-After": str(math.ceil(after_s))} if after_s else {}
-
-
-# -- answers -------------------------------------------------------------------------------------------------------
-
-
-def json_response(values: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    return web.Response(body=orjson.dumps(values), content_type="application/json", status=status, headers=headers)
-
-
-def error_response(
-    path: str, status: int, error: dict[str, Any], headers: Mapping[str, str] | None = None
-) -> web.Response:
-    """An error in the shape that clients of a path know; `error`: OpenAI's object."""
-    headers = dict(headers or {})
-    if status in (429, 503):
-        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
-    return json_response(error_body(error, status) if is_anthropics(path) else {"error": error}, status, headers)
-
-
-async def _send(request: web.BaseRequest, parts: Sequence[bytes], headers: Mapping[str, str]) -> web.StreamResponse:
-    """JSON, in pieces where it is long."""
-    num_bytes = sum(map(len, parts))
-    if num_bytes <= MAX_PIECE_BYTES:
-        return web.Response(body=b"".join(parts), content_type="application/json")
-    response = web.StreamResponse(headers={"Content-Type": "application/json", **headers})
-    response.content_length = num_bytes
-    await response.prepare(request)
-    for part in parts:
-        await write_pieces(response, part)
-    await response.write_eof()
-    return response
