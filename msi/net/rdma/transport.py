@@ -23,6 +23,7 @@ from msi.net.complaints import Complaints
 from msi.net.delivery import Delivery
 from msi.net.rdma.endpoint import NUM_SENDS, RdmaEndpoint
 from msi.net.rdma.fabric import Place, open_place
+from msi.net.rdma.goodbyes import GONE, Goodbyes
 from msi.net.rdma.introduction import NUM_BYTES, Introduction
 from msi.net.rdma.landing import RdmaLanding, RdmaOutbox, new_landing
 from msi.net.rdma.options import RdmaOptions
@@ -58,9 +59,6 @@ SCHEME = "rdma://"
 CONTROL_LAYOUT = SlotLayout(1, 1, 128)  # of a seat in which nothing lands: control connections carry words alone
 KNOCK = 0x4B4E4F43  # never delivered
 RECEIVES_PER_SEAT = 32
-LEAVE_S = 1.0  # what was posted before a close may arrive so much later
-COUNT_MASK = (1 << 31) - 1
-GONE = 1 << 31  # said nothing
 IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as the rest
 
 
@@ -111,10 +109,11 @@ class RdmaTransport:
         self._by_control: dict[Endpoint, RdmaEndpoint] = {}
         self._accepted: dict[bytes, RdmaEndpoint] = {}  # by what they said, until they are connected
         self._knocking: dict[RdmaEndpoint, asyncio.Future[None]] = {}
-        self._leaving: dict[RdmaEndpoint, asyncio.TimerHandle] = {}  # closed by us, until all has arrived
-        self._left: dict[RdmaEndpoint, int] = {}  # closed by the peer, and how many posts it made
-        self._all_left = asyncio.Event()
-        self._all_left.set()
+        self._goodbyes = Goodbyes(
+            has_seat=lambda endpoint: endpoint.receives.number in self._incoming,
+            end=lambda endpoint: self._end(endpoint, "its process is gone or closed the connection"),
+            release=self._release,
+        )
         self._early: list[tuple[RdmaEndpoint, int]] = []  # words to a poller before there was a connection
         self._is_open = True
 
@@ -307,8 +306,8 @@ class RdmaTransport:
         while self._num_used >= RECEIVES_PER_REFILL:
             self._num_used -= RECEIVES_PER_REFILL
             self._card.refill()
-        if self._left:
-            self._on_loop(self._settle)
+        if self._goodbyes.heard:
+            self._on_loop(self._goodbyes.settle)
 
     def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
         if self._poller is None:
@@ -373,21 +372,9 @@ class RdmaTransport:
         if not watched.is_open:  # we are leaving, and it has what we posted
             self._release(watched)
             return
-        self._left[watched] = word if kind is CompletionKind.IMMEDIATE else GONE
-        self._loop.call_later(LEAVE_S, self._end_left, watched)
+        self._goodbyes.hear(watched, word if kind is CompletionKind.IMMEDIATE else GONE)
         self._reader.take()  # what it posted before
-        self._settle()
-
-    def _settle(self) -> None:
-        """Who left, and has posted nothing that is not here yet, is gone."""
-        for endpoint, num_posted in list(self._left.items()):
-            is_revoked = endpoint.receives.number not in self._incoming
-            if num_posted == GONE or is_revoked or endpoint.num_received & COUNT_MASK == num_posted:
-                self._end_left(endpoint)
-
-    def _end_left(self, endpoint: RdmaEndpoint) -> None:
-        if endpoint in self._left:
-            self._end(endpoint, "its process is gone or closed the connection")
+        self._goodbyes.settle()
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -404,29 +391,19 @@ class RdmaTransport:
                 self._deliver(endpoint, CompletionKind.CLOSED, 0, reason)
 
     def _leave(self, endpoint: RdmaEndpoint) -> None:
-        """We close it: the peer is told how much to wait for, and we wait until it has it."""
+        """We close it."""
         self._incoming.pop(endpoint.receives.number, None)
-        self._left.pop(endpoint, None)
-        self._leaving[endpoint] = self._loop.call_later(LEAVE_S, self._release, endpoint)
-        self._all_left.clear()
-        assert endpoint.control is not None
-        with contextlib.suppress(TransportError):
-            endpoint.control.post(0, endpoint.num_posted & COUNT_MASK)
+        self._goodbyes.say(endpoint)
 
     def _release(self, endpoint: RdmaEndpoint) -> None:
         """Nothing is left of it. Idempotent."""
         self._incoming.pop(endpoint.receives.number, None)
         self._outgoing.pop(endpoint.sends.number, None)
-        self._left.pop(endpoint, None)
-        timer = self._leaving.pop(endpoint, None)
-        if timer is not None:
-            timer.cancel()
+        self._goodbyes.forget(endpoint)
         if endpoint.control is not None:
             self._by_control.pop(endpoint.control, None)
             endpoint.control.close()
         endpoint.release()
-        if not self._leaving:
-            self._all_left.set()
 
     async def close(self) -> None:
         if not self._is_open:
@@ -434,9 +411,7 @@ class RdmaTransport:
         self._is_open = False
         for endpoint in list(self._by_control.values()):
             endpoint.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEAVE_S):
-                await self._all_left.wait()
+        await self._goodbyes.all_said()
         self._reader.stop()
         for endpoint in list(self._outgoing.values()):
             self._release(endpoint)
