@@ -3,8 +3,10 @@
 
     tools/life_of_a_token.py [--functions]
 
-What several processes do happens in this one, with the same sockets between the parts, so that one trace sees all of
-it. Functions that also run while there is no request (heartbeats, ticks) are left out.
+A file is listed if any function of it runs for the request. Those marked with > hand it on: they call another file for
+it. The others are asked something, and answer. What several processes do happens in this one, with the same sockets
+between the parts, so that one trace sees all of it. Functions that also run while there is no request (heartbeats,
+ticks) are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from msi.server.gateway import Gateway
 ROOT = Path(__file__).resolve().parent.parent
 IDLE_S = 3.0  # several heartbeats of everybody
 BODY = {"prompt": "It was a fine morning", "max_tokens": 4, "temperature": 0, "stream": True}
-Functions = dict[tuple[str, str], None]  # (file, qualified name), in the order of the first calls
+Function = tuple[str, str]  # file, qualified name
+Functions = dict[Function, set[str]]  # in the order of the first calls, and the files that they were called from
 
 
 class Trace:
@@ -43,10 +46,8 @@ class Trace:
         sys.setprofile(self._called)
 
     def _called(self, frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and (found := self._found) is not None:
-            code = frame.f_code
-            if code.co_filename.startswith(f"{ROOT}/msi/"):
-                found.setdefault((code.co_filename.removeprefix(f"{ROOT}/"), code.co_qualname))
+        if event == "call" and (found := self._found) is not None and (file := _ours(frame)) is not None:
+            found.setdefault((file, frame.f_code.co_qualname), set()).update({_caller_of(frame)} - {file, ""})
 
     @contextmanager
     def recording(self) -> Iterator[Functions]:
@@ -54,6 +55,21 @@ class Trace:
         self._found = found
         yield found
         self._found = None
+
+
+def _ours(frame: FrameType) -> str | None:
+    file = frame.f_code.co_filename
+    return file.removeprefix(f"{ROOT}/") if file.startswith(f"{ROOT}/msi/") else None
+
+
+def _caller_of(frame: FrameType) -> str:
+    """The file that called it, be it by way of a library; "" for none."""
+    above = frame.f_back
+    while above is not None:
+        if (file := _ours(above)) is not None:
+            return file
+        above = above.f_back
+    return ""
 
 
 async def first_token(url: str) -> None:
@@ -91,7 +107,7 @@ async def traced() -> Functions:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         sockets.close()
-    return {function: None for function in busy if function not in idle}
+    return {function: callers for function, callers in busy.items() if function not in idle}
 
 
 def by_file(functions: Functions) -> dict[str, list[str]]:
@@ -106,9 +122,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--functions", action="store_true", help="what is called in each file, too")
     arguments = parser.parse_args()
-    files = by_file(asyncio.run(traced()))
+    functions = asyncio.run(traced())
+    files, handing_on = by_file(functions), set().union(*functions.values())
     for number, (file, names) in enumerate(files.items(), 1):
-        print(f"{number:3}  {file}" + (f"  {', '.join(names)}" if arguments.functions else ""))
+        mark = ">" if file in handing_on else " "
+        print(f"{number:3} {mark} {file}" + (f"  {', '.join(names)}" if arguments.functions else ""))
+    print(f"{len(files)} files, of which {len(handing_on & files.keys())} hand it on")
 
 
 if __name__ == "__main__":

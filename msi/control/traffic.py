@@ -110,7 +110,7 @@ class Traffic:
     def submit(self, route: bytes, message: Submit, now: float) -> None:
         request = self._traced(route, message.request)
         self._clients.submits(route)
-        if (given := self._takeover.displaced(request.request_id)) is not None:
+        if self._takeover and (given := self._takeover.displaced(request.request_id)) is not None:
             self._cancel(*given)
         if request.params.seed is None:
             failure = Failure.of(InvalidRequest("give every request a seed"))
@@ -165,7 +165,8 @@ class Traffic:
     def passed(self, done: PassDone, now: float) -> None:
         """New tokens."""
         self._tell(self._router.progress(done.worker_id, done.progress, now))
-        self._takeover.progress(done.worker_id, done.progress)
+        if self._takeover:
+            self._takeover.progress(done.worker_id, done.progress)
 
     def failed(self, failed: RequestsFailed) -> None:
         self._tell(self._router.fail(failed.request_ids, failed.failure, failed.worker_id))

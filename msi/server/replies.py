@@ -7,6 +7,7 @@ are events that are named by their types, of which the last one ends it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Protocol
 
 import orjson
@@ -50,7 +51,6 @@ class ChunkReply:
     def __init__(self, answer: ChunkAnswer, streaming: Streaming) -> None:
         self._answer = answer
         self._streaming = streaming
-        self._whole = Whole(answer)
         self._is_plain = answer.is_plain and not (streaming.include_usage and streaming.continuous_usage)
         self._begun: set[int] = set()  # choices
         self._around: dict[int, tuple[bytes, bytes]] = {}  # see `_cut`
@@ -82,6 +82,11 @@ class ChunkReply:
 
     def failure(self, error: Exception) -> bytes:
         return _data({"error": error_of(error)}) + DONE
+
+    @cached_property
+    def _whole(self) -> Whole:
+        """Where it does not stream."""
+        return Whole(self._answer)
 
     def add(self, output: Output) -> None:
         self._whole.add(output)
