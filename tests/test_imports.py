@@ -31,7 +31,7 @@ LAYERS = [
         "msi.control.members", "msi.control.roster", "msi.control.formation", "msi.control.membership",
         "msi.control.inheritance", "msi.control.leaving", "msi.control.waiting_for",
         "msi.control.calibration", "msi.control.clients", "msi.control.counters", "msi.control.lane_choice",
-        "msi.control.suspects", "msi.control.routed", "msi.control.request_routing", "msi.control.restarts",
+        "msi.control.suspects", "msi.control.routed", "msi.control.loads", "msi.control.request_routing", "msi.control.restarts",
         "msi.control.fair_queue", "msi.control.overload", "msi.control.prediction",
         "msi.control.watched", "msi.control.takeover", "msi.control.adoption", "msi.control.arrivals",
         "msi.control.placing", "msi.control.due_changes", "msi.control.expert_places", "msi.control.changes",

@@ -4,9 +4,7 @@ Workers are given what they can run and a few more; the others wait here, in the
 predicted to come too late, by what the requests before took (`prediction`), is refused when it comes, and ended when it
 has waited for too long, before it costs anything; what has had its time ends wherever it is.
 
-A decode step of a worker takes a time that grows with its sequences and with their contexts, and every sequence waits
-for all of them: so requests are placed by the sum of both, as time by what steps have taken on each worker, on workers
-whose KV cache has room.
+Which worker would take least time is asked of `loads`, among those whose KV cache has room.
 
 Holds every request's prompt and the tokens emitted so far: those of a worker that is lost are resumed on another, which
 computes prompt and output again; or wait for one. Decides; does not act. Knows no sockets or clock.
@@ -19,9 +17,9 @@ from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count
 
-from msi.attention.sequence import CONTEXT_UNIT
 from msi.control.fair_queue import FairQueue
-from msi.control.overload import FIRST_ANSWER, Objectives, Service, out_of_time
+from msi.control.loads import Loads
+from msi.control.overload import Objectives, Service, out_of_time
 from msi.control.routed import Load, Order, Reconciled, Routed, Updates
 from msi.control.suspects import CRASHES_ALLOWED, SUSPECTED_FOR_S, Suspects, Trials, asked_by
 from msi.errors import DeadlineExceeded, EngineError, Failure, InvalidRequest, RequestFailed, Unavailable
@@ -29,7 +27,6 @@ from msi.types import Progress, Request
 
 WAIT_FOR_WORKERS_S = 30.0
 OUT_OF_TIME = Failure.of(DeadlineExceeded()).kind
-OUTPUTS_REMEMBERED = 64  # the mean length of answers is that of about the last so many
 
 
 class Router:
@@ -79,8 +76,7 @@ class Router:
         self._requests: dict[str, Routed] = {}
         self._by_name: dict[tuple[bytes, str], Routed] = {}
         self._waiting = FairQueue()  # those without a worker
-        self._loads: dict[str, Load] = {}
-        self._mean_output = 0.0  # of finished answers; 0 before the first
+        self._loads = Loads(max_model_len, self._service.meters.relative)
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -113,7 +109,7 @@ class Router:
         routed = self._by_name[client, name] = Routed(request, client, name, now + WAIT_FOR_WORKERS_S, num_tokens)
         routed.is_suspect = bool(self._suspects) and self._suspects.is_suspected(routed.asked, now)
         routed.flow, routed.came_at = flow, now
-        routed.cost = self._expected_tokens(request)
+        routed.cost = self._loads.expected_tokens(request)
         if request.timeout_s:
             routed.ends_at = now + request.timeout_s
             heappush(self._deadlines, (routed.ends_at, request.request_id))
@@ -143,10 +139,9 @@ class Router:
             request: as its client has it, with the output that it has.
         """
         routed = self._taken_over(request, request_id, client, now)
-        load = self._loads.setdefault(worker_id, Load())
         self._give(routed, worker_id, {}, now)
         routed.ack = 0
-        self._count_started(routed, load)  # it has been there for a time that is not known: it measures nothing
+        self._loads.start(routed)  # it has been there for a time that is not known: it measures nothing
 
     def resume(self, request: Request, client: bytes, now: float) -> None:
         """A request of the coordinator before, which no worker has any more: it waits for one, before new ones."""
@@ -168,7 +163,7 @@ class Router:
             lost_by="the coordinator before this one was lost",
         )  # fmt: skip
         routed.flow, routed.came_at = request.flow or client.hex(), now
-        routed.cost = self._expected_tokens(request)
+        routed.cost = self._loads.expected_tokens(request)
         if request.timeout_s:
             routed.ends_at = now + request.timeout_s
             heappush(self._deadlines, (routed.ends_at, request_id))
@@ -182,8 +177,7 @@ class Router:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for a worker, or at one for others to end."""
-        excess = (max(0, load.num_requests - self._max_num_seqs) for load in self._loads.values())
-        return len(self._waiting) + sum(excess)
+        return len(self._waiting) + self._loads.num_excess(self._max_num_seqs)
 
     @property
     def num_unrouted(self) -> int:
@@ -224,7 +218,7 @@ class Router:
                 continue
             if self._shed(routed, now):
                 continue
-            self._give(routed, self._soonest(routed, free), acks or {}, now)
+            self._give(routed, self._loads.soonest(routed, free), acks or {}, now)
             given.append((routed.worker_id, routed.handed_out(now)))
         return given
 
@@ -240,17 +234,8 @@ class Router:
         routed.worker_id, routed.given_at = worker_id, now
         if routed.is_suspect:
             self._trials.begin(worker_id, routed.request.request_id, routed.asked, len(routed.token_ids))
-        routed.predicted = self._predicted(routed.request)
         routed.ack = 1 + acks.get(worker_id, 0)
-        load = self._loads[worker_id]
-        load.predicted += routed.predicted
-        load.num_tokens += routed.num_tokens
-        load.num_requests += 1
-        load.num_expected += routed.cost
-        load.num_unstarted += 1
-        load.num_prompt_tokens += len(routed.request.prompt_token_ids)
-        routed.num_computed = load.num_prompt_tokens
-        routed.is_started = False
+        self._loads.give(routed)
 
     def progress(self, worker_id: str, progress: Iterable[Progress], now: float = 0.0) -> Updates:
         """New tokens from a worker, as updates for each client. What nobody waits for any more is dropped."""
@@ -260,9 +245,7 @@ class Router:
             if routed is None or routed.worker_id != worker_id:
                 continue
             if one.token_ids and not routed.is_started:
-                load = self._loads[worker_id]
-                self._count_started(routed, load)
-                one = self._service.started(routed, load, one, now)
+                one = self._service.started(routed, self._loads.start(routed), one, now)
             routed.token_ids.extend(one.token_ids)
             if one.prompt_logprobs is not None:
                 routed.num_scored += len(one.prompt_logprobs)
@@ -273,20 +256,13 @@ class Router:
             if one.finish_reason is not None:
                 if self._suspects:
                     self._suspects.clear(routed.asked)
-                weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
-                self._mean_output += weight * (len(routed.token_ids) - self._mean_output)
+                self._loads.answered(len(routed.token_ids))
                 num_tokens = len(routed.request.prompt_token_ids) + len(routed.token_ids)
                 self._waiting.took(routed.flow, num_tokens - routed.cost)
                 self._service.ended(routed, worker_id, self.load(worker_id), now)
             its_name = one if routed.name == one.request_id else one._replace(request_id=routed.name)
             updates.setdefault(routed.client, []).append(its_name)
         return updates
-
-    @staticmethod
-    def _count_started(routed: Routed, load: Load) -> None:
-        routed.is_started = True
-        load.num_unstarted -= 1
-        load.num_prompt_tokens -= len(routed.request.prompt_token_ids)
 
     def reconcile(self, worker_id: str, held: Iterable[str], acked: int, now: float) -> Reconciled:
         """Compares with what a worker says that it holds; what was lost on its way is given to a worker again.
@@ -326,7 +302,7 @@ class Router:
             has_crashed: it ended by itself: each of them is suspected of having done that, or the one that is guilty.
         """
         lost = [routed for routed in self._requests.values() if routed.worker_id == worker_id]
-        self._loads.pop(worker_id, None)
+        self._loads.lost(worker_id)
         self._capacities = {name: size for name, size in self._capacities.items() if name != worker_id}
         on_trial = [routed for routed in lost if self._trials.end(worker_id, routed.request.request_id)]
         if has_crashed and on_trial:
@@ -430,30 +406,7 @@ class Router:
 
     def load(self, worker_id: str) -> Load:
         """What a worker has been given and has not finished."""
-        return self._loads.get(worker_id, Load())
-
-    def _soonest(self, routed: Routed, capacities: Mapping[str, int]) -> str:
-        """Of the workers with room the one whose steps are predicted to take least with it; the most room where none
-        has enough.
-        """
-        extra, time_of = self._predicted(routed.request), self._service.meters.relative
-        loads = {worker: self._loads.setdefault(worker, Load()) for worker in capacities}
-        room = {worker: capacity - loads[worker].num_tokens for worker, capacity in capacities.items()}
-        roomy = [worker for worker in room if room[worker] >= routed.num_tokens]
-        if roomy:
-            return min(roomy, key=lambda worker: (time_of(worker, loads[worker].predicted + extra), -room[worker]))
-        return max(room, key=room.__getitem__)
-
-    def _predicted(self, request: Request) -> float:
-        """Of a request in the middle of its answer, whose length is taken to be the mean of those before."""
-        most = min(request.params.max_tokens, self._max_model_len)
-        num_output = min(most, self._mean_output) if self._mean_output else most
-        return 1 + (len(request.prompt_token_ids) + num_output / 2) / CONTEXT_UNIT
-
-    def _expected_tokens(self, request: Request) -> float:
-        """Prompt and answer."""
-        num_output = min(request.params.max_tokens, self._mean_output or FIRST_ANSWER)
-        return min(len(request.prompt_token_ids) + num_output, self._max_model_len)
+        return self._loads.of(worker_id)
 
     def _acquit(self, routed: Routed) -> None:
         """It is not what its worker crashed by."""
@@ -474,13 +427,7 @@ class Router:
     def _free(self, routed: Routed) -> None:
         """It counts for its worker no longer."""
         self._trials.end(routed.worker_id, routed.request.request_id)
-        if (load := self._loads.get(routed.worker_id)) is not None:
-            load.predicted -= routed.predicted
-            load.num_tokens -= routed.num_tokens
-            load.num_requests -= 1
-            load.num_expected -= routed.cost
-            if not routed.is_started:
-                self._count_started(routed, load)
+        self._loads.free(routed)
 
 
 def _guilty(lost_by: str = "") -> RequestFailed:
