@@ -173,5 +173,6 @@ def gpu_kernels(wanted: str, has_gates: bool = False) -> Callable[[torch.device]
     if reason is None:
         return partial(flashinfer.FlashinferKernels, is_measured=wanted == "auto")
     if wanted == "auto":
+        log.info("attention is by Triton's kernels alone: %s", reason)
         return TritonKernels
     raise ConfigError(f"`cuda_kernels` {wanted} cannot work: {reason}; without it, use `cuda_kernels=triton`")

@@ -151,25 +151,25 @@ class FlashinferKernels(TritonKernels):
         if sinks is not None or not self._takes(plan, layer_cache.dtype):
             plan.own = plan.own or plan.new_own()
             return super().paged_attention(query, layer_cache, plan.own, sinks)
-        return self._attend(query, layer_cache, plan)
+        return self._attend(query, layer_cache, plan, self._wrappers)
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _attend(self, query: Tensor, layer_cache: Tensor, plan: FlashinferPlan) -> Tensor:
+    def _attend(self, query: Tensor, layer_cache: Tensor, plan: FlashinferPlan, wrappers: dict[object, Any]) -> Tensor:
         ready = plan.planned.get(layer_cache.dtype)
         if ready is None:
-            ready = plan.planned[layer_cache.dtype] = self._planned(plan, layer_cache.dtype)
+            ready = plan.planned[layer_cache.dtype] = self._planned(plan, layer_cache.dtype, wrappers)
         attended: Tensor = ready.run(query.contiguous(), layer_cache)
         return attended
 
-    def _planned(self, plan: FlashinferPlan, cache_dtype: torch.dtype) -> Any:
+    def _planned(self, plan: FlashinferPlan, cache_dtype: torch.dtype, wrappers: dict[object, Any]) -> Any:
         """A wrapper that knows the pass. Each lane, by its stream, has its own of each kind: what one plans lies in its
         buffers until the last layer has run.
         """
         pages, shape = plan.pages, plan.shape
         lane = 0 if self.device.type == "cpu" else torch.cuda.current_stream(self.device).cuda_stream
         key = (lane, pages.is_decoding, shape, plan.dtype, cache_dtype)
-        wrapper = self._wrappers.get(key)
+        wrapper = wrappers.get(key)
         if wrapper is None:
             workspace = torch.zeros(self._workspace_bytes, dtype=torch.uint8, device=self.device)
             if pages.is_decoding:
@@ -177,7 +177,7 @@ class FlashinferKernels(TritonKernels):
                 wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=has_cores)
             else:
                 wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-            self._wrappers[key] = wrapper
+            wrappers[key] = wrapper
         told = {
             "window_left": -1 if shape.sliding_window is None else shape.sliding_window - 1,  # beside the query's own
             "q_data_type": plan.dtype,
@@ -242,7 +242,7 @@ class FlashinferKernels(TritonKernels):
         theirs = FlashinferPlan(own.slots, self._pages(host), shape, dtype, lambda: own)
         ways = {
             "Triton": partial(super().paged_attention, query, cache, own),
-            "flashinfer": partial(self._attend, query, cache, theirs),
+            "flashinfer": partial(self._attend, query, cache, theirs, {}),  # whose memory goes with the trial
         }
         if not self._is_measured:
             ways["flashinfer"]()
