@@ -8,6 +8,7 @@ the codec keeps too. Sections may hold sections. Knows no section and no command
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 from msi.errors import ConfigError, shown
 
 KEY = "parameter"  # of a field's metadata
+KINDS = {bool: "True or False", str: "a text", Path: "a path"}
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -99,6 +101,8 @@ class Parameter:
         elif self.about.choices and value not in self.about.choices:
             allowed = ", ".join(self.about.choices)
             raise ConfigError(f"`{self.name}` {shown(value)} is not one; supported: {allowed}")
+        elif not isinstance(value, self.kind) and (value is not None or self.default is not None):
+            raise ConfigError(f"`{self.name}` {shown(value)}: give {KINDS[self.kind]}")
 
     def _check_integer(self, value: object) -> None:
         assert self.least is not None, self
@@ -162,12 +166,14 @@ def section_of(section: type[S], given: Mapping[str, Any]) -> S:
     Raises:
         ConfigError: a value is not allowed.
     """
-    hints = typing.get_type_hints(section)
+    hints = typing.get_type_hints(section, include_extras=True)
     values: dict[str, Any] = {}
     for one in dataclasses.fields(typing.cast(Any, section)):
         about = one.metadata.get(KEY)
         if dataclasses.is_dataclass(hints[one.name]):
             values[one.name] = section_of(typing.cast(type, hints[one.name]), given)
         elif about is not None and (about.name or one.name) in given:
-            values[one.name] = given[about.name or one.name]
+            value = given[about.name or one.name]
+            is_path = isinstance(value, str | os.PathLike) and _bounds_of(hints[one.name])[0] is Path
+            values[one.name] = Path(value) if is_path else value
     return section(**values)

@@ -137,6 +137,37 @@ def test_a_value_that_is_not_allowed_is_refused_by_its_parameters_name(given, se
     assert str(refused.value) == sentence
 
 
+@dataclass(frozen=True)
+class Kinds:
+    here: Path | None = parameter(None, "a path")
+    is_on: bool = parameter(False, "a switch")
+    called: str = parameter("", "a text")
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+def test_a_path_may_be_given_as_a_text():
+    assert section_of(Kinds, {"here": "a/b"}) == section_of(Kinds, {"here": Path("a/b")}) == Kinds(Path("a/b"))
+    assert section_of(Kinds, {"here": None}) == section_of(Kinds, {"called": "", "is_on": False}) == Kinds()
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"here": 3}, "`here` 3: give a path"),
+        ({"is_on": "no"}, "`is_on` 'no': give True or False"),
+        ({"is_on": 1}, "`is_on` 1: give True or False"),
+        ({"called": None}, "`called` None: give a text"),
+        ({"called": b"x"}, "`called` b'x': give a text"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(given, sentence):
+    with pytest.raises(ConfigError) as refused:
+        section_of(Kinds, given)
+    assert str(refused.value) == sentence
+
+
 def test_every_parameter_of_an_instance_says_what_it_is():
     for one in PARAMETERS:
         assert one.about.help, one.name
