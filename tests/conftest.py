@@ -11,8 +11,11 @@ if not Path("/dev/nvidiactl").exists():  # no GPU: before anything imports Trito
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+settings.register_profile("msi", parent=settings(), deadline=None)  # of an example: others use this machine, too
+settings.load_profile("msi")
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must be in want."
 
 
