@@ -139,12 +139,22 @@ class CpuKernels(PlainKernels):
             return rows.decode(query, layer_cache, plan, sinks)
         return super().paged_attention(query, layer_cache, plan, sinks)
 
+    def topk_softmax(self, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+        chosen = None if self._rows is None else rows.topk_softmax(self._rows, logits, k, renormalise)
+        return super().topk_softmax(logits, k, renormalise) if chosen is None else chosen
+
     def pack(
         self, normed: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, outboxes: Outboxes
     ) -> Any:
         """(node, token_index or None for all tokens in order, count) of each node that gets rows."""
         sent: list[tuple[int, Tensor | None, int]] = []
-        counts, normed = outboxes.counts.numpy(), as_sent(normed, outboxes)
+        counts, normed, rows_ = outboxes.counts.numpy(), as_sent(normed, outboxes), self._rows
+        goes_to_one = len(local_ids) == 1 and len(normed) > 0
+        if rows_ is None or not goes_to_one:
+            pass
+        elif rows.pack(rows_, normed, topk_weights, topk_ids, local_ids[0], outboxes.rows[0]):
+            counts[0] = len(normed)
+            return [(0, None, len(normed))]
         for node, out in enumerate(outboxes.rows[: len(local_ids)]):
             token_index, local = rows_for_node(topk_ids, local_ids, node)
             counts[node] = count = len(local)

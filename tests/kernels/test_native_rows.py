@@ -7,12 +7,14 @@ import torch
 
 from msi.kernels import BLOCK_TOKENS, fp8
 from msi.kernels.cpu import CpuKernels
-from msi.kernels.native.rows import DecodePlan, native_rows
+from msi.kernels.kernels import Outboxes
+from msi.kernels.native.rows import DecodePlan, native_rows, scatter
 from msi.kernels.norm import HeadNorm, Norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
-from msi.kernels.plain import PlainKernels
+from msi.kernels.plain import PlainKernels, scatter_answers
 from msi.kernels.rope import rope_frequencies
+from msi.kernels.routing import PackedRows, row_bytes
 
 pytestmark = pytest.mark.skipif(native_rows() is None, reason="the native products cannot be compiled here")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -141,3 +143,77 @@ def test_what_stands_beside_a_sequence_does_not_change_its_attention():
 
 def vars_of(inputs):
     return [getattr(inputs, name) for name in PassTensors.__slots__]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize(("num_experts", "k"), [(8, 2), (128, 8), (4, 4)])
+def test_experts_are_chosen_as_by_plain_torch(num_experts, k, renormalise, dtype):
+    own, plain = kernels()
+    logits = values(33, num_experts + 5, dtype=dtype)[:, :num_experts]
+    weights, ids = own.topk_softmax(logits, k, renormalise)
+    wanted, their_ids = plain.topk_softmax(logits, k, renormalise)
+    assert torch.equal(logits.gather(1, ids), logits.gather(1, their_ids))  # equal ones may be another's
+    assert ids.sort(dim=1).values.diff(dim=1).min() > 0
+    assert close(weights, wanted)
+
+
+@pytest.mark.parametrize(
+    ("logits", "ids", "weights"),
+    [
+        ([2.0, 1.0, 2.0, 2.0], [0, 2], [0.5, 0.5]),
+        ([1.0, -float("inf"), -float("inf")], [0, 1], [1.0, 0.0]),
+        ([1.0, float("nan"), 3.0, float("inf")], [1, 3], [float("nan")] * 2),
+        ([float("nan")] * 4, [0, 1], [float("nan")] * 2),
+    ],
+    ids=["equal ones", "impossible ones", "one that is no number", "no numbers"],
+)
+def test_the_lower_id_comes_first_and_what_is_no_number_stays_none(logits, ids, weights):
+    own, _ = kernels()
+    chosen = own.topk_softmax(torch.tensor([logits, [1.0] * len(logits)]), 2, True)
+    assert chosen[1].tolist() == [ids, [0, 1]]
+    assert torch.equal(chosen[0].nan_to_num(7.0), torch.tensor([weights, [0.5, 0.5]]).nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_rows_are_packed_as_by_plain_torch(num_nodes, dtype):
+    num_rows, width, k, num_experts = 5, 48, 2, 8
+    normed, weights = values(num_rows, width, dtype=dtype), values(num_rows, k).abs()
+    ids = torch.randint(0, num_experts, (num_rows, k), generator=torch.Generator().manual_seed(0))
+    local_ids = torch.full((num_nodes, num_experts), -1, dtype=torch.int32)
+    for expert in range(num_experts):
+        local_ids[expert % num_nodes, expert] = expert // num_nodes
+    found = []
+    for one in kernels():
+        memory = torch.full((num_nodes, 7, row_bytes(width, k, dtype)), 9, dtype=torch.uint8)
+        rows = [PackedRows.view(of_node, width, k, dtype) for of_node in memory]
+        outboxes = Outboxes(rows, torch.zeros(num_nodes, dtype=torch.int32))
+        one.pack(normed, weights, ids, local_ids, outboxes)
+        counts = outboxes.counts.tolist()
+        found.append((counts, [of_node[:count].tolist() for of_node, count in zip(memory, counts, strict=True)]))
+    assert found[0] == found[1]
+    assert num_nodes > 1 or found[0][0] == [num_rows]
+
+
+def test_rows_that_do_not_fit_are_not_written():
+    own, _ = kernels()
+    memory = torch.full((3, row_bytes(16, 1, torch.float32)), 9, dtype=torch.uint8)
+    outboxes = Outboxes([PackedRows.view(memory[:2], 16, 1, torch.float32)], torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(RuntimeError):
+        own.pack(values(3, 16), torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64),
+                 torch.zeros(1, 4, dtype=torch.int32), outboxes)  # fmt: skip
+    assert (memory[2] == 9).all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_answers_are_rounded_to_where_they_leave(dtype):
+    combined = values(6, 32)
+    combined[2, 3], combined[4, 5] = float("nan"), float("inf")
+    answers = {seat: torch.zeros(2, 4, 48, dtype=dtype)[..., :32] for seat in (3, 5)}
+    wanted = {seat: torch.zeros(2, 4, 32, dtype=dtype) for seat in (3, 5)}
+    scatter_answers(combined, 1, [(5, 4), (3, 2)], wanted)
+    if scatter(native_rows(), combined, 1, [(5, 4), (3, 2)], answers):
+        assert all(torch.equal(answers[seat].nan_to_num(), wanted[seat].nan_to_num()) for seat in (3, 5))
+    else:
+        assert dtype is torch.float16

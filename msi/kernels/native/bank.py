@@ -12,6 +12,7 @@ from msi.kernels import SWIGLU, Activation
 from msi.kernels.experts import at_places, counts_at
 from msi.kernels.kernels import Biases
 from msi.kernels.native.compiled import FORMATS, Packed, pack, row_dtype
+from msi.kernels.native.rows import native_rows, scatter
 from msi.kernels.plain import scatter_answers
 from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows, RowDtypes
@@ -110,7 +111,9 @@ class NativeExpertBank:
             raise AssertionError(
                 f"of the experts {sorted(set(rows.topk_ids.flatten().tolist()))} one has no weights here"
             )
-        scatter_answers(combined, lane, seats, answers)
+        made = native_rows()
+        if made is None or not scatter(made, combined, lane, seats, answers):
+            scatter_answers(combined, lane, seats, answers)
         self.weight_bytes_read += num_active * self._expert_bytes
 
     def _work_of(self, num_values: int, dtype: torch.dtype) -> Tensor:

@@ -109,10 +109,14 @@ def _zeros(num_bytes: int) -> Tensor:
     return values[skipped : skipped + num_bytes]
 
 
+@functools.cache
+def _has_bfloat16_rows(library: ctypes.CDLL) -> bool:
+    return bool(library.msi_has_bfloat16_rows())
+
+
 def row_dtype(library: ctypes.CDLL, rows: Tensor) -> torch.dtype:
     """In which rows meet matrices: bfloat16 where they are that, and the processor multiplies it."""
-    is_bfloat16 = rows.dtype is torch.bfloat16 and library.msi_has_bfloat16_rows()
-    return torch.bfloat16 if is_bfloat16 else torch.float32
+    return torch.bfloat16 if rows.dtype is torch.bfloat16 and _has_bfloat16_rows(library) else torch.float32
 
 
 def linear(library: ctypes.CDLL, rows: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:

@@ -28,6 +28,7 @@ constexpr int LINE = WIDTH * 4;       // bytes: two neighbours of each row of a 
 constexpr int64_t GROUP = 128;        // values of a row that share a scale
 constexpr int AHEAD = 1024;           // bytes that are fetched ahead
 constexpr int64_t PASS = 96;          // rows that meet all panels of a task before the next: they stay in the cache
+constexpr int64_t ALONE = 4 << 20;    // bytes of a matrix times rows up to which waking a second thread costs more than it brings
 constexpr int FEW = 3;                // rows up to which unpacking a line in registers alone is best
 
 inline V even(U line) { return (V)(line << 16); }
@@ -338,7 +339,7 @@ void linear(int64_t rows, const typename A::Row* x, int64_t x_stride, int64_t de
     x = apart.data();
     x_stride = spread(depth);
   }
-#pragma omp parallel
+#pragma omp parallel if (rows * panels * panel_bytes > ALONE)
   {
     std::vector<float> scratch(rows * chunk * WIDTH);
 #pragma omp for schedule(dynamic, 1)

@@ -147,6 +147,42 @@ void decode(int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_di
   }
 }
 
+inline float number(float value) { return value; }
+inline float number(uint16_t value) {
+  const uint32_t bits = (uint32_t)value << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+// A NaN is larger than any number, as it is for torch.
+inline bool is_larger(float a, float b) { return std::isnan(a) ? !std::isnan(b) : a > b; }
+
+template <class Row>
+void topk_softmax(int64_t rows, int64_t n, int64_t stride, int64_t k, bool is_renormalised, const Row* logits,
+                  float* weights, int64_t* ids) {
+  std::vector<float> values(n);
+  for (int64_t r = 0; r < rows; ++r, weights += k, ids += k) {
+    for (int64_t i = 0; i < n; ++i) values[i] = number(logits[r * stride + i]);
+    float most = values[0], total = 0.0f;
+    for (int64_t i = 1; i < n; ++i) most = is_larger(values[i], most) ? values[i] : most;
+    if (!is_renormalised)
+      for (int64_t i = 0; i < n; ++i) total += std::exp(values[i] - most);
+    for (int64_t c = 0; c < k; ++c) {
+      int64_t best = -1;
+      for (int64_t i = 0; i < n; ++i) {
+        bool is_left = best < 0 || is_larger(values[i], values[best]);
+        for (int64_t before = 0; before < c && is_left; ++before) is_left = ids[before] != i;
+        if (is_left) best = i;
+      }
+      ids[c] = best;
+      weights[c] = std::exp(values[best] - most);
+      if (is_renormalised) total += weights[c];
+    }
+    for (int64_t c = 0; c < k; ++c) weights[c] /= total;
+  }
+}
+
 // Calls it with a number of the rows' type and one of the cache's, which is e4m3 or the same.
 template <class With>
 void by_dtypes(int64_t is_bfloat16, int64_t is_e4m3, const With& with) {
@@ -201,5 +237,39 @@ void msi_decode(int64_t is_bfloat16, int64_t is_e4m3, int64_t num_seqs, int64_t 
            tables_stride, contexts, window, sinks, (Row*)out);
   };
   by_dtypes(is_bfloat16, is_e4m3, with);
+}
+
+// The k largest of each row of logits [rows, n], rows `stride` apart, and their softmax: weights and ids [rows, k], the
+// largest first and, of equal ones, that of the lower id. Renormalised, the weights of a row add up to 1. k <= n.
+void msi_topk_softmax(int64_t is_bfloat16, int64_t rows, int64_t n, int64_t stride, int64_t k, int64_t is_renormalised,
+                      const void* logits, float* weights, int64_t* ids) {
+  if (is_bfloat16)
+    topk_softmax(rows, n, stride, k, is_renormalised, (const uint16_t*)logits, weights, ids);
+  else
+    topk_softmax(rows, n, stride, k, is_renormalised, (const float*)logits, weights, ids);
+}
+
+// Writes rows of `row_bytes`, with weights [rows, k] and the local ids of ids [rows, k], to where those of an expert node
+// lie, `apart` bytes from one to the next.
+void msi_pack_rows(int64_t rows, int64_t row_bytes, int64_t k, const char* hidden, int64_t hidden_apart,
+                   const float* weights, const int64_t* ids, const int32_t* local_ids, char* to_hidden, char* to_weights,
+                   char* to_ids, int64_t apart) {
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(to_hidden + r * apart, hidden + r * hidden_apart, row_bytes);
+    std::memcpy(to_weights + r * apart, weights + r * k, k * sizeof(float));
+    for (int64_t c = 0; c < k; ++c) ((int32_t*)(to_ids + r * apart))[c] = local_ids[ids[r * k + c]];
+  }
+}
+
+// Rounds values [rows, n] to rows `apart` from one another; n is a multiple of 16.
+void msi_round(int64_t is_bfloat16, int64_t rows, int64_t n, const float* values, void* to, int64_t apart) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < n; i += LANES) {
+      const V given = load(values + r * n + i);
+      if (is_bfloat16)
+        store((uint16_t*)to + r * apart + i, given);
+      else
+        store((float*)to + r * apart + i, given);
+    }
 }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,15 @@ from msi.kernels.native.compiled import WIDTH, native_library
 from msi.kernels.norm import HeadNorm, Norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape, kv_rows
 from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.routing import PackedRows
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     "msi_norm": (_N, _N, _N, _P, _P, _N, _P, ctypes.c_float, _P),
     "msi_rope_and_write": (*[_N] * 7, *[_P] * 6, ctypes.c_float),
+    "msi_topk_softmax": (*[_N] * 6, _P, _P, _P),
+    "msi_pack_rows": (_N, _N, _N, _P, _N, *[_P] * 6, _N),
+    "msi_round": (_N, _N, _N, _P, _P, _N),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -120,3 +125,54 @@ def decode(query: Tensor, layer_cache: Tensor, plan: DecodePlan, sinks: Tensor |
         plan.contexts.data_ptr(), plan.window, None if sinks is None else sinks.data_ptr(), attended.data_ptr(),
     )  # fmt: skip
     return attended
+
+
+def topk_softmax(rows: ctypes.PyDLL, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor] | None:
+    """As `msi.kernels.routing.topk_softmax` says; None where it is another's."""
+    if logits.dtype not in DTYPES or logits.stride(1) != 1:
+        return None
+    num_rows, num_experts = logits.shape
+    weights = torch.empty(num_rows, k, dtype=torch.float32)
+    ids = torch.empty(num_rows, k, dtype=torch.int64)
+    rows.msi_topk_softmax(
+        logits.dtype is torch.bfloat16, num_rows, num_experts, logits.stride(0), k, renormalise, logits.data_ptr(),
+        weights.data_ptr(), ids.data_ptr(),
+    )  # fmt: skip
+    return weights, ids
+
+
+def pack(
+    rows: ctypes.PyDLL, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, local_ids: Tensor, into: PackedRows
+) -> bool:
+    """All rows, to the start of those of one expert node; False, and nothing done, where it is another's.
+
+    Args:
+        local_ids: int32 [num_experts].
+    """
+    num_rows, width = hidden.shape
+    out, k = into.hidden, topk_ids.shape[1]
+    is_ours = hidden.dtype is out.dtype and hidden.stride(1) == out.stride(1) == 1 and num_rows <= len(out)
+    if not is_ours or not topk_weights.is_contiguous() or not topk_ids.is_contiguous():
+        return False
+    size = hidden.element_size()
+    rows.msi_pack_rows(
+        num_rows, width * size, k, hidden.data_ptr(), hidden.stride(0) * size, topk_weights.data_ptr(),
+        topk_ids.data_ptr(), local_ids.data_ptr(), out.data_ptr(), into.topk_weights.data_ptr(),
+        into.topk_ids.data_ptr(), out.stride(0) * size,
+    )  # fmt: skip
+    return True
+
+
+def scatter(
+    rows: ctypes.PyDLL, combined: Tensor, lane: int, seats: Sequence[tuple[int, int]], answers: Mapping[int, Tensor]
+) -> bool:
+    """As `msi.kernels.plain.scatter_answers`, of float32 [n, h]; False, and nothing done, where it is another's."""
+    width = combined.shape[1]
+    if not seats or (dtype := answers[seats[0][0]].dtype) not in DTYPES or width % WIDTH:
+        return False
+    start, row_bytes = combined.data_ptr(), 4 * width
+    for seat, num_rows in seats:
+        to = answers[seat][lane]
+        rows.msi_round(dtype is torch.bfloat16, num_rows, width, start, to.data_ptr(), to.stride(0))
+        start += num_rows * row_bytes
+    return True
