@@ -35,6 +35,8 @@ class Boom(Exception):
 class Compute:
     """An attention half whose micro-batches are names and whose programs note what they were run for."""
 
+    is_whole = False
+
     def __init__(self, device, num_layers=NUM_LAYERS, has_shared=True):
         self.num_layers = num_layers
         self.log = [[] for _ in range(NUM_LANES)]

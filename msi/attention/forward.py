@@ -26,6 +26,7 @@ from msi.device.device import Device
 from msi.kernels.kernels import Outboxes
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.replicas import PlacementTables, choose_replicas
+from msi.kernels.routing import PackedRows
 from msi.models.attend import PassView
 from msi.models.attention_weights import AttentionLayer, AttentionWeights
 from msi.models.config import ModelConfig
@@ -49,6 +50,7 @@ class PassState:
         routed: those rows' hidden states, weights and ids of experts, to pack them again from.
         masks: of rows that are held to a grammar; None where there are none.
         is_filler: bool [num_tokens], of rows that are nobody's and go to no expert; None where there are none.
+        is_here: the experts were computed on this thread, and their sums are the first node's answers.
     """
 
     micro_batch: MicroBatch
@@ -63,6 +65,7 @@ class PassState:
     routed: tuple[Tensor, Tensor, Tensor] | None = None
     masks: Future[Masks] | None = None
     is_filler: Tensor | None = None
+    is_here: bool = False
 
 
 class Forward:
@@ -136,15 +139,27 @@ class Forward:
 
     def route_and_pack(self, state: PassState, turn: int, answers: Tensor, outboxes: Outboxes) -> None:
         """From the answers [num_nodes, slot_rows, h] of the turn before to the rows of this one, in its outboxes."""
+        self.route(state, turn, answers)
+        self._pack(state, state.tables, outboxes)
+
+    def route(self, state: PassState, turn: int, answers: Tensor) -> None:
+        """From the answers of the turn before to which experts each row of this one goes to."""
         layer = self._config.sparse_layers[turn]
         weights = self._weights.layers[layer]
         normed = self._attention(state, self._enter(state, turn, answers), weights, layer)
         assert weights.route is not None, f"layer {layer} has no router"
         topk_weights, topk_ids = weights.route(normed)
         state.turn, state.routed = turn, (normed, topk_weights, topk_ids)
-        self._pack(state, state.tables, outboxes)
         if self.has_shared:
             state.normed = normed
+
+    def packed_here(self, state: PassState) -> PackedRows:
+        """The rows of this turn as they lie, of one seat and lane, for the only expert node."""
+        assert state.routed is not None, "no turn was computed"
+        normed, topk_weights, topk_ids = state.routed
+        local_ids = state.tables.local_ids[0][topk_ids]
+        state.is_here = True
+        return PackedRows(normed[None, None], topk_weights[None, None], local_ids[None, None])
 
     def pack_again(self, state: PassState, tables: PlacementTables, outboxes: Outboxes) -> None:
         """The rows of the turn that is away, and those of later turns, go where `tables` say."""
@@ -211,7 +226,9 @@ class Forward:
         """Combines what came back, computes the dense layers that precede this turn's, and norms for what follows."""
         kernels, hidden, dense = self._kernels, state.hidden, self._dense_before[turn]
         norm = self._entry_norms[dense.start]
-        if state.sent is None:
+        if state.is_here:
+            normed = kernels.add_norm(hidden, answers[0, : len(hidden)], norm)
+        elif state.sent is None:
             normed = kernels.norm(hidden, norm)
         else:
             normed = kernels.combine_norm(hidden, answers, state.sent, norm)

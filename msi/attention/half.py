@@ -23,9 +23,11 @@ from msi.attention.kv_cache import KvCache
 from msi.attention.launching import LanePrograms, LaneQueues
 from msi.attention.masks import MaskMaker, Masks
 from msi.attention.pass_inputs import PassInputs
+from msi.attention.whole import WholeQueues
 from msi.device.compute_thread import Program
 from msi.device.device import Device
 from msi.device.regions import slot_rows
+from msi.experts.half import ExpertHalf
 from msi.kernels.kernels import Outboxes
 from msi.kernels.replicas import PlacementTables
 from msi.kernels.routing import PackedRows, RowDtypes, hidden_rows
@@ -47,15 +49,16 @@ class _InFlight:
     error: Exception | None = None  # of a computation whose turn may have been over before
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Launched:
     """A pass as it was launched."""
 
     micro_batch: MicroBatch
     tables: PlacementTables
     first: int  # turn
-    link: DispatchLink
+    link: DispatchLink | None  # None where its experts are beside it
     masks: Future[Masks] | None  # None where no row is held to a grammar
+    is_given_up: bool = False
 
 
 class AttentionHalf:
@@ -64,6 +67,8 @@ class AttentionHalf:
     Args:
         row_dtypes: of rows on their way to the experts and back.
         landing: where combined rows land: [num_nodes, stride] of `answer_layout` slots' rows.
+        beside: all experts, on the device's one thread: a pass then goes through both halves as they lie, and posts
+            nothing. Rows do not travel in eight bits.
         dispatch_layout, answer_layout: the slots on either side of the link.
     """
 
@@ -79,6 +84,7 @@ class AttentionHalf:
         dispatch_layout: SlotLayout,
         answer_layout: SlotLayout,
         landing: Region,
+        beside: ExpertHalf | None = None,
     ) -> None:
         self.num_layers = config.num_sparse_layers
         self.meter = StageMeter()  # T_a, without shared experts
@@ -117,6 +123,11 @@ class AttentionHalf:
         answers = slot_rows(landing, placement.num_nodes, answer_layout)
         answers = hidden_rows(answers, config.hidden_size, row_dtypes.answered)
         self._answers = answers.unbind(1)  # by lane: [num_nodes, slot_rows, hidden_size]
+        self._beside = beside
+        self._whole: WholeQueues[Program] | None = None
+        if beside is not None:
+            of_lanes_whole = [self._whole_programs(lane, beside) for lane in lanes]
+            self._whole = WholeQueues(device, of_lanes_whole, lambda: device.busy_s)
 
     def attach(self, node: int, out_rows: Region) -> None:
         """Rows for this expert node go into `out_rows` from now on."""
@@ -152,13 +163,39 @@ class AttentionHalf:
 
     async def sampled(self, lane: int) -> Sampled:
         await self._queues.sampled(lane)
+        return self._taken(lane)
+
+    def _taken(self, lane: int) -> Sampled:
+        """What its pass has sampled, or raised."""
         sampled, self._sampled[lane] = self._sampled[lane], None
         if isinstance(sampled, Exception):
             raise sampled
         assert sampled is not None, f"lane {lane} has sampled nothing"
         return sampled
 
+    @property
+    def is_whole(self) -> bool:
+        return self._whole is not None
+
+    @property
+    def beside_s(self) -> float:
+        return 0.0 if self._beside is None else self._beside.meter.median_s
+
+    async def run_whole(self, lane: int, micro_batch: MicroBatch, within_s: float) -> Sampled:
+        assert self._whole is not None, "the experts are elsewhere"
+        masks = self._masks.begin(micro_batch.constrained) if micro_batch.constrained else None
+        launched = _Launched(micro_batch, self.forward.tables, 0, None, masks)
+        self._launched[lane].append(launched)
+        try:
+            await self._whole.run(lane, within_s)
+        except BaseException:
+            launched.is_given_up = True
+            raise
+        return self._taken(lane)
+
     def close(self) -> None:
+        if self._whole is not None:
+            self._whole.close()
         self._queues.close()
         self._masks.close()
 
@@ -220,7 +257,47 @@ class AttentionHalf:
         if in_flight is not None:
             in_flight.error = error
         self._sampled[lane] = error
-        launched.link.failed(lane, launched.first, error)
+        if launched.link is not None:
+            launched.link.failed(lane, launched.first, error)
+
+    # -- programs of a pass whose experts are beside it: each does nothing once one has raised -----------------------
+
+    def _whole_programs(self, lane: int, beside: ExpertHalf) -> list[Program]:
+        failed = partial(self._failed, lane)
+        programs: list[Program] = []
+        for layer in range(self.num_layers):
+            routes = partial(self._whole_layer, lane, layer)
+            computes = partial(self._experts, lane, layer, beside)
+            programs.append(Program(routes, failed, self.meter, "attention", lane))
+            programs.append(Program(computes, failed, beside.meter, "experts", lane))
+            if self.forward.has_shared:
+                shared = partial(self._shared_layer, lane, layer)
+                programs.append(Program(shared, failed, self.shared_meter, "shared experts", lane))
+        end = partial(self._whole_end, lane)
+        return [*programs, Program(end, failed, self.pass_meter, "sample", lane, reads=True)]
+
+    def _whole_layer(self, lane: int, layer: int) -> None:
+        if layer == 0:
+            launched = self._launched[lane].popleft()
+            self._current[lane], self._lanes[lane], self._sampled[lane] = launched, None, None
+            self._begin(lane, launched)
+        if (state := self._wanted(lane)) is not None:
+            self.forward.route(state, layer, self._answers[lane])
+
+    def _experts(self, lane: int, layer: int, beside: ExpertHalf) -> None:
+        if (state := self._wanted(lane)) is not None:
+            beside.run_here(layer, self.forward.packed_here(state), len(state.hidden), self._answers[lane])
+
+    def _whole_end(self, lane: int) -> None:
+        if self._wanted(lane) is not None:
+            self._sampled[lane] = self._sample(lane)
+        self._lanes[lane] = None
+
+    def _wanted(self, lane: int) -> PassState | None:
+        launched, in_flight = self._current[lane], self._lanes[lane]
+        if launched is None or launched.is_given_up or in_flight is None or in_flight.error is not None:
+            return None
+        return in_flight.state
 
     # -- work --------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,13 @@ class AttentionCompute(Gates, Protocol):
         raised. After the last layer the tokens are chosen. It uses the placement that is used now to its end.
         """
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all experts, too: its passes are run by `run_whole` alone."""
+
+    async def run_whole(self, lane: int, micro_batch: MicroBatch, within_s: float) -> Sampled:
+        """A pass through both halves. Raises what a computation raised; TimeoutError: nothing was computed in time."""
+
     async def sampled(self, lane: int) -> Sampled:
         """The next token of each of the micro-batch's `logit_rows`; raises what choosing them raised."""
 
@@ -80,6 +87,8 @@ async def run_pass(
         TimeoutError: this device computed nothing for too long.
         Exception: what a computation raised.
     """
+    if compute.is_whole:
+        return await compute.run_whole(lane, micro_batch, link.timeout_s)
     first = link.begin(lane, compute, may_continue)
     try:
         compute.launch(lane, micro_batch, first, link)

@@ -84,7 +84,7 @@ class Measuring:
         """T_a (what a turn takes of the device), T_e and T_c as measured; busy and bubble are the device's to say."""
         return StageTimes(
             attention_s=self._half.meter.median_s + self._half.shared_meter.median_s,
-            expert_s=self._link.turns.times.compute_s,
+            expert_s=self._link.turns.times.compute_s or self._half.beside_s,
             comm_s=self._link.turns.times.comm_s,
         )
 

@@ -125,6 +125,15 @@ class ExpertHalf:
 
         self._device.follow(self._done, seen)
 
+    def run_here(self, layer: int, rows: PackedRows, num_rows: int, answers: Tensor) -> None:
+        """A layer's experts over rows of this thread's own, in place of a batch.
+
+        Args:
+            rows: of one seat and lane.
+            answers: [1, at least num_rows, hidden_size].
+        """
+        self._bank.run(layer, 0, ((0, num_rows),), rows, {0: answers})
+
     def close(self) -> None:
         self._device.words.give_back(self._done)
 

@@ -93,7 +93,7 @@ class DispatchLink:
         self._next_turns = [1] * hello.num_lanes
         self._next_seqs = list(hello.next_seqs)
         self._report_loss = report_loss
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._is_watching = False
@@ -387,7 +387,7 @@ class DispatchLink:
     # -- time --------------------------------------------------------------------------------------------------------
 
     def _watch_later(self) -> None:
-        delay_s = self._timeout_s / WATCH_SHARE
+        delay_s = self.timeout_s / WATCH_SHARE
         delay_s = min(delay_s, self.late.look_every_s)
         self._watch_due = self._clock() + delay_s
         self._loop.call_later(delay_s, self._watch)
@@ -404,7 +404,7 @@ class DispatchLink:
         ]
         self._is_watching = bool(in_flight)
         late_s = self._clock() - self._watch_due
-        if late_s >= self._timeout_s / ABSENCE_SHARE:  # we were away ourselves: answers may lie here unread
+        if late_s >= self.timeout_s / ABSENCE_SHARE:  # we were away ourselves: answers may lie here unread
             self._back_at = self._clock()
         self.late.look(in_flight, late_s)
         if in_flight:
@@ -414,13 +414,13 @@ class DispatchLink:
                 if self._clock() - passing.held_since >= self.nodes.hold_s:
                     self._fail(lane, passing, self.nodes.held_too_long())
             # our own computing is not held against those who answer
-            elif self._clock() - max(passing.since, self._back_at) >= self._timeout_s:
+            elif self._clock() - max(passing.since, self._back_at) >= self.timeout_s:
                 self._expire(lane, passing)
 
     def _expire(self, lane: int, passing: Pass) -> None:
         waiting = self.turns.waiting[lane]
         for index in range(len(self.nodes)):
             if waiting >> index & 1:
-                self.drop(index, f"no answer for {self._timeout_s:g} s")
+                self.drop(index, f"no answer for {self.timeout_s:g} s")
         if not waiting and not passing.done.done():
-            self._fail(lane, passing, TimeoutError(f"nothing was computed for {self._timeout_s:g} s"))
+            self._fail(lane, passing, TimeoutError(f"nothing was computed for {self.timeout_s:g} s"))

@@ -96,6 +96,17 @@ class SimulatedAttention:
         self._placement = placement
         self._view = self._routing.view(placement, self._missing)
 
+    @property
+    def is_whole(self) -> bool:
+        return False
+
+    @property
+    def beside_s(self) -> float:
+        return 0.0
+
+    async def run_whole(self, lane: int, micro_batch: MicroBatch, within_s: float) -> Sampled:
+        raise NotImplementedError("the simulator's roles meet by their links")
+
     def launch(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
         num_context_tokens = sum(micro_batch.context_lens)
         self._launched[lane].append(

@@ -49,6 +49,10 @@ class AttentionPart(AttentionCompute, Protocol):
     pass_meter: StageMeter  # head and sampling, once per pass
     weight_bytes_read: int
 
+    @property
+    def beside_s(self) -> float:
+        """T_e where it has the experts, too; else 0."""
+
     def attach(self, node: int, out_rows: Region) -> None:
         """Rows for this expert node go into `out_rows` from now on."""
 

@@ -13,6 +13,7 @@ from msi.attention.warming import warm
 from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
 from msi.device.choice import OpenedDevice, open_device, precision_on, prepare_device, products_of, rows_memory
+from msi.device.cpu import CpuDevice
 from msi.device.stream_device import StreamDevice
 from msi.errors import ConfigError
 from msi.experts.half import ExpertHalf
@@ -94,6 +95,7 @@ class TorchModel:
         self._assignment = assignment
         self._device = device
         self._memory_utilization = memory_utilization
+        self._experts: ExpertHalf | None = None  # that was made last
 
     @property
     def has_attention(self) -> bool:
@@ -121,6 +123,7 @@ class TorchModel:
             dispatch_layout=link.layout,
             answer_layout=link.answer_layout,
             landing=link.landing.rows,
+            beside=self._experts if self._goes_through_both() else None,
         )
         if device.kernels.device.type == "cuda":
             warm(half.forward, config, kv_cache, placement.num_nodes, device, row_dtypes(precision))
@@ -128,7 +131,7 @@ class TorchModel:
 
     def expert_half(self, link: CombineLink, num_seats: int) -> ExpertHalf:
         assert self.part.experts is not None
-        return ExpertHalf(
+        self._experts = ExpertHalf(
             self._files.config,
             self.part.experts,
             self._device,
@@ -139,6 +142,13 @@ class TorchModel:
             num_seats=num_seats,
             experts=self.part.expert_ids,
         )
+        return self._experts
+
+    def _goes_through_both(self) -> bool:
+        """Whether a pass's halves follow one another on one thread, without slots between them."""
+        dtypes = row_dtypes(self._assignment.precision)
+        is_as_computed = dtypes.sent == dtypes.answered == dtypes.computed
+        return self._assignment.is_colocated and isinstance(self._device, CpuDevice) and is_as_computed
 
     def lend_experts(self, half: ExpertPart) -> None:
         assert isinstance(half, ExpertHalf), half

@@ -18,9 +18,11 @@ namespace {
 #ifdef __AVX512F__
 constexpr int MOST = 6;  // rows of a tile
 constexpr int WIDE = 4;  // panels of one
+constexpr int64_t ALONE = 4 << 20;  // bytes of a matrix times rows up to which a second thread costs more than it brings
 #else
 constexpr int MOST = 6;
 constexpr int WIDE = 1;
+constexpr int64_t ALONE = 1 << 20;
 #endif
 constexpr int WIDTH = 16;             // rows of a matrix in a panel
 constexpr int HALVES = WIDTH / LANES;
@@ -28,7 +30,6 @@ constexpr int LINE = WIDTH * 4;       // bytes: two neighbours of each row of a 
 constexpr int64_t GROUP = 128;        // values of a row that share a scale
 constexpr int AHEAD = 1024;           // bytes that are fetched ahead
 constexpr int64_t PASS = 96;          // rows that meet all panels of a task before the next: they stay in the cache
-constexpr int64_t ALONE = 4 << 20;    // bytes of a matrix times rows up to which waking a second thread costs more than it brings
 constexpr int FEW = 3;                // rows up to which unpacking a line in registers alone is best
 
 inline V even(U line) { return (V)(line << 16); }
