@@ -76,7 +76,8 @@ class ProfiledCosts:
         if not comm:
             measured = ", ".join(dict.fromkeys(point.transport for point in profile.comm))
             raise ConfigError(f"the profile has no transport {conditions.transport!r}; it has {measured}")
-        self._comm = Curve({point.num_bytes: point.seconds for point in comm})
+        by_bytes: dict[float, float] = {point.num_bytes: point.seconds for point in comm}
+        self._comm = Curve({0.0: 0.0} if conditions.is_colocated else by_bytes)  # nothing lies between the sides there
         self._scheduling = Curve({point.num_seqs: point.seconds for point in profile.scheduling} or {0.0: 0.0})
         self._attention = self._by_contention("attention", profile.attention, conditions.num_attention, _attention)
         self._pass = self._by_contention("pass", profile.passes, conditions.num_attention, _passes)
