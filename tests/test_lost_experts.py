@@ -86,7 +86,9 @@ async def test_no_stream_fails_or_changes_when_an_expert_worker_is_killed(checkp
         assert {name: pid for name, pid in engine.pids.items() if not name.startswith("expert")} == others
 
 
-async def test_requests_that_were_held_too_long_end_with_what_is_missing(checkpoint):
+async def test_requests_that_were_held_too_long_end_with_what_is_missing(checkpoint, monkeypatch):
+    """Who is held is looked at four times a second: a worker that is started again at once may be back before."""
+    monkeypatch.setattr("msi.control.restarts.restart_delay_s", lambda num_failed: 1.0)
     async with local(checkpoint, "shm", hold_timeout_s=0.02) as engine:
         streams = Streams(engine)
         await kill(engine, streams, "expert-1")
