@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -224,6 +225,8 @@ class TorchHost:
         self._device.tracer = tracer
 
     async def load(self, assignment: Assignment) -> TorchModel:
+        if self._part is not None:  # what the life before this one had, its rows and KV cache, hangs in circles
+            free_circles()
         device = self._device
         assert device is not None
         assert self._memory is not None
@@ -280,3 +283,12 @@ class TorchHost:
     async def close(self) -> None:
         if self._device is not None:
             await self._device.close()
+
+
+def free_circles() -> None:
+    """What nobody has any more is freed, also of what the garbage collector was told to leave alone."""
+    num_frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    gc.collect()
+    if num_frozen:  # else this process is somebody else's, and its objects are, too
+        gc.freeze()
