@@ -137,6 +137,15 @@ async def test_each_attention_worker_is_an_engine_of_vllms():
     assert found["msi_expert_imbalance_ratio", "scope=worker"] == pytest.approx(4 / 3)
 
 
+async def test_of_an_engine_that_is_gone_nothing_runs_or_is_used():
+    first, *others = (told_of := stats()).workers
+    told_of = dataclasses.replace(told_of, workers=(dataclasses.replace(first, state="lost"), *others))
+    text = Metrics("tiny").exposition(told_of, GATEWAY).decode()
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert f'vllm:{name}{{engine="attention-1",model_name="tiny"}}' in text
+        assert f'vllm:{name}{{engine="attention-0"' not in text
+
+
 def test_every_field_that_the_edge_counts_is_told_under_its_name():
     names = {name.removesuffix("_total").removesuffix("_count") for name, *_ in samples(_with_one_of_each())}
     assert {f"vllm:{field.name}" for field in dataclasses.fields(EdgeCounters)} <= names

@@ -112,6 +112,7 @@ async def storm(server: Server, arguments: argparse.Namespace, run: Run) -> None
     num_workers = arguments.attention_workers + arguments.expert_workers
     disasters = Disasters(server.process.pid, random.Random(arguments.seed), arguments.faults)
     expected = family(server.process.pid)
+    names = set(expected)  # of those that are there all the time
     until = time.monotonic() + 60 * arguments.minutes
     drawing = Drawing(arguments)
     while (due := time.monotonic() + arguments.every) < until:
@@ -131,7 +132,8 @@ async def storm(server: Server, arguments: argparse.Namespace, run: Run) -> None
         for one in struck:
             one.whole_at = time.monotonic()
             say_progress(one, run.streams)
-        expected = await asyncio.to_thread(family, server.process.pid)
+        there = await asyncio.to_thread(family, server.process.pid)  # and maybe one more, which is about to end
+        expected = {name: pid for name, pid in there.items() if name in names}
     await drawing.end()
 
 

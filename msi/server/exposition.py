@@ -150,7 +150,10 @@ def _as_vllm(model_name: str, stats: Stats) -> Iterator[Metric]:
         )
     )
     waiting.add_metric((model_name, COORDINATOR), stats.num_waiting)
+    gone = {one.worker_id for one in stats.workers if one.state == "lost"}  # whose last words are about what is no more
     for labels, status in engines.items():
+        if labels[1] in gone:
+            continue
         running.add_metric(labels, status.num_running)
         waiting.add_metric(labels, status.num_waiting)
         if status.attention is not None and status.attention.blocks:
