@@ -30,7 +30,7 @@ async def stream(session: aiohttp.ClientSession, url: str, prompt: Prompt, num_t
         if response.status != 200:
             raise ValueError(f"{response.status}: {(await response.text())[:300]}")
         async for line in response.content:
-            if b'"error"' in line:
+            if line.startswith((b'data: {"error"', b'{"error"', b"error:")):  # a text may have the word, too
                 raise ValueError(line.decode()[:300])
             if line.startswith(b"data: {"):
                 times.append(time.monotonic())
