@@ -91,7 +91,7 @@ async def test_of_a_pass_that_was_given_up_nothing_more_is_computed(model, monke
         with monkeypatch.context() as patched:
             patched.setattr(ExpertHalf, "run_here", stands_still)
             with pytest.raises(TimeoutError, match="nothing was computed"):
-                await role.half.run_whole(0, batch, 0.2)
+                await role.half.run_whole(0, batch, 3.0)
             assert entered.is_set()
             go_on.set()
             await role.half.run_whole(1, batch, 20.0)
