@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from msi.net.secret import without_secret
 
 MAX_PACKET_BYTES = 1 << 16
+HAS_ENDED = "the process that forks workers has ended"
 ROOM_BYTES = 4096  # of its command line, in which a worker shows its own
 
 
@@ -92,7 +93,10 @@ class ForkServer:
         await self.start()
         assert self._socket is not None
         asked: asyncio.Future[Forked] = asyncio.get_running_loop().create_future()
-        socket.send_fds(self._socket, [json.dumps(list(words)).encode()], [theirs.fileno()])
+        try:
+            socket.send_fds(self._socket, [json.dumps(list(words)).encode()], [theirs.fileno()])
+        except ConnectionError:  # it ended before we were told
+            raise OSError(HAS_ENDED) from None
         self._asked.append(asked)
         return await asked
 
@@ -132,7 +136,7 @@ class ForkServer:
         self._running.clear()
         while self._asked:
             if not (asked := self._asked.popleft()).done():
-                asked.set_exception(OSError("the process that forks workers has ended"))
+                asked.set_exception(OSError(HAS_ENDED))
 
     async def stop(self) -> None:
         """What was forked and has not ended is killed. Idempotent."""

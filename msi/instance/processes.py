@@ -211,7 +211,7 @@ class ProcessInstance:
         try:
             await self._start_worker(address, role, worker_id)
         except OSError as error:
-            log.error("%s cannot be started: %s", worker_id, error.strerror)
+            log.error("%s cannot be started: %s", worker_id, error.strerror or error)
             return
         self._leaving.discard(worker_id)
         self._watch(self._keep_alive(address, role, worker_id))
@@ -332,7 +332,10 @@ class ProcessInstance:
                 return True
             except OSError as error:
                 log.warning(
-                    "%s cannot be started (%s); trying again in %g s", worker_id, error.strerror, NO_ROOM_AGAIN_S
+                    "%s cannot be started (%s); trying again in %g s",
+                    worker_id,
+                    error.strerror or error,
+                    NO_ROOM_AGAIN_S,
                 )
             if await self._stops_within(NO_ROOM_AGAIN_S):
                 return False
