@@ -12,6 +12,7 @@ import msi
 from msi.errors import InvalidRequest
 from msi.sampling_params import SamplingParams
 from msi.server import chat, completions, tokenizing
+from msi.server.calls import STATUS_OF
 from msi.server.field_schemas import BOUNDS, field_schema, meanings
 from msi.server.field_table import ALWAYS_NEUTRAL, NOT_DONE
 from msi.server.gateway import PROBES, Gateway
@@ -104,3 +105,13 @@ def test_references_lead_somewhere_and_keys_are_asked_where_they_are_needed():
         for operation in methods.values():
             assert operation["security"] == ([{}] if path in (*PROBES, "/") else [{"key": []}])
     assert "security" not in json.dumps(description("1")["paths"])
+
+
+def test_every_endpoint_that_generates_says_what_may_go_wrong_and_how_a_stream_tells_it():
+    """Its worker may be lost, and a request may give itself less time than its answer takes."""
+    paths = description(msi.__version__)["paths"]
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"):
+        responses = paths[path]["post"]["responses"]
+        assert {str(status) for status in STATUS_OF.values()} <= set(responses), path
+        error = responses["504"]["content"]["application/json"]["schema"]
+        assert error in responses["200"]["content"]["text/event-stream"]["schema"]["anyOf"], path

@@ -28,6 +28,7 @@ from msi.server.tokenizing import TEXT_FIELDS, TOKEN_FIELDS
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
 EVERYWHERE = (400, 401, 403, 405, 503)
 OF_BODIES = (404, 408, 413, 415)
+GENERATING = (429, 502, 504)
 LOGPROBS_SWITCH: Schema = {"type": ["boolean", "null"], "description": "Log-probabilities of the chosen tokens."}
 
 
@@ -187,25 +188,25 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
     "/v1/completions": {
         "POST": Operation(
             "A text goes on; OpenAI's completions.", "Completion", "CompletionEvent", completions.FIELDS,
-            NOT_IN_COMPLETIONS, ("prompt",), statuses=(502,),
+            NOT_IN_COMPLETIONS, ("prompt",), statuses=GENERATING,
         )
     },
     "/v1/chat/completions": {
         "POST": Operation(
             "A chat goes on, through the model's template; OpenAI's chat completions.", "ChatCompletion",
-            "ChatCompletionEvent", chat.FIELDS, NOT_IN_CHATS, ("messages",), {"logprobs": LOGPROBS_SWITCH}, (502,),
+            "ChatCompletionEvent", chat.FIELDS, NOT_IN_CHATS, ("messages",), {"logprobs": LOGPROBS_SWITCH}, GENERATING,
         )
     },
     "/v1/responses": {
         "POST": Operation(
             "A chat in other words; OpenAI's Responses.", "Response", "ResponseEvent", responses.FIELDS,
-            responses.NOT_IN_RESPONSES, ("input",), own_schemas(responses.FIELDS, OF_RESPONSES, set()), (502,),
+            responses.NOT_IN_RESPONSES, ("input",), own_schemas(responses.FIELDS, OF_RESPONSES, set()), GENERATING,
         )
     },
     "/v1/messages": {
         "POST": Operation(
             "A chat in other words; Anthropic's Messages.", "Message", "MessageEvent", anthropic.FIELDS,
-            anthropic.NOT_IN_MESSAGES, ("messages", "max_tokens"), MESSAGES_OWN, (502,), "MessageError",
+            anthropic.NOT_IN_MESSAGES, ("messages", "max_tokens"), MESSAGES_OWN, GENERATING, "MessageError",
         )
     },
     "/v1/messages/count_tokens": {
@@ -275,7 +276,10 @@ def _operation(path: str, one: Operation, needs_key: bool) -> dict[str, Any]:
     if one.media:
         content = {one.media: {"schema": _ref(one.answer)} if one.answer else {}}
         if one.events:
-            content[EVENTS] = {"schema": _ref(one.events)}
+            # a stream that has begun tells of its failure as an event
+            content[EVENTS] = {
+                "schema": {"anyOf": [_ref(one.events), _ref(one.error)]} if one.statuses else _ref(one.events)
+            }
         responses["200"] = {"description": "The answer.", "content": content}
     for status in sorted(statuses):
         schema = _ref("Ready") if status == 503 and one.answer == "Ready" else _ref(one.error)
