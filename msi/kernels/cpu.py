@@ -150,9 +150,11 @@ class CpuKernels(PlainKernels):
         sent: list[tuple[int, Tensor | None, int]] = []
         counts, normed, rows_ = outboxes.counts.numpy(), as_sent(normed, outboxes), self._rows
         goes_to_one = len(local_ids) == 1 and len(normed) > 0
-        if rows_ is None or not goes_to_one:
-            pass
-        elif rows.pack(rows_, normed, topk_weights, topk_ids, local_ids[0], outboxes.rows[0]):
+        if (
+            rows_ is not None
+            and goes_to_one
+            and rows.pack(rows_, normed, topk_weights, topk_ids, local_ids[0], outboxes.rows[0])
+        ):
             counts[0] = len(normed)
             return [(0, None, len(normed))]
         for node, out in enumerate(outboxes.rows[: len(local_ids)]):
