@@ -7,7 +7,7 @@
     │   └── ModelNotFound      it names a model that is not served here (HTTP 404)
     ├── Unavailable            the instance cannot serve now, try again later (HTTP 503)
     │   └── Overloaded         it could, but not within its objectives: `.retry_after_s` says when (HTTP 429)
-    ├── DeadlineExceeded       a request's own time was over before its answer was whole (HTTP 504)
+    ├── DeadlineExceeded       a request's own time was over before its answer was whole (HTTP 408)
     ├── RequestFailed          a request was accepted and then lost; the message names the worker (HTTP 502)
     ├── ProtocolError          bytes that are not ours, or of another protocol version
     └── TransportError         a peer failed: `.peer` names it

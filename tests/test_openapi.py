@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import aiohttp
+import jsonschema
 import pytest
 
 import msi
@@ -17,7 +18,7 @@ from msi.server.field_schemas import BOUNDS, field_schema, meanings
 from msi.server.field_table import ALWAYS_NEUTRAL, NOT_DONE
 from msi.server.gateway import PROBES, Gateway
 from msi.server.openapi import OPERATIONS, SCHEMAS, description
-from tests.edge import gateway
+from tests.edge import gateway, with_template
 
 FIELDS = completions.FIELDS | chat.FIELDS | tokenizing.TEXT_FIELDS | tokenizing.TOKEN_FIELDS
 
@@ -113,5 +114,50 @@ def test_every_endpoint_that_generates_says_what_may_go_wrong_and_how_a_stream_t
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"):
         responses = paths[path]["post"]["responses"]
         assert {str(status) for status in STATUS_OF.values()} <= set(responses), path
-        error = responses["504"]["content"]["application/json"]["schema"]
-        assert error in responses["200"]["content"]["text/event-stream"]["schema"]["anyOf"], path
+        error = responses["408"]["content"]["application/json"]["schema"]
+        assert error in contents_of(responses)["anyOf"], path
+
+
+def contents_of(responses):
+    """The schema of what the events of a stream hold."""
+    data = responses["200"]["content"]["text/event-stream"]["schema"]["properties"]["data"]
+    return data["anyOf"][1]["contentSchema"] if "anyOf" in data else data["contentSchema"]
+
+
+TOKENS = {"prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True}
+CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "ignore_eos": True}
+EVERYTHING = {
+    "return_token_ids": True, "prompt_logprobs": 2, "n": 2,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+}  # fmt: skip
+STREAMS = [
+    ("/v1/completions", TOKENS),
+    ("/v1/completions", TOKENS | EVERYTHING | {"logprobs": 2, "echo": True}),
+    ("/v1/completions", TOKENS | {"timeout_s": 0.001}),
+    ("/v1/chat/completions", CHAT),
+    ("/v1/chat/completions", CHAT | EVERYTHING | {"logprobs": True, "top_logprobs": 2}),
+    ("/v1/chat/completions", CHAT | {"timeout_s": 0.001}),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 3}),
+    ("/v1/messages", CHAT),
+]
+
+
+async def test_every_event_of_a_stream_is_as_described(tiny_model, tmp_path):
+    model = with_template(tiny_model, tmp_path / "model")
+    async with gateway(model) as (_, url), aiohttp.ClientSession() as session:
+        async with session.get(f"{url}/openapi.json") as response:
+            document = await response.json()
+        for path, body in STREAMS:
+            responses = document["paths"][path]["post"]["responses"]
+            schema = contents_of(responses) | {"components": document["components"]}
+            async with session.post(url + path, json=body | {"stream": True}) as response:
+                assert str(response.status) in responses
+                text = await response.text()
+            if response.status != 200:
+                continue
+            events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data:")]
+            if path.endswith("completions"):
+                assert events.pop() == "[DONE]"
+            assert events
+            for event in events:
+                jsonschema.validate(json.loads(event), schema)

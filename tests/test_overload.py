@@ -265,7 +265,7 @@ def test_what_a_body_says_of_its_urgency():
     assert urgency({"priority": -3.0, "timeout_s": 2}) == Urgency(-3, 2.0)
 
 
-async def test_over_http_what_has_no_time_left_is_a_504_and_what_comes_too_late_a_429(tiny_model, monkeypatch):
+async def test_over_http_what_has_no_time_left_is_a_408_and_what_comes_too_late_a_429(tiny_model, monkeypatch):
     body = {"prompt": [5, 6, 7], "max_tokens": 5}
     async with gateway(tiny_model) as (engine, url), aiohttp.ClientSession() as session:
 
@@ -274,8 +274,8 @@ async def test_over_http_what_has_no_time_left_is_a_504_and_what_comes_too_late_
                 return response.status, await response.json(), response.headers
 
         status, answer, _ = await post({"timeout_s": 1e-6})
-        assert (status, answer["error"]["code"]) == (504, "timeout")
-        assert (await post({}, **{"X-Stainless-Read-Timeout": "0.000001"}))[0] == 504
+        assert (status, answer["error"]["code"]) == (408, "timeout")
+        assert (await post({}, **{"X-Stainless-Read-Timeout": "0.000001"}))[0] == 408
         assert (await post({"priority": 3, "timeout_s": 1000}))[0] == 200
         await idle(engine)
 

@@ -68,7 +68,7 @@ CLIENTS_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 
 STATUS_OF = {
     ModelNotFound: 404, InvalidRequest: 400, Overloaded: 429, Unavailable: 503, RequestFailed: 502,
-    DeadlineExceeded: 504,
+    DeadlineExceeded: 408,
 }  # fmt: skip
 
 

@@ -216,7 +216,7 @@ FIELDS: dict[str, Schema] = {  # what is no sampling parameter, or looks otherwi
         "type": ["number", "null"],
         "exclusiveMinimum": 0,
         "maximum": MAX_TIMEOUT_S,
-        "description": "The whole answer comes in so many seconds, or ends with an error (504).",
+        "description": "The whole answer comes in so many seconds, or ends with an error (408).",
     },
     "cache_salt": {
         "type": ["string", "null"],

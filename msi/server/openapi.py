@@ -28,7 +28,7 @@ from msi.server.tokenizing import TEXT_FIELDS, TOKEN_FIELDS
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
 EVERYWHERE = (400, 401, 403, 405, 503)
 OF_BODIES = (404, 408, 413, 415)
-GENERATING = (429, 502, 504)
+GENERATING = (429, 502)
 LOGPROBS_SWITCH: Schema = {"type": ["boolean", "null"], "description": "Log-probabilities of the chosen tokens."}
 
 
@@ -169,6 +169,7 @@ class Operation:
         statuses: of HTTP, besides 200 and those that each endpoint has.
         error: name of the schema of its errors.
         is_probe: asked without a key.
+        ends_with_done: the last event of a stream is the word that OpenAI's end with.
     """
 
     summary: str
@@ -182,19 +183,21 @@ class Operation:
     error: str = "Error"
     media: str = JSON
     is_probe: bool = False
+    ends_with_done: bool = False
 
 
 OPERATIONS: dict[str, dict[str, Operation]] = {
     "/v1/completions": {
         "POST": Operation(
             "A text goes on; OpenAI's completions.", "Completion", "CompletionEvent", completions.FIELDS,
-            NOT_IN_COMPLETIONS, ("prompt",), statuses=GENERATING,
+            NOT_IN_COMPLETIONS, ("prompt",), statuses=GENERATING, ends_with_done=True,
         )
     },
     "/v1/chat/completions": {
         "POST": Operation(
             "A chat goes on, through the model's template; OpenAI's chat completions.", "ChatCompletion",
             "ChatCompletionEvent", chat.FIELDS, NOT_IN_CHATS, ("messages",), {"logprobs": LOGPROBS_SWITCH}, GENERATING,
+            ends_with_done=True,
         )
     },
     "/v1/responses": {
@@ -270,16 +273,21 @@ def description(version: str, *, needs_key: bool = False, has_page: bool = True)
     }
 
 
+def _event(said: Schema, error: Schema, *, ends_with_done: bool) -> Schema:
+    """Of each server-sent event: what its data hold. A stream that has begun tells of its failure so, too."""
+    data: Schema = {"type": "string", "contentMediaType": JSON, "contentSchema": {"anyOf": [said, error]}}
+    if ends_with_done:
+        data = {"anyOf": [{"const": "[DONE]"}, data]}
+    return _object("data", event=STRING, data=data)
+
+
 def _operation(path: str, one: Operation, needs_key: bool) -> dict[str, Any]:
     statuses = {*EVERYWHERE, *(OF_BODIES if one.fields is not None else ()), *one.statuses}
     responses: dict[str, Any] = {}
     if one.media:
         content = {one.media: {"schema": _ref(one.answer)} if one.answer else {}}
         if one.events:
-            # a stream that has begun tells of its failure as an event
-            content[EVENTS] = {
-                "schema": {"anyOf": [_ref(one.events), _ref(one.error)]} if one.statuses else _ref(one.events)
-            }
+            content[EVENTS] = {"schema": _event(_ref(one.events), _ref(one.error), ends_with_done=one.ends_with_done)}
         responses["200"] = {"description": "The answer.", "content": content}
     for status in sorted(statuses):
         schema = _ref("Ready") if status == 503 and one.answer == "Ready" else _ref(one.error)

@@ -8,7 +8,6 @@ PATH = "/v1/messages"  # and all below it
 KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
-    504: "timeout_error",
 }  # fmt: skip
 
 
