@@ -10,6 +10,7 @@ import string
 from collections.abc import Callable
 from typing import Any
 
+from msi.server import chat, completions
 from tools.hostility.report import Report
 from tools.hostility.wire import Target, ask, connected, post, request_bytes
 
@@ -21,13 +22,7 @@ NUMBERS: tuple[Any, ...] = (
     0.5, 1.0,
     99.999, 100, 100.0001, True, False, None, "1", "", [], {}, [1], {"a": 1},
 )  # fmt: skip
-FIELDS = (
-    "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "n", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "logprobs", "top_logprobs", "logit_bias", "stop", "stop_token_ids",
-    "stream",
-    "stream_options", "echo", "best_of", "suffix", "ignore_eos", "model", "user", "prompt", "messages",
-    "max_completion_tokens", "response_format", "tools", "tool_choice", "chat_template_kwargs", "add_generation_prompt",
-)  # fmt: skip
+FIELDS = tuple(sorted(completions.FIELDS | chat.FIELDS | {"best_of", "suffix", "user"}))
 TEXTS = (
     "", " ", "\0", "\n" * 50, "a" * 3000, "\ud800", "\udfff\ud800", "é" * 500, "👩‍👩‍👧‍👦" * 300, "\u202e\u2066abc",
     "</s>", "<s>", "<unk>",
