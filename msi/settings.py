@@ -17,6 +17,7 @@ from msi.parameters import check_parameters, parameter
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
+SHARING = "MSI_ATTENTION_ON_GPU"  # tells a worker that was given a GPU how many attention workers have it
 SLOT_ROWS = 512
 TRANSPORTS = ("auto", "inproc", "shm", "tcp", "rdma")
 MAX_NAME_CHARS = 256
@@ -139,9 +140,10 @@ class HostOptions:
     cuda_kernels: str = parameter(
         "auto",
         "what a GPU computes with: triton (kernels of our own), flashinfer (that library's attention, and triton for "
-        "the rest), plain (torch's operators), or auto (triton where it is installed, with flashinfer's attention "
-        "where that is, too, and measured to be faster)",
-        metavar="K", group=MODEL_AND_WORKERS, choices=("auto", "triton", "flashinfer", "plain"),
+        "the rest), deepgemm (that library's products with matrices in float8, and triton for the rest), plain "
+        "(torch's operators), or auto (triton where it is installed, with what these libraries have where they are, "
+        "too, and measured to be faster)",
+        metavar="K", group=MODEL_AND_WORKERS, choices=("auto", "triton", "flashinfer", "deepgemm", "plain"),
     )  # fmt: skip
     cuda_rows: str = parameter(
         "host",

@@ -189,7 +189,7 @@ class Bench:
         launches = bank._launches
         assert launches is not None
         launches.descriptors.write_everywhere(0, 0, [(seat, 0, count, answers.data_ptr()) for seat, count in members])
-        launches.plan(tiles)
+        launches.plan(tiles.block_m)
         return launches
 
     def _wave(

@@ -109,7 +109,7 @@ def open_device(
         poll_s: how long a CPU's compute thread looks for something to do before it sleeps.
         cuda_queues: of a GPU: "threads"; or "streams" or "gates", in whose place threads are taken where it has no
             such.
-        cuda_kernels: of a GPU: "triton", "flashinfer", "plain", or "auto", as `gpu_kernels` has them.
+        cuda_kernels: of a GPU: "triton", "flashinfer", "deepgemm", "plain", or "auto", as `gpu_kernels` has them.
         enforce_eager: of a GPU with streams: nothing is captured but the experts' waves.
 
     Raises:
@@ -120,6 +120,10 @@ def open_device(
     _, _, index = name.partition(":")
     number = int(index or os.environ.get("LOCAL_RANK", "0"))
     kernels = gpu_kernels(cuda_kernels, has_gates=cuda_queues == "gates")
+    if cuda_kernels == "flashinfer" and not enforce_eager:
+        log.warning(
+            "in decode passes that are replayed, attention is by Triton's kernels: graphs hold none of flashinfer's"
+        )
     if cuda_queues != "threads":
         check_device(name)
         prepare()
@@ -150,9 +154,10 @@ def gpu_kernels(wanted: str, has_gates: bool = False) -> Callable[[torch.device]
     """Makes the kernels for a GPU. Raises ConfigError where there are none.
 
     Args:
-        wanted: "triton", "flashinfer" for attention and Triton for all else, "plain", or "auto": Triton where it can
-            work, and flashinfer for attention where that is installed, and then measured to be faster.
-        has_gates: streams wait behind gates, where nobody may take memory, as flashinfer does.
+        wanted: "triton", "flashinfer" for attention and Triton for all else, "deepgemm" for products with matrices in
+            float8 and Triton for all else, "plain", or "auto": Triton where it can work, and each of the libraries
+            where it is installed, and then measured to be faster.
+        has_gates: streams wait behind gates, where nobody may take memory, as both libraries do.
     """
     if wanted == "plain":
         return PlainKernels
@@ -161,18 +166,35 @@ def gpu_kernels(wanted: str, has_gates: bool = False) -> Callable[[torch.device]
             log.warning("the GPU computes with torch's own operators: %s", reason)
             return PlainKernels
         raise ConfigError(f"`cuda_kernels` {wanted} cannot work: {reason}; without it, use `cuda_kernels=plain`")
+    from msi.kernels import deepgemm, flashinfer
     from msi.kernels.triton.kernels import TritonKernels
 
-    if wanted == "triton":
-        return TritonKernels
-    from msi.kernels import flashinfer
+    is_measured = wanted == "auto"
+    attends = _is_taken("flashinfer", "attention is", wanted, has_gates, flashinfer.why_unavailable)
+    multiplies = _is_taken("deepgemm", "products in float8 are", wanted, has_gates, deepgemm.why_unavailable)
+    if not multiplies:
+        return partial(flashinfer.FlashinferKernels, is_measured=is_measured) if attends else TritonKernels
 
-    reason = (
-        "with `cuda_queues` gates nobody may take memory, as it does" if has_gates else flashinfer.why_unavailable()
-    )
-    if reason is None:
-        return partial(flashinfer.FlashinferKernels, is_measured=wanted == "auto")
-    if wanted == "auto":
-        log.info("attention is by Triton's kernels alone: %s", reason)
-        return TritonKernels
-    raise ConfigError(f"`cuda_kernels` {wanted} cannot work: {reason}; without it, use `cuda_kernels=triton`")
+    def made(device: torch.device) -> Kernels:
+        why_not = partial(deepgemm.why_not_on, device)
+        is_here = _is_taken("deepgemm", "products in float8 are", wanted, has_gates, why_not)
+        library = deepgemm.DeepGemm(device, is_measured) if is_here else None
+        return (
+            flashinfer.FlashinferKernels(device, is_measured, library=library)
+            if attends
+            else TritonKernels(device, library)
+        )
+
+    return made
+
+
+def _is_taken(library: str, what: str, wanted: str, has_gates: bool, why_unavailable: Callable[[], str | None]) -> bool:
+    """Whether somebody asked for a library, or for all, and nothing speaks against it. Raises ConfigError."""
+    if wanted not in ("auto", library):
+        return False
+    reason = "with `cuda_queues` gates nobody may take memory, as it does" if has_gates else why_unavailable()
+    if reason is not None and wanted == library:
+        raise ConfigError(f"`cuda_kernels` {wanted} cannot work: {reason}; without it, use `cuda_kernels=triton`")
+    if reason is not None:
+        log.info("%s by Triton's kernels alone: %s", what, reason)
+    return reason is None

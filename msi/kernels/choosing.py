@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+TIMED_RUNS, ROUNDS = 10, 3
 
 
 def choose(
@@ -42,3 +45,22 @@ def choose(
         times = ", ".join(f"{name} {spent * 1e6:.1f} us" for name, spent in taken.items())
         log.info("%s by %s: %s", what, best, times)
     return best
+
+
+def device_seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Of one run, the least of some rounds, after one that does not count."""
+    work()
+    if device.type == "cpu":
+        began_s = time.perf_counter()
+        work()
+        return time.perf_counter() - began_s
+    taken = []
+    for _ in range(ROUNDS):
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        started.record()
+        for _ in range(TIMED_RUNS):
+            work()
+        ended.record()
+        ended.synchronize()
+        taken.append(float(started.elapsed_time(ended)) / 1e3 / TIMED_RUNS)
+    return min(taken)

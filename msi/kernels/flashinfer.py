@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,20 +19,20 @@ import torch
 from torch import Tensor
 
 from msi.kernels import BLOCK_TOKENS, fp8
-from msi.kernels.choosing import choose
+from msi.kernels.choosing import choose, device_seconds
 from msi.kernels.norm import HeadNorm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.triton import rope
 from msi.kernels.triton.attention_plan import PagedPlan
 from msi.kernels.triton.kernels import TritonKernels
+from msi.kernels.triton.rounded import Library
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 128 << 20  # what the library recommends
 FEWEST_SHARING = 3  # query heads of a KV head, from which tensor cores pay; without them it has no kernels for most
 MOST_APART = 2e-2  # of two results in 16 bits
-TIMED_RUNS, ROUNDS = 10, 3
 
 
 def why_unavailable() -> str | None:
@@ -102,6 +101,7 @@ class FlashinferKernels(TritonKernels):
             where a shape of heads is met first; else wherever it can.
         trial: what that is measured on.
         seconds: that something takes on the device.
+        library: for products, as `TritonKernels` has it.
     """
 
     def __init__(
@@ -110,8 +110,9 @@ class FlashinferKernels(TritonKernels):
         is_measured: bool = False,
         trial: Trial | None = None,
         seconds: Callable[[Callable[[], object]], float] | None = None,
+        library: Library | None = None,
     ) -> None:
-        super().__init__(device)
+        super().__init__(device, library)
         self._library: Any = importlib.import_module("flashinfer")
         self._is_measured = is_measured
         self._trial = trial or Trial()
@@ -269,22 +270,3 @@ def alike(num_seqs: int, query_len: int, context_len: int) -> PassTensors:
         begun_blocks=nothing,
         block_tables=tables,
     )
-
-
-def device_seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Of one run, the least of some rounds, after one that does not count."""
-    work()
-    if device.type == "cpu":
-        began_s = time.perf_counter()
-        work()
-        return time.perf_counter() - began_s
-    taken = []
-    for _ in range(ROUNDS):
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        started.record()
-        for _ in range(TIMED_RUNS):
-            work()
-        ended.record()
-        ended.synchronize()
-        taken.append(float(started.elapsed_time(ended)) / 1e3 / TIMED_RUNS)
-    return min(taken)

@@ -12,7 +12,8 @@ import torch
 
 from msi import ConfigError
 from msi.attention.pass_inputs import PassInputs
-from msi.device.choice import gpu_kernels
+from msi.device.choice import gpu_kernels, open_device
+from msi.device.cuda import why_unavailable
 from msi.kernels import BLOCK_TOKENS, flashinfer, fp8
 from msi.kernels.choosing import choose
 from msi.kernels.flashinfer import FlashinferKernels, FlashinferPlan, Trial
@@ -201,3 +202,13 @@ def test_the_module_that_stands_for_it_has_its_signatures(name):
         assert {one: (ours[one].kind, ours[one].default) for one in ours} == {
             one: (theirs[one].kind, theirs[one].default) for one in ours
         }
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.skipif(why_unavailable() is None, reason="there is a GPU, which would be opened")
+def test_who_asks_for_it_and_for_graphs_is_told_that_they_hold_none_of_it(monkeypatch, caplog):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flashinfer" or found(name))
+    with pytest.raises(ConfigError, match="`device` cuda cannot work"):
+        open_device("cuda", 1, cuda_kernels="flashinfer", enforce_eager=False)
+    assert "attention is by Triton's kernels: graphs hold none of flashinfer's" in caplog.text

@@ -21,7 +21,7 @@ from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.plain import PlainKernels
 from msi.kernels.quantized import held, joined
 from msi.kernels.rope import rope_frequencies
-from msi.kernels.routing import PackedRows, answer_row_bytes, hidden_rows, row_bytes
+from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, hidden_rows, row_bytes
 from msi.types import MicroBatch
 from tools.gpu.shapes import Shape
 
@@ -279,6 +279,8 @@ def experts_case(
     answers = dict(enumerate(outboxes))
     ids = torch.cat([landed.topk_ids[seat, 0, :num_rows].flatten() for seat, num_rows in seats])
     active = len(set(ids.tolist()))
+    if getattr(kernels, "library", None) is not None:  # which is taken, if at all, from then on
+        bank.warm(size.num_experts, size.top_k, RowDtypes(numbers.dtype, sent, answered))
     bank.prepare(landed, (each * shape[-1], shape[-1]), answered)
     expert_values = 3 * size.hidden * size.inner
     return Case(

@@ -1,8 +1,8 @@
 """Kernels, plain torch's and Triton's: right against plain torch in float64 on the same numbers, and their times.
 
-Attention by flashinfer, too, where that is installed. Floors follow from what the device was found to do. Compiling
-takes longer than everything else, so that several processes do it at once; what is timed runs alone, with what they
-have left in Triton's cache.
+Attention by flashinfer and products in float8 by DeepGEMM, too, where they are installed. Floors follow from what the
+device was found to do. Compiling takes longer than everything else, so that several processes do it at once; what is
+timed runs alone, with what they have left in Triton's cache.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tools.gpu.timing import device_seconds
 
 ALLOWED = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}  # relative error of a result's norm
 ALLOWED_ROUNDED = 3e-2  # where one in some may be the next in eight bits, which are a sixteenth apart at most
+ALLOWED_TWICE = 8e-2  # where both factors of a product are in eight bits, twice behind one another
 MEMORY_BOUND, COMPUTE_BOUND = 0.85, 0.65  # shares of the floor that are asked for
 ASKED = (  # that move enough for a launch to count for little
     "paged decode attention", "paged decode attention over float8", "experts", "experts in float8",
@@ -58,16 +59,20 @@ def kernels_here() -> list[str]:
     """Names of what can compute."""
     if why_unavailable() is not None:
         return ["plain torch"]
-    from msi.kernels import flashinfer
+    from msi.kernels import deepgemm, flashinfer
 
-    return ["plain torch", "Triton"] + (["flashinfer"] if flashinfer.why_unavailable() is None else [])
+    names = ["plain torch", "Triton"]
+    names += ["flashinfer"] if flashinfer.why_unavailable() is None else []
+    return names + (["DeepGEMM"] if deepgemm.why_unavailable() is None else [])
 
 
 def cases_of(kernels: str) -> list[str]:
-    """What differs from Triton's in flashinfer's."""
-    if kernels != "flashinfer":
-        return list(CASES)
-    return [case for case in CASES if case.startswith("paged decode attention") and "sinks" not in case]
+    """What differs from Triton's in a library's."""
+    if kernels == "flashinfer":
+        return [case for case in CASES if case.startswith("paged decode attention") and "sinks" not in case]
+    if kernels == "DeepGEMM":
+        return [case for case in CASES if "MLP in float8" in case or case.startswith("experts in float8")]
+    return list(CASES)
 
 
 def open_kernels(name: str, device: torch.device) -> Kernels:
@@ -77,9 +82,10 @@ def open_kernels(name: str, device: torch.device) -> Kernels:
         from msi.kernels import flashinfer
 
         return flashinfer.FlashinferKernels(device)
+    from msi.kernels import deepgemm
     from msi.kernels.triton.kernels import TritonKernels
 
-    return TritonKernels(device)
+    return TritonKernels(device, deepgemm.DeepGemm(device) if name == "DeepGEMM" else None)
 
 
 # -- right -----------------------------------------------------------------------------------------------------------
@@ -105,6 +111,7 @@ def are_right(place: Place, add: Add) -> None:
             left[key] -= 1
             if not left[key]:
                 allowed = max(ALLOWED[task.dtype], ALLOWED_ROUNDED if task.case in ROUNDED else 0.0)
+                allowed = max(allowed, ALLOWED_TWICE if task.kernels == "DeepGEMM" else 0.0)
                 wrong = "" if worst[key] <= allowed else f"more than {allowed}: WRONG"
                 name = f"{task.kernels}: {task.case}, {str(task.dtype).removeprefix('torch.')}, relative error"
                 add(Row(name, worst[key], note=" ".join(filter(None, [wrong, notes[key]]))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, row_byt
 from msi.kernels.triton import host_rows
 from msi.kernels.triton.host_rows import HostRows
 from msi.kernels.triton.launches import Counts, ExpertWeights, WaveLaunches
+from msi.kernels.triton.rounded import Library
 from msi.kernels.triton.tiles import TINY, Tiles, choose, expected_rows, tiles_for
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ MAX_ROWS = 4096  # of what is computed at a time: longer waves go in parts, so m
 INTERPRETED_SMS = 3  # programs that an interpreter is asked to play
 WARM_ROWS = 16  # of a slot
 SHARED_BYTES = 227 * 1024  # where no device says it
+TRIED_ROWS = 512  # of an expert, where any number of them is cut the same way
 
 
 class TritonExpertBank:
@@ -35,6 +38,7 @@ class TritonExpertBank:
         num_model_experts: of a layer of the whole model; how many rows an expert here can expect follows from it.
         tiles: to compute with, in place of what this device is known to like.
         uses_graphs: on a GPU, waves are replays of graphs that `prepare` captures.
+        library: whose products are taken of matrices in float8, where it can and is better.
     """
 
     def __init__(
@@ -44,13 +48,16 @@ class TritonExpertBank:
         num_model_experts: int | None = None,
         tiles: tuple[Tiles, ...] | None = None,
         uses_graphs: bool = True,
+        library: Library | None = None,
     ) -> None:
-        num_layers, num_experts, hidden, inner = weights.w2.shape
+        _, _, hidden, inner = weights.w2.shape
         self.weights = weights
         self._device = weights.w2.device
         self._num_model_experts = num_model_experts
         self._wanted_tiles = tiles
         self._uses_graphs = uses_graphs and self._device.type == "cuda"
+        self._library = library
+        self._by_library: tuple[Tiles, ...] = ()  # which of the tiles are left to it
         dtype = weights.w2.dtype
         if self._device.type == "cuda":
             properties = torch.cuda.get_device_properties(self._device)
@@ -61,10 +68,7 @@ class TritonExpertBank:
             self._num_sms = INTERPRETED_SMS
             self.tiles = tiles or tiles_for("", hidden, inner, dtype, SHARED_BYTES)
         self._expert_bytes = 3 * hidden * inner * dtype.itemsize
-        rows = torch.zeros(num_layers, num_experts, dtype=torch.int64)
-        read = torch.zeros(1, dtype=torch.int64)
-        seen = [one.pin_memory() if self._device.type == "cuda" else one for one in (rows, read)]
-        self._counts = Counts(_fresh(rows, self._device), seen[0], _fresh(read, self._device), seen[1])
+        self._counts = _new_counts(weights)
         self.num_rows = self._counts.rows_seen
         self._launches: WaveLaunches | None = None
         self._landed: PackedRows | None = None
@@ -95,8 +99,9 @@ class TritonExpertBank:
             scale2=moved(had.scale2),
         )  # fmt: skip
         bank = TritonExpertBank(
-            new, num_model_experts=self._num_model_experts, tiles=self._wanted_tiles, uses_graphs=self._uses_graphs
-        )
+            new, num_model_experts=self._num_model_experts, tiles=self._wanted_tiles, uses_graphs=self._uses_graphs,
+            library=self._library,
+        )  # fmt: skip
         bank._has_scaled = self._has_scaled
         for local, place in enumerate(places):
             if place is not None:
@@ -155,6 +160,8 @@ class TritonExpertBank:
                 for tiles in self.tiles:
                     launches.descriptors.write(0, 0, [])
                     launches.launch_eagerly(tiles)
+            if self._library is not None:
+                self._by_library = self._better_by(self._library, k, dtypes)
             if is_gpu:
                 torch.cuda.current_stream().synchronize()
 
@@ -167,23 +174,81 @@ class TritonExpertBank:
         self._landed, self._addresses = landed, {}
         is_far = host_rows.is_far(self._device, landed.hidden)
         self._launches = self._new_launches(landed, answer_strides, answer_dtype, is_far)
+        self._capture(self._launches)
+
+    def _capture(self, launches: WaveLaunches) -> None:
         if self._uses_graphs:
             try:
-                self._launches.capture()
+                launches.capture()
             except RuntimeError as error:
                 log.warning(
                     "waves of experts are launched kernel by kernel: no graph of them could be captured: %s", error
                 )
-                self._launches.forget_graphs()
+                launches.forget_graphs()
 
     def _new_launches(
-        self, landed: PackedRows, answer_strides: tuple[int, int], answer_dtype: torch.dtype, is_staged: bool
+        self,
+        landed: PackedRows,
+        answer_strides: tuple[int, int],
+        answer_dtype: torch.dtype,
+        is_staged: bool,
+        by_library: Sequence[Tiles] | None = None,
+        counts: Counts | None = None,
     ) -> WaveLaunches:
         num_seats, _, slot_rows, _ = landed.hidden.shape
         return WaveLaunches(
-            self.weights, self._counts, landed, answer_strides, answer_dtype,
+            self.weights, counts or self._counts, landed, answer_strides, answer_dtype,
             max_rows=min(num_seats * slot_rows, MAX_ROWS), tiles=self.tiles, num_sms=self._num_sms, is_staged=is_staged,
+            products=self._library, by_library=self._by_library if by_library is None else by_library,
         )  # fmt: skip
+
+    def _better_by(self, library: Library, k: int, dtypes: RowDtypes) -> tuple[Tiles, ...]:
+        """For how many rows of an expert a library's products are taken: tried on waves through memory of their own."""
+        weights = self.weights
+        if (reason := _why_not_by_a_library(weights, dtypes)) is not None:
+            log.info("experts are multiplied by Triton's kernels alone: %s", reason)
+            return ()
+        _, num_experts, hidden, inner = weights.w2.shape
+        sizes = [
+            min(MAX_ROWS, -(-min(one.rows, TRIED_ROWS) * num_experts // min(k, num_experts))) for one in self.tiles
+        ]
+        shape = (1, 1, max(sizes), row_bytes(hidden, k, dtypes.sent))
+        landed = PackedRows.view(
+            torch.zeros(shape, dtype=torch.uint8, device=self._device), hidden, k, dtypes.sent, dtypes.computed
+        )
+        generator = torch.Generator(self._device).manual_seed(0)
+        rows = torch.randn(max(sizes), hidden, generator=generator, device=self._device).to(dtypes.computed)
+        landed.hidden[0, 0] = rows if landed.unpacked is None else fp8.pack(rows)
+        choices = torch.rand(max(sizes), num_experts, generator=generator, device=self._device).topk(
+            min(k, num_experts)
+        )
+        landed.topk_ids[:] = -1
+        landed.topk_ids[0, 0, :, : choices.indices.shape[1]] = choices.indices
+        landed.topk_weights[:] = 1 / k
+        answers = torch.zeros(max(sizes), hidden, dtype=dtypes.computed, device=self._device)
+        strides = (answers.nbytes, hidden * answers.itemsize)
+        nobodys = _new_counts(weights)
+        own, theirs = (
+            self._new_launches(landed, strides, dtypes.computed, False, taken, nobodys) for taken in ((), self.tiles)
+        )
+        fresh = [own, theirs]
+
+        def run(launches: WaveLaunches, tiles: Tiles, size: int) -> Tensor:
+            if launches in fresh:
+                fresh.remove(launches)
+                self._capture(launches)
+                launches.descriptors.write_everywhere(0, 0, [(0, 0, size, answers.data_ptr())])
+            launches.launch(launches.way(tiles, size))
+            return answers[:size].clone()
+
+        better = []
+        for tiles, size in zip(self.tiles, sizes, strict=True):
+            for launches in (own, theirs):
+                launches.descriptors.write_everywhere(0, 0, [(0, 0, size, answers.data_ptr())])
+            what = f"{num_experts} experts in float8, {hidden} x {inner}, of up to {tiles.rows} rows each"
+            if library.is_better(what, partial(run, own, tiles, size), partial(run, theirs, tiles, size)):
+                better.append(tiles)
+        return tuple(better)
 
     def run(
         self, layer: int, lane: int, seats: Sequence[tuple[int, int]], landed: PackedRows, answers: Mapping[int, Tensor]
@@ -215,9 +280,9 @@ class TritonExpertBank:
             tiles = choose(self.tiles, expected_rows(num_rows, k, num_experts, in_all))
             if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 launches.descriptors.write_everywhere(layer, lane, part)  # whoever replays this, means this wave
-                launches.launch_eagerly(tiles)
+                launches.launch_eagerly(launches.way(tiles, num_rows))
             else:
-                launches.launch(tiles)
+                launches.launch(launches.way(tiles, num_rows))
 
     def _address(self, seat: int, answers: Tensor) -> int:
         known = self._addresses.get(seat)
@@ -237,6 +302,7 @@ def new_expert_bank(
     num_model_experts: int | None = None,
     activation: Activation = SWIGLU,
     has_bias: bool = False,
+    library: Library | None = None,
 ) -> TritonExpertBank:
     """Without weights yet. Biases are float32, whatever the rest is.
 
@@ -256,7 +322,19 @@ def new_expert_bank(
         across, along = num_blocks(hidden_size), num_blocks(inner_size)
         scales = empty(2 * along, across, dtype=torch.float32), empty(across, along, dtype=torch.float32)
         weights = replace(weights, scale13=scales[0], scale2=scales[1], scale_block=SCALE_BLOCK)
-    return TritonExpertBank(weights, num_model_experts=num_model_experts)
+    return TritonExpertBank(weights, num_model_experts=num_model_experts, library=library)
+
+
+def _why_not_by_a_library(weights: ExpertWeights, dtypes: RowDtypes) -> str | None:
+    if weights.scale_block != SCALE_BLOCK:
+        return "their scales are not of 128 x 128 values"
+    if weights.bias13 is not None:
+        return "they have biases"
+    if any(size % SCALE_BLOCK for size in weights.w2.shape[2:]):
+        return f"their sides, {' and '.join(map(str, weights.w2.shape[2:]))}, are no multiples of {SCALE_BLOCK}"
+    if dtypes.computed is not torch.bfloat16:
+        return f"rows are computed in {str(dtypes.computed).removeprefix('torch.')}"
+    return None
 
 
 def _halves(gate_up: Tensor | Quantized) -> Sequence[Tensor | Quantized]:
@@ -284,8 +362,12 @@ def _with_scales_of_rows(weights: ExpertWeights) -> ExpertWeights:
     return replace(weights, scale13=ones(2 * inner), scale2=ones(hidden), scale_block=1)
 
 
-def _fresh(counts: Tensor, device: torch.device) -> Tensor:
-    return torch.zeros_like(counts, device=device)
+def _new_counts(weights: ExpertWeights) -> Counts:
+    device = weights.w2.device
+    rows = torch.zeros(weights.w2.shape[:2], dtype=torch.int64)
+    read = torch.zeros(1, dtype=torch.int64)
+    seen = [one.pin_memory() if device.type == "cuda" else one for one in (rows, read)]
+    return Counts(torch.zeros_like(rows, device=device), seen[0], torch.zeros_like(read, device=device), seen[1])
 
 
 def _parts(members: Sequence[tuple[int, int, int]], max_rows: int) -> Iterator[list[tuple[int, int, int, int]]]:

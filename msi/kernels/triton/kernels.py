@@ -26,16 +26,22 @@ from msi.kernels.triton import attention, attention_plan, rope, routing, rows, s
 from msi.kernels.triton.attention_plan import PagedPlan
 from msi.kernels.triton.expert_bank import new_expert_bank
 from msi.kernels.triton.linear import Float8Linear
+from msi.kernels.triton.rounded import Library
 
 INTERPRETED_PROCESSORS = 3  # so that little is split
 FLOAT8_ARCHITECTURE = 89  # the first that unpacks float8
 
 
 class TritonKernels(PlainKernels):
-    """Implements `msi.kernels.kernels.Kernels`."""
+    """Implements `msi.kernels.kernels.Kernels`.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        library: whose products are taken of matrices in float8, where it can and is better.
+    """
+
+    def __init__(self, device: torch.device, library: Library | None = None) -> None:
         super().__init__(device)
+        self.library = library
         self._is_interpreted = device.type == "cpu"
         self._addresses: dict[tuple[int, ...], Tensor] = {}  # of outboxes; never dropped, as graphs hold them
         self._num_processors = INTERPRETED_PROCESSORS
@@ -57,7 +63,8 @@ class TritonKernels(PlainKernels):
 
     def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:
         if isinstance(weight, Quantized):
-            return Float8Linear(weight, bias, self.device)
+            own = Float8Linear(weight, bias, self.device)
+            return own if self.library is None else self.library.linear(weight, bias, own)
         return super().linear(weight, bias)
 
     def expert_bank(
@@ -76,7 +83,7 @@ class TritonKernels(PlainKernels):
         return new_expert_bank(
             num_layers=num_layers, num_experts=num_experts, hidden_size=hidden_size, inner_size=inner_size,
             dtype=dtype if quantization == NONE else torch.float8_e4m3fn, device=self.device, activation=activation,
-            has_bias=has_bias,
+            has_bias=has_bias, library=self.library,
         )  # fmt: skip
 
     # -- norms and MLPs ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ So a launch can be captured as a graph, and replayed with whatever the ring of d
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from msi.kernels import SWIGLU, Activation, fp8
 from msi.kernels.routing import PackedRows
 from msi.kernels.triton import experts
+from msi.kernels.triton.rounded import Products, RoundedWave
 from msi.kernels.triton.tiles import Product, Tiles
 from msi.kernels.triton.wave import RING, Descriptors, answer_rows, new_plan, plan_wave, stage_rows
 
@@ -71,6 +73,7 @@ class WaveLaunches:
         max_rows: of a wave.
         is_staged: rows land in the host's memory, and are copied together before they are multiplied, as those in
             eight bits always are.
+        products: a library's; and of the tiles, which are left to it.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class WaveLaunches:
         tiles: tuple[Tiles, ...],
         num_sms: int,
         is_staged: bool = False,
+        products: Products | None = None,
+        by_library: Collection[Tiles] = (),
     ) -> None:
         num_seats, self._hidden, dtype = landed.hidden.shape[0], weights.w2.shape[2], landed.dtype
         is_packed = fp8.is_packed(landed.hidden)
@@ -99,7 +104,8 @@ class WaveLaunches:
         device = weights.w2.device
         self.descriptors = Descriptors(num_seats, device)
         self._num_pairs = max_rows * self._k
-        num_tiles = self._num_experts + self._num_pairs // min(one.block_m for one in tiles)
+        heights = [*(one.block_m for one in tiles), *([] if products is None else [products.tile_rows])]
+        num_tiles = self._num_experts + self._num_pairs // min(heights)
         self.planned = new_plan(self._num_pairs, max_rows, num_tiles, self._num_experts, device)
         self.act = torch.empty(self._num_pairs, self._inner, dtype=dtype, device=device)
         splits = max(one.down.splits for one in tiles)
@@ -108,52 +114,80 @@ class WaveLaunches:
         if is_staged or is_packed:
             self._staged = torch.empty(max_rows, self._hidden, dtype=dtype, device=device)
         self._upcast = dtype is torch.bfloat16 and device.type == "cpu"
+        self._by_library = frozenset(map(id, by_library))
+        self.rounded: RoundedWave | None = None
+        if self._by_library:
+            assert products is not None
+            assert weights.scale13 is not None
+            assert weights.scale2 is not None
+            matrices = (weights.w13, weights.scale13), (weights.w2, weights.scale2)
+            self.rounded = RoundedWave(
+                matrices, weights.activation, products, max_rows=max_rows, k=self._k, num_sms=num_sms
+            )
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def launch(self, tiles: Tiles) -> None:
+    def way(self, tiles: Tiles, num_rows: int) -> Tiles | int:
+        """How a wave of so many rows is computed: by our own products, or by a library's, in so many places."""
+        if self.rounded is None or id(tiles) not in self._by_library:
+            return tiles
+        return self.rounded.size_of(num_rows)
+
+    def ways(self) -> list[Tiles | int]:
+        sizes = () if self.rounded is None else self.rounded.sizes
+        return [*(one for one in self._tiles if id(one) not in self._by_library), *sizes]
+
+    def launch(self, way: Tiles | int) -> None:
         """A wave whose descriptor is the next in the ring."""
-        if (graph := self._graphs.get(id(tiles))) is not None:
+        if (graph := self._graphs.get(_key(way))) is not None:
             graph.replay()
         else:
-            self.launch_eagerly(tiles)
+            self.launch_eagerly(way)
 
     def capture(self) -> None:
-        """Makes graphs, one of each of the tiles, before the first wave; waits for nothing but its own stream.
+        """Makes graphs, one of each way, before the first wave; waits for nothing but its own stream.
 
         Each is launched for a wave of no rows before, which loads what it needs, and replayed for another.
         """
         stream = torch.cuda.Stream(self._weights.w2.device)
         stream.wait_stream(torch.cuda.current_stream(self._weights.w2.device))
         with torch.cuda.stream(stream):
-            for tiles in self._tiles:
+            for way in self.ways():
                 self.descriptors.write(0, 0, [])
-                self.launch_eagerly(tiles)
+                self.launch_eagerly(way)
             stream.synchronize()
-            for tiles in self._tiles:
+            for way in self.ways():
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
-                    self.launch_eagerly(tiles)
+                    self.launch_eagerly(way)
                 finally:
                     graph.capture_end()
                 self.descriptors.write(0, 0, [])
                 graph.replay()  # what a first replay sets up may wait for all streams
-                self._graphs[id(tiles)] = graph
+                self._graphs[_key(way)] = graph
             stream.synchronize()
 
     def forget_graphs(self) -> None:
         self._graphs = {}
 
-    def launch_eagerly(self, tiles: Tiles) -> None:
+    def launch_eagerly(self, way: Tiles | int) -> None:
         """The same, and never a graph."""
-        self.plan(tiles)
-        self.gate_up(tiles)
-        self.down_and_answer(tiles)
+        if isinstance(way, Tiles):
+            self.plan(way.block_m)
+            self.gate_up(way)
+            self.down_and_answer(way)
+            return
+        rounded = self.rounded
+        assert rounded is not None
+        hidden = self._rows()
+        self.plan(rounded.tile_rows)
+        rounded.launch(way, hidden, _alignment(hidden), self.planned)
+        self._answer(rounded.down, 1, len(rounded.down), rounded.row_place)
 
-    def plan(self, tiles: Tiles) -> None:
+    def plan(self, block_m: int) -> None:
         plan, landed, counts = self.planned, self._landed, self._counts
         descriptors = self.descriptors
-        source = landed.hidden if self._staged is None else self._staged
+        source = self._rows()
         rows = plan_rows(self._k, self._num_experts)
         chunks = triton.cdiv(self.max_rows, rows)
         plan_wave[(min(chunks, self._num_sms),)](
@@ -167,7 +201,7 @@ class WaveLaunches:
             counts.rows, counts.rows_seen, counts.read, counts.read_seen, source.stride(-2),
             NUM_EXPERTS=self._num_experts, EXPERTS=padded(self._num_experts), K=self._k,
             KS=triton.next_power_of_2(self._k), SEATS=descriptors.seats, ROWS=rows,
-            COUNTED=counted_rows(self._k, descriptors.seats), BLOCK_M=tiles.block_m, RING=RING,
+            COUNTED=counted_rows(self._k, descriptors.seats), BLOCK_M=block_m, RING=RING,
             IS_STAGED=self._staged is not None, num_warps=8,
         )  # fmt: skip
         if self._staged is not None:
@@ -178,7 +212,7 @@ class WaveLaunches:
 
     def gate_up(self, tiles: Tiles) -> None:
         plan, weights, product = self.planned, self._weights, tiles.gate_up
-        hidden = self._landed.hidden if self._staged is None else self._staged
+        hidden = self._rows()
         activation = weights.activation
         w13 = self._descriptor(weights.w13, product) if product.is_tma else weights.w13
         experts.gate_up[(self._num_sms * product.per_sm,)](
@@ -220,20 +254,29 @@ class WaveLaunches:
         )
 
     def answer(self, tiles: Tiles) -> None:
+        self._answer(self.partial_of(tiles), tiles.down.splits, self._num_pairs, self.planned["row_pair"])
+
+    def _answer(self, partial: Tensor, splits: int, num_pairs: int, row_pair: Tensor) -> None:
         plan = self.planned
         answer_rows[(self._num_sms * 2,)](
-            self.partial_of(tiles), plan["wave"], self.descriptors.ticket, plan["row_pair"], plan["row_weight"],
-            plan["row_answer"], self._num_pairs,
-            HIDDEN=self._hidden, K=self._k, SPLITS=tiles.down.splits,
+            partial, plan["wave"], self.descriptors.ticket, row_pair, plan["row_weight"], plan["row_answer"], num_pairs,
+            HIDDEN=self._hidden, K=self._k, SPLITS=splits,
             BLOCK=min(ANSWER_BLOCK, triton.next_power_of_2(max(fp8.GROUP, self._hidden))), DTYPE=TYPES[self._dtype],
             SCALES_AT=self._answer_scales_at, num_warps=answer_warps(self._answer_scales_at),
         )  # fmt: skip
+
+    def _rows(self) -> Tensor:
+        return self._landed.hidden if self._staged is None else self._staged
 
     def _descriptor(self, stack: Tensor, product: Product) -> object:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         rows = stack.view(-1, stack.shape[-1])
         return TensorDescriptor.from_tensor(rows, [product.block_n, product.block_k])
+
+
+def _key(way: Tiles | int) -> int:
+    return -way if isinstance(way, int) else id(way)
 
 
 def padded(num_experts: int) -> int:

@@ -79,7 +79,7 @@ class Float8Linear:
     def __init__(self, matrix: Quantized, bias: Tensor | None, device: torch.device) -> None:
         assert matrix.format == "fp8", matrix.format
         self._num_outputs, self._depth = matrix.shape
-        self._weight = matrix.values.contiguous().to(device)
+        self.weight = matrix.values.contiguous().to(device)
         self._scales = matrix.scales.T.contiguous().to(device)
         self._bias = None if bias is None else bias.to(device)
         self._loaded: set[torch.dtype] = set()
@@ -102,7 +102,7 @@ class Float8Linear:
         num_rows = rows.shape[0]
         grid = (triton.cdiv(num_rows, cut.block_m) * triton.cdiv(self._num_outputs, cut.block_n),)
         product[grid](
-            rows, self._weight, self._scales, self._bias, out, num_rows, rows.stride(0),
+            rows, self.weight, self._scales, self._bias, out, num_rows, rows.stride(0),
             NUM_OUTPUTS=self._num_outputs, DEPTH=self._depth, GROUP=GROUP, HAS_BIAS=self._bias is not None,
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
             UPCAST=rows.dtype is torch.bfloat16 and rows.device.type == "cpu",
