@@ -31,14 +31,7 @@ def warm(
     """
     if len(kv_cache.layers[0]) < 3:
         return
-    at, num_tokens = device.kernels.device, 1 + CHUNK
-    hidden_size, k = config.hidden_size, config.top_k
-    shape = (num_nodes, num_tokens, row_bytes(hidden_size, k, row_dtypes.sent))
-    memory = torch.zeros(shape, dtype=torch.uint8, device=at)
-    counts = torch.zeros(num_nodes, dtype=torch.int32, pin_memory=at.type == "cuda")
-    outboxes = Outboxes([PackedRows.view(one, hidden_size, k, row_dtypes.sent) for one in memory], counts)
-    shape = (num_nodes, num_tokens, answer_row_bytes(hidden_size, row_dtypes.answered))
-    answers = hidden_rows(torch.zeros(shape, dtype=torch.uint8, device=at), hidden_size, row_dtypes.answered)
+    num_tokens = 1 + CHUNK
     batch = MicroBatch(
         token_ids=(0,) * num_tokens,
         positions=(0, *range(CHUNK)),
@@ -48,6 +41,25 @@ def warm(
         logit_rows=(0, CHUNK),
         sampling=SAMPLING,
     )
+    run_alone(forward, config, batch, num_nodes, device, row_dtypes)
+    at = device.kernels.device
+    kv_cache.clear(torch.tensor([1, 2], device=at))
+    if at.type == "cuda":
+        torch.cuda.current_stream(at).synchronize()
+
+
+def run_alone(
+    forward: Forward, config: ModelConfig, batch: MicroBatch, num_nodes: int, device: Device, row_dtypes: RowDtypes
+) -> None:
+    """A pass through all layers whose rows go to outboxes of its own, and whose answers are zeros."""
+    at, num_tokens = device.kernels.device, batch.num_tokens
+    hidden_size, k = config.hidden_size, config.top_k
+    shape = (num_nodes, num_tokens, row_bytes(hidden_size, k, row_dtypes.sent))
+    memory = torch.zeros(shape, dtype=torch.uint8, device=at)
+    counts = torch.zeros(num_nodes, dtype=torch.int32, pin_memory=at.type == "cuda")
+    outboxes = Outboxes([PackedRows.view(one, hidden_size, k, row_dtypes.sent) for one in memory], counts)
+    shape = (num_nodes, num_tokens, answer_row_bytes(hidden_size, row_dtypes.answered))
+    answers = hidden_rows(torch.zeros(shape, dtype=torch.uint8, device=at), hidden_size, row_dtypes.answered)
     with torch.inference_mode():
         state = forward.begin(batch, *PassInputs(device.upload).lay_out(batch))
         for turn in range(forward.num_turns):
@@ -55,6 +67,3 @@ def warm(
             if forward.has_shared:
                 forward.shared_experts(state, turn)
         forward.sample(state, answers)
-        kv_cache.clear(torch.tensor([1, 2], device=at))
-        if at.type == "cuda":
-            torch.cuda.current_stream(at).synchronize()

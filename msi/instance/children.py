@@ -14,7 +14,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from msi.instance.fork_server import Forked, ForkServer
@@ -45,17 +46,26 @@ class Child:
         self._writer = writer
 
     @staticmethod
-    async def start(arguments: Iterable[str], secret: Secret | None = None, pass_fds: tuple[int, ...] = ()) -> Child:
-        """Runs msi_launch with these arguments; the secret is what peers on a network have to hold."""
-        environment = without_secret(os.environ)
+    async def start(
+        arguments: Iterable[str],
+        secret: Secret | None = None,
+        pass_fds: tuple[int, ...] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Child:
+        """Runs msi_launch with these arguments; the secret is what peers on a network have to hold.
+
+        Args:
+            environment: besides this process's.
+        """
+        known = {**without_secret(os.environ), **environment}
         if secret is not None:  # never on a command line, which every user of the machine can read
-            environment[VARIABLE] = secret.text
+            known[VARIABLE] = secret.text
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "msi_launch", *arguments,
                 "--parent", str(os.getpid()), "--announce", str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(), *pass_fds), env=environment,
+                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(), *pass_fds), env=known,
             )  # fmt: skip
         except BaseException:
             ours.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections import Counter
@@ -20,12 +21,14 @@ from msi.control.restarts import Restarts
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.instance.children import Child
 from msi.instance.fork_server import ForkServer, can_fork
+from msi.instance.gpus import Gpus, num_gpus
 from msi.instance.instance import check_device, check_files, worker_ids
 from msi.json_log import with_fields
 from msi.net.control import ControlClient, MessageClient
 from msi.net.secret import Secret
 from msi.net.socket_dir import SocketDir
 from msi.options import InstanceOptions
+from msi.settings import SHARING
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +167,8 @@ class ProcessInstance:
         self._stopping = asyncio.Event()
         self._leaving: set[str] = set()  # workers that are not started again
         self._forks = ForkServer() if can_fork(options.host.device) else None
+        self._gpus = Gpus(options.host.device, num_gpus(os.environ))
+        self._placed_first: list[str] = []  # until all of them are children
 
     @property
     def url(self) -> str:
@@ -237,11 +242,17 @@ class ProcessInstance:
 
     async def _start_workers(self, address: str) -> None:
         """Raises Unavailable: what they need cannot be loaded, or there is no room for them."""
+        self._placed_first = [worker_id for _, worker_id in worker_ids(self._options)]
+        for role, worker_id in worker_ids(self._options):  # each is told how many share its GPU
+            self._gpus.device_of(worker_id, role, self._placed_first)
         for role, worker_id in worker_ids(self._options):
             try:
                 await self._start_worker(address, role, worker_id)
             except OSError as error:
                 raise Unavailable(f"{worker_id} cannot be started: {error.strerror or error}") from error
+        self._placed_first = []
+        if placed := self._gpus.said([worker_id for _, worker_id in worker_ids(self._options)]):
+            log.info("on GPUs: %s", placed)
 
     async def _start_worker(self, address: str, role: str, worker_id: str) -> None:
         """Raises OSError: it cannot be started."""
@@ -249,7 +260,12 @@ class ProcessInstance:
             *self._options.flags(), "--role", role, "--worker-id", worker_id, "--coordinator", address,
             "--transport", self._options.chosen_transport, *self._worker_flags,
         )  # fmt: skip
-        starting = Child.start(words) if self._forks is None else Child.fork(words, self._forks)
+        device = self._gpus.device_of(worker_id, role, {*self._children, *self._placed_first} - self._leaving)
+        if device == self._options.host.device:
+            starting = Child.start(words) if self._forks is None else Child.fork(words, self._forks)
+        else:  # of two flags the last one counts
+            told = {SHARING: str(max(1, self._gpus.sharing(worker_id)))}
+            starting = Child.start((*words, f"--device={device}"), environment=told)
         self._children[worker_id] = await starting
 
     async def _watch_coordinator(self, child: Child, bind: str) -> None:

@@ -155,8 +155,13 @@ class ModelFiles:
         )  # fmt: skip
         return LoadedPart(precision, attention, experts, assignment.experts)
 
-    def num_kv_blocks(self, assignment: Assignment, device: Device, memory_utilization: float) -> int:
+    def num_kv_blocks(
+        self, assignment: Assignment, device: Device, memory_utilization: float, pass_bytes: int = 0
+    ) -> int:
         """As many as the share of free memory allows but no more than could ever be used, and the padding block.
+
+        Args:
+            pass_bytes: of that share, that passes take.
 
         Raises:
             ConfigError: not even one fits.
@@ -165,14 +170,26 @@ class ModelFiles:
         if limits.num_gpu_blocks_override:
             return 1 + limits.num_gpu_blocks_override
         block_bytes = KvCache.block_bytes(self.config, DTYPES[assignment.precision.kv_cache])
-        budget = device.free_memory_bytes() * memory_utilization * assignment.memory_share
+        free_bytes = device.free_memory_bytes()
+        budget = max(0.0, free_bytes * memory_utilization * assignment.memory_share - pass_bytes)
         useful = limits.max_num_seqs * -(-limits.max_model_len // BLOCK_TOKENS)
         affordable = int(budget // block_bytes) - 1
         if affordable < 1:
             raise ConfigError(
-                f"{budget / 1e6:.0f} MB for KV cache do not hold one block of {block_bytes / 1e6:.2f} MB; free some "
-                f"memory or raise `gpu_memory_utilization`"
+                f"{budget / 1e6:.0f} MB for KV cache do not hold one block of {block_bytes / 1e6:.2f} MB"
+                + (
+                    f", of {free_bytes / 1e6:.0f} MB free and {pass_bytes / 1e6:.0f} MB for passes"
+                    if pass_bytes
+                    else ""
+                )
+                + "; free some memory or raise `gpu_memory_utilization`"
+                + (", or give a smaller `max_num_batched_tokens`" if pass_bytes else "")
             )
+        if pass_bytes:
+            log.info(
+                "%s: %.0f MB free beside the weights, %.0f MB of them for passes, %.0f MB for KV cache",
+                assignment.worker_id, free_bytes / 1e6, pass_bytes / 1e6, min(useful, affordable) * block_bytes / 1e6,
+            )  # fmt: skip
         return 1 + min(useful, affordable)
 
     def _bytes_of(self, precision: Precision, num_attention: int, num_expert: int) -> float:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from msi.attention.half import AttentionHalf
 from msi.attention.kv_cache import KvCache
+from msi.attention.pass_memory import bytes_of_passes
 from msi.attention.warming import warm
 from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
@@ -32,7 +35,7 @@ from msi.net.shm import ShmTransport
 from msi.net.tcp import TcpTransport, address_towards, split_address
 from msi.net.transport import Transport
 from msi.precision import NONE, Precision
-from msi.settings import HostOptions, ModelSource
+from msi.settings import SHARING, HostOptions, ModelSource
 from msi.text.grammars import Grammars
 from msi.tracing import Spans
 from msi.worker.host import ExpertPart, ServedShape
@@ -61,6 +64,15 @@ class HostSettings:
     advertise_host: str = ""
     num_threads: int = 0
     trust: Trust = NO_SECRET
+
+
+def share_of_gpu(environment: Mapping[str, str], among_all: float) -> float:
+    """Of a GPU's memory, that an attention worker may have: as its launcher has placed others there, all of it under
+    torchrun, which gives each process a GPU, and else the share among all attention workers.
+    """
+    if sharing := environment.get(SHARING):
+        return 1 / int(sharing)
+    return 1.0 if "LOCAL_RANK" in environment else among_all
 
 
 class TorchModel:
@@ -107,7 +119,16 @@ class TorchModel:
         return self.part.experts is not None
 
     def num_kv_blocks(self) -> int:
-        return self._files.num_kv_blocks(self._assignment, self._device, self._memory_utilization)
+        given, limits = self._assignment, self._assignment.limits
+        pass_bytes = 0
+        if self._device.kernels.device.type == "cuda" and not limits.num_gpu_blocks_override:
+            assert self.part.attention is not None
+            pass_bytes = bytes_of_passes(
+                self._files.config, self.part.attention, given.placement, self._device, row_dtypes(given.precision),
+                DTYPES[given.precision.kv_cache], limits=limits, link=given.link,
+            )  # fmt: skip
+            given = replace(given, memory_share=share_of_gpu(os.environ, given.memory_share))
+        return self._files.num_kv_blocks(given, self._device, self._memory_utilization, pass_bytes)
 
     def attention_half(self, link: DispatchLink, num_blocks: int) -> AttentionHalf:
         assert self.part.attention is not None

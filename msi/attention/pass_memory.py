@@ -1,0 +1,98 @@
+"""What the passes of a GPU's lanes take beside weights and KV cache, so that the cache leaves room for it.
+
+A pass of the largest micro-batch is run through a small cache of its own, with slots' rows as if they lay on the
+device, which is asked what it had at the most; what captured graphs keep is counted. Each lane has as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from msi.attention.forward import Forward
+from msi.attention.graphs import SIZES
+from msi.attention.kv_cache import KvCache
+from msi.attention.warming import run_alone
+from msi.device.device import Device
+from msi.errors import ConfigError
+from msi.kernels import BLOCK_TOKENS
+from msi.kernels.routing import RowDtypes
+from msi.models.attention_weights import AttentionWeights
+from msi.models.config import ModelConfig
+from msi.settings import LinkShape, SchedulerLimits
+from msi.types import MicroBatch, Placement, TokenSampling
+
+SAMPLING = TokenSampling(0.7, 0.9, 5, 0, 0)
+
+
+def bytes_of_passes(
+    config: ModelConfig,
+    weights: AttentionWeights,
+    placement: Placement,
+    device: Device,
+    row_dtypes: RowDtypes,
+    kv_dtype: torch.dtype,
+    *,
+    limits: SchedulerLimits,
+    link: LinkShape,
+    peak_bytes: Callable[[torch.device, Callable[[], object]], int] | None = None,
+) -> int:
+    """Of all lanes together. Waits for the device; nothing else may run on it.
+
+    Args:
+        peak_bytes: that the device had at the most while something ran, beyond what it had before.
+
+    Raises:
+        ConfigError: not even one such pass fits.
+    """
+    num_tokens = limits.max_num_batched_tokens or link.slot_rows
+    batch = largest_batch(num_tokens, limits.max_num_seqs)
+    try:
+        cache = KvCache(config, 1 + sum(map(len, batch.block_tables)), device, kv_dtype)
+        forward = Forward(config, weights, cache, placement, device)
+        work = partial(run_alone, forward, config, batch, placement.num_nodes, device, row_dtypes)
+        work()  # what is compiled, tried, or kept for later takes its memory once
+        of_pass = (peak_bytes or cuda_peak_bytes)(device.kernels.device, work)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"a pass of {num_tokens} tokens does not fit beside the weights ({error}); give a smaller "
+            "`max_num_batched_tokens`, or fewer `slot_rows`"
+        ) from error
+    of_graphs = 0 if device.graphs is None else graph_bytes(config, row_dtypes.computed, link.slot_rows)
+    return link.num_lanes * (of_pass + of_graphs)
+
+
+def largest_batch(num_tokens: int, max_num_seqs: int) -> MicroBatch:
+    """Whole prompts of so many tokens together, of as many sequences as can be, each of which is sampled."""
+    count = min(max_num_seqs, num_tokens)
+    lens = tuple(num_tokens // count + (index < num_tokens % count) for index in range(count))
+    ends = [sum(lens[: index + 1]) for index in range(count)]
+    blocks = iter(range(1, 1 + num_tokens + count))
+    return MicroBatch(
+        token_ids=(0,) * num_tokens,
+        positions=tuple(at for length in lens for at in range(length)),
+        query_lens=lens,
+        context_lens=lens,
+        block_tables=tuple(tuple(next(blocks) for _ in range(-(-length // BLOCK_TOKENS))) for length in lens),
+        logit_rows=tuple(end - 1 for end in ends),
+        sampling=(SAMPLING,) * count,
+    )
+
+
+def graph_bytes(config: ModelConfig, dtype: torch.dtype, max_seqs: int) -> int:
+    """That one lane's graphs keep: of each layer and size of pass the rows that it sent, and those it was given."""
+    num_rows = sum(size for size in SIZES if size <= max_seqs)
+    return 2 * num_rows * config.hidden_size * dtype.itemsize * config.num_layers
+
+
+def cuda_peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()  # what torch keeps for later would not be counted as free
+    return int(peak)

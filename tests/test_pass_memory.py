@@ -1,0 +1,99 @@
+"""Room that a GPU's KV cache leaves to passes: measured on the largest, and counted for what graphs keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from msi.attention.graphs import SIZES
+from msi.attention.pass_memory import bytes_of_passes, graph_bytes, largest_batch
+from msi.control.messages import Assignment
+from msi.errors import ConfigError
+from msi.kernels import BLOCK_TOKENS
+from msi.kernels.plain import PlainKernels
+from msi.kernels.routing import RowDtypes
+from msi.models.attention_weights import load_attention_weights
+from msi.models.checkpoint import Checkpoint
+from msi.placement import place_evenly
+from msi.precision import Precision
+from msi.settings import DEMO_MODEL, LinkShape, SchedulerLimits, Timeouts
+from msi.worker.loading import ModelFiles
+from tests.test_models import PlainDevice
+
+DTYPE = torch.float32
+
+
+class Device(PlainDevice):
+    """Attributes: graphs: whether it has some; free_bytes: that are free."""
+
+    graphs = None
+
+    def __init__(self, free_bytes=1 << 60):
+        super().__init__(PlainKernels(torch.device("cpu")))
+        self.free_bytes = free_bytes
+
+
+def taken(device, peak_bytes, **limits):
+    files = ModelFiles(DEMO_MODEL)
+    source = Checkpoint(DEMO_MODEL, stored_as=files.config.stored_as)
+    weights = load_attention_weights(files.config, source, device, DTYPE, DTYPE, Precision(quantization="none"))
+    return files.config, bytes_of_passes(
+        files.config, weights, place_evenly(files.config.num_experts, 2), device, RowDtypes.of(DTYPE), DTYPE,
+        limits=SchedulerLimits(**limits), link=LinkShape(3, 48), peak_bytes=peak_bytes,
+    )  # fmt: skip
+
+
+def test_the_largest_micro_batch_is_of_as_many_prompts_as_can_be_and_all_are_sampled():
+    batch = largest_batch(37, 2)
+    assert (batch.num_tokens, batch.query_lens, batch.context_lens) == (37, (19, 18), (19, 18))
+    assert batch.positions == (*range(19), *range(18))
+    assert batch.block_tables == ((1, 2), (3, 4))
+    assert batch.logit_rows == (18, 36)
+    assert len(batch.sampling) == 2
+    assert largest_batch(3, 64).query_lens == (1, 1, 1)
+
+
+def test_every_lane_has_what_the_largest_pass_took_at_the_most_the_second_time():
+    ran = []
+
+    def peak_bytes(device, work):
+        ran.append(device.type)
+        work()
+        return 1000
+
+    assert taken(Device(), peak_bytes, max_num_seqs=4)[1] == 3 * 1000
+    assert ran == ["cpu"]
+
+
+def test_what_graphs_keep_is_counted_for_each_lane():
+    device = Device()
+    device.graphs = object()
+    config, num_bytes = taken(device, lambda *_: 0, max_num_seqs=4)
+    rows = sum(size for size in SIZES if size <= 48)
+    assert num_bytes == 3 * 2 * rows * config.hidden_size * 4 * config.num_layers == 3 * graph_bytes(config, DTYPE, 48)
+
+
+def test_a_pass_that_does_not_fit_is_said_with_what_to_give():
+    def too_much(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    with pytest.raises(
+        ConfigError, match=r"a pass of 48 tokens does not fit .*out of memory.*`max_num_batched_tokens`"
+    ):
+        taken(Device(), too_much)
+
+
+def test_the_cache_has_what_passes_leave_and_says_so_where_that_is_nothing():
+    files = ModelFiles(DEMO_MODEL)
+    assignment = Assignment(
+        "i", "attention-0", "attention", 0, 0, place_evenly(files.config.num_experts, 1), 4, False, 1.0,
+        SchedulerLimits(1024, 64, 512), LinkShape(), Timeouts(), Precision.of("bfloat16"),
+    )  # fmt: skip
+    block_bytes = files.config.kv_values_per_token * BLOCK_TOKENS * 2
+    room = Device(100 * block_bytes)
+    assert files.num_kv_blocks(assignment, room, 1.0, 40 * block_bytes) == 60
+    assert files.num_kv_blocks(replace(assignment, memory_share=0.5), room, 1.0, 40 * block_bytes) == 10
+    with pytest.raises(ConfigError, match=r"0 MB for KV cache do not hold .* MB free and .* MB for passes; .*batched"):
+        files.num_kv_blocks(assignment, room, 1.0, 200 * block_bytes)
