@@ -229,8 +229,6 @@ class LoopbackQueuePair:
 class LoopbackCard:
     """Implements `msi.net.rdma.verbs.Card`."""
 
-    is_network_order = True
-
     def __init__(self, fabric: Fabric, name: str) -> None:
         self.fabric = fabric
         self.name = name
@@ -313,7 +311,6 @@ class LoopbackCard:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
 
 @dataclass
 class LoopbackDriver:

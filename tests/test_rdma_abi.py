@@ -23,6 +23,7 @@ STRUCTURES = {
             "to_key": "wr.rdma.rkey",
         },
     ),
+    abi.Channel: ("ibv_comp_channel", {"context": "context", "fd": "fd"}),
     abi.ReceiveRequest: (
         "ibv_recv_wr", {"id": "wr_id", "next": "next", "entries": "sg_list", "num_entries": "num_sge"},
     ),
@@ -68,7 +69,7 @@ PORT = {
 }  # fmt: skip
 BYTES_BEFORE = {
     abi.MR_LOCAL_KEY: "struct ibv_mr, lkey", abi.MR_REMOTE_KEY: "struct ibv_mr, rkey",
-    abi.CHANNEL_FD: "struct ibv_comp_channel, fd", abi.QP_NUMBER: "struct ibv_qp, qp_num",
+    abi.QP_NUMBER: "struct ibv_qp, qp_num", abi.QUEUE_CONTEXT: "struct ibv_cq, context",
 }  # fmt: skip
 TABLE = {abi.POLL: "poll_cq", abi.ARM: "req_notify_cq", abi.POST_TO_SHARED: "post_srq_recv", abi.POST: "post_send"}
 COMPLETION = {8: "status", 12: "opcode", 24: "imm_data", 28: "qp_num"}  # where `abi.COMPLETION` reads

@@ -37,7 +37,8 @@ def stub_of(driver: str) -> ctypes.CDLL | None:
     if CHILD not in os.environ:
         return None
     if driver == "pyverbs":
-        from msi.net.rdma import pyverbs_driver
+        from msi.net.rdma import abi, pyverbs_driver
 
+        abi.LIBRARY = os.environ[CHILD]
         pyverbs_driver.EVENTS = "anon_inode:[eventfd]"  # what the stub's channel is
     return ctypes.CDLL(os.environ[CHILD])

@@ -1,4 +1,4 @@
-"""The part of libibverbs' binary interface that the direct driver uses: its structures, and where functions are.
+"""The part of libibverbs' binary interface that the drivers use themselves: its structures, and where functions are.
 
 What `infiniband/verbs.h` says, and has said since libibverbs.so.1 exists; `tests/test_rdma_abi.py` has a C compiler
 compare. Posting, polling and arming are inline functions there: they call what the card's provider has put into a table
@@ -19,7 +19,7 @@ POINTER_BYTES = 8
 # in the table of a context's functions, which follows the pointer to its device
 POLL, ARM, POST_TO_SHARED, POST = 11, 12, 20, 25
 # bytes before what is read of what the library made
-MR_LOCAL_KEY, MR_REMOTE_KEY, CHANNEL_FD, QP_NUMBER = 36, 40, 8, 52
+MR_LOCAL_KEY, MR_REMOTE_KEY, QP_NUMBER, QUEUE_CONTEXT = 36, 40, 52, 0
 
 COMPLETION_BYTES = 48
 COMPLETION = "=8xII8xII16x"  # status, opcode, the immediate in network order, the queue pair's number
@@ -39,6 +39,12 @@ class SendRequest(Structure):
         ("flags", c_uint32), ("immediate", c_uint32.__ctype_be__), ("to_address", c_uint64), ("to_key", c_uint32),
         ("_of_others", c_char * 72),
     )  # fmt: skip
+
+
+class Channel(Structure):
+    """ibv_comp_channel"""
+
+    _fields_ = (("context", c_void_p), ("fd", c_int), ("num_queues", c_int))
 
 
 class ReceiveRequest(Structure):

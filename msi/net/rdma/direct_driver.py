@@ -1,8 +1,8 @@
 """Verbs by libibverbs itself, through ctypes: no binding, and nothing made for a post or a completion but numbers.
 
 A lane's requests and entries are structures that were chained once; a post writes a length and an immediate into them,
-and calls the card's function. That holds the interpreter's lock: the call takes less than giving it away would. Of
-completions all that came are written into one array by one call, and read out of it as numbers.
+and calls the card's function. That holds the interpreter's lock: the call takes less than giving it away would.
+Completions are those of `msi.net.rdma.completion_queue`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import struct
 from collections.abc import Callable, Sequence
-from ctypes import addressof, byref, c_char, c_int, c_uint32, c_uint64, c_void_p
+from ctypes import addressof, byref, c_int, c_uint32, c_uint64, c_void_p
 from itertools import pairwise
 from socket import htonl
-from typing import Any
 
 from msi.net.rdma import abi
 from msi.net.rdma.abi import Entry, QueuePairAttributes, ReceiveRequest, SendRequest
+from msi.net.rdma.completion_queue import HOLDING, CompletionQueue, Events, at
 from msi.net.rdma.verbs import (
-    COMPLETIONS_PER_POLL,
-    EVENTS_PER_ACKNOWLEDGEMENT,
     RECEIVES_PER_REFILL,
     Card,
     Completion,
@@ -41,8 +38,6 @@ WRITE, WRITE_IMMEDIATE = 0, 1  # opcodes
 SIGNALED, INLINE = 2, 8
 LOCAL_WRITE, REMOTE_WRITE = 1, 2
 MIN_RNR_TIMER = 12  # 0.64 ms
-HOLDING = ctypes.PYFUNCTYPE(c_int)  # the interpreter's lock
-LETTING_GO = ctypes.CFUNCTYPE(c_int)
 
 
 class DirectDriver:
@@ -79,9 +74,12 @@ class _Devices:
 
 
 class DirectCard:
-    """Implements `msi.net.rdma.verbs.Card`."""
+    """Implements `msi.net.rdma.verbs.Card`, with what it has of its queue from `start` on."""
 
-    is_network_order = True
+    poll: Callable[[], Sequence[Completion]]
+    look: Callable[[], Sequence[Completion]]
+    arm: Callable[[], None]
+    take_event: Callable[[], bool]
 
     def __init__(self, library: abi.Library, name: str, context: int) -> None:
         self.name = name
@@ -90,12 +88,7 @@ class DirectCard:
         self._context = context
         self._domain: int = library.alloc_pd(context)
         self._channel = self._queue = self._receives = 0
-        self._num_events = 0  # taken and not acknowledged, which takes a lock
-        self._taken = byref(c_void_p()), byref(c_void_p())  # where the library says which queue an event is of
-        self._found = memoryview(bytearray(COMPLETIONS_PER_POLL * abi.COMPLETION_BYTES))
-        self._founds = [self._found[: n * abi.COMPLETION_BYTES] for n in range(COMPLETIONS_PER_POLL + 1)]
-        self._into = _at(addressof(c_char.from_buffer(self._found.obj)))
-        self._unpack = struct.Struct(abi.COMPLETION).iter_unpack
+        self._events: Events | None = None
         chain = (ReceiveRequest * RECEIVES_PER_REFILL)()
         for one, following in pairwise(chain):
             one.next = addressof(following)
@@ -122,15 +115,16 @@ class DirectCard:
     def start(self, num_receives: int, num_completions: int) -> None:
         library, context = self._library, self._context
         self._channel = library.create_channel(context)
-        self.fd = c_int.from_address(self._channel + abi.CHANNEL_FD).value
+        self.fd = abi.Channel.from_address(self._channel).fd
         os.set_blocking(self.fd, False)
         self._queue = library.create_cq(context, num_completions, 0, self._channel, 0)
         limits = abi.SharedInit(max_requests=num_receives, max_entries=1)
         self._receives = library.create_srq(self._domain, byref(limits))
-        self._from, self._to = _at(self._queue), _at(self._receives)
-        poll = abi.table_function(context, abi.POLL)
-        self._poll, self._look = HOLDING(poll), LETTING_GO(poll)
-        self._arm = HOLDING(abi.table_function(context, abi.ARM))
+        queue = CompletionQueue(self._queue)
+        self.poll, self.look, self.arm = queue.poll, queue.look, queue.arm
+        self._events = Events(library, self.fd)
+        self.take_event = self._events.take
+        self._to = at(self._receives)
         self._post = HOLDING(abi.table_function(context, abi.POST_TO_SHARED))
         for _ in range(num_receives // RECEIVES_PER_REFILL):
             self.refill()
@@ -150,47 +144,13 @@ class DirectCard:
             raise
         return queue_pair
 
-    def poll(self) -> Sequence[Completion]:
-        count = self._poll(self._from, COMPLETIONS_PER_POLL, self._into)
-        if count > 0:
-            return list(self._unpack(self._founds[count]))
-        return self._read(count) if count else ()
-
-    def look(self) -> Sequence[Completion]:
-        return self._read(self._look(self._from, COMPLETIONS_PER_POLL, self._into))
-
-    def _read(self, count: int) -> Sequence[Completion]:
-        if count > 0:
-            return list(self._unpack(self._founds[count]))
-        if count < 0:
-            raise OSError(errno.EIO, "the completion queue cannot be polled")
-        return ()
-
-    def arm(self) -> None:
-        if code := self._arm(self._from, 0):
-            raise _failed(code)
-
-    def take_event(self) -> bool:
-        try:
-            self._library.get_cq_event(self._channel, *self._taken)
-        except BlockingIOError:
-            return False
-        self._num_events += 1
-        if self._num_events == EVENTS_PER_ACKNOWLEDGEMENT:
-            self._acknowledge()
-        return True
-
-    def _acknowledge(self) -> None:
-        if self._num_events:
-            self._library.ack_cq_events(self._queue, self._num_events)
-            self._num_events = 0
-
     def refill(self) -> None:
         if code := self._post(self._to, self._refill, self._bad):
             raise _failed(code)
 
     def close(self) -> None:
-        self._acknowledge()  # or the queue waits for it for ever
+        if self._events is not None:
+            self._events.acknowledge()
         library, self.fd = self._library, -1
         for destroy, address in (
             (library.destroy_srq, self._receives), (library.destroy_cq, self._queue),
@@ -224,7 +184,7 @@ class DirectQueuePair:
         self.number = c_uint32.from_address(address + abi.QP_NUMBER).value
         self._library = library
         self._address = address
-        self._post, self._at, self._bad = post, _at(address), byref(c_void_p())
+        self._post, self._at, self._bad = post, at(address), byref(c_void_p())
         self._word = SendRequest(opcode=WRITE_IMMEDIATE)
         self._word_at = byref(self._word)
         self._lanes: list[DirectLane] = []
@@ -332,11 +292,6 @@ def _request(opcode: int, entry: Entry, to: Span, flags: int) -> SendRequest:
     return SendRequest(
         entries=addressof(entry), num_entries=1, opcode=opcode, flags=flags, to_address=to.address, to_key=to.key
     )
-
-
-def _at(address: int) -> Any:
-    """An argument for a function that takes the address: nothing is made of it when it is called."""
-    return byref(c_char.from_address(address))
 
 
 def _closed(*arguments: object) -> int:

@@ -1,22 +1,23 @@
 """Verbs by the `ibverbs` wheel, which loads libibverbs at run time.
 
 Work requests are made once per lane. The length of its rows is a scatter list from a table, filled as row counts occur:
-entries cannot be changed, and making one for each post would cost as much as all else.
+entries cannot be changed, and making one for each post would cost as much as all else. Of completions it makes an
+object each; so it takes the first alone (`msi.net.rdma.completion_queue`).
 """
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Callable, Sequence
+from socket import htonl
 from typing import Any
 
 import ibverbs
 
+from msi.net.rdma import abi
+from msi.net.rdma.completion_queue import CompletionQueue, Events
 from msi.net.rdma.verbs import (
     COMPLETIONS_PER_POLL,
-    EVENTS_PER_ACKNOWLEDGEMENT,
     RECEIVES_PER_REFILL,
     Card,
     Completion,
@@ -33,7 +34,6 @@ from msi.net.slots import HEADER_BYTES
 WRITE, WRITE_IMMEDIATE = 0, 1  # opcodes
 SIGNALED, INLINE = 2, 8
 LOCAL_WRITE, REMOTE_WRITE = 1, 2
-FIELDS = attrgetter("status", "opcode", "imm_data", "qp_num")  # of a completion
 
 
 class IbverbsDriver:
@@ -51,16 +51,18 @@ class IbverbsDriver:
 class IbverbsCard:
     """Implements `msi.net.rdma.verbs.Card`."""
 
-    is_network_order = False
-
     def __init__(self, device: Any) -> None:
         self.name: str = device.name
         self.fd = -1
         self._context = device.open()
         self._domain = self._context.alloc_pd()
         self._channel: Any = None
-        self._num_events = 0  # taken and not acknowledged, which takes a lock
         self._queue: Any = None
+        self._events: Events | None = None
+        self._read: CompletionQueue | None = None  # the same, once an event said where it is
+        self.poll: Callable[[], Sequence[Completion]] = self._poll
+        self.look: Callable[[], Sequence[Completion]] = self._poll
+        self.arm: Callable[[], None] = self._arm
         self._receives: Any = None
         self._refill = [ibverbs.RecvWR(wr_id=0, sg_list=[])] * RECEIVES_PER_REFILL
 
@@ -82,6 +84,7 @@ class IbverbsCard:
         self._channel = self._context.create_comp_channel()
         self.fd = self._channel.fd
         os.set_blocking(self.fd, False)
+        self._events = Events(abi.Library(), self.fd)
         self._queue = self._context.create_cq(num_completions, self._channel)
         self._receives = self._domain.create_srq(max_wr=num_receives)
         for _ in range(num_receives // RECEIVES_PER_REFILL):
@@ -96,37 +99,30 @@ class IbverbsCard:
         queue_pair.to_init(port, LOCAL_WRITE | REMOTE_WRITE)
         return IbverbsQueuePair(queue_pair)
 
-    def poll(self) -> Sequence[Completion]:
-        found = self._queue.poll(COMPLETIONS_PER_POLL)
-        return list(map(FIELDS, found))
-
-    look = poll  # which gives the interpreter's lock away
-
-    def arm(self) -> None:
-        self._queue.req_notify()
-
     def take_event(self) -> bool:
-        try:
-            self._channel.get_cq_event()
-        except OSError as error:
-            if error.errno != errno.EAGAIN:
-                raise
+        assert self._events is not None
+        if not self._events.take():
             return False
-        self._num_events += 1
-        if self._num_events == EVENTS_PER_ACKNOWLEDGEMENT:
-            self._acknowledge()
+        if self._read is None:
+            self._read = read = CompletionQueue(self._events.queue)
+            self.poll, self.look, self.arm = read.poll, read.look, read.arm
         return True
 
-    def _acknowledge(self) -> None:
-        if self._num_events:
-            self._queue.ack_events(self._num_events)
-            self._num_events = 0
+    def _poll(self) -> Sequence[Completion]:
+        return [
+            (one.status, one.opcode, htonl(one.imm_data), one.qp_num)
+            for one in self._queue.poll(COMPLETIONS_PER_POLL)
+        ]
+
+    def _arm(self) -> None:
+        self._queue.req_notify()
 
     def refill(self) -> None:
         self._receives.post_recv(self._refill)
 
     def close(self) -> None:
-        self._acknowledge()  # or the queue waits for it for ever
+        if self._events is not None:
+            self._events.acknowledge()
         for one in (self._receives, self._queue, self._channel, self._domain, self._context):
             if one is not None:
                 one.close()

@@ -2,7 +2,8 @@
 
 Work requests and scatter entries are made once per lane; an entry's length is set for each post. Immediates are
 exchanged with the library in network order. Its older versions do not tell a completion channel's descriptor, and do
-not free work requests: there is one more reason to make them once.
+not free work requests: there is one more reason to make them once. Of each completion it makes an object with a call of
+the library for each of 13 fields; so it takes the first alone (`msi.net.rdma.completion_queue`).
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from socket import htonl
 from typing import Any
 
+from msi.net.rdma import abi
+from msi.net.rdma.completion_queue import CompletionQueue, Events
 from msi.net.rdma.find_pyverbs import import_pyverbs
 from msi.net.rdma.verbs import (
     COMPLETIONS_PER_POLL,
-    EVENTS_PER_ACKNOWLEDGEMENT,
     RECEIVES_PER_REFILL,
     Card,
     Completion,
@@ -81,16 +83,18 @@ class PyverbsDriver:
 class PyverbsCard:
     """Implements `msi.net.rdma.verbs.Card`."""
 
-    is_network_order = True
-
     def __init__(self, device: str) -> None:
         self.name = device
         self.fd = -1
         self._context = Context(name=device)
         self._domain = PD(self._context)
         self._channel: Any = None
-        self._num_events = 0  # taken and not acknowledged, which takes a lock
         self._queue: Any = None
+        self._events: Events | None = None
+        self._read: CompletionQueue | None = None  # the same, once an event said where it is
+        self.poll: Callable[[], Sequence[Completion]] = self._poll
+        self.look: Callable[[], Sequence[Completion]] = self._poll
+        self.arm: Callable[[], None] = self._arm
         self._receives: Any = None
         nothing = SGE(0, 0, 0)
         chain = [RecvWR(num_sge=1, sg=[nothing]) for _ in range(RECEIVES_PER_REFILL)]
@@ -121,6 +125,7 @@ class PyverbsCard:
             self._channel = CompChannel(self._context)
             self.fd = self._channel.fd if hasattr(self._channel, "fd") else (_event_fds() - before).pop()
             os.set_blocking(self.fd, False)  # else a thread that takes an event stops all others
+            self._events = Events(abi.Library(), self.fd)
             self._queue = CQ(self._context, num_completions, None, self._channel, 0)
             self._receives = SRQ(self._domain, SrqInitAttr(SrqAttr(max_wr=num_receives, max_sge=1)))
         for _ in range(num_receives // RECEIVES_PER_REFILL):
@@ -141,32 +146,24 @@ class PyverbsCard:
             queue_pair.to_init(attributes)
         return PyverbsQueuePair(queue_pair)
 
-    def poll(self) -> Sequence[Completion]:
+    def take_event(self) -> bool:
+        assert self._events is not None
+        if not self._events.take():
+            return False
+        if self._read is None:
+            self._read = read = CompletionQueue(self._events.queue)
+            self.poll, self.look, self.arm = read.poll, read.look, read.arm
+        return True
+
+    def _poll(self) -> Sequence[Completion]:
         _, found = self._queue.poll(COMPLETIONS_PER_POLL)
         return list(map(FIELDS, found))
 
-    look = poll
-
-    def arm(self) -> None:
+    def _arm(self) -> None:
         try:
             self._queue.req_notify()
         except PyverbsError as error:
             raise OSError(errno.EIO, str(error)) from error
-
-    def take_event(self) -> bool:
-        try:
-            self._channel.get_cq_event(self._queue)
-        except PyverbsError:  # there is none: it does not always say so
-            return False
-        self._num_events += 1
-        if self._num_events == EVENTS_PER_ACKNOWLEDGEMENT:
-            self._acknowledge()
-        return True
-
-    def _acknowledge(self) -> None:
-        if self._num_events:
-            self._queue.ack_events(self._num_events)
-            self._num_events = 0
 
     def refill(self) -> None:
         try:
@@ -175,7 +172,8 @@ class PyverbsCard:
             raise OSError(errno.EIO, str(error)) from error
 
     def close(self) -> None:
-        self._acknowledge()  # or the queue waits for it for ever
+        if self._events is not None:
+            self._events.acknowledge()
         with _errors():
             for one in (self._receives, self._queue, self._channel, self._domain, self._context):
                 if one is not None:

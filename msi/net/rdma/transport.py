@@ -280,7 +280,6 @@ class RdmaTransport:
         incoming = self._incoming
         landed: list[Landed] = []
         num_sent = 0
-        is_network_order = self._card.is_network_order
         for status, opcode, word, number in completions:
             if opcode != RECEIVED_IMMEDIATE or status != SUCCESS:
                 num_sent += 1
@@ -294,8 +293,7 @@ class RdmaTransport:
             except KeyError:
                 continue  # it was closed or revoked
             endpoint.num_received += 1
-            if is_network_order:
-                word = ntohl(word)
+            word = ntohl(word)
             if endpoint.is_ready:
                 landed.append((endpoint, word, 0.0))
             else:

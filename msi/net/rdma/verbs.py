@@ -30,7 +30,7 @@ RECEIVES_PER_REFILL = 16
 EVENTS_PER_ACKNOWLEDGEMENT = 64
 
 
-# status, opcode, immediate, number of the queue pair; with a status other than SUCCESS only status and number say
+# status, opcode, immediate in network order, number of the queue pair; with a status other than SUCCESS only status and number say
 # something. No named tuple: making one costs as much as all else.
 Completion = tuple[int, int, int, int]
 
@@ -117,7 +117,6 @@ class Card(Protocol):
     """An opened device. Close what was made of it first."""
 
     name: str
-    is_network_order: bool  # of immediates in completions; those that are posted are in the host's order
 
     @property
     def fd(self) -> int:
@@ -140,7 +139,7 @@ class Card(Protocol):
     def queue_pair(self, port: int, num_sends: int, inline_bytes: int) -> QueuePair:
         """Raises OSError."""
 
-    def poll(self) -> Sequence[Completion]:
+    def poll(self) -> Sequence[Completion]:  # looked up for every call: which one it is may change with an event
         """Up to COMPLETIONS_PER_POLL, in order; empty when there are none. Raises OSError."""
 
     def look(self) -> Sequence[Completion]:
