@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from socket import htonl
 from typing import NamedTuple
 
 from msi.net.rdma.verbs import (
@@ -114,7 +113,7 @@ class Fabric:
         sender.sends.popleft()
         if write.immediate is not None:
             to.card.num_receives -= 1
-            to.card.complete(Completion(SUCCESS, RECEIVED_IMMEDIATE, htonl(write.immediate), to.number))
+            to.card.complete(Completion(SUCCESS, RECEIVED_IMMEDIATE, write.immediate, to.number))
         sender.num_done += 1
         if write.is_signalled:
             sender.card.complete(Completion(SUCCESS, 1, 0, sender.number), frees=(sender, sender.num_done))
@@ -311,6 +310,7 @@ class LoopbackCard:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
 
 @dataclass
 class LoopbackDriver:

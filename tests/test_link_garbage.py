@@ -1,4 +1,4 @@
-"""Whatever bytes a peer writes as headers, and whatever word announces them: used is what is right in full, or nothing."""
+"""Whatever a peer writes as headers, and whatever word announces them: what is right in full is used, or nothing."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def test_an_answer_opens_a_gate_only_if_header_and_immediate_are_right_in_every_
                 break
             await until(lambda before=before: (counters.answers, counters.dropped.total()) != before)
             if counters.answers:
-                assert is_named and is_for_it, (said, word)
+                assert is_named, said
+                assert is_for_it, word
                 assert (said.kind, said.num_rows) == (Kind.COMBINE, 1), said
                 break
         else:

@@ -28,7 +28,6 @@ import json
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from socket import htonl
 from time import perf_counter
 from typing import Any
 
@@ -113,7 +112,7 @@ class Kept(RdmaTransport):
 def arriving(stub: ctypes.CDLL, endpoints: Sequence[RdmaEndpoint]) -> Callable[[int], None]:
     """Puts an immediate from each into the completion queue."""
     array = (ctypes.c_uint32 * len(endpoints))(*[one.receives.number for one in endpoints])
-    return lambda immediate: stub.stub_complete_each(len(endpoints), array, ctypes.c_uint32(htonl(immediate)))
+    return lambda immediate: stub.stub_complete_each(len(endpoints), array, ctypes.c_uint32(immediate))
 
 
 async def looking(ready: Ready[None], doing: Awaitable[object]) -> None:

@@ -13,13 +13,16 @@ class Delivery:
     """Call it with what happened, where the transport says; what was gathered before goes first.
 
     A transport that finds several immediates at a time gathers them, and hands them over when it has looked everywhere.
+
+    Attributes:
+        all: takes immediates that lie there together, in order.
     """
 
     def __init__(self) -> None:
+        self.all: Together = self._each
         self._gathered: list[Landed] = []
         self._early: list[tuple[Endpoint, CompletionKind, int, str]] = []
         self._handler: Handler | None = None
-        self._together: Together | None = None
 
     def __call__(self, endpoint: Endpoint, kind: CompletionKind, immediate: int = 0, reason: str = "") -> None:
         if self._gathered:
@@ -41,11 +44,7 @@ class Delivery:
             gathered, self._gathered = self._gathered, []
             self.all(gathered)
 
-    def all(self, landed: Sequence[Landed]) -> None:
-        """Immediates that lie there together, in order."""
-        if self._together is not None:
-            self._together(landed)
-            return
+    def _each(self, landed: Sequence[Landed]) -> None:
         for endpoint, immediate, came_at in landed:
             endpoint.came_at = came_at
             self(endpoint, IMMEDIATE, immediate)
@@ -56,4 +55,4 @@ class Delivery:
         early, self._early = self._early, []
         for completion in early:
             handler(*completion)
-        self._together = together
+        self.all = together or self._each

@@ -40,7 +40,7 @@ from msi.net.slots import (
 )
 from msi.net.transport import Landed
 
-ANSWER_OF, TIMES_OF = ANSWER.unpack_from, TIMES.unpack_from
+ANSWER_OF, TIMES_OF, TIMES_AT = ANSWER.unpack_from, TIMES.unpack_from, OPENING.size
 NO_WORD = 1 << 32  # no immediate
 EXCHANGES_APART = 7  # turns of a lane: to keep each would cost 0.5 us an answer (tools/bench_links.py)
 Watch = Callable[[str, int, float, float, float], None]  # worker id, lane, posted at, answer came at, residence
@@ -149,7 +149,7 @@ class Turns:
         self._posted_at = [0.0] * hello.num_lanes
         self._awaited = [NO_WORD] * MAX_LANES  # the immediate of its answers, but for their senders' lives
         self._counts: list[list[int]] = [[]] * hello.num_lanes  # rows to each node
-        self._nodes, self._node_of = nodes, nodes.of
+        self._nodes, self._node_of = nodes, nodes.of.get
         self._course = course
         self._clock = clock
         self._row_bytes_word = hello.dispatch_layout.row_bytes << 32
@@ -241,7 +241,7 @@ class Turns:
 
     def take(self, landed: Iterable[Landed]) -> None:
         """Immediates that have come."""
-        node_of, awaited, waitings = self._node_of.get, self._awaited, self.waiting
+        node_of, awaited, waitings = self._node_of, self._awaited, self.waiting
         seqs, counts, num_answers = self.seqs, self._counts, 0
         notes_all = self.exchange_watch is not None
         for endpoint, immediate, came_at in landed:
@@ -264,7 +264,7 @@ class Turns:
 
     def _answered(self, node: Node, lane: int, waiting: int, seq: int, now: float) -> None:
         """An answer that is noted, or the last one."""
-        service_s, compute_s = TIMES_OF(node.in_headers[lane], OPENING.size)
+        service_s, compute_s = TIMES_OF(node.in_headers[lane], TIMES_AT)
         if not seq % EXCHANGES_APART or self.exchange_watch is not None:
             self._exchanged(node, lane, now, service_s)
         if not waiting:

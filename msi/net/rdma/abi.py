@@ -22,7 +22,7 @@ POLL, ARM, POST_TO_SHARED, POST = 11, 12, 20, 25
 MR_LOCAL_KEY, MR_REMOTE_KEY, QP_NUMBER, QUEUE_CONTEXT = 36, 40, 52, 0
 
 COMPLETION_BYTES = 48
-COMPLETION = "=8xII8xII16x"  # status, opcode, the immediate in network order, the queue pair's number
+COMPLETION = "=8xII8xII16x"  # status, opcode, immediate, the queue pair's number
 
 
 class Entry(Structure):
@@ -36,7 +36,7 @@ class SendRequest(Structure):
 
     _fields_ = (
         ("id", c_uint64), ("next", c_void_p), ("entries", c_void_p), ("num_entries", c_int), ("opcode", c_int),
-        ("flags", c_uint32), ("immediate", c_uint32.__ctype_be__), ("to_address", c_uint64), ("to_key", c_uint32),
+        ("flags", c_uint32), ("immediate", c_uint32), ("to_address", c_uint64), ("to_key", c_uint32),
         ("_of_others", c_char * 72),
     )  # fmt: skip
 

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Sequence
 from ctypes import addressof, byref, c_int, c_uint32, c_uint64, c_void_p
 from itertools import pairwise
-from socket import htonl
 
 from msi.net.rdma import abi
 from msi.net.rdma.abi import Entry, QueuePairAttributes, ReceiveRequest, SendRequest
@@ -263,14 +262,14 @@ class DirectLane:
 
     def post(self, immediate: int, num_rows: int) -> None:
         self._length[2] = num_rows * self._row_bytes
-        self._words[9] = htonl(immediate)
+        self._words[9] = immediate
         if code := self._post(self._queue, self._first, self._bad):
             raise _failed(code)
 
     def post_signalled(self, immediate: int, num_rows: int) -> None:
         words, first, _, _ = self._signalled
         self._length[2] = num_rows * self._row_bytes
-        words[9] = htonl(immediate)
+        words[9] = immediate
         if code := self._post(self._queue, first, self._bad):
             raise _failed(code)
 

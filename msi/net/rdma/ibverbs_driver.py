@@ -2,7 +2,8 @@
 
 Work requests are made once per lane. The length of its rows is a scatter list from a table, filled as row counts occur:
 entries cannot be changed, and making one for each post would cost as much as all else. Of completions it makes an
-object each; so it takes the first alone (`msi.net.rdma.completion_queue`).
+object each; so it takes the first alone (`msi.net.rdma.completion_queue`). It takes immediates for numbers in network
+order, and turns them around.
 """
 
 from __future__ import annotations
@@ -110,8 +111,7 @@ class IbverbsCard:
 
     def _poll(self) -> Sequence[Completion]:
         return [
-            (one.status, one.opcode, htonl(one.imm_data), one.qp_num)
-            for one in self._queue.poll(COMPLETIONS_PER_POLL)
+            (one.status, one.opcode, htonl(one.imm_data), one.qp_num) for one in self._queue.poll(COMPLETIONS_PER_POLL)
         ]
 
     def _arm(self) -> None:
@@ -160,7 +160,7 @@ class IbverbsQueuePair:
 
     def word(self, immediate: int, is_signalled: bool) -> None:
         word = self._word
-        word.imm_data = immediate
+        word.imm_data = htonl(immediate)
         word.send_flags = SIGNALED if is_signalled else 0
         self._queue_pair.post_send(word)
 
@@ -193,18 +193,18 @@ class IbverbsLane:
 
     def post(self, immediate: int, num_rows: int) -> None:
         self._rows.sg_list = self._lengths[num_rows] or self._make_length(num_rows)
-        self._header.imm_data = immediate
+        self._header.imm_data = htonl(immediate)
         self._send(self._both)
 
     def post_signalled(self, immediate: int, num_rows: int) -> None:
         self._rows.sg_list = self._lengths[num_rows] or self._make_length(num_rows)
-        self._signalled.imm_data = immediate
+        self._signalled.imm_data = htonl(immediate)
         self._send(self._both_signalled)
 
     def post_note(self, immediate: int, num_rows: int, header_bytes: int, is_signalled: bool) -> None:
         note = self._note
         note.sg_list = [ibverbs.SGE(self._from_header.address, header_bytes, lkey=self._from_header.key)]
-        note.imm_data = immediate
+        note.imm_data = htonl(immediate)
         note.send_flags = SIGNALED if is_signalled else 0
         if num_rows:
             self._rows.sg_list = self._lengths[num_rows] or self._make_length(num_rows)

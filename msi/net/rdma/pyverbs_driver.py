@@ -1,9 +1,9 @@
 """Verbs by pyverbs, rdma-core's own binding, as distributions package it.
 
-Work requests and scatter entries are made once per lane; an entry's length is set for each post. Immediates are
-exchanged with the library in network order. Its older versions do not tell a completion channel's descriptor, and do
-not free work requests: there is one more reason to make them once. Of each completion it makes an object with a call of
-the library for each of 13 fields; so it takes the first alone (`msi.net.rdma.completion_queue`).
+Work requests and scatter entries are made once per lane; an entry's length is set for each post. Its older versions do
+not tell a completion channel's descriptor, and do not free work requests: there is one more reason to make them once.
+Of each completion it makes an object, with a call of the library for each of 13 fields; so it takes the first alone
+(`msi.net.rdma.completion_queue`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from socket import htonl
 from typing import Any
 
 from msi.net.rdma import abi
@@ -225,7 +224,7 @@ class PyverbsQueuePair:
 
     def word(self, immediate: int, is_signalled: bool) -> None:
         word = self._word
-        word.imm_data = htonl(immediate)
+        word.imm_data = immediate
         word.send_flags = SIGNALED if is_signalled else 0
         try:
             self._queue_pair.post_send(word)
@@ -263,7 +262,7 @@ class PyverbsLane:
 
     def _post(self, immediate: int, num_rows: int, flags: int) -> None:
         header = self._header
-        header.imm_data = htonl(immediate)
+        header.imm_data = immediate
         header.send_flags = flags
         self._rows_entry.length = num_rows * self._row_bytes
         try:
@@ -273,7 +272,7 @@ class PyverbsLane:
 
     def post_note(self, immediate: int, num_rows: int, header_bytes: int, is_signalled: bool) -> None:
         header = self._header
-        header.imm_data = htonl(immediate)
+        header.imm_data = immediate
         header.send_flags = SIGNALED if is_signalled else 0
         self._header_entry.length = header_bytes
         self._rows_entry.length = num_rows * self._row_bytes

@@ -98,7 +98,8 @@ class Reader:
                     return False
             if self._is_armed:
                 self._is_armed = False
-                self._num_events = min(self._num_events + 1, MOST_EVENTS)
+                if self._num_events < MOST_EVENTS:
+                    self._num_events += 1
             self._took(completions)
             return self._is_open
         except OSError as error:

@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from socket import ntohl
 
 from msi.errors import ConfigError, EngineError, TransportError
 from msi.net.complaints import Complaints
@@ -293,7 +292,6 @@ class RdmaTransport:
             except KeyError:
                 continue  # it was closed or revoked
             endpoint.num_received += 1
-            word = ntohl(word)
             if endpoint.is_ready:
                 landed.append((endpoint, word, 0.0))
             else:

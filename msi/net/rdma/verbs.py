@@ -6,8 +6,9 @@
     lane = queue_pair.lane(...)             a lane's work requests, made once
     lane.post(immediate, num_rows)          rows, then the header with the immediate, in one post
 
-Numbers are those of the verbs ABI, which all libraries share. What a library raises comes out as OSError, what cannot
-work as ConfigError.
+Numbers are those of the verbs ABI, which all libraries share. Immediates are handed over as they were posted: they
+travel in the order of headers, little-endian, which costs nobody a call where processors have that order. What a
+library raises comes out as OSError, what cannot work as ConfigError.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ RECEIVES_PER_REFILL = 16
 EVENTS_PER_ACKNOWLEDGEMENT = 64
 
 
-# status, opcode, immediate in network order, number of the queue pair; with a status other than SUCCESS only status and number say
+# status, opcode, immediate, number of the queue pair; with a status other than SUCCESS only status and number say
 # something. No named tuple: making one costs as much as all else.
 Completion = tuple[int, int, int, int]
 
