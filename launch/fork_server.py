@@ -1,8 +1,9 @@
-"""The process by which a launcher has its workers forked: `python -m msi_launch.fork_server SOCKET PARENT ROOM`.
+"""The process by which a launcher has others forked: `python -m msi_launch.fork_server WHAT SOCKET PARENT ROOM`.
 
-It loads what a worker needs, and has no thread, no event loop and no device. Each packet that comes is a worker's
-command line, with the socket over which that one speaks with the launcher; `msi/instance/fork_server.py` is the other
-side. It ends when the launcher is gone, and those that it forked end with it.
+It loads what they need (WHAT: `workers`, or a `coordinator`, which needs no torch), and has no thread, no event loop
+and no device. Each packet that comes is a command line, with the socket over which that process speaks with the
+launcher; `msi/instance/fork_server.py` is the other side. It ends when the launcher is gone, and those that it forked
+end with it.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ MAX_PACKET_BYTES = 1 << 16
 COMMAND_LINE_AT = 45  # words of /proc/PID/stat behind the name: where the command line begins in memory, where it ends
 
 
-def main(fd: int, parent: int) -> None:
-    """Until the launcher is gone; in a worker that was forked, until that has ended."""
+def main(what: str, fd: int, parent: int) -> None:
+    """Until the launcher is gone; in a process that was forked, until that has ended."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # the launcher says what they mean
         signal.signal(number, signal.SIG_IGN)
     open_missing_streams()
     end_with_parent(parent)
-    show_command_line("msi_launch.fork_server")
-    import msi.worker.torch_host
-    import msi.worker.worker  # noqa: F401
+    show_command_line("msi_launch.fork_server", what)
+    if what == "workers":
+        import msi.worker.torch_host
+        import msi.worker.worker  # noqa: F401
 
     from . import processes  # noqa: F401
-    from .main import run
+    from .main import load_loop, run
 
+    load_loop()
     gc.freeze()  # what is there now stays shared
     words: list[str] = []
     with socket.socket(fileno=fd) as launcher, contextlib.suppress(ConnectionError):
@@ -49,7 +52,7 @@ def main(fd: int, parent: int) -> None:
 
 
 def fork_as_asked(launcher: socket.socket) -> list[str]:
-    """In a worker that was forked: the words of its command line; else, once the launcher is gone, none."""
+    """In a process that was forked: the words of its command line; else, once the launcher is gone, none."""
     with selectors.DefaultSelector() as waiting:
         waiting.register(launcher, selectors.EVENT_READ)
         while True:
@@ -96,4 +99,4 @@ def show_command_line(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

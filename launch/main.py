@@ -61,6 +61,11 @@ def _run(argv: list[str]) -> int | None:
     return None
 
 
+def load_loop() -> None:
+    """Now, for those that are forked of this process to have it."""
+    import uvloop  # noqa: F401
+
+
 def run_on_uvloop(work: Coroutine[Any, Any, T]) -> T:
     """What the work returns."""
     import uvloop  # whoever asks for help waits for nothing

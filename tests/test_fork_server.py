@@ -1,4 +1,4 @@
-"""Workers that are forked by a process that has loaded what they need."""
+"""Workers and coordinators that are forked by processes that have loaded what they need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from msi.errors import Unavailable
 from msi.instance import processes as process_instance
 from msi.instance.children import Child
-from msi.instance.fork_server import ForkServer, can_fork
+from msi.instance.fork_server import ForkServer, forks_workers
 from msi.options import InstanceOptions
 from msi_launch import fork_server
 from tests.waiting import until
@@ -33,18 +33,22 @@ def command_line(pid):
 
 
 def is_there(pid):
-    return Path(f"/proc/{pid}").exists()
+    """Whether it runs; one that has ended stays in the list until its parent, or the system, has asked how."""
+    try:
+        return of_process(pid, "stat").rpartition(b")")[2].split()[0] != b"Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_workers_on_gpus_are_not_forked():
-    assert can_fork("cpu") == (sys.platform == "linux")
-    assert not can_fork("cuda")
-    assert not can_fork("cuda:1")
+    assert forks_workers("cpu") == (sys.platform == "linux")
+    assert not forks_workers("cuda")
+    assert not forks_workers("cuda:1")
 
 
 async def test_workers_are_forked_show_their_command_lines_and_their_ends_are_told(monkeypatch, tmp_path):
     monkeypatch.setenv("MSI_SECRET", "not-for-workers-of-this-machine")
-    server = ForkServer()
+    server = ForkServer("workers")
     try:
         nowhere = f"ipc://{tmp_path}/x"  # where nobody is, and nobody else could be
         refused = await Child.fork((*WORDS, "nonsense"), server)
@@ -55,7 +59,10 @@ async def test_workers_are_forked_show_their_command_lines_and_their_ends_are_to
         assert "'nonsense' is not a coordinator's address" in refused.failure
         assert await asyncio.wait_for(refused.process.wait(), 30) == 2
         assert refused.end == refused.failure
-        for pid, words in ((parent, ("msi_launch.fork_server",)), (waiting.pid, ("msi_launch", *WORDS, nowhere))):
+        for pid, words in (
+            (parent, ("msi_launch.fork_server", "workers")),
+            (waiting.pid, ("msi_launch", *WORDS, nowhere)),
+        ):
             assert command_line(pid)[: len(words) + 2] == (sys.executable, "-m", *words)
             assert b"MSI_SECRET" not in of_process(pid, "environ")
         waiting.signal(signal.SIGKILL)
@@ -99,20 +106,25 @@ def test_a_machine_without_room_for_a_process_is_said_and_the_server_goes_on(pai
     assert [ours.recv(100) for _ in range(2)] == [b'{"errno": 11}'] * 2
 
 
-class Broken(ForkServer):
-    """One that ends while it loads, as where torch cannot be imported."""
+def breaking(broken):
+    class Breaking(ForkServer):
+        """One of these ends while it loads, as where torch cannot be imported."""
 
-    async def start(self):
-        if self._socket is None:
-            await super().start()
-            self._process.kill()
+        async def start(self):
+            if self._socket is None:
+                await super().start()
+                if self._what == broken:
+                    self._process.kill()
+
+    return Breaking
 
 
-async def test_what_cannot_be_loaded_is_said_and_leaves_nothing_behind(tiny_model, monkeypatch):
-    monkeypatch.setattr(process_instance, "ForkServer", Broken)
+@pytest.mark.parametrize(("broken", "who"), [("workers", "expert-0"), ("coordinator", "the coordinator")])
+async def test_what_cannot_be_loaded_is_said_and_leaves_nothing_behind(tiny_model, monkeypatch, broken, who):
+    monkeypatch.setattr(process_instance, "ForkServer", breaking(broken))
     failures = []
     instance = process_instance.ProcessInstance(InstanceOptions.of(model=tiny_model), failures.append)
-    with pytest.raises(Unavailable, match="expert-0 cannot be started: the process that forks workers has ended"):
+    with pytest.raises(Unavailable, match=f"{who} cannot be started: the process that forks it has ended"):
         await instance.start()
     pids = list(instance.pids.values())
     await instance.stop()

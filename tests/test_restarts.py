@@ -111,7 +111,7 @@ async def test_a_coordinator_is_started_until_one_lives_or_says_that_it_cannot(t
             raise ConfigError("it ended while it started")
         return "ipc://x"
 
-    monkeypatch.setattr(process_instance, "_coordinator_child", start)
+    monkeypatch.setattr(process_instance.ProcessInstance, "_start_coordinator", start)
     monkeypatch.setattr(process_instance, "_address_of", address_of)
     monkeypatch.setattr(restarts_module, "FIRST_DELAY_S", 0.001)
     failures = []

@@ -1,7 +1,8 @@
-"""A launcher's side of the process that has loaded what workers need, and forks them (`launch/fork_server.py`).
+"""A launcher's side of a process that has loaded what others need, and forks them (`launch/fork_server.py`).
 
 torch takes two seconds of a core to load: here once, however many workers there are, and not again when one is started
-anew. Packets pass over a pair of sockets: there, the words of a worker's command line and its own socket; back, its
+anew. What a coordinator needs takes half a second, which everybody waits for when one dies: a second such process has
+that alone. Packets pass over a pair of sockets: there, the words of a command line and its own socket; back, its
 process id, and how it ended. Who was forked ends with the process that forked it.
 """
 
@@ -16,17 +17,19 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Iterable
+from typing import Literal
 
 from msi.net.secret import without_secret
 
 MAX_PACKET_BYTES = 1 << 16
-HAS_ENDED = "the process that forks workers has ended"
-ROOM_BYTES = 4096  # of its command line, in which a worker shows its own
+HAS_ENDED = "the process that forks it has ended"
+CAN_FORK = sys.platform == "linux"
+ROOM_BYTES = 4096  # of its command line, in which who is forked shows its own
 
 
-def can_fork(device: str) -> bool:
+def forks_workers(device: str) -> bool:
     """Whether workers on this device are forked; those on a GPU load for themselves what its driver needs."""
-    return sys.platform == "linux" and device == "cpu"
+    return CAN_FORK and device == "cpu"
 
 
 class Forked:
@@ -57,9 +60,14 @@ class Forked:
 
 
 class ForkServer:
-    """One for an instance. Started when it is first needed, and again where it has ended."""
+    """Started when it is first needed, and again where it has ended.
 
-    def __init__(self) -> None:
+    Args:
+        what: "workers" or "coordinator": who is forked.
+    """
+
+    def __init__(self, what: Literal["workers", "coordinator"]) -> None:
+        self._what = what
         self._process: asyncio.subprocess.Process | None = None
         self._socket: socket.socket | None = None
         self._asked: deque[asyncio.Future[Forked]] = deque()
@@ -77,8 +85,8 @@ class ForkServer:
         with theirs:
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "msi_launch.fork_server", str(theirs.fileno()), str(os.getpid()),
-                    "-" * ROOM_BYTES, stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
+                    sys.executable, "-m", "msi_launch.fork_server", self._what, str(theirs.fileno()),
+                    str(os.getpid()), "-" * ROOM_BYTES, stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
                     env=without_secret(os.environ),
                 )  # fmt: skip
             except BaseException:
@@ -89,7 +97,7 @@ class ForkServer:
         asyncio.get_running_loop().add_reader(ours.fileno(), self._hear)
 
     async def fork(self, words: Iterable[str], theirs: socket.socket) -> Forked:
-        """A worker with these words of msi-launch's, and its end of a socket. Raises OSError: it cannot be started."""
+        """A process with these words of msi-launch's, and its end of a socket. Raises OSError: it cannot be started."""
         await self.start()
         assert self._socket is not None
         asked: asyncio.Future[Forked] = asyncio.get_running_loop().create_future()

@@ -20,7 +20,7 @@ from msi.control.messages import CLIENT_END
 from msi.control.restarts import Restarts
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.instance.children import Child
-from msi.instance.fork_server import ForkServer, can_fork
+from msi.instance.fork_server import CAN_FORK, ForkServer, forks_workers
 from msi.instance.gpus import Gpus, num_gpus
 from msi.instance.instance import check_device, check_files, worker_ids
 from msi.json_log import with_fields
@@ -51,14 +51,12 @@ async def start_coordinator(
         ConfigError: it cannot work; in its own words.
         Unavailable: it does not start in time.
     """
-    child = await _coordinator_child(options, bind, flags, secret)
+    child = await Child.start(_coordinator_words(options, bind, flags), secret)
     return child, await _address_of(child)
 
 
-async def _coordinator_child(
-    options: InstanceOptions, bind: str, flags: tuple[str, ...], secret: Secret | None = None
-) -> Child:
-    return await Child.start((*options.flags(), "--role", "coordinator", "--coordinator", bind, *flags), secret)
+def _coordinator_words(options: InstanceOptions, bind: str, flags: tuple[str, ...]) -> tuple[str, ...]:
+    return (*options.flags(), "--role", "coordinator", "--coordinator", bind, *flags)
 
 
 async def _address_of(child: Child) -> str:
@@ -166,7 +164,8 @@ class ProcessInstance:
         self._sockets: SocketDir | None = None
         self._stopping = asyncio.Event()
         self._leaving: set[str] = set()  # workers that are not started again
-        self._forks = ForkServer() if can_fork(options.host.device) else None
+        self._forks = ForkServer("workers") if forks_workers(options.host.device) else None
+        self._coordinator_forks = ForkServer("coordinator") if CAN_FORK else None
         self._gpus = Gpus(options.host.device, num_gpus(os.environ))
         self._placed_first: list[str] = []  # until all of them are children
 
@@ -187,20 +186,23 @@ class ProcessInstance:
         address = self._sockets.address("coordinator")
         if self._forks is not None:  # first, as it has most to load
             await self._forks.start()
-        coordinator = await _coordinator_child(self._options, address, self._coordinator_flags)
-        self._children["coordinator"] = coordinator
-        # the others load what they need beside it: they may knock before somebody is there
-        await _all_or_none(self._start_workers(address), self._serve(address, coordinator))
+        # all load what they need beside each other: they may knock before somebody is there
+        await _all_or_none(self._start_workers(address), self._serve(address))
+        coordinator = self._children["coordinator"]
         self._say_what_runs(coordinator)
         self._watch(self._watch_coordinator(coordinator, address))
         for role, worker_id in worker_ids(self._options):
             self._watch(self._keep_alive(address, role, worker_id))
         return ControlClient(address, CLIENT_END)
 
-    async def _serve(self, address: str, coordinator: Child) -> None:
-        """Once the coordinator is there, and HTTP is served. Raises what `start_coordinator` does."""
+    async def _serve(self, address: str) -> None:
+        """Once a coordinator is there, and HTTP is served. Raises what `start_coordinator` does."""
         serving = None if self._http is None else asyncio.ensure_future(self._http.start(address))
         try:
+            try:
+                coordinator = await self._start_coordinator(address)
+            except OSError as error:
+                raise Unavailable(f"the coordinator cannot be started: {error.strerror or error}") from error
             await _address_of(coordinator)
             if self._http is not None and serving is not None:
                 await serving
@@ -208,6 +210,13 @@ class ProcessInstance:
         finally:
             if serving is not None:
                 serving.cancel()
+
+    async def _start_coordinator(self, bind: str) -> Child:
+        """It may serve later. Raises OSError: it cannot be started."""
+        words, forks = _coordinator_words(self._options, bind, self._coordinator_flags), self._coordinator_forks
+        child = await (Child.start(words) if forks is None else Child.fork(words, forks))
+        self._children["coordinator"] = child
+        return child
 
     async def _add_worker(self, address: str, role: str) -> None:
         """An operator wants one more."""
@@ -296,8 +305,7 @@ class ProcessInstance:
                 if await self._stops_within(delay_s):
                     return
                 with contextlib.suppress(OSError):  # a machine without room for a process may have some later
-                    child = await _coordinator_child(self._options, bind, self._coordinator_flags)
-                    self._children["coordinator"] = child
+                    child = await self._start_coordinator(bind)
                     with contextlib.suppress(ConfigError, Unavailable):
                         await _address_of(child)
             self._say_what_runs(child)
@@ -380,8 +388,9 @@ class ProcessInstance:
             self._http.drain()
             await self._http.stop()
         await stop_children(*self._children.values())
-        if self._forks is not None:
-            await self._forks.stop()
+        for forks in (self._forks, self._coordinator_forks):
+            if forks is not None:
+                await forks.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
