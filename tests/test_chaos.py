@@ -9,13 +9,16 @@ import sys
 
 import pytest
 
+from tests.hosts import why_not
 from tests.test_pages import ROOT
 from tools.chaos import left_over
 from tools.hostility.chaos_report import Run, differences, draw, summary, write
-from tools.hostility.disasters import Disaster, num_ready, troubled
+from tools.hostility.disasters import Disaster, num_ready
 from tools.hostility.processes import Held
 from tools.hostility.streams import BUCKET_S, Gap, PacedStream
 from tools.hostility.wire import Target
+
+REASON = why_not()
 
 
 @pytest.mark.parametrize(
@@ -78,17 +81,49 @@ def test_what_a_process_holds_more_than_before_is_said():
     ]  # fmt: skip
 
 
-async def test_packets_are_late_for_a_while_and_then_as_before(tmp_path, monkeypatch):
-    told = tmp_path / "told"
-    tc = tmp_path / "tc"
-    tc.write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
-    tc.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    struck = await troubled("delay-packets", 0.01)
-    assert struck.what == "packets 20 ms late, give or take 10, for 0.0 s"
-    assert told.read_text().splitlines() == [
-        "qdisc replace dev lo root netem delay 20ms 10ms", "qdisc del dev lo root",
-    ]  # fmt: skip
+IN_A_NAMESPACE = """
+import asyncio, json, socket, time
+from tools.hostility.disasters import troubled
+from tools.hostility.network import Trouble, enter_namespace
+
+async def main():
+    async def answer(reader, writer):
+        while words := await reader.read(1 << 20):
+            writer.write(words)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    async def there_and_back(size):
+        began = time.monotonic()
+        writer.write(bytes(size))
+        await reader.readexactly(size)
+        return time.monotonic() - began
+    seen = {}
+    for kind in ("delay-packets", "lose-packets"):
+        trouble = Trouble(kind)
+        seen[kind] = await there_and_back(4), await there_and_back(1 << 20)
+        trouble.end()
+        await there_and_back(1 << 20)
+    seen["what"] = (await troubled("lose-packets", 0.01)).what
+    print(json.dumps(seen))
+
+enter_namespace()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(bool(REASON), reason=REASON)
+async def test_packets_are_late_or_lost_for_a_while_and_connections_live_on(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(IN_A_NAMESPACE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(script), env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    told, complaints = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, complaints.decode()
+    seen = json.loads(told)
+    assert min(seen["delay-packets"]) >= 0.02, "each is ten milliseconds late at the least, there and back"
+    assert seen["what"] == "one packet in twenty lost for 0.0 s"
 
 
 def test_workers_that_serve_are_counted_by_the_metrics():

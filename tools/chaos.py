@@ -8,7 +8,7 @@
     tools/chaos.py --seed 3 --json chaos.json --picture chaos      # chaos.svg and chaos.png, which need matplotlib
     tools/chaos.py --redraw chaos.json --picture chaos
     tools/chaos.py --minutes 60 --json chaos.json --picture chaos --log chaos.log        # both are written as it goes
-    tools/chaos.py --transport tcp --faults kill-expert delay-packets lose-packets       # needs root, and netem
+    tools/chaos.py --transport tcp --faults kill-expert delay-packets lose-packets       # needs root
 
 Starts msi-launch, learns each stream's greedy text and the streams' pace undisturbed, then strikes by a schedule that
 the seed fixes. Each stream asks for its text again and again; every answer is held against the undisturbed one. At the
@@ -19,8 +19,8 @@ end it waits until the instance is whole again. Fails (status 1) when
 - a process ended that was not killed here, or descriptors, shared mappings, KV blocks or processes are left over at the
   end.
 
-With faults of the network it runs in a network namespace of its own, whose packets the kernel's netem delays and loses:
-those between workers over TCP, and those of the streams.
+With faults of the network it runs in a network namespace of its own, whose packets take a detour through a process that
+delays and loses them: those between workers over TCP, and those of the streams.
 
 It computes in float32: in bfloat16 the two likeliest tokens are often equally likely to the last bit, and computing a
 row beside others turns their order.

@@ -15,7 +15,7 @@ from typing import Any
 
 from tools.hostility.breaking import break_control, break_data
 from tools.hostility.machines import send_signal
-from tools.hostility.network import calm, trouble
+from tools.hostility.network import Trouble
 from tools.hostility.operators import come_and_go, coordinator_address, ctl
 from tools.hostility.processes import family
 from tools.hostility.streams import PacedStream
@@ -36,7 +36,7 @@ KINDS = (
     "kill-coordinator",
     "stop-coordinator",
 )
-NETWORK = ("delay-packets", "lose-packets")  # of all processes, where the kernel can
+NETWORK = ("delay-packets", "lose-packets")  # of all processes
 ORDERS = (
     "drain-attention",
     "drain-expert",
@@ -148,10 +148,10 @@ async def broken(kind: str, name: str, expert: str, pids: dict[str, int]) -> Dis
 async def troubled(kind: str, seconds: float) -> Disaster:
     """Packets are late, or some are lost, for a while."""
     began_at = time.monotonic()
-    how = await asyncio.to_thread(trouble, kind)
+    trouble = await asyncio.to_thread(Trouble, kind)
     await asyncio.sleep(seconds)
-    await asyncio.to_thread(calm)
-    return Disaster(kind, f"{how} for {seconds:.1f} s", began_at)
+    await asyncio.to_thread(trouble.end)
+    return Disaster(kind, f"{trouble.words} for {seconds:.1f} s", began_at)
 
 
 async def ordered(kind: str, role: str, name: str, pids: dict[str, int]) -> Disaster:

@@ -1,17 +1,26 @@
-"""Packets that are late or lost: the loopback device of a network namespace of one's own, by the kernel's netem."""
+"""Packets that are late or lost: within a network namespace of one's own, by a detour that they take (`detour.py`)."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from pathlib import Path
+
+from tools.hostility.detour import MTU
 
 INSIDE = "MSI_CHAOS_NAMESPACE"  # set where this process runs in its namespace already
+ROOT = Path(__file__).resolve().parent.parent.parent
 TROUBLES = {
-    "delay-packets": (("delay", "20ms", "10ms"), "packets 20 ms late, give or take 10,"),
-    "lose-packets": (("loss", "5%"), "one packet in twenty lost"),
+    "delay-packets": (("20", "10", "0"), "packets 20 ms late, give or take 10,"),
+    "lose-packets": (("0", "0", "0.05"), "one packet in twenty lost"),
 }
+NEEDED = "faults of the network cannot be had here (root, iproute2 and TUN devices are needed)"
+PREPARED = (
+    ("ip", "link", "set", "dev", "lo", "mtu", str(MTU), "up"),
+    ("ip", "rule", "add", "pref", "100", "lookup", "local"),  # so that there is room for a rule before it
+    ("ip", "rule", "del", "pref", "0"),
+)
 
 
 def enter_namespace() -> None:
@@ -22,32 +31,39 @@ def enter_namespace() -> None:
             os.execvp("unshare", ["unshare", "--net", "--", sys.executable, *sys.argv])
         except OSError as error:
             raise SystemExit(f"faults of the network need unshare (util-linux): {error.strerror}") from None
-    why_not = _run("ip", "link", "set", "dev", "lo", "up") or _run(*_netem("add", ("delay", "1ms"))) or calm()
-    if why_not:
-        raise SystemExit(f"faults of the network cannot be had here (root, iproute2 and netem are needed): {why_not}")
-
-
-def trouble(kind: str) -> str:
-    """From now on; what it is, in words."""
-    settings, words = TROUBLES[kind]
-    if complaint := _run(*_netem("replace", settings)):
-        raise OSError(complaint)
-    return words
-
-
-def calm() -> str:
-    """Packets come as they did; a complaint, "" for none."""
-    return _run("tc", "qdisc", "del", "dev", "lo", "root")
-
-
-def _netem(verb: str, settings: Sequence[str]) -> tuple[str, ...]:
-    return ("tc", "qdisc", verb, "dev", "lo", "root", "netem", *settings)
-
-
-def _run(*words: str) -> str:
-    """Its complaint, "" for none."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        for words in PREPARED:
+            subprocess.run(words, check=True, capture_output=True, text=True)
+        Trouble("delay-packets").end()
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"{NEEDED}: {' '.join(error.cmd)}: {error.stderr.strip()}") from None
     except OSError as error:
-        return f"{words[0]}: {error.strerror}"
-    return f"{' '.join(words)}: {done.stderr.strip() or 'failed'}" if done.returncode else ""
+        raise SystemExit(f"{NEEDED}: {error}") from None
+
+
+class Trouble:
+    """Of all packets between processes of this namespace, from now on.
+
+    Attributes:
+        words: what it is.
+
+    Raises:
+        OSError: it cannot be had here.
+    """
+
+    def __init__(self, kind: str) -> None:
+        settings, self.words = TROUBLES[kind]
+        self._detour = subprocess.Popen(
+            (sys.executable, "-m", "tools.hostility.detour", *settings),
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._detour.stdout is not None
+        if not self._detour.stdout.readline():
+            _, said = self._detour.communicate()
+            raise OSError(said.strip())
+
+    def end(self) -> None:
+        """Packets come as they did. Raises OSError: it had ended by itself."""
+        _, said = self._detour.communicate()
+        if self._detour.returncode:
+            raise OSError(said.strip())
