@@ -88,11 +88,11 @@ def test_rows_are_those_since_the_window_began_whatever_lives_and_places_experts
     window = load.close(100)
     assert window.rows == (80.0, 20.0, 30.0)
     assert (window.waves, window.load) == (20.0, (4.0, 1.0, 1.5))
-    assert load.before == ()
+    assert not load.before
     beat(load, 0, {0: 10, 1: 5, 2: 5}, 5, incarnation=1)
     beat(load, 0, {0: 20, 1: 15, 2: 15}, 15, incarnation=1)
     assert load.close(1).load == (1.0, 1.0, 1.0)
-    assert load.before == (4.0, 1.0, 1.5)
+    assert [*load.before] == [(4.0, 1.0, 1.5)]
 
 
 def test_times_of_batches_become_rows_and_experts_hit_by_what_a_token_has_there():
@@ -109,7 +109,7 @@ def test_times_of_batches_become_rows_and_experts_hit_by_what_a_token_has_there(
 
 
 def question(load=SKEWED, latest=None, placement=EVEN, **given):
-    return Question(placement, (0, 1), 0, given.pop("slots", 8), load, latest or load, **given)
+    return Question(placement, (0, 1), 0, given.pop("slots", 8), (load,), latest or load, **given)
 
 
 def test_experts_are_shared_out_by_load_where_the_slowest_worker_gains():
@@ -155,7 +155,7 @@ def test_noise_and_popularities_that_alternate_move_experts_a_few_times_at_most(
         rest -= 1
         if not load.before or rest >= 0:
             continue
-        asked = Question(placement, tuple(range(num_nodes)), 0, slots, load.before, closed.load)
+        asked = Question(placement, tuple(range(num_nodes)), 0, slots, tuple(load.before), closed.load)
         found = decide(asked)
         if found.gain > 0.1:
             placement, rest = changed(placement, Shared(found.experts, found.shares)), 1

@@ -7,9 +7,11 @@
 
 A trace is a window of waves after another, drawn from expert popularities: Zipf's alone, Zipf's that drift, or with
 bursts of single experts; what is told is the mean of several. Before each window both plan by the rows that were
-counted in those before, as an instance does; the first plan is free. EPLB (deepseek-ai/EPLB, without its hierarchy)
-gives a replica to the expert with most rows per replica again and again, packs all to nodes of equally many by weight,
-and takes the rows of an expert to divide evenly; its rows take turns here by the same rule as ours.
+counted in those before, as an instance does; the first plan is free. Ours forecasts the next window from them
+(`msi/planner/forecast.py`). EPLB (deepseek-ai/EPLB, without its hierarchy) gives a replica to the expert with most rows
+per replica again and again, packs all to nodes of equally many by weight, and takes the rows of an expert to divide
+evenly; its rows take turns here by the same rule as ours. It is given windows weighed 0.7 to 0.3, and once more, as
+`eplb, ours`, the load that ours forecasts.
 
 With `--layers`, layers have popularities of their own, and what is compared is the time of all layers, one after the
 other: placed alike in all layers, by the sum of their rows, as an instance does it, or layer by layer.
@@ -29,6 +31,7 @@ from numpy.typing import NDArray
 
 from msi.kernels.turns import homes_of, in_turns, wheel_of, whose_turn
 from msi.placement import place_evenly
+from msi.planner.forecast import forecast
 from msi.planner.replicas import plan_replicas
 from msi.types import Placement
 from msi_launch.command_line import ScriptLine
@@ -36,7 +39,7 @@ from msi_launch.command_line import ScriptLine
 Floats = NDArray[np.float64]
 Held = tuple[tuple[int, ...], ...]  # of each node
 TRACES = ("zipf", "drifting", "bursty")
-KEPT = 0.7  # of what was counted before, window by window: for both
+KEPT = 0.7  # of what was counted before, window by window: for EPLB, which forecasts nothing
 MOVE_COST = 0.0007  # of a node's mean cost, that an expert must save to be loaded
 
 
@@ -84,11 +87,11 @@ def main(argv: Sequence[str]) -> None:
         trace: {name: asdict(mean_of(shape, trace, planner, arguments)) for name, planner in PLANNERS.items()}
         for trace in TRACES
     }
-    print(f"{'trace':9} {'plan':9} {'max/mean':>9} {'read':>6} {'most':>6} {'time':>7} {'moved':>6}")
+    print(f"{'trace':9} {'plan':10} {'max/mean':>9} {'read':>6} {'most':>6} {'time':>7} {'moved':>6}")
     for trace, by_planner in results.items():
         for name, one in by_planner.items():
             print(
-                f"{trace:9} {name:9} {one['max_over_mean']:9.3f} {one['experts_read']:6.2f} "
+                f"{trace:9} {name:10} {one['max_over_mean']:9.3f} {one['experts_read']:6.2f} "
                 f"{one['most_experts_read']:6.2f} {one['time']:7.1f} {one['moved']:6.2f}"
             )
     if arguments.json:
@@ -162,8 +165,8 @@ class Planned:
 Plan = Callable[[Shape, Sequence[Floats], Planned | None], Planned]  # of the rows of a wave, window by window
 
 
-def counted(windows: Sequence[Floats]) -> Floats:
-    """What is planned by."""
+def weighed(windows: Sequence[Floats]) -> Floats:
+    """The older the less."""
     load = windows[0]
     for window in windows[1:]:
         load = KEPT * load + (1 - KEPT) * window
@@ -171,18 +174,27 @@ def counted(windows: Sequence[Floats]) -> Floats:
 
 
 def ours(shape: Shape, windows: Sequence[Floats], before: Planned | None) -> Planned:
-    load = counted(windows)
+    expected = forecast(windows)
     was = place_evenly(shape.experts, shape.nodes) if before is None else before.placement
-    move_cost = 0.0 if before is None else MOVE_COST * float(load.sum()) / shape.nodes
+    move_cost = 0.0 if before is None else MOVE_COST * sum(expected.load) / shape.nodes
     plan = plan_replicas(
-        load.tolist(), shape.floor_cost, shape.nodes, [shape.per_node] * shape.nodes, before=was, move_cost=move_cost
-    )
+        expected.load, shape.floor_cost, shape.nodes, [shape.per_node] * shape.nodes, before=was, move_cost=move_cost,
+        surge=expected.surge,
+    )  # fmt: skip
     return Planned.of(plan.experts, shape.experts, plan.placement(1))
 
 
 def eplb(shape: Shape, windows: Sequence[Floats], before: Planned | None) -> Planned:
+    return eplb_of(shape, weighed(windows))
+
+
+def eplb_with_ours(shape: Shape, windows: Sequence[Floats], before: Planned | None) -> Planned:
+    """With what ours forecasts."""
+    return eplb_of(shape, np.asarray(forecast(windows).load, np.float64))
+
+
+def eplb_of(shape: Shape, load: Floats) -> Planned:
     """EPLB's greedy: replicate, then pack."""
-    load = counted(windows)
     num_slots = shape.per_node * shape.nodes
     counts = np.ones(shape.experts)
     experts = [*range(shape.experts)]
@@ -207,7 +219,7 @@ def unchanged(shape: Shape, windows: Sequence[Floats], before: Planned | None) -
     return Planned.of(placement.experts, shape.experts, placement)
 
 
-PLANNERS: dict[str, Plan] = {"ours": ours, "eplb": eplb, "unchanged": unchanged}
+PLANNERS: dict[str, Plan] = {"ours": ours, "eplb": eplb, "eplb, ours": eplb_with_ours, "unchanged": unchanged}
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ How popular an expert is does not hang on where it is, so windows are compared a
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from msi.control.counters import BatchTimes
 from msi.control.worker_status import WorkerStatus
 from msi.planner.stage_costs import BatchMean
 
-KEPT = 0.7  # of what was counted before, from window to window
+WINDOWS_KEPT = 10
 MEANS_KEPT = 512
 
 
@@ -58,14 +59,14 @@ class ExpertLoad:
     """Of one instance.
 
     Attributes:
-        before: rows of a wave by expert, of the windows before the last, the older the less; () for none.
+        before: rows of a wave by expert, of the windows before the last, the oldest first.
         total: rows by expert, since the beginning.
         last: window; None before the first has ended.
         means: what batches took, by size and node, the last few windows'.
     """
 
     def __init__(self, num_experts: int) -> None:
-        self.before: tuple[float, ...] = ()
+        self.before: deque[tuple[float, ...]] = deque(maxlen=WINDOWS_KEPT)
         self.last: Window | None = None
         self.means: list[BatchMean] = []
         self.total = [0.0] * num_experts
@@ -106,8 +107,7 @@ class ExpertLoad:
         nodes, self._nodes = self._nodes, {}
         self.means = [*self.means, *(mean for one in nodes.values() for mean in _means(one))][-MEANS_KEPT:]
         if self.last is not None:
-            pairs = zip(self.before or self.last.load, self.last.load, strict=True)
-            self.before = tuple(KEPT * old + (1 - KEPT) * new for old, new in pairs)
+            self.before.append(self.last.load)
         load = tuple(count / waves for count in rows)
         self.last = Window(tuple(rows), load, waves, max(one.busy_s for one in nodes.values()))
         return self.last

@@ -83,14 +83,14 @@ class Rebalancing:
         if self._num_resting or not self._load.before:
             self._num_resting = max(0, self._num_resting - 1)
             return None
-        return self._question(window, self._load.before)
+        return self._question(window, tuple(self._load.before))
 
     def asked(self) -> Question | None:
         """As somebody wants to know now: by all that was counted; None where that is too little."""
         window = self._load.close(self._least_rows) or self._load.last
         if window is None or not self._is_steady:
             return None
-        return self._question(window, self._load.before or window.load)
+        return self._question(window, tuple(self._load.before) or (window.load,))
 
     async def answer(self, question: Question, *, is_asked: bool = False) -> Placement | None:
         """Decides, and does it where that pays; the placement that is used from then on, None where it stays.
@@ -154,7 +154,7 @@ class Rebalancing:
             and all(member.state == "ready" for member in experts)
         )
 
-    def _question(self, window: Window, load: tuple[float, ...]) -> Question:
+    def _question(self, window: Window, before: tuple[tuple[float, ...], ...]) -> Question:
         experts = self._cluster.live("expert")
         counted = [one.status.experts for one in experts if one.status.experts is not None]
         num_loaded = sum(one.experts_loaded for one in counted)
@@ -164,7 +164,7 @@ class Rebalancing:
             nodes=tuple(member.place.node for member in experts),
             redundancy=min(self._redundancy, len(experts) - 1),
             slots=self._slots,
-            load=load,
+            windows=before,
             latest=window.load,
             means=tuple(self._load.means),
             waves=window.waves,

@@ -27,7 +27,8 @@ class Question:
         nodes: that are there.
         redundancy: replicas that each expert has at least besides the first.
         slots: experts that all nodes together have room for, replicas counted.
-        load: [num_experts] rows of a wave that choose each, before the last window; `latest` in the last.
+        windows: [num_experts] rows of a wave that choose each, of those before the last, the oldest first.
+        latest: the same of the last.
         means: batches as nodes timed them.
         waves: of a layer, in a window.
         busy_s: that the node with most to do computes experts in a window.
@@ -38,7 +39,7 @@ class Question:
     nodes: tuple[int, ...]
     redundancy: int
     slots: int
-    load: tuple[float, ...]
+    windows: tuple[tuple[float, ...], ...]
     latest: tuple[float, ...]
     means: tuple[BatchMean, ...] = ()
     waves: float = 0.0
@@ -80,23 +81,25 @@ def decide(question: Question) -> Decision:
         ValueError: there is not room for every expert as often as is wanted.
     """
     from msi.planner.expert_curve import fit_curve
+    from msi.planner.forecast import forecast
     from msi.planner.replicas import expected_costs, plan_replicas
 
     ours = question
     curve = fit_curve(ours.means)
     floor = FLOOR_ROWS if curve is None else curve.floor_rows
-    mean_cost = sum(expected_costs(ours.load, floor, ours.placement)) / len(ours.nodes)
+    expected = forecast(ours.windows)
+    mean_cost = sum(expected_costs(expected.load, floor, ours.placement)) / len(ours.nodes)
     move_cost = MOVE_SHARE * mean_cost
     if curve is not None and curve.row_s > 0 and ours.load_s and ours.waves:
         move_cost = ours.load_s / (curve.row_s * ours.waves * PAYBACK)
     plan = plan_replicas(
-        ours.load, floor, ours.placement.num_nodes, ours.memory, before=ours.placement, move_cost=move_cost,
-        redundancy=ours.redundancy,
+        expected.load, floor, ours.placement.num_nodes, ours.memory, before=ours.placement, move_cost=move_cost,
+        redundancy=ours.redundancy, surge=expected.surge,
     )  # fmt: skip
     planned = plan.placement(ours.placement.version + 1)
     gain = min(
         _gain(expected_costs(load, floor, ours.placement), expected_costs(load, floor, planned))
-        for load in (ours.load, ours.latest)
+        for load in (expected.load, ours.latest)
     )
     pairs = zip(planned.experts, ours.placement.experts, strict=True)
     most_moved = max(len(set(now) - set(was)) for now, was in pairs)

@@ -17,6 +17,7 @@ import numpy as np
 
 from msi.kernels.turns import TURNS, in_turns
 from msi.planner.replica_state import ReplicaState, norm
+from msi.planner.surges import against_surges, cost_in_surges
 from msi.types import Placement
 
 HEAVIEST = 3  # nodes that a step may relieve
@@ -66,6 +67,7 @@ def plan_replicas(
     move_cost: float = 0.0,
     most_moves: int | None = None,
     redundancy: int = 0,
+    surge: float = 0.0,
 ) -> ReplicaPlan:
     """Places of experts and of as many replicas as pay, so that the node with most to do has the least.
 
@@ -78,6 +80,7 @@ def plan_replicas(
         move_cost: what an expert must save of a wave's cost for a node to load it.
         most_moves: experts that nodes may load at most.
         redundancy: replicas that each expert has at least besides the first, on other nodes.
+        surge: rows of a wave that some expert may get more than its load, nobody knows which.
 
     Raises:
         ValueError: there is not room for every expert and that many replicas, each on a node of its own.
@@ -89,14 +92,14 @@ def plan_replicas(
     state.place_missing(1 + redundancy)
     state.even_out()
     state = min(state, state.gathered(), key=lambda one: norm(one.costs))
-    found = _planned(_Search(state, 1 + redundancy, move_cost, most_moves).downhill(), before)
-    if before is None:
-        return found
-    stay = ReplicaState.of(load, floor_cost, memory, before)
-    is_enough = bool((stay.held.sum(axis=0) > redundancy).all() and (stay.held == stay.was_held).all())
-    if is_enough and stay.costs.max() <= found.cost + move_cost * found.num_moved:
-        return _planned(stay, before)
-    return found
+    search = _Search(state, 1 + redundancy, move_cost, most_moves)
+    found = against_surges(search.downhill(), surge, move_cost, search.most_moves)
+    if before is not None:
+        stay = ReplicaState.of(load, floor_cost, memory, before)
+        is_enough = bool((stay.held.sum(axis=0) > redundancy).all() and (stay.held == stay.was_held).all())
+        if is_enough and cost_in_surges(stay, surge) <= cost_in_surges(found, surge) + move_cost * found.num_moved:
+            found = stay
+    return _planned(found, before)
 
 
 def place_by_popularity(chosen: Sequence[float], floor_cost: float, before: Placement, redundancy: int) -> Placement:
@@ -183,7 +186,7 @@ class _Search:
         self._state = state
         self._copies = copies
         self._move_cost = move_cost
-        self._most_moves = np.inf if most_moves is None else max(most_moves, state.num_moved)
+        self.most_moves = np.inf if most_moves is None else max(most_moves, state.num_moved)
 
     def downhill(self) -> ReplicaState:
         state, worth = self._state, self._worth(self._state)
@@ -192,7 +195,7 @@ class _Search:
             found = None
             for step in self._steps(state):
                 after = self._after(state, step)
-                if after.num_moved <= self._most_moves and (now := self._worth(after)) < worth - self._least_gain:
+                if after.num_moved <= self.most_moves and (now := self._worth(after)) < worth - self._least_gain:
                     found, worth = after, now
                     break
             if found is None:
