@@ -25,7 +25,7 @@ from msi.control.client import CoordinatorClient
 from msi.control.client_messages import Stats, Welcome
 from msi.control.following import way_to
 from msi.control.messages import CLIENT_END
-from msi.errors import EngineError, Failure, Unavailable
+from msi.errors import EngineError, Failure, InvalidRequest, Unavailable
 from msi.instance.inproc import InprocInstance
 from msi.instance.instance import LocalInstance, new_trace_dir
 from msi.instance.processes import HttpServer, ProcessInstance
@@ -323,6 +323,7 @@ class Engine:
             DeadlineExceeded: `timeout_s` were over.
             RequestFailed: it was lost on the way; names the worker.
         """
+        _check_params(params)
         params = params or self.sampling_defaults.params()
         client = self._require_client()
         prompts = self._require_prompts()
@@ -382,3 +383,11 @@ class Engine:
         if self._welcome is None:
             raise Unavailable("the engine has not started; use it inside `async with`")
         return self._welcome
+
+
+def _check_params(params: object) -> None:
+    """Raises InvalidRequest: they are none."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise InvalidRequest(
+            f"params is of the type {type(params).__name__}; give SamplingParams, or None", param="params"
+        )

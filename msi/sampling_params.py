@@ -28,7 +28,8 @@ class SamplingParams:
     """How to choose tokens. Names and meanings are vLLM's, and OpenAI's where that has the parameter.
 
     Numbers are bounded so that arithmetic on them stays finite in float32 and integers fit into 64 bits; what a bound
-    leaves out would choose no other token than what it lets in.
+    leaves out would choose no other token than what it lets in. Lists may be given for tuples, one stop string for a
+    tuple of it, and None for none, as to vLLM.
 
     Attributes:
         max_tokens: the most tokens to generate; the context may end the text before. 0 only computes the prompt.
@@ -91,6 +92,12 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in _LISTS:
+            if type(value := getattr(self, name)) is not tuple:
+                is_one = name == "stop" and isinstance(value, str)
+                object.__setattr__(self, name, (value,) if is_one else _as_tuple(value))
+        if _is_none(self.logit_bias):
+            object.__setattr__(self, "logit_bias", {})
         _require("max_tokens", self.max_tokens, _is_int(self.max_tokens, 0), "an integer >= 0 of 63 bits")
         ok = _is_number(self.temperature, 0, MAX_TEMPERATURE)
         _require("temperature", self.temperature, ok, f"a number from 0 (greedy) to {MAX_TEMPERATURE}")
@@ -136,7 +143,7 @@ class SamplingParams:
         ids = self.allowed_token_ids
         ok = isinstance(ids, tuple) and len(ids) <= MAX_ALLOWED_TOKENS and _are_tokens(ids)
         _require("allowed_token_ids", ids, ok, f"up to {MAX_ALLOWED_TOKENS} token ids")
-        if self.bad_words or self.bad_words_token_ids:
+        if any(type(one) is not tuple or one for one in (self.bad_words, self.bad_words_token_ids)):
             self._check_bad_words()
 
     def _check_bad_words(self) -> None:
@@ -185,7 +192,21 @@ class SamplingDefaults:
 
 
 NO_DEFAULTS = SamplingDefaults()
+_LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "bad_words_token_ids")
 DEFAULTED = tuple(one.name for one in fields(SamplingDefaults) if one.name != "is_limit")
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+def _as_tuple(value: object) -> object:
+    """A list, or nothing, as a tuple; what is neither stays as it is, to be refused."""
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple([_as_tuple(one) if isinstance(one, list | tuple) else one for one in value])
+    return value
 
 
 def _is_int(value: object, least: int, most: int = MAX_INTEGER) -> bool:
@@ -212,8 +233,11 @@ def _is_stop(text: object) -> bool:
 
 
 def _is_text(text: object, most: int) -> bool:
-    if not isinstance(text, str) or not 0 < len(text) <= most:
-        return False
+    return isinstance(text, str) and 0 < len(text) <= most and is_unicode(text)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: it has no half of a surrogate pair."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 

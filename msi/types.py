@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple, Protocol
 
-from msi.errors import ConfigError, Failure, InvalidRequest
+from msi.errors import ConfigError, Failure, InvalidRequest, shown
 from msi.prompt_logprobs import PromptLogprobs
 from msi.sampling_params import SamplingParams as SamplingParams  # one of these values; it checks itself
+from msi.sampling_params import is_unicode
 
 Measured = Annotated[float, (0.0, 1e18)]  # a time, a share or a count: whoever reads it may calculate with it
 MAX_PRIORITY = 2**31 - 1
 MAX_TIMEOUT_S = 1e6
+MAX_TEXT_CHARS = 65536  # of a text that a request carries beside its prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,23 @@ class Request:
     timeout_s: Annotated[float, (0.0, MAX_TIMEOUT_S)] = 0.0
     flow: str = ""
     cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest: whoever is sent it could not read it, and would never answer."""
+        allowed = f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}; lower is earlier"
+        is_int = isinstance(self.priority, int) and not isinstance(self.priority, bool)
+        self._require("priority", is_int and -MAX_PRIORITY <= self.priority <= MAX_PRIORITY, allowed)
+        is_number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
+        allowed = f"a number of seconds from 0, for no limit, to {MAX_TIMEOUT_S:g}"
+        self._require("timeout_s", is_number and 0 <= self.timeout_s <= MAX_TIMEOUT_S, allowed)
+        for name in ("request_id", "trace", "flow", "cache_salt"):
+            text = getattr(self, name)
+            allowed = f"a text of at most {MAX_TEXT_CHARS} characters of Unicode"
+            self._require(name, isinstance(text, str) and len(text) <= MAX_TEXT_CHARS and is_unicode(text), allowed)
+
+    def _require(self, name: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise InvalidRequest(f"{name} is {shown(getattr(self, name))}; it must be {allowed}", param=name)
 
 
 class Progress(NamedTuple):  # one for every token: a tuple is made in a third of the time of a frozen dataclass

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import tracemalloc
 
 import msgpack
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,10 +33,11 @@ from msi.control.messages import (
     WorkerHello,
 )
 from msi.control.worker_status import WorkerStatus
-from msi.errors import Failure, ProtocolError
+from msi.errors import Failure, InvalidRequest, ProtocolError
 from msi.net.codec import Codec
 from msi.precision import Precision
 from msi.settings import LinkShape, SchedulerLimits, Timeouts
+from msi.structured_outputs import StructuredOutputs
 from msi.types import Place, Placement, Progress, Request, SamplingParams, StageTimes, TokenLogprobs
 
 CODEC = Codec({*FROM_CLIENT, *FROM_WORKER, *TO_CLIENT, *TO_WORKER})
@@ -317,3 +320,43 @@ def test_a_valid_message_with_flipped_bytes_is_a_message_or_a_protocol_error(dat
     for end in ENDS.values():
         with contextlib.suppress(ProtocolError):
             end.decode(bytes(payload[: data.draw(st.integers(0, len(payload)))]))
+
+
+class Number(enum.IntEnum):
+    THREE = 3
+
+
+class Name(str):
+    pass
+
+
+ODD = [
+    None, True, False, 0, 1, -1, 3, 2**31, 2**40, 2**63 - 1, 2**63, 2**64, 10**400, -(2**63), 0.0, 0.5, 3.0, 5e-324,
+    1e308, float("nan"), float("inf"), numpy.int64(3), numpy.float32(0.5), numpy.float64(0.5), numpy.bool_(True),
+    Number.THREE, Name("a"), "", "a", "\ud800", "x" * 10**5, b"a", (), ("a",), ("\ud800",), (Name("a"),), ["a"], (1,),
+    [1], (numpy.int64(1),), (True,), (Number.THREE,), (-1,), (2**31,), (1.5,), ((1, 2),), [[1, 2]], ((),), {}, {1: 1},
+    {1: True}, {1: numpy.float64(0.5)}, {1: numpy.float32(0.5)}, {Number.THREE: 1}, {True: 1}, {1: float("nan")},
+    {"1": 1}, set(), object(), 1 + 1j, StructuredOutputs(regex="a"), {"regex": "a"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [SamplingParams, StructuredOutputs, Request])
+def test_what_a_request_takes_in_one_process_its_reader_takes_in_another(kind):
+    """What only its reader refused would be dropped there, and whoever asked would wait for ever."""
+    others = {SamplingParams: {}, StructuredOutputs: {}, Request: {"request_id": "r", "prompt_token_ids": (1,)}}[kind]
+    others = others | ({"params": SamplingParams()} if kind is Request else {})
+    checked_elsewhere = {"prompt_token_ids", "output_token_ids", "num_scored", "num_resumptions", "params"}
+    num_taken = 0
+    for field in dataclasses.fields(kind):
+        for value in ODD if field.name not in checked_elsewhere else ():
+            try:
+                made = kind(**others | {field.name: value})
+                if kind is StructuredOutputs:
+                    made = SamplingParams(structured_outputs=made)
+                if kind is not Request:
+                    made = Request("r", (1,), made)
+            except InvalidRequest:
+                continue
+            assert COORDINATOR_END.decode(CLIENT_END.encode(Submit(made))).request == made, (field.name, value)
+            num_taken += 1
+    assert num_taken > 5

@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 from tokenizers import Tokenizer
 
-from msi import ConfigError, Engine, InvalidRequest, SamplingParams, Unavailable
+from msi import ConfigError, Engine, InvalidRequest, RequestFailed, SamplingParams, Unavailable
+from msi.control.client import CoordinatorClient
 from tests.conftest import TEXT
 
 
@@ -112,12 +115,77 @@ async def test_leaving_early_cancels(engine):
         ([True], "token id True"),
         ([1] * 512, "maximum context length is 512 tokens"),
         ("a\ud800b", "not valid"),
+        (b"It is", "of the type bytes; give a text, or a sequence of token ids"),
+        (bytearray(b"a"), "of the type bytearray"),
+        ({"prompt": "a"}, "of the type dict"),
+        ({1, 2}, "of the type set"),
+        (None, "of the type NoneType"),
+        (5, "of the type int"),
+        ([1.0], r"token id 1\.0"),
+        ([[1]], r"token id \[1\]"),
     ],
 )
 async def test_prompts_that_cannot_be_served_are_refused_with_a_sentence(engine, prompt, complaint):
     with pytest.raises(InvalidRequest, match=complaint):
         await collect(engine, prompt)
     assert (await collect(engine, TEXT, max_tokens=1))[2] == "length", "nothing is lost"
+
+
+@pytest.mark.parametrize(
+    "prompt", [(5, 6), range(5, 7), numpy.array([5, 6]), [numpy.int64(5), 6], torch.tensor([5, 6])]
+)
+async def test_token_ids_come_in_whatever_holds_integers_in_an_order(engine, prompt):
+    params = {"max_tokens": 2, "temperature": 0}
+    assert await collect(engine, prompt, **params) == await collect(engine, [5, 6], **params)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ({"priority": 1.5}, r"priority is 1\.5; it must be an integer"),
+        ({"priority": "1"}, "priority is '1'"),
+        ({"priority": None}, "priority is None"),
+        ({"priority": True}, "priority is True"),
+        ({"priority": 2**40}, "priority is 1099511627776"),
+        ({"timeout_s": "1"}, "timeout_s is '1'; it must be a number of seconds"),
+        ({"timeout_s": -1}, "timeout_s is -1"),
+        ({"timeout_s": float("inf")}, "timeout_s is inf"),
+        ({"timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"timeout_s": None}, "timeout_s is None"),
+        ({"timeout_s": True}, "timeout_s is True"),
+        ({"timeout_s": 10**400}, "timeout_s is 1000"),
+        ({"cache_salt": 5}, "cache_salt is 5; it must be a text"),
+        ({"cache_salt": "a\ud800"}, "cache_salt is"),
+        ({"cache_salt": "a" * 10**6}, "cache_salt is 'aaa"),
+        ({"flow": None}, "flow is None"),
+        ({"trace": b"00-"}, "trace is b'00-'"),
+        ({"request_id": 7}, "request_id is 7"),
+        ({"request_id": "\udfff"}, "request_id is"),
+        ({"params": {"max_tokens": 3}}, "params is of the type dict; give SamplingParams"),
+        ({"params": 0}, "params is of the type int"),
+    ],
+)
+async def test_a_value_that_no_coordinator_could_read_leaves_neither_its_request_nor_others_waiting(
+    engine, words, complaint
+):
+    other = asyncio.create_task(collect(engine, TEXT, max_tokens=8, ignore_eos=True))
+    with pytest.raises(InvalidRequest, match=complaint):
+        await anext(engine.generate(TEXT, **words))
+    assert (await other)[2] == "length"
+
+
+async def test_a_bug_where_answers_are_read_ends_requests_with_a_sentence(tiny_model, monkeypatch, caplog):
+    async with Engine.local(model=tiny_model, transport="inproc", micro_batches=1) as engine:
+
+        def fail(self, outputs):
+            raise TypeError("not even a number")
+
+        monkeypatch.setattr(CoordinatorClient, "_take", fail)
+        for _ in range(2):
+            with pytest.raises(RequestFailed, match=r"failed by a bug: TypeError\('not even a number'\)"):
+                await collect(engine, TEXT, max_tokens=2)
+        assert not engine.status[0]
+    assert "cannot go on" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -135,13 +203,38 @@ async def test_prompts_that_cannot_be_served_are_refused_with_a_sentence(engine,
         ({"seed": 1.5}, r"seed is 1\.5"),
         ({"seed": 2**64}, "64 bits"),
         ({"stop": ("",)}, "stop is"),
-        ({"stop": "text"}, "stop is 'text'"),
+        ({"stop": 5}, "stop is 5"),
+        ({"stop": {"a"}}, "stop is {'a'}"),
+        ({"stop": [["a"]]}, "stop is"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5"),
+        ({"allowed_token_ids": "5"}, "allowed_token_ids is '5'"),
+        ({"bad_words": "a"}, "bad_words is 'a'"),
+        ({"bad_words": 0}, "bad_words is 0"),
+        ({"bad_words": {}}, "bad_words is {}"),
+        ({"bad_words_token_ids": False}, "bad_words_token_ids is False"),
+        ({"bad_words_token_ids": [5]}, r"bad_words_token_ids is \(5,\)"),
+        ({"logit_bias": []}, r"logit_bias is \[\]"),
         ({"ignore_eos": 1}, "ignore_eos is 1; it must be true or false"),
     ],
 )
 def test_parameters_that_make_no_sense_are_named(params, complaint):
     with pytest.raises(InvalidRequest, match=complaint):
         SamplingParams(**params)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"stop": "a"}, {"stop": ("a",)}),
+        ({"stop": ["a", "b"], "bad_words": ["c"]}, {"stop": ("a", "b"), "bad_words": ("c",)}),
+        ({"stop_token_ids": [1], "allowed_token_ids": [1, 2]}, {"stop_token_ids": (1,), "allowed_token_ids": (1, 2)}),
+        ({"bad_words_token_ids": [[1, 2], (3,)]}, {"bad_words_token_ids": ((1, 2), (3,))}),
+        ({"stop": [], "logit_bias": {}}, {}),
+        (dict.fromkeys(("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logit_bias", "seed")), {}),
+    ],
+)
+def test_parameters_may_be_written_as_for_vllm(written, meant):
+    assert SamplingParams(**written) == SamplingParams(**meant)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def test_chats_are_rendered_and_answered(llm):
         (["a", 3.5], GREEDY, "prompt 1 is a float; give a text, token ids"),
         ([["a"]], GREEDY, "prompt 0 is a list"),
         ([True], GREEDY, "prompt 0 is a bool"),
+        (b"It is", GREEDY, "prompt 0 is a bytes"),
+        (["a", b"b"], GREEDY, "prompt 1 is a bytes"),
         (["a", ""], GREEDY, "prompt 1: "),
         (["a", [10**6]], GREEDY, "prompt 1: "),
         (["a"] * 2, [GREEDY], "1 sampling_params for 2 prompts"),

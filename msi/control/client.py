@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from array import array
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from msi.control.client_messages import (
     ClientHeartbeat,
@@ -32,6 +34,8 @@ from msi.control.orders import Order, Ordered
 from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
 from msi.net.control import MessageClient
 from msi.types import Progress, Request
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 AGAIN_S = 0.2  # where none was answered: what runs waits for another coordinator to hear of it
@@ -126,7 +130,7 @@ class CoordinatorClient:
         self._grace_s = answer.coordinator_grace_s
         self._control.keep_alive(lambda late_s: ClientPulse(self._token), HEARTBEAT_S)
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._receive()), loop.create_task(self._beat())]
+        self._tasks = [loop.create_task(self._to_its_end(work)) for work in (self._receive(), self._beat())]
         return answer
 
     async def close(self) -> None:
@@ -228,6 +232,16 @@ class CoordinatorClient:
         asked.inbox.num_open -= 1
         if not self._must_greet:
             self._control.send(Cancel(request_id))
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, None]) -> None:
+        """A bug of ours in there ends all requests with a sentence, and leaves none waiting for ever."""
+        try:
+            await work
+        except Exception as error:
+            log.exception("the connection to the coordinator at %s cannot go on", self.address)
+            reason = f"the connection to the coordinator at {self.address} failed by a bug: {error!r}"
+            self.fail(RequestFailed(reason))
+            await self._set_status(InstanceStatus(False, reason, reason))
 
     async def _receive(self) -> None:
         while True:

@@ -244,7 +244,7 @@ def _first_of(group: BaseExceptionGroup[EngineError]) -> EngineError:
 
 def _prompts(prompts: object) -> Sequence[Any]:
     """Several, or one in a list of its own."""
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
+    if isinstance(prompts, str | bytes | bytearray | Mapping) or not isinstance(prompts, Sequence):
         return [prompts]
     return [prompts] if prompts and all(_is_token(one) for one in prompts) else prompts
 
@@ -255,7 +255,11 @@ def _prompt(prompt: object, at: int) -> str | Tokens:
         prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
     if isinstance(prompt, str):
         return prompt
-    if isinstance(prompt, Sequence) and all(_is_token(one) for one in prompt):
+    if (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, bytes | bytearray)
+        and all(_is_token(one) for one in prompt)
+    ):
         return list(prompt)
     raise InvalidRequest(
         f'prompt {at} is a {type(prompt).__name__}; give a text, token ids, {{"prompt": ..}} or '

@@ -7,7 +7,8 @@ fit, whatever its tokens are.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -84,7 +85,7 @@ class Prompts:
                 self._check_length(prompt, max_tokens)
             token_ids = self.tokens_of(prompt, add_special_tokens=add_special_tokens, keep_last=keep_last)
         else:
-            token_ids = prompt if isinstance(prompt, tuple) else tuple(prompt)
+            token_ids = prompt if isinstance(prompt, tuple) else ids_of(prompt)
             if keep_last is not None:
                 token_ids = token_ids[-keep_last:]
         if len(token_ids) + min(1, max_tokens) > self._max_model_len:
@@ -176,6 +177,25 @@ class Prompts:
             if num_bytes > longest:
                 least = num_bytes // self._bytes_per_token
                 raise context_exceeded(self._max_model_len, least, max_tokens, is_at_least=True)
+
+
+def ids_of(prompt: object) -> tuple[int, ...]:
+    """Token ids out of whatever holds them in an order, numpy's and torch's arrays among it. Raises InvalidRequest."""
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray | memoryview | Mapping | Set):
+        raise InvalidRequest(
+            f"the prompt is of the type {type(prompt).__name__}; give a text, or a sequence of token ids",
+            param="prompt",
+        )
+    items = tuple(prompt)
+    return items if all(kind in (int, bool) for kind in set(map(type, items))) else tuple(map(_as_id, items))
+
+
+def _as_id(item: Any) -> Any:
+    """An integer that is not Python's own as one that is; whatever else it is, as it is."""
+    try:
+        return item if type(item) is bool else operator.index(item)
+    except TypeError:
+        return item
 
 
 def most_bytes_per_token(values: dict[str, Any]) -> int:
