@@ -112,6 +112,10 @@ REFUSED = {
     "no schema": ({"response_format": {"type": "json_schema"}}, "response_format has no schema"),
     "choice": ({"guided_choice": "a"}, "choice of structured_outputs is 'a'"),
     "regex": ({"guided_regex": "("}, "cannot be compiled"),
+    "one of": (
+        {"guided_json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}},
+        "Write anyOf where more than one may hold",
+    ),
     "look-around": ({"guided_regex": "(?!a)b"}, "cannot be compiled"),
     "grammar": ({"guided_grammar": "start: nothing"}, "cannot be compiled"),
     "gbnf": ({"guided_grammar": 'root ::= "a'}, "cannot be"),
@@ -166,6 +170,62 @@ def test_a_tools_schema_that_cannot_be_compiled_is_named(asked):
     tools[1]["function"]["name"] = "two words"
     with pytest.raises(InvalidRequest, match="calls of tool 'two words' cannot be held"):
         asked(tools=tools, tool_choice="required")
+
+
+LOOPS = {
+    "itself": {"$ref": "#"},
+    "each other": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    "anchor": {"$anchor": "a", "$ref": "#a"},
+    "too wide": {"type": "object", "properties": {f"p{at}": {"type": "integer"} for at in range(3000)}},
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("field", ["response_format", "guided_json", "structured_outputs", "text_behind_thoughts"])
+def test_a_schema_of_which_no_text_is_one_is_refused_before_it_runs_by_the_field_that_has_it(asked, loop, field):
+    schema = LOOPS[loop]
+    body = {
+        "response_format": {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+        "guided_json": {"guided_json": schema},
+        "structured_outputs": {"structured_outputs": {"json": schema}},
+        "text_behind_thoughts": {"structural_tag": {"format": {"type": "sequence", "elements": [
+            {"type": "tag", "begin": "<think>", "content": {"type": "any_text"}, "end": "</think>"},
+            {"type": "json_schema", "json_schema": schema},
+        ]}}},
+    }[field]  # fmt: skip
+    with pytest.raises(InvalidRequest, match=r"cannot be (held to|compiled)") as caught:
+        asked(**body)
+    assert caught.value.param == ("format.elements[1].json_schema" if field == "text_behind_thoughts" else field)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("field", ["guided_grammar", "structured_outputs"])
+@pytest.mark.parametrize("grammar", ["start: start", "start: a\na: b\nb: a"])
+def test_a_grammar_of_which_no_text_is_one_is_refused_before_it_runs(asked, grammar, field):
+    value = grammar if field == "guided_grammar" else {"grammar": grammar}
+    with pytest.raises(InvalidRequest, match="no text is one of it") as caught:
+        asked(**{field: value})
+    assert caught.value.param == field
+
+
+TREE = {
+    "$defs": {"node": {"type": "object", "properties": {"inner": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
+                       "required": ["inner"], "additionalProperties": False}},
+    "$ref": "#/$defs/node",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", [TREE, {}, {"type": "null"}, {"const": ""}, {"type": "array", "maxItems": 0}])
+def test_a_schema_that_comes_to_an_end_is_held_to_however_it_recurs_or_little_it_says(asked, schema):
+    assert asked(response_format={"type": "json_schema", "json_schema": {"schema": schema}}) is not None
+    assert asked(guided_grammar='start: ""') is not None
+
+
+def test_tools_whose_grammar_is_too_large_are_named(asked):
+    tools = [{"type": "function", "function": {"name": f"f{at}"}} for at in range(3000)]
+    with pytest.raises(InvalidRequest, match=r"^what tools asks for is a grammar of .* fewer tools") as caught:
+        asked(tools=tools, tool_choice="required")
+    assert caught.value.param == "tools"
 
 
 def test_no_loop_compiles_a_grammar_and_what_was_compiled_is_known(welcome):

@@ -14,7 +14,7 @@ from msi.server.parsing.choice import begins_thinking, is_harmony, reasoning_syn
 from msi.server.parsing.parser import Parsing
 from msi.server.parsing.readers import CHANNEL, MESSAGE, START
 from msi.server.parsing.writing import calls_rules, form_of
-from msi.structured_outputs import StructuredOutputs
+from msi.structured_outputs import MAX_BYTES, StructuredOutputs
 from msi.text.grammar_text import grammar_behind, lark_text, list_of, schema_of
 from msi.text.grammars import added_tokens, written_out
 
@@ -84,11 +84,21 @@ class Constraints:
             lark, of_tools = self._calls(asked, parsing)
             schemas |= of_tools
         begin = self._begin(reasoning_parser, prompt, goals)
-        if structured is None:
-            return Held(StructuredOutputs(grammar=list_of([{"lark_grammar": f"{begin}\n{lark}"}])), schemas)
-        if begin == f"start: {ANSWER}":
+        if begin == f"start: {ANSWER}" and structured is not None:
             return Held(structured, schemas)
-        return Held(StructuredOutputs(grammar=grammar_behind(f"{begin}\n{lark}", structured)), schemas)
+        if structured is None:
+            grammar = list_of([{"lark_grammar": f"{begin}\n{lark}"}])
+        else:
+            grammar = grammar_behind(f"{begin}\n{lark}", structured)
+        try:
+            return Held(StructuredOutputs(grammar=grammar), schemas)
+        except InvalidRequest as error:
+            what = field if structured is not None else "tools"
+            raise InvalidRequest(
+                f"what {what} asks for is a grammar of {len(grammar.encode())} bytes; at most {MAX_BYTES} are allowed: "
+                "send smaller schemas, or fewer tools",
+                param=what,
+            ) from error
 
     def _calls(self, asked: ChatRequest, parsing: Parsing) -> tuple[str, dict[str, Any]]:
         """Rules for calls of tools, and the tools' schemas by the fields that hold them."""

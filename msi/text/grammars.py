@@ -30,6 +30,9 @@ MAX_FREE_ROW_ITEMS = 500  # where a client wrote the rules, which may mean one t
 LOOKS_WITHIN_S = 1.0  # for where a schema goes wrong
 MAX_LOOKS = 256
 MAX_COMPLAINT_CHARS = 300
+NO_EXTENSION = "NoExtensionBias"  # the library's word for it
+NO_TEXT = "no text is one of it; does a rule or a `$ref` lead to itself and to nothing else?"
+ONE_OF = ("Enable 'coerce_one_of' option to approximate oneOf with anyOf", "Write anyOf where more than one may hold")
 NOT_ALLOWED = "satisfy the grammar"  # of a token, as the library says it
 WHERE = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas by name
 WHERE_LISTED = ("prefixItems", "anyOf", "oneOf", "allOf", "items")
@@ -91,6 +94,11 @@ class GrammarChecks:
                     raise InvalidRequest(f"the JSON schema in {name} cannot be compiled at {where}: {why}", param=name)
             name = next(iter(schemas), "structured_outputs")
             raise InvalidRequest(f"the grammar cannot be compiled: {complaint}", param=name)
+        for name, schema in schemas.items():
+            alone = list_of([{"json_schema": with_spaces(schema)}]) if isinstance(schema, Mapping) else grammar
+            if complaint := why_not_begun(alone):
+                what = "the JSON schema" if isinstance(schema, Mapping) else "the grammar"
+                raise InvalidRequest(f"{what} in {name} cannot be held to: {complaint}", param=name)
         self.remember(grammar)
 
 
@@ -106,6 +114,34 @@ def why_not(grammar: str) -> str:
             raise
         return _short(error)
     return _short(messages[0]) if is_error else ""
+
+
+def why_not_begun(grammar: str) -> str:
+    """Why an answer cannot even begin in a grammar that can be compiled, on one line; "" where it can.
+
+    Tried with bytes as tokens, which every model's tokens are made of; what names special tokens is not tried.
+    """
+    guidance = library()
+    try:
+        tokens = guidance.LLTokenizer("byte")
+        matcher = guidance.LLMatcher(tokens, grammar, log_level=0, limits=_limits(guidance, grammar))
+        if matcher.get_error():
+            return ""  # it needs the model's own tokens
+        return _short(first_steps(matcher, tokens))
+    except BaseException as error:
+        if not _is_the_librarys(error):
+            raise
+        return _short(error)
+
+
+def first_steps(matcher: Any, tokens: Any) -> str:
+    """What goes wrong at the beginning of an answer, as where an object has too many optional properties."""
+    matcher.compute_bitmask()
+    if not matcher.is_error():
+        matcher.try_consume_tokens(tokens.tokenize_str("{"))
+        matcher.compute_bitmask()
+    error = str(matcher.get_error())
+    return NO_TEXT if error.startswith(NO_EXTENSION) else error
 
 
 def fault_of(schema: Any) -> tuple[str, str] | None:
@@ -197,7 +233,7 @@ def _is_the_librarys(error: BaseException) -> bool:
 
 
 def _short(error: object) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).replace(*ONE_OF)
     return text if len(text) <= MAX_COMPLAINT_CHARS else text[: MAX_COMPLAINT_CHARS - 3] + "..."
 
 
@@ -243,7 +279,7 @@ class Grammars:
             if self._names_added_token(grammar):
                 grammar = unforced(grammar)
             matcher = guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits(guidance, grammar))
-            complaint = matcher.get_error() or self._try(matcher)
+            complaint = matcher.get_error() or first_steps(matcher.deep_copy(), self._tokenizer)
         except BaseException as error:
             if not _is_the_librarys(error) or isinstance(error, InvalidRequest):
                 raise
@@ -259,14 +295,6 @@ class Grammars:
         """Whether a tokenizer would take a part of its text for an added token, which is no text to llguidance."""
         plain = grammar.replace("\\", "")
         return any(text in plain for text in self._added)
-
-    def _try(self, matcher: Any) -> str:
-        """What goes wrong at the beginning of an answer, as where an object has too many optional properties."""
-        first = matcher.deep_copy()
-        first.compute_bitmask()
-        first.try_consume_tokens(self._tokenizer.tokenize_str("{"))
-        first.compute_bitmask()
-        return str(first.get_error())
 
     def _load(self, guidance: Any) -> Any:
         text = self._read_tokenizer()
@@ -377,6 +405,11 @@ class GrammarState:
         why = _short(self._matcher.get_error())
         if NOT_ALLOWED in why:
             raise GrammarError(why)
+        if why.startswith(NO_EXTENSION):
+            raise GrammarTooComplex(
+                f"the answer cannot go on in its grammar behind {len(self._tokens)} tokens of it: {NO_TEXT}",
+                code="no_token_allowed",
+            )
         raise GrammarTooComplex(
             f"the answer cannot go on in its grammar, which is too complex behind {len(self._tokens)} tokens of it: "
             f"{why}; ask for a simpler one, in which a text has one meaning",
