@@ -23,6 +23,8 @@ from msi.server.field_table import IGNORED, NOT_DONE, NOT_IN_CHATS, NOT_IN_COMPL
 from msi.server.fields import MAX_DEPTH, Streaming, parse_object
 from msi.server.prepare import ANSWERS, ENDPOINTS, MESSAGE, NotUnderstood, Preparation, Setup
 from msi.server.replies import ChunkReply
+from msi.server.tokenizing import parse_detokenize
+from msi.server.urgency import Urgency, urgency
 from msi.types import Output, SamplingParams, TokenText
 
 USER = {"role": "user", "content": "a"}
@@ -122,6 +124,56 @@ def test_numbers_and_booleans_may_be_written_as_texts():
                     parse(**{name: wrong})
 
 
+WRITTEN_INSIDE = {
+    "allowed_token_ids": (["5", 6.0], (5, 6)), "stop_token_ids": (["7"], (7,)),
+    "logit_bias": ({"5": "-1.5", "6": "2"}, {5: -1.5, 6: 2}),
+}  # fmt: skip
+
+
+def test_so_may_those_within_lists_and_those_that_no_sampler_reads():
+    for name, (given_value, expected) in WRITTEN_INSIDE.items():
+        for parse in (completion, chat):
+            assert getattr(parse(**{name: given_value}).params, name) == expected
+    assert completion(n="2", best_of="2").params.n == 2
+    assert parse_detokenize({"tokens": ["5", 6.0, "7e0"]}).token_ids == (5, 6, 7)
+    assert chat(logprobs="true", top_logprobs="3").params.logprobs == 3
+    assert urgency({"priority": "-2", "timeout_s": "0.5"}) == Urgency(-2, 0.5)
+    for parse in (completion, chat):
+        assert parse(ignore_eos=1).params.ignore_eos
+        assert not parse(ignore_eos=0.0).params.ignore_eos
+        for wrong in (2, -1, 0.5):
+            with pytest.raises(InvalidRequest, match="ignore_eos"):
+                parse(ignore_eos=wrong)
+    for name in ("priority", "timeout_s"):
+        for wrong in ("", "1e999", "nan", "x"):
+            with pytest.raises(InvalidRequest, match=name):
+                urgency({name: wrong})
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 1.5, "x", True, 2**63, []])
+def test_a_limit_is_refused_by_the_name_that_the_request_has_for_it(limit):
+    for name in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(InvalidRequest, match=f"^{name} is") as caught:
+            chat(**{name: limit})
+        assert caught.value.param == name
+
+
+@pytest.mark.parametrize("parameters", ["x", 5, True, [1], ["a"], 0.5])
+def test_a_tools_schema_that_is_no_object_is_refused_by_name(parameters):
+    with pytest.raises(InvalidRequest) as caught:
+        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}], tool_choice="required")
+    assert caught.value.param == "tools[0].function.parameters"
+    for nothing in (None, {}, [], False, ""):  # as clients write an empty object
+        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": nothing}}], tool_choice="required")
+
+
+def test_a_byte_order_mark_before_a_body_is_no_part_of_it():
+    for body in ('\ufeff{"prompt": "\ufeffa"}', '\ufeff{"prompt": "\ufeffa"}'.encode()):
+        assert parse_object(body) == {"prompt": "\ufeffa"}
+    with pytest.raises(InvalidRequest, match="not valid JSON"):
+        parse_object("\ufeff" * 2 + "{}")
+
+
 def test_unknown_fields_are_ignored_and_told():
     odd = {"frobnicate": 1, "x" * 1000: {"deep": []}, "stream_options": {"include_obfuscation": False}}
     for parse, plain in ((completion, completion()), (chat, chat())):
@@ -164,9 +216,28 @@ def test_prompts_come_alone_or_several(prompt, expected):
     [None, 5, True, {}, [], [[]], [""[:0], 5], [True], [[1], []], [None], [[["a"]]], [1, "a"], [[1, [2]]], {"a": 1}],
 )
 def test_prompts_of_other_shapes_are_refused(prompt):
-    with pytest.raises(InvalidRequest, match=r"prompt is .*; it must be a string, or an array") as caught:
+    allowed = r"it must be a (string, or an array|token id)"
+    with pytest.raises(InvalidRequest, match=rf"prompt(\[[0-9]\])? is .*; {allowed}") as caught:
         completion(prompt=prompt)
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ([[]], "prompt[0] is an empty array; it must be a string, or an array of token ids that is not empty"),
+        ([[1], "a", None], "prompt[2] is null; it must be a string, or an array of token ids that is not empty"),
+        (["a", 5], "prompt[1] is a number; it must be a string, or an array of token ids that is not empty"),
+        ([[1, [2]]], "prompt[0] is an array of other things than token ids; it must be a string, or an array of "
+                     "token ids that is not empty"),
+        ([1, "a"], "prompt[1] is a string; it must be a token id, as the first is one"),
+        ([1, 2.5], "prompt[1] is a number; it must be a token id, as the first is one"),
+    ],
+)  # fmt: skip
+def test_of_several_prompts_the_one_that_is_none_is_named(prompt, sentence):
+    with pytest.raises(InvalidRequest) as caught:
+        completion(prompt=prompt)
+    assert str(caught.value) == sentence
 
 
 def test_the_choices_of_one_request_are_bounded_all_together():

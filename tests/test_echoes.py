@@ -10,6 +10,7 @@ import pytest
 from msi import SamplingParams
 from msi.errors import InvalidRequest
 from msi.server import echoes
+from msi.server.completions import parse_completion
 from msi.server.echoes import Echoes, check_size
 from msi.text.prompts import Prompts
 from tests.conftest import TEXT
@@ -211,6 +212,19 @@ def test_tokens_cut_their_text_into_pieces_that_join_to_it(kind, text):
         assert not tokens or ends[-1] == len(whole)
     if kind in ("byte-level", "llama", "metaspace-always") and text in (*CORPUS, "🙂"):
         assert whole == text
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_of_token_ids_that_are_truncated_those_that_are_taken_come_back(logprobs):
+    tokenizer = tokenizer_of("byte-level")
+    prompts = Prompts(tokenizer, vocab_size=1000, max_model_len=1000)
+    ids = tokenizer.encode("It is a truth").ids
+    body = {"prompt": [ids, ids[:1]], "echo": True, "logprobs": logprobs, "truncate_prompt_tokens": 2}
+    asked = parse_completion(body)
+    taken = [prompts.encode(one, truncate=2) for one in asked.prompts]
+    assert list(taken[0]) == ids[-2:]
+    echoes, _ = Echoes(prompts).of(asked, taken)
+    assert echoes == (tokenizer.decode(ids[-2:]).encode(), tokenizer.decode(ids[:1]).encode())
 
 
 def test_a_model_without_tokenizer_echoes_nothing():

@@ -10,7 +10,18 @@ import pytest
 
 from msi.control.client_messages import Welcome
 from msi.errors import InvalidRequest
-from msi.server.prepare import ANSWERS, CHAT, COMPLETION, MESSAGE, Elsewhere, NotUnderstood, Preparation, Setup
+from msi.server.prepare import (
+    ANSWERS,
+    ANTHROPIC,
+    CHAT,
+    COMPLETION,
+    MESSAGE,
+    RESPONSE,
+    Elsewhere,
+    NotUnderstood,
+    Preparation,
+    Setup,
+)
 from msi.structured_outputs import StructuredOutputs
 from msi.text.grammar_text import lark_regex, lark_string, lark_text
 from msi.text.grammars import fault_of, in_lark
@@ -197,6 +208,21 @@ def test_a_schema_of_which_no_text_is_one_is_refused_before_it_runs_by_the_field
         asked(**body)
     assert caught.value.param == ("format.elements[1].json_schema" if field == "text_behind_thoughts" else field)
     assert len(str(caught.value)) < 500
+
+
+LOOP = {"type": "json_schema", "schema": LOOPS["itself"]}
+OTHER_APIS = {
+    "text.format": (RESPONSE, {"input": "a", "text": {"format": {"name": "x", **LOOP}}}),
+    "output_format": (ANTHROPIC, {"messages": [USER], "max_tokens": 5, "output_format": LOOP}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", OTHER_APIS)
+def test_other_apis_name_a_schema_that_is_refused_as_they_do(welcome, field):
+    endpoint, body = OTHER_APIS[field]
+    failure = Preparation(Setup(welcome)).understand(endpoint, orjson.dumps(body)).failure
+    assert failure.param == field
+    assert f"the JSON schema in {field} cannot be held to" in failure.message
 
 
 @pytest.mark.parametrize("field", ["guided_grammar", "structured_outputs"])

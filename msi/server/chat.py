@@ -9,18 +9,18 @@ from typing import Any
 
 from msi.errors import InvalidRequest, shown
 from msi.sampling_params import MAX_LOGPROBS, NO_DEFAULTS, SamplingDefaults
-from msi.server.field_table import NOT_IN_CHATS
+from msi.server.field_table import ALWAYS_NEUTRAL, NOT_IN_CHATS
 from msi.server.fields import (
     SHARED_FIELDS,
     Streaming,
     Values,
-    as_integer,
     check_fields,
     kind_of,
     num_logprobs,
     sampling_params,
     streaming,
     typed,
+    whole_number,
 )
 from msi.types import SamplingParams
 
@@ -91,9 +91,6 @@ def parse_chat(
         no_calls: why answers are not searched for calls of tools, and what to do; "" where they are.
     """
     ignored = check_fields(values, FIELDS, NOT_IN_CHATS)
-    sampling = values
-    if (limit := values.get("max_completion_tokens")) is not None:
-        sampling = {**values, "max_tokens": limit}
     messages = typed(values, "messages", list, [])
     if not messages:
         raise InvalidRequest(
@@ -118,13 +115,7 @@ def parse_chat(
         template_values = {"reasoning_effort": effort, **template_values}
     return ChatRequest(
         messages=tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages)),
-        params=sampling_params(
-            sampling,
-            defaults=defaults,
-            max_tokens=max_tokens,
-            logprobs=_num_logprobs(values),
-            prompt_logprobs=num_logprobs(values, "prompt_logprobs"),
-        ),
+        params=_params(values, defaults, max_tokens),
         streaming=streaming(values),
         add_generation_prompt=not continues and typed(values, "add_generation_prompt", bool, True),
         continue_final_message=continues,
@@ -139,6 +130,22 @@ def parse_chat(
         has_reasoning=_is_left_on(values, "include_reasoning"),
         ignored=ignored,
     )
+
+
+def _params(values: Values, defaults: SamplingDefaults, max_tokens: int) -> SamplingParams:
+    """Raises InvalidRequest: names the limit as the request does."""
+    limit = values.get("max_completion_tokens")
+    asked: Values = values if limit is None else {**values, "max_tokens": limit}
+    try:
+        return sampling_params(
+            asked, defaults=defaults, max_tokens=max_tokens, logprobs=_num_logprobs(values),
+            prompt_logprobs=num_logprobs(values, "prompt_logprobs"),
+        )  # fmt: skip
+    except InvalidRequest as error:
+        if limit is None or error.param != "max_tokens":
+            raise
+        name = "max_completion_tokens"
+        raise InvalidRequest(str(error).replace(error.param, name), param=name, code=error.code) from error
 
 
 # -- messages --------------------------------------------------------------------------------------------------------
@@ -216,6 +223,9 @@ def _tools(values: Values) -> tuple[dict[str, Any], ...] | None:
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise _wrong(f"tools[{at}]", tool, 'an object like {"type": "function", "function": {"name": "..."}}')
+        parameters = function.get("parameters")
+        if not isinstance(parameters, dict) and parameters not in ALWAYS_NEUTRAL:
+            raise _wrong(f"tools[{at}].function.parameters", parameters, "an object, the JSON schema of its arguments")
     return tools
 
 
@@ -272,7 +282,7 @@ def _wrong(where: str, value: object, wanted: str) -> InvalidRequest:
 
 
 def _num_logprobs(values: Values) -> int | None:
-    wanted, top = typed(values, "logprobs", bool, False), as_integer(values.get("top_logprobs"))
+    wanted, top = typed(values, "logprobs", bool, False), whole_number(values, "top_logprobs")
     if top is None or top is False:
         top = 0
     if type(top) is not int or not 0 <= top <= MAX_LOGPROBS:

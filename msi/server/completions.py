@@ -21,6 +21,7 @@ from msi.server.fields import (
     sampling_params,
     streaming,
     typed,
+    whole_number,
 )
 from msi.server.prompt_answers import PromptAnswers, named_top
 from msi.server.token_ids import TokenIds, id_name, named_by_id
@@ -69,7 +70,7 @@ def parse_completion(values: Values, defaults: SamplingDefaults = NO_DEFAULTS) -
         values, defaults=defaults, max_tokens=DEFAULT_MAX_TOKENS, logprobs=logprobs,
         prompt_logprobs=max(scored, default=None), echo=echo,
     )  # fmt: skip
-    if as_integer(values.get("best_of")) not in (None, params.n):
+    if whole_number(values, "best_of") not in (None, params.n):
         raise InvalidRequest("best_of must equal n: all choices are given, none is judged", param="best_of")
     prompts = _prompts(values.get("prompt"))
     if len(prompts) * params.n > MAX_TOTAL_CHOICES:
@@ -95,12 +96,30 @@ def _prompts(prompt: object) -> tuple[Prompt, ...]:
     if isinstance(prompt, list) and prompt:
         if _is_tokens(prompt):
             return (tuple(map(as_integer, prompt)),)
-        if all(isinstance(one, str) or (isinstance(one, list) and one and _is_tokens(one)) for one in prompt):
+        bad = next((at for at, one in enumerate(prompt) if not _is_prompt(one)), None)
+        if bad is None:
             return tuple(one if isinstance(one, str) else tuple(map(as_integer, one)) for one in prompt)
+        raise _not_one(prompt, bad)
     what = "an empty array" if prompt == [] else kind_of(prompt)
     raise InvalidRequest(
         f"prompt is {what}; it must be a string, or an array of token ids, or an array of such prompts", param="prompt"
     )
+
+
+def _not_one(prompts: list[Any], at: int) -> InvalidRequest:
+    """The refusal of an array for one of its items, the first that is no prompt, or no token id as the others are."""
+    wanted = "a string, or an array of token ids that is not empty"
+    if type(as_integer(prompts[0])) is int:
+        at = next(at for at, one in enumerate(prompts) if type(as_integer(one)) is not int)
+        wanted = "a token id, as the first is one"
+    bad = prompts[at]
+    what = kind_of(bad) if bad or not isinstance(bad, list) else "an empty array"
+    what = "an array of other things than token ids" if bad and isinstance(bad, list) else what
+    return InvalidRequest(f"prompt[{at}] is {what}; it must be {wanted}", param="prompt")
+
+
+def _is_prompt(one: Any) -> bool:
+    return isinstance(one, str) or (isinstance(one, list) and bool(one) and _is_tokens(one))
 
 
 def _is_tokens(items: list[Any]) -> bool:

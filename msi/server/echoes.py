@@ -49,6 +49,8 @@ class Echoes:
     ) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
         """The echoes of a request's prompts, and where tokens end in them, as in `msi.server.prepare.Prepared`.
 
+        Of token ids that are truncated, those that are taken; a text comes back as it was given.
+
         Where they are cut, an echo is what the tokens say: the text as it was given, but for what the tokenizer leaves
         out or changes.
 
@@ -59,7 +61,8 @@ class Echoes:
             InvalidRequest: the tokenizer cannot decode one.
         """
         if asked.params.logprobs is None:
-            texts = [one if isinstance(one, str) else self._prompts.decode(one) for one in asked.prompts]
+            pairs = zip(asked.prompts, prompts, strict=True)
+            texts = [one if isinstance(one, str) else self._prompts.decode(taken) for one, taken in pairs]
             return tuple(text.encode() for text in texts), ()
         cut = [
             self.cut(prompt, is_text=isinstance(one, str) and asked.add_special_tokens)

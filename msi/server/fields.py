@@ -21,6 +21,7 @@ from msi.types import SamplingParams
 
 NUMBER = re.compile(r"[+-]?[0-9]{1,19}(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,3})?")  # in a text
 BOOLEANS = {"true": True, "false": False}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors and shells begin files with it
 SAMPLING_INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "n", "truncate_prompt_tokens")
 SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 SHARED_FIELDS = frozenset({
@@ -43,6 +44,7 @@ Values = Mapping[str, Any]
 
 def parse_object(body: bytes | str) -> dict[str, Any]:
     """Raises InvalidRequest: malformed JSON, not an object, or one nested too deep."""
+    body = body.removeprefix(BYTE_ORDER_MARK) if isinstance(body, bytes) else body.removeprefix("\ufeff")
     try:
         values = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -185,7 +187,8 @@ def sampling_params(
     )
     if not params.max_tokens and prompt_logprobs is None and not echo:
         raise InvalidRequest(
-            "max_tokens is 0, so nothing would come back; ask for 1 or more, or for echo or prompt_logprobs",
+            "max_tokens is 0, so nothing would come back; ask for 1 or more, or in completions for echo or "
+            "prompt_logprobs",
             param="max_tokens",
         )
     return defaults.limited(params)
@@ -216,7 +219,7 @@ def _stop(values: Values) -> tuple[str, ...]:
 
 
 def _token_ids(values: Values, name: str) -> tuple[int, ...]:
-    return tuple(as_integer(item) for item in typed(values, name, list, []))
+    return tuple(map(integer_of, typed(values, name, list, [])))
 
 
 def _logit_bias(bias: dict[str, Any]) -> dict[int, Any]:
@@ -225,7 +228,7 @@ def _logit_bias(bias: dict[str, Any]) -> dict[int, Any]:
             raise InvalidRequest(
                 f"logit_bias has the key {shown(token)}; keys are token ids, written as strings", param="logit_bias"
             )
-    return {int(token): value for token, value in bias.items()}
+    return {int(token): written(value) for token, value in bias.items()}
 
 
 # -- values ----------------------------------------------------------------------------------------------------------
@@ -240,8 +243,8 @@ def typed(values: Values, name: str, kind: type, default: Any, *, within: str = 
     value = values.get(name)
     if type(value) is kind:
         return value
-    if value == 0 and kind is bool:
-        return False
+    if kind is bool and type(value) in (int, float) and value in (0, 1):
+        return value == 1
     if kind is bool and type(value) is str and value.lower() in BOOLEANS:
         return BOOLEANS[value.lower()]
     if value is None or (kind in (list, dict) and value in ([], {}, False)):
@@ -252,7 +255,12 @@ def typed(values: Values, name: str, kind: type, default: Any, *, within: str = 
 
 def whole_number(values: Values, name: str) -> Any:
     """A field that should be an integer, or None; 16.0 and "16" are 16."""
-    return as_integer(written(values.get(name)))
+    return integer_of(values.get(name))
+
+
+def integer_of(value: Any) -> Any:
+    """The integer that a value means, as a number or as a text; whatever else it is, as it is."""
+    return as_integer(written(value))
 
 
 def written(value: Any) -> Any:

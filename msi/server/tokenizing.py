@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from msi.errors import InvalidRequest
 from msi.server.chat import ChatRequest, parse_chat
 from msi.server.field_table import NOT_IN_DETOKENIZE, NOT_IN_TOKENIZE
-from msi.server.fields import Values, as_integer, check_fields, kind_of, typed
+from msi.server.fields import Values, check_fields, integer_of, kind_of, typed
 
 MAX_TOKENS = 1 << 20  # of one answer, or one request to decode
 TEXT_FIELDS = frozenset({"model", "prompt", "add_special_tokens", "return_token_strs"})
@@ -66,7 +66,7 @@ def parse_detokenize(values: Values) -> DetokenizeRequest:
     if not isinstance(tokens, list):
         raise InvalidRequest(f"tokens is {kind_of(tokens)}; it must be an array of token ids", param="tokens")
     check_number(len(tokens), "tokens")
-    return DetokenizeRequest(tuple(map(as_integer, tokens)), ignored)
+    return DetokenizeRequest(tuple(map(integer_of, tokens)), ignored)
 
 
 def check_number(num_tokens: int, param: str) -> None:

@@ -49,6 +49,7 @@ class Translation:
                 sentence = str(error)
                 if sentence.startswith(ours):
                     sentence = theirs + sentence.removeprefix(ours)
+                sentence = sentence.replace(f" in {ours} ", f" in {theirs} ")  # as of schemas
                 return type(error)(sentence, param=theirs, code=error.code)
         return error
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msi.errors import InvalidRequest, shown
-from msi.server.fields import as_integer
+from msi.server.fields import whole_number, written
 from msi.types import MAX_PRIORITY, MAX_TIMEOUT_S
 
 FOR_WHOLE_ANSWERS = {"x-stainless-read-timeout": 1.0, "x-stainless-timeout": 1.0}  # in seconds
@@ -32,7 +32,7 @@ class Urgency:
 
 def urgency(values: Mapping[str, Any]) -> Urgency:
     """What a body says. Raises InvalidRequest."""
-    priority, timeout_s = as_integer(values.get("priority")), values.get("timeout_s")
+    priority, timeout_s = whole_number(values, "priority"), written(values.get("timeout_s"))
     if type(priority) not in (int, type(None), bool) or not -MAX_PRIORITY <= (priority or 0) <= MAX_PRIORITY:
         raise _wrong("priority", priority, f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}; lower is earlier")
     is_time = timeout_s is None or (type(timeout_s) in (int, float) and 0 < timeout_s <= MAX_TIMEOUT_S)
