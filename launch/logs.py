@@ -38,6 +38,7 @@ def set_up_log(name: str, level: str, *, is_json: bool = False) -> None:
     logging.raiseExceptions = False  # a log that nobody reads any more is no reason to complain, there least of all
     for chatty in ("asyncio", "aiohttp"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+    logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)  # else it quotes what each client that comes wants
 
 
 class LineHandler(logging.Handler):

@@ -99,6 +99,22 @@ logs.flush_errors()
 """
 
 
+CHATTY = """
+import logging
+from msi_launch.logs import set_up_log
+set_up_log("me", {level!r})
+logging.getLogger("aiohttp.websocket").warning("Client protocols %r do not overlap", ["x" * 3000])
+logging.getLogger("aiohttp.websocket").error("said")
+"""
+
+
+@pytest.mark.parametrize("level", ["debug", "info"])
+def test_what_clients_of_a_websocket_ask_for_is_not_quoted_each_time(level):
+    command = [sys.executable, "-c", CHATTY.format(level=level)]
+    lines = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True).stderr.splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == ["said"]
+
+
 def test_a_log_that_nobody_reads_stops_nobody_and_counts_what_it_lost():
     """The pipe takes 64 KB; what is read later is whole lines in order."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
