@@ -288,6 +288,17 @@ async def test_an_instance_without_an_rdma_device_says_what_is_missing(tiny_mode
         await asyncio.wait_for(engine.__aenter__(), 60)
 
 
+@pytest.mark.parametrize("transport", ["inproc", "shm"])
+async def test_an_answer_that_nobody_reads_to_its_end_may_be_closed_after_its_engine(tiny_model, transport):
+    async with Engine.local(model=tiny_model, transport=transport, micro_batches=1) as engine:
+        left = [engine.generate(TEXT, SamplingParams(max_tokens=100, ignore_eos=True, n=n)) for n in (1, 3)]
+        for one in left:
+            await anext(one)
+    for one in left:
+        await one.aclose()
+        assert [output async for output in one] == []
+
+
 async def test_an_engine_that_is_closed_says_so(tiny_model):
     engine = Engine.local(model=tiny_model, transport="inproc")
     with pytest.raises(Unavailable, match="closed"):

@@ -67,7 +67,7 @@ class MessageClient(Protocol):
     num_sent: int
 
     def send(self, message: Any) -> None:
-        """Never blocks; nobody says whether it came."""
+        """Never blocks; nobody says whether it came. Of one that is closed nothing does."""
 
     async def receive(self) -> Any:
         """The next message. Cancellation loses nothing.
@@ -135,6 +135,8 @@ class ControlClient:
             raise
 
     def send(self, message: Any) -> None:
+        if self._socket.raw.closed:
+            return
         self.num_sent += 1
         try:
             self._socket.send([self._codec.encode(message)])
