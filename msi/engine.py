@@ -88,7 +88,7 @@ class Engine:
             ConfigError: the options cannot work. Entering the context may raise it too, and Unavailable.
             TypeError: there is no such option; names the nearest.
         """
-        given = with_plan(options if model is None else {**options, "model": Path(model)})
+        given = with_plan(options if model is None else {**options, "model": model})
         return Engine(options=InstanceOptions.of(**given), report=report or (lambda sentence: None))
 
     @staticmethod

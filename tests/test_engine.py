@@ -174,6 +174,23 @@ async def test_a_value_that_no_coordinator_could_read_leaves_neither_its_request
     assert (await other)[2] == "length"
 
 
+@pytest.mark.parametrize(("first", "second"), [(("x", 1), ("x", 1)), (("x", 3), ("x-1", 1)), (("x-1", 1), ("x", 3))])
+async def test_an_id_that_is_in_use_is_refused_and_its_request_goes_on(engine, first, second):
+    def ask(name, n):
+        params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, n=n)
+        return engine.generate(TEXT, params, request_id=name)
+
+    running = ask(*first)
+    tokens = [*(await anext(running)).token_ids]
+    with pytest.raises(InvalidRequest, match=r"request_id 'x.*' is that of a request that runs") as caught:
+        await anext(ask(*second))
+    assert caught.value.param == "request_id"
+    tokens += [token async for output in running for token in output.token_ids]
+    assert len(tokens) == 8 * first[1]
+    again = [token async for output in ask(*second) for token in output.token_ids]
+    assert len(again) == 8 * second[1], "its id is free again"
+
+
 async def test_a_bug_where_answers_are_read_ends_requests_with_a_sentence(tiny_model, monkeypatch, caplog):
     async with Engine.local(model=tiny_model, transport="inproc", micro_batches=1) as engine:
 
@@ -252,6 +269,8 @@ def test_parameters_may_be_written_as_for_vllm(written, meant):
         ({"transport": "rdma", "encrypt_rows": True}, "`encrypt_rows` is for TCP"),
         ({"load_format": "gguf"}, "`load_format` 'gguf' is not one; supported: auto, dummy"),
         ({"dtype": "float8"}, "`dtype` 'float8' is not one"),
+        ({"model": 5}, "`model` 5: give a path"),
+        ({"model": ["a"]}, r"`model` .*: give a path"),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name(options, complaint):

@@ -31,7 +31,7 @@ from msi.control.inbox import Inbox
 from msi.control.lateness import read_first, sleep_late
 from msi.control.messages import PROTOCOL_VERSION, Cancel, HeartbeatAck, HelloAgain, Refused, Submit
 from msi.control.orders import Order, Ordered
-from msi.errors import ConfigError, EngineError, Failure, RequestFailed, Unavailable
+from msi.errors import ConfigError, EngineError, Failure, InvalidRequest, RequestFailed, Unavailable, shown
 from msi.net.control import MessageClient
 from msi.types import Progress, Request
 
@@ -192,6 +192,7 @@ class CoordinatorClient:
         """What is new of these requests until the last one. Leaving early, or being cancelled, cancels them.
 
         Raises:
+            InvalidRequest: one has the id of another that runs; that one goes on.
             EngineError: a request was refused or lost; of the class that the coordinator named. The others end too.
         """
         if self._failure is not None:
@@ -202,8 +203,16 @@ class CoordinatorClient:
                 "requests wait for it already; try again later"
             )
         inbox = Inbox()
+        ours: list[str] = []
         try:
             for request in requests:
+                if request.request_id in self._asked:
+                    raise InvalidRequest(
+                        f"request_id {shown(request.request_id)} is that of a request that runs; give each one of its "
+                        "own, or none",
+                        param="request_id",
+                    )
+                ours.append(request.request_id)
                 self._asked[request.request_id] = _Asked(request, inbox, self._clock())
                 inbox.num_open += 1
                 if not self._must_greet:  # else with all others
@@ -222,8 +231,8 @@ class CoordinatorClient:
                     raise update.failure.error()
                 yield update
         finally:
-            for request in requests:
-                self.cancel(request.request_id)
+            for request_id in ours:
+                self.cancel(request_id)
 
     def cancel(self, request_id: str) -> None:
         """No more updates of this request; nothing happens if it is over."""
