@@ -12,8 +12,10 @@ from msi import Engine
 from msi.attention.forward import Forward
 from msi.attention.whole import WholeQueues
 from msi.device.compute_thread import Program
-from msi.device.cpu import CpuDevice
+from msi.device.cpu import CpuDevice, has_bf16_units
 from msi.experts.half import ExpertHalf
+from msi.kernels.native.compiled import native_library
+from msi.kernels.native.layers import NativeLayers
 from msi.meter import StageMeter
 from tests.test_tokens import tokens_of
 from tests.tiny import save_tiny
@@ -99,16 +101,36 @@ async def test_of_a_pass_that_was_given_up_nothing_more_is_computed(model, monke
         assert await answers(engine) == wanted
 
 
+@pytest.mark.skipif(native_library() is None or not has_bf16_units(), reason="bfloat16 is not computed natively here")
+async def test_decode_passes_of_bfloat16_go_through_all_layers_in_one_call_with_the_same_tokens(tmp_path, monkeypatch):
+    save_tiny(tmp_path, head_dim=32)
+    options = {**OPTIONS, "dtype": "bfloat16"}
+    with monkeypatch.context() as patched:
+        patched.setattr(NativeLayers, "of", lambda *given, **named: None)
+        async with Engine.local(model=tmp_path, **options) as engine:
+            wanted = await answers(engine)
+    async with Engine.local(model=tmp_path, **options) as engine:
+        assert await answers(engine) == wanted
+        (worker,) = engine._instance.workers
+        half, experts = worker.life.attention.half, worker.life.experts.half
+        in_one_call = sum(len(programs[0].meter.recent) for programs in half._in_one_call)
+        assert 0 < in_one_call < worker.life.attention.counters().passes
+        assert half.meter.count == experts.meter.count == 3 * worker.life.attention.counters().passes
+        assert half.meter.median_s > 0
+        assert experts.meter.median_s > 0
+
+
 async def test_passes_of_two_lanes_run_through_their_programs_in_order():
     device, log = CpuDevice(num_threads=1), []
 
     def program(lane, place):
         return Program(partial(log.append, (lane, place)), log.append, StageMeter(), str(place), lane)
 
-    queues = WholeQueues(device, [[program(lane, place) for place in range(4)] for lane in range(2)], lambda: 0.0)
+    programs = [[program(lane, place) for place in range(4)] for lane in range(2)]
+    queues = WholeQueues(device, 2, lambda: 0.0)
     try:
         for _ in range(3):
-            await asyncio.gather(*(queues.run(lane, 20.0) for lane in range(2)))
+            await asyncio.gather(*(queues.run(lane, programs[lane], 20.0) for lane in range(2)))
     finally:
         queues.close()
         await device.close()

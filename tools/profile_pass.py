@@ -6,7 +6,8 @@
 Everything is in this process, both roles on one compute thread, one micro-batch. Every operation of the kernels is
 timed without those inside it; a pass goes from one reading of logits to the next, and figures are medians over the
 passes in which the whole batch decodes. Weights are compared with the roof: how long the machine takes to read them.
-"Python" is the compute thread between kernels, "waits" what is left: loops, hand-overs, a queue without work.
+"Python" is the compute thread between kernels, "waits" what is left: loops, hand-overs, a queue without work. Where one
+call computes all layers it is one part; with --by-parts they are computed part by part.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -29,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 
 from msi import Engine
 from msi.kernels.cpu import CpuExpertBank, CpuKernels
+from msi.kernels.native.compiled import NativeLinear
+from msi.kernels.native.layers import NativeLayers
 from msi.models.families import load_config
 from msi_launch.command_line import ScriptLine
 from tools.bench_decode import drive, machine_read_gb_per_s, run_ours
@@ -92,6 +96,16 @@ class Recorder:
 RECORDER = Recorder()
 
 
+@dataclass(frozen=True, slots=True)
+class TimedLinear(NativeLinear):
+    """Its calls from Python are recorded."""
+
+    recorded: Callable[[Any], Any]
+
+    def __call__(self, rows: Any) -> Any:
+        return self.recorded(rows)
+
+
 class TimedKernels(CpuKernels):
     """A CPU's kernels, whose operations are recorded."""
 
@@ -110,7 +124,10 @@ class TimedKernels(CpuKernels):
             return product(rows)
 
         name = f"product {weight.shape[1]} -> {weight.shape[0]}"
-        return RECORDER.timed(name, counted, lambda: count * num_bytes)
+        recorded = RECORDER.timed(name, counted, lambda: count * num_bytes)
+        if not isinstance(product, NativeLinear):
+            return recorded
+        return TimedLinear(product.library, product.packed, product.bias, product.num_outputs, recorded)
 
     def expert_bank(self, **given: Any) -> Any:
         bank: Any = super().expert_bank(**given)
@@ -118,6 +135,21 @@ class TimedKernels(CpuKernels):
         num_bytes = (lambda: bank.weight_bytes_read) if is_one_call else (lambda: 0)
         bank.run = RECORDER.timed("experts", bank.run, num_bytes)
         return bank
+
+
+def timed_layers() -> Callable[..., Any]:
+    """`NativeLayers.run`, recorded."""
+    run, num_bytes = NativeLayers.run, 0
+
+    def counted(layers: NativeLayers, hidden: Any, plans: Any, local_ids: Any, bank: Any, answers: Any) -> Any:
+        nonlocal num_bytes
+        before = bank.weight_bytes_read
+        spent = run(layers, hidden, plans, local_ids, bank, answers)
+        num_bytes += layers.dense_bytes + bank.weight_bytes_read - before
+        return spent
+
+    recorded = RECORDER.timed("all layers", counted, lambda: num_bytes)
+    return lambda *given: recorded(*given)  # a function becomes a method
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +272,9 @@ async def measure(model: Path, batch: int, arguments: argparse.Namespace) -> Pro
         model=model, transport="inproc", colocated=True, micro_batches=1, dtype=arguments.dtype,
         threads_per_worker=arguments.threads, max_num_seqs=max(64, batch),
     )  # fmt: skip
-    with patch("msi.device.cpu.CpuKernels", TimedKernels):
+    with patch("msi.device.cpu.CpuKernels", TimedKernels), ExitStack() as at_start:
+        if arguments.by_parts:
+            at_start.enter_context(patch.object(NativeLayers, "of", lambda *given, **named: None))
         await engine.__aenter__()
     try:
         await drive(engine, prompts, 4)  # warm up
@@ -262,6 +296,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--by-parts", action="store_true", help="layers are computed part by part")
     parser.add_argument("--picture", type=Path, help="where a picture goes")
     values: argparse.Namespace = parser.parse_args()
     return values
@@ -269,6 +304,7 @@ def parse() -> argparse.Namespace:
 
 async def main() -> None:
     arguments = parse()
+    NativeLayers.run = timed_layers()  # type: ignore[method-assign]
     roof = machine_read_gb_per_s(arguments.threads)
     profiles = []
     for batch in arguments.batch:

@@ -24,6 +24,8 @@ from msi.attention.sampler import sample, sample_each
 from msi.complaints import Complaints
 from msi.device.device import Device
 from msi.kernels.kernels import Outboxes
+from msi.kernels.native.bank import NativeExpertBank
+from msi.kernels.native.layers import NativeLayers
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.replicas import PlacementTables, choose_replicas
 from msi.kernels.routing import PackedRows
@@ -74,6 +76,7 @@ class Forward:
     Attributes:
         weight_bytes: what a pass reads of the weights.
         tables: of the placement that is used now.
+        view_of: each layer's, by the number of its plan among a pass's.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Forward:
         self._kv_cache = kv_cache
         self._kernels = device.kernels
         self._views: list[PassView] = list(dict.fromkeys(layer.attend.view for layer in weights.layers))
-        self._view_of = [self._views.index(layer.attend.view) for layer in weights.layers]
+        self.view_of = [self._views.index(layer.attend.view) for layer in weights.layers]
         ends = (*config.sparse_layers, config.num_layers)
         starts = (0, *(layer + 1 for layer in config.sparse_layers))
         self._dense_before = [range(start, end) for start, end in zip(starts, ends, strict=True)]
@@ -160,6 +163,13 @@ class Forward:
         local_ids = state.tables.local_ids[0][topk_ids]
         state.is_here = True
         return PackedRows(normed[None, None], topk_weights[None, None], local_ids[None, None])
+
+    def all_layers(
+        self, state: PassState, layers: NativeLayers, bank: NativeExpertBank, answers: Tensor
+    ) -> tuple[float, float]:
+        """All turns over the experts beside it, as `NativeLayers.run` says."""
+        state.is_here = True
+        return layers.run(state.hidden, state.plans, state.tables.local_ids[0], bank, answers[0])
 
     def pack_again(self, state: PassState, tables: PlacementTables, outboxes: Outboxes) -> None:
         """The rows of the turn that is away, and those of later turns, go where `tables` say."""
@@ -241,7 +251,7 @@ class Forward:
 
     def _attention(self, state: PassState, normed: Tensor, weights: AttentionLayer, layer: int) -> Tensor:
         """Attention is added to the residual stream; returns that normed, for the layer's MLP or experts."""
-        added = weights.attend(normed, state.plans[self._view_of[layer]], self._kv_cache.layers[layer])
+        added = weights.attend(normed, state.plans[self.view_of[layer]], self._kv_cache.layers[layer])
         return self._kernels.add_norm(state.hidden, added, weights.mlp_norm)
 
     def _failures(self, state: PassState, by_logit_row: Mapping[int, Cause]) -> dict[int, Cause]:

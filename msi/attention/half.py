@@ -21,6 +21,7 @@ from msi.attention.forward import Forward, PassState
 from msi.attention.graphs import AlikePasses, LaneGraphs, filled_up
 from msi.attention.kv_cache import KvCache
 from msi.attention.launching import LanePrograms, LaneQueues
+from msi.attention.layers_at_once import layers_at_once
 from msi.attention.masks import MaskMaker, Masks
 from msi.attention.pass_inputs import PassInputs
 from msi.attention.whole import WholeQueues
@@ -29,6 +30,8 @@ from msi.device.device import Device
 from msi.device.regions import slot_rows
 from msi.experts.half import ExpertHalf
 from msi.kernels.kernels import Outboxes
+from msi.kernels.native.bank import NativeExpertBank
+from msi.kernels.native.layers import MOST_ROWS, NativeLayers
 from msi.kernels.replicas import PlacementTables
 from msi.kernels.routing import PackedRows, RowDtypes, hidden_rows
 from msi.meter import StageMeter
@@ -125,9 +128,13 @@ class AttentionHalf:
         self._answers = answers.unbind(1)  # by lane: [num_nodes, slot_rows, hidden_size]
         self._beside = beside
         self._whole: WholeQueues[Program] | None = None
+        self._at_once: NativeLayers | None = None
         if beside is not None:
-            of_lanes_whole = [self._whole_programs(lane, beside) for lane in lanes]
-            self._whole = WholeQueues(device, of_lanes_whole, lambda: device.busy_s)
+            self._whole = WholeQueues(device, len(lanes), lambda: device.busy_s)
+            self._by_layer = [self._whole_programs(lane, beside) for lane in lanes]
+            if answers.dtype is weights.final_norm.weight.dtype:
+                self._at_once = layers_at_once(config, weights, kv_cache, self.forward.view_of)
+            self._in_one_call = [self._programs_at_once(lane, beside) for lane in lanes]
 
     def attach(self, node: int, out_rows: Region) -> None:
         """Rows for this expert node go into `out_rows` from now on."""
@@ -187,7 +194,7 @@ class AttentionHalf:
         launched = _Launched(micro_batch, self.forward.tables, 0, None, masks)
         self._launched[lane].append(launched)
         try:
-            await self._whole.run(lane, within_s)
+            await self._whole.run(lane, self._programs_of(lane, launched), within_s)
         except BaseException:
             launched.is_given_up = True
             raise
@@ -276,11 +283,42 @@ class AttentionHalf:
         end = partial(self._whole_end, lane)
         return [*programs, Program(end, failed, self.pass_meter, "sample", lane, reads=True)]
 
+    def _programs_at_once(self, lane: int, beside: ExpertHalf) -> list[Program]:
+        run, failed = partial(self._all_layers, lane, beside), partial(self._failed, lane)
+        return [Program(run, failed, StageMeter(), "layers", lane), self._by_layer[lane][-1]]
+
+    def _programs_of(self, lane: int, launched: _Launched) -> list[Program]:
+        """Layer by layer, or one for all layers, which meters both halves itself."""
+        batch, beside = launched.micro_batch, self._beside
+        is_at_once = (
+            self._at_once is not None
+            and batch.num_tokens == len(batch.query_lens) <= MOST_ROWS
+            and launched.tables.most_replicas == 1
+            and beside is not None
+            and isinstance(beside.bank, NativeExpertBank)
+        )
+        return self._in_one_call[lane] if is_at_once else self._by_layer[lane]
+
+    def _all_layers(self, lane: int, beside: ExpertHalf) -> None:
+        self._whole_begin(lane)
+        if (state := self._wanted(lane)) is None:
+            return
+        bank, layers = beside.bank, self._at_once
+        assert layers is not None, "this pass goes layer by layer"
+        assert isinstance(bank, NativeExpertBank), bank
+        attention_s, experts_s = self.forward.all_layers(state, layers, bank, self._answers[lane])
+        for _ in range(self.num_layers):
+            self.meter.add(attention_s / self.num_layers)
+            beside.meter.add(experts_s / self.num_layers)
+
+    def _whole_begin(self, lane: int) -> None:
+        launched = self._launched[lane].popleft()
+        self._current[lane], self._lanes[lane], self._sampled[lane] = launched, None, None
+        self._begin(lane, launched)
+
     def _whole_layer(self, lane: int, layer: int) -> None:
         if layer == 0:
-            launched = self._launched[lane].popleft()
-            self._current[lane], self._lanes[lane], self._sampled[lane] = launched, None, None
-            self._begin(lane, launched)
+            self._whole_begin(lane)
         if (state := self._wanted(lane)) is not None:
             self.forward.route(state, layer, self._answers[lane])
 

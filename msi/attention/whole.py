@@ -6,7 +6,7 @@ No slots, waves or messages: a lane's pass is one run of programs, and what it r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -16,10 +16,9 @@ P = TypeVar("P")
 
 
 class _Lane(Generic[P]):
-    __slots__ = ("num_launched", "programs", "queue", "through", "waiter")
+    __slots__ = ("num_launched", "queue", "through", "waiter")
 
-    def __init__(self, device: QueueDevice[P], index: int, programs: Sequence[P]) -> None:
-        self.programs = programs
+    def __init__(self, device: QueueDevice[P], index: int) -> None:
         self.queue: Queue[P] = device.queue(f"lane {index}")
         self.through = device.words.take()  # passes
         self.num_launched = 0
@@ -30,25 +29,24 @@ class WholeQueues(Generic[P]):
     """The queues of all lanes on a device.
 
     Args:
-        programs: of each lane, all of a pass.
         busy_s: what the device has computed so far.
     """
 
-    def __init__(self, device: QueueDevice[P], programs: Sequence[Sequence[P]], busy_s: Callable[[], float]) -> None:
+    def __init__(self, device: QueueDevice[P], num_lanes: int, busy_s: Callable[[], float]) -> None:
         self._words = device.words
         self._busy_s = busy_s
-        self._lanes = [_Lane(device, index, of_lane) for index, of_lane in enumerate(programs)]
+        self._lanes = [_Lane(device, index) for index in range(num_lanes)]
         for lane in self._lanes:
             device.watch(lane.through, partial(self._through, lane))
 
-    async def run(self, lane_index: int, within_s: float) -> None:
-        """A pass, to its end.
+    async def run(self, lane_index: int, programs: Iterable[P], within_s: float) -> None:
+        """A pass, to its end: all of its programs.
 
         Raises:
             TimeoutError: nothing was computed for so long.
         """
         lane = self._lanes[lane_index]
-        for program in lane.programs:
+        for program in programs:
             lane.queue.run(program)
         number = lane.num_launched = lane.num_launched + 1
         lane.queue.signal(lane.through, number)

@@ -89,6 +89,11 @@ class ExpertHalf:
         self._rows_before = None
 
     @property
+    def bank(self) -> ExpertBank:
+        """Whose experts compute what is run from now on."""
+        return self._bank
+
+    @property
     def weight_bytes_read(self) -> int:
         return self._bytes_before + self._bank.weight_bytes_read
 

@@ -18,7 +18,7 @@ from msi.kernels.experts import at_places, counts_at, moe_experts
 from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
 from msi.kernels.native import rows
 from msi.kernels.native.bank import NativeExpertBank
-from msi.kernels.native.compiled import WIDTH, linear, native_library, pack
+from msi.kernels.native.compiled import WIDTH, NativeLinear, native_library, pack
 from msi.kernels.native.rows import DecodePlan, native_rows
 from msi.kernels.norm import HeadNorm, Norm
 from msi.kernels.paged_attention import AttentionPlan, AttentionShape
@@ -260,19 +260,15 @@ def _of_few_sizes(product: Linear, rows: Tensor) -> Tensor:
 
 
 def _native(library: ctypes.CDLL, weight: Tensor | Quantized, bias: Tensor | None) -> Linear:
-    """For rows of any dtype, which the results are of."""
     num_outputs = weight.shape[0]
     missing = -num_outputs % WIDTH  # of a router, a gate
     if isinstance(weight, Quantized):
         weight = weight.with_rows_below(missing)
     else:
         weight = functional.pad(weight, (0, 0, 0, missing))
-    packed = pack(library, weight)
     if bias is not None:
         bias = functional.pad(bias.to(torch.float32), (0, missing))
-    if not missing:
-        return lambda rows: linear(library, rows, packed, bias)
-    return lambda rows: linear(library, rows, packed, bias)[:, :num_outputs]
+    return NativeLinear(library, pack(library, weight), bias, num_outputs)
 
 
 def _no_weights(rows: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from msi.kernels.routing import PackedRows, RowDtypes
 
 Matrices = list[list[Packed | None]]  # [layer][expert]
 Pointers = ctypes.Array[ctypes.c_void_p]  # of each expert
+Addresses = tuple[Pointers | None, ...]  # of matrices and of biases, for gate and up, and for down
 
 
 class NativeExpertBank:
@@ -28,6 +29,11 @@ class NativeExpertBank:
         library: of `native_library`.
         format: of `FORMATS`, in which all weights are held.
         has_bias: all experts have biases; else none has.
+
+    Attributes:
+        number: of the format.
+        activation: three floats, as `products.cpp` wants them.
+        expert_bytes: of one expert's weights.
     """
 
     def __init__(
@@ -44,23 +50,30 @@ class NativeExpertBank:
         self.weight_bytes_read = 0
         self.num_rows = torch.zeros(num_layers, num_experts, dtype=torch.int64)
         self._library = library
-        self._sizes = (num_experts, hidden_size, inner_size)
+        self.num_experts, self.inner_size = num_experts, inner_size
+        self._hidden_size = hidden_size
         self._format = format
-        number, bytes_of = FORMATS[format], library.msi_packed_bytes
-        self._expert_bytes = bytes_of(number, 2 * inner_size, hidden_size) + bytes_of(number, hidden_size, inner_size)
+        self.number, bytes_of = FORMATS[format], library.msi_packed_bytes
+        self.expert_bytes = bytes_of(self.number, 2 * inner_size, hidden_size)
+        self.expert_bytes += bytes_of(self.number, hidden_size, inner_size)
         self._gate_up: Matrices = [[None] * num_experts for _ in range(num_layers)]
         self._down: Matrices = [[None] * num_experts for _ in range(num_layers)]
         self._biases: list[list[Biases | None]] = [[None] * num_experts for _ in range(num_layers)]
-        self._addresses: list[tuple[Pointers | None, ...] | None] = [None] * num_layers
+        self._addresses: list[Addresses | None] = [None] * num_layers
         self._kind = (activation, has_bias)
         numbers = (activation.alpha, activation.limit, activation.up_offset)
-        self._activation = None if self._kind == (SWIGLU, False) else (ctypes.c_float * 3)(*numbers)
+        self.activation = None if self._kind == (SWIGLU, False) else (ctypes.c_float * 3)(*numbers)
         self._work = torch.empty(0)
 
     def arranged(self, places: Sequence[int | None]) -> NativeExpertBank:
-        _, hidden_size, inner_size = self._sizes
         bank = NativeExpertBank(
-            self._library, len(self._gate_up), len(places), hidden_size, inner_size, self._format, *self._kind
+            self._library,
+            len(self._gate_up),
+            len(places),
+            self._hidden_size,
+            self.inner_size,
+            self._format,
+            *self._kind,
         )
         bank.num_rows = counts_at(self.num_rows, places)
         bank._gate_up = at_places(self._gate_up, places, None)
@@ -96,16 +109,15 @@ class NativeExpertBank:
         rows = landed.gather(lane, seats)
         dtype, weights = row_dtype(self._library, rows.hidden), rows.topk_weights
         hidden = rows.hidden.to(dtype)
-        num_experts, hidden_size, inner_size = self._sizes
+        num_experts, hidden_size, inner_size = self.num_experts, self._hidden_size, self.inner_size
         num_rows, k = rows.topk_ids.shape
         combined = torch.empty(num_rows, hidden_size, dtype=torch.float32)
         work = self._work_of(self._library.msi_work_values(num_rows, k, hidden_size, inner_size), dtype)
-        addresses = self._addresses[layer] or self._addresses_of(layer)
         num_active = self._library.msi_experts(
-            FORMATS[self._format], dtype is torch.bfloat16, num_rows, k, num_experts, hidden_size, inner_size,
+            self.number, dtype is torch.bfloat16, num_rows, k, num_experts, hidden_size, inner_size,
             hidden.data_ptr(), hidden.stride(0), rows.topk_ids.data_ptr(), rows.topk_ids.stride(0),
-            weights.data_ptr(), weights.stride(0), *addresses, self._activation, work.data_ptr(), combined.data_ptr(),
-            self.num_rows[layer].data_ptr(),
+            weights.data_ptr(), weights.stride(0), *self.addresses(layer), self.activation, work.data_ptr(),
+            combined.data_ptr(), self.num_rows[layer].data_ptr(),
         )  # fmt: skip
         if num_active < 0:
             raise AssertionError(
@@ -114,7 +126,7 @@ class NativeExpertBank:
         made = native_rows()
         if made is None or not scatter(made, combined, lane, seats, answers):
             scatter_answers(combined, lane, seats, answers)
-        self.weight_bytes_read += num_active * self._expert_bytes
+        self.weight_bytes_read += num_active * self.expert_bytes
 
     def _work_of(self, num_values: int, dtype: torch.dtype) -> Tensor:
         """Memory for so many, kept for the next wave."""
@@ -122,15 +134,17 @@ class NativeExpertBank:
             self._work = torch.empty(num_values, dtype=dtype)
         return self._work
 
-    def _addresses_of(self, layer: int) -> tuple[Pointers | None, ...]:
-        """Of matrices and of biases, for gate and up, and for down."""
+    def addresses(self, layer: int) -> Addresses:
+        """Of its experts' weights, where they lie now."""
+        return self._addresses[layer] or self._found(layer)
+
+    def _found(self, layer: int) -> Addresses:
         of_experts = [
             [None if one is None else one.panels for one in matrices]
             for matrices in (self._gate_up[layer], self._down[layer])
         ] + [[None if one is None else one[which] for one in self._biases[layer]] for which in range(2)]
-        num_experts = self._sizes[0]
         found = [
-            (ctypes.c_void_p * num_experts)(*(None if one is None else one.data_ptr() for one in tensors))
+            (ctypes.c_void_p * self.num_experts)(*(None if one is None else one.data_ptr() for one in tensors))
             for tensors in of_experts
         ]
         self._addresses[layer] = addresses = tuple(found) if self._kind[1] else (*found[:2], None, None)

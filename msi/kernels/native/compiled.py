@@ -1,4 +1,4 @@
-"""Compiling `products.cpp` and `rows.cpp` for this processor, once, and loading it; None where that cannot be.
+"""Compiling the C++ beside this file for this processor, once, and loading it; None where that cannot be.
 
 The file that is made is kept in the user's cache, under a name that changes with the source and the processor; of
 several processes that want it at once, one compiles. It runs on the threads that torch has: two pools of them would
@@ -29,8 +29,8 @@ from msi.kernels.quantized import Quantized
 
 log = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "rows.cpp"))
-HEADER = Path(__file__).with_name("vectors.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "rows.cpp", "layers.cpp"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "team.h", "steps.h"))
 COMPILER = "g++"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 COMPILES_WITHIN_S = 120.0
@@ -47,6 +47,7 @@ SIGNATURES = {
     "msi_work_values": (_N, (_N, _N, _N, _N)),
     "msi_decode": (None, (*[_N] * 6, _P, _N, _P, _P, _N, _P, _N, _P, _P)),
     "msi_experts": (_N, (*[_N] * 7, _P, _N, _P, _N, _P, _N, *[_P] * 8)),
+    "msi_layers": (None, (_P, _P, _N)),
 }
 
 
@@ -139,6 +140,25 @@ def linear(library: ctypes.CDLL, rows: Tensor, weight: Packed, bias: Tensor | No
     return outputs.to(rows.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class NativeLinear:
+    """A product with a matrix [num_outputs, depth] of rows of any dtype, which the results are of.
+
+    Attributes:
+        packed: may have rows below those.
+        bias: float32, of as many.
+    """
+
+    library: ctypes.CDLL
+    packed: Packed
+    bias: Tensor | None
+    num_outputs: int
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        outputs = linear(self.library, rows, self.packed, self.bias)
+        return outputs if self.packed.num_outputs == self.num_outputs else outputs[:, : self.num_outputs]
+
+
 def _load() -> ctypes.CDLL:
     ctypes.CDLL(str(_openmp_of_torch()), ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(_compiled()))
@@ -166,7 +186,7 @@ def _openmp_of_torch() -> Path:
 
 
 def _compiled() -> Path:
-    source = [path.read_bytes() for path in (*SOURCES, HEADER)]
+    source = [path.read_bytes() for path in (*SOURCES, *HEADERS)]
     processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
     digest = hashlib.sha256(repr((source, FLAGS, processor)).encode()).hexdigest()[:24]
     folder = _own_folder()

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "steps.h"
 #include "vectors.h"
 
 namespace {
@@ -17,20 +18,23 @@ constexpr int64_t BLOCK_TOKENS = 16;
 constexpr int64_t SHARED_WORK = 8000;  // dot products from which on a second thread pays
 
 template <class Row>
+inline void norm_row(int64_t n, Row* x, const Row* added, const Row* weight, float eps, Row* y) {
+  Sum squares;
+  for (int64_t i = 0; i < n; i += LANES) {
+    if (added) store(x + i, load(x + i) + load(added + i));
+    const V values = load(x + i);
+    squares.add(i / LANES % (16 / LANES), values, values);
+  }
+  const float scale = 1.0f / std::sqrt(squares.total() / n + eps);
+  for (int64_t i = 0; i < n; i += LANES) store(y + i, load(x + i) * scale * load(weight + i));
+}
+
+template <class Row>
 void norm(int64_t rows, int64_t n, Row* x, const Row* added, int64_t added_stride, const Row* weight, float eps,
           Row* y) {
 #pragma omp parallel for schedule(static) if (rows > 32)
-  for (int64_t r = 0; r < rows; ++r) {
-    Row* row = x + r * n;
-    Sum squares;
-    for (int64_t i = 0; i < n; i += LANES) {
-      if (added) store(row + i, load(row + i) + load(added + r * added_stride + i));
-      const V values = load(row + i);
-      squares.add(i / LANES % (16 / LANES), values, values);
-    }
-    const float scale = 1.0f / std::sqrt(squares.total() / n + eps);
-    for (int64_t i = 0; i < n; i += LANES) store(y + r * n + i, load(row + i) * scale * load(weight + i));
-  }
+  for (int64_t r = 0; r < rows; ++r)
+    norm_row(n, x + r * n, added ? added + r * added_stride : nullptr, weight, eps, y + r * n);
 }
 
 // By its inverse root mean square and the weight, n numbers.
@@ -45,31 +49,38 @@ void norm_head(Row* head, const Row* weight, int64_t n, float eps) {
   for (int64_t i = 0; i < n; i += LANES) store(head + i, load(head + i) * scale * load(weight + i));
 }
 
+// By tables of 2 half numbers.
+template <class Row>
+inline void rotate_head(Row* head, const Row* cos, const Row* sin, int64_t half) {
+  for (int64_t i = 0; i < half; i += LANES) {
+    const V a = load(head + i), b = load(head + half + i);
+    store(head + i, a * load(cos + i) + b * load(sin + i));
+    store(head + half + i, b * load(cos + half + i) + a * load(sin + half + i));
+  }
+}
+
+// n numbers, as a cache has them.
+template <class Row, class Cached>
+inline void keep(const Row* from, Cached* to, int64_t n) {
+  if constexpr (std::is_same_v<Row, Cached>)
+    std::memcpy(to, from, n * sizeof(Row));
+  else
+    for (int64_t i = 0; i < n; i += LANES) store(to + i, load(from + i));
+}
+
 template <class Row, class Cached>
 void rope_and_write(int64_t rows, int64_t num_q, int64_t num_kv, int64_t head_dim, int64_t rotated, Row* heads,
                     const Row* cos, const Row* sin, Cached* cache, const int64_t* kv_rows, const Row* weights, float eps) {
-  const int64_t half = rotated / 2, width = (num_q + 2 * num_kv) * head_dim, kv = num_kv * head_dim;
+  const int64_t width = (num_q + 2 * num_kv) * head_dim, kv = num_kv * head_dim;
 #pragma omp parallel for schedule(static) if (rows > 32)
   for (int64_t r = 0; r < rows; ++r) {
     Row* row = heads + r * width;
     for (int64_t h = 0; h < num_q + num_kv; ++h) {
       if (weights) norm_head(row + h * head_dim, weights + h * head_dim, head_dim, eps);
-      for (int64_t i = 0; i < half; i += LANES) {
-        Row *first = row + h * head_dim + i, *second = first + half;
-        const Row *c = cos + r * rotated + i, *s = sin + r * rotated + i;
-        const V a = load(first), b = load(second);
-        store(first, a * load(c) + b * load(s));
-        store(second, b * load(c + half) + a * load(s + half));
-      }
+      rotate_head(row + h * head_dim, cos + r * rotated, sin + r * rotated, rotated / 2);
     }
     const Row* keys = row + num_q * head_dim;
-    for (int64_t half_of = 0; half_of < 2; ++half_of) {
-      Cached* to = cache + kv_rows[2 * r + half_of] * kv;
-      if constexpr (std::is_same_v<Row, Cached>)
-        std::memcpy(to, keys + half_of * kv, kv * sizeof(Row));
-      else
-        for (int64_t i = 0; i < kv; i += LANES) store(to + i, load(keys + half_of * kv + i));
-    }
+    for (int64_t half = 0; half < 2; ++half) keep(keys + half * kv, cache + kv_rows[2 * r + half] * kv, kv);
   }
 }
 
@@ -118,6 +129,24 @@ void attend(const Row* query, const Cached* cache, const int32_t* table, int64_t
   }
 }
 
+// One query of a sequence, of all heads that share a KV head.
+template <class Row, class Cached>
+inline void attend_shared(int64_t shared, const Row* query, const Cached* cache, const int32_t* table, int64_t context,
+                          int64_t window, int64_t num_kv, int64_t kv_head, int64_t head_dim, const float* sinks, Row* out,
+                          std::vector<float>& room) {
+  const int64_t first = window ? std::max<int64_t>(0, context - window) : 0;
+  for (int64_t s = 0; s < shared;) {
+    const int64_t left = shared - s;
+    const auto of = left >= 8   ? attend<Row, Cached, 8>
+                    : left >= 4 ? attend<Row, Cached, 4>
+                    : left >= 2 ? attend<Row, Cached, 2>
+                                : attend<Row, Cached, 1>;
+    of(query + s * head_dim, cache, table, first, context, num_kv, kv_head, head_dim, sinks ? sinks + s : nullptr,
+       out + s * head_dim, room);
+    s += left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+  }
+}
+
 template <class Row, class Cached>
 void decode(int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_dim, const Row* query, int64_t stride,
             const Cached* cache, const int32_t* tables, int64_t tables_stride, const int32_t* contexts, int64_t window,
@@ -130,21 +159,35 @@ void decode(int64_t num_seqs, int64_t num_heads, int64_t num_kv, int64_t head_di
     std::vector<float> room;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < num_seqs * num_kv; ++task) {
-      const int64_t i = task / num_kv, head = task % num_kv, context = contexts[i];
-      const int64_t first = window ? std::max<int64_t>(0, context - window) : 0;
-      for (int64_t s = 0; s < shared;) {
-        const int64_t left = shared - s;
-        const auto of = left >= 8   ? attend<Row, Cached, 8>
-                        : left >= 4 ? attend<Row, Cached, 4>
-                        : left >= 2 ? attend<Row, Cached, 2>
-                                    : attend<Row, Cached, 1>;
-        const int64_t at = head * shared + s;
-        of(query + i * stride + at * head_dim, cache, tables + i * tables_stride, first, context, num_kv, head,
-           head_dim, sinks ? sinks + at : nullptr, out + (i * num_heads + at) * head_dim, room);
-        s += left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      }
+      const int64_t i = task / num_kv, head = task % num_kv, at = head * shared;
+      attend_shared(shared, query + i * stride + at * head_dim, cache, tables + i * tables_stride, contexts[i], window,
+                    num_kv, head, head_dim, sinks ? sinks + at : nullptr, out + (i * num_heads + at) * head_dim, room);
     }
   }
+}
+
+// A task for each sequence and KV head: what shares that is normed, rotated, written and attended to by one thread.
+template <class Row, class Cached>
+void attend_by(Team& team, const Attention& of) {
+  const int64_t shared = of.num_q / of.num_kv, head_dim = of.head_dim, kv = of.num_kv * head_dim;
+  team.share(of.rows * of.num_kv, [&](int64_t task, Room& room) {
+    const int64_t r = task / of.num_kv, head = task % of.num_kv, at = head * shared, key_at = of.num_q + head;
+    Row* row = (Row*)of.heads + r * (of.num_q + 2 * of.num_kv) * head_dim;
+    const auto turn = [&](int64_t h) {
+      if (of.norm) norm_head(row + h * head_dim, (const Row*)of.norm + h * head_dim, head_dim, of.eps);
+      rotate_head(row + h * head_dim, (const Row*)of.cos + r * of.rotated, (const Row*)of.sin + r * of.rotated,
+                  of.rotated / 2);
+    };
+    for (int64_t h = at; h < at + shared; ++h) turn(h);
+    turn(key_at);
+    Cached* cache = (Cached*)of.cache;
+    for (int64_t half = 0; half < 2; ++half)
+      keep(row + (key_at + half * of.num_kv) * head_dim, cache + of.kv_rows[2 * r + half] * kv + head * head_dim,
+           head_dim);
+    attend_shared(shared, row + at * head_dim, (const Cached*)cache, of.tables + r * of.tables_stride, of.contexts[r],
+                  of.window, of.num_kv, head, head_dim, of.sinks ? of.sinks + at : nullptr,
+                  (Row*)of.out + r * of.out_stride + at * head_dim, room.first);
+  });
 }
 
 inline float number(float value) { return value; }
@@ -197,6 +240,25 @@ void by_dtypes(int64_t is_bfloat16, int64_t is_e4m3, const With& with) {
 }
 
 }  // namespace
+
+void attend_in(Team& team, const Attention& of) {
+  by_dtypes(of.is_bfloat16, of.is_e4m3,
+            [&](auto row, auto cached) { attend_by<decltype(row), decltype(cached)>(team, of); });
+}
+
+void norm_rows(bool is_bfloat16, int64_t rows, int64_t n, void* x, const void* added, const void* weight, float eps, void* y,
+               int64_t y_stride) {
+  const auto each = [&](auto row) {
+    typedef decltype(row) Row;
+    for (int64_t r = 0; r < rows; ++r)
+      norm_row(n, (Row*)x + r * n, added ? (const Row*)added + r * n : nullptr, (const Row*)weight, eps,
+               (Row*)y + r * y_stride);
+  };
+  if (is_bfloat16)
+    each(uint16_t{});
+  else
+    each(float{});
+}
 
 extern "C" {
 
