@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -184,3 +186,17 @@ async def test_what_cannot_be_taken_as_it_lands_is_refused():
     node = Node(1)
     node.server.not_taken(1, 2, 7, ValueError("what is this"))
     assert node.link.refusals == [(2, 1, 7)]
+
+
+async def test_a_server_that_is_closed_is_held_by_no_timer_of_a_wave_that_waited():
+    node = Node(1)
+    node.land(0, seats=(0,))
+    node.now = 0.2
+    node.server.left(1)  # an earlier deadline than before, or none
+    node.land(1, seats=(0,))
+    await asyncio.sleep(0)  # timers are set on the loop
+    node.server.close()
+    gone = weakref.ref(node.server)
+    del node
+    gc.collect()
+    assert gone() is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -539,6 +541,20 @@ async def test_the_time_that_a_turn_was_computed_for_is_not_held_against_those_w
     with pytest.raises(TransportError, match=r"expert-0: no answer for 0\.16 s"):
         await asyncio.wait_for(passed, 5)
     await pair.stop()
+
+
+async def test_a_link_that_is_closed_is_held_by_no_timer():
+    pair = await Pair().start()
+    passing = pair.exchange(0, (1, 1))
+    await pair.landed(0)  # and is not answered
+    passing.cancel()
+    await asyncio.wait([passing])
+    pair.link.close()
+    await pair.stop()
+    gone = weakref.ref(pair.link)
+    del pair, passing
+    gc.collect()
+    assert gone() is None
 
 
 async def test_a_lane_that_gave_up_a_pass_goes_on_at_the_next(pair):

@@ -44,6 +44,9 @@ class Host:
     def introduce(self):
         return "fingerprint", ASSIGNMENT.precision
 
+    def free_former(self):
+        pass
+
     async def load(self, assignment):
         return SimpleNamespace(has_attention=False, has_experts=False)
 

@@ -76,6 +76,7 @@ class AttentionRole:
     def close(self) -> None:
         """Lets go of the device, once `run` has ended. Idempotent."""
         self.half.close()
+        self.links.link.close()
         if self._spans is not None:
             self._spans.end_where(lambda key: True, "its worker began anew, or ended")
 

@@ -71,6 +71,7 @@ class ExpertServer:
         self._again: deque[WaveBatch] = deque()  # to run before what the waves say
         self._is_closed = False
         self._timer_at = math.inf
+        self._timer: asyncio.TimerHandle | None = None  # that was set last
         self._loop = asyncio.get_running_loop()
         self._complaints = Complaints(log)
         compute.tell(self._finished)
@@ -79,6 +80,7 @@ class ExpertServer:
         """Starts no more batches. Idempotent."""
         with self._lock:
             self._is_closed = True
+        self._stop_timer()
 
     # -- on the event loop -------------------------------------------------------------------------------------------
 
@@ -111,7 +113,15 @@ class ExpertServer:
             self._complaints.say(error, "the next batch could not be started")
 
     def _set_timer(self) -> None:
-        self._loop.call_later(max(0.0, self._timer_at - self._clock()), self._time_is_up, self._timer_at)
+        self._stop_timer()
+        if not self._is_closed:
+            delay_s = max(0.0, self._timer_at - self._clock())
+            self._timer = self._loop.call_later(delay_s, self._time_is_up, self._timer_at)
+
+    def _stop_timer(self) -> None:
+        """Else it would hold all that is here until it comes."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _time_is_up(self, timer_at: float) -> None:
         self._link.take()  # nobody is evicted whose rows lie here

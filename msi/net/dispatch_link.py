@@ -96,7 +96,7 @@ class DispatchLink:
         self.timeout_s = timeout_s
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._is_watching = False
+        self._watching: asyncio.TimerHandle | None = None
         self._watch_due = 0.0
         self._back_at = -math.inf
         self._turning = threading.Lock()  # held while a turn is posted or an answer taken, and while nodes come and go
@@ -237,8 +237,7 @@ class DispatchLink:
         """
         passing = self._passes[lane]
         assert passing is not None, f"lane {lane} has no pass"
-        if not self._is_watching:
-            self._is_watching = True
+        if self._watching is None:
             self._watch_later()
         await passing.done
 
@@ -386,11 +385,16 @@ class DispatchLink:
 
     # -- time --------------------------------------------------------------------------------------------------------
 
+    def close(self) -> None:
+        """Looks for late answers no more, once no pass is in flight. Idempotent."""
+        if self._watching is not None:  # which would hold all that is here until it comes
+            self._watching.cancel()
+
     def _watch_later(self) -> None:
         delay_s = self.timeout_s / WATCH_SHARE
         delay_s = min(delay_s, self.late.look_every_s)
         self._watch_due = self._clock() + delay_s
-        self._loop.call_later(delay_s, self._watch)
+        self._watching = self._loop.call_later(delay_s, self._watch)
 
     def _watch(self) -> None:
         """Ends passes that took too long for a turn; comes again while any is in flight. A timer per turn would cost
@@ -402,7 +406,7 @@ class DispatchLink:
             for lane, passing in enumerate(self._passes)
             if passing is not None and not passing.done.done()
         ]
-        self._is_watching = bool(in_flight)
+        self._watching = None
         late_s = self._clock() - self._watch_due
         if late_s >= self.timeout_s / ABSENCE_SHARE:  # we were away ourselves: answers may lie here unread
             self._back_at = self._clock()

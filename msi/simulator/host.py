@@ -115,6 +115,9 @@ class SimulatedHost:
     def use_tracer(self, tracer: Spans | None) -> None:
         self.device.tracer = tracer
 
+    def free_former(self) -> None:
+        """The garbage collector frees all that is simulated."""
+
     async def load(self, assignment: Assignment) -> SimulatedModel:
         self._id = assignment.worker_id
         return SimulatedModel(self._world, assignment, self.device)

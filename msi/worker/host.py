@@ -135,6 +135,9 @@ class Host(Protocol):
     def use_tracer(self, tracer: Spans | None) -> None:
         """All work gets a span from now on; None: no longer. Not before `introduce`."""
 
+    def free_former(self) -> None:
+        """What earlier lives of the worker had, its rows and KV cache, goes; before `load` for the next one."""
+
     async def load(self, assignment: Assignment) -> LoadedModel:
         """The weights of an assignment; those that are loaded already where they fit.
 

@@ -245,9 +245,10 @@ class TorchHost:
         assert self._device is not None
         self._device.tracer = tracer
 
+    def free_former(self) -> None:
+        free_circles()
+
     async def load(self, assignment: Assignment) -> TorchModel:
-        if self._part is not None:  # what the life before this one had, its rows and KV cache, hangs in circles
-            free_circles()
         device = self._device
         assert device is not None
         assert self._memory is not None

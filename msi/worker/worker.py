@@ -55,7 +55,7 @@ from msi.tracing import Tracer
 from msi.types import HOLE, Placement
 from msi.watchdog import LoopWatch
 from msi.worker.heartbeats import Heartbeats
-from msi.worker.host import Host, LoadedModel
+from msi.worker.host import Host
 from msi.worker.life import Life, LifeEnds, WorkerEnds, what_ended
 from msi.worker.watching import Watching
 
@@ -102,7 +102,7 @@ class Worker:
         self._host = host
         self._control = control
         self._clock = host.clock
-        self._loaded: LoadedModel | None = None
+        self._has_loaded = False
         self._watching = Watching(host)
         self._heartbeats = Heartbeats(
             self._process, settings.coordinator, settings.timeouts, host, control, self._watching, watch
@@ -125,7 +125,7 @@ class Worker:
                 try:
                     await self._live(assignment)
                 except LifeEnds as ending:
-                    log.warning("%s: %s; introducing myself again", self.worker_id, ending)
+                    log.warning("%s: %s; introducing myself again", self.worker_id, str(ending))
         except WorkerEnds:
             pass
         except EngineError as error:
@@ -175,7 +175,7 @@ class Worker:
         settings, loop = self._settings, asyncio.get_running_loop()
         patience_s = (
             settings.timeouts.start_timeout_s
-            if self._loaded is None
+            if not self._has_loaded
             else max(1.0, settings.timeouts.coordinator_grace_s)
         )
         was_told = False
@@ -223,7 +223,10 @@ class Worker:
         assignment, clock = life.assignment, self._clock
         receiving = tasks.create_task(self._follow(life, tasks), name="control")
         started = clock()
-        model = self._loaded = await self._host.load(assignment)
+        if self._has_loaded:
+            self._host.free_former()
+        model = await self._host.load(assignment)
+        self._has_loaded = True
         address, num_blocks = "", 0
         if model.has_experts:
             life.experts = ExpertRole(assignment, model, self._new_transport(life), clock=clock)
@@ -338,7 +341,6 @@ class Worker:
                     assignment = replace(ours, placement=placement, former=former)
                     started = self._clock()
                     model = await self._host.load(assignment) if set(assignment.experts) - {HOLE} else None
-                    self._loaded = model or self._loaded
                     if new := set(assignment.experts) - {HOLE, *had.experts}:
                         experts.has_loaded(len(new), self._clock() - started)
                     experts.use_placement(placement, former, model)
