@@ -113,8 +113,8 @@ BAD = [
     ({"data": b""}, "not valid JSON"),
     ({"json": {}}, "prompt is null; it must be a string, or an array of token ids"),
     ({"json": {"prompt": 5}}, "prompt is a number"),
-    ({"json": {"prompt": ["a", 5]}}, "prompt is an array"),
-    ({"json": {"prompt": [1, 2.5]}}, "prompt is an array"),
+    ({"json": {"prompt": ["a", 5]}}, "prompt[1] is a number; it must be a string"),
+    ({"json": {"prompt": [1, 2.5]}}, "prompt[1] is a number; it must be a token id"),
     ({"json": {"prompt": ""}}, "the prompt is empty"),
     ({"json": {"prompt": [9999]}}, "token id 9999"),
     ({"json": {"prompt": [1] * 600}}, "maximum context length is 512 tokens"),
@@ -139,7 +139,7 @@ BAD = [
         {"json": {"prompt": "a", "stream_options": {"include_usage": True}}},
         'stream_options is only allowed with "stream": true',
     ),
-    ({"json": {"prompt": "a", "stream": True, "stream_options": {"include_usage": 1}}}, "stream_options.include_usage"),
+    ({"json": {"prompt": "a", "stream": True, "stream_options": {"include_usage": 2}}}, "stream_options.include_usage"),
     ({"json": {"prompt": "a", "suffix": "b"}}, "suffix is 'b', which is not supported: text is only written after"),
 ]
 

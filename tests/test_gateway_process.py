@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,15 @@ def children(pid):
     return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def family(pid):
+    """All that it started, and what those did: who is forked is a child of the process that forks."""
+    found = children(pid)
+    for one in found:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += children(one)
+    return found
+
+
 def lives(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -31,9 +41,9 @@ def lives(pid):
 
 
 def child_of(launcher, role):
-    """The process id of the launcher's child of that role."""
+    """The process id of the one with that role among all that the launcher started."""
     words = f"\0--role\0{role}\0".encode()
-    (found,) = [one for one in children(launcher) if words in Path(f"/proc/{one}/cmdline").read_bytes()]
+    (found,) = [one for one in family(launcher) if words in Path(f"/proc/{one}/cmdline").read_bytes()]
     return found
 
 
@@ -114,11 +124,11 @@ async def test_a_coordinator_that_is_killed_costs_no_stream_and_no_other_process
         expected = await text_of(await session.post(f"{url}/v1/completions", json=body))
         for _ in range(2):
             coordinator = child_of(child.process.pid, "coordinator")
-            others = {one for one in children(child.process.pid) if one != coordinator}
+            others = {one for one in family(child.process.pid) if one != coordinator}
             streams = [await session.post(f"{url}/v1/completions", json=body) for _ in range(4)]
             os.kill(coordinator, signal.SIGKILL)
             assert [await text_of(one) for one in streams] == [expected] * 4
-            assert others < set(children(child.process.pid))
+            assert others < set(family(child.process.pid))
         assert child.said.count("it is started again") == 2
         child.process.send_signal(signal.SIGTERM)
         assert await child.ended() == 0
@@ -132,11 +142,11 @@ async def test_streams_end_with_an_error_and_done_when_there_will_be_no_coordina
     arguments = (tiny_model, "--port", 0, "--threads-per-worker", 1, "--coordinator-grace", 0.5)
     async with launched(*arguments) as child, aiohttp.ClientSession() as session:
         url = await ready(child)
-        gateway, coordinator = (child_of(child.process.pid, role) for role in ("gateway", "coordinator"))
+        coordinator = child_of(child.process.pid, "coordinator")
         stream = await session.post(f"{url}/v1/completions", json=long)
         first = await stream.content.readline()
         assert stream.status == 200, first
-        pids = [*children(gateway), *children(child.process.pid)]
+        pids = family(child.process.pid)
         os.kill(child.process.pid if name == "launcher" else coordinator, signal.SIGKILL)
         events = [line[6:] for line in (await stream.read()).splitlines() if line.startswith(b"data: ")]
         assert events[-1] == b"[DONE]"
