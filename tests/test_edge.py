@@ -242,7 +242,7 @@ USER = {"role": "user", "content": "a"}
         ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs is 21"),
         ({"messages": [USER], "tools": [{}]}, "tools.0. is an object; it must be an object like"),
         ({"messages": [USER], "prompt": "a"}, "prompt is 'a', which is not supported: prompts go to"),
-        ({"messages": [USER], "max_completion_tokens": 0}, "max_tokens is 0"),
+        ({"messages": [USER], "max_completion_tokens": 0}, "max_completion_tokens is 0"),
         ({"messages": [USER], "chat_template_kwargs": 1}, "chat_template_kwargs is a number; it must be an object"),
     ],
 )
