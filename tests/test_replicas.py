@@ -13,6 +13,7 @@ from msi.kernels.turns import TURNS
 from msi.placement import place_evenly, place_with_replicas
 from msi.planner.replica_state import wave_cost
 from msi.planner.replicas import expected_costs, plan_layers, plan_replicas
+from msi.types import Placement
 
 
 @st.composite
@@ -67,6 +68,12 @@ def test_a_plan_is_no_worse_than_before_moves_few_experts_and_keeps_their_order(
         load, floor_cost, num_nodes, memory, before=plan.placement(1), move_cost=move_cost, redundancy=redundancy
     )
     assert again.cost <= plan.cost * (1 + 1e-9)
+
+
+def test_experts_that_nobody_asks_for_stay_where_they_are():
+    before = Placement(experts=((0, 1, 3), (2, 0), (3, 2, 1)), num_experts=4)
+    plan = plan_replicas([0.0] * 4, 0.0, 3, [3, 2, 3], before=before, most_moves=0, redundancy=1)
+    assert (plan.experts, plan.num_moved) == (before.experts, 0)
 
 
 def test_experts_that_a_lost_node_held_alone_are_placed_on_those_that_are_there():

@@ -56,7 +56,7 @@ class ReplicaState:
                 state.held[home.node, expert], state.rows[home.node, expert] = True, home.share
         state.was_held[:] = state.held
         for node, room in enumerate(state.memory):
-            of_node = state.load * state.held[node]
+            of_node = np.where(state.held[node], state.load, -1.0)  # also before what it lacks and nobody asks for
             state.held[node, np.argsort(-of_node, kind="stable")[room:]] = False
         for expert in range(len(load)):
             homes = np.flatnonzero(state.held[:, expert])

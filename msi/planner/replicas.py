@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msi.kernels.turns import TURNS, in_turns
 from msi.planner.replica_state import ReplicaState, norm
@@ -94,6 +95,7 @@ def plan_replicas(
     state = min(state, state.gathered(), key=lambda one: norm(one.costs))
     search = _Search(state, 1 + redundancy, move_cost, most_moves)
     found = against_surges(search.downhill(), surge, move_cost, search.most_moves)
+    _round_shares(found)
     if before is not None:
         stay = ReplicaState.of(load, floor_cost, memory, before)
         is_enough = bool((stay.held.sum(axis=0) > redundancy).all() and (stay.held == stay.was_held).all())
@@ -145,14 +147,22 @@ def _check(load: Sequence[float], floor_cost: float, nodes: int, memory: Sequenc
         )
 
 
-def _planned(state: ReplicaState, before: Placement | None) -> ReplicaPlan:
-    """With shares as whole turns, and what those cost."""
+def _round_shares(state: ReplicaState) -> list[tuple[NDArray[np.intp], NDArray[np.float64]]]:
+    """To whole turns, which cost a little more or less; each expert's homes, and their turns."""
+    found = []
     for expert in range(len(state.load)):
         homes = np.flatnonzero(state.held[:, expert])
         turns = np.asarray(in_turns(state.rows[homes, expert].tolist()), np.float64)
         if state.load[expert] == 0:
             turns = TURNS * (np.arange(len(homes)) == 0).astype(np.float64)
         state.give(expert, homes, state.load[expert] * turns / TURNS)
+        found.append((homes, turns))
+    return found
+
+
+def _planned(state: ReplicaState, before: Placement | None) -> ReplicaPlan:
+    """With shares as whole turns, and what those cost."""
+    for expert, (homes, turns) in enumerate(_round_shares(state)):
         state.rows[:, expert] = 0.0
         state.rows[homes, expert] = turns  # from here on
     experts = []
