@@ -13,7 +13,7 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import addressof, byref, c_char, c_int, c_uint64, c_void_p
 from typing import Any
 
@@ -100,6 +100,44 @@ class Events:
         if self._num_events:
             self._library.ack_cq_events(self.queue, self._num_events)
             self._num_events = 0
+
+
+class BindingQueue:
+    """What a binding's card has of its queue: by the binding's own calls, and from the first event on read here.
+
+    Args:
+        poll, arm: the binding's.
+    """
+
+    def __init__(self, poll: Callable[[], Sequence[Completion]], arm: Callable[[], None]) -> None:
+        self.fd = -1
+        self.poll = self.look = poll
+        self.arm = arm
+        self._events: Events | None = None
+        self._is_read_here = False
+
+    def follow(self, fd: int) -> None:
+        """The channel's, once it is there."""
+        os.set_blocking(fd, False)  # else a thread that takes an event stops all others
+        self.fd = fd
+        self._events = Events(abi.Library(), fd)
+
+    def take_event(self) -> bool:
+        events = self._events
+        assert events is not None
+        if not events.take():
+            return False
+        if not self._is_read_here:
+            self._is_read_here = True
+            queue = CompletionQueue(events.queue)
+            self.poll, self.look, self.arm = queue.poll, queue.look, queue.arm
+        return True
+
+    def unfollow(self) -> None:
+        """Before the queue is destroyed."""
+        if self._events is not None:
+            self._events.acknowledge()
+        self.fd = -1
 
 
 def at(address: int) -> Any:

@@ -8,15 +8,13 @@ order, and turns them around.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from socket import htonl
 from typing import Any
 
 import ibverbs
 
-from msi.net.rdma import abi
-from msi.net.rdma.completion_queue import CompletionQueue, Events
+from msi.net.rdma.completion_queue import BindingQueue
 from msi.net.rdma.verbs import (
     COMPLETIONS_PER_POLL,
     RECEIVES_PER_REFILL,
@@ -49,21 +47,16 @@ class IbverbsDriver:
         return IbverbsCard(next(one for one in ibverbs.get_device_list() if one.name == device))
 
 
-class IbverbsCard:
+class IbverbsCard(BindingQueue):
     """Implements `msi.net.rdma.verbs.Card`."""
 
     def __init__(self, device: Any) -> None:
+        super().__init__(self._poll, self._arm)
         self.name: str = device.name
-        self.fd = -1
         self._context = device.open()
         self._domain = self._context.alloc_pd()
         self._channel: Any = None
         self._queue: Any = None
-        self._events: Events | None = None
-        self._read: CompletionQueue | None = None  # the same, once an event said where it is
-        self.poll: Callable[[], Sequence[Completion]] = self._poll
-        self.look: Callable[[], Sequence[Completion]] = self._poll
-        self.arm: Callable[[], None] = self._arm
         self._receives: Any = None
         self._refill = [ibverbs.RecvWR(wr_id=0, sg_list=[])] * RECEIVES_PER_REFILL
 
@@ -83,9 +76,7 @@ class IbverbsCard:
 
     def start(self, num_receives: int, num_completions: int) -> None:
         self._channel = self._context.create_comp_channel()
-        self.fd = self._channel.fd
-        os.set_blocking(self.fd, False)
-        self._events = Events(abi.Library(), self.fd)
+        self.follow(self._channel.fd)
         self._queue = self._context.create_cq(num_completions, self._channel)
         self._receives = self._domain.create_srq(max_wr=num_receives)
         for _ in range(num_receives // RECEIVES_PER_REFILL):
@@ -100,15 +91,6 @@ class IbverbsCard:
         queue_pair.to_init(port, LOCAL_WRITE | REMOTE_WRITE)
         return IbverbsQueuePair(queue_pair)
 
-    def take_event(self) -> bool:
-        assert self._events is not None
-        if not self._events.take():
-            return False
-        if self._read is None:
-            self._read = read = CompletionQueue(self._events.queue)
-            self.poll, self.look, self.arm = read.poll, read.look, read.arm
-        return True
-
     def _poll(self) -> Sequence[Completion]:
         return [
             (one.status, one.opcode, htonl(one.imm_data), one.qp_num) for one in self._queue.poll(COMPLETIONS_PER_POLL)
@@ -121,12 +103,10 @@ class IbverbsCard:
         self._receives.post_recv(self._refill)
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.acknowledge()
+        self.unfollow()
         for one in (self._receives, self._queue, self._channel, self._domain, self._context):
             if one is not None:
                 one.close()
-        self.fd = -1
 
 
 class IbverbsRegistration:

@@ -12,12 +12,11 @@ import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
-from msi.net.rdma import abi
-from msi.net.rdma.completion_queue import CompletionQueue, Events
+from msi.net.rdma.completion_queue import BindingQueue
 from msi.net.rdma.find_pyverbs import import_pyverbs
 from msi.net.rdma.verbs import (
     COMPLETIONS_PER_POLL,
@@ -79,21 +78,16 @@ class PyverbsDriver:
             return PyverbsCard(device)
 
 
-class PyverbsCard:
+class PyverbsCard(BindingQueue):
     """Implements `msi.net.rdma.verbs.Card`."""
 
     def __init__(self, device: str) -> None:
+        super().__init__(self._poll, self._arm)
         self.name = device
-        self.fd = -1
         self._context = Context(name=device)
         self._domain = PD(self._context)
         self._channel: Any = None
         self._queue: Any = None
-        self._events: Events | None = None
-        self._read: CompletionQueue | None = None  # the same, once an event said where it is
-        self.poll: Callable[[], Sequence[Completion]] = self._poll
-        self.look: Callable[[], Sequence[Completion]] = self._poll
-        self.arm: Callable[[], None] = self._arm
         self._receives: Any = None
         nothing = SGE(0, 0, 0)
         chain = [RecvWR(num_sge=1, sg=[nothing]) for _ in range(RECEIVES_PER_REFILL)]
@@ -122,9 +116,7 @@ class PyverbsCard:
         with _errors():
             before = _event_fds()
             self._channel = CompChannel(self._context)
-            self.fd = self._channel.fd if hasattr(self._channel, "fd") else (_event_fds() - before).pop()
-            os.set_blocking(self.fd, False)  # else a thread that takes an event stops all others
-            self._events = Events(abi.Library(), self.fd)
+            self.follow(self._channel.fd if hasattr(self._channel, "fd") else (_event_fds() - before).pop())
             self._queue = CQ(self._context, num_completions, None, self._channel, 0)
             self._receives = SRQ(self._domain, SrqInitAttr(SrqAttr(max_wr=num_receives, max_sge=1)))
         for _ in range(num_receives // RECEIVES_PER_REFILL):
@@ -145,15 +137,6 @@ class PyverbsCard:
             queue_pair.to_init(attributes)
         return PyverbsQueuePair(queue_pair)
 
-    def take_event(self) -> bool:
-        assert self._events is not None
-        if not self._events.take():
-            return False
-        if self._read is None:
-            self._read = read = CompletionQueue(self._events.queue)
-            self.poll, self.look, self.arm = read.poll, read.look, read.arm
-        return True
-
     def _poll(self) -> Sequence[Completion]:
         _, found = self._queue.poll(COMPLETIONS_PER_POLL)
         return list(map(FIELDS, found))
@@ -171,13 +154,11 @@ class PyverbsCard:
             raise OSError(errno.EIO, str(error)) from error
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.acknowledge()
+        self.unfollow()
         with _errors():
             for one in (self._receives, self._queue, self._channel, self._domain, self._context):
                 if one is not None:
                     one.close()
-        self.fd = -1
 
 
 class PyverbsRegistration:
