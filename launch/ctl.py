@@ -29,6 +29,7 @@ VERBS = {
     "rebalance": "experts are placed by what they had to do, or evenly before that is known",
 }
 HELLO_S = 10.0
+SLOW = 2.0  # times as long as the others: worth a word
 NAMES_WORKER = ("drain", "remove")
 
 
@@ -83,6 +84,7 @@ def _run(argv: list[str]) -> None:
     if values.verb == "status":
         for one in report["workers"]:
             runs = f", {one['num_running']} requests" if one["role"] == "attention" else ""
+            runs += f", takes {one['slowness']:.1f} times as long as the others" if one["slowness"] >= SLOW else ""
             print(f"  {one['worker_id']}: {one['reason'] or one['state']} (pid {one['pid']} on {one['host']}{runs})")
 
 

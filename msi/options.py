@@ -24,6 +24,7 @@ from msi.settings import (
     Rebalance,
     SchedulerLimits,
     ServiceLevel,
+    SlowWorkers,
     Timeouts,
 )
 
@@ -95,6 +96,7 @@ class InstanceOptions:
     link: LinkShape = LinkShape()
     timeouts: Timeouts = Timeouts()
     service: ServiceLevel = ServiceLevel()
+    slow: SlowWorkers = SlowWorkers()
     max_resumptions: Annotated[int, range(2**15)] = parameter(
         3, "how often a request goes on elsewhere when its attention worker is lost", metavar="N", group=LIMITS
     )

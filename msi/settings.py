@@ -300,6 +300,27 @@ class Rebalance:
 
 
 @dataclass(frozen=True, slots=True)
+class SlowWorkers:
+    """When a worker that is slow beside its peers leaves; see `msi.control.slow_workers`.
+
+    Attributes:
+        drain_slow_after_s: for how long it has been; 0 for never.
+        drain_slow_factor: it takes so many times as long as the median of the others of its role, for the same work.
+    """
+
+    drain_slow_after_s: Annotated[int, range(10**6)] = parameter(
+        60, "seconds after which a worker that is slow leaves, where others can take what it has (0: never)",
+        metavar="S", group=LIMITS,
+    )  # fmt: skip
+    drain_slow_factor: Annotated[float, (1.0, 1e6)] = parameter(
+        4.0, "slow is who takes so many times as long as the others of its role", metavar="F", group=LIMITS
+    )
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceLevel:
     """What requests that are taken can expect; those that could not are refused (429).
 

@@ -19,6 +19,7 @@ from msi.net.hedging import (
     Hedging,
     slow_nodes,
 )
+from msi.net.late_nodes import SLOW_EVERY_S, SLOW_LOOKS
 from tests.test_links import packs_again, replicated
 from tests.test_lost_experts import ENDS_WITHIN_S, Streams, checkpoint, local, undisturbed  # noqa: F401
 from tests.waiting import until
@@ -59,6 +60,12 @@ def test_whoever_is_late_again_and_again_is_set_aside_for_longer_and_longer():
     assert hedging.aside == ()
     assert hedging.set_aside([1], now + 4 * MOST_ASIDE_S) == FIRST_ASIDE_S
     assert hedging.num_set_aside == 12
+
+
+def test_a_slow_node_that_takes_some_seconds_to_be_known_again_is_set_aside_for_longer_too():
+    hedging = Hedging(after_s=0.1)
+    assert hedging.set_aside([1], 0.0) == FIRST_ASIDE_S
+    assert hedging.set_aside([1], FIRST_ASIDE_S + SLOW_LOOKS * SLOW_EVERY_S) == 2 * FIRST_ASIDE_S
 
 
 def test_slow_is_who_takes_several_times_as_long_as_the_others():

@@ -255,7 +255,7 @@ class Coordinator:
         self._advance(now)
 
     def _stats(self, *, is_watching: bool) -> Stats:
-        counters = self._traffic.counters | self._balance.counters()
+        counters = self._traffic.counters | self._balance.counters() | self.operator.slow.counters()
         counters |= {} if self._watch is None else self._watch.counters()
         return Stats(
             self._cluster.num_lanes, len(self._traffic), self._cluster.stats(is_watching=is_watching),
@@ -357,6 +357,7 @@ class Coordinator:
             now = self._clock()
             self._carry_out(self._cluster.tick(now, late_s))
             self._traffic.tick(now, late_s)
+            self.operator.slow.look(now)
             self._let_experts_end()
             self._advance(now)
             if self._stages.has_drifted():

@@ -25,8 +25,11 @@ class Leaving:
         self._places = places
         self._staying: list[str] = []
 
-    def ask(self, worker_id: str, by: float) -> Member:
+    def ask(self, worker_id: str, by: float, why: str = "") -> Member:
         """A worker is to leave: what runs on it finishes, or goes on elsewhere from `by` on. Then call `begin`.
+
+        Args:
+            why: where nobody asks for it by name.
 
         Raises:
             ConfigError: there is no such worker, or nothing would run without it.
@@ -41,7 +44,7 @@ class Leaving:
             raise ConfigError(f"{worker_id} is the only {member.role} worker that serves; add another one first")
         if member.state == "loading":
             raise ConfigError(f"{worker_id} is still loading; it can leave once it is ready")
-        member.leaves_by = by
+        member.leaves_by, member.why_leaves = by, why
         return member
 
     @staticmethod

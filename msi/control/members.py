@@ -11,7 +11,7 @@ from msi.control.messages import Assignment, WorkerHello
 from msi.control.rhythm import Rhythm
 from msi.control.worker_status import WorkerStatus
 from msi.precision import Precision
-from msi.settings import LinkShape, Rebalance, SchedulerLimits, ServiceLevel, Timeouts
+from msi.settings import LinkShape, Rebalance, SchedulerLimits, ServiceLevel, SlowWorkers, Timeouts
 from msi.types import Place, Placement, StageTimes
 
 NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes())
@@ -48,6 +48,7 @@ class InstancePlan:
     max_resumptions: int = 3
     service: ServiceLevel = ServiceLevel()
     rebalance: Rebalance = Rebalance()
+    slow: SlowWorkers = SlowWorkers()
     max_attention: int = 0
     max_expert: int = 0
     places: Mapping[str, tuple[int, ...]] | None = None
@@ -149,6 +150,7 @@ class Member:
         placement_version, has_former: of what it uses, as it last said; see `msi.control.placing`.
         is_leaving: it wants to end, or somebody wants that; also once it is lost, until its place is given up.
         leaves_by: whatever it runs goes on elsewhere then.
+        why_leaves: where it was not asked to by name.
         rhythm: of its signs of life.
     """
 
@@ -175,6 +177,7 @@ class Member:
     has_former: bool = False
     is_leaving: bool = False
     leaves_by: float = math.inf
+    why_leaves: str = ""
     loop_lag_s: float = 0.0
     rhythm: Rhythm = field(default_factory=Rhythm)
     status: WorkerStatus = field(default=NO_STATUS)
@@ -182,6 +185,10 @@ class Member:
     @property
     def is_live(self) -> bool:
         return self.state != "lost"
+
+    def with_why(self, reason: str) -> str:
+        """Its end, with what it left for."""
+        return f"{reason}: {self.why_leaves}" if self.why_leaves else reason
 
 
 @dataclass(slots=True)

@@ -298,7 +298,7 @@ class Cluster:
         if member is None or member.pid != pid:
             return []
         if not member.is_live:
-            member.reason = how  # whoever told before saw only a consequence
+            member.reason = member.with_why(how)  # whoever told before saw only a consequence
             return []
         return [*self._lose(member, how, has_crashed), *self._settle(now)]
 
@@ -310,13 +310,15 @@ class Cluster:
         self._formation.has_served |= bool(self.serving)  # until now
         return self._leaving.begin(member)
 
-    def ask_to_leave(self, worker_id: str, by: float, carry_out: Callable[[list[Instruction]], None]) -> Member:
-        """A worker is to leave: what runs on it finishes, or goes on elsewhere from `by` on.
+    def ask_to_leave(
+        self, worker_id: str, by: float, carry_out: Callable[[list[Instruction]], None], why: str = ""
+    ) -> Member:
+        """A worker is to leave: what runs on it finishes, or goes on elsewhere from `by` on; see `Leaving.ask`.
 
         Raises:
             ConfigError: there is no such worker, or nothing would run without it.
         """
-        member = self._leaving.ask(worker_id, by)
+        member = self._leaving.ask(worker_id, by, why)
         carry_out(self.draining(member.route, worker_id, member.incarnation))
         return member
 
@@ -338,7 +340,7 @@ class Cluster:
         member = self.member(route, goodbye.worker_id, goodbye.incarnation)
         if member is None:
             return []
-        return self._lose(member, "it was drained")
+        return self._lose(member, member.with_why("it was drained"))
 
     def use_lanes(self, num_lanes: int) -> list[Instruction]:
         """From now on this many micro-batches are in flight, on all attention workers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from msi.control.members import Instruction, Member
 from msi.control.membership import Cluster
 from msi.control.orders import Order, Ordered
 from msi.control.rebalancing import Rebalancing
+from msi.control.slow_workers import SlowWorkerPolicy
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.placement_change import spread_evenly
 
+SLOW_LEAVES_WITHIN_S = 60.0  # of an expert worker, which then stays if it cannot
 Launcher = Callable[..., None]  # tells the process that started this one
 
 
@@ -28,6 +31,7 @@ class Operator:
 
     Attributes:
         launcher: who starts workers here, where somebody does.
+        slow: has those leave that are slow for long, as an operator would.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Operator:
         self._carry_out = carry_out
         self._address = address
         self._clock = clock
+        self.slow = SlowWorkerPolicy(cluster.plan.slow, cluster, self._let_go_slow)
         self._waits: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     def look(self) -> None:
@@ -99,6 +104,7 @@ class Operator:
                 {
                     "worker_id": one.worker_id, "role": one.role, "state": one.state, "pid": one.pid, "host": one.host,
                     "incarnation": one.incarnation, "num_running": one.status.num_running, "reason": one.reason,
+                    "slowness": self.slow.ratio(one.worker_id, one.incarnation),
                 }
                 for one in cluster.stats()
             ],
@@ -138,6 +144,13 @@ class Operator:
             reason = self._cluster.placing.failure or "its experts have no other place"
             raise Unavailable(f"{order.worker_id} stays: {reason}")
         return f"{order.worker_id} has left ({member.reason})", self._status()
+
+    def _let_go_slow(self, member: Member, why: str) -> None:
+        """Not started again, where it would be as slow. Raises ConfigError: it cannot leave."""
+        by = math.inf if member.role == "attention" else self._clock() + SLOW_LEAVES_WITHIN_S
+        self._cluster.ask_to_leave(member.worker_id, by, self._carry_out, why)
+        if self.launcher is not None:
+            self.launcher(forget=member.worker_id)
 
     async def _add(self, order: Order) -> tuple[str, dict[str, Any]]:
         cluster, role = self._cluster, order.role

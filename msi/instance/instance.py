@@ -86,6 +86,7 @@ def build_plan(options: InstanceOptions, place: PlaceExperts | None = None) -> t
         max_resumptions=options.max_resumptions,
         service=options.service,
         rebalance=options.rebalance,
+        slow=options.slow,
         max_attention=max_attention,
         max_expert=max_expert,
     )

@@ -20,6 +20,7 @@ TAIL_FACTOR = 3  # times the 99th percentile of what exchanges take
 SHARE = 0.02  # of turns that may be packed again
 MOST_AT_ONCE = 16  # of them
 FIRST_ASIDE_S, MOST_ASIDE_S = 1.0, 64.0
+SOON_S = 15.0  # after its time: until a slow node is known to be slow again, several looks have passed
 SLOW_FACTOR = 4  # times what the median of the others takes
 MIN_EXCHANGES = 32  # before a node is called slow
 
@@ -67,7 +68,7 @@ class Hedging:
         longest_s = 0.0
         for node in nodes:
             lasted_s, ended_at = self._last.get(node, (0.0, now))
-            is_soon = now - ended_at <= 2 * lasted_s
+            is_soon = now - ended_at <= max(SOON_S, 2 * lasted_s)
             aside_s = min(MOST_ASIDE_S, 2 * lasted_s) if lasted_s and is_soon else FIRST_ASIDE_S
             self._until[node] = now + aside_s
             self._last[node] = (aside_s, now + aside_s)

@@ -34,6 +34,9 @@ msi_expert_imbalance_ratio{scope}           rows since the start, busiest over m
 msi_rebalances_total, msi_rebalanced_experts_total, msi_rebalance_gain_ratio, msi_placement_version
                                             experts that were placed anew by load: how often, how many workers loaded,
                                             what the slowest expert worker was to gain by the last; which placement runs
+msi_slow_workers, msi_slow_workers_drained_total
+                                            workers that take several times as long as the others of their role, and
+                                            those that were told to leave as they did so for long
 msi_plan_drift_ratio{stage}, msi_plan_drift_alarms_total      where a plan runs: stage times measured over planned
 msi_connections, msi_connections_cut_total, msi_connections_refused_total
                                             of HTTP: open, cut for being late or not reading, without a place
@@ -189,6 +192,7 @@ def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Me
     for name, meaning in TURNED_AWAY.items():
         yield CounterMetricFamily(f"msi_{name}", meaning, stats.counters.get(name, 0.0))
     yield from _rebalances(stats.counters)
+    yield from _slow(stats.counters)
     yield GaugeMetricFamily("msi_micro_batches", "Micro-batches in flight per attention worker: m.", stats.num_lanes)
     attention = [worker for worker in stats.workers if worker.role == "attention"]
     gauges = {
@@ -255,6 +259,14 @@ def _rebalances(counters: Mapping[str, float]) -> Iterator[Metric]:
     yield CounterMetricFamily("msi_rebalanced_experts", "Experts that workers loaded for them.", moved)
     yield GaugeMetricFamily("msi_rebalance_gain_ratio", "Of the slowest worker's time, predicted of the last.", gain)
     yield GaugeMetricFamily("msi_placement_version", "The placement of experts that is used.", version)
+
+
+def _slow(counters: Mapping[str, float]) -> Iterator[Metric]:
+    slow, drained = (counters.get(name, 0.0) for name in ("slow_workers", "slow_workers_drained"))
+    yield GaugeMetricFamily("msi_slow_workers", "Take several times as long as the others of their role.", slow)
+    yield CounterMetricFamily(
+        "msi_slow_workers_drained", "That were told to leave as they were slow for long.", drained
+    )
 
 
 def _drift(drift: Mapping[str, float]) -> Iterator[Metric]:

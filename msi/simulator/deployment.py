@@ -10,7 +10,7 @@ from msi.control.members import InstancePlan
 from msi.errors import ConfigError
 from msi.placement import place_with_replicas
 from msi.planner.pipeline import MAX_MICRO_BATCHES
-from msi.settings import LinkShape, Rebalance, SchedulerLimits, ServiceLevel, Timeouts
+from msi.settings import LinkShape, Rebalance, SchedulerLimits, ServiceLevel, SlowWorkers, Timeouts
 from msi.types import Placement
 
 LIMITS = SchedulerLimits(
@@ -42,6 +42,7 @@ class Deployment:
         control_latency_s: of every message to or from the coordinator.
         service: what requests that are taken can expect.
         rebalance: when experts are placed anew by load; loading them takes no time here.
+        slow: when workers that are slow leave.
 
     Raises:
         ConfigError: names the number, what was given and what is allowed.
@@ -64,6 +65,7 @@ class Deployment:
     placement: Placement | None = None
     service: ServiceLevel = ServiceLevel()
     rebalance: Rebalance = Rebalance()
+    slow: SlowWorkers = SlowWorkers(drain_slow_after_s=0)
 
     def __post_init__(self) -> None:
         numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in ("int", "float")}
@@ -100,6 +102,7 @@ class Deployment:
             link=replace(self.link, num_lanes=self.num_micro_batches or MAX_MICRO_BATCHES),
             service=self.service,
             rebalance=self.rebalance,
+            slow=self.slow,
             timeouts=Timeouts(reload_after_s=NEVER_S),
         )
 
