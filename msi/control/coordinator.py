@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
+LOOKS_PER_TICK = 5  # whether this loop has stood still
 MESSAGES_AT_ONCE = 64  # before others get their turn on the loop
 
 
@@ -350,7 +351,7 @@ class Coordinator:
 
     async def _tick(self) -> None:
         while True:
-            late_s = await sleep_late(TICK_S, self._clock)
+            late_s = await sleep_late(TICK_S, self._clock, LOOKS_PER_TICK)
             has_read_all = await read_first(self._server, self._clock)
             if not has_read_all:
                 late_s += TICK_S  # whoever seems silent may have spoken

@@ -14,11 +14,18 @@ class Inbox(Protocol):
     def has_unread(self) -> bool: ...
 
 
-async def sleep_late(delay_s: float, clock: Callable[[], float]) -> float:
-    """Sleeps; how much later than asked it woke. A process that stood still did so all that time, and heard nobody."""
-    due = clock() + delay_s
-    await asyncio.sleep(delay_s)
-    return max(0.0, clock() - due)
+async def sleep_late(delay_s: float, clock: Callable[[], float], looks: int = 1) -> float:
+    """Sleeps; how much later than asked it woke. A process that stood still did so all that time, and heard nobody.
+
+    Args:
+        looks: at the clock; where it stood still between two, all but the time between them is known.
+    """
+    began, late_s = clock(), 0.0
+    for look in range(1, looks + 1):
+        due = began + late_s + delay_s * look / looks
+        await asyncio.sleep(due - clock())
+        late_s += max(0.0, clock() - due)
+    return late_s
 
 
 async def read_first(inbox: Inbox, clock: Callable[[], float]) -> bool:

@@ -41,6 +41,7 @@ from msi.control.messages import (
     WorkerHello,
     WorkerReady,
 )
+from msi.control.rhythm import Rhythm
 from msi.control.roster import Roster
 from msi.control.waiting_for import sentence
 from msi.control.watched import WATCHED_FOR_S
@@ -198,6 +199,7 @@ class Cluster:
         member = self.member(route, ready.worker_id, ready.incarnation)
         if member is None:
             return self._inheritance.who_are_you(route, ready.worker_id, self._started_at)
+        member.rhythm = member.rhythm if member.state != "loading" else Rhythm()  # it was busy with that
         member.state, member.address, member.num_blocks = "ready", ready.address, ready.num_blocks
         if member.role == "expert":
             return list(self._topology_to(*self.live("attention")))
