@@ -3,11 +3,14 @@
 
     tools/bench_overload.py                          # under the virtual clock: the same to the bit each time
     tools/bench_overload.py --real --seconds 30      # the demo model on this machine
+    tools/bench_overload.py --real --urgent 0.2 --hurried 0.2 --within 4
 
 Arrivals are Poisson and do not wait for answers (open loop); lengths are log-normal. Capacity is the rate at which as
 many requests are finished when all come at once. A request counts as good if its first token comes within `--ttft-slo`
 and each further one takes at most `--tpot-slo` on average (milliseconds), whatever the server was told; goodput is good
 requests over the time in which requests came. At each load the instance runs twice: told of both objectives, and not.
+With `--urgent` that share of requests goes before the others (priority -1), and with `--hurried` that share gives its
+whole answer so many seconds (`--within`; what would come later is ended): these are told apart.
 Prints a JSON line per run, and at the end the goodput at the greatest load over that at capacity.
 """
 
@@ -28,9 +31,10 @@ from msi.settings import SchedulerLimits, ServiceLevel
 from msi.simulator.deployment import Deployment
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, lognormal_lengths, poisson
-from msi_launch.command_line import ScriptLine
+from msi_launch.command_line import ScriptLine, number
 
 INPUT_LEN, OUTPUT_LEN = 96, 32  # medians
+URGENT = -1  # their priority
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention-workers", type=int, default=1)
     parser.add_argument("--expert-workers", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=32)
+    parser.add_argument("--urgent", type=number(None, 1), default=0.0, metavar="F", help="share that goes first")
+    parser.add_argument("--hurried", type=number(None, 1), default=0.0, metavar="F", help="share with little time")
+    parser.add_argument("--within", type=number(0, 1e4), default=4.0, metavar="S", help="so much; 4")
     parser.add_argument("--seed", type=int, default=0)
     values: argparse.Namespace = parser.parse_args(arguments)
     return values
@@ -103,7 +110,8 @@ async def real(engine: Engine, arrivals: Sequence[Arrival]) -> list[Result]:
         came, times = time.monotonic(), []
         params = SamplingParams(max_tokens=arrival.output_len, temperature=0, ignore_eos=True)
         try:
-            async for output in engine.generate(prompt, params):
+            priority, timeout_s = arrival.priority, arrival.timeout_s
+            async for output in engine.generate(prompt, params, priority=priority, timeout_s=timeout_s):
                 times += [time.monotonic()] * len(output.token_ids)
         except EngineError as error:
             return Result(None, None, len(times), type(error).__name__)
@@ -114,7 +122,9 @@ async def real(engine: Engine, arrivals: Sequence[Arrival]) -> list[Result]:
     return await asyncio.gather(*map(one, arrivals, prompts))
 
 
-def told(name: str, load: float, results: list[Result], seconds: float, promised: ServiceLevel) -> float:
+def told(
+    name: str, load: float, arrivals: Sequence[Arrival], results: list[Result], seconds: float, promised: ServiceLevel
+) -> float:
     """Prints what was found; goodput in requests per second."""
     good = sum(one.is_good(promised) for one in results)
     ttfts = sorted(one.ttft_s for one in results if one.ttft_s is not None and not one.error)
@@ -125,15 +135,42 @@ def told(name: str, load: float, results: list[Result], seconds: float, promised
         "ttft_p99_s": round(ttfts[int(0.99 * (len(ttfts) - 1))], 3) if ttfts else None,
         "tokens_per_s": round(sum(one.num_tokens for one in results) / seconds, 1),
     }  # fmt: skip
+    kinds: dict[str, list[Result]] = {}
+    for arrival, one in zip(arrivals, results, strict=True):
+        kinds.setdefault(kind_of(arrival), []).append(one)
+    if len(kinds) > 1:
+        line["kinds"] = {kind: shares(each, promised) for kind, each in sorted(kinds.items())}
     print(json.dumps(line), flush=True)
     return good / seconds
+
+
+def shares(results: Sequence[Result], promised: ServiceLevel) -> dict[str, float]:
+    """Of one kind of request: good ones, those that ended with an error after tokens, and those without any."""
+    counts = {
+        "good": sum(one.is_good(promised) for one in results),
+        "cut_off": sum(bool(one.error and one.num_tokens) for one in results),
+        "refused": sum(bool(one.error and not one.num_tokens) for one in results),
+    }
+    return {what: round(count / len(results), 3) for what, count in counts.items()}
 
 
 def arrivals_of(values: argparse.Namespace, per_s: float) -> list[Arrival]:
     """Poisson, of as many seconds as were asked for."""
     lengths = lognormal_lengths(INPUT_LEN, OUTPUT_LEN, most=400)
     many = poisson(int(2 * per_s * values.seconds) + 100, per_s, lengths, values.seed)
-    return [one for one in many if one.arrival_s < values.seconds]
+    chance = random.Random(values.seed)
+
+    def of_a_kind(one: Arrival) -> Arrival:
+        drawn = chance.random()
+        if drawn < values.urgent:
+            return replace(one, priority=URGENT)
+        return replace(one, timeout_s=values.within) if drawn < values.urgent + values.hurried else one
+
+    return [of_a_kind(one) for one in many if one.arrival_s < values.seconds]
+
+
+def kind_of(arrival: Arrival) -> str:
+    return "urgent" if arrival.priority == URGENT else "hurried" if arrival.timeout_s else "usual"
 
 
 async def main() -> int:
@@ -152,7 +189,9 @@ async def main() -> int:
         async with Engine.local(**options) as engine:
             return await real(engine, arrivals)
 
-    burst = [replace(one, arrival_s=0.0) for one in arrivals_of(values, 400 / values.seconds)]
+    burst = [
+        replace(one, arrival_s=0.0, priority=0, timeout_s=0.0) for one in arrivals_of(values, 400 / values.seconds)
+    ]
     before = time.monotonic()
     results = await run(burst, ServiceLevel())
     elapsed_s = max((one.ttft_s or 0.0) + (one.tpot_s or 0.0) * (one.num_tokens - 1) for one in results)
@@ -163,7 +202,7 @@ async def main() -> int:
         arrivals = arrivals_of(values, load * capacity)
         for name, service in (("told", promised), ("not told", ServiceLevel()))[: 1 if values.told_alone else 2]:
             results = await run(arrivals, service)
-            goodput[name, load] = told(name, load, results, values.seconds, promised)
+            goodput[name, load] = told(name, load, arrivals, results, values.seconds, promised)
     ratios = {
         name: round(goodput[name, max(loads)] / goodput[name, 1.0], 3)
         for name in ("told", "not told")

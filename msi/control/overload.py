@@ -67,7 +67,7 @@ class Service:
 
     def __init__(self, objectives: Objectives, max_num_seqs: int) -> None:
         self.meters = Meters()
-        self._caution = 1.0  # times what is predicted, as so many turned out late
+        self._caution = dict.fromkeys((-1, 0, 1), 1.0)  # by urgency: times what is predicted, as so many came late
         self._objectives = objectives
         self._max_num_seqs = max_num_seqs
 
@@ -79,7 +79,9 @@ class Service:
         """Whether a worker could begin at once with a request that takes about so many tokens."""
         return load.num_requests < self.num_places(capacity) and load.num_expected + cost <= capacity
 
-    def refusal(self, num_prompt: int, num_before: int, workers: Iterable[tuple[int, Load]]) -> Overloaded | None:
+    def refusal(
+        self, num_prompt: int, num_before: int, workers: Iterable[tuple[int, Load]], priority: int = 0
+    ) -> Overloaded | None:
         """Of a request that comes now, whose first token would come too late.
 
         Args:
@@ -93,7 +95,7 @@ class Service:
             for capacity, load in workers
         ]
         ttft_s = self.meters.ttft_s(num_prompt, num_before, occupied)
-        return self._too_late(self._caution * ttft_s, HEADROOM)
+        return self._too_late(self._caution[_urgency(priority)] * ttft_s, HEADROOM)
 
     def is_too_late(self, routed: Routed, now: float) -> Overloaded | None:
         """The refusal of one that has waited for so long that its first token cannot come in time any more."""
@@ -114,8 +116,9 @@ class Service:
             return first
         routed.first_at = now
         is_late = now - routed.came_at > self._objectives.ttft_s
-        caution = self._caution * (MORE_CAUTION if is_late else LESS_CAUTION)
-        self._caution = min(MOST_CAUTION, max(1.0, caution))
+        urgency = _urgency(routed.request.priority)
+        caution = self._caution[urgency] * (MORE_CAUTION if is_late else LESS_CAUTION)
+        self._caution[urgency] = min(MOST_CAUTION, max(1.0, caution))
         # where it waited for a place, the prompts before it were computed meanwhile
         has_waited = first.queued_s > 0.5 * (now - routed.given_at)
         num_prompt = len(routed.request.prompt_token_ids)
@@ -135,3 +138,8 @@ class Service:
             step_s = (now - routed.first_at) / (num_output - 1)
             self.meters.tpot.add(num_beside, step_s)
             self.meters.add_step(worker_id, (routed.load_at_first + load.predicted + routed.predicted) / 2, step_s)
+
+
+def _urgency(priority: int) -> int:
+    """Whether it goes before most, as most, or after them."""
+    return (priority > 0) - (priority < 0)

@@ -98,6 +98,7 @@ class Router:
             len(request.prompt_token_ids),
             self._waiting.num_before(order),
             ((capacity, self.load(worker)) for worker, capacity in self._capacities.items()),
+            request.priority,
         ):
             self.num_refused += 1
         if error is not None:
