@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import multiprocessing
 import os
 import socket
 import stat
-import struct
 import tracemalloc
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from tests.waiting import until
 LAYOUT = SlotLayout(1, 32, 128)
 LARGE = SlotLayout(8, 1 << 20, 1 << 17).encode()  # a terabyte, the most that is taken for a seat
 THEIRS, OURS = SlotLayout(1, 7, 128).encode(), SlotLayout(1, 9, 128).encode()
+available = pytest.mark.skipif(shm.is_available() is not None, reason=str(shm.is_available()))
 KEY, OTHER = Trust(Secret("the secret of this test")).link_key("token"), Trust(None).link_key("token")
 
 
@@ -268,111 +267,6 @@ async def test_descriptors_that_ran_out_are_waited_for_and_not_spun_on(make, num
             assert one.transport._complain.counts["no descriptors"] == 3
             assert caplog.text.count("no connection can be accepted") == 1
         assert "Traceback" not in caplog.text
-
-
-# -- shared memory: other users ---------------------------------------------------------------------------------------
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-ignores_fork = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-available = pytest.mark.skipif(shm.is_available() is not None, reason=str(shm.is_available()))
-
-
-def as_nobody(task, pipe):
-    os.setgid(65534)
-    os.setuid(65534)
-    pipe.send(task(pipe))
-
-
-def start_as_nobody(task):
-    here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=as_nobody, args=(task, there))
-    child.start()
-    return child, here
-
-
-@available
-@needs_root
-@ignores_fork
-async def test_1500_idle_connections_of_another_user_cost_no_descriptor_and_no_line_each(caplog):
-    async with listening(ShmTransport()) as one:
-        before = num_descriptors()
-        name = where(one.address)
-
-        def flood(pipe):
-            held = []
-            for _ in range(1500):
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # waits while the queue is full
-                with contextlib.suppress(OSError):
-                    sock.connect(name)
-                    held.append(sock)
-            pipe.send("connected")
-            pipe.recv()
-            return len(held)
-
-        child, pipe = await asyncio.to_thread(start_as_nobody, flood)
-        await asyncio.to_thread(pipe.poll, 30)
-        assert pipe.recv() == "connected"
-        await until(lambda: one.transport._complain.counts["other user"] >= 1400)
-        assert num_descriptors() - before < 20
-        assert len(one.transport._acceptor._strangers) == 0
-        assert caplog.text.count("runs as user 65534") == 1
-        await link(one, ShmTransport())
-        pipe.send("end")
-        await asyncio.to_thread(child.join, 10)
-        assert one.admitted == [b"anna"]
-
-
-@available
-@needs_root
-@ignores_fork
-async def test_a_listener_of_another_user_gets_none_of_our_memory():
-    """It took the name of a worker that is gone."""
-    name = f"msi-{os.getpid()}-squatted"
-
-    def squat(pipe):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind("\0" + name)
-            listener.listen()
-            pipe.send("listening")
-            listener.settimeout(20)
-            sock, _ = listener.accept()
-            with sock:
-                sock.settimeout(20)
-                message, fds, _, _ = socket.recv_fds(sock, 1000, 2)
-                return len(message), len(fds)
-
-    child, pipe = await asyncio.to_thread(start_as_nobody, squat)
-    assert await asyncio.to_thread(pipe.recv) == "listening"
-    ours = ShmTransport()
-    with pytest.raises(TransportError, match="runs as user 65534, not 0"):
-        await ours.connect(f"shm://{name}", b"anna", ours.register(1, LAYOUT, HOST_MEMORY), 0)
-    assert await asyncio.to_thread(pipe.recv) == (0, 0)
-    await asyncio.to_thread(child.join, 10)
-    await ours.close()
-
-
-@available
-async def test_a_process_that_says_no_hello_in_time_is_cut_off(monkeypatch):
-    monkeypatch.setattr(shm, "CONNECT_TIMEOUT_S", 0.2)
-    async with listening(ShmTransport()) as one:
-        with stranger_socket(one.address) as sock:
-            sock.connect(where(one.address))
-            sock.settimeout(5)
-            assert (await asyncio.to_thread(sock.recv, 100))[:1] == shm.REFUSED
-        assert not one.admitted
-
-
-@available
-async def test_frames_of_garbage_at_the_shared_memory_socket_change_nothing():
-    async with listening(ShmTransport()) as one:
-        for message in (b"", b"x", os.urandom(1000), struct.pack("<4sHHIQ", b"MSIT", 1, 1, 4, 9), b"\0" * 60_000):
-            with stranger_socket(one.address) as sock:
-                sock.connect(where(one.address))
-                sock.send(message)
-                sock.settimeout(5)
-                await asyncio.to_thread(sock.recv, 100)
-        assert not one.admitted
-        await link(one, ShmTransport())
 
 
 # -- whole instances --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from msi.net.contract import RULES, ContractBroken, check_rule, check_transport
 from msi.net.contract_pair import Pair, Subject
 from msi.net.inproc import InprocTransport
 from msi.net.landing import seat_rows
+from msi.net.link_proof import CHALLENGE_BYTES, Proofs
 from msi.net.rdma.transport import RdmaTransport
 from msi.net.regions import HOST_MEMORY
 from msi.net.shm import ShmTransport
@@ -260,14 +261,8 @@ async def test_shm_cuts_off_whoever_does_not_speak_the_handshake():
     try:
         landing = transport.register(1, LAYOUT, HOST_MEMORY)
         address = await transport.listen(lambda hello: Admission(landing, 0, b""))
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-            stranger.setblocking(False)
-            stranger.connect("\0" + address.removeprefix("shm://"))
-            stranger.send(os.urandom(100))
-            loop = asyncio.get_running_loop()
-            reply = await asyncio.wait_for(loop.sock_recv(stranger, 4096), 5)
-        assert reply[:1] == b"\x00"
-        assert b"descriptors" in reply
+        assert await answer(address, challenge=os.urandom(100)) == b"\x00a challenge of 100 bytes"
+        assert b"descriptors" in await answer(address)
     finally:
         await transport.close()
 
@@ -280,16 +275,27 @@ async def test_shm_refuses_memory_that_could_shrink_under_it():
         fd = os.memfd_create("unsealed")
         os.ftruncate(fd, 1 << 20)
         doorbell = os.eventfd(0)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-            stranger.setblocking(False)
-            stranger.connect("\0" + address.removeprefix("shm://"))
-            socket.send_fds(stranger, [LAYOUT.encode() + b"hello"], [fd, doorbell])
-            reply = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(stranger, 4096), 5)
+        reply = await answer(address, fds=[fd, doorbell])
         os.close(fd)
         os.close(doorbell)
         assert b"sealed" in reply
     finally:
         await transport.close()
+
+
+async def answer(address, *, challenge=bytes(CHALLENGE_BYTES), fds=()):
+    """To a hello with such descriptors, or to a challenge that is none."""
+    proofs, loop = Proofs(None), asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.setblocking(False)
+        stranger.connect("\0" + address.removeprefix("shm://"))
+        stranger.send(challenge)
+        reply = await asyncio.wait_for(loop.sock_recv(stranger, 4096), 5)
+        if reply[:1] != shm.CHALLENGED:
+            return reply
+        said = proofs.hello(reply[1 : 1 + CHALLENGE_BYTES], b"hello", LAYOUT.encode())
+        socket.send_fds(stranger, [LAYOUT.encode() + said], fds)
+        return await asyncio.wait_for(loop.sock_recv(stranger, 4096), 5)
 
 
 PEER = """

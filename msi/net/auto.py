@@ -46,7 +46,7 @@ class AutoTransport:
 
     Args:
         host: this host's address as peers on others reach it.
-        key: what peers on other hosts have to prove that they hold.
+        key: what peers have to prove that they hold.
         encrypt: what is said to those.
         complain: told who is cut off.
         poller: takes immediates in place of the event loop, where it can.
@@ -63,7 +63,7 @@ class AutoTransport:
         poller: Poller | None = None,
         rdma: RdmaTransport | None = None,
     ) -> None:
-        self._shm = ShmTransport(complain=complain, poller=poller)
+        self._shm = ShmTransport(key=key, complain=complain, poller=poller)
         self._tcp = TcpTransport(host, key=key, encrypt=encrypt, complain=complain)
         self._rdma = rdma
         self._identity = host_identity()

@@ -5,7 +5,9 @@ as its outbox, where the allocator adopts the rows; a post moves nothing but an 
 eventfd write wakes whoever reads it: the peer's loop, or its poller. Where a device's memory can be handed to other
 processes (`msi.net.regions.SharesMemory`), a seat's rows are that, by a descriptor of their own. The handshake passes
 descriptors over an abstract Unix socket (nothing is left in the file system), which stays open: its end is how the
-death of a peer is seen at once. Only processes of the same user are taken.
+death of a peer is seen at once. Only processes of the same user are taken, and of these who proves to be of the same
+instance (`msi.net.link_proof`): first the listening end, for the name that it listens by, so that nobody who took that
+name, or passes on what others say, gets any memory of the dialling end's.
 
 The ring relies on stores becoming visible in order (x86-64); elsewhere the constructor says so.
 """
@@ -28,6 +30,7 @@ from msi.errors import ConfigError, EngineError, ProtocolError, TransportError
 from msi.net.acceptor import Acceptor
 from msi.net.complaints import Complaints
 from msi.net.delivery import Delivery
+from msi.net.link_proof import CHALLENGE_BYTES, PROVED_BYTES, Proofs
 from msi.net.regions import HOST_MEMORY, Allocator
 from msi.net.shm_seats import RING_ENTRIES, PeerSeat, Ring, ShmLanding
 from msi.net.slots import LAYOUT, SlotLayout
@@ -47,7 +50,7 @@ from msi.net.transport import (
 log = logging.getLogger(__name__)
 
 IMMEDIATE = CompletionKind.IMMEDIATE
-ACCEPTED, REFUSED = b"\x01", b"\x00"
+REFUSED, ACCEPTED, CHALLENGED = b"\x00", b"\x01", b"\x02"
 NUM_FDS = (2, 3)  # that travel with a hello or a welcome: a doorbell, ring with headers and rows, or rows by themselves
 CONNECT_AGAIN_S = 0.02
 
@@ -101,6 +104,7 @@ class ShmTransport:
     """Implements `msi.net.transport.Transport`.
 
     Args:
+        key: what peers have to prove that they hold (`Trust.link_key`); None takes whoever comes.
         complain: told who is cut off.
         poller: reads the rings in place of the event loop.
 
@@ -108,9 +112,13 @@ class ShmTransport:
         ConfigError: the host cannot do it; the message says why.
     """
 
-    def __init__(self, *, complain: Complaints | None = None, poller: Poller | None = None) -> None:
+    def __init__(
+        self, *, key: bytes | None = None, complain: Complaints | None = None, poller: Poller | None = None
+    ) -> None:
         if (reason := is_available()) is not None:
             raise ConfigError(f"{reason}; use `transport=inproc`")
+        self._proofs = Proofs(key)
+        self._name = b""  # that we listen by
         self._deliver = Delivery()
         self._loop = asyncio.get_running_loop()
         self._poller = poller
@@ -136,7 +144,7 @@ class ShmTransport:
 
     async def listen(self, accept: Callable[[bytes], Admission]) -> str:
         name = f"msi-{os.getpid()}-{secrets.token_hex(8)}"
-        self._accept = accept
+        self._accept, self._name = accept, name.encode()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind("\0" + name)
         self._acceptor = Acceptor(listener, self._welcome, self._complain, why_not=_why_not)
@@ -151,18 +159,19 @@ class ShmTransport:
             raise TransportError(address, "is not a shared-memory address (shm://...)")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.setblocking(False)
+        name, layout = address.removeprefix("shm://"), landing.layout.encode()
         try:
             with landing.open(seat) as ours:
                 async with asyncio.timeout(timeout_s):
-                    await _connect(sock, "\0" + address.removeprefix("shm://"))
+                    await _connect(sock, "\0" + name)
                     if why_not := _why_not(sock):  # before it gets any of our memory
                         raise TransportError(address, why_not)
-                    socket.send_fds(sock, [landing.layout.encode() + hello], [self._doorbell, *ours.fds])
+                    said = self._proofs.hello(await self._challenge(sock, address), hello, layout)
+                    socket.send_fds(sock, [layout + said], [self._doorbell, *ours.fds])
                     reply, fds = await self._receive(sock)
             with _closing(fds):
                 if reply[:1] != ACCEPTED or len(fds) not in NUM_FDS:
-                    reason = reply[1:].decode(errors="replace") or "closed the connection"
-                    raise TransportError(address, f"refused: {reason}")
+                    raise _refused(address, reply)
                 offered, welcome = reply[1 : 1 + LAYOUT.size], reply[1 + LAYOUT.size :]
                 peers = PeerSeat.open(offered, fds[1:], landing.allocator, address)
                 doorbell = os.dup(fds[0])
@@ -182,17 +191,41 @@ class ShmTransport:
         self._add(endpoint)
         return endpoint
 
+    async def _challenge(self, sock: socket.socket, address: str) -> bytes:
+        """What the accepting end wants answered, once it has proved to be of our instance and to listen there."""
+        nonce = self._proofs.challenge()
+        sock.send(nonce)
+        reply, fds = await self._receive(sock)
+        with _closing(fds):
+            if reply[:1] != CHALLENGED:
+                raise _refused(address, reply)
+            challenge, proof = reply[1 : 1 + CHALLENGE_BYTES], reply[1 + CHALLENGE_BYTES :]
+            self._proofs.check_welcome(challenge, nonce, proof, address.removeprefix("shm://").encode())
+        return challenge
+
+    async def _challenged(self, sock: socket.socket) -> bytes:
+        """The accepting half of that. Returns our challenge."""
+        nonce, fds = await self._receive(sock)
+        with _closing(fds):
+            if len(nonce) != CHALLENGE_BYTES:
+                raise ProtocolError(f"a challenge of {len(nonce)} bytes")
+            challenge = self._proofs.challenge()
+            sock.send(CHALLENGED + challenge + self._proofs.welcome(challenge, nonce, b"", self._name))
+        return challenge
+
     async def _welcome(self, sock: socket.socket, name: str) -> None:
         """The accepting half of the handshake. Whoever does not speak it is cut off."""
         assert self._accept is not None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                challenge = await self._challenged(sock)
                 said, fds = await self._receive(sock)
-            hello = said[LAYOUT.size :]
             with _closing(fds):
+                layout = said[: LAYOUT.size]
+                hello = self._proofs.check_hello(challenge, said[LAYOUT.size :], layout)
                 if len(fds) not in NUM_FDS:
                     raise TransportError("peer", "sent no descriptors with its hello")
-                peers = PeerSeat.open(said[: LAYOUT.size], fds[1:], self._allocator, "peer")
+                peers = PeerSeat.open(layout, fds[1:], self._allocator, "peer")
                 admission = self._accept(hello)
                 landing = admission.landing
                 assert isinstance(landing, ShmLanding)
@@ -224,7 +257,7 @@ class ShmTransport:
             await readable.wait()
         finally:
             self._loop.remove_reader(sock)
-        message, fds, _, _ = socket.recv_fds(sock, LAYOUT.size + MAX_HELLO_BYTES + 1, max(NUM_FDS))
+        message, fds, _, _ = socket.recv_fds(sock, LAYOUT.size + PROVED_BYTES + MAX_HELLO_BYTES, max(NUM_FDS))
         return message, fds
 
     def _add(self, endpoint: ShmEndpoint) -> None:
@@ -286,6 +319,11 @@ def _why_not(sock: socket.socket) -> str:
     """Why the process at the other end is none of ours; "" if it may be."""
     _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return "" if uid == os.geteuid() else f"runs as user {uid}, not {os.geteuid()}"
+
+
+def _refused(address: str, reply: bytes) -> TransportError:
+    reason = reply[1:].decode(errors="replace") or "closed the connection"
+    return TransportError(address, f"refused: {reason}")
 
 
 async def _connect(sock: socket.socket, name: str) -> None:

@@ -265,10 +265,10 @@ class TorchHost:
         poller = None if self._device is None else self._device.poller
         if name == "inproc":
             return InprocTransport(poller=poller)
+        key, complain = self._settings.trust.link_key(assignment.instance), self._complain
         if name == "shm" or (name == "auto" and self._is_local and shm.is_available() is None):
-            return ShmTransport(complain=self._complain, poller=poller)
-        host, complain = self._advertised_host(), self._complain
-        key, encrypt = self._settings.trust.link_key(assignment.instance), self._settings.host.encrypt_rows
+            return ShmTransport(key=key, complain=complain, poller=poller)
+        host, encrypt = self._advertised_host(), self._settings.host.encrypt_rows
         poll_s = self._settings.host.poll_us / 1e6
         if name == "rdma":
             return open_rdma(self._settings.host.rdma, host, key=key, complain=complain, poll_s=poll_s, poller=poller)
