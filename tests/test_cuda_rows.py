@@ -233,8 +233,10 @@ async def test_another_process_writes_into_the_memory_until_that_is_taken_from_i
 class DeviceRowsHost(StreamHost):
     """A real worker's, with rows in what is a GPU's memory as far as anybody can tell."""
 
+    fabric: ClassVar[Fabric | None] = None  # of cards, in place of shared memory
+
     def new_transport(self, assignment):
-        return ShmTransport()
+        return ShmTransport() if self.fabric is None else RdmaTransport(LoopbackDriver(self.fabric))
 
     opened: ClassVar[list[RecordedCuda]] = []
 
@@ -254,6 +256,18 @@ async def test_tokens_are_transformers_with_rows_in_the_devices_memory(tmp_path)
     ) as engine:
         await check_equal(engine, expected, 0)
     assert sum(cuda.calls.count("cuMemImportFromShareableHandle") for cuda in DeviceRowsHost.opened) == 4
+
+
+@pytest.mark.slow
+async def test_tokens_are_transformers_where_cards_write_the_devices_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(DeviceRowsHost, "fabric", Fabric())
+    monkeypatch.setattr(DeviceRowsHost, "opened", [])
+    expected = references(save_tiny(tmp_path), [1, 17], NUM_TOKENS)
+    async with engine_in_tasks(
+        DeviceRowsHost, model=tmp_path, attention_workers=1, expert_workers=2, micro_batches=2, slot_rows=48
+    ) as engine:
+        await check_equal(engine, expected, 0)
+    assert not sum(cuda.calls.count("cuMemImportFromShareableHandle") for cuda in DeviceRowsHost.opened)
 
 
 # -- cards ----------------------------------------------------------------------------------------------------------

@@ -87,14 +87,22 @@ class CardHost(TorchHost):
         self.fabric = fabric
 
     def new_transport(self, assignment):
+        return RdmaTransport(LoopbackDriver(self.fabric), poller=self._device.poller)
+
+
+class LoopCardHost(CardHost):
+    """The same, but the event loop takes completions, as where the device is none of a thread of ours."""
+
+    def new_transport(self, assignment):
         return RdmaTransport(LoopbackDriver(self.fabric))
 
 
 @pytest.mark.slow
-async def test_tokens_equal_transformers_over_rdma(checkpoint):
+@pytest.mark.parametrize("host", [CardHost, LoopCardHost])
+async def test_tokens_equal_transformers_over_rdma(checkpoint, host):
     path, expected = checkpoint
     options = {"model": path, "attention_workers": 2, "expert_workers": 2, "micro_batches": 3, "slot_rows": 48}
-    async with fake_engine(Fabric(), CardHost, threads_per_worker=1, max_num_seqs=8, **options) as engine:
+    async with fake_engine(Fabric(), host, threads_per_worker=1, max_num_seqs=8, **options) as engine:
         await check_equal(engine, expected, seed=0)
 
 
