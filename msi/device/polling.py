@@ -21,6 +21,7 @@ from typing import Protocol
 from msi.net.looking import SLICE_S, Cores, Vain
 
 LOOKS_TIMED = 200  # to tell how long one takes
+RUNG_AT_A_TIME = 16  # descriptors; room for them is made anew for each call
 
 
 class Look(Protocol):
@@ -44,6 +45,7 @@ class Bell:
         self._poll_s = poll_s
         self._cores = Cores() if poll_s else None
         self._look = look or (_EventfdLook(self.fd, poll_s, self._has_core) if poll_s else None)
+        self._may_look = self._look is not None
         self._all: select.epoll | None = None
         self._vain = Vain()
 
@@ -53,7 +55,7 @@ class Bell:
         if look is None:
             os.read(self.fd, 8)
             return
-        if self._vain.may_look():
+        if self._may_look and self._vain.may_look():
             is_rung = look()
             self._vain.looked(is_rewarded=is_rung)
             if is_rung:
@@ -136,16 +138,16 @@ class _EpollLook:
         until = time.perf_counter() + self._within_s
         while self._has_core() and (now := time.perf_counter()) < until:
             while time.perf_counter() < now + SLICE_S:
-                if self._taken(0.0):
+                if self._taken(0):
                     return True
         return False
 
     def sleep(self) -> None:
-        while not self._taken(None):
+        while not self._taken(-1):
             pass
 
-    def _taken(self, timeout_s: float | None) -> bool:
-        rung = self._poll(timeout_s)
+    def _taken(self, timeout_s: int) -> bool:
+        rung = self._poll(timeout_s, RUNG_AT_A_TIME)
         for fd, _ in rung:
             if fd == self._bell:
                 os.eventfd_read(fd)
