@@ -8,6 +8,7 @@ import random
 import pytest
 
 from msi import Engine, SamplingParams
+from msi.net.auto import AutoTransport
 from msi.net.rdma.transport import RdmaTransport
 from msi.worker.torch_host import TorchHost
 from tests.everyday import mostly_slow, thorough
@@ -97,13 +98,25 @@ class LoopCardHost(CardHost):
         return RdmaTransport(LoopbackDriver(self.fabric))
 
 
+class FarCardHost(CardHost):
+    """As `auto` on a host that no other worker is on."""
+
+    def new_transport(self, assignment):
+        transport = AutoTransport("127.0.0.1", poller=self._device.poller, rdma=super().new_transport(assignment))
+        transport._identity = str(id(self))
+        return transport
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("host", [CardHost, LoopCardHost])
-async def test_tokens_equal_transformers_over_rdma(checkpoint, host):
+@pytest.mark.parametrize("host", [CardHost, LoopCardHost, FarCardHost])
+async def test_tokens_equal_transformers_over_rdma(checkpoint, host, caplog):
     path, expected = checkpoint
+    caplog.set_level("INFO")
     options = {"model": path, "attention_workers": 2, "expert_workers": 2, "micro_batches": 3, "slot_rows": 48}
     async with fake_engine(Fabric(), host, threads_per_worker=1, max_num_seqs=8, **options) as engine:
         await check_equal(engine, expected, seed=0)
+    assert ("is reached by RDMA: both hosts have cards" in caplog.text) is (host is FarCardHost)
+    assert "is reached by TCP" not in caplog.text
 
 
 @pytest.mark.slow
