@@ -87,8 +87,20 @@ class Echo:
         endpoint.post(lane, immediate, num_rows)
 
 
-async def serve(driver):
-    echo = Echo(driver)
+class Mirror(Echo):
+    """Sends words back, and as many rows, without a look at them."""
+
+    def __init__(self, driver):
+        super().__init__(driver)
+        self.transport.deliver(self.completed, self.landed)
+
+    def landed(self, landed):
+        for endpoint, word, _ in landed:
+            endpoint.post(0, word, word >> 1)
+
+
+async def serve(driver, kind="Echo"):
+    echo = {"Echo": Echo, "Mirror": Mirror}[kind](driver)
     print(await echo.transport.listen(lambda hello: Admission(echo.landing, 0, b"")), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await echo.transport.close()
@@ -137,9 +149,9 @@ class Client:
                 assert self.landing.rows.host()[start : start + len(sent[lane][1])] == sent[lane][1], number
 
 
-def with_echo(scenario):
+def with_echo(scenario, kind="Echo"):
     def check(ours, theirs):
-        process, address = server(theirs)
+        process, address = server(theirs, kind)
 
         async def run():
             client = Client(ours)
@@ -210,22 +222,26 @@ def losing(share):
         subprocess.run(["tc", "qdisc", "del", *discipline], check=True)
 
 
-@with_echo
+def with_mirror(scenario):
+    return with_echo(scenario, "Mirror")
+
+
+@with_mirror
 async def latency(client, process):
     """One way, half of there and back: says something only beside other figures of the same run."""
     for num_rows, what in ((0, "a word"), (1, "a row of 512 bytes and its header")):
         times = [0.0]
         done = asyncio.get_running_loop().create_future()
 
-        def answered(endpoint, kind, word, reason, times=times, done=done, num_rows=num_rows):
+        def answered(landed, times=times, done=done, num_rows=num_rows):
             times[-1] = time.perf_counter() - times[-1]
             if len(times) == 600:
                 client.loop.call_soon_threadsafe(done.set_result, None)
                 return
             times.append(time.perf_counter())
-            endpoint.post(0, num_rows << 1, num_rows)
+            landed[0][0].post(0, num_rows << 1, num_rows)
 
-        client.transport.deliver(answered)
+        client.transport.deliver(lambda *completion: None, answered)
         client.post(0, 0, num_rows)
         await asyncio.wait_for(done, WAIT_S)
         halves = sorted(one / 2 * 1e6 for one in times[100:])

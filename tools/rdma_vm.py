@@ -2,13 +2,16 @@
 """Runs a command in a small virtual machine that has RDMA: Debian's stock kernel under emulation, with Soft-RoCE.
 
     tools/rdma_vm.py --prepare
-    tools/rdma_vm.py [--installed] [--timeout S] [--mem MIB] [--times] -- COMMAND [ARG...]
+    tools/rdma_vm.py [--installed] [--timeout S] [--mem MIB] [--times] [--instructions] -- COMMAND [ARG...]
 
 The guest's root is this machine's, so whatever is installed here is there (writes are lost, but for the current
 folder). It has two cards, rxe0 and rxe1, on the two ends of a pair of virtual Ethernet devices, rdma0 (10.77.0.1) and
 rdma1 (10.77.0.2), and no other network: `tc qdisc add dev rdma0 root netem loss 5%` loses packets between them. Output
 and exit status are the command's; 124: it ran out of time; 125: the guest failed, its console is on standard error;
 77: it cannot run on this machine, with the reason.
+
+With --instructions the guest's clock counts what its processor executes, a nanosecond each: what is timed there is the
+same beside any other work of this machine, and so are ratios. It takes longer.
 
 Needs an x86-64 Debian and, once, root: it installs qemu and what else it needs, and unpacks a kernel into
 ~/.cache/msi-rdma-vm (330 MB). Boots in 5 to 9 s. Its emulated processor is 20 to 40 times slower than the real one: it
@@ -128,6 +131,7 @@ def main() -> int:
     parser.add_argument("--prepare", action="store_true", help="install what it needs, and nothing else")
     parser.add_argument("--installed", action="store_true", help="install nothing: without what it needs, say so")
     parser.add_argument("--times", action="store_true", help="say on standard error what took how long")
+    parser.add_argument("--instructions", action="store_true", help="its clock counts instructions")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     given = parser.parse_args()
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
@@ -143,7 +147,7 @@ def main() -> int:
         control = Path(folder)
         write_control(control, command)
         prepared = time.monotonic()
-        machine = Machine(control, given.mem)
+        machine = Machine(control, given.mem, counts_instructions=given.instructions)
         status = machine.run(prepared + given.timeout)
         if given.times:
             note(f"prepared in {prepared - began:.1f} s, ran for {time.monotonic() - prepared:.1f} s, of which "
@@ -253,14 +257,16 @@ class Machine:
 
     running: subprocess.Popen[bytes] | None = None
 
-    def __init__(self, control: Path, memory_mib: int) -> None:
+    def __init__(self, control: Path, memory_mib: int, *, counts_instructions: bool) -> None:
         self.boot_s = 0.0
         self._control = control
         self._console: list[bytes] = []
         self._has_begun = threading.Event()  # its command, or its end
         self._command = [
             "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=256", "-smp", "1", "-m", f"{memory_mib}M",
+            "-machine", "q35", "-smp", "1", "-m", f"{memory_mib}M",
+            "-accel", f"tcg,thread={'single' if counts_instructions else 'multi'},tb-size=256",
+            *(("-icount", "shift=0") if counts_instructions else ()),
             "-cpu", "max,la57=off,-monitor",  # without mwait an idle guest sleeps
             "-kernel", f"{CACHE}/vmlinux", "-initrd", f"{CACHE}/initramfs",
             "-append", "console=ttyS0 panic=-1 oops=panic nokaslr mitigations=off quiet loglevel=6 no_timer_check "
