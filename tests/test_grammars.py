@@ -41,8 +41,8 @@ def grammars_of(tokenizer, vocab_size=0, eos=("</s>",)):
 def allowed(state, tokens, vocab_size):
     masks = make_masks([Constrained(3, state, tuple(tokens))], vocab_size)
     assert masks.rows == [3], masks.failures
-    assert masks.allowed.shape == (1, vocab_size)
-    return np.flatnonzero(masks.allowed[0].numpy()).tolist()
+    assert masks.bits.shape == (1, -(-vocab_size // 32))
+    return np.flatnonzero(np.unpackbits(masks.bits[0].numpy().view(np.uint8), bitorder="little")).tolist()
 
 
 def walked(grammars, tokenizer, asked, seed):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from msi import Engine, InvalidRequest, SamplingParams
-from msi.attention.sampler import _change, sample
+from msi.attention.logit_changes import change
+from msi.attention.sampler import PLAIN, sample
 from msi.sampling import SeenTokens, choices_of, completing, has_extras, sampling_extras, seed_of_choice
 from msi.text.prompts import Prompts
 from msi.text.text_stream import TextStream
@@ -59,7 +60,7 @@ def test_a_micro_batch_is_changed_as_each_row_would_be_token_by_token(changes, s
     logits = torch.randn(len(changes), VOCAB) * 3
     expected = [row if one is None else changed_one_by_one(row, one) for row, one in zip(logits, changes, strict=True)]
     ours = logits.clone()
-    _change(ours, [(row, one) for row, one in enumerate(changes) if one is not None])
+    change(ours, [(row, one) for row, one in enumerate(changes) if one is not None], PLAIN)
     torch.testing.assert_close(ours, torch.stack(expected))
 
 
@@ -69,7 +70,7 @@ def test_the_repetition_penalty_is_transformers():
     tokens = [[1, 5, 5, 9], [7, 7, 8, 0]]
     expected = transformers().RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor(tokens), logits.clone())
     changes = [LogitChanges(1.7, prompt_token_ids=tuple(one[:2]), output_token_ids=tuple(one[2:])) for one in tokens]
-    _change(logits, list(enumerate(changes)))
+    change(logits, list(enumerate(changes)), PLAIN)
     torch.testing.assert_close(logits, expected)
 
 
@@ -93,7 +94,7 @@ def test_tokens_that_are_read_once_each_are_penalised_as_all_of_them_are(tokens,
         if changes is not None:
             for ids in (changes.prompt_token_ids, changes.output_token_ids):
                 assert len(set(ids)) == len(ids)
-            _change(logits, [(0, changes)])
+            change(logits, [(0, changes)], PLAIN)
         torch.testing.assert_close(logits[0], expected)
 
 

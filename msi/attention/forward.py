@@ -201,13 +201,13 @@ class Forward:
     def sample(self, state: PassState, answers: Tensor) -> Sampled:
         """What follows the last turn: layers, head and sampler."""
         normed = self._enter(state, self.num_turns, answers)
-        sampling, draw, best = state.micro_batch.sampling, self._kernels.draw, self._kernels.best
+        sampling, kernels = state.micro_batch.sampling, self._kernels
         masks = None if state.masks is None else state.masks.result(WITHIN_S)
         try:
-            sampled = sample(self._head(state, normed), sampling, draw, masks, best)
+            sampled = sample(self._head(state, normed), sampling, masks, kernels)
         except Exception as error:
             self._complaints.say(error, "choosing tokens failed; each sequence's is chosen alone")
-            sampled = sample_each(self._head(state, normed), sampling, draw, masks, best)
+            sampled = sample_each(self._head(state, normed), sampling, masks, kernels)
         if masks is not None:
             sampled = followed(state.micro_batch.constrained, sampled)
         # a row's NaN or infinity stays in its residual stream, whichever layer, expert or cached key it came from

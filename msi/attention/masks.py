@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from msi.errors import InvalidRequest, one_line
+from msi.kernels.kernels import TokenKernels
 from msi.types import Cause, Constrained, Sampled
 
 WITHIN_S = 30.0  # what a pass waits for its masks; each has bounds of its own, far below
@@ -25,26 +26,26 @@ class Masks:
 
     Attributes:
         rows: of the logits that are held to a grammar.
-        allowed: bool [len(rows), vocab_size], in host memory.
+        bits: int32 [len(rows), vocab_size / 32, rounded up], of tokens that may follow, as `penalties.allow` takes
+            them; in host memory.
         failures: why a row has no mask, by row; it is none of `rows`.
     """
 
     rows: list[int]
-    allowed: Tensor
+    bits: Tensor
     failures: dict[int, Cause]
 
-    def apply(self, logits: Tensor) -> None:
-        """What is not allowed becomes -inf, unless it is broken: no mask hides that."""
+    def apply(self, logits: Tensor, kernels: TokenKernels) -> None:
+        """What is not allowed becomes -inf, unless it is broken."""
         if self.rows:
-            values = logits[self.rows]
-            keeps = self.allowed.to(logits.device) | ~(values < torch.inf)
-            logits[self.rows] = torch.where(keeps, values, -torch.inf)
+            rows = torch.tensor(self.rows, device=logits.device)
+            kernels.allow(logits, rows, self.bits.to(logits.device))
 
     def of_row(self, row: int) -> Masks:
         """The same for a row alone."""
         at = [index for index, one in enumerate(self.rows) if one == row]
         failures = {0: self.failures[row]} if row in self.failures else {}
-        return Masks([0] * len(at), self.allowed[at], failures)
+        return Masks([0] * len(at), self.bits[at], failures)
 
 
 class MaskMaker:
@@ -69,20 +70,21 @@ class MaskMaker:
 def make_masks(constrained: Sequence[Constrained], vocab_size: int) -> Masks:
     rows: list[int] = []
     failures: dict[int, Cause] = {}
-    allowed = np.zeros((len(constrained), vocab_size), np.bool_)
+    words = np.zeros((len(constrained), -(-vocab_size // 32)), np.int32)
     for one in constrained:
         try:
-            bits = np.frombuffer(one.state.allowed(one.output_token_ids), np.uint8)
+            allowed = np.frombuffer(one.state.allowed(one.output_token_ids), np.uint8)
         except InvalidRequest as error:
             failures[one.row] = error
             continue
         except Exception as error:
             failures[one.row] = f"it cannot go on in its grammar: {one_line(error)}"
             continue
-        mask = np.unpackbits(bits, count=min(vocab_size, 8 * len(bits)), bitorder="little")
-        allowed[len(rows), : len(mask)] = mask
+        of_row = words[len(rows)].view(np.uint8)
+        num_bytes = min(len(of_row), len(allowed))  # a grammar knows no tokens that a model only has room for
+        of_row[:num_bytes] = allowed[:num_bytes]
         rows.append(one.row)
-    return Masks(rows, torch.from_numpy(allowed[: len(rows)]), failures)
+    return Masks(rows, torch.from_numpy(words[: len(rows)]), failures)
 
 
 def followed(constrained: Sequence[Constrained], sampled: Sampled) -> Sampled:

@@ -18,6 +18,7 @@ from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
 from msi.kernels.norm import HeadNorm, Norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.penalties import Penalties
 from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows, RowDtypes
 
@@ -91,7 +92,26 @@ class ExpertBank(Protocol):
         """
 
 
-class Kernels(Protocol):
+class TokenKernels(Protocol):
+    """From logits float32 [n, vocab_size] to tokens; the first three change them in place."""
+
+    def allow(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+        """As `msi.kernels.penalties.allow` says."""
+
+    def add_bias(self, logits: Tensor, at: Tensor, bias: Tensor) -> None:
+        """As `msi.kernels.penalties.add_bias` says."""
+
+    def penalise(self, logits: Tensor, penalties: Penalties) -> None:
+        """As `msi.kernels.penalties.penalise` says."""
+
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's best token and its logit, as `msi.kernels.sampling.best` says."""
+
+    def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """One token per row, as `msi.kernels.sampling.draw` says."""
+
+
+class Kernels(TokenKernels, Protocol):
     """`hidden` is the residual stream, [num_tokens, h]; `normed` the rows that come out of a norm of it.
 
     Attributes:
@@ -204,9 +224,3 @@ class Kernels(Protocol):
 
     def logits(self, normed: Tensor, rows: Tensor, lm_head: Linear) -> Tensor:
         """float32 [num_logits, vocab_size] of these rows."""
-
-    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's best token and its logit, as `msi.kernels.sampling.best` says."""
-
-    def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """One token per row, as `msi.kernels.sampling.draw` says."""

@@ -19,6 +19,7 @@ from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
 from msi.kernels.norm import HeadNorm, Norm, norm_heads
 from msi.kernels.paged_attention import AttentionShape, paged_attention, plan_attention, write_kv
 from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.penalties import Penalties, add_bias, allow, penalise
 from msi.kernels.quantized import Quantized
 from msi.kernels.rope import apply_rope, rope_table
 from msi.kernels.routing import PackedRows, RowDtypes, topk_sigmoid, topk_softmax
@@ -148,6 +149,15 @@ class PlainKernels:
         if len(rows) < len(normed):
             normed = normed.index_select(0, rows)
         return lm_head(normed).to(torch.float32)
+
+    def allow(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+        allow(logits, rows, bits)
+
+    def add_bias(self, logits: Tensor, at: Tensor, bias: Tensor) -> None:
+        add_bias(logits, at, bias)
+
+    def penalise(self, logits: Tensor, penalties: Penalties) -> None:
+        penalise(logits, penalties)
 
     def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         return best(logits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from msi.kernels.paged_attention import AttentionShape
-from msi.kernels.triton import sampling
+from msi.kernels.triton import penalties, sampling
 from msi.kernels.triton.attention_plan import ITEM, chunk_tiles, split_tiles, warps_and_stages
 from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
 
@@ -123,6 +123,7 @@ def small_kernels(architecture, dtype=BF16):
                  {"HAS_SINKS": True, "GROUP": 6, "num_kv": 8, "head_dim": 128, "BLOCK_M": 16, "D": 128, "ITEM": ITEM},
                  architecture, unaligned=("part_starts",)), 1),
         *((request, 0) for request in sampling_kernels(architecture)),
+        *zip(penalty_kernels(architecture), (1, 0, 0, 0, 0), strict=True),
     ]  # fmt: skip
 
 
@@ -160,6 +161,24 @@ def sampling_kernels(architecture):
         request("merge_best_kernel", {"PARTS": 256}, 1),
         *(request(name, sizes, 4) for name in ("histogram_kernel", "gather_kernel", "draw_kernel")),
     ]
+
+
+def penalty_kernels(architecture):
+    """Masks first, whose rows are whole lines."""
+    types = {
+        "logits": F32, "rows": I64, "bits": I32, "at": I64, "bias": F32, "counts": I32, "seen": I64, "numbers": F32,
+        "vocab_size": "i32", "row_stride": "i32", "num_words": "i32", "num": "i32", "num_rows": "i32",
+    }  # fmt: skip
+
+    def request(name, block):
+        names = [name for name in getattr(penalties, name).arg_names if name != "BLOCK"]
+        return Request(
+            f"msi.kernels.triton.penalties:{name}", {name: types[name] for name in names}, {"BLOCK": block},
+            architecture, unaligned=tuple(name for name in ("num", "num_rows", "num_words") if name in names),
+        )  # fmt: skip
+
+    names = ("add_bias_kernel", "clear_kernel", "count_kernel", "penalise_kernel")
+    return [request("allow_kernel", penalties.MAX_BLOCK), *(request(name, penalties.ENTRIES) for name in names)]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from msi.kernels.kernels import Kernels, Outboxes
 from msi.kernels.norm import HeadNorm, Norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.penalties import Penalties
 from msi.kernels.plain import PlainKernels
 from msi.kernels.quantized import held, joined
 from msi.kernels.rope import rope_frequencies
@@ -75,19 +76,19 @@ class Numbers:
     def __init__(self, device: torch.device, given: torch.dtype, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self._given = given
-        self._generator = torch.Generator(device).manual_seed(0)
+        self.generator = torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(shape, generator=self._generator, device=self.device) * scale
+        values = torch.randn(shape, generator=self.generator, device=self.device) * scale
         return values.to(self._given).to(self.dtype)
 
     def distinct(self, *shape: int) -> Tensor:
         """float32, not rounded, so that no two are equal."""
-        return torch.randn(shape, generator=self._generator, device=self.device)
+        return torch.randn(shape, generator=self.generator, device=self.device)
 
     def choices(self, num_rows: int, k: int, most: int) -> Tensor:
         """int64 [num_rows, k], different within a row."""
-        return torch.rand(num_rows, most, generator=self._generator, device=self.device).topk(k).indices
+        return torch.rand(num_rows, most, generator=self.generator, device=self.device).topk(k).indices
 
 
 Make = Callable[[Kernels, Size, Numbers], Case]
@@ -233,6 +234,37 @@ def draw_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     )
 
 
+def mask_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    """Every row held to a mask that allows one token in four; what is not is a number, so that it can be compared."""
+    logits = numbers.distinct(size.num_tokens, size.vocab_size)
+    rows = torch.arange(size.num_tokens, device=numbers.device)
+    shape = (2, size.num_tokens, -(-size.vocab_size // 32))
+    one, other = torch.randint(-(1 << 31), 1 << 31, shape, generator=numbers.generator, device=numbers.device)
+    bits = (one & other).to(torch.int32)
+    return Case(
+        lambda: kernels.allow(logits, rows, bits), lambda: logits.clamp(min=-100.0), 2 * logits.nbytes + bits.nbytes
+    )
+
+
+def penalties_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    """Every row with all three, for a context of random tokens, half of them its prompt's."""
+    logits, num = numbers.distinct(size.num_tokens, size.vocab_size) * 3, size.num_tokens * size.context_len
+    which = torch.arange(size.num_tokens, device=numbers.device).repeat(size.context_len)
+    tokens = torch.randint(size.vocab_size, (num,), generator=numbers.generator, device=numbers.device)
+    counts = torch.ones_like(tokens)
+    counts[: num // 2] = 0
+    of_row = torch.tensor([[1.2, 0.3, 0.5]], device=numbers.device).repeat(size.num_tokens, 1).T
+    rows = torch.arange(size.num_tokens, device=numbers.device)
+    penalties = Penalties(rows, of_row, torch.stack((which, tokens, counts)), num // 2)
+    changed = torch.empty_like(logits)
+
+    def run() -> None:
+        changed.copy_(logits)
+        kernels.penalise(changed, penalties)
+
+    return Case(run, lambda: changed, 2 * logits.nbytes + 3 * which.nbytes)
+
+
 def best_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     """Greedy tokens; every error is another token."""
     logits = numbers.distinct(size.num_tokens, size.vocab_size)
@@ -318,6 +350,8 @@ CASES: dict[str, Make] = {
     "experts in float8 of rows in float8, answers too": partial(
         experts_case, format="fp8", rows_in_eight_bits=True, answers_in_eight_bits=True
     ),
+    "masks of allowed tokens": mask_case,
+    "penalties for tokens seen": penalties_case,
     "greedy tokens": best_case,
     "drawing tokens": draw_case,
 }

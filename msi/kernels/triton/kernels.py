@@ -19,10 +19,11 @@ from msi.kernels.kernels import ExpertBank, Linear, Outboxes
 from msi.kernels.norm import HeadNorm, Norm, layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
+from msi.kernels.penalties import Penalties
 from msi.kernels.plain import PlainKernels
 from msi.kernels.quantized import Quantized
 from msi.kernels.routing import PackedRows
-from msi.kernels.triton import attention, attention_plan, rope, routing, rows, sampling
+from msi.kernels.triton import attention, attention_plan, penalties, rope, routing, rows, sampling
 from msi.kernels.triton.attention_plan import PagedPlan
 from msi.kernels.triton.expert_bank import new_expert_bank
 from msi.kernels.triton.linear import Float8Linear
@@ -185,6 +186,15 @@ class TritonKernels(PlainKernels):
         return rows.combine_norm(hidden, answers, sent, norm.weight, norm.eps, _is_layer_norm(norm))
 
     # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def allow(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+        penalties.allow(logits, rows, bits)
+
+    def add_bias(self, logits: Tensor, at: Tensor, bias: Tensor) -> None:
+        penalties.add_bias(logits, at, bias)
+
+    def penalise(self, logits: Tensor, penalties_: Penalties) -> None:
+        penalties.penalise(logits, penalties_)
 
     def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         return sampling.best(logits)
