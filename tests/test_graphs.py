@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
 
-from msi.attention import graphs
+from msi.attention import capturing, graphs
 from msi.attention.forward import PassState
-from msi.attention.graphs import Bucket, LaneGraphs, bucket_of, filled_up
+from msi.attention.graphs import Bucket, LaneGraphs, bucket_of, buckets_of, filled_up
 from msi.device.fake.streams import FakeStreams
 from msi.device.stream_device import StreamDevice
 from msi.kernels.plain import PlainKernels
 from msi.kernels.replicas import PlacementTables
 from msi.types import MicroBatch
+from msi.worker.loading import ModelFiles
 from msi.worker.torch_host import TorchHost
 from tests.engine_in_tasks import engine_in_tasks
 from tests.everyday import SOME_FAMILIES
@@ -46,10 +48,10 @@ def checkpoint(request, tmp_path_factory):
     return path, references(model, [1, 17, 64], NUM_TOKENS)
 
 
-def graph_engine(path, layout=(1, 1), micro_batches=1, **options):
+def graph_engine(path, layout=(1, 1), micro_batches=1, max_num_seqs=4, max_model_len=128):
     return engine_in_tasks(
         GraphHost, transport="inproc", model=path, attention_workers=layout[0], expert_workers=layout[1],
-        micro_batches=micro_batches, slot_rows=48, **options,
+        micro_batches=micro_batches, slot_rows=48, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
     )  # fmt: skip
 
 
@@ -60,6 +62,72 @@ async def test_tokens_equal_transformers(checkpoint, drivers, layout, micro_batc
     async with graph_engine(path, layout, micro_batches) as engine:
         await check_equal(engine, expected, 0)
     assert sum(driver.num_replayed for driver in drivers) > NUM_TOKENS, "most of what decodes is replayed"
+
+
+def logged(caplog, what):
+    return [record.getMessage() for record in caplog.records if what in record.getMessage()]
+
+
+async def test_all_is_captured_before_an_instance_takes_requests_and_nothing_after(tmp_path, drivers, caplog):
+    caplog.set_level(logging.INFO)
+    expected = references(save_tiny(tmp_path, family="glm4"), [1, 17], NUM_TOKENS)  # has dense layers, shared experts
+    async with graph_engine(tmp_path, (1, 2), 2, max_num_seqs=2, max_model_len=300) as engine:
+        before = sum(driver.num_captured for driver in drivers)
+        await check_equal(engine, expected, 0)
+        assert sum(driver.num_captured for driver in drivers) == before
+    config = ModelFiles(tmp_path).config
+    num_buckets = 2 * 2  # 1 sequence, or 2; of up to 256 tokens, or of more
+    assert before == 2 * num_buckets * 2 * config.num_sparse_layers
+    assert sum(driver.num_replayed for driver in drivers) > before + NUM_TOKENS, "tokens came from graphs"
+    assert logged(caplog, f"{before} graphs of decode passes of up to 2 sequences captured")
+
+
+async def test_an_instance_of_which_nothing_can_be_captured_says_so_and_serves(tmp_path, monkeypatch, caplog):
+    def refuse(self, memory, work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(FakeStreams, "capture", refuse)
+    expected = references(save_tiny(tmp_path, family="mixtral"), [17], NUM_TOKENS)
+    async with graph_engine(tmp_path, (1, 1), 2) as engine:
+        told = logged(caplog, "decoding is launched piece by piece: no graph of it could be captured: operation not")
+        assert len(told) == 2, "once for each lane"
+        await check_equal(engine, expected, 0)
+
+
+async def test_long_capturing_says_how_far_it_is(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(capturing, "SAID_EACH_S", 0.0)
+    lanes = [LaneGraphs(Counted(), 8), None, LaneGraphs(Counted(), 8)]
+    seen = []
+
+    async def capture(lane, bucket):
+        seen.append((lane, bucket))
+        if bucket.num_seqs == 1 and lane == 2:
+            lanes[2].give_up(RuntimeError("no"))
+
+    buckets = buckets_of(2, 8, 100)
+    await capturing.capture_all(lanes, buckets, capture, lambda: 0)
+    assert seen == [(0, Bucket(1, 16)), (2, Bucket(1, 16)), (0, Bucket(2, 16))], "no more of a lane that gave up"
+    assert logged(caplog, "captured: 4 of 4 sizes and lanes")
+    assert logged(caplog, "1 lanes of 3 have none")
+
+
+def test_buckets_are_those_that_passes_can_be_in():
+    assert buckets_of(6, 512, 300) == [Bucket(size, width) for width in (16, 32) for size in (1, 2, 4, 8)]
+    assert buckets_of(64, 40, 256) == [Bucket(size, 16) for size in (1, 2, 4, 8, 16, 24, 32, 40)]
+    assert buckets_of(1, 512, 1) == [Bucket(1, 16)]
+    assert buckets_of(10_000, 512, 16)[-1] == Bucket(256, 16)
+    possible = buckets_of(48, 512, 1000)
+    for num_seqs in range(1, 49):
+        for length in (1, 256, 257, 1000):
+            assert bucket_of(decoding(*(length,) * num_seqs), 512) in possible
+
+
+def test_a_pass_of_a_size_that_was_left_out_is_launched_piece_by_piece():
+    lane = LaneGraphs(Counted(), 512, [Bucket(2, 16)])
+    assert lane.bucket_of(decoding(3, 4)) == Bucket(2, 16)
+    assert lane.bucket_of(decoding(3, 4, 5)) is None
+    assert lane.bucket_of(decoding(3, 257)) is None
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from msi.attention.graphs import SIZES
-from msi.attention.pass_memory import bytes_of_passes, graph_bytes, largest_batch
+from msi.attention.graphs import Bucket
+from msi.attention.pass_memory import GRAPH_BYTES, bytes_of_passes, graph_bytes, graphed, largest_batch
 from msi.control.messages import Assignment
 from msi.errors import ConfigError
 from msi.kernels import BLOCK_TOKENS
@@ -26,7 +26,7 @@ DTYPE = torch.float32
 
 
 class Device(PlainDevice):
-    """Attributes: graphs: whether it has some; free_bytes: that are free."""
+    """Attributes: free_bytes: that are free."""
 
     graphs = None
 
@@ -67,12 +67,21 @@ def test_every_lane_has_what_the_largest_pass_took_at_the_most_the_second_time()
     assert ran == ["cpu"]
 
 
-def test_what_graphs_keep_is_counted_for_each_lane():
-    device = Device()
-    device.graphs = object()
-    config, num_bytes = taken(device, lambda *_: 0, max_num_seqs=4)
-    rows = sum(size for size in SIZES if size <= 48)
-    assert num_bytes == 3 * 2 * rows * config.hidden_size * 4 * config.num_layers == 3 * graph_bytes(config, DTYPE, 48)
+def test_what_graphs_keep_is_counted_for_each_lane_and_size():
+    config, limits = ModelFiles(DEMO_MODEL).config, SchedulerLimits(500, max_num_seqs=4)
+    found = graphed(config, DTYPE, limits, LinkShape(3, 48), 1e12)
+    assert found.buckets == tuple(Bucket(size, width) for width in (16, 32) for size in (1, 2, 4))
+    rows = 2 * 2 * (1 + 2 + 4) * config.hidden_size * DTYPE.itemsize
+    assert found.num_bytes == 3 * config.num_layers * (rows + 6 * GRAPH_BYTES)
+
+
+def test_graphs_that_would_leave_too_little_for_the_cache_are_left_out_with_a_sentence(caplog):
+    config, limits = ModelFiles(DEMO_MODEL).config, SchedulerLimits(500, max_num_seqs=4)
+    one = 3 * graph_bytes(config, DTYPE, Bucket(1, 16))
+    found = graphed(config, DTYPE, limits, LinkShape(3, 48), 8.5 * one)
+    assert found == ((Bucket(1, 16),), one)
+    assert "of 6 sizes of decode passes 1 are captured" in caplog.text
+    assert graphed(config, DTYPE, limits, LinkShape(3, 48), 0.0) == ((), 0)
 
 
 def test_a_pass_that_does_not_fit_is_said_with_what_to_give():

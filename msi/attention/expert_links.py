@@ -65,6 +65,7 @@ class ExpertLinks:
         self._assignment = assignment
         self._report = report
         self._was_complete = False  # as was said last
+        self._is_prepared = False  # for the first pass
         self._wanted: dict[int, ExpertAddress] = {}
         self._connected: dict[int, ExpertAddress] = {}
         self._topology_changed = Alarm()
@@ -72,7 +73,11 @@ class ExpertLinks:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every expert is on a worker that is connected."""
+        """Whether every expert is on a worker that is connected, and was so since passes can begin."""
+        return self._is_prepared and self._has_all
+
+    @property
+    def _has_all(self) -> bool:
         return not self._missing(self.link.nodes.missing)
 
     def _missing(self, nodes: Sequence[int]) -> str:
@@ -117,6 +122,9 @@ class ExpertLinks:
             return False
         self._connected[node] = expert
         self._use_nodes()
+        if not self._is_prepared and self._has_all:
+            await half.prepare()
+            self._is_prepared = True
         self.link.look_again()
         self._say_if_changed()
         return True

@@ -3,13 +3,14 @@
 A pass in which every sequence has one token is filled up to the next of a few sizes (`Bucket`), with rows that are
 nobody's: they go to no expert, and their keys to the block that pads block tables. What the pass is made from is copied
 to where the first such pass had it, and each part of a layer runs piece by piece once, which loads what it needs, is
-captured the next time, and replayed from then on. Knows no queues, slots or arithmetic.
+captured the next time, and replayed from then on; `capturing.py` has both done before the first pass that was asked
+for. Knows no queues, slots or arithmetic.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +32,22 @@ class Bucket(NamedTuple):
 
     num_seqs: int
     num_blocks: int
+
+
+def buckets_of(max_seqs: int, max_rows: int, max_len: int) -> list[Bucket]:
+    """All that passes can be in, those of short contexts first.
+
+    Args:
+        max_seqs: that decode at a time.
+        max_rows: of a slot.
+        max_len: of a sequence.
+    """
+    most = min(max_seqs, max_rows, SIZES[-1])
+    sizes = [size for size in SIZES if size < most] + [min(next(size for size in SIZES if size >= most), max_rows)]
+    widths = [LEAST_BLOCKS]
+    while widths[-1] * BLOCK_TOKENS < max_len:
+        widths.append(2 * widths[-1])
+    return [Bucket(size, width) for width in widths for size in sizes]
 
 
 def bucket_of(batch: MicroBatch, max_seqs: int) -> Bucket | None:
@@ -86,19 +103,31 @@ class LaneGraphs:
 
     Args:
         max_seqs: rows of a slot.
+        buckets: of which graphs are made; None for any.
+
+    Attributes:
+        is_eager: nothing is captured any more, as something could not be.
     """
 
-    def __init__(self, graphs: Graphs, max_seqs: int) -> None:
+    def __init__(self, graphs: Graphs, max_seqs: int, buckets: Collection[Bucket] | None = None) -> None:
         self.num_captured = 0
+        self.is_eager = False
         self._graphs = graphs
         self._max_seqs = max_seqs
+        self._buckets = None if buckets is None else frozenset(buckets)
         self._memory = graphs.graph_memory()
         self._alike: dict[Bucket, AlikePasses] = {}
-        self._is_eager = False
 
     def bucket_of(self, batch: MicroBatch) -> Bucket | None:
         """None where the pass is to be launched piece by piece."""
-        return None if self._is_eager else bucket_of(batch, self._max_seqs)
+        bucket = None if self.is_eager else bucket_of(batch, self._max_seqs)
+        return bucket if self._buckets is None or bucket in self._buckets else None
+
+    def give_up(self, error: Exception) -> None:
+        """Passes that begin from now on are launched piece by piece."""
+        if not self.is_eager:
+            self.is_eager = True
+            log.warning("decoding is launched piece by piece: no graph of it could be captured: %s", error)
 
     def begin(self, bucket: Bucket, state: PassState) -> AlikePasses:
         """The pass that was begun as `state`, in the memory of its bucket."""
@@ -124,7 +153,7 @@ class LaneGraphs:
         if captured is not None and all(map(_is_same, captured.outside, outside)):
             self._graphs.replay(captured.graph)
             _refer(state, captured.behind)
-        elif part not in alike.met or self._is_eager:
+        elif part not in alike.met or self.is_eager:
             work()
             alike.met.add(part)
         else:
@@ -132,8 +161,7 @@ class LaneGraphs:
             try:
                 graph = self._graphs.capture(self._memory, work)
             except RuntimeError as error:
-                self._is_eager = True
-                log.warning("decoding is launched piece by piece: no graph of it could be captured: %s", error)
+                self.give_up(error)
                 _refer(state, before)
                 work()
                 return

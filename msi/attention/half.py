@@ -10,15 +10,16 @@ programs on the device; the others only enqueue. Knows no arithmetic, sockets or
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from msi.attention.capturing import capture_all
 from msi.attention.forward import Forward, PassState
-from msi.attention.graphs import AlikePasses, LaneGraphs, filled_up
+from msi.attention.graphs import AlikePasses, Bucket, LaneGraphs, filled_up
 from msi.attention.kv_cache import KvCache
 from msi.attention.launching import LanePrograms, LaneQueues
 from msi.attention.layers_at_once import layers_at_once
@@ -41,6 +42,8 @@ from msi.net.dispatch_link import DispatchLink
 from msi.net.regions import Region
 from msi.net.slots import SlotLayout
 from msi.types import MicroBatch, Placement, Sampled
+
+NOBODY = MicroBatch((), (), (), (), ())  # a pass of fillers alone
 
 
 @dataclass(slots=True)
@@ -72,6 +75,7 @@ class AttentionHalf:
         landing: where combined rows land: [num_nodes, stride] of `answer_layout` slots' rows.
         beside: all experts, on the device's one thread: a pass then goes through both halves as they lie, and posts
             nothing. Rows do not travel in eight bits.
+        buckets: sizes of decode passes that are captured, on a device that has graphs; None for all, as they come.
         dispatch_layout, answer_layout: the slots on either side of the link.
     """
 
@@ -88,6 +92,7 @@ class AttentionHalf:
         answer_layout: SlotLayout,
         landing: Region,
         beside: ExpertHalf | None = None,
+        buckets: Collection[Bucket] | None = None,
     ) -> None:
         self.num_layers = config.num_sparse_layers
         self.meter = StageMeter()  # T_a, without shared experts
@@ -105,7 +110,8 @@ class AttentionHalf:
         self._masks = MaskMaker(config.vocab_size)
         self._inputs = [PassInputs(device.upload) for _ in lanes]
         graphs, max_rows = device.graphs, dispatch_layout.slot_rows
-        self._graphs = [None if graphs is None else LaneGraphs(graphs, max_rows) for _ in lanes]
+        self._buckets = tuple(buckets or ())
+        self._graphs = [None if graphs is None else LaneGraphs(graphs, max_rows, buckets) for _ in lanes]
         self._launched: list[deque[_Launched]] = [deque() for _ in lanes]  # passes whose first layer has not run yet
         self._current: list[_Launched | None] = [None for _ in lanes]
         self._lanes: list[_InFlight | None] = [None for _ in lanes]
@@ -153,6 +159,10 @@ class AttentionHalf:
         if missing != self._missing:
             self._missing = missing
             self.forward.use_placement(self._placement, missing)
+
+    async def prepare(self) -> None:
+        """What decoding is captured as is there, before the first pass; all nodes are attached."""
+        await capture_all(self._graphs, self._buckets, self._capture, self._device.free_memory_bytes)
 
     # -- msi.attention.lanes.AttentionCompute --------------------------------------------------------------------------
 
@@ -205,6 +215,13 @@ class AttentionHalf:
             self._whole.close()
         self._queues.close()
         self._masks.close()
+
+    async def _capture(self, lane: int, bucket: Bucket) -> None:
+        graphs = self._graphs[lane]
+        assert graphs is not None, f"lane {lane} has no graphs"
+        run = partial(self._run_fillers, lane, bucket)
+        await self._queues.alone(lane, Program(run, graphs.give_up, StageMeter(), "capture", lane))
+        self._lanes[lane] = None
 
     # -- programs ----------------------------------------------------------------------------------------------------
 
@@ -340,17 +357,33 @@ class AttentionHalf:
     # -- work --------------------------------------------------------------------------------------------------------
 
     def _begin(self, lane: int, launched: _Launched) -> None:
-        batch, tables, graphs, alike = launched.micro_batch, launched.tables, self._graphs[lane], None
+        batch, tables, graphs = launched.micro_batch, launched.tables, self._graphs[lane]
         bucket = None if graphs is None else graphs.bucket_of(batch)
         if graphs is None or bucket is None:
-            state = self.forward.begin(batch, *self._inputs[lane].lay_out(batch), tables)
+            in_flight = _InFlight(self.forward.begin(batch, *self._inputs[lane].lay_out(batch), tables))
         else:
-            inputs = self._inputs[lane].lay_out(filled_up(batch, bucket), bucket.num_blocks)
-            begun = self.forward.begin(batch, *inputs, tables, bucket.num_seqs - batch.num_tokens)
-            alike = graphs.begin(bucket, begun)
-            state = alike.state
-        state.masks = launched.masks
-        self._lanes[lane] = _InFlight(state, alike)
+            in_flight = self._begin_alike(lane, batch, bucket, tables, graphs)
+        in_flight.state.masks = launched.masks
+        self._lanes[lane] = in_flight
+
+    def _begin_alike(
+        self, lane: int, batch: MicroBatch, bucket: Bucket, tables: PlacementTables, graphs: LaneGraphs
+    ) -> _InFlight:
+        inputs = self._inputs[lane].lay_out(filled_up(batch, bucket), bucket.num_blocks)
+        begun = self.forward.begin(batch, *inputs, tables, bucket.num_seqs - batch.num_tokens)
+        alike = graphs.begin(bucket, begun)
+        return _InFlight(alike.state, alike)
+
+    def _run_fillers(self, lane: int, bucket: Bucket) -> None:
+        """Twice: so that what is loaded is, and so that it is captured."""
+        graphs = self._graphs[lane]
+        assert graphs is not None, f"lane {lane} has no graphs"
+        for _ in range(2):
+            self._lanes[lane] = self._begin_alike(lane, NOBODY, bucket, self.forward.tables, graphs)
+            for layer in range(self.num_layers):
+                self._turn(lane, layer)
+                if self.forward.has_shared:
+                    self._shared(lane, layer)
 
     def _turn(self, lane: int, layer: int) -> None:
         state, outboxes = self._state(lane), self._outboxes[lane]

@@ -7,6 +7,7 @@
     pack_again        the rows of a turn whose gate is closed are packed anew: run(again), signal(again, n), on a queue
                       beside that of the lane, which waits
     sampled           the tokens are there
+    alone             run(something else), signal(alone, n), while the lane has no pass
 
 Knows programs by their places alone; knows no tensors, sockets or sequences.
 """
@@ -53,15 +54,15 @@ class LanePrograms(Generic[P]):
 
 class _Lane(Generic[P]):
     __slots__ = (
-        "again", "first", "gate", "last", "link", "next", "num_again", "packed", "programs", "queue", "sampled",
-        "turn_again", "waiter",
+        "again", "alone", "first", "gate", "last", "link", "next", "num_again", "num_alone", "packed", "programs",
+        "queue", "sampled", "turn_again", "waiter",
     )  # fmt: skip
 
     def __init__(self, device: QueueDevice[P], index: int, programs: LanePrograms[P]) -> None:
         self.programs = programs
         self.queue: Queue[P] = device.queue(f"lane {index}")
-        self.gate, self.packed, self.sampled, self.again = (device.words.take() for _ in range(4))
-        self.num_again = self.turn_again = 0
+        self.gate, self.packed, self.sampled, self.again, self.alone = (device.words.take() for _ in range(5))
+        self.num_again = self.turn_again = self.num_alone = 0
         self.link: Link | None = None
         self.first = self.next = 1  # turns of the pass, and the one to be launched next
         self.last = 0
@@ -98,7 +99,8 @@ class LaneQueues(Generic[P]):
         for index, lane in enumerate(self._lanes):
             device.follow(lane.packed, partial(self._packed, index))
             device.follow(lane.again, partial(self._packed_again, index))
-            device.watch(lane.sampled, partial(self._sampled, index))
+            device.watch(lane.sampled, partial(self._woken, index))
+            device.watch(lane.alone, partial(self._woken, index))
 
     def launch(self, lane_index: int, first: int, link: Link) -> None:
         """Begins a pass whose first turn is `first`. All gates of the pass before have been opened."""
@@ -133,14 +135,25 @@ class LaneQueues(Generic[P]):
     async def sampled(self, lane_index: int) -> None:
         """Until the pass's tokens are there, or what was raised in their place. Cancelling leaves nothing behind."""
         lane = self._lanes[lane_index]
-        while not self._words.is_there(lane.sampled, lane.last):
+        await self._signalled(lane, lane.sampled, lane.last)
+
+    async def alone(self, lane_index: int, program: P) -> None:
+        """Runs it on the lane's queue, which has no pass; until it is through, or has failed."""
+        lane = self._lanes[lane_index]
+        lane.num_alone += 1
+        lane.queue.run(program)
+        lane.queue.signal(lane.alone, lane.num_alone)
+        await self._signalled(lane, lane.alone, lane.num_alone)
+
+    async def _signalled(self, lane: _Lane[P], word: int, value: int) -> None:
+        while not self._words.is_there(word, value):
             lane.waiter = asyncio.get_running_loop().create_future()
             await lane.waiter
 
     def close(self) -> None:
         """Gives the words back, so that the device holds nothing of ours. No pass is in flight any more."""
         for lane in self._lanes:
-            for word in (lane.gate, lane.packed, lane.sampled, lane.again):
+            for word in (lane.gate, lane.packed, lane.sampled, lane.again, lane.alone):
                 self._words.give_back(word)
 
     def _launch_next(self, lane: _Lane[P]) -> None:
@@ -174,7 +187,7 @@ class LaneQueues(Generic[P]):
         if number == lane.num_again:
             lane.link.packed_again(lane_index, lane.turn_again)
 
-    def _sampled(self, lane_index: int, turn: int) -> None:
+    def _woken(self, lane_index: int, value: int) -> None:
         waiter = self._lanes[lane_index].waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

@@ -6,13 +6,15 @@ device, which is asked what it had at the most; what captured graphs keep is cou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from msi.attention.forward import Forward
-from msi.attention.graphs import SIZES
+from msi.attention.graphs import Bucket, buckets_of
 from msi.attention.kv_cache import KvCache
 from msi.attention.warming import run_alone
 from msi.device.device import Device
@@ -24,6 +26,10 @@ from msi.models.config import ModelConfig
 from msi.settings import LinkShape, SchedulerLimits
 from msi.types import MicroBatch, Placement, TokenSampling
 
+log = logging.getLogger(__name__)
+
+GRAPH_BYTES = 128 << 10  # of a layer's graph: some 20 kernels, of which 60 took 315 KB on an H100
+GRAPHS_SHARE = 1 / 8  # of the memory for KV cache, that graphs may take
 SAMPLING = TokenSampling(0.7, 0.9, 5, 0, 0)
 
 
@@ -39,7 +45,7 @@ def bytes_of_passes(
     link: LinkShape,
     peak_bytes: Callable[[torch.device, Callable[[], object]], int] | None = None,
 ) -> int:
-    """Of all lanes together. Waits for the device; nothing else may run on it.
+    """Of all lanes together, without graphs. Waits for the device; nothing else may run on it.
 
     Args:
         peak_bytes: that the device had at the most while something ran, beyond what it had before.
@@ -60,8 +66,7 @@ def bytes_of_passes(
             f"a pass of {num_tokens} tokens does not fit beside the weights ({error}); give a smaller "
             "`max_num_batched_tokens`, or fewer `slot_rows`"
         ) from error
-    of_graphs = 0 if device.graphs is None else graph_bytes(config, row_dtypes.computed, link.slot_rows)
-    return link.num_lanes * (of_pass + of_graphs)
+    return link.num_lanes * of_pass
 
 
 def largest_batch(num_tokens: int, max_num_seqs: int) -> MicroBatch:
@@ -81,10 +86,40 @@ def largest_batch(num_tokens: int, max_num_seqs: int) -> MicroBatch:
     )
 
 
-def graph_bytes(config: ModelConfig, dtype: torch.dtype, max_seqs: int) -> int:
-    """That one lane's graphs keep: of each layer and size of pass the rows that it sent, and those it was given."""
-    num_rows = sum(size for size in SIZES if size <= max_seqs)
-    return 2 * num_rows * config.hidden_size * dtype.itemsize * config.num_layers
+class Graphed(NamedTuple):
+    """What is captured, and what that may take of the memory, of all lanes together."""
+
+    buckets: tuple[Bucket, ...]
+    num_bytes: int
+
+
+def graphed(
+    config: ModelConfig, dtype: torch.dtype, limits: SchedulerLimits, link: LinkShape, free_bytes: float
+) -> Graphed:
+    """As many sizes of decode passes as fit, those of short contexts first; the log says what is left out."""
+    wanted = buckets_of(limits.max_num_seqs, link.slot_rows, limits.max_model_len)
+    buckets: list[Bucket] = []
+    num_bytes = 0
+    for bucket in wanted:
+        more = link.num_lanes * graph_bytes(config, dtype, bucket)
+        if num_bytes + more > GRAPHS_SHARE * free_bytes:
+            log.warning(
+                "of %d sizes of decode passes %d are captured, for which %.0f MB are set aside; those of more than %d "
+                "sequences over %d tokens each are launched piece by piece. Smaller `max_model_len` or `max_num_seqs` "
+                "would leave fewer", len(wanted), len(buckets), num_bytes / 1e6,
+                buckets[-1].num_seqs if buckets else 0, bucket.num_blocks * BLOCK_TOKENS,
+            )  # fmt: skip
+            break
+        buckets.append(bucket)
+        num_bytes += more
+    return Graphed(tuple(buckets), num_bytes)
+
+
+def graph_bytes(config: ModelConfig, dtype: torch.dtype, bucket: Bucket) -> int:
+    """That one lane's graphs keep: of each layer the graph, the rows that it sent, and those it was given."""
+    rows = 2 * bucket.num_seqs * config.hidden_size * dtype.itemsize
+    num_parts = 1 if config.shared_intermediate_size is None else 2
+    return config.num_layers * (rows + num_parts * GRAPH_BYTES)
 
 
 def cuda_peak_bytes(device: torch.device, work: Callable[[], object]) -> int:

@@ -92,6 +92,9 @@ class SimulatedAttention:
     def attach(self, node: int, out_rows: Region) -> None:
         self._slots[node] = self._layout.split_rows(out_rows.host())
 
+    async def prepare(self) -> None:
+        """There is nothing to be done."""
+
     def use_placement(self, placement: Placement) -> None:
         self._placement = placement
         self._view = self._routing.view(placement, self._missing)

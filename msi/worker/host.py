@@ -56,6 +56,10 @@ class AttentionPart(AttentionCompute, Protocol):
     def attach(self, node: int, out_rows: Region) -> None:
         """Rows for this expert node go into `out_rows` from now on."""
 
+    async def prepare(self) -> None:
+        """What may take long before the first pass, once all nodes are attached. Cancelling leaves nothing behind that
+        hinders."""
+
     def use_placement(self, placement: Placement) -> None:
         """Passes that begin from now on send rows where it says."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from msi.attention.half import AttentionHalf
 from msi.attention.kv_cache import KvCache
-from msi.attention.pass_memory import bytes_of_passes
+from msi.attention.pass_memory import Graphed, bytes_of_passes, graphed
 from msi.attention.warming import warm
 from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
@@ -109,6 +109,7 @@ class TorchModel:
         self._device = device
         self._memory_utilization = memory_utilization
         self._experts: ExpertHalf | None = None  # that was made last
+        self._graphed = self._captured() if assignment.has_attention else Graphed((), 0)
 
     @property
     def has_attention(self) -> bool:
@@ -127,8 +128,19 @@ class TorchModel:
                 self._files.config, self.part.attention, given.placement, self._device, row_dtypes(given.precision),
                 DTYPES[given.precision.kv_cache], limits=limits, link=given.link,
             )  # fmt: skip
+            pass_bytes += self._graphed.num_bytes
             given = replace(given, memory_share=share_of_gpu(os.environ, given.memory_share))
         return self._files.num_kv_blocks(given, self._device, self._memory_utilization, pass_bytes)
+
+    def _captured(self) -> Graphed:
+        """Decode passes that are, and what they take."""
+        given, device = self._assignment, self._device
+        if device.graphs is None:
+            return Graphed((), 0)
+        share = self._memory_utilization * share_of_gpu(os.environ, given.memory_share)
+        dtype = row_dtypes(given.precision).computed
+        free_bytes = device.free_memory_bytes() * share
+        return graphed(self._files.config, dtype, given.limits, given.link, free_bytes)
 
     def attention_half(self, link: DispatchLink, num_blocks: int) -> AttentionHalf:
         assert self.part.attention is not None
@@ -146,6 +158,7 @@ class TorchModel:
             answer_layout=link.answer_layout,
             landing=link.landing.rows,
             beside=self._experts if self._goes_through_both() else None,
+            buckets=self._graphed.buckets,
         )
         if device.kernels.device.type == "cuda":
             warm(half.forward, config, kv_cache, placement.num_nodes, device, row_dtypes(precision))

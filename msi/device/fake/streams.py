@@ -50,7 +50,7 @@ class FakeStreams:
 
     def __init__(self, seed: int = 0) -> None:
         self.device = torch.device("cpu")
-        self.num_launched = self.num_replayed = 0
+        self.num_launched = self.num_captured = self.num_replayed = 0
         self._chance = random.Random(seed)
         self._streams: list[FakeStream] = []
         self._mapped: dict[int, int] = {}
@@ -90,6 +90,7 @@ class FakeStreams:
         graph: FakeGraph = []
         with _disable_current_modes(), Late(graph.append, is_repeated=True):
             work()
+        self.num_captured += 1
         return graph
 
     def replay(self, graph: FakeGraph) -> None:
