@@ -50,7 +50,8 @@ async def test_tokens_equal_transformers_with_rows_in_a_gpus_own_memory(tmp_path
 
 @needs_gpu
 @pytest.mark.parametrize("family", ["mixtral", "qwen3", "glm4", "gpt_oss"])
-async def test_no_layer_waits_for_the_device(tmp_path, monkeypatch, family):
+@pytest.mark.parametrize("enforce_eager", [True, False])
+async def test_no_layer_waits_for_the_device(tmp_path, monkeypatch, family, enforce_eager):
     """torch raises where one of its operators would; what reads values, and what runs for the first time, may."""
     expected = references(save_tiny(tmp_path, family=family), [17, 40], 8)
     launch, is_strict = CudaDriver.launch, False
@@ -68,7 +69,7 @@ async def test_no_layer_waits_for_the_device(tmp_path, monkeypatch, family):
     monkeypatch.setattr(CudaDriver, "launch", watched)
     async with Engine.local(
         model=tmp_path, device="cuda", transport="inproc", micro_batches=1, gpu_memory_utilization=0.1, slot_rows=48,
-        cuda_queues="streams",
+        cuda_queues="streams", enforce_eager=enforce_eager, max_num_seqs=4, max_model_len=128,
     ) as engine:  # fmt: skip
         params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
         for _ in range(2):

@@ -7,7 +7,19 @@ from functools import partial
 
 import torch  # loaded once, before sections fork  # noqa: F401
 
-from tools.gpu import attention_tiles, ceilings, decode, kernels, machine, precision, sanitizer, stages, tokens, tuning
+from tools.gpu import (
+    attention_tiles,
+    ceilings,
+    decode,
+    kernels,
+    machine,
+    precision,
+    sanitizer,
+    stages,
+    tokens,
+    tuning,
+    waits,
+)
 from tools.gpu.gates import gates
 from tools.gpu.handles import handles
 from tools.gpu.host_memory import host_memory
@@ -47,6 +59,7 @@ SECTIONS = {
             for name, shape, small in (("mixtral", MIXTRAL, SMALL), ("qwen3", QWEN3, SMALL_QWEN3))
             for how, run in decode.sections_of(shape, small).items()
         ),
+        Section("waits", waits.run, 90),
         Section("host-memory", by_rows(host_memory), 30),
         Section("replays", by_rows(replays), 30),
         Section("handles", by_rows(handles), 30),
