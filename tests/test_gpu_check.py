@@ -6,17 +6,22 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
+import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_pages import PAGES, ROOT
+from tools.gpu import peers
 from tools.gpu.idle import busy_share
 from tools.gpu.report import Outcome, Report, Row, line, shown
 from tools.gpu.runner import NotHere, Place, Section, run_section
+from tools.gpu.shapes import MIXTRAL, SMALL
 from tools.gpu.ways import WAYS
 
 RESULTS = sorted((ROOT / "tools" / "results").glob("gpu_*.json"))
@@ -122,6 +127,45 @@ def test_a_section_that_is_none_is_refused():
     assert re.search(r"'nonsense' is not one; there are: machine, ceilings, ", done.stderr), done.stderr
 
 
+class FakeVllm(types.ModuleType):
+    """vLLM's names as its documentation has them; a token takes a millisecond."""
+
+    __version__ = "0"
+    now_s = 0.0
+
+    class SamplingParams:
+        def __init__(self, *, temperature, max_tokens, ignore_eos, detokenize):
+            assert (temperature, ignore_eos, detokenize) == (0.0, True, False)
+            self.max_tokens = max_tokens
+
+    class LLM:
+        def __init__(
+            self, model, *, load_format, skip_tokenizer_init, dtype, max_model_len, max_num_seqs, enable_prefix_caching
+        ):
+            assert json.loads((Path(model) / "config.json").read_text())["model_type"] == "mixtral"
+            assert (load_format, skip_tokenizer_init, enable_prefix_caching) == ("dummy", True, False)
+
+        def generate(self, prompts, params, *, use_tqdm):
+            FakeVllm.now_s += 0.5 + params.max_tokens / 1e3
+            output = types.SimpleNamespace(token_ids=[7] * params.max_tokens)
+            return [types.SimpleNamespace(outputs=[output]) for prompt in prompts if prompt["prompt_token_ids"]]
+
+
+def test_vllm_is_measured_where_it_is_installed(monkeypatch):
+    rows = []
+    place = Place("cpu", {}, time.monotonic() + 60)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setattr(peers, "time", types.SimpleNamespace(perf_counter=lambda: FakeVllm.now_s))
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(NotHere, match="vLLM is not installed"):
+        peers.vllm(MIXTRAL, SMALL, place, rows.append)
+    monkeypatch.setitem(sys.modules, "vllm", FakeVllm("vllm"))
+    peers.vllm(MIXTRAL, SMALL, place, rows.append)
+    (row,) = rows
+    assert (row.name, row.unit) == ("small, 2 of 2 layers, vLLM, 2 sequences: decoding", "tokens/s")
+    assert row.value == pytest.approx(2 / 1e-3)
+
+
 def dry(folder, *flags, limit_s):
     done = subprocess.run(
         [ROOT / "tools/gpu_check", "--dry", "--out", folder, *flags], capture_output=True, text=True, timeout=limit_s
@@ -148,7 +192,8 @@ def test_every_section_runs_to_its_end_on_a_cpu(tmp_path):
     done, found = dry(tmp_path, limit_s=590)
     assert done.returncode == 0, done.stdout + done.stderr
     states = {section["section"]: section["state"] for section in found["sections"]}
-    assert {name for name, state in states.items() if state == "left out"} <= {"sanitizer"}, states
+    left_out = {name for name, state in states.items() if state == "left out"}
+    assert left_out <= {"sanitizer", "mixtral-vllm", "qwen3-vllm"}, states
     equal = [row["value"] for row in found["rows"] if row["name"].startswith("tokens equal")]
     assert len(equal) == 3 * len(WAYS)
     assert all(equal)

@@ -43,6 +43,7 @@ def sections_of(shape: Shape, small: Shape) -> dict[str, Any]:
         "colocated" + GRAPHS.ending: functools.partial(_ours, shape, small, "colocated", GRAPHS),
         "transformers": functools.partial(peers.generate, shape, small),
         "continuous": functools.partial(peers.generate_batch, shape, small),
+        "vllm": functools.partial(peers.vllm, shape, small),
     }
 
 

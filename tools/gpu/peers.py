@@ -1,8 +1,13 @@
-"""transformers with random weights of the same shapes: `generate` of a static batch, and its continuous batching."""
+"""Others with random weights of the same shapes, where they are installed: transformers' `generate` of a static batch
+and its continuous batching, and vLLM's engine.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +61,39 @@ def generate_batch(shape: Shape, small: Shape, place: Place, add: Add) -> None:
             add(Row(name, counted / (end - begin), "tokens/s", note=how))
         else:
             add(Row(name, "the batch never decoded as a whole", note=how))
+
+
+def vllm(shape: Shape, small: Shape, place: Place, add: Add) -> None:
+    """As it comes: its own graphs and kernels. What longer answers of a batch take beyond short ones."""
+    shape = small if place.is_dry else shape
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # what it starts would outlive this section's time
+    try:
+        engine: Any = importlib.import_module("vllm")
+    except ImportError as error:
+        raise NotHere("vLLM is not installed") from error
+    batches, input_len, output_len = sizes(place)
+    with tempfile.TemporaryDirectory(prefix="msi-gpu-") as folder:
+        llm = engine.LLM(
+            model=str(shape.save(Path(folder))), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
+            max_model_len=2 * (input_len + output_len), max_num_seqs=max(batches), enable_prefix_caching=False,
+        )  # fmt: skip
+
+        def took_s(prompts: list[tuple[int, ...]], num_tokens: int) -> float:
+            params = engine.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+            started = time.perf_counter()
+            answers = llm.generate([{"prompt_token_ids": list(one)} for one in prompts], params, use_tqdm=False)
+            spent_s = time.perf_counter() - started
+            assert all(len(answer.outputs[0].token_ids) == num_tokens for answer in answers), "answers that ended early"
+            return spent_s
+
+        for batch in batches:
+            prompts = prompts_of(shape, batch, input_len)
+            took_s(prompts, WARM_TOKENS)
+            short_s, long_s = took_s(prompts, WARM_TOKENS), took_s(prompts, output_len)
+            per_pass_s = (long_s - short_s) / (output_len - WARM_TOKENS)
+            name = f"{shape.label}, vLLM, {batch} sequences: decoding"
+            note = f"{per_pass_s * 1e3:.2f} ms a pass; {engine.__version__}"
+            add(Row(name, batch / per_pass_s, "tokens/s", note=note))
 
 
 def _model(shape: Shape, place: Place) -> tuple[Any, str]:
