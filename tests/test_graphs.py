@@ -9,9 +9,11 @@ from typing import ClassVar
 import pytest
 import torch
 
+from msi import SamplingParams
 from msi.attention import capturing, graphs
 from msi.attention.forward import PassState
 from msi.attention.graphs import Bucket, LaneGraphs, bucket_of, buckets_of, filled_up
+from msi.device.fake.late import Late
 from msi.device.fake.streams import FakeStreams
 from msi.device.stream_device import StreamDevice
 from msi.kernels.plain import PlainKernels
@@ -25,13 +27,31 @@ from tests.reference import references, save_tiny
 from tests.test_tokens import NUM_TOKENS, check_equal
 
 
+class CountingStreams(FakeStreams):
+    """Attributes: num_operators: of torch that each program launched, beside graphs."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_operators = []
+
+    def launch(self, stream, work, reads=False):
+        if reads:
+            super().launch(stream, work, reads)
+            return
+        steps = []
+        self._mine.stream = stream
+        with Late(lambda step: (steps.append(step), stream.steps.append((False, step)))):
+            work()
+        self.num_operators.append(len(steps))
+
+
 class GraphHost(TorchHost):
     """The host of a real worker; `drivers`: of all that were opened."""
 
     drivers: ClassVar[list[FakeStreams]] = []
 
     def open_device(self):
-        self.drivers.append(FakeStreams())
+        self.drivers.append(CountingStreams())
         return StreamDevice(self.drivers[-1], PlainKernels(torch.device("cpu")), uses_graphs=True)
 
 
@@ -80,6 +100,20 @@ async def test_all_is_captured_before_an_instance_takes_requests_and_nothing_aft
     assert before == 2 * num_buckets * 2 * config.num_sparse_layers
     assert sum(driver.num_replayed for driver in drivers) > before + NUM_TOKENS, "tokens came from graphs"
     assert logged(caplog, f"{before} graphs of decode passes of up to 2 sequences captured")
+
+
+async def test_a_replayed_layer_launches_its_graph_and_takes_no_memory(tmp_path, drivers):
+    """Only the first layer does more: what was laid out goes to where graphs read it."""
+    save_tiny(tmp_path, family="glm4")
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    async with graph_engine(tmp_path) as engine:
+        (attention,) = (driver for driver in drivers if driver.num_captured)
+        tokens = [token async for output in engine.generate((9,), params) for token in output.token_ids]
+    num_layers = 2 * ModelFiles(tmp_path).config.num_sparse_layers  # and their shared experts
+    decoding = attention.num_operators[-num_layers * (len(tokens) - 1) :]
+    assert len(decoding) == num_layers * (len(tokens) - 1)
+    assert all(decoding[::num_layers])
+    assert not any(num for index, num in enumerate(decoding) if index % num_layers)
 
 
 async def test_an_instance_of_which_nothing_can_be_captured_says_so_and_serves(tmp_path, monkeypatch, caplog):

@@ -104,10 +104,9 @@ def graphed(
         more = link.num_lanes * graph_bytes(config, dtype, bucket)
         if num_bytes + more > GRAPHS_SHARE * free_bytes:
             log.warning(
-                "of %d sizes of decode passes %d are captured, for which %.0f MB are set aside; those of more than %d "
-                "sequences over %d tokens each are launched piece by piece. Smaller `max_model_len` or `max_num_seqs` "
-                "would leave fewer", len(wanted), len(buckets), num_bytes / 1e6,
-                buckets[-1].num_seqs if buckets else 0, bucket.num_blocks * BLOCK_TOKENS,
+                "of %d sizes of decode passes %d are captured, for which %.0f MB are set aside; from %d sequences of "
+                "up to %d tokens on they are launched piece by piece, of which a smaller `max_model_len` leaves fewer",
+                len(wanted), len(buckets), num_bytes / 1e6, bucket.num_seqs, bucket.num_blocks * BLOCK_TOKENS,
             )  # fmt: skip
             break
         buckets.append(bucket)
