@@ -78,13 +78,16 @@ class Library:
         self.num_events, self.queue = num_events, queue
         self.acknowledged = []
         self.fds = set()
+        self.failure = errno.EAGAIN
 
     def get_cq_event(self, channel, queue, context):
         self.fds.add(channel._obj.fd)
         if not self.num_events:
-            raise BlockingIOError(errno.EAGAIN, "none")
+            ctypes.set_errno(self.failure)
+            return -1
         self.num_events -= 1
         queue._obj.value = self.queue
+        return 0
 
     def ack_cq_events(self, queue, count):
         self.acknowledged.append((queue, count))
@@ -103,6 +106,9 @@ def test_an_event_tells_of_which_queue_it_is_and_all_that_were_taken_are_acknowl
     events.acknowledge()
     assert library.acknowledged == [(7 << 40, EVENTS_PER_ACKNOWLEDGEMENT), (7 << 40, 2)]
     assert library.fds == {5}
+    library.failure = errno.EIO
+    with pytest.raises(OSError, match=rf"\[Errno {errno.EIO}\]"):
+        events.take()
 
 
 def test_a_binding_polls_until_an_event_says_where_its_queue_is(monkeypatch):

@@ -153,7 +153,9 @@ class Library:
         self.destroy_channel = _doing(library.ibv_destroy_comp_channel, address)
         self.create_cq = _making(library.ibv_create_cq, address, c_int, address, address, c_int)
         self.destroy_cq = _doing(library.ibv_destroy_cq, address)
-        self.get_cq_event = _doing(library.ibv_get_cq_event, address, pointer, pointer)
+        # keeps the interpreter's lock, as its channel does not block; why it failed is in errno
+        self.get_cq_event = ctypes.PyDLL(LIBRARY, use_errno=True).ibv_get_cq_event
+        self.get_cq_event.argtypes, self.get_cq_event.restype = (address, pointer, pointer), c_int
         self.ack_cq_events = library.ibv_ack_cq_events
         self.ack_cq_events.argtypes, self.ack_cq_events.restype = (address, c_uint32), None
         self.create_srq = _making(library.ibv_create_srq, address, pointer)

@@ -76,6 +76,7 @@ class Events:
         self._library = library
         self._channel = abi.Channel(fd=fd)  # all that the library reads of one
         self._queue = c_void_p()
+        self._take = library.get_cq_event
         self._taken = byref(self._channel), byref(self._queue), byref(c_void_p())
         self._num_events = 0  # taken and not acknowledged, which takes a lock
 
@@ -86,10 +87,11 @@ class Events:
 
     def take(self) -> bool:
         """Whether there was one."""
-        try:
-            self._library.get_cq_event(*self._taken)
-        except BlockingIOError:
-            return False
+        if self._take(*self._taken):
+            code = ctypes.get_errno()
+            if code == errno.EAGAIN:
+                return False
+            raise OSError(code, os.strerror(code))
         self._num_events += 1
         if self._num_events == EVENTS_PER_ACKNOWLEDGEMENT:
             self.acknowledge()
