@@ -139,10 +139,10 @@ class HostOptions:
     )  # fmt: skip
     cuda_kernels: str = parameter(
         "auto",
-        "what a GPU computes with: triton (kernels of our own), flashinfer (that library's attention, and triton for "
-        "the rest), deepgemm (that library's products with matrices in float8, and triton for the rest), plain "
-        "(torch's operators), or auto (triton where it is installed, with what these libraries have where they are, "
-        "too, and measured to be faster)",
+        "what a GPU computes with: triton (kernels of our own), flashinfer (that library's attention, and lists that "
+        "tokens are drawn from, and triton for the rest), deepgemm (that library's products with matrices in float8, "
+        "and triton for the rest), plain (torch's operators), or auto (triton where it is installed, with what these "
+        "libraries have where they are, too, and measured to be faster)",
         metavar="K", group=MODEL_AND_WORKERS, choices=("auto", "triton", "flashinfer", "deepgemm", "plain"),
     )  # fmt: skip
     cuda_rows: str = parameter(

@@ -1,13 +1,41 @@
-"""A module with the signatures that flashinfer 0.7.2 has for attention over pages, in plain float32.
+"""A module with the signatures that flashinfer 0.7.2 has for attention over pages, and for lists of the best.
 
-It works from the page tables alone, as the library's documentation has them, and refuses what the library refuses.
+Attention works in plain float32 from the page tables alone, as the library's documentation has them. What the library
+refuses is refused.
 """
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import torch
+
+num_lists = 0
+topk = SimpleNamespace(can_implement_filtered_topk=lambda: True)
+
+
+def top_k(input, k, sorted=False, deterministic=False, tie_break=0, dsa_graph_safe=False):
+    """Values by their bits, so that 0.0 is more than -0.0, as the library's radix has them."""
+    global num_lists
+    num_lists += 1
+    assert input.dtype is torch.float32
+    assert input.is_contiguous()
+    assert 1 <= k <= 2048
+    assert k <= input.shape[1]
+    assert not input.isnan().any()
+    bits = input.view(torch.int32).to(torch.int64)
+    keys = torch.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)
+    at = torch.arange(input.shape[1])
+    if tie_break == 1:
+        chosen = keys.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    else:  # whichever of those that are like the last; here those of higher ids
+        chosen = at.flip(0)[keys.flip(1).sort(dim=-1, descending=True, stable=True).indices[:, :k]]
+    chosen = chosen.sort(dim=-1).values if deterministic else chosen.flip(1)
+    if sorted:
+        of_list = keys.gather(1, chosen).sort(dim=-1, descending=True, stable=deterministic).indices
+        chosen = chosen.gather(1, of_list)
+    return input.gather(1, chosen), chosen
 
 
 def attend(query, keys, values, is_causal, window_left, sm_scale):

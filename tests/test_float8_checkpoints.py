@@ -107,13 +107,21 @@ HOW = {  # what config.json says, what scales are called, and how matrices are m
 
 def save_in_float8(path: Path, how: str = "blocks", *, family: str = "mixtral", **changes) -> Path:
     """A random checkpoint whose matrices are float8; returns where the same is with the numbers that they stand for."""
-    section, ending, make = HOW[how]
     save_tiny(path / "full", family=family, **{**WIDE[family], **changes})
+    plain = store_in_float8(path / "full", path, how)
+    save_file(plain, path / "full" / "model.safetensors", {"format": "pt"})
+    return path / "full"
+
+
+def store_in_float8(full: Path, path: Path, how: str) -> dict[str, torch.Tensor]:
+    """What another checkpoint has, in float8; returns the numbers that it stands for."""
+    section, ending, make = HOW[how]
     stored, plain = {}, {}
-    for name, tensor in load_file(path / "full" / "model.safetensors").items():
+    for name, tensor in load_file(full / "model.safetensors").items():
         if not name.endswith(MATRICES):
             stored[name] = plain[name] = tensor
             continue
+        tensor = tensor.float()
         made = [make(one) for one in (tensor if tensor.dim() == 3 else [tensor])]
         seen = [in_float8(values, scales).dequantized(torch.float32) for values, scales in made]
         values, scales, seen = (torch.stack(ones) for ones in (*zip(*made, strict=True), seen))
@@ -123,11 +131,10 @@ def save_in_float8(path: Path, how: str = "blocks", *, family: str = "mixtral", 
         stored[name] = stored[name].view(torch.float8_e4m3fn)
         if how == "whole":
             stored[name.removesuffix(".weight") + ".input_scale"] = torch.tensor(0.1)
-    save_file(plain, path / "full" / "model.safetensors", {"format": "pt"})
     save_file(stored, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_bytes((path / "full" / "config.json").read_bytes())
+    (path / "config.json").write_bytes((full / "config.json").read_bytes())
     edit(path, quantization_config=section)
-    return path / "full"
+    return plain
 
 
 async def tokens_of(path, prompts, make=Engine.local, **options):

@@ -108,7 +108,7 @@ def _why_not(best: float, is_limited: bool) -> Cause:
 
 
 def _numbers(sampling: Sequence[TokenSampling], logits: Tensor) -> Tensor:
-    """What `draw` wants to know, float64 [5, n]."""
+    """What `draw` wants to know, float64 [5, n] in the host's memory."""
     vocab_size = logits.shape[-1]
     numbers = [
         (
@@ -120,7 +120,7 @@ def _numbers(sampling: Sequence[TokenSampling], logits: Tensor) -> Tensor:
         )
         for one in sampling
     ]
-    return torch.tensor(numbers, dtype=torch.float64).T.to(logits.device)
+    return torch.tensor(numbers, dtype=torch.float64).T.contiguous()
 
 
 def _logprobs(raw: Tensor, wanted: dict[int, int], token_ids: Sequence[int]) -> dict[int, TokenLogprobs]:

@@ -1,8 +1,7 @@
-"""Attention by flashinfer, a library that users may have installed; all else by Triton's kernels.
+"""Attention and drawn tokens by flashinfer, a library that users may have installed; all else by Triton's kernels.
 
 It reads the paged cache where it lies: [blocks, 2, BLOCK_TOKENS, num_kv_heads, head_dim] is its layout "NHD". Triton's
-kernels attend where it has no kernels: in float32, with attention sinks, in passes that a graph is captured of. Tokens
-are never drawn by it: it makes its own random numbers, and a request's have to follow from its seed.
+kernels attend where it has no kernels: in float32, with attention sinks, in passes that a graph is captured of.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from msi.kernels import BLOCK_TOKENS, fp8
 from msi.kernels.choosing import choose, device_seconds
+from msi.kernels.flashinfer_draw import ListedDraw
 from msi.kernels.norm import HeadNorm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
@@ -97,8 +97,8 @@ class FlashinferKernels(TritonKernels):
     """Implements `msi.kernels.kernels.Kernels`.
 
     Args:
-        is_measured: flashinfer attends where it gives what Triton's kernels give, and is faster, which is found out
-            where a shape of heads is met first; else wherever it can.
+        is_measured: flashinfer attends, and draws, where it gives what Triton's kernels give, and is faster, which is
+            found out where a shape of heads, or a vocabulary, is met first; else wherever it can.
         trial: what that is measured on.
         seconds: that something takes on the device.
         library: for products, as `TritonKernels` has it.
@@ -119,6 +119,7 @@ class FlashinferKernels(TritonKernels):
         self._seconds = seconds or partial(device_seconds, device)
         self._wrappers: dict[object, Any] = {}
         self._is_taken: dict[object, dict[bool, bool]] = {}  # in passes that decode, and in others
+        self._draw = ListedDraw(self._library, super().draw, is_measured, self._seconds)
 
     def plan_attention(
         self,
@@ -153,6 +154,9 @@ class FlashinferKernels(TritonKernels):
             plan.own = plan.own or plan.new_own()
             return super().paged_attention(query, layer_cache, plan.own, sinks)
         return self._attend(query, layer_cache, plan, self._wrappers)
+
+    def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        return self._draw(logits, numbers)
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -19,20 +19,32 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     out, so one can always be drawn.
 
     Args:
-        numbers: float64 [5, n]: temperature, top_k (at least 1), top_p, min_p, and a number in [0, 1).
+        numbers: float64 [5, n]: temperature, top_k (at least 1), top_p, min_p, and a number in [0, 1); in the host's
+            memory, or the device's.
     """
-    temperature, top_k, top_p, min_p, uniform = (numbers[row, :, None] for row in range(5))
     values, order = logits.sort(dim=-1, descending=True, stable=True)
-    scaled = (values - values[:, :1]) / temperature.to(logits.dtype)
-    probabilities = torch.softmax(scaled, dim=-1, dtype=torch.float64)
-    rest = probabilities[:, 1:]
-    rest.masked_fill_(rest < min_p * probabilities[:, :1], 0.0)
-    ranks = torch.arange(1, logits.shape[-1], device=logits.device)
+    return drawn(values, order, numbers)
+
+
+def drawn(values: Tensor, order: Tensor, numbers: Tensor) -> Tensor:
+    """The same of rows that are in order already: logits from the best down, among equal ones by rising id; of rows
+    with a top_k, so many of them will do.
+
+    Args:
+        values: float32 [n, m].
+        order: int64 [n, m], whose they are.
+    """
+    numbers = numbers.to(values.device)
+    temperature, top_k, top_p, min_p, uniform = (numbers[row, :, None] for row in range(5))
+    scaled = (values - values[:, :1]) / temperature.to(values.dtype)
+    shares = scaled.to(torch.float64).exp_()  # of the best's probability, so whatever follows in a row changes none
+    rest = shares[:, 1:]
+    rest.masked_fill_(rest < min_p, 0.0)
+    ranks = torch.arange(1, values.shape[-1], device=values.device)
     rest.masked_fill_(ranks >= top_k, 0.0)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    total = probabilities.sum(dim=-1, keepdim=True)
-    rest.masked_fill_(before[:, 1:] >= top_p * total, 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
+    up_to = shares.cumsum(dim=-1)
+    rest.masked_fill_(up_to[:, :-1] >= top_p * up_to[:, -1:], 0.0)
+    cumulative = shares.cumsum(dim=-1)
     picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    num_left = (probabilities > 0).sum(dim=-1, keepdim=True)
+    num_left = (shares > 0).sum(dim=-1, keepdim=True)
     return order.gather(1, picked.minimum(num_left - 1)).flatten()

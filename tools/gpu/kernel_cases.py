@@ -223,9 +223,9 @@ def sigmoid_routing_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case
 def draw_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     """Tokens by temperature, top-k, top-p and min-p; every error is another token."""
     logits = numbers.distinct(size.num_tokens, size.vocab_size) * 3
-    options = torch.tensor([[0.8, 40, 0.9, 0.02, 0.0]], dtype=torch.float64, device=numbers.device).T
+    options = torch.tensor([[0.8, 40, 0.9, 0.02, 0.0]], dtype=torch.float64).T
     options = options.repeat(1, size.num_tokens)
-    options[4] = torch.linspace(0.001, 0.999, size.num_tokens, dtype=torch.float64, device=numbers.device)
+    options[4] = torch.linspace(0.001, 0.999, size.num_tokens, dtype=torch.float64)
     found: list[Tensor] = []
     return Case(
         lambda: found.__setitem__(slice(None), [kernels.draw(logits.clone(), options)]),

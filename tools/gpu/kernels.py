@@ -1,8 +1,8 @@
 """Kernels, plain torch's and Triton's: right against plain torch in float64 on the same numbers, and their times.
 
-Attention by flashinfer and products in float8 by DeepGEMM, too, where they are installed. Floors follow from what the
-device was found to do. Compiling takes longer than everything else, so that several processes do it at once; what is
-timed runs alone, with what they have left in Triton's cache.
+Attention and lists by flashinfer and products in float8 by DeepGEMM, too, where they are installed. Floors follow from
+what the device was found to do. Compiling takes longer than everything else, so that several processes do it at once;
+what is timed runs alone, with what they have left in Triton's cache.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def kernels_here() -> list[str]:
 def cases_of(kernels: str) -> list[str]:
     """What differs from Triton's in a library's."""
     if kernels == "flashinfer":
-        return [case for case in CASES if case.startswith("paged decode attention") and "sinks" not in case]
+        attended = [case for case in CASES if case.startswith("paged decode attention") and "sinks" not in case]
+        return [*attended, "drawing tokens"]
     if kernels == "DeepGEMM":
         return [case for case in CASES if "MLP in float8" in case or case.startswith("experts in float8")]
     return list(CASES)

@@ -34,6 +34,7 @@ class Way:
 
     Attributes:
         most: nats that are allowed.
+        stored: what matrices are in on disk: as `HOW` of tests/test_float8_checkpoints.py has them; None as they are.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Way:
     rows: RowDtypes
     quantization: str = NONE
     cache: torch.dtype | None = None
+    stored: str | None = None
 
 
 BFLOAT16 = RowDtypes.of(torch.bfloat16)
@@ -49,6 +51,8 @@ WAYS = (  # some three times what plain torch comes to on a CPU
     Way("bfloat16", 3e-4, BFLOAT16),
     Way("float16", 1e-5, RowDtypes.of(torch.float16)),
     Way("bfloat16, weights in float8", 2e-3, BFLOAT16, quantization="fp8"),
+    Way("bfloat16, weights in float8 by channel", 2e-3, BFLOAT16, quantization="fp8", stored="rows"),
+    Way("bfloat16, weights in float8 by matrix", 2e-3, BFLOAT16, quantization="fp8", stored="whole"),
     Way("bfloat16, rows in float8", 1.5e-3, replace(BFLOAT16, sent=EIGHT)),
     Way("bfloat16, rows and answers in float8", 1.5e-3, replace(BFLOAT16, sent=EIGHT, answered=EIGHT)),
     Way("bfloat16, keys and values in float8", 2e-3, BFLOAT16, cache=EIGHT),
@@ -80,12 +84,12 @@ def run(place: Place, add: Add) -> None:
             importlib.import_module("tests.reference").save_tiny(Path(folder))
             path, prompt = Path(folder), list(range(3, 3 + DRY_NUM_TOKENS))
         else:
-            path, prompt = DEMO_MODEL, _text()
+            path, prompt = DEMO_MODEL, text()
 
         def said(kernels: Kernels, way: Way) -> Tensor:
             found: Tensor = models.logits_of(
-                path, prompt, way.rows.computed, _Device(kernels), quantization=way.quantization, is_everywhere=True,
-                kv_cache=way.cache, rows=way.rows,
+                stored(path, way, Path(folder)), prompt, way.rows.computed, _Device(kernels),
+                quantization=way.quantization, is_everywhere=True, kv_cache=way.cache, rows=way.rows,
             )  # fmt: skip
             return found.to("cpu", torch.float64)
 
@@ -99,7 +103,7 @@ def run(place: Place, add: Add) -> None:
                 if way.quantization not in (NONE, *kernels.quantisations):
                     continue  # nobody is served so
                 try:
-                    apart = _divergence(said(kernels, way), exact)
+                    apart = divergence(said(kernels, way), exact)
                 except Exception as error:
                     add(Row(row, "failed", note=f"{type(error).__name__}: {str(error)[:160]}"))
                     continue
@@ -107,13 +111,24 @@ def run(place: Place, add: Add) -> None:
                 add(Row(row, apart, note="" if apart <= most else f"more than {most}: WRONG"))
 
 
-def _text() -> list[int]:
+def stored(path: Path, way: Way, folder: Path) -> Path:
+    """The model as the way wants it on disk, made in a folder where it is another."""
+    if way.stored is None:
+        return path
+    made = folder / way.stored
+    if not made.exists():
+        made.mkdir()
+        importlib.import_module("tests.test_float8_checkpoints").store_in_float8(path, made, way.stored)
+    return made
+
+
+def text() -> list[int]:
     from tokenizers import Tokenizer
 
-    text: str = importlib.import_module("tests.kernels.test_quantized").TEXT
-    return list(Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json")).encode(text).ids[:NUM_TOKENS])
+    words: str = importlib.import_module("tests.kernels.test_quantized").TEXT
+    return list(Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json")).encode(words).ids[:NUM_TOKENS])
 
 
-def _divergence(found: Tensor, exact: Tensor) -> float:
+def divergence(found: Tensor, exact: Tensor) -> float:
     one, other = (logits.log_softmax(dim=-1) for logits in (found, exact))
     return float(functional.kl_div(one, other, reduction="none", log_target=True).sum(dim=-1).mean())

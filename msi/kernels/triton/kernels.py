@@ -200,7 +200,7 @@ class TritonKernels(PlainKernels):
         return sampling.best(logits)
 
     def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        return sampling.draw(logits, numbers)
+        return sampling.draw(logits, numbers.to(logits.device))
 
     # ------------------------------------------------------------------------------------------------------------------
 
