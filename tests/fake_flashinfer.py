@@ -10,7 +10,9 @@ import math
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+DTYPES = torch.float16, torch.bfloat16
 num_lists = 0
 topk = SimpleNamespace(can_implement_filtered_topk=lambda: True)
 
@@ -55,7 +57,8 @@ def attend(query, keys, values, is_causal, window_left, sm_scale):
 class _Wrapper:
     def __init__(self, float_workspace_buffer, kv_layout):
         assert float_workspace_buffer.dtype is torch.uint8
-        assert not float_workspace_buffer.any(), "a workspace is of zeros at first"
+        with _disable_current_modes():
+            assert not float_workspace_buffer.any(), "a workspace is of zeros at first"
         assert kv_layout == "NHD"
         self.num_plans = 0
 
@@ -65,7 +68,7 @@ class _Wrapper:
         assert len(starts) == len(last_lens) + 1 == len(query_starts)
         assert len(indices) == starts[-1]
         assert ((last_lens >= 1) & (last_lens <= page_size)).all()
-        assert dtypes[0] in (torch.float16, torch.bfloat16)
+        assert dtypes[0] in DTYPES
         self.pass_ = query_starts.tolist(), starts.tolist(), indices.clone(), last_lens.tolist()
         self.heads, self.page_size, self.window_left, self.dtypes = heads, page_size, window_left, dtypes
         self.num_plans += 1
@@ -95,21 +98,62 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
     ):  # fmt: skip
         super().__init__(float_workspace_buffer, kv_layout)
         self.use_tensor_cores = use_tensor_cores
+        self.use_cuda_graph = use_cuda_graph
+        self.buffers = paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer
+        if use_cuda_graph:
+            assert backend == "fa2"
+            assert all(one.dtype is torch.int32 for one in self.buffers)
+            assert len(paged_kv_indptr_buffer) == len(paged_kv_last_page_len_buffer) + 1
+
+    def reset_workspace_buffer(self, float_workspace_buffer, int_workspace_buffer):
+        assert float_workspace_buffer.dtype is int_workspace_buffer.dtype is torch.uint8
 
     def plan(
         self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, *, window_left=-1,
         q_data_type="float16", kv_data_type=None,
     ):  # fmt: skip
         assert self.use_tensor_cores or num_qo_heads // num_kv_heads in (1, 2, 4, 8)
-        each = torch.arange(len(last_page_len) + 1, dtype=torch.int32)
-        heads = num_qo_heads, num_kv_heads, head_dim
-        self._keep(
-            each, indptr, indices, last_page_len, heads, page_size, window_left, (q_data_type, kv_data_type)
-        )  # fmt: skip
+        with _disable_current_modes():  # all this is the host's
+            each = torch.arange(len(last_page_len) + 1, dtype=torch.int32)
+            heads = num_qo_heads, num_kv_heads, head_dim
+            dtypes = q_data_type, kv_data_type
+            self._keep(each, indptr, indices, last_page_len, heads, page_size, window_left, dtypes)
+        if self.use_cuda_graph:
+            starts, blocks, lens = self.buffers
+            assert len(last_page_len) == len(lens), "the size of a pass is fixed"
+            assert len(indices) <= len(blocks)
+            for kept, new in ((starts, indptr), (blocks[: len(indices)], indices), (lens, last_page_len)):
+                kept.copy_(new)
+            self._plan_info = [len(lens), num_qo_heads, num_kv_heads]
 
     def run(self, q, paged_kv_cache, *args, out=None, window_left=None, sinks=None):
         assert sinks is None, "which its kernels for Hopper pass over"
+        if self.use_cuda_graph:
+            return self._run_fixed(q, paged_kv_cache)
         return self._run(q, paged_kv_cache, is_causal=False)
+
+    def _run_fixed(self, q, paged_kv_cache):
+        """By what lies in the buffers when it comes to it, and the sizes that it was made with."""
+        starts, blocks, lens = self.buffers
+        num_seqs, (num_heads, num_kv, head_dim) = len(lens), self.heads
+        assert q.shape == (num_seqs, num_heads, head_dim)
+        assert (q.dtype, paged_kv_cache.dtype) == self.dtypes
+        begin, count = starts[:-1].long()[:, None], (starts[1:] - starts[:-1]).long()[:, None]
+        width = len(blocks) // num_seqs
+        of_pages = (begin + torch.arange(width)).clamp(max=len(blocks) - 1)
+        pages = paged_kv_cache[blocks.long()[of_pages]].float()  # [n, width, 2, page, kv heads, dim]
+        keys, values = (
+            pages[:, :, half].flatten(1, 2).repeat_interleave(num_heads // num_kv, dim=2) for half in (0, 1)
+        )
+        length = (count - 1) * self.page_size + lens.long()[:, None]
+        at = torch.arange(width * self.page_size)[None]
+        is_seen = at < length
+        if self.window_left >= 0:
+            is_seen = is_seen & (at >= length - 1 - self.window_left)
+        scores = torch.einsum("nhd,nthd->nht", q.float(), keys) / math.sqrt(head_dim)
+        weights = torch.where(is_seen[:, None], scores, torch.tensor(float("-inf"))).softmax(dim=-1)
+        values = torch.where(is_seen[:, :, None, None], values, torch.tensor(0.0))
+        return torch.einsum("nht,nthd->nhd", weights, values).to(q.dtype)
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):

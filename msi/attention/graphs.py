@@ -186,6 +186,8 @@ def refill(kept: PassState, new: PassState) -> None:
 
 def _pairs(kept: Any, new: Any, name: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The tensors of one, and of the other."""
+    if type(kept) is not type(new):
+        raise ValueError(f"a pass's {name} is a {type(new).__name__}, and its graphs know a {type(kept).__name__}")
     if isinstance(kept, Tensor):
         if kept.shape != new.shape:
             raise ValueError(f"a pass's {name} is {tuple(new.shape)}, and its graphs know {tuple(kept.shape)}")

@@ -120,10 +120,6 @@ def open_device(
     _, _, index = name.partition(":")
     number = int(index or os.environ.get("LOCAL_RANK", "0"))
     kernels = gpu_kernels(cuda_kernels, has_gates=cuda_queues == "gates")
-    if cuda_kernels == "flashinfer" and not enforce_eager:
-        log.warning(
-            "in decode passes that are replayed, attention is by Triton's kernels: graphs hold none of flashinfer's"
-        )
     if cuda_queues != "threads":
         check_device(name)
         prepare()

@@ -1,7 +1,11 @@
 """Attention and drawn tokens by flashinfer, a library that users may have installed; all else by Triton's kernels.
 
 It reads the paged cache where it lies: [blocks, 2, BLOCK_TOKENS, num_kv_heads, head_dim] is its layout "NHD". Triton's
-kernels attend where it has no kernels: in float32, with attention sinks, in passes that a graph is captured of.
+kernels attend where it has no kernels: in float32, and with attention sinks.
+
+A captured graph has launched its kernels on memory of the wrapper that its pass was planned in. So each size of pass
+has a wrapper of its own, in the library's mode for graphs, whose memory never moves; every pass is planned in it on
+the host, outside the graph, and the same kernels then find other numbers.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from msi.kernels.triton.rounded import Library
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 128 << 20  # what the library recommends
+PLAN_BYTES = 1 << 20  # of a pass of single tokens: some ten numbers for each program that runs at once
 FEWEST_SHARING = 3  # query heads of a KV head, from which tensor cores pay; without them it has no kernels for most
 MOST_APART = 2e-2  # of two results in 16 bits
 
@@ -71,7 +76,7 @@ class Pages:
     @property
     def is_decoding(self) -> bool:
         """One query each."""
-        return int(self.query_starts[-1]) == len(self.last_lens)
+        return int(self.query_starts.numpy()[-1]) == len(self.last_lens)
 
 
 @dataclass(slots=True)
@@ -91,6 +96,23 @@ class FlashinferPlan:
     new_own: Callable[[], PagedPlan]
     planned: dict[torch.dtype, Any] = field(default_factory=dict)
     own: PagedPlan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPlan:
+    """The same of a pass that graphs are captured of; the wrapper knows the pass.
+
+    Attributes:
+        launched: numbers that its kernels are launched with, and graphs have captured: where two plans of one wrapper
+            differ in them, they are captured anew.
+    """
+
+    slots: Tensor
+    wrapper: Any
+    launched: tuple[int, ...]
+
+
+AnyPlan = PagedPlan | FlashinferPlan | FixedPlan
 
 
 class FlashinferKernels(TritonKernels):
@@ -118,6 +140,10 @@ class FlashinferKernels(TritonKernels):
         self._trial = trial or Trial()
         self._seconds = seconds or partial(device_seconds, device)
         self._wrappers: dict[object, Any] = {}
+        self._wrappers_of_graphs: dict[object, Any] = {}
+        self._workspaces: dict[object, Tensor] = {}
+        self._plans: dict[object, Tensor] = {}
+        self._met: dict[tuple[AttentionShape, torch.dtype], tuple[torch.dtype, bool]] = {}
         self._is_taken: dict[object, dict[bool, bool]] = {}  # in passes that decode, and in others
         self._draw = ListedDraw(self._library, super().draw, is_measured, self._seconds)
 
@@ -130,9 +156,10 @@ class FlashinferKernels(TritonKernels):
         is_fixed: bool = False,
     ) -> Any:
         new_own = partial(super().plan_attention, inputs, host, shape, dtype, is_fixed)
-        if is_fixed or dtype not in DTYPES or shape.head_dim not in HEAD_DIMS:
+        if dtype not in DTYPES or shape.head_dim not in HEAD_DIMS:
             return new_own()
-        return FlashinferPlan(inputs.slot_mapping, self._pages(host), shape, dtype, new_own)
+        plan = FlashinferPlan(inputs.slot_mapping, self._pages(host), shape, dtype, new_own)
+        return self._fixed(plan, *host.block_tables.shape) if is_fixed else plan
 
     def rope_and_write(
         self,
@@ -140,16 +167,18 @@ class FlashinferKernels(TritonKernels):
         num_q: int,
         rope_table: tuple[Tensor, Tensor],
         layer_cache: Tensor,
-        plan: PagedPlan | FlashinferPlan,
+        plan: AnyPlan,
         norm: HeadNorm | None = None,
     ) -> None:
         rope.rope_and_write(heads, num_q, rope_table, layer_cache, plan.slots, norm)
 
-    def paged_attention(
-        self, query: Tensor, layer_cache: Tensor, plan: PagedPlan | FlashinferPlan, sinks: Tensor | None = None
-    ) -> Tensor:
+    def paged_attention(self, query: Tensor, layer_cache: Tensor, plan: AnyPlan, sinks: Tensor | None = None) -> Tensor:
         if isinstance(plan, PagedPlan):
             return super().paged_attention(query, layer_cache, plan, sinks)
+        if isinstance(plan, FixedPlan):
+            attended: Tensor = plan.wrapper.run(query.contiguous(), layer_cache)
+            return attended
+        self._met[plan.shape, plan.dtype] = (layer_cache.dtype, sinks is not None)
         if sinks is not None or not self._takes(plan, layer_cache.dtype):
             plan.own = plan.own or plan.new_own()
             return super().paged_attention(query, layer_cache, plan.own, sinks)
@@ -172,17 +201,46 @@ class FlashinferKernels(TritonKernels):
         buffers until the last layer has run.
         """
         pages, shape = plan.pages, plan.shape
-        lane = 0 if self.device.type == "cpu" else torch.cuda.current_stream(self.device).cuda_stream
-        key = (lane, pages.is_decoding, shape, plan.dtype, cache_dtype)
+        key = (self.lane(), pages.is_decoding, shape, plan.dtype, cache_dtype)
         wrapper = wrappers.get(key)
         if wrapper is None:
-            workspace = torch.zeros(self._workspace_bytes, dtype=torch.uint8, device=self.device)
             if pages.is_decoding:
-                has_cores = shape.num_heads // shape.num_kv_heads >= FEWEST_SHARING
-                wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=has_cores)
+                wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(
+                    self._workspace(), "NHD", use_tensor_cores=_has_cores(shape)
+                )
             else:
-                wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+                wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace(), "NHD")
             wrappers[key] = wrapper
+        self._plan(wrapper, plan, cache_dtype)
+        return wrapper
+
+    def _fixed(self, plan: FlashinferPlan, num_seqs: int, width: int) -> FixedPlan | PagedPlan:
+        """Planned in the wrapper of such passes of this lane; Triton's where its kernels attend, or where what the
+        cache is in is not known, as no pass was launched piece by piece.
+        """
+        cache_dtype, has_sinks = self._met.get((plan.shape, plan.dtype), (None, False))
+        if cache_dtype is None or has_sinks or not self._takes(plan, cache_dtype):
+            return plan.new_own()
+        key = (self.lane(), num_seqs, width, plan.shape, plan.dtype, cache_dtype)
+        wrapper = self._wrappers_of_graphs.get(key)
+        if wrapper is None:
+            numbers = partial(torch.zeros, dtype=torch.int32, device=self.device)
+            wrapper = self._wrappers_of_graphs[key] = self._library.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace(), "NHD", use_cuda_graph=True, use_tensor_cores=_has_cores(plan.shape),
+                paged_kv_indptr_buffer=numbers(num_seqs + 1), paged_kv_indices_buffer=numbers(num_seqs * width),
+                paged_kv_last_page_len_buffer=numbers(num_seqs), backend="fa2",  # whose launches are by the size alone
+            )  # fmt: skip
+            # in place of 8 MiB for each size of pass: one pass of a lane is planned when the one before it is over
+            plans = self._plans.get((self.lane(), *key[3:]))
+            if plans is None:
+                plans = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=self.device)
+                self._plans[self.lane(), *key[3:]] = plans
+            wrapper.reset_workspace_buffer(self._workspace(), plans)
+        self._plan(wrapper, plan, cache_dtype)
+        return FixedPlan(plan.slots, wrapper, tuple(map(int, wrapper._plan_info)))
+
+    def _plan(self, wrapper: Any, plan: FlashinferPlan, cache_dtype: torch.dtype) -> None:
+        pages, shape = plan.pages, plan.shape
         told = {
             "window_left": -1 if shape.sliding_window is None else shape.sliding_window - 1,  # beside the query's own
             "q_data_type": plan.dtype,
@@ -194,11 +252,19 @@ class FlashinferKernels(TritonKernels):
             wrapper.plan(*of_pages, *of_heads, **told)
         else:
             wrapper.plan(pages.query_starts, *of_pages, *of_heads, causal=True, **told)
-        return wrapper
 
-    @property
-    def _workspace_bytes(self) -> int:
-        return 1 << 10 if self.device.type == "cpu" else WORKSPACE_BYTES
+    def lane(self) -> object:
+        """Whose work is launched now."""
+        return 0 if self.device.type == "cpu" else torch.cuda.current_stream(self.device).cuda_stream
+
+    def _workspace(self) -> Tensor:
+        """A lane's: of what it attends to, one thing follows another."""
+        lane = self.lane()
+        found = self._workspaces.get(lane)
+        if found is None:
+            num_bytes = 1 << 10 if self.device.type == "cpu" else WORKSPACE_BYTES
+            found = self._workspaces[lane] = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        return found
 
     def _pages(self, host: PassTensors) -> Pages:
         contexts, queries, tables = (one.numpy() for one in (host.context_lens, host.query_lens, host.block_tables))
@@ -254,6 +320,10 @@ class FlashinferKernels(TritonKernels):
             return True
         what = "sequences that decode" if is_decoding else "prompts"
         return choose(f"attention of {what}, {shape}", ways, self._seconds, MOST_APART) == "flashinfer"
+
+
+def _has_cores(shape: AttentionShape) -> bool:
+    return shape.num_heads // shape.num_kv_heads >= FEWEST_SHARING
 
 
 def alike(num_seqs: int, query_len: int, context_len: int) -> PassTensors:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from msi import ConfigError
+from msi.attention import graphs
 from msi.attention.pass_inputs import PassInputs
 from msi.device.choice import gpu_kernels, open_device
 from msi.device.cuda import why_unavailable
@@ -106,13 +107,83 @@ def test_where_it_has_no_kernels_tritons_attend():
     assert not kernels._wrappers
 
 
+def fixed(kernels, shape, *contexts, width=4, dtype=torch.bfloat16):
+    """A plan of single tokens, as graphs are captured of, and what it gives of some cache."""
+    micro_batch, _ = batch(*((1, length) for length in contexts))
+    on_device, host = PassInputs(lambda block: block).lay_out(micro_batch, width)
+    return kernels.plan_attention(on_device, host, shape, dtype, is_fixed=True)
+
+
+def numbers_for(shape, num_seqs, dtype=torch.bfloat16, num_blocks=64):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(num_seqs, shape.num_heads, shape.head_dim, generator=generator).to(dtype)
+    size = (num_blocks, 2, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
+    return query, torch.randn(size, generator=generator).to(dtype)
+
+
 @pytest.mark.usefixtures("library")
-def test_passes_of_graphs_are_tritons():
-    kernels = FlashinferKernels(CPU)
-    on_device, host = PassInputs(lambda block: block).lay_out(batch(*PASSES["decoding"])[0])
-    shape = AttentionShape(4, 2, 64)
-    plan = kernels.plan_attention(on_device, host, shape, torch.bfloat16, is_fixed=True)
-    assert type(plan) is type(TritonKernels(CPU).plan_attention(on_device, host, shape, torch.bfloat16, is_fixed=True))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_was_launched_for_one_pass_attends_to_the_next_ones_once_they_are_planned(shape):
+    """As a graph does: it launches nothing anew, so all that differs has to lie in memory that stays."""
+    kernels = FlashinferKernels(CPU, trial=SMALL)
+    attended(kernels, shape, PASSES["both"])  # a pass piece by piece, which says what the cache is in
+    query, cache = numbers_for(shape, 4)
+    first = fixed(kernels, shape, 1, 1, 1, 1)
+    for contexts in ((1, 16, 17, 45), (64, 1, 1, 1), (33, 34, 2, 60)):
+        plan = fixed(kernels, shape, *contexts)
+        assert isinstance(plan, flashinfer.FixedPlan)
+        assert plan.wrapper is first.wrapper
+        assert plan.launched == first.launched
+        found = kernels.paged_attention(query, cache, first)
+        expected = PlainKernels(CPU).paged_attention(query, cache, fixed(PlainKernels(CPU), shape, *contexts))
+        assert (found.float() - expected.float()).norm() <= 2e-2 * expected.float().norm()
+    assert fixed(kernels, shape, 1, 1).wrapper is not first.wrapper, "another size of pass"
+    assert fixed(kernels, shape, 1, 1, 1, 1, width=8).wrapper is not first.wrapper
+
+
+@pytest.mark.usefixtures("library")
+def test_lanes_plan_in_wrappers_of_their_own(monkeypatch):
+    kernels, shape, lane = FlashinferKernels(CPU, trial=SMALL), SHAPES[0], [0]
+    monkeypatch.setattr(kernels, "lane", lambda: lane[0])
+    attended(kernels, shape, PASSES["both"])
+    query, cache = numbers_for(shape, 2)
+    plans, found = [], []
+    for lane[0], contexts in enumerate(((3, 40), (50, 7))):
+        plans.append(fixed(kernels, shape, *contexts))
+    for plan, contexts in zip(plans, ((3, 40), (50, 7)), strict=True):
+        found.append(kernels.paged_attention(query, cache, plan).float())
+        expected = PlainKernels(CPU).paged_attention(query, cache, fixed(PlainKernels(CPU), shape, *contexts)).float()
+        assert (found[-1] - expected).norm() <= 2e-2 * expected.norm()
+
+
+@pytest.mark.usefixtures("library")
+def test_graphs_have_tritons_attention_where_the_library_has_none_or_nothing_is_known():
+    shape, dtype = AttentionShape(4, 2, 64), torch.bfloat16
+    of_triton = type(fixed(TritonKernels(CPU), shape, 3, 5))
+    kernels = FlashinferKernels(CPU, trial=SMALL)
+    assert type(fixed(kernels, shape, 3, 5)) is of_triton, "no pass was launched piece by piece"
+    attended(kernels, shape, PASSES["decoding"])
+    assert type(fixed(kernels, shape, 3, 5)) is flashinfer.FixedPlan
+    attended(kernels, shape, PASSES["decoding"], dtype, sinks=torch.randn(4))
+    assert type(fixed(kernels, shape, 3, 5)) is of_triton, "attention sinks"
+    slower = FlashinferKernels(CPU, True, SMALL, lambda work: 1.0)
+    attended(slower, shape, PASSES["decoding"])
+    assert type(fixed(slower, shape, 3, 5)) is of_triton, "it is not faster"
+
+
+def test_a_pass_that_is_planned_otherwise_than_its_graphs_know_is_not_copied_into_theirs():
+    slots = torch.zeros(2, dtype=torch.int32)
+    wrapper = object()
+    kept = flashinfer.FixedPlan(slots, wrapper, (2, 4))
+    assert len(list(graphs._pairs(kept, flashinfer.FixedPlan(slots + 1, wrapper, (2, 4)), "plans"))) == 1
+    for other in (
+        flashinfer.FixedPlan(slots, object(), (2, 4)),
+        flashinfer.FixedPlan(slots, wrapper, (2, 5)),
+        flashinfer.FixedPlan(slots, wrapper, (2, 4, 1)),
+        fixed(TritonKernels(CPU), SHAPES[0], 3, 5),
+    ):
+        with pytest.raises(ValueError, match=r"plans|argument"):
+            list(graphs._pairs(kept, other, "plans"))
 
 
 @pytest.mark.usefixtures("library")
