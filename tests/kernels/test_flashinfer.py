@@ -13,9 +13,8 @@ import torch
 from msi import ConfigError
 from msi.attention import graphs
 from msi.attention.pass_inputs import PassInputs
-from msi.device.choice import gpu_kernels, open_device
-from msi.device.cuda import why_unavailable
-from msi.kernels import BLOCK_TOKENS, flashinfer, fp8
+from msi.device.choice import gpu_kernels
+from msi.kernels import BLOCK_TOKENS, flashinfer, flashinfer_draw, fp8
 from msi.kernels.choosing import choose
 from msi.kernels.flashinfer import FlashinferKernels, FlashinferPlan, Trial
 from msi.kernels.paged_attention import AttentionShape
@@ -275,11 +274,10 @@ def test_the_module_that_stands_for_it_has_its_signatures(name):
         }
 
 
-@pytest.mark.usefixtures("library")
-@pytest.mark.skipif(why_unavailable() is None, reason="there is a GPU, which would be opened")
-def test_who_asks_for_it_and_for_graphs_is_told_that_they_hold_none_of_it(monkeypatch, caplog):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flashinfer" or found(name))
-    with pytest.raises(ConfigError, match="`device` cuda cannot work"):
-        open_device("cuda", 1, cuda_kernels="flashinfer", enforce_eager=False)
-    assert "attention is by Triton's kernels: graphs hold none of flashinfer's" in caplog.text
+@pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="it is not installed")
+def test_its_lists_are_asked_for_as_it_has_them():
+    library = importlib.import_module("flashinfer")
+    theirs, ours = (inspect.signature(one.top_k).parameters for one in (library, fake_flashinfer))
+    assert {name: one.default for name, one in ours.items()} == {name: one.default for name, one in theirs.items()}
+    assert library.TopKTieBreak.SMALL == flashinfer_draw.TO_THE_LOWER_ID
+    assert callable(library.topk.can_implement_filtered_topk)
