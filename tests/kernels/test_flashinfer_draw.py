@@ -83,11 +83,11 @@ def test_a_requests_tokens_do_not_depend_on_the_rows_beside_it():
     """Through the sampler: by seed and position alone, at whatever place of a pass, and those of a CPU."""
     kernels, logits = FlashinferKernels(CPU), logits_of("ties", 3, rows=6)
     sampling = [TokenSampling(0.9, 0.95, 20 + row, 7 * row, 11) for row in range(6)]
-    together = sample(logits.clone(), sampling, kernels.draw, best=kernels.best).token_ids
+    together = sample(logits.clone(), sampling, kernels=kernels).token_ids
     assert fake_flashinfer.num_lists == 1
     assert together == sample(logits.clone(), sampling).token_ids, "those of a CPU"
     for order in ([3], [5, 3, 0], [0, 1, 2, 3]):
-        chosen = sample(logits[order].clone(), [sampling[row] for row in order], kernels.draw, best=kernels.best)
+        chosen = sample(logits[order].clone(), [sampling[row] for row in order], kernels=kernels)
         assert chosen.token_ids == [together[row] for row in order]
 
 
