@@ -38,6 +38,18 @@ def test_who_looks_in_vain_lets_twice_as_many_opportunities_go_by():
     assert looks == [0, 2, 6, 14, 15, 17]
 
 
+def test_what_is_to_be_skipped_can_be_taken_all_at_once():
+    vain = Vain()
+    while vain.num_to_skip < 7:
+        if vain.may_look():
+            vain.looked(is_rewarded=False)
+    assert vain.skip_all() == 7
+    assert vain.num_to_skip == 0
+    assert vain.may_look()
+    vain.looked(is_rewarded=False)
+    assert vain.num_to_skip == 15
+
+
 def machine(tmp_path, groups, **files):
     proc, top = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)

@@ -209,10 +209,11 @@ def test_a_bell_is_heard_whether_it_rings_before_while_or_after_it_is_looked_at(
             bell.wait()
             if thread is not None:
                 thread.join()
+            was_blocking = os.get_blocking(bell.fd)
             os.set_blocking(bell.fd, False)
             with pytest.raises(BlockingIOError):  # heard, and once
                 os.eventfd_read(bell.fd)
-            os.set_blocking(bell.fd, poll_s == 0.0)
+            os.set_blocking(bell.fd, was_blocking)
     os.close(bell.fd)
 
 
@@ -227,6 +228,9 @@ def test_who_looks_in_vain_looks_less_and_less_and_who_is_rewarded_looks_again()
         def sleep(self):
             pass
 
+        def rest(self):
+            return False
+
     bell = Bell(look=Look())
     while len(waits) < 12:
         bell.wait()
@@ -238,6 +242,52 @@ def test_who_looks_in_vain_looks_less_and_less_and_who_is_rewarded_looks_again()
         waits.append(None)
     assert looks == [0, 2, 6, 14, 15, 16, 17, 18, 19]
     os.close(bell.fd)
+
+
+def test_who_rests_hears_every_ring_and_looks_again_afterwards():
+    looks, heard, slept = [], [], []
+
+    class Look:
+        """Who never sees what has rung, and so sleeps."""
+
+        def __call__(self):
+            looks.append(len(heard))
+            return False
+
+        def sleep(self):
+            slept.append(os.eventfd_read(bell.fd))
+
+        def rest(self):
+            return True
+
+    bell = Bell(look=Look())
+    while len(heard) < 200:
+        os.eventfd_write(bell.fd, 1)
+        bell.wait()
+        heard.append(None)
+    assert looks == [0, 2, 6, 14, 30, 62, 126]
+    assert len(slept) == 31 + 2, "from the fifth look on, the bell itself is read between looks"
+    os.set_blocking(bell.fd, False)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(bell.fd)
+    bell.close()
+
+
+def test_who_rests_hears_late_rings_and_what_the_bell_follows_from_then_on(monkeypatch):
+    monkeypatch.setattr(Cores, "one_is_free", lambda cores: False)
+    bell = Bell(1000.0)
+    for _ in range(40):
+        thread = ring_late(bell, 0.002)
+        bell.wait()
+        thread.join()
+    other = os.eventfd(1, os.EFD_NONBLOCK)
+    bell.follow(other)
+    bell.wait()
+    os.eventfd_read(other)
+    os.eventfd_write(bell.fd, 1)
+    bell.wait()
+    bell.close()
+    os.close(other)
 
 
 def test_nobody_looks_while_no_core_is_free(monkeypatch):

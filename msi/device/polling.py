@@ -5,7 +5,8 @@ of two arguments says 0. Given elements of no size, and `eventfd_read` for that 
 and over. A wake-up that was awaited so costs a fraction of one from sleep.
 
 A bell may follow other descriptors; then it waits for all of them by epoll, and looks at that. When it does not look,
-as that takes a core, `msi.net.looking` says.
+as that takes a core, `msi.net.looking` says. To ask it may take longer than what is awaited: its answer holds for a
+moment.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from msi.net.looking import SLICE_S, Cores, Vain
 
 LOOKS_TIMED = 200  # to tell how long one takes
 RUNG_AT_A_TIME = 16  # descriptors; room for them is made anew for each call
+FREE_FOR_S = 40e-6
+LONG_REST = 16  # waits
 
 
 class Look(Protocol):
@@ -30,6 +33,9 @@ class Look(Protocol):
 
     def sleep(self) -> None:
         """Until it is rung, which takes the ring."""
+
+    def rest(self) -> bool:
+        """Whether reading the eventfd sleeps, too, until it looks again: that is one call of the kernel's."""
 
 
 class Bell:
@@ -44,30 +50,37 @@ class Bell:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK if poll_s else os.EFD_CLOEXEC)
         self._poll_s = poll_s
         self._cores = Cores() if poll_s else None
+        self._free_until = 0.0
         self._look = look or (_EventfdLook(self.fd, poll_s, self._has_core) if poll_s else None)
         self._may_look = self._look is not None
         self._all: select.epoll | None = None
         self._vain = Vain()
+        self._num_asleep: float = 0 if self._look else math.inf  # waits at the eventfd alone, with no question asked
 
     def wait(self) -> None:
         """Until it was rung since the last wait, or one of those that it follows became readable since."""
-        look = self._look
-        if look is None:
+        if self._num_asleep and self._all is None:
+            self._num_asleep -= 1
             os.read(self.fd, 8)
             return
+        look = self._look
+        assert look is not None
         if self._may_look and self._vain.may_look():
             is_rung = look()
             self._vain.looked(is_rewarded=is_rung)
             if is_rung:
                 return
+            if self._vain.num_to_skip >= LONG_REST and look.rest():
+                self._num_asleep = self._vain.skip_all()
         look.sleep()
 
     def follow(self, fd: int) -> None:
         """From the next wait on: ring it."""
         if self._all is None:
-            self._all = select.epoll()
-            self._all.register(self.fd, select.EPOLLIN)
-            self._look = _EpollLook(self._all, self.fd, self._poll_s, self._has_core)
+            of_all = select.epoll()
+            of_all.register(self.fd, select.EPOLLIN)
+            self._look = _EpollLook(of_all, self.fd, self._poll_s, self._has_core)
+            self._all = of_all  # only now: another thread waits
         self._all.register(fd, select.EPOLLIN | select.EPOLLET)
 
     def leave(self, fd: int) -> None:
@@ -84,7 +97,12 @@ class Bell:
         os.close(self.fd)
 
     def _has_core(self) -> bool:
-        return self._cores is not None and self._cores.one_is_free()
+        if time.perf_counter() < self._free_until:
+            return True
+        if self._cores is None or not self._cores.one_is_free():
+            return False
+        self._free_until = time.perf_counter() + FREE_FOR_S
+        return True
 
 
 class _EventfdLook:
@@ -110,8 +128,11 @@ class _EventfdLook:
         self._count.value = max(1, int(slice_s * LOOKS_TIMED / (time.perf_counter() - started)))
         self._num_slices = math.ceil(within_s / slice_s)
         self._has_core = has_core
+        self._blocks = False  # who reads the eventfd
 
     def __call__(self) -> bool:
+        if self._blocks:
+            self._set_blocking(False)
         find, arguments, has_core = self._find, self._arguments, self._has_core
         for _ in range(self._num_slices):
             if not has_core():
@@ -121,8 +142,17 @@ class _EventfdLook:
         return False
 
     def sleep(self) -> None:
-        self._poll.poll()
-        os.eventfd_read(self._fd)
+        if not self._blocks:
+            self._poll.poll()
+        os.read(self._fd, 8)
+
+    def rest(self) -> bool:
+        self._set_blocking(True)
+        return True
+
+    def _set_blocking(self, blocks: bool) -> None:
+        os.set_blocking(self._fd, blocks)
+        self._blocks = blocks
 
 
 class _EpollLook:
@@ -145,6 +175,9 @@ class _EpollLook:
     def sleep(self) -> None:
         while not self._taken(-1):
             pass
+
+    def rest(self) -> bool:
+        return False  # others wake it, too
 
     def _taken(self, timeout_s: int) -> bool:
         rung = self._poll(timeout_s, RUNG_AT_A_TIME)

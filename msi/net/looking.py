@@ -36,6 +36,16 @@ class Vain:
             return False
         return True
 
+    @property
+    def num_to_skip(self) -> int:
+        """Opportunities that go by before the next one to look."""
+        return self._to_skip
+
+    def skip_all(self) -> int:
+        """Whoever lets so many go by need not ask at each of them."""
+        to_skip, self._to_skip = self._to_skip, 0
+        return to_skip
+
     def looked(self, is_rewarded: bool) -> None:
         self._skipped = self._to_skip = 0 if is_rewarded else min(2 * self._skipped + 1, MOST_SKIPPED)
 
