@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from msi.errors import ConfigError
+from msi.kernels.turns import first_homes
 from msi.types import Placement
 
 PlaceExperts = Callable[[int, int], Placement]  # of so many experts on so many nodes
@@ -29,7 +30,8 @@ def place_evenly(num_experts: int, num_nodes: int) -> Placement:
 def place_with_replicas(num_experts: int, num_nodes: int, redundancy: int = 0, num_redundant: int = 0) -> Placement:
     """As `place_evenly`, with replicas behind each node's own experts; no two of an expert are on one node.
 
-    The replicas of a node's experts are spread over all others, so that these share its rows when it is lost.
+    The replicas of a node's experts are spread over all others, so that these share its rows when it is lost. Until
+    then they get none: rows go where they would go without replicas.
 
     Args:
         redundancy: replicas of each expert besides the first.
@@ -58,4 +60,5 @@ def place_with_replicas(num_experts: int, num_nodes: int, redundancy: int = 0, n
         num_replicas = redundancy + (number < num_redundant)
         for replica in range(num_replicas):
             held[(node + 1 + (local + replica) % (num_nodes - 1)) % num_nodes].append(expert)
-    return Placement(tuple(map(tuple, held)), num_experts)
+    shares = first_homes(held, num_experts) if redundancy or num_redundant else ()
+    return Placement(tuple(map(tuple, held)), num_experts, shares=shares)

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, replace
 
 from msi.errors import ConfigError
+from msi.kernels.turns import first_homes
 from msi.types import HOLE, Placement
 
 Held = tuple[int, ...]  # experts by local id
@@ -32,7 +33,8 @@ def changed(placement: Placement, chosen: Wanted | Shared, version: int = 0) -> 
     """The placement after this one in which each node holds what is wanted of it: nobody's local id is another's.
 
     Args:
-        chosen: [num_nodes] experts of each node; without shares, an expert's nodes share its rows evenly.
+        chosen: [num_nodes] experts of each node; without shares, all rows of an expert go to one of its nodes, see
+            `msi.kernels.turns.first_homes`.
         version: of the new one; by default the next.
 
     Raises:
@@ -50,6 +52,8 @@ def changed(placement: Placement, chosen: Wanted | Shared, version: int = 0) -> 
         raise ConfigError(f"each of the {placement.num_experts} experts is on a node, and no other; look at {odd[:8]}")
     nodes = zip(placement.experts, wanted, strict=True)
     held = tuple(_placed(before, set(experts)) for before, experts in nodes)
+    if not shares and sum(map(len, wanted)) > placement.num_experts:
+        shares = first_homes(held, placement.num_experts)
     return Placement(held, placement.num_experts, version or placement.version + 1, shares)
 
 

@@ -14,6 +14,7 @@ from msi.attention.expert_links import lacking
 from msi.control.client import CoordinatorClient
 from msi.errors import ConfigError
 from msi.instance.inproc import InprocInstance
+from msi.kernels.turns import TURNS, first_homes, homes_of, in_turns
 from msi.options import InstanceOptions
 from msi.placement import place_evenly, place_with_replicas
 from msi.placement_change import padded
@@ -114,6 +115,38 @@ def test_replicas_are_as_many_as_asked_for_spread_and_never_two_on_one_node(num_
     assert all(not lacking(placement, (node,)) for node in range(num_nodes) if redundancy)
     replicas = [len(held) - len(own) for held, own in zip(placement.experts, first, strict=True)]
     assert not redundancy or max(replicas) - min(replicas) <= 2 * num_nodes
+    for expert, of_one in enumerate(homes_of(placement.experts, num_experts, shares=placement.shares)):
+        used = [home.node for home in of_one if home.share]
+        assert used == [node for node, own in enumerate(first) if expert in own], "rows go where they would without"
+
+
+@given(num_nodes=st.integers(1, 6), num_experts=st.integers(1, 20), draw=st.data())
+def test_each_expert_has_one_first_home_and_no_move_of_one_would_even_nodes_out(num_nodes, num_experts, draw):
+    homes = [draw.draw(st.sets(st.integers(0, num_nodes - 1), min_size=1)) for _ in range(num_experts)]
+    held = [[expert for expert in range(num_experts) if node in homes[expert]] for node in range(num_nodes)]
+    given = [0] * num_nodes
+    first = first_homes(held, num_experts)
+    assert [len(shares) for shares in first] == [len(nodes) for nodes in homes]
+    assert all(sorted(shares) == [0] * (len(shares) - 1) + [TURNS] for shares in first)
+    used = [sorted(nodes)[shares.index(TURNS)] for nodes, shares in zip(homes, first, strict=True)]
+    for node in used:
+        given[node] += 1
+    assert all(given[node] - given[other] < 2 for node, nodes in zip(used, homes, strict=True) for other in nodes)
+
+
+def test_rows_of_a_lost_node_are_shared_by_all_that_hold_replicas_of_its_experts():
+    placement = place_with_replicas(8, 3, 1)
+
+    def rows(missing):
+        """By node, in turns."""
+        found = [0] * 3
+        for of_one in homes_of(placement.experts, 8, missing, placement.shares):
+            for home, turns in zip(of_one, in_turns([home.share for home in of_one]), strict=True):
+                found[home.node] += turns
+        return found
+
+    assert rows(()) == [3 * TURNS, 3 * TURNS, 2 * TURNS]
+    assert rows((0,)) == [0, 5 * TURNS, 3 * TURNS]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +192,7 @@ async def test_a_placement_is_swapped_while_requests_run_and_loads_only_what_is_
         swapping = asyncio.ensure_future(instance.change_to(TWICE))
         while not swapping.done():
             await instance.check_tokens(expected)
-        assert await swapping == padded(TWICE, 5)
+        assert (await swapping).experts == padded(TWICE, 5).experts
         await instance.until_used(TWICE)
         assert [worker.loaded for worker in instance.experts] == [(2 * expert_bytes,) * 2] * 2 + [
             (3 * expert_bytes,) * 2

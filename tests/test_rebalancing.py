@@ -197,11 +197,12 @@ async def test_a_plan_that_came_too_late_is_made_anew_after_the_next_window_and_
     assert next_questions(11) == [False] * 10 + [True]
 
 
-def test_shares_are_kept_by_a_change_that_says_them_and_even_without():
+def test_shares_are_kept_by_a_change_that_says_them_and_go_to_first_homes_without():
     both = Placement(((0, 1), (0, 2)), 3)
     shared = changed(both, Shared(((0, 1), (0, 2)), ((45, 15), (60,), (60,))))
     assert shared.shares == ((45, 15), (60,), (60,))
-    assert changed(shared, [{0, 1}, {0, 2}]).shares == ()
+    assert changed(shared, [{0, 1}, {0, 2}]).shares == ((60, 0), (60,), (60,))
+    assert changed(shared, [{0, 1}, {2}]).shares == ()
 
 
 # -- at the start ------------------------------------------------------------------------------------------------------

@@ -95,11 +95,12 @@ def test_a_hot_expert_is_shared_and_cold_ones_are_not_read_twice():
 
 def test_even_replicas_for_failures_alone_are_not_read_while_nothing_fails():
     twice = place_with_replicas(8, 4, 1)
-    evenly = expected_costs([4.0] * 8, 8.0, twice)
+    evenly = expected_costs([4.0] * 8, 8.0, replace(twice, shares=()))
     plan = plan_replicas([4.0] * 8, 8.0, 4, [4] * 4, before=twice, redundancy=1)
     assert plan.num_moved == 0
     assert all(max(shares) == TURNS for shares in plan.shares)
     assert plan.cost < 0.75 * max(evenly)
+    assert expected_costs([4.0] * 8, 8.0, twice) == expected_costs([4.0] * 8, 8.0, place_evenly(8, 4))
 
 
 def test_moving_must_pay():

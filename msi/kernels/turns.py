@@ -5,6 +5,7 @@ Torch computes it beside the rows, numpy in the simulator and in benchmarks; thi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,32 @@ def homes_of(
             share = shares[expert][len(homes[expert])] if shares else 1
             homes[expert].append(Home(node, local_id, share))
     return [[home for home in of_one if home.node not in missing] or of_one for of_one in homes]
+
+
+def first_homes(experts: Sequence[Sequence[int]], num_experts: int) -> tuple[tuple[int, ...], ...]:
+    """Shares by which all rows of an expert go to one of its homes, and nodes get those of about as many experts.
+
+    Each expert's weights are then read on one node for a wave, in place of on each that holds it. The first home is
+    that with the lowest local id, as experts stand before replicas of others, and another where that evens nodes out.
+    """
+    homes = homes_of(experts, num_experts)
+    first = [min(range(len(of_one)), key=lambda home: of_one[home].local_id) for of_one in homes]
+    num_given = Counter(of_one[home].node for of_one, home in zip(homes, first, strict=True))
+    while True:
+        gain, expert, home = max(
+            (num_given[of_one[first[expert]].node] - num_given[other.node], -expert, home)
+            for expert, of_one in enumerate(homes)
+            for home, other in enumerate(of_one)
+        )
+        if gain < 2:
+            return tuple(
+                tuple(TURNS * (home == first[expert]) for home in range(len(of_one)))
+                for expert, of_one in enumerate(homes)
+            )
+        of_one = homes[-expert]
+        num_given[of_one[first[-expert]].node] -= 1
+        num_given[of_one[home].node] += 1
+        first[-expert] = home
 
 
 def wheel_of(shares: Sequence[int]) -> list[int]:
