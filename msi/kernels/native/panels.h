@@ -16,21 +16,23 @@
 namespace {
 
 #ifdef __AVX512F__
-constexpr int MOST = 6;  // rows of a tile
-constexpr int WIDE = 4;  // panels of one
+constexpr int WIDE = 4;             // panels of a tile
+constexpr int FEW = 3;              // rows up to which unpacking a line in registers alone is best
 constexpr int64_t ALONE = 4 << 20;  // bytes of a matrix times rows up to which a second thread costs more than it brings
+#define MSI_TILE_FUNCTION inline
 #else
-constexpr int MOST = 6;
 constexpr int WIDE = 1;
+constexpr int FEW = 8;
 constexpr int64_t ALONE = 1 << 20;
+#define MSI_TILE_FUNCTION __attribute__((noinline))  // inlined, sums often leave the 16 registers
 #endif
+constexpr int MOST = 6;               // rows of a tile
 constexpr int WIDTH = 16;             // rows of a matrix in a panel
 constexpr int HALVES = WIDTH / LANES;
 constexpr int LINE = WIDTH * 4;       // bytes: two neighbours of each row of a panel in bfloat16, or one float of each
 constexpr int64_t GROUP = 128;        // values of a row that share a scale
 constexpr int AHEAD = 1024;           // bytes that are fetched ahead
 constexpr int64_t PASS = 96;          // rows that meet all panels of a task before the next: they stay in the cache
-constexpr int FEW = 3;                // rows up to which unpacking a line in registers alone is best
 
 inline V even(U line) { return (V)(line << 16); }
 inline V odd(U line) { return (V)(line & 0xffff0000u); }
@@ -57,6 +59,19 @@ struct Grouped {
   static int64_t panel_bytes(int64_t depth) { return (depth + GROUP - 1) / GROUP * GROUP_BYTES; }
 };
 
+#ifndef __AVX512F__
+// Each of 8 bytes, of one half of 16, as the highest of a number: 2^24 times what it is. Laying bytes anew within 16 takes
+// half as long as widening them, which moves them across.
+inline __m256i on_top(const uint8_t* at, int half) {
+  const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)at));
+  const int first = half * 8;
+  const auto places = [](int byte) {
+    return _mm_add_epi32(_mm_set1_epi32(byte << 24 | 0x808080), _mm_setr_epi32(0, 1 << 24, 2 << 24, 3 << 24));
+  };
+  return _mm256_shuffle_epi8(all, _mm256_set_m128i(places(first + 4), places(first)));
+}
+#endif
+
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 // The two bytes of whole numbers up to 127 as bfloat16.
 struct Wholes {
@@ -77,6 +92,7 @@ constexpr Wholes WHOLES;
 // up both bytes of 64 values and laying them beside one another makes two lines. No value is -128.
 struct Int8 : Grouped<2 * WIDTH> {
   static constexpr bool BY_TWO_LINES = true;
+  static constexpr float SCALE = 1.0f;
   static int64_t place(int64_t i, int64_t row) {
     return i / 4 * 4 * WIDTH + row / 4 * 16 + i / 2 % 2 * 8 + row % 4 * 2 + i % 2;
   }
@@ -95,15 +111,17 @@ struct Int8 : Grouped<2 * WIDTH> {
 struct Int8 : Grouped<2 * WIDTH> {
   static constexpr bool BY_TWO_LINES = false;
   static int64_t place(int64_t i, int64_t row) { return i * WIDTH + row; }
-  static V floats(const uint8_t* at) {
 #ifdef __AVX512F__
+  static constexpr float SCALE = 1.0f;
+  static V floats(const uint8_t* at, int) {
     return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)));
-#else
-    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)));
-#endif
   }
-  static V first(const uint8_t* at, int half) { return floats(at + half * LANES); }
-  static V second(const uint8_t* at, int half) { return floats(at + WIDTH + half * LANES); }
+#else
+  static constexpr float SCALE = 0x1p-24f;
+  static V floats(const uint8_t* at, int half) { return (V)_mm256_cvtepi32_ps(on_top(at, half)); }
+#endif
+  static V first(const uint8_t* at, int half) { return floats(at, half); }
+  static V second(const uint8_t* at, int half) { return floats(at + WIDTH, half); }
   static U line(const uint8_t* at, int half) { return line_of(first(at, half), second(at, half)); }
 };
 #endif
@@ -126,23 +144,23 @@ struct Float8 : Grouped<2 * WIDTH> {
   static U line(const uint8_t* at, int half) { return line_of(first(at, half), second(at, half)); }
 };
 
-// [depth / 2, 16]: the first of a pair in the low half of a byte, 8 more than it is
+// [depth / 2, 16]: the first of a pair in the low half of a byte
 struct Int4 : Grouped<WIDTH> {
   static constexpr bool BY_TWO_LINES = false;
 #ifdef __AVX512F__
+  static constexpr float SCALE = 1.0f;
   static __m512i bytes(const uint8_t* at) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at)); }
   static __m512 looked_up(__m512i index) {  // by their lowest four bits
-    return _mm512_permutexvar_ps(index, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm512_permutexvar_ps(index, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
   }
   static V first(const uint8_t* at, int) { return (V)looked_up(bytes(at)); }
   static V second(const uint8_t* at, int) { return (V)looked_up(_mm512_srli_epi32(bytes(at), 4)); }
 #else
-  static __m256i bytes(const uint8_t* at) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at)); }
-  static V value(__m256i of) { return (V)_mm256_cvtepi32_ps(_mm256_sub_epi32(of, _mm256_set1_epi32(8))); }
-  static V first(const uint8_t* at, int half) {
-    return value(_mm256_and_si256(bytes(at + half * LANES), _mm256_set1_epi32(15)));
+  static constexpr float SCALE = 0x1p-28f;
+  static V first(const uint8_t* at, int half) { return (V)_mm256_cvtepi32_ps(_mm256_slli_epi32(on_top(at, half), 4)); }
+  static V second(const uint8_t* at, int half) {
+    return (V)_mm256_cvtepi32_ps(_mm256_and_si256(on_top(at, half), _mm256_set1_epi32(0xf0000000)));
   }
-  static V second(const uint8_t* at, int half) { return value(_mm256_srli_epi32(bytes(at + half * LANES), 4)); }
 #endif
   static U line(const uint8_t* at, int half) { return line_of(first(at, half), second(at, half)); }
 };
@@ -188,8 +206,9 @@ struct Dot {  // bfloat16
 // M rows with P panels over so many pairs: y [M, P * 16], or with scales (of a panel LINE bytes, then the next after
 // scale_stride) y plus as much of them.
 template <class A, class F, int M, int P>
-inline void tile(const typename A::Row* x, int64_t x_stride, const uint8_t* w, int64_t panel_bytes, int64_t pairs,
-                 float* y, int64_t y_stride, const uint8_t* scales, int64_t scale_stride, bool is_first) {
+MSI_TILE_FUNCTION void tile(const typename A::Row* x, int64_t x_stride, const uint8_t* w, int64_t panel_bytes,
+                            int64_t pairs, float* y, int64_t y_stride, const uint8_t* scales, int64_t scale_stride,
+                            bool is_first) {
   V sums[M][P][HALVES];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -198,11 +217,10 @@ inline void tile(const typename A::Row* x, int64_t x_stride, const uint8_t* w, i
 #pragma GCC unroll 2
       for (int h = 0; h < HALVES; ++h) sums[m][p][h] = V{};
 #ifndef __AVX512F__
-  for (int64_t k = 0; k < pairs; ++k) {  // of 16 registers sums take twelve: one value of a row at a time
+  const auto meet = [&](int64_t k) __attribute__((always_inline)) {  // of 16 registers sums take at most twelve
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
       const uint8_t* at = w + p * panel_bytes + k * F::PAIR_BYTES;
-      __builtin_prefetch(at + AHEAD);
       const V low = F::first(at, 0), high = F::first(at, 1);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
@@ -218,7 +236,16 @@ inline void tile(const typename A::Row* x, int64_t x_stride, const uint8_t* w, i
         sums[m][p][1] = fused(next_high, value, sums[m][p][1]);
       }
     }
+  };
+  constexpr int TOGETHER = LINE / F::PAIR_BYTES;
+  int64_t k = 0;
+  for (; k + TOGETHER <= pairs; k += TOGETHER) {
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) __builtin_prefetch(w + p * panel_bytes + k * F::PAIR_BYTES + AHEAD);
+#pragma GCC unroll 4
+    for (int i = 0; i < TOGETHER; ++i) meet(k + i);
   }
+  for (; k < pairs; ++k) meet(k);
 #else
   if constexpr (F::BY_TWO_LINES) {
     int64_t done = 0;
@@ -287,15 +314,14 @@ struct Tile {  // arguments of one but its rows
 
 template <class A, class F, int P>
 inline void tile_of(int rows, const typename A::Row* x, int64_t x_stride, const Tile& t, float* y, int64_t y_stride) {
-#define MSI_TILE(M)                                                                                             \
-  case M:                                                                                                       \
-    tile<A, F, M, P>(x, x_stride, t.w, t.panel_bytes, t.pairs, y, y_stride, t.scales, t.scale_stride, t.is_first); \
+  // those that there are: with AVX2 several panels have one or two rows
+  constexpr int HIGHEST = WIDE == 1 && P > 1 ? 4 / P : F::GROUPED ? std::min(FEW, MOST) : MOST;
+#define MSI_TILE(M)                                                                                                \
+  case M:                                                                                                          \
+    if constexpr (M <= HIGHEST)                                                                                    \
+      tile<A, F, M, P>(x, x_stride, t.w, t.panel_bytes, t.pairs, y, y_stride, t.scales, t.scale_stride, t.is_first); \
     break;
-  if constexpr (F::GROUPED) {
-    switch (rows) { MSI_TILE(1) MSI_TILE(2) MSI_TILE(3) }
-  } else {
-    switch (rows) { MSI_TILE(1) MSI_TILE(2) MSI_TILE(3) MSI_TILE(4) MSI_TILE(5) MSI_TILE(6) }
-  }
+  switch (rows) { MSI_TILE(1) MSI_TILE(2) MSI_TILE(3) MSI_TILE(4) MSI_TILE(5) MSI_TILE(6) }
 #undef MSI_TILE
 }
 
@@ -323,7 +349,7 @@ inline void panels_of(int64_t rows, const typename A::Row* x, int64_t x_stride, 
       const int64_t pairs = std::min(GROUP, depth - from) / 2;
       Tile t{w + LINE, panel_bytes, pairs, w, panel_bytes, from == 0};
       if (rows <= FEW) {
-        tile_of<A, F, P>(rows, x + from, x_stride, t, y, y_stride);
+        tiles<A, F, P>(rows, x + from, x_stride, t, y, y_stride);
         continue;
       }
       for (int p = 0; p < P; ++p)
@@ -347,15 +373,17 @@ inline void panels_of(int64_t rows, const typename A::Row* x, int64_t x_stride, 
 template <class A, class F>
 void product(int64_t rows, const typename A::Row* x, int64_t x_stride, const uint8_t* w, int64_t depth, float* y,
              int64_t y_stride, int64_t panels) {
-  constexpr int P = 4;
   const int64_t panel_bytes = F::panel_bytes(depth);
   for (; rows > 0; rows -= PASS, x += PASS * x_stride, y += PASS * y_stride) {
     const int64_t now = std::min(PASS, rows);
     int64_t p = 0;
-    for (; panels - p >= P && (WIDE >= P || now == 1); p += P)
-      panels_of<A, F, P>(now, x, x_stride, w + p * panel_bytes, depth, y + p * WIDTH, y_stride);
-    for (; p < panels; ++p)
-      panels_of<A, F, 1>(now, x, x_stride, w + p * panel_bytes, depth, y + p * WIDTH, y_stride);
+    const auto go = [&](auto wide) {
+      for (; panels - p >= wide; p += wide)
+        panels_of<A, F, wide>(now, x, x_stride, w + p * panel_bytes, depth, y + p * WIDTH, y_stride);
+    };
+    if (WIDE >= 4 || now == 1) go(std::integral_constant<int, 4>{});
+    if (WIDE < 4 && now == 2) go(std::integral_constant<int, 2>{});  // one panel's sums would wait for one another
+    go(std::integral_constant<int, 1>{});
   }
 }
 

@@ -303,7 +303,7 @@ void msi_pack(int64_t format, const void* w, const float* scales, int64_t n, int
       }
       const int8_t* from = (const int8_t*)w + row * depth;
       const int64_t group_bytes = format == INT4 ? Int4::GROUP_BYTES : Int8::GROUP_BYTES;
-      const float factor = format == FLOAT8 ? Float8::SCALE : 1.0f;
+      const float factor = format == INT8 ? Int8::SCALE : format == INT4 ? Int4::SCALE : Float8::SCALE;
       for (int64_t g = 0; g < groups; ++g) {
         uint8_t* at = panel + g * group_bytes;
         ((float*)at)[l] = scales[row * groups + g] * factor;
@@ -315,9 +315,9 @@ void msi_pack(int64_t format, const void* w, const float* scales, int64_t n, int
           else if (format == FLOAT8)
             at[i * WIDTH + l] = value;
           else if (i % 2 == 0)
-            at[i / 2 * WIDTH + l] = value + 8;
+            at[i / 2 * WIDTH + l] = value & 15;
           else
-            at[i / 2 * WIDTH + l] |= (value + 8) << 4;
+            at[i / 2 * WIDTH + l] |= value << 4;
         }
       }
     }
