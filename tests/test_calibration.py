@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from msi.control.calibration import AGAIN_AFTER_S, ANSWER_TIMEOUT_S, Calibration
+from msi.control.lane_choice import LaneChoice
 from msi.control.messages import Calibrated, CalibrationCutShort
 from msi.planner.pipeline import Stages
 from msi.types import StageTimes
@@ -115,3 +120,26 @@ def test_the_choice_is_made_again_from_stages_as_they_are_with_another_number_of
     assert now < chosen, why
     assert one.choice_now(chosen, Stages(0.0, 0.0, 0.0)) is None
     assert calibration().choice_now(2, then) is None, "nothing was measured"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "is_said"), [(("a", "a"), True), (("a", "b"), False), (("a", "a", "a"), False)], ids=str
+)
+def test_the_log_says_whether_one_process_would_be_better_where_it_could_be_that(hosts, is_said, caplog):
+    names = ["attention-0", "expert-0", "expert-1"]
+    workers = [
+        SimpleNamespace(worker_id=name, incarnation=0, route=b"x", host=host)
+        for name, host in zip(names, hosts, strict=False)
+    ]
+    by_role = {"attention": workers[:1], "expert": workers[1:]}
+    cluster = SimpleNamespace(num_lanes=0, is_linked=True, live=by_role.get, use_lanes=lambda chosen: [chosen])
+    limits = SimpleNamespace(max_num_seqs=64, max_num_batched_tokens=64)
+    choice = LaneChoice(SimpleNamespace(is_colocated=False, limits=limits), 0, 8)
+    with caplog.at_level(logging.INFO):
+        now = 0.0
+        while (follows := choice.next(cluster, now)) and not isinstance(follows[0], int):
+            (order,) = (one.message for one in follows)
+            choice.hear(Calibrated("attention-0", 0, order.order, HALVES[order.num_lanes]), now)
+            now += 1.0
+    assert follows == [finish(calibration(), LIVES, 0.0)[0]]
+    assert ("both workers are on one host" in caplog.text) is is_said

@@ -2,7 +2,15 @@
 
 import pytest
 
-from msi.planner.pipeline import Stages, choose_micro_batches, eq5_s, is_full, isolated_pass_s, steady_pass_s
+from msi.planner.pipeline import (
+    Stages,
+    choose_micro_batches,
+    eq5_s,
+    is_full,
+    isolated_pass_s,
+    steady_pass_s,
+    together_or_apart,
+)
 
 
 def test_a_fast_network_needs_three_micro_batches_and_a_slow_one_four():
@@ -34,3 +42,18 @@ def test_one_micro_batch_pays_every_round_trip():
 def test_times_that_a_coarse_clock_saw_as_nothing_still_choose():
     nothing = Stages(0.0, 0.0, 0.0)
     assert choose_micro_batches({1: nothing, 2: nothing}, 32, 2)[0] == 1
+
+
+def test_one_process_is_better_where_halves_cannot_overlap_and_two_where_they_do():
+    bound_by_memory = {1: Stages(0.010, 0.020, 0.001), 2: Stages(0.010, 0.019, 0.001)}
+    assert choose_micro_batches(bound_by_memory, 32, 10)[0] == 1
+    assert together_or_apart(bound_by_memory, 1, 32, 10) == (
+        "both workers are on one host: where they share its cores, one process (--colocated) is faster, as no rows "
+        "travel (together 107 tokens/s, apart 100)"
+    )
+    bound_by_arithmetic = {1: Stages(0.016, 0.016, 0.001), 2: Stages(0.009, 0.009, 0.001)}
+    assert choose_micro_batches(bound_by_arithmetic, 32, 10)[0] == 2
+    assert together_or_apart(bound_by_arithmetic, 2, 32, 10) == (
+        "both workers are on one host: they are faster than one process (--colocated), as their halves overlap "
+        "(together 100 tokens/s, apart 160)"
+    )

@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from msi.control.messages import Calibrate, Calibrated, CalibrationCutShort
-from msi.planner.pipeline import Stages, calibration_steps, choose_micro_batches, steady_pass_s
+from msi.planner.pipeline import (
+    Stages,
+    calibration_steps,
+    choose_micro_batches,
+    steady_pass_s,
+    together_or_apart,
+)
 from msi.types import StageTimes
 
 BATCH = 32
@@ -129,3 +135,7 @@ class Calibration:
     def choice(self) -> tuple[int, str]:
         """The number of micro-batches and why, once it is done."""
         return choose_micro_batches(self._measured, self._batch_size, self._num_layers)
+
+    def together_or_apart(self, chosen: int) -> str:
+        """Of one worker of each role on one host, once it is done: whether they should be one process, and why."""
+        return together_or_apart(self._measured, chosen, self._batch_size, self._num_layers)

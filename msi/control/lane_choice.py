@@ -47,7 +47,7 @@ class LaneChoice:
         if not cluster.is_linked:
             self._calibration.interrupt("a worker was lost", now)
             return []
-        if chosen := self._chosen():
+        if chosen := self._chosen(cluster):
             return cluster.use_lanes(chosen)
         members = {member.worker_id: member for member in cluster.live("attention")}
         lives = {worker_id: member.incarnation for worker_id, member in members.items()}
@@ -65,7 +65,7 @@ class LaneChoice:
         found = self._calibration.choice_now(running, now)
         return found or (running, f"m={running} stays until a restart measures anew: nothing else was measured here")
 
-    def _chosen(self) -> int:
+    def _chosen(self, cluster: Cluster) -> int:
         """0 as long as it is not known."""
         if self._given:
             return self._given
@@ -76,4 +76,7 @@ class LaneChoice:
             return 0
         chosen, why = self._calibration.choice()
         log.info("%s", why)
+        attention, experts = cluster.live("attention"), cluster.live("expert")
+        if len(attention) == len(experts) == 1 and attention[0].host == experts[0].host:
+            log.info("%s", self._calibration.together_or_apart(chosen))
         return chosen

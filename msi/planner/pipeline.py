@@ -80,6 +80,25 @@ def choose_micro_batches(measured: Mapping[int, Stages], batch_size: int, num_la
     return chosen, f"{chosen} micro-batches for {batch_size} sequences: {why} ({'; '.join(lines)})"
 
 
+def together_or_apart(measured: Mapping[int, Stages], chosen: int, batch_size: int, num_layers: int) -> str:
+    """Whether one attention and one expert worker that share the cores of a host should be one process, and why.
+
+    Its halves take turns, L (T_a + T_e), and send nothing.
+
+    Args:
+        measured, chosen: as `choose_micro_batches` has them, with stages of one micro-batch among them.
+    """
+    one = measured[1]
+    together = _rate(batch_size, num_layers * (one.attention_s + one.expert_s))
+    apart = _rate(batch_size, steady_pass_s(measured[chosen], chosen, num_layers))
+    begins = "both workers are on one host"
+    if together >= apart:
+        why = "where they share its cores, one process (--colocated) is faster, as no rows travel"
+    else:
+        why = "they are faster than one process (--colocated), as their halves overlap"
+    return f"{begins}: {why} (together {together:.0f} tokens/s, apart {apart:.0f})"
+
+
 def _rate(amount: float, time_s: float) -> float:
     """Infinite where a clock was too coarse to see any time pass."""
     return amount / time_s if time_s else math.inf
