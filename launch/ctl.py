@@ -23,7 +23,7 @@ from .command_line import CommandLine, number, one_of
 VERBS = {
     "status": "who is there, and what is waited for",
     "placement": "which worker holds which experts",
-    "drain": "WORKER finishes what it runs, and ends",
+    "drain": "WORKER finishes what it runs, or has it go on elsewhere, and ends",
     "remove": "the same, and it is not started again",
     "add": "one worker more, of --role",
     "rebalance": "experts are placed by what they had to do, or evenly before that is known",
@@ -86,6 +86,8 @@ def _run(argv: list[str]) -> None:
             runs = f", {one['num_running']} requests" if one["role"] == "attention" else ""
             runs += f", takes {one['slowness']:.1f} times as long as the others" if one["slowness"] >= SLOW else ""
             print(f"  {one['worker_id']}: {one['reason'] or one['state']} (pid {one['pid']} on {one['host']}{runs})")
+        if moved := report["requests_moved"]:
+            print(f"  {moved} requests have moved between attention workers")
 
 
 async def _asked(values: argparse.Namespace) -> Ordered:

@@ -18,6 +18,7 @@ from msi.settings import (
     LIMITS,
     MODEL_AND_WORKERS,
     SLOT_ROWS,
+    AttentionBalance,
     HostOptions,
     LinkShape,
     ModelSource,
@@ -75,6 +76,7 @@ class InstanceOptions:
         "replicas are placed by it at the start", metavar="FILE", group=MODEL_AND_WORKERS, file="read",
     )  # fmt: skip
     rebalance: Rebalance = Rebalance()
+    balance: AttentionBalance = AttentionBalance()
     micro_batches: Annotated[int, range(MAX_MICRO_BATCHES + 1)] = parameter(
         0, "in flight per attention worker: 1 to 4, or auto, which measures", metavar="M", group=MODEL_AND_WORKERS,
         zero="auto",

@@ -321,6 +321,29 @@ class SlowWorkers:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionBalance:
+    """When requests that run go on at another attention worker; see `msi.control.moving`.
+
+    Attributes:
+        balance_attention: "auto" or "off".
+        balance_attention_threshold: by how much steps are to take longer there than at the other one with the request.
+    """
+
+    balance_attention: str = parameter(
+        "auto", "auto: requests move off attention workers whose steps take longer than others', or that are drained; "
+        "off",
+        metavar="auto|off", group=MODEL_AND_WORKERS, choices=("auto", "off"),
+    )  # fmt: skip
+    balance_attention_threshold: Annotated[float, (0.0, 1e3)] = parameter(
+        0.25, "by how much a step of theirs is to take longer than at the other worker with the request, as a share",
+        metavar="F", group=MODEL_AND_WORKERS,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceLevel:
     """What requests that are taken can expect; those that could not are refused (429).
 

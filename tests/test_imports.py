@@ -32,6 +32,7 @@ LAYERS = [
         "msi.control.inheritance", "msi.control.leaving", "msi.control.waiting_for",
         "msi.control.calibration", "msi.control.clients", "msi.control.counters", "msi.control.lane_choice",
         "msi.control.suspects", "msi.control.routed", "msi.control.loads",
+        "msi.control.moving", "msi.control.move_messages",
         "msi.control.request_routing", "msi.control.restarts",
         "msi.control.fair_queue", "msi.control.overload", "msi.control.prediction",
         "msi.control.watched", "msi.control.takeover", "msi.control.adoption", "msi.control.arrivals",

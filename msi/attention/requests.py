@@ -18,6 +18,7 @@ from msi.attention.prompt_share import PromptShare
 from msi.attention.scheduler import Scheduler
 from msi.complaints import Complaints
 from msi.control.messages import Assignment, PassDone, RequestsFailed
+from msi.control.move_messages import Release, Released
 from msi.errors import (
     BatchRefused,
     DeadlineExceeded,
@@ -165,11 +166,24 @@ class Requests:
             self._fail([request.request_id], self._failed(one_line(error)))
         self._wake()
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, why: str = "cancelled") -> None:
         if self._to_compile.pop(request_id, None) is None:
             self.scheduler.cancel(request_id)
-        self._forget(request_id)
+        self._forget(request_id, why)
         self._wake()
+
+    def release(self, wanted: Release) -> None:
+        """Lets a request go on elsewhere, and says so: what the pass that it is in computes for it is not told."""
+        request_id = wanted.request_id
+        if (request := self._to_compile.get(request_id)) is not None:
+            told = len(request.output_token_ids), request.num_scored
+        elif (sequence := self.scheduler.find(request_id)) is not None:
+            told = len(sequence.tokens) - len(sequence.request.prompt_token_ids), sequence.num_scored
+        else:
+            return
+        self.cancel(request_id, "it goes on elsewhere")
+        ours = self._assignment
+        self._report(Released(ours.worker_id, ours.incarnation, request_id, wanted.number, *told))
 
     def _end_late_ones(self) -> None:
         """Those whose own time is over are not computed any more; the coordinator ends them, too."""
@@ -224,7 +238,7 @@ class Requests:
         ours = self._assignment
         self._report(RequestsFailed(ours.worker_id, ours.incarnation, tuple(request_ids), Failure.of(error)))
 
-    def _forget(self, request_id: str, why: str = "cancelled") -> None:
+    def _forget(self, request_id: str, why: str) -> None:
         self._came_at.pop(request_id, None)
         self._queued_s.pop(request_id, None)
         self.journal.forget(request_id)

@@ -131,6 +131,10 @@ class Scheduler:
         """All that are here; to be read."""
         return tuple(self._sequences.values())
 
+    def find(self, request_id: str) -> Sequence | None:
+        """One that is here; to be read."""
+        return self._sequences.get(request_id)
+
     def take_ended(self) -> list[Sequence]:
         """Those whose last token came since this was last asked."""
         ended, self._ended = self._ended, []

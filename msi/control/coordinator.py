@@ -53,6 +53,7 @@ from msi.control.messages import (
     WorkerHello,
     WorkerReady,
 )
+from msi.control.move_messages import Released
 from msi.control.operator import Operator
 from msi.control.orders import Order, Ordered
 from msi.control.rebalancing import Rebalancing
@@ -114,7 +115,10 @@ class Coordinator:
         self._traffic = Traffic(self._cluster, server.send, plan, welcome, self._sentence, spans)
         self._changes = ChangesOfPlacement(self._cluster, self._carry_out)
         self._balance = Rebalancing(plan.rebalance, self._cluster, self._changes, clock())
-        self.operator = Operator(self._cluster, self._changes, self._balance, self._carry_out, server.address, clock)
+        self.operator = Operator(
+            self._cluster, self._changes, self._balance, self._carry_out, server.address, clock,
+            lambda: self._traffic.num_moved,
+        )  # fmt: skip
         self._superseded: Superseded | None = None
         self._is_superseded = asyncio.Event()
 
@@ -207,6 +211,8 @@ class Coordinator:
                 self._carry_out(cluster.peer_lost(route, message))
             case RequestsFailed() if cluster.knows(route, message.worker_id, message.incarnation):
                 traffic.failed(message)
+            case Released() if cluster.knows(route, message.worker_id, message.incarnation):
+                traffic.released(message, now)
             case WorkerFailed() if cluster.knows(route, message.worker_id, message.incarnation):
                 log.error("%s: %s", message.worker_id, message.reason)
                 self._carry_out(cluster.worker_failed(route, message))
@@ -217,7 +223,7 @@ class Coordinator:
                 self._carry_out(cluster.goodbye(route, message))
             case Calibrated() | CalibrationCutShort() if cluster.knows(route, message.worker_id, message.incarnation):
                 self._lane_choice.hear(message, now)
-            case RequestsFailed() | WorkerFailed() | Calibrated() | CalibrationCutShort():
+            case RequestsFailed() | Released() | WorkerFailed() | Calibrated() | CalibrationCutShort():
                 log.debug("dropped %s: not from the member that it names", type(message).__name__)
             case ClientHello() if not cluster.has_route(route):
                 traffic.hello(route, message, now)

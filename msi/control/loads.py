@@ -57,6 +57,11 @@ class Loads:
         num_output = min(request.params.max_tokens, self._mean_output or FIRST_ANSWER)
         return min(len(request.prompt_token_ids) + num_output, self._max_model_len)
 
+    def expected_left(self, request: Request, num_output: int) -> float:
+        """Tokens that its answer still has; what is longer than others are is thought to go on for half as long."""
+        most = min(request.params.max_tokens, self._max_model_len - len(request.prompt_token_ids)) - num_output
+        return max(0.0, min(most, max((self._mean_output or FIRST_ANSWER) - num_output, num_output / 2)))
+
     def answered(self, num_tokens: int) -> None:
         """An answer of so many has come to its end."""
         weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0

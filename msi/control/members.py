@@ -11,7 +11,15 @@ from msi.control.messages import Assignment, WorkerHello
 from msi.control.rhythm import Rhythm
 from msi.control.worker_status import WorkerStatus
 from msi.precision import Precision
-from msi.settings import LinkShape, Rebalance, SchedulerLimits, ServiceLevel, SlowWorkers, Timeouts
+from msi.settings import (
+    AttentionBalance,
+    LinkShape,
+    Rebalance,
+    SchedulerLimits,
+    ServiceLevel,
+    SlowWorkers,
+    Timeouts,
+)
 from msi.types import Place, Placement, StageTimes
 
 NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes())
@@ -49,6 +57,7 @@ class InstancePlan:
     service: ServiceLevel = ServiceLevel()
     rebalance: Rebalance = Rebalance()
     slow: SlowWorkers = SlowWorkers()
+    balance: AttentionBalance = AttentionBalance()
     max_attention: int = 0
     max_expert: int = 0
     places: Mapping[str, tuple[int, ...]] | None = None

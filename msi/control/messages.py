@@ -2,9 +2,9 @@
 
 worker -> coordinator   WorkerHello, WorkerReady, Linked, Heartbeat, PassDone, PeerLost, RequestsFailed,
                         Calibrated, CalibrationCutShort, WorkerFailed, Placed, Draining, Goodbye, Account,
-                        RequestAccount; Pulse, by a socket of its own
+                        RequestAccount, Released; Pulse, by a socket of its own
 coordinator -> worker   Assignment, Undecided, Refused, HelloAgain, AccountWanted, Adopted, Topology, UsePlacement,
-                        Fence, Submit, Cancel, Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown, Superseded
+                        Fence, Submit, Cancel, Release, Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown, Superseded
 client -> coordinator   ClientHello, Submit, Resubmit, Cancel, ClientHeartbeat, StatsRequest, Superseded, Order;
                         ClientPulse, by a socket of its own
 coordinator -> client   Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck, Ordered, Superseded
@@ -30,6 +30,7 @@ from msi.control.client_messages import (
     StatsRequest,
     Welcome,
 )
+from msi.control.move_messages import Release, Released
 from msi.control.orders import Order, Ordered
 from msi.control.worker_status import Count, Seconds, WorkerStatus
 from msi.errors import Failure
@@ -39,7 +40,7 @@ from msi.precision import Precision
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
 from msi.types import Place, Placement, Progress, Request, StageTimes
 
-PROTOCOL_VERSION = 13
+PROTOCOL_VERSION = 14
 
 Seats = Annotated[int, range(2**16)]
 Index = Annotated[int, range(2**24)]
@@ -457,11 +458,11 @@ class Cancel:
 
 FROM_WORKER = (
     WorkerHello, WorkerReady, Linked, Heartbeat, Pulse, PassDone, PeerLost, RequestsFailed, Calibrated,
-    CalibrationCutShort, WorkerFailed, Placed, Draining, Goodbye, Account, RequestAccount,
+    CalibrationCutShort, WorkerFailed, Placed, Draining, Goodbye, Account, RequestAccount, Released,
 )  # fmt: skip
 TO_WORKER = (
     Assignment, Undecided, Refused, HelloAgain, AccountWanted, Adopted, Topology, UsePlacement, Fence, Submit, Cancel,
-    Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown, Superseded,
+    Release, Calibrate, UseLanes, HeartbeatAck, Drain, Shutdown, Superseded,
 )  # fmt: skip
 FROM_CLIENT = (ClientHello, Submit, Resubmit, Cancel, ClientHeartbeat, ClientPulse, StatsRequest, Superseded, Order)
 TO_CLIENT = (Welcome, Refused, HelloAgain, InstanceStatus, Outputs, Stats, HeartbeatAck, Ordered, Superseded)

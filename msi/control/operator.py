@@ -28,6 +28,7 @@ class Operator:
     Args:
         carry_out: what the cluster says is to be done.
         address: of the coordinator, for sentences.
+        num_moved: requests that have moved between attention workers.
 
     Attributes:
         launcher: who starts workers here, where somebody does.
@@ -42,6 +43,7 @@ class Operator:
         carry_out: Callable[[Sequence[Instruction]], None],
         address: str,
         clock: Callable[[], float],
+        num_moved: Callable[[], int] = lambda: 0,
     ) -> None:
         self.launcher: Launcher | None = None
         self._cluster = cluster
@@ -51,6 +53,7 @@ class Operator:
         self._address = address
         self._clock = clock
         self.slow = SlowWorkerPolicy(cluster.plan.slow, cluster, self._let_go_slow)
+        self._num_moved = num_moved
         self._waits: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     def look(self) -> None:
@@ -108,6 +111,7 @@ class Operator:
                 }
                 for one in cluster.stats()
             ],
+            "requests_moved": self._num_moved(),
             "placement": self._placement(),
         }  # fmt: skip
 

@@ -105,6 +105,10 @@ class Meters:
         slowness = 1.0 if seen is None or seen.num_seen < SEEN_OFTEN else seen.value
         return load if 1 / NOISE < slowness < NOISE else load * slowness
 
+    def step_s(self, worker_id: str, load: float) -> float:
+        """What a step takes there with such a load."""
+        return self.step.at(load) * self.relative(worker_id, 1.0)
+
     def places(self, max_num_seqs: int, capacity: int, tpot_slo_s: float) -> int:
         """Sequences that a worker runs at a time, at least 1.
 

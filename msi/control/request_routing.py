@@ -6,23 +6,27 @@ has waited for too long, before it costs anything; what has had its time ends wh
 
 Which worker would take least time is asked of `loads`, among those whose KV cache has room.
 
-Holds every request's prompt and the tokens emitted so far: those of a worker that is lost are resumed on another, which
-computes prompt and output again; or wait for one. Decides; does not act. Knows no sockets or clock.
+Holds every request's prompt and the tokens emitted so far: those of a worker that is lost, or that lets one go
+(`moving`), are resumed on another, which computes prompt and output again; or wait for one. Decides; does not act.
+Knows no sockets or clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count
 
 from msi.control.fair_queue import FairQueue
 from msi.control.loads import Loads
+from msi.control.move_messages import Released
+from msi.control.moving import Moves
 from msi.control.overload import Objectives, Service, out_of_time
 from msi.control.routed import Load, Order, Reconciled, Routed, Updates
-from msi.control.suspects import CRASHES_ALLOWED, SUSPECTED_FOR_S, Suspects, Trials, asked_by
+from msi.control.suspects import Suspects, Trials, asked_by, guilty
 from msi.errors import DeadlineExceeded, EngineError, Failure, InvalidRequest, RequestFailed, Unavailable
+from msi.settings import AttentionBalance
 from msi.types import Progress, Request
 
 WAIT_FOR_WORKERS_S = 30.0
@@ -40,6 +44,7 @@ class Router:
         hold_timeout_s: it waits so long for that one.
         objectives: what those that are taken can expect.
         backlog: requests that a worker has besides those that it can run, so that it need not wait for more.
+        balance: when requests move between workers.
 
     Attributes:
         num_resumptions: of all requests, since the start.
@@ -58,6 +63,7 @@ class Router:
         hold_timeout_s: float = 60.0,
         objectives: Objectives = Objectives(),
         backlog: int = 1 << 62,
+        balance: AttentionBalance = AttentionBalance(),
     ) -> None:
         self.num_resumptions = self.num_refused = self.num_shed = self.num_out_of_time = self.num_displaced = 0
         self._service = Service(objectives, max_num_seqs)
@@ -77,6 +83,7 @@ class Router:
         self._by_name: dict[tuple[bytes, str], Routed] = {}
         self._waiting = FairQueue()  # those without a worker
         self._loads = Loads(max_model_len, self._service.meters.relative)
+        self._moves = Moves(balance, self._loads, self._service)
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -93,7 +100,7 @@ class Router:
         elif (num_waiting := self.num_waiting) >= self._max_waiting and not self._displace_one_behind(order, flow):
             error = Unavailable(f"{num_waiting} requests wait here already; try again later")
         elif self._suspects and self._suspects.is_guilty(asked_by(request), now):
-            error = _guilty()
+            error = guilty()
         elif error := self._service.refusal(
             len(request.prompt_token_ids),
             self._waiting.num_before(order),
@@ -109,6 +116,11 @@ class Router:
         num_tokens = min(len(request.prompt_token_ids) + request.params.max_tokens, self._max_model_len)
         routed = self._by_name[client, name] = Routed(request, client, name, now + WAIT_FOR_WORKERS_S, num_tokens)
         routed.is_suspect = bool(self._suspects) and self._suspects.is_suspected(routed.asked, now)
+        self._enter(routed, flow, now)
+        return None
+
+    def _enter(self, routed: Routed, flow: str, now: float) -> None:
+        request = routed.request
         routed.flow, routed.came_at = flow, now
         routed.cost = self._loads.expected_tokens(request)
         if request.timeout_s:
@@ -116,7 +128,6 @@ class Router:
             heappush(self._deadlines, (routed.ends_at, request.request_id))
         self._requests[request.request_id] = routed
         self._waiting.add(routed, routed.cost)
-        return None
 
     def _displace_one_behind(self, order: Order, flow: str) -> bool:
         """The last that waits gives its place to one of another flow, or of a higher priority, that goes before it."""
@@ -158,17 +169,12 @@ class Router:
     def _taken_over(self, request: Request, request_id: str, client: bytes, now: float) -> Routed:
         name, num_tokens = request.request_id, len(request.prompt_token_ids) + request.params.max_tokens
         asked = replace(request, request_id=request_id, output_token_ids=(), num_scored=0, num_resumptions=0)
-        routed = self._requests[request_id] = self._by_name[client, name] = Routed(
+        routed = self._by_name[client, name] = Routed(
             asked, client, name, now + self._hold_timeout_s, min(num_tokens, self._max_model_len),
             token_ids=list(request.output_token_ids), num_scored=request.num_scored,
             lost_by="the coordinator before this one was lost",
         )  # fmt: skip
-        routed.flow, routed.came_at = request.flow or client.hex(), now
-        routed.cost = self._loads.expected_tokens(request)
-        if request.timeout_s:
-            routed.ends_at = now + request.timeout_s
-            heappush(self._deadlines, (routed.ends_at, request_id))
-        self._waiting.add(routed, routed.cost)
+        self._enter(routed, request.flow or client.hex(), now)
         return routed
 
     def has(self, client: bytes, name: str) -> bool:
@@ -190,6 +196,7 @@ class Router:
         """Of requests, since the start."""
         return {
             "resumptions": float(self.num_resumptions),
+            "moves": float(self._moves.num_moved),
             "requests_refused_as_too_late": float(self.num_refused),
             "requests_shed": float(self.num_shed),
             "requests_out_of_time": float(self.num_out_of_time),
@@ -219,7 +226,8 @@ class Router:
                 continue
             if self._shed(routed, now):
                 continue
-            self._give(routed, self._loads.soonest(routed, free), acks or {}, now)
+            worker_id = routed.moves_to if routed.moves_to in free else self._loads.soonest(routed, free)
+            self._give(routed, worker_id, acks or {}, now)
             given.append((routed.worker_id, routed.handed_out(now)))
         return given
 
@@ -232,7 +240,7 @@ class Router:
 
     def _give(self, routed: Routed, worker_id: str, acks: Mapping[str, int], now: float) -> None:
         self._waiting.hand_out(routed)
-        routed.worker_id, routed.given_at = worker_id, now
+        routed.worker_id, routed.given_at, routed.moves_to = worker_id, now, ""
         if routed.is_suspect:
             self._trials.begin(worker_id, routed.request.request_id, routed.asked, len(routed.token_ids))
         routed.ack = 1 + acks.get(worker_id, 0)
@@ -277,6 +285,24 @@ class Router:
         unknown_here = [name for name in ids if name not in ours]
         why = f"attention worker {worker_id} does not have this request any more"
         return Reconciled(unknown_here, self._resume(lost, why, now))
+
+    def due_moves(self, leaving: Collection[str], now: float) -> list[Routed]:
+        """Requests that their workers are to let go now; `leaving`: workers that are to end."""
+        return self._moves.due(self._requests, self._capacities, leaving, now)
+
+    def released(self, released: Released, now: float) -> Updates:
+        """A worker has let a request go, which waits for another one; its end where it may not."""
+        routed = self._requests.get(released.request_id)
+        if routed is None or routed.worker_id != released.worker_id or routed.release != released.number:
+            return {}  # it ended meanwhile, or is another one that is called so
+        if (len(routed.token_ids), routed.num_scored) != (released.num_tokens, released.num_scored):
+            return self._resume([routed], f"tokens of attention worker {routed.worker_id} were lost on the way", now)
+        self._take_back(routed)
+        routed.lost_by = f"attention worker {released.worker_id} let it go, for another one"
+        self._moves.num_moved += 1
+        routed.num_moves += 1
+        self._wait_again(routed, now)
+        return {}
 
     def fail(self, request_ids: Iterable[str], failure: Failure, worker_id: str | None = None) -> Updates:
         """These requests end with an error; only those of `worker_id`, where that is given."""
@@ -327,17 +353,20 @@ class Router:
                 self._forget(routed)
                 updates.setdefault(routed.client, []).append(Progress(routed.name, failure=Failure.of(error)))
                 continue
-            routed.num_resumptions += 1
             self.num_resumptions += 1
-            routed.waits_until = now + self._hold_timeout_s
-            self._waiting.add_again(routed)
+            self._wait_again(routed, now)
         return updates
+
+    def _wait_again(self, routed: Routed, now: float) -> None:
+        routed.num_resumptions += 1
+        routed.waits_until = now + self._hold_timeout_s
+        self._waiting.add_again(routed)
 
     def _why_not_resumed(self, routed: Routed, now: float) -> EngineError | None:
         if self._suspects and self._suspects.is_guilty(routed.asked, now):
-            return _guilty(routed.lost_by)
-        if routed.num_resumptions >= self._max_resumptions:
-            times = routed.num_resumptions
+            return guilty(routed.lost_by)
+        times = routed.num_resumptions - routed.num_moves
+        if times >= self._max_resumptions:
             before = f"; it had been resumed {times} time{'s' * (times != 1)} before, and is no more" if times else ""
             return RequestFailed(routed.lost_by + before)
         return None
@@ -423,16 +452,9 @@ class Router:
 
     def _take_back(self, routed: Routed) -> None:
         self._free(routed)
-        routed.worker_id, routed.predicted = "", 0.0
+        routed.worker_id, routed.predicted, routed.release = "", 0.0, 0
 
     def _free(self, routed: Routed) -> None:
         """It counts for its worker no longer."""
         self._trials.end(routed.worker_id, routed.request.request_id)
         self._loads.free(routed)
-
-
-def _guilty(lost_by: str = "") -> RequestFailed:
-    return RequestFailed(
-        f"{lost_by}{'; ' * bool(lost_by)}attention workers crashed {CRASHES_ALLOWED} times while they ran this very "
-        f"request; it is not tried again for {SUSPECTED_FOR_S / 60:.0f} minutes"
-    )

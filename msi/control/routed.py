@@ -26,6 +26,9 @@ class Routed:
         predicted: its part of the worker's load.
         num_scored: tokens of its prompt whose log-probabilities its client was told.
         num_resumptions: workers that it had before.
+        num_moves: those of them that let it go, as it was better off elsewhere.
+        moves_to: where it goes next; "" for wherever it fits.
+        release: by this number its worker is asked to let it go; 0 where it is not.
         lost_by: why it has none, once it had one.
         is_suspect: it runs alone.
         flow: who asks; see `msi.control.fair_queue`.
@@ -51,6 +54,9 @@ class Routed:
     predicted: float = 0.0
     num_scored: int = 0
     num_resumptions: int = 0
+    num_moves: int = 0
+    moves_to: str = ""
+    release: int = 0
     lost_by: str = ""
     is_suspect: bool = False
     flow: str = ""
@@ -73,6 +79,11 @@ class Routed:
         if not self._asked:
             self._asked = asked_by(self.request)
         return self._asked
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether it has been asked for, or has no token yet of where it has come to."""
+        return bool(self.release) or not self.worker_id or not self.is_started
 
     def handed_out(self, now: float) -> Request:
         """What its next worker is told."""

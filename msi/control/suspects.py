@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from msi.errors import RequestFailed
 from msi.types import Request
 
 CRASHES_ALLOWED = 2
@@ -26,6 +27,14 @@ def asked_by(request: Request) -> bytes:
     params = replace(request.params, seed=None)  # an engine draws another one each time
     prompt = array("q", request.prompt_token_ids).tobytes()
     return hashlib.blake2b(repr(params).encode(), key=hashlib.blake2b(prompt).digest()[:32]).digest()
+
+
+def guilty(lost_by: str = "") -> RequestFailed:
+    """The end of one that is not tried again; `lost_by`: why it has no worker."""
+    return RequestFailed(
+        f"{lost_by}{'; ' * bool(lost_by)}attention workers crashed {CRASHES_ALLOWED} times while they ran this very "
+        f"request; it is not tried again for {SUSPECTED_FOR_S / 60:.0f} minutes"
+    )
 
 
 class Suspects:

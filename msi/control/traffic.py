@@ -24,7 +24,16 @@ from msi.control.client_messages import (
 from msi.control.clients import Clients
 from msi.control.members import InstancePlan, Lost, Send
 from msi.control.membership import Cluster
-from msi.control.messages import Account, Cancel, Heartbeat, HelloAgain, PassDone, RequestsFailed, Submit
+from msi.control.messages import (
+    Account,
+    Cancel,
+    Heartbeat,
+    HelloAgain,
+    PassDone,
+    RequestsFailed,
+    Submit,
+)
+from msi.control.move_messages import Release, Released
 from msi.control.overload import Objectives, backlog_of
 from msi.control.request_routing import Router
 from msi.control.routed import Updates
@@ -70,6 +79,7 @@ class Traffic:
             hold_timeout_s=plan.timeouts.hold_timeout_s,
             objectives=Objectives.of(plan.service),
             backlog=backlog_of(plan.limits.max_num_seqs),
+            balance=plan.balance,
         )
         self._clients = Clients(welcome)
         self._takeover = Takeover()
@@ -84,6 +94,11 @@ class Traffic:
     def num_waiting(self) -> int:
         """Requests that are at no worker."""
         return self._router.num_unrouted
+
+    @property
+    def num_moved(self) -> int:
+        """Requests that have moved between attention workers."""
+        return int(self._router.counters["moves"])
 
     @property
     def counters(self) -> dict[str, float]:
@@ -172,6 +187,11 @@ class Traffic:
         self._tell(self._router.fail(failed.request_ids, failed.failure, failed.worker_id))
         self._takeover.failed(failed.worker_id, failed.request_ids)
 
+    def released(self, released: Released, now: float) -> None:
+        """A worker has let a request go, which goes on elsewhere."""
+        self._tell(self._router.released(released, now))
+        self._takeover.failed(released.worker_id, [released.request_id])
+
     def believed(self, route: bytes, heartbeat: Heartbeat, now: float) -> None:
         """A worker says which requests it has: others are as lost as those that nobody here knows."""
         belief = heartbeat.belief
@@ -218,6 +238,10 @@ class Traffic:
         self._tell(self._router.expire(now, self._cluster.sentence(now)))
         for given in self._router.take_to_cancel():
             self._cancel(*given)
+        routes = {one.worker_id: one.route for one in self._cluster.live("attention")}
+        leaving = [one.worker_id for one in self._cluster.live("attention") if one.state == "draining"]
+        for one in self._router.due_moves(leaving, now):
+            self._send(routes[one.worker_id], Release(one.request.request_id, one.release))
         self._forget_clients(self._clients.tick(now, late_s))
         self._say_status(now)
 

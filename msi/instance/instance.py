@@ -87,6 +87,7 @@ def build_plan(options: InstanceOptions, place: PlaceExperts | None = None) -> t
         service=options.service,
         rebalance=options.rebalance,
         slow=options.slow,
+        balance=options.balance,
         max_attention=max_attention,
         max_expert=max_expert,
     )

@@ -14,6 +14,7 @@ msi_time_to_first_token_seconds, msi_inter_token_seconds
 msi_requests_in_flight, msi_micro_batches   in the whole instance; m
 msi_workers{role,state}                     how many there are: loading, ready, draining or lost
 msi_resumptions_total                       requests that went on elsewhere when their attention worker was lost
+msi_moves_total                             requests that went on elsewhere while theirs lived, see --balance-attention
 msi_requests_refused_as_too_late_total, msi_requests_shed_total
                                             requests whose first token was predicted to come too late, when they came
                                             and as they waited
@@ -189,6 +190,8 @@ def _instance_metrics(stats: Stats, gateway: Mapping[str, float]) -> Iterator[Me
     yield states
     resumptions = stats.counters.get("resumptions", 0.0)
     yield CounterMetricFamily("msi_resumptions", "Requests that went on elsewhere.", resumptions)
+    moves = stats.counters.get("moves", 0.0)
+    yield CounterMetricFamily("msi_moves", "Requests that moved to another attention worker.", moves)
     for name, meaning in TURNED_AWAY.items():
         yield CounterMetricFamily(f"msi_{name}", meaning, stats.counters.get(name, 0.0))
     yield from _rebalances(stats.counters)

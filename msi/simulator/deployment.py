@@ -10,7 +10,15 @@ from msi.control.members import InstancePlan
 from msi.errors import ConfigError
 from msi.placement import place_with_replicas
 from msi.planner.pipeline import MAX_MICRO_BATCHES
-from msi.settings import LinkShape, Rebalance, SchedulerLimits, ServiceLevel, SlowWorkers, Timeouts
+from msi.settings import (
+    AttentionBalance,
+    LinkShape,
+    Rebalance,
+    SchedulerLimits,
+    ServiceLevel,
+    SlowWorkers,
+    Timeouts,
+)
 from msi.types import Placement
 
 LIMITS = SchedulerLimits(
@@ -43,6 +51,7 @@ class Deployment:
         service: what requests that are taken can expect.
         rebalance: when experts are placed anew by load; loading them takes no time here.
         slow: when workers that are slow leave.
+        balance: when requests move between attention workers.
 
     Raises:
         ConfigError: names the number, what was given and what is allowed.
@@ -66,6 +75,7 @@ class Deployment:
     service: ServiceLevel = ServiceLevel()
     rebalance: Rebalance = Rebalance()
     slow: SlowWorkers = SlowWorkers(drain_slow_after_s=0)
+    balance: AttentionBalance = AttentionBalance()
 
     def __post_init__(self) -> None:
         numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in ("int", "float")}
@@ -103,6 +113,7 @@ class Deployment:
             service=self.service,
             rebalance=self.rebalance,
             slow=self.slow,
+            balance=self.balance,
             timeouts=Timeouts(reload_after_s=NEVER_S),
         )
 

@@ -44,6 +44,7 @@ from msi.control.messages import (
     WorkerHello,
     WorkerReady,
 )
+from msi.control.move_messages import Release
 from msi.errors import ConfigError, EngineError, Unavailable, one_line
 from msi.experts.role import ExpertRole
 from msi.net.alarm import Alarm
@@ -264,6 +265,8 @@ class Worker:
                     attention.requests.submit(message.request)
                 case Cancel() if attention is not None:
                     attention.requests.cancel(message.request_id)
+                case Release() if attention is not None:
+                    attention.requests.release(message)
                 case Topology() if attention is not None:
                     attention.links.use_topology(message)
                 case UsePlacement():
