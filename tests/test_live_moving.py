@@ -31,5 +31,8 @@ async def test_what_a_drained_worker_runs_moves_and_every_answer_is_what_it_woul
         await asyncio.wait_for(asking, ENDS_WITHIN_S)
         assert (await engine.stats()).counters["moves"] == (await ctl(engine, "status"))["requests_moved"] > 0
         assert await resumptions(engine) == 0
+        received = [one.status.attention.kv_blocks_received for one in (await engine.stats()).workers
+                    if one.status.attention is not None]  # fmt: skip
+        assert max(received) > 0
     assert told(answers) == told(expected)
     assert answers["logprobs"].logprobs == pytest.approx(expected["logprobs"].logprobs, abs=1e-3)

@@ -42,6 +42,7 @@ from msi.net.dispatch_link import DispatchLink
 from msi.net.regions import Region
 from msi.net.slots import SlotLayout
 from msi.types import MicroBatch, Placement, Sampled
+from msi.worker.host import BlockMemory
 
 NOBODY = MicroBatch((), (), (), (), ())  # a pass of fillers alone
 
@@ -93,6 +94,7 @@ class AttentionHalf:
         landing: Region,
         beside: ExpertHalf | None = None,
         buckets: Collection[Bucket] | None = None,
+        block_memory: BlockMemory | None = None,
     ) -> None:
         self.num_layers = config.num_sparse_layers
         self.meter = StageMeter()  # T_a, without shared experts
@@ -101,6 +103,7 @@ class AttentionHalf:
         self.again_meter = StageMeter()  # rows packed again after a loss
         self.weight_bytes_read = 0
         self.kv_cache = kv_cache
+        self.block_memory = block_memory
         self.forward = Forward(config, weights, kv_cache, placement, device)
         self._config = config
         self._sent_dtype = row_dtypes.sent

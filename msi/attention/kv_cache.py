@@ -51,7 +51,36 @@ class KvCache:
         if len(blocks):
             self._memory.index_fill_(1, blocks.to(torch.int64), 0)
 
+    def as_bytes(self) -> BlockBytes:
+        """Its blocks for another worker's cache. Of memory that the host reaches."""
+        return BlockBytes(self._memory)
+
     def fill(self, value: float) -> None:
         """All of it but the padding, as if sequences had been there before."""
         for layer in self.layers:
             layer[1:].fill_(value)
+
+
+class BlockBytes:
+    """Blocks as bytes, all layers of one after another. Implements `msi.worker.host.BlockMemory`.
+
+    Args:
+        memory: [num_layers, num_blocks, 2, BLOCK_TOKENS, num_kv_heads, head_dim], on the host.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self._blocks = memory.view(torch.uint8).flatten(2)  # [num_layers, num_blocks, bytes of a layer's]
+        num_layers, _, layer_bytes = self._blocks.shape
+        self.block_bytes = num_layers * layer_bytes
+        self.shape = f"{memory.dtype} {num_layers} {list(memory.shape[2:])}"
+
+    def read(self, block: int, into: memoryview) -> None:
+        """Copies a block that nothing is written to any more."""
+        self._as_block(into).copy_(self._blocks[:, block])
+
+    def write(self, block: int, content: memoryview) -> None:
+        """Into a block that no sequence has."""
+        self._blocks[:, block].copy_(self._as_block(content))
+
+    def _as_block(self, content: memoryview) -> Tensor:
+        return torch.frombuffer(content, dtype=torch.uint8).view(len(self._blocks), -1)

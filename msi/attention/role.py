@@ -6,22 +6,27 @@ Requests come in, progress goes out through `report`; both are values, the contr
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from msi.attention.block_exchange import BlockExchange
 from msi.attention.expert_links import ExpertLinks
 from msi.attention.lanes import run_lane
 from msi.attention.measuring import Measuring
 from msi.attention.requests import Requests
 from msi.control.counters import AttentionCounters, PeerDelay, by_reason, peer_delays
 from msi.control.messages import Assignment
-from msi.errors import ConfigError
+from msi.control.move_messages import Release
+from msi.errors import ConfigError, EngineError
 from msi.net.transport import Transport
 from msi.request_spans import OpenSpans
 from msi.tracing import Spans
 from msi.types import Placement
 from msi.worker.host import LoadedModel
+
+log = logging.getLogger(__name__)
 
 
 class AttentionRole:
@@ -52,11 +57,14 @@ class AttentionRole:
     ) -> None:
         self.links = ExpertLinks(assignment, model.shape, transport, report, allocator=model.memory, clock=clock)
         self.trace(tracer)
+        self._assignment = assignment
+        self._clock = clock
         # First: it refuses more blocks than there is memory for, which a list of them all would only try for minutes.
         self.half = model.attention_half(self.links.link, num_blocks)
         self.requests = Requests(assignment, model.shape, num_blocks, report, clock, model.grammars, spans)
         self._spans = spans
         self.measuring = Measuring(assignment, model.shape, num_blocks, self.half, self.links.link)
+        self.blocks: BlockExchange | None = None  # with other attention workers
         self.num_lanes = self._num_started = 0
         self._num_blocks = num_blocks
         self._tasks: asyncio.TaskGroup | None = None
@@ -65,6 +73,31 @@ class AttentionRole:
     def placement(self) -> Placement:
         """Of passes that begin."""
         return self.links.placement
+
+    async def exchange_blocks(self, new_transport: Callable[[], Transport]) -> str:
+        """From now on requests that move take their KV blocks along; returns where ours are to come to.
+
+        "" where they stay: the host does not reach them, they are not known by their contents, or nobody can connect.
+        """
+        memory, ours = self.half.block_memory, self._assignment
+        if memory is None or not ours.limits.enable_prefix_caching or ours.is_colocated:
+            return ""
+        exchange = BlockExchange(ours.instance, memory, new_transport(), lambda: self.requests.scheduler, self._clock)
+        try:
+            address = await exchange.listen()
+        except EngineError as error:
+            log.info("%s: requests that move are computed again: %s", ours.worker_id, error)
+            return ""
+        self.blocks = exchange
+        return address
+
+    async def release(self, wanted: Release) -> None:
+        """A request goes on elsewhere: it runs on here until its KV blocks are there."""
+        sequence = self.requests.scheduler.find(wanted.request_id)
+        if sequence is not None and wanted.address and self.blocks is not None:
+            await self.blocks.send(wanted.request_id, wanted.address, wanted.again_s)
+        if self.requests.scheduler.find(wanted.request_id) is sequence:  # else it is another one that is called so
+            self.requests.release(wanted)
 
     async def run(self) -> None:
         """Links and lanes, for ever. Cancel it to stop."""
@@ -138,6 +171,8 @@ class AttentionRole:
             weight_bytes_read=half.weight_bytes_read,
             kv_blocks=scheduler.num_blocks,
             kv_blocks_lost=0 if scheduler.num_running else scheduler.num_blocks - scheduler.num_free_blocks,
+            kv_blocks_sent=0 if self.blocks is None else self.blocks.num_sent,
+            kv_blocks_received=0 if self.blocks is None else self.blocks.num_received,
             dropped=by_reason(link.dropped),
             **scheduler.counters,
         )

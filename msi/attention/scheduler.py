@@ -10,7 +10,7 @@ sampler says, and where an exception came out of a pass each is tried again by i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -134,6 +134,36 @@ class Scheduler:
     def find(self, request_id: str) -> Sequence | None:
         """One that is here; to be read."""
         return self._sequences.get(request_id)
+
+    def full_blocks(self, request_id: str, start: int, count: int) -> list[tuple[int, bytes]]:
+        """Of the full blocks that a request has, so many from `start` on, each with the name of its contents; none are
+        written to any more, as long as it has them.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return []
+        stop = min(start + count, sequence.num_kept)
+        return [(sequence.blocks[index], sequence.hashes[index]) for index in range(start, stop)]
+
+    def adopt_block(self, name: bytes, write: Callable[[int], None]) -> bool:
+        """The contents of a block come from elsewhere, as if a sequence that is gone had computed them.
+
+        Args:
+            write: into this block.
+
+        Returns:
+            Whether there was room; blocks that sequences may need at once are left alone.
+        """
+        pool = self._pool
+        if not self._limits.enable_prefix_caching or pool.find((name,)) or pool.num_free <= self.num_running:
+            return False
+        blocks = pool.allocate(1)
+        try:
+            write(blocks[0])
+            pool.keep(blocks[0], name)
+        finally:
+            pool.free(blocks)
+        return True
 
     def take_ended(self) -> list[Sequence]:
         """Those whose last token came since this was last asked."""

@@ -30,6 +30,7 @@ class AttentionCounters:
     blocks, kv_blocks: KV blocks; those of sequences that are missing while none runs are `kv_blocks_lost`.
     prompt_tokens: of sequences that were admitted; `prefix_hit_tokens` of them were known.
     readmitted_tokens, readmission_hit_tokens: the same for sequences that were admitted again.
+    kv_blocks_sent, kv_blocks_received: to and from other attention workers; see `msi.attention.block_exchange`.
     packed_again, hedges, hedges_cancelled: see `msi.net.turns.DispatchCounters`.
     set_aside: how often expert workers were, as they were late or slow.
     dropped: immediates that were not used, by reason.
@@ -60,6 +61,8 @@ class AttentionCounters:
     readmission_hit_tokens: Count = 0
     preemptions: Count = 0
     overtakings: Count = 0
+    kv_blocks_sent: Count = 0
+    kv_blocks_received: Count = 0
     dropped: dict[str, Count] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

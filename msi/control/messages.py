@@ -173,7 +173,12 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """Weights are loaded. `address`: where links reach an expert worker, else ""; `num_blocks`: KV blocks or 0."""
+    """Weights are loaded.
+
+    Attributes:
+        address: where links reach an expert worker, and where others send an attention worker KV blocks; or "".
+        num_blocks: of KV cache; or 0.
+    """
 
     worker_id: str
     incarnation: int

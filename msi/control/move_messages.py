@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from msi.control.worker_status import Count
+from msi.control.worker_status import Count, Seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,10 +13,14 @@ class Release:
 
     Attributes:
         number: for the answer; others are of a request that was called so before.
+        address: where its KV blocks may go before; "" for nowhere.
+        again_s: what computing them again is thought to take; 0 where that is not known.
     """
 
     request_id: str
     number: Count
+    address: str = ""
+    again_s: Seconds = 0.0
 
 
 @dataclass(frozen=True, slots=True)

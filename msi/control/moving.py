@@ -175,12 +175,12 @@ class Moves:
     def _from_leaving(
         self, requests: Mapping[str, Routed], capacities: Mapping[str, int], leaving: Collection[str], now: float
     ) -> Iterator[Routed]:
-        """While others could begin with them at once; where they go is decided then."""
+        """While others could begin with them at once."""
         for routed in requests.values() if leaving else ():
             if len(self._under_way) >= MOVES_AT_ONCE:
                 return
             if routed.worker_id in leaving and self._may_move(routed) and self._has_place(routed, capacities):
-                yield self._ask(routed, "", now)
+                yield self._ask(routed, self._loads.soonest(routed, capacities), now)
 
     def _for_balance(
         self, requests: Mapping[str, Routed], capacities: Mapping[str, int], now: float

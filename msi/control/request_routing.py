@@ -290,6 +290,10 @@ class Router:
         """Requests that their workers are to let go now; `leaving`: workers that are to end."""
         return self._moves.due(self._requests, self._capacities, leaving, now)
 
+    def again_s(self, routed: Routed) -> float:
+        """What computing it again is thought to take; 0 where that is not known."""
+        return self._service.meters.prefill.at(len(routed.request.prompt_token_ids) + len(routed.token_ids))
+
     def released(self, released: Released, now: float) -> Updates:
         """A worker has let a request go, which waits for another one; its end where it may not."""
         routed = self._requests.get(released.request_id)

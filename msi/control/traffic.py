@@ -241,7 +241,9 @@ class Traffic:
         routes = {one.worker_id: one.route for one in self._cluster.live("attention")}
         leaving = [one.worker_id for one in self._cluster.live("attention") if one.state == "draining"]
         for one in self._router.due_moves(leaving, now):
-            self._send(routes[one.worker_id], Release(one.request.request_id, one.release))
+            target = self._cluster.serving.get(one.moves_to)
+            address, again_s = "" if target is None else target.address, self._router.again_s(one)
+            self._send(routes[one.worker_id], Release(one.request.request_id, one.release, address, again_s))
         self._forget_clients(self._clients.tick(now, late_s))
         self._say_status(now)
 

@@ -25,6 +25,7 @@ from msi.planner.stage_costs import StageCosts
 from msi.simulator.device import SimulatedDevice, SimulatedProgram
 from msi.simulator.popularity import Routing
 from msi.types import MicroBatch, Placement, Sampled
+from msi.worker.host import BlockMemory
 
 ROW_BYTES = ROW_ALIGNMENT  # of a simulated row, either way
 DRAW = struct.Struct("<III")  # lies where the first row would: the mark of the draw, tokens it was for, and the view
@@ -57,6 +58,8 @@ class SimulatedAttention:
 
     Implements `msi.worker.host.AttentionPart`.
     """
+
+    block_memory: BlockMemory | None = None
 
     def __init__(
         self,

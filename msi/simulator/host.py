@@ -122,7 +122,7 @@ class SimulatedHost:
         self._id = assignment.worker_id
         return SimulatedModel(self._world, assignment, self.device)
 
-    def new_transport(self, assignment: Assignment) -> SimulatedTransport:
+    def new_transport(self, assignment: Assignment, *, is_for_blocks: bool = False) -> SimulatedTransport:
         self._num_transports += 1
         return SimulatedTransport(self._world.network, f"{self._id}/{self._num_transports}", self._wire_bytes)
 

@@ -41,8 +41,23 @@ class ServedShape:
     answer_row_bytes: int
 
 
+class BlockMemory(Protocol):
+    """KV blocks as bytes, all layers of one after another."""
+
+    block_bytes: int
+    shape: str  # of those that may be exchanged
+
+    def read(self, block: int, into: memoryview) -> None:
+        """Copies a block that nothing is written to any more."""
+
+    def write(self, block: int, content: memoryview) -> None:
+        """Into a block that no sequence has."""
+
+
 class AttentionPart(AttentionCompute, Protocol):
     """The attention half, and what it measures."""
+
+    block_memory: BlockMemory | None  # None where the host does not reach it
 
     meter: StageMeter  # T_a, without shared experts
     shared_meter: StageMeter
@@ -150,7 +165,8 @@ class Host(Protocol):
             ConfigError: the memory that is free cannot hold them.
         """
 
-    def new_transport(self, assignment: Assignment) -> Transport: ...
+    def new_transport(self, assignment: Assignment, *, is_for_blocks: bool = False) -> Transport:
+        """`is_for_blocks`: for KV blocks between attention workers, which are taken on the event loop."""
 
     def counters(self) -> ProcessCounters:
         """What is countable here; the rest of them is the worker's to fill in."""

@@ -159,6 +159,7 @@ class TorchModel:
             landing=link.landing.rows,
             beside=self._experts if self._goes_through_both() else None,
             buckets=self._graphed.buckets,
+            block_memory=kv_cache.as_bytes() if isinstance(device, CpuDevice) else None,
         )
         if device.kernels.device.type == "cuda":
             warm(half.forward, config, kv_cache, placement.num_nodes, device, row_dtypes(precision))
@@ -273,9 +274,11 @@ class TorchHost:
         utilization = self._settings.host.gpu_memory_utilization
         return TorchModel(self._files, self._part, assignment, device, utilization, memory)
 
-    def new_transport(self, assignment: Assignment) -> Transport:
+    def new_transport(self, assignment: Assignment, *, is_for_blocks: bool = False) -> Transport:
         name = "inproc" if assignment.is_colocated else self._settings.host.transport
-        poller = None if self._device is None else self._device.poller
+        poller = None if self._device is None or is_for_blocks else self._device.poller
+        if is_for_blocks and name == "rdma":
+            name = "tcp"
         if name == "inproc":
             return InprocTransport(poller=poller)
         key, complain = self._settings.trust.link_key(assignment.instance), self._complain
@@ -287,7 +290,7 @@ class TorchHost:
             return open_rdma(self._settings.host.rdma, host, key=key, complain=complain, poll_s=poll_s, poller=poller)
         if name == "auto" and shm.is_available() is None:
             rdma = None
-            if not encrypt:  # cards do not
+            if not encrypt and not is_for_blocks:  # cards do not encrypt
                 try:
                     rdma = open_rdma(
                         self._settings.host.rdma, host, key=key, complain=complain, poll_s=poll_s, poller=poller

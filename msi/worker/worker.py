@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from msi.attention.role import AttentionRole
@@ -241,14 +242,17 @@ class Worker:
                 tracer=self._watching.spans, spans=self._spans,
             )  # fmt: skip
             tasks.create_task(life.attention.run(), name="attention role")
+            address = address or await life.attention.exchange_blocks(
+                partial(self._new_transport, life, is_for_blocks=True)
+            )
         life.ready = WorkerReady(assignment.worker_id, assignment.incarnation, address, num_blocks)
         self._control.send(life.ready)
         self.has_been_ready.set()
         tasks.create_task(self._drain_when_asked(life), name="drain")
         await receiving
 
-    def _new_transport(self, life: Life) -> Transport:
-        transport = self._host.new_transport(life.assignment)
+    def _new_transport(self, life: Life, *, is_for_blocks: bool = False) -> Transport:
+        transport = self._host.new_transport(life.assignment, is_for_blocks=is_for_blocks)
         life.transports.append(transport)
         return transport
 
@@ -266,7 +270,7 @@ class Worker:
                 case Cancel() if attention is not None:
                     attention.requests.cancel(message.request_id)
                 case Release() if attention is not None:
-                    attention.requests.release(message)
+                    tasks.create_task(attention.release(message), name="release")
                 case Topology() if attention is not None:
                     attention.links.use_topology(message)
                 case UsePlacement():
