@@ -8,6 +8,7 @@ import tomllib
 import pytest
 
 from msi import __version__, structured_outputs
+from msi.attention import block_exchange
 from msi.control import (
     arrivals,
     calibration,
@@ -50,6 +51,8 @@ STANDS = [
     ("launch/README.md", r"longer by a share of F \(([\d.]+)\)", OPTIONS.balance.balance_attention_threshold),
     ("msi/control/README.md", r"no more than (\d+) are under way", moving.MOVES_AT_ONCE),
     ("msi/control/README.md", r"came less than (\d+) s", moving.RESTS_S),
+    ("msi/control/README.md", r"at most (\d+) KB at a time", block_exchange.CHUNK_BYTES // 1024),
+    ("msi/control/README.md", r"or more than (\d+) s, leaves", block_exchange.SENT_WITHIN_S),
     ("msi/control/README.md", r"none for the (third) time", {2: "third"}[moving.MOST_MOVES]),
     ("msi/control/README.md", r"fewer than (\d+) rows for each expert", rebalancing.LEAST_ROWS),
     ("msi/control/README.md", r"none has come for (three) seconds", {3.0: "three"}[arrivals.LULL_S]),

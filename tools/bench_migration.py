@@ -3,18 +3,24 @@
 
     tools/bench_migration.py                      # the demo model
     tools/bench_migration.py MODEL --contexts 128 512 2048 --dtype bfloat16
+    tools/bench_migration.py --moves --contexts 768 --transport shm tcp
 
 A request goes on elsewhere when its worker is lost, is drained, or has too much to do. Of a lost worker nothing can be
-sent; of the others the KV cache of `context` tokens could be. Computing it again is measured as the time to the first
-token of a prompt of so many tokens, on 1 + 1 workers that have nothing else to do; sending, as its bytes over the
-throughput of one process to one over our data plane (`tools/bench_m2n.py`, messages of 1 MB), and two ways of one
-message. What that leaves out makes sending look better: blocks have to be laid out, agreed on, and awaited.
+sent; of the others the KV cache of `context` tokens is. Computing it again is measured as the time to the first token
+of a prompt of so many tokens, on 1 + 1 workers that have nothing else to do; sending, as its bytes over the throughput
+of one process to one over our data plane (`tools/bench_m2n.py`, messages of 1 MB), and two ways of one message. What
+that leaves out makes sending look better: blocks have to be laid out, agreed on, and awaited.
+
+With --moves it is done: a stream of 2 + 1 workers whose attention worker is removed, and the longest time between two
+of its tokens from then on, less the median before; with blocks sent, and, in turns with that, on an instance without a
+prefix cache, where they are computed again. Medians; the tokens of both are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import subprocess
@@ -27,12 +33,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 from msi import Engine, SamplingParams
+from msi.control.orders import Order, Ordered
 from msi.models.families import load_config
 from msi.settings import DEMO_MODEL
 from msi_launch.command_line import ScriptLine, integer
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 MESSAGE = "1M"
+ANSWER, MOVED_AFTER = 120, 30  # tokens of an answer that moves, and those before that
 
 
 def parse() -> argparse.Namespace:
@@ -41,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contexts", type=integer(1, 100_000), nargs="+", default=[64, 256, 768], metavar="N")
     parser.add_argument("--dtype", choices=list(VALUE_BYTES), default="float32", help="of KV cache and computing")
     parser.add_argument("--transport", nargs="+", default=["shm", "tcp"], metavar="T", help="shm tcp")
+    parser.add_argument("--moves", action="store_true", help="move requests, and measure the pauses of their streams")
     parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N")
     values: argparse.Namespace = parser.parse_args()
     return values
@@ -94,8 +103,70 @@ def compared(context: int, again_s: float, token_bytes: int, ways: dict[str, tup
     }
 
 
+async def moved(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
+    """Seconds that a stream paused, and its tokens."""
+    client = engine._require_client()
+    token_ids: list[int] = []
+    came_at: list[float] = []
+    params = SamplingParams(max_tokens=ANSWER, temperature=0, ignore_eos=True)
+    leaving: asyncio.Task[Ordered] | None = None
+    asked_at = 0
+    async for output in engine.generate(prompt, params):
+        token_ids += output.token_ids
+        came_at.append(time.monotonic())
+        if len(token_ids) >= MOVED_AFTER and leaving is None:
+            workers = (await engine.stats()).workers
+            name = next(one.worker_id for one in workers if one.role == "attention" and one.status.num_running)
+            leaving, asked_at = asyncio.create_task(client.order(Order(0, "remove", name, "", 60.0))), len(came_at)
+    assert leaving is not None
+    for answer in (await leaving, await client.order(Order(0, "add", "", "attention", 60.0))):
+        assert not answer.failure, answer.failure
+    gaps = [later - sooner for sooner, later in itertools.pairwise(came_at)]
+    return max(gaps[asked_at - 1 :]) - median(gaps[: asked_at - 1]), token_ids
+
+
+async def pauses(values: argparse.Namespace, transport: str, context: int, vocab_size: int) -> dict[str, Any]:
+    """One line."""
+    chance = random.Random(context)
+
+    def started(caches: bool) -> Engine:
+        return Engine.local(
+            model=values.model, attention_workers=2, expert_workers=1, threads_per_worker=1, dtype=values.dtype,
+            enable_prefix_caching=caches, max_num_seqs=8, micro_batches=1, transport=transport,
+        )  # fmt: skip
+
+    sent_s, again_s = [], []
+    async with started(True) as sending, started(False) as computing:
+        for number in range(1 + values.rounds):
+            prompt = [chance.randrange(3, vocab_size) for _ in range(context)]
+            (sent, tokens), (again, others) = await moved(sending, prompt), await moved(computing, prompt)
+            assert tokens == others, "a move changed the answer"
+            if number:
+                sent_s.append(sent)
+                again_s.append(again)
+        counts = [one.status.attention for one in (await sending.stats()).workers if one.status.attention is not None]
+        moves = [(await one.stats()).counters["moves"] for one in (sending, computing)]
+    return {
+        "context": context,
+        "transport": transport,
+        "pause_sent_ms": round(1e3 * median(sent_s), 1),
+        "pause_again_ms": round(1e3 * median(again_s), 1),
+        "again_over_sent": round(median(a / s for a, s in zip(again_s, sent_s, strict=True)), 1),
+        "sent_ms": [round(1e3 * one, 1) for one in sent_s],
+        "again_ms": [round(1e3 * one, 1) for one in again_s],
+        "moves": moves,
+        "blocks_received_by_those_left": [one.kv_blocks_received for one in counts],
+    }
+
+
 def main() -> None:
     values = parse()
+    if values.moves:
+        config, _ = load_config(values.model)
+        for transport in values.transport:
+            for context in values.contexts:
+                print(json.dumps(asyncio.run(pauses(values, transport, context, config.vocab_size))), flush=True)
+        return
     config, _ = load_config(values.model)
     token_bytes = config.kv_values_per_token * VALUE_BYTES[values.dtype]
     ways = {name: link(name) for name in values.transport}
