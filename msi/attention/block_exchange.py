@@ -97,6 +97,10 @@ class BlockExchange:
         self._transport.deliver(self._completed)
         return await self._transport.listen(self._accept)
 
+    async def close(self) -> None:
+        """Idempotent."""
+        await self._transport.close()
+
     # -- sending -----------------------------------------------------------------------------------------------------
 
     async def send(self, request_id: str, address: str, again_s: float) -> None:

@@ -82,14 +82,16 @@ class AttentionRole:
         memory, ours = self.half.block_memory, self._assignment
         if memory is None or not ours.limits.enable_prefix_caching or ours.is_colocated:
             return ""
-        exchange = BlockExchange(ours.instance, memory, new_transport(), lambda: self.requests.scheduler, self._clock)
+        exchange = self.blocks = BlockExchange(
+            ours.instance, memory, new_transport(), lambda: self.requests.scheduler, self._clock
+        )
         try:
-            address = await exchange.listen()
+            return await exchange.listen()
         except EngineError as error:
+            self.blocks = None
+            await exchange.close()
             log.info("%s: requests that move are computed again: %s", ours.worker_id, error)
             return ""
-        self.blocks = exchange
-        return address
 
     async def release(self, wanted: Release) -> None:
         """A request goes on elsewhere: it runs on here until its KV blocks are there."""

@@ -122,9 +122,12 @@ class SimulatedHost:
         self._id = assignment.worker_id
         return SimulatedModel(self._world, assignment, self.device)
 
-    def new_transport(self, assignment: Assignment, *, is_for_blocks: bool = False) -> SimulatedTransport:
+    def new_transport(self, assignment: Assignment) -> SimulatedTransport:
         self._num_transports += 1
         return SimulatedTransport(self._world.network, f"{self._id}/{self._num_transports}", self._wire_bytes)
+
+    def new_block_transport(self, assignment: Assignment) -> SimulatedTransport:
+        return self.new_transport(assignment)
 
     def _wire_bytes(self, num_rows: int) -> int:
         """Of a post: its header, and its rows as long as they would be in reality; nothing without rows."""

@@ -165,8 +165,10 @@ class Host(Protocol):
             ConfigError: the memory that is free cannot hold them.
         """
 
-    def new_transport(self, assignment: Assignment, *, is_for_blocks: bool = False) -> Transport:
-        """`is_for_blocks`: for KV blocks between attention workers, which are taken on the event loop."""
+    def new_transport(self, assignment: Assignment) -> Transport: ...
+
+    def new_block_transport(self, assignment: Assignment) -> Transport:
+        """For KV blocks between attention workers, which are taken on the event loop."""
 
     def counters(self) -> ProcessCounters:
         """What is countable here; the rest of them is the worker's to fill in."""

@@ -75,6 +75,8 @@ class Life:
             self.experts.close()
         if self.attention is not None:
             self.attention.close()
+            if self.attention.blocks is not None:
+                await self.attention.blocks.close()
         for transport in self.transports:
             await transport.close()
 

@@ -274,7 +274,13 @@ class TorchHost:
         utilization = self._settings.host.gpu_memory_utilization
         return TorchModel(self._files, self._part, assignment, device, utilization, memory)
 
-    def new_transport(self, assignment: Assignment, *, is_for_blocks: bool = False) -> Transport:
+    def new_transport(self, assignment: Assignment) -> Transport:
+        return self._new_transport(assignment)
+
+    def new_block_transport(self, assignment: Assignment) -> Transport:
+        return self._new_transport(assignment, is_for_blocks=True)
+
+    def _new_transport(self, assignment: Assignment, *, is_for_blocks: bool = False) -> Transport:
         name = "inproc" if assignment.is_colocated else self._settings.host.transport
         poller = None if self._device is None or is_for_blocks else self._device.poller
         if is_for_blocks and name == "rdma":

@@ -243,7 +243,7 @@ class Worker:
             )  # fmt: skip
             tasks.create_task(life.attention.run(), name="attention role")
             address = address or await life.attention.exchange_blocks(
-                partial(self._new_transport, life, is_for_blocks=True)
+                partial(self._host.new_block_transport, assignment)
             )
         life.ready = WorkerReady(assignment.worker_id, assignment.incarnation, address, num_blocks)
         self._control.send(life.ready)
@@ -251,8 +251,8 @@ class Worker:
         tasks.create_task(self._drain_when_asked(life), name="drain")
         await receiving
 
-    def _new_transport(self, life: Life, *, is_for_blocks: bool = False) -> Transport:
-        transport = self._host.new_transport(life.assignment, is_for_blocks=is_for_blocks)
+    def _new_transport(self, life: Life) -> Transport:
+        transport = self._host.new_transport(life.assignment)
         life.transports.append(transport)
         return transport
 
