@@ -18,7 +18,7 @@ from msi.errors import ConfigError
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.plan_file import read_plan_file
 from msi.planner.stage_costs import ConstantCosts, StageCosts
-from msi.settings import LinkShape, Rebalance
+from msi.settings import AttentionBalance, LinkShape, Rebalance
 from msi.simulator.balanced import placed_by_popularity
 from msi.simulator.deployment import LIMITS, Deployment, parse_fault
 from msi.simulator.planned import deployment_of_plan
@@ -92,6 +92,8 @@ def _add_deployment(parser: CommandLine) -> None:
         help="experts and replicas are placed by --popularity, in the same memory, as rebalancing would")  # fmt: skip
     add("--rebalance-interval", type=number(0, 1e6), metavar="S",
         help="experts are placed anew by load, as by msi-launch --rebalance auto, every S seconds")  # fmt: skip
+    add("--balance-attention", action="store_true",
+        help="requests move between attention workers, as by msi-launch --balance-attention auto")  # fmt: skip
     add("--row-bytes", type=integer(1, MOST), default=12_288, metavar="N",
         help="of a row on its way to the experts and back; 12288")  # fmt: skip
     add("--kv-blocks", type=integer(1, MOST), default=8192, metavar="N",
@@ -141,10 +143,11 @@ def _add_output(parser: CommandLine) -> None:
 def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:
     """Raises ConfigError."""
     rebalance = Rebalance("auto", args.rebalance_interval) if args.rebalance_interval else Rebalance()
+    balance = AttentionBalance("auto" if args.balance_attention else "off")
     if args.plan is not None:
         deployment, costs = deployment_of_plan(read_plan_file(args.plan))
         replicas = {"expert_redundancy": args.expert_redundancy, "redundant_experts": args.redundant_experts}
-        return replace(deployment, rebalance=rebalance, **replicas), costs
+        return replace(deployment, rebalance=rebalance, balance=balance, **replicas), costs
     deployment = Deployment(
         num_layers=args.layers,
         num_experts=args.experts,
@@ -166,6 +169,7 @@ def deployment_of(args: argparse.Namespace) -> tuple[Deployment, StageCosts]:
         ),
         link=LinkShape(slot_rows=args.slot_rows),
         rebalance=rebalance,
+        balance=balance,
     )
     stages_ms = (args.attention_ms, args.expert_ms, args.comm_ms, args.pass_ms)
     return deployment, ConstantCosts(*(milliseconds / 1e3 for milliseconds in stages_ms))

@@ -311,7 +311,7 @@ class WeighedAttention(ConstantCosts):
         return 1e-3 + 1e-3 * num_tokens
 
 
-TWO = replace(SMALL, num_attention=2, num_micro_batches=1)
+TWO = replace(SMALL, num_attention=2, num_micro_batches=1, balance=AttentionBalance("auto"))
 
 
 def duration_s(deployment, arrivals, faults=()):

@@ -75,7 +75,7 @@ class Deployment:
     service: ServiceLevel = ServiceLevel()
     rebalance: Rebalance = Rebalance()
     slow: SlowWorkers = SlowWorkers(drain_slow_after_s=0)
-    balance: AttentionBalance = AttentionBalance()
+    balance: AttentionBalance = AttentionBalance("off")
 
     def __post_init__(self) -> None:
         numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in ("int", "float")}
