@@ -82,7 +82,7 @@ def library(monkeypatch):
 def engine_of(path, layout=(1, 1), micro_batches=1):
     return engine_in_tasks(
         Host, transport="inproc", model=path, attention_workers=layout[0], expert_workers=layout[1],
-        micro_batches=micro_batches, slot_rows=48,
+        micro_batches=micro_batches, slot_rows=48, max_num_seqs=4, max_model_len=128,
     )  # fmt: skip
 
 
