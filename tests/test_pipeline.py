@@ -48,12 +48,12 @@ def test_one_process_is_better_where_halves_cannot_overlap_and_two_where_they_do
     bound_by_memory = {1: Stages(0.010, 0.020, 0.001), 2: Stages(0.010, 0.019, 0.001)}
     assert choose_micro_batches(bound_by_memory, 32, 10)[0] == 1
     assert together_or_apart(bound_by_memory, 1, 32, 10) == (
-        "both workers are on one host: where they share its cores, one process (--colocated) is faster, as no rows "
+        "both workers are on one host: where they share its cores, one process (`colocated`) is faster, as no rows "
         "travel (together 107 tokens/s, apart 100)"
     )
     bound_by_arithmetic = {1: Stages(0.016, 0.016, 0.001), 2: Stages(0.009, 0.009, 0.001)}
     assert choose_micro_batches(bound_by_arithmetic, 32, 10)[0] == 2
     assert together_or_apart(bound_by_arithmetic, 2, 32, 10) == (
-        "both workers are on one host: they are faster than one process (--colocated), as their halves overlap "
+        "both workers are on one host: they are faster than one process (`colocated`), as their halves overlap "
         "(together 100 tokens/s, apart 160)"
     )

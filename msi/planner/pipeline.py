@@ -93,9 +93,9 @@ def together_or_apart(measured: Mapping[int, Stages], chosen: int, batch_size: i
     apart = _rate(batch_size, steady_pass_s(measured[chosen], chosen, num_layers))
     begins = "both workers are on one host"
     if together >= apart:
-        why = "where they share its cores, one process (--colocated) is faster, as no rows travel"
+        why = "where they share its cores, one process (`colocated`) is faster, as no rows travel"
     else:
-        why = "they are faster than one process (--colocated), as their halves overlap"
+        why = "they are faster than one process (`colocated`), as their halves overlap"
     return f"{begins}: {why} (together {together:.0f} tokens/s, apart {apart:.0f})"
 
 
