@@ -24,15 +24,7 @@ from msi.control.client_messages import (
 from msi.control.clients import Clients
 from msi.control.members import InstancePlan, Lost, Send
 from msi.control.membership import Cluster
-from msi.control.messages import (
-    Account,
-    Cancel,
-    Heartbeat,
-    HelloAgain,
-    PassDone,
-    RequestsFailed,
-    Submit,
-)
+from msi.control.messages import Account, Cancel, Heartbeat, HelloAgain, PassDone, RequestsFailed, Submit
 from msi.control.move_messages import Release, Released
 from msi.control.overload import Objectives, backlog_of
 from msi.control.request_routing import Router
