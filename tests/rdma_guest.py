@@ -112,6 +112,13 @@ def server(*words):
     return process, process.stdout.readline().strip()
 
 
+def end(server):
+    """Its pipes, too: an error whose traceback knows the frame that knows the server would hold them for a while."""
+    with server:
+        server.stdin.close()
+        server.wait(WAIT_S)
+
+
 class Client:
     """Connected to an echo."""
 
@@ -164,8 +171,7 @@ def with_echo(scenario, kind="Echo"):
         try:
             asyncio.run(run())
         finally:
-            process.stdin.close()
-            process.wait(WAIT_S)
+            end(process)
 
     return check
 
@@ -266,8 +272,7 @@ def roles(ours, *theirs):
     try:
         tokens = asyncio.run(run())
     finally:
-        process.stdin.close()
-        process.wait(WAIT_S)
+        end(process)
     assert tokens == rdma_roles.expected(), tokens
     print(f"  {sum(len(one) - 1 for lane in tokens for one in lane)} tokens are equal, such as {tokens[0][0]}")
 
@@ -293,12 +298,21 @@ def leftovers(ours, theirs):
 
     def once():
         killed(ours, theirs)
-        return resources(), len(os.listdir("/proc/self/fd"))
+        return resources(), descriptors()
 
     kept = resources()
-    _, num_fds = once()  # what a process needs once is there from now on
-    assert once() == (kept, num_fds), (resources(), os.listdir("/proc/self/fd"), kept, num_fds)
-    print(f"  as before: {kept} and {num_fds} descriptors")
+    _, opened = once()  # what a process needs once is there from now on
+    assert (left := once()) == (kept, opened), (left, kept, opened)
+    print(f"  as before: {kept} and {len(opened)} descriptors")
+
+
+def descriptors():
+    """What each of ours leads to, without the number that is another's each time, as of a pipe."""
+    leads = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the list itself, closed by now
+            leads.append(os.readlink(f"/proc/self/fd/{name}").partition(":[")[0])
+    return sorted(leads)
 
 
 def keys(ours, theirs):
