@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
+
 import pytest
 import torch
 from torch.nn import functional
@@ -143,6 +146,39 @@ def test_without_a_compiler_torch_computes(monkeypatch, caplog, tmp_path):
     with caplog.at_level("INFO", logger=native.__name__):
         assert native.native_library.__wrapped__() is None
     assert "the CPU computes with torch's products alone: there is no no-compiler" in caplog.text
+
+
+def test_a_compiler_that_takes_too_long_is_said_with_its_cost_and_serves_the_next_start(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "COMPILES_WITHIN_S", 0.01)
+    goes_on, said_late = threading.Event(), threading.Event()
+
+    def compile_slowly(made):
+        assert goes_on.wait(20)
+        made.write_text("made")
+
+    def say_late(making, say=native._say_late):
+        say(making)
+        said_late.set()
+
+    monkeypatch.setattr(native, "_compile", compile_slowly)
+    monkeypatch.setattr(native, "_say_late", say_late)
+    assert native.native_library.__wrapped__() is None
+    (first,) = caplog.messages
+    assert "takes longer than 0.01 s" in first
+    assert "a token takes up to about twice the time, and bfloat16 weights twice the memory" in first
+    assert "start again" in first
+    goes_on.set()
+    assert said_late.wait(20)
+    assert caplog.messages[1:] == ["the compiler is through: from the next start on the CPU computes with what it made"]
+    assert native._compiled().read_text() == "made"
+
+
+def test_a_compiler_that_fails_after_nobody_waits_any_more_is_said(caplog):
+    making = Future()
+    making.set_exception(native.Unusable("g++ said 'killed'"))
+    native._say_late(making)
+    assert caplog.messages == ["the compiler failed, so the next start waits for it again: g++ said 'killed'"]
 
 
 def test_a_folder_that_others_can_write_to_is_no_place_for_code(monkeypatch, caplog, tmp_path):

@@ -1,8 +1,8 @@
 """Compiling the C++ beside this file for this processor, once, and loading it; None where that cannot be.
 
 The file that is made is kept in the user's cache, under a name that changes with the source and the processor; of
-several processes that want it at once, one compiles. It runs on the threads that torch has: two pools of them would
-fight for the cores.
+several processes that want it at once, one compiles. Who has waited long enough goes on without it, while the compiler
+works on for the next start. It runs on the threads that torch has: two pools of them would fight for the cores.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +35,8 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("products.cpp", "row
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "team.h", "steps.h"))
 COMPILER = "g++"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fPIC", "-fopenmp", "-w")
-COMPILES_WITHIN_S = 120.0
+COMPILES_WITHIN_S = 240.0  # that a start waits, in all
+COMMAND_TIMEOUT_S = 1800.0
 LARGE_PAGE = 1 << 21  # bytes
 WIDTH = 16  # of a panel: a matrix has a multiple of it of rows
 FORMATS = {"bfloat16": 0, "int8": 1, "int4": 2, "fp8": 3}  # as `products.cpp` numbers them
@@ -53,6 +56,10 @@ SIGNATURES = {
 
 class Unusable(Exception):
     """Why there is no library."""
+
+
+class TakesLonger(Exception):
+    """It may be there at the next start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,9 @@ def native_library() -> ctypes.CDLL | None:
         library = _load()
         _check(library)
         return library
+    except TakesLonger as error:
+        log.warning("%s", error)
+        return None
     except (Unusable, OSError, subprocess.SubprocessError, AttributeError) as error:
         log.info("the CPU computes with torch's products alone: %s", error)
         return None
@@ -194,10 +204,17 @@ def _compiled() -> Path:
     if not made.exists():
         if shutil.which(COMPILER) is None:
             raise Unusable(f"there is no {COMPILER}")
-        with (folder / "products.lock").open("w") as alone:
-            fcntl.flock(alone, fcntl.LOCK_EX)
-            if not made.exists():
-                _compile(made)
+        making: Future[None] = Future()
+        threading.Thread(target=_make, args=(made, making), name="compiler", daemon=True).start()
+        if not wait([making], COMPILES_WITHIN_S).done:
+            making.add_done_callback(_say_late)
+            raise TakesLonger(
+                f"compiling for this processor takes longer than {COMPILES_WITHIN_S:g} s, as where other work has the "
+                "cores; so this process computes with torch's products alone, to its end: a token takes up to about "
+                "twice the time, and bfloat16 weights twice the memory where they are not computed in. The compiler is "
+                "at work still: once the log says that it is through, start again"
+            )
+        making.result()
     return made
 
 
@@ -211,6 +228,27 @@ def _own_folder() -> Path:
     return folder
 
 
+def _make(made: Path, making: Future[None]) -> None:
+    """Once for all who want it, whether or not anybody waits any more."""
+    try:
+        with (made.parent / "products.lock").open("w") as alone:
+            fcntl.flock(alone, fcntl.LOCK_EX)
+            if not made.exists():
+                _compile(made)
+    except Exception as error:
+        making.set_exception(error)
+    else:
+        making.set_result(None)
+
+
+def _say_late(making: Future[None]) -> None:
+    error = making.exception()
+    if error is None:
+        log.warning("the compiler is through: from the next start on the CPU computes with what it made")
+    else:
+        log.warning("the compiler failed, so the next start waits for it again: %s", error)
+
+
 def _compile(made: Path) -> None:
     """Beside its place, and then moved there: who does not wait sees all of it or nothing."""
     with tempfile.TemporaryDirectory(dir=made.parent) as folder:
@@ -219,7 +257,7 @@ def _compile(made: Path) -> None:
             [*FLAGS, "-c", str(source), "-o", str(compiled)] for source, compiled in zip(SOURCES, objects, strict=True)
         ]
         for command in (*commands, ["-shared", *map(str, objects), "-o", str(linked)]):
-            done = subprocess.run([COMPILER, *command], capture_output=True, text=True, timeout=COMPILES_WITHIN_S)
+            done = subprocess.run([COMPILER, *command], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
             if done.returncode:
                 raise Unusable(f"{COMPILER} said {done.stderr.strip()[:300]!r}")
         os.replace(linked, made)
