@@ -16,7 +16,7 @@ from msi.server.gateway import Gateway
 from msi.server.parsing.choice import TOOL_PARSERS
 from msi.server.parsing.writing import MOST_CALLS
 from tests.edge import TEMPLATE
-from tests.everyday import mostly_slow
+from tests.everyday import NUM_SEEDS, mostly_slow
 from tests.test_bodies import USER
 from tests.tiny import save_tiny
 
@@ -109,15 +109,16 @@ def calls_of(answer):
 async def test_forced_calls_are_read_back_whatever_way_the_family_writes_them(model_of, parser, is_special):
     model = model_of(SPECIAL[parser] if is_special else ())
     named = {"type": "function", "function": {"name": "weather.get-1"}}
-    bodies = [{"tools": TOOLS, "tool_choice": "required", "seed": seed} for seed in range(6)]
-    bodies += [{**bodies[0], "seed": seed, "parallel_tool_calls": False} for seed in range(6)]
-    bodies += [{**bodies[0], "tool_choice": named, "seed": seed} for seed in range(3)]
+    free, alone, one_tool = (NUM_SEEDS // 4, NUM_SEEDS // 4, NUM_SEEDS // 6)
+    bodies = [{"tools": TOOLS, "tool_choice": "required", "seed": seed} for seed in range(free)]
+    bodies += [{**bodies[0], "seed": seed, "parallel_tool_calls": False} for seed in range(alone)]
+    bodies += [{**bodies[0], "tool_choice": named, "seed": seed} for seed in range(one_tool)]
     answers = await chats(model, *bodies, tool=parser)
     found = [calls_of(answer) for answer in answers]
     assert max(map(len, found)) <= MOST_CALLS
-    for calls in found[6:12]:
+    for calls in found[free : free + alone]:
         assert len(calls) == 1
-    for calls in found[12:]:
+    for calls in found[free + alone :]:
         assert [name for name, _ in calls] == ["weather.get-1"]
 
 
