@@ -44,14 +44,14 @@ class Act:
 class ComingsAndGoings(_Simulation):
     """Attributes: complaints: of orders that were not carried out."""
 
-    def __init__(self, deployment, acts, seed, has_launcher=True):
+    def __init__(self, deployment, acts, seed, has_launcher=True, faults=()):
         self.plan = replace(
             deployment.plan, max_attention=deployment.num_attention + 2, max_expert=deployment.num_expert + 2,
             placement=padded(deployment.plan.placement, deployment.num_expert + 2), max_resumptions=100,
             timeouts=Timeouts(reload_after_s=2.0, start_timeout_s=30.0),
         )  # fmt: skip
         routing = build_routing("uniform", self.plan.placement, deployment.top_k, most_tokens=512, seed=seed)
-        super().__init__(deployment, routing, (), None, None, lambda done, wanted: None)
+        super().__init__(deployment, routing, faults, None, None, lambda done, wanted: None)
         self.acts = acts
         self.has_launcher = has_launcher  # else each process is started again by somebody who tells nobody
         self.complaints = []
@@ -189,12 +189,12 @@ class ComingsAndGoings(_Simulation):
         )  # fmt: skip
 
 
-def lived_through(deployment, costs, arrivals, acts, seed, *, has_launcher=True, limit_s=2000.0):
+def lived_through(deployment, costs, arrivals, acts, seed, *, has_launcher=True, limit_s=2000.0, faults=()):
     """The report, and the world that it happened in."""
     worlds = []
 
     async def run():
-        worlds.append(ComingsAndGoings(deployment, acts, seed, has_launcher))
+        worlds.append(ComingsAndGoings(deployment, acts, seed, has_launcher, faults))
         return await worlds[0].run(costs, arrivals, seed, True)
 
     return run_virtual(run(), limit_s), worlds[0]

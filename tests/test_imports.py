@@ -38,7 +38,7 @@ LAYERS = [
         "msi.control.watched", "msi.control.takeover", "msi.control.adoption", "msi.control.arrivals",
         "msi.control.placing", "msi.control.due_changes", "msi.control.expert_places", "msi.control.changes",
         "msi.control.orders", "msi.control.size_watch", "msi.control.rhythm",
-        "msi.control.slowness", "msi.control.slow_workers",
+        "msi.control.slowness", "msi.control.slow_workers", "msi.control.replacements",
         "msi.control.succession", "msi.options",
     },
     {"msi.device", "msi.models", "msi.text"},

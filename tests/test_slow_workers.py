@@ -13,6 +13,7 @@ import pytest
 from msi.control.counters import AttentionCounters, ExpertCounters
 from msi.control.membership import Cluster
 from msi.control.messages import Goodbye, Linked, WorkerReady
+from msi.control.replacements import FIRST_PAUSE_S, Replacements
 from msi.control.slow_workers import SlowWorkerPolicy
 from msi.control.slowness import LEAST_BATCHES, LEAST_LOOKS, Done, Slowness, ratio_to
 from msi.errors import ConfigError
@@ -22,6 +23,7 @@ from msi.settings import SlowWorkers
 from msi.simulator.deployment import Deployment, Fault
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
+from tests.comings_and_goings import Act, lived_through
 from tests.everyday import mostly_slow
 from tests.test_faults import until
 from tests.test_live_workers import COMES_WITHIN_S, ctl
@@ -134,7 +136,7 @@ def cluster_of(num_attention=1, num_expert=3, redundancy=1, copies=None):
     return cluster
 
 
-def policy_of(cluster, name, refuses=""):
+def policy_of(cluster, name, refuses="", can_start=False):
     """One in which a worker has been slow for long, and whom it let go."""
     let_go = []
 
@@ -143,7 +145,7 @@ def policy_of(cluster, name, refuses=""):
             raise ConfigError(refuses)
         let_go.append((member.worker_id, why))
 
-    policy = SlowWorkerPolicy(SETTINGS, cluster, leave)
+    policy = SlowWorkerPolicy(SETTINGS, cluster, leave, lambda: can_start)
     for second in range(1, 40):
         for role in ("expert", "attention"):
             for member in cluster.live(role):
@@ -160,11 +162,13 @@ def policy_of(cluster, name, refuses=""):
 
 
 def test_an_expert_worker_whose_experts_others_can_take_leaves_once():
-    policy, let_go = policy_of(cluster_of(), "expert-1")
+    policy, let_go = policy_of(cluster := cluster_of(), "expert-1")
     assert let_go == [("expert-1", "it took 5.0 times as long as the others")]
     assert policy.counters() == {"slow_workers": 1.0, "slow_workers_drained": 1.0}
     assert policy.ratio("expert-1", 0) == pytest.approx(5.0)
     assert policy.ratio("expert-9", 0) == 0.0
+    cluster.goodbye(b"e1", Goodbye("expert-1", 0))
+    assert policy.replacements_due(1e6) == [], "nobody starts workers here"
 
 
 def test_an_attention_worker_leaves_where_another_takes_requests():
@@ -215,6 +219,66 @@ def test_the_reason_is_told_when_it_has_gone():
     assert member.reason == "it ended: it took 5.0 times as long as the others"
 
 
+# -- who comes in its place --------------------------------------------------------------------------------------------
+
+
+def leaver(name="expert-1"):
+    member = cluster_of(num_expert=4)._members[name]
+    member.state, member.is_leaving = "draining", True
+    return member
+
+
+def gone(member):
+    member.state, member.is_leaving = "lost", False
+
+
+def test_another_comes_once_the_slow_one_has_gone_and_once_alone():
+    replacements, member = Replacements(), leaver()
+    assert replacements.begin(member, 4, 10.0) == 0.0
+    assert replacements.due({"expert": 4}, 11.0) == []
+    gone(member)
+    assert replacements.due({"expert": 3}, 12.0) == ["expert"]
+    assert replacements.due({"expert": 3}, 13.0) == []
+
+
+def test_nobody_comes_for_one_that_stays_or_whose_place_has_been_taken():
+    replacements, stays, taken = Replacements(), leaver(), leaver()
+    replacements.begin(stays, 4, 0.0)
+    replacements.begin(taken, 4, 0.0)
+    stays.state, stays.is_leaving = "ready", False
+    gone(taken)
+    assert replacements.due({"expert": 4}, 1.0) == []
+    gone(stays)
+    assert replacements.due({"expert": 2}, 2.0) == []
+
+
+def test_where_those_that_come_are_slow_too_the_next_waits_twice_as_long_each_time_until_all_was_well():
+    replacements, now, pauses = Replacements(), 0.0, []
+    for _ in range(4):
+        member = leaver()
+        pauses.append(replacements.begin(member, 4, now))
+        gone(member)
+        if pauses[-1]:
+            assert replacements.due({"expert": 3}, now + pauses[-1] - 0.1) == []
+        now += pauses[-1]
+        assert replacements.due({"expert": 3}, now) == ["expert"]
+    assert pauses == [0.0, FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S]
+    assert replacements.begin(leaver("attention-0"), 1, now) == 0.0, "the other role has a pause of its own"
+    now += 16 * FIRST_PAUSE_S
+    gone(member := leaver())
+    assert replacements.begin(member, 4, now) == 0.0
+    assert replacements.due({"expert": 3}, now) == ["expert"]
+    assert replacements.begin(leaver(), 4, now) == FIRST_PAUSE_S
+
+
+def test_that_another_comes_is_said_with_when(caplog):
+    policy_of(cluster_of(), "expert-1", can_start=True)
+    assert [record.message for record in caplog.records] == [
+        "expert-1 takes 5.0 times as long as the others, and leaves: its experts go to others; "
+        "once it has gone, another one is started in its place"
+    ]
+
+
 # -- in an instance ----------------------------------------------------------------------------------------------------
 
 COSTS = ConstantCosts(3e-3, 3e-3, 0.2e-3, 0.3e-3)
@@ -237,6 +301,19 @@ def test_a_slow_worker_is_drained_and_requests_notice_nothing_but_that_they_are_
     assert max(took_s) < 2 * max(usual_s), "those that came after it had left"
 
 
+@pytest.mark.parametrize("worker", mostly_slow(["expert-1", "attention-1"]))
+def test_where_somebody_starts_workers_another_one_has_its_place_and_serves(worker):
+    arrivals = [Arrival(0.8 * number, 4, 100) for number in range(16)]
+    faults = [Fault(2.0, worker, "slow", 10.0)]
+    report, world = lived_through(SIMULATED, COSTS, arrivals, [Act(16.0, "rebalance")], 0, faults=faults)
+    assert not report.failed, report.failed
+    role = worker.partition("-")[0]
+    coordinator = world.coordinator
+    assert coordinator.operator.slow.num_let_go == 1
+    assert len(coordinator._cluster.live(role)) == coordinator._cluster.plan.wanted[role] == {"expert": 3}.get(role, 2)
+    assert worker not in world.pids or world.pids[worker] > 5, "the slow one is not there any more"
+
+
 async def slowed(pid):
     """A process runs for a twentieth of the time, in pulses."""
     try:
@@ -251,7 +328,7 @@ async def slowed(pid):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-async def test_a_slow_expert_worker_leaves_a_running_instance_and_comes_back_when_it_is_asked_to(checkpoint):
+async def test_a_slow_expert_worker_leaves_a_running_instance_and_another_one_comes_in_its_place(checkpoint):
     from msi import Engine  # real processes
 
     async with Engine.local(
@@ -259,7 +336,8 @@ async def test_a_slow_expert_worker_leaves_a_running_instance_and_comes_back_whe
         threads_per_worker=1, transport="shm", drain_slow_after_s=2, drain_slow_factor=3.0,
     ) as engine:  # fmt: skip
         expected = await asyncio.wait_for(Streams(engine).ended, COMES_WITHIN_S)
-        slow = asyncio.create_task(slowed(engine.pids["expert-1"]))
+        slow_pid = engine.pids["expert-1"]
+        slow = asyncio.create_task(slowed(slow_pid))
 
         async def run():
             while True:
@@ -267,29 +345,27 @@ async def test_a_slow_expert_worker_leaves_a_running_instance_and_comes_back_whe
 
         running = asyncio.create_task(run())
 
-        async def has_left():
+        async def has_been_replaced():
             assert not running.done(), running.result()
             told = await ctl(engine, "status")
-            (one,) = [one for one in told["workers"] if one["worker_id"] == "expert-1"]
-            if one["state"] != "lost":
-                return False
-            assert told["wanted"]["expert"] == 2
-            return "as long as the others" in one["reason"]
+            live = [one for one in told["workers"] if one["role"] == "expert" and one["state"] == "ready"]
+            return (
+                len(live) == told["wanted"]["expert"] == 3
+                and slow_pid not in [one["pid"] for one in live]
+                and told["placement"]["stage"] == "settled"
+                and sum(len(held) > 0 for held in told["placement"]["experts"].values()) == 3
+            )
 
         try:
             async with asyncio.timeout(2 * COMES_WITHIN_S):
                 while not await leaves(engine, slow):
                     assert not running.done(), running.result()
                     await asyncio.sleep(0.2)
-            await until(has_left, COMES_WITHIN_S)
-            counters = (await engine.stats()).counters
-            assert counters["slow_workers_drained"] == 1
-            answer = await ctl(engine, "add", "--role", "expert")
-            assert answer["placement"]["stage"] == "settled"
+            await until(has_been_replaced, 2 * COMES_WITHIN_S)
+            assert (await engine.stats()).counters["slow_workers_drained"] == 1
         finally:
             running.cancel()
             slow.cancel()
-        assert sum(len(held) > 0 for held in answer["placement"]["experts"].values()) == 3
         async for output in engine.generate([5] * 4, GREEDY):
             assert output.token_ids
 

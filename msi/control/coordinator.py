@@ -365,6 +365,8 @@ class Coordinator:
             self._carry_out(self._cluster.tick(now, late_s))
             self._traffic.tick(now, late_s)
             self.operator.slow.look(now)
+            for role in self.operator.slow.replacements_due(now):
+                self._tasks.create_task(self.operator.replace(role), name="replacement")
             self._let_experts_end()
             self._advance(now)
             if self._stages.has_drifted():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from msi.control.rebalancing import Rebalancing
 from msi.control.slow_workers import SlowWorkerPolicy
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.placement_change import spread_evenly
+
+log = logging.getLogger(__name__)
 
 SLOW_LEAVES_WITHIN_S = 60.0  # of an expert worker, which then stays if it cannot
 Launcher = Callable[..., None]  # tells the process that started this one
@@ -52,7 +55,7 @@ class Operator:
         self._carry_out = carry_out
         self._address = address
         self._clock = clock
-        self.slow = SlowWorkerPolicy(cluster.plan.slow, cluster, self._let_go_slow)
+        self.slow = SlowWorkerPolicy(cluster.plan.slow, cluster, self._let_go_slow, lambda: self.launcher is not None)
         self._num_moved = num_moved
         self._waits: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
@@ -155,6 +158,14 @@ class Operator:
         self._cluster.ask_to_leave(member.worker_id, by, self._carry_out, why)
         if self.launcher is not None:
             self.launcher(forget=member.worker_id)
+
+    async def replace(self, role: str) -> None:
+        """One that was slow has gone: another one comes in its place."""
+        answer = await self.obey(Order(0, "add", role=role))
+        if answer.failure:
+            log.warning("nobody came in the place of a slow %s worker: %s", role, answer.failure)
+        else:
+            log.warning("%s, in the place of a slow one", answer.text)
 
     async def _add(self, order: Order) -> tuple[str, dict[str, Any]]:
         cluster, role = self._cluster, order.role

@@ -2,7 +2,7 @@
 
 An expert worker's experts go to others by a change of placement, and are as safe afterwards as before. An attention
 worker gets no more requests, and ends once those that it runs have. There is never more than one on its way, and never
-nobody left.
+nobody left. Where somebody starts workers here, another one comes in the place of one that has gone (`replacements`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from msi.control.members import Member
 from msi.control.membership import Cluster
+from msi.control.replacements import Replacements
 from msi.control.slowness import Done, Life, Slowness
 from msi.errors import ConfigError
 from msi.settings import SlowWorkers
@@ -24,15 +25,24 @@ class SlowWorkerPolicy:
 
     Args:
         let_go: a worker is to leave, and is not started again; told why. Raises ConfigError: it cannot.
+        can_start: whether workers can be started from here.
 
     Attributes:
         num_let_go: workers that were told to leave.
     """
 
-    def __init__(self, settings: SlowWorkers, cluster: Cluster, let_go: Callable[[Member, str], None]) -> None:
+    def __init__(
+        self,
+        settings: SlowWorkers,
+        cluster: Cluster,
+        let_go: Callable[[Member, str], None],
+        can_start: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.num_let_go = 0
         self._cluster = cluster
         self._let_go = let_go
+        self._can_start = can_start
+        self._replacements = Replacements()
         self._is_on = settings.drain_slow_after_s > 0
         self._by_role = {role: Slowness(settings) for role in ("attention", "expert")}
         self._asked: set[Life] = set()  # once in a life: who stayed, stays
@@ -54,9 +64,13 @@ class SlowWorkerPolicy:
             live = {_life(member): member for member in self._cluster.live(role)}
             slowness.look({life: done for life, member in live.items() if (done := _done(member)) is not None}, now)
             for life in slowness.slow_for_long:
-                self._consider(live[life], slowness.ratio(life))
+                self._consider(live[life], slowness.ratio(life), now)
 
-    def _consider(self, member: Member, ratio: float) -> None:
+    def replacements_due(self, now: float) -> list[str]:
+        """Of these roles a worker is to be started now, as one that was slow has gone."""
+        return self._replacements.due({role: len(self._cluster.live(role)) for role in self._by_role}, now)
+
+    def _consider(self, member: Member, ratio: float, now: float) -> None:
         life = _life(member)
         if life in self._asked or member.is_leaving:
             return
@@ -74,9 +88,17 @@ class SlowWorkerPolicy:
         self.num_let_go += 1
         goes = "its experts go to others" if member.role == "expert" else "requests go to others, and what it runs ends"
         log.warning(
-            "%s takes %.1f times as long as the others, and leaves: %s; msi-ctl add --role %s brings one in its place",
-            life[0], ratio, goes, member.role,
+            "%s takes %.1f times as long as the others, and leaves: %s; %s",
+            life[0], ratio, goes, self._who_comes(member, now),
         )  # fmt: skip
+
+    def _who_comes(self, member: Member, now: float) -> str:
+        """In its place."""
+        if not self._can_start():
+            return f"msi-launch --role {member.role} brings one in its place"
+        pause_s = self._replacements.begin(member, len(self._cluster.live(member.role)), now)
+        soonest = f", in {pause_s:.0f} s at the soonest, as the one before came not long ago" if pause_s else ""
+        return f"once it has gone, another one is started in its place{soonest}"
 
     def why_stays(self, member: Member) -> str:
         """Why one that is slow is not let go now; "" where it may be."""
