@@ -82,6 +82,7 @@ async def test_what_is_sent_is_a_prefix_that_the_other_one_knows(kind):
         await a.exchange.send("r", address, 0.0)
         assert a.exchange.num_sent == b.exchange.num_received == len(PROMPT) // BLOCK_TOKENS
         assert a.exchange.bytes_per_s > 0
+        assert a.exchange.sending_s > 0
         b.run("r", num_passes=0)
         assert b.scheduler.counters["prefix_hit_tokens"] == 48
         assert torch.equal(a.of("r"), b.of("r"))

@@ -10,7 +10,19 @@ from hypothesis import given as with_these
 from hypothesis import strategies as st
 
 from msi.control.move_messages import Released
-from msi.control.moving import MOST_MOVES, MOVES_AT_ONCE, PATIENCE_S, RESTS_S, Laden, Move, Running, after, best_move
+from msi.control.moving import (
+    MOST_MOVES,
+    MOVES_AT_ONCE,
+    PATIENCE_S,
+    RESTS_S,
+    Laden,
+    Move,
+    Running,
+    after,
+    best_move,
+    goes_on_after_s,
+)
+from msi.control.prediction import Line
 from msi.control.request_routing import Router
 from msi.planner.stage_costs import ConstantCosts
 from msi.settings import AttentionBalance
@@ -40,12 +52,16 @@ def again_s(num_context):
     return num_context / 1000
 
 
+def moved_s(source, target, num_context):
+    return again_s(num_context)
+
+
 # -- the decision ----------------------------------------------------------------------------------------------------
 
 
 def test_a_request_moves_from_where_steps_take_longest_to_where_they_take_least():
     ours = (running("short", num_left=10.0), running("long"), running("wide", num_context=4000))
-    found = best_move([laden("a", 6, moving=ours), laden("b", 3), laden("c", 1)], step_s, again_s, 0.25)
+    found = best_move([laden("a", 6, moving=ours), laden("b", 3), laden("c", 1)], step_s, moved_s, 0.25)
     # a step of 60 ms becomes one of 20 ms; 5 others save 10 ms each, and one loses 10 ms; 2 wait for 100 tokens
     assert found is not None
     assert replace(found, saved_s=0.0) == Move("long", "a", "c", 0.0)
@@ -53,7 +69,7 @@ def test_a_request_moves_from_where_steps_take_longest_to_where_they_take_least(
 
 
 def test_a_slow_worker_gives_requests_away_though_it_has_no_more_than_others():
-    found = best_move([laden("slow", 2, moving=[running()]), laden("b", 2)], step_s, again_s, 0.25)
+    found = best_move([laden("slow", 2, moving=[running()]), laden("b", 2)], step_s, moved_s, 0.25)
     assert found is not None
     assert (found.source, found.target) == ("slow", "b")
 
@@ -72,7 +88,7 @@ def test_a_slow_worker_gives_requests_away_though_it_has_no_more_than_others():
     ],
 )
 def test_it_stays_where_moving_gains_too_little_or_cannot_be(workers):
-    assert best_move(workers, step_s, again_s, 0.3) is None
+    assert best_move(workers, step_s, moved_s, 0.3) is None
 
 
 def test_what_has_moved_counts_there_and_does_not_move_back():
@@ -83,13 +99,25 @@ def test_what_has_moved_counts_there_and_does_not_move_back():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("num_context", "sent_per_s", "expected_s"), [
+    (1000, 0.0, 1.0),  # not known yet
+    (1000, 1e5, 992 / 1e5 + 0.008),  # 62 blocks of 16 tokens, and what follows them is computed
+    (1000, 500.0, 1.0),  # slower than computing
+    (993, 1e5, 992 / 1e5 + 0.001),  # its last token is always computed
+    (992, 1e5, 976 / 1e5 + 0.016),
+    (16, 1e5, 0.016),  # without a full block
+], ids=["not measured", "sent", "slow link", "last token", "full to the end", "short"])  # fmt: skip
+def test_going_on_elsewhere_takes_the_less_of_sending_and_computing_again(num_context, sent_per_s, expected_s):
+    assert goes_on_after_s(num_context, again_s, sent_per_s) == pytest.approx(expected_s)
+
+
 @with_these(st.lists(st.floats(0.5, 4.0), min_size=1, max_size=12), st.sampled_from([0.0, 0.25, 1.0]))
 def test_moves_come_to_an_end_with_loads_that_are_even(loads, threshold):
     moving = [running(f"r{index}", load, num_left=1e6) for index, load in enumerate(loads)]
     a = Laden("a", sum(loads), len(loads), 100, CAPACITY, tuple(moving))
     workers = [a, Laden("b", 0.0, 0, 100, CAPACITY)]
     for _ in range(len(loads) + 1):
-        move = best_move(workers, step_s, again_s, threshold)
+        move = best_move(workers, step_s, moved_s, threshold)
         if move is None:
             break
         assert (move.source, move.target) == ("a", "b")
@@ -144,6 +172,23 @@ def test_as_many_move_at_once_as_may_and_each_goes_on_where_it_was_to_with_what_
     for one in asked[1:]:
         router.progress("b", [Progress(one.request.request_id, (5,))], 6.7)
     assert router.due_moves((), 6.8) == []  # six and four
+
+
+def test_what_costs_too_much_to_compute_again_moves_where_its_blocks_can_be_sent():
+    def due_moves(sent_per_s):
+        router = loaded()
+        for one in router._requests.values():
+            one.request = request(one.name, (1,) * 517, max_tokens=1000)  # with its answer 32 blocks and 10 tokens
+        router._service.meters.prefill = Line()
+        for num_tokens in (1, 2000):
+            router._service.meters.prefill.add(num_tokens, num_tokens)
+        return len(router.due_moves((), 6.0, sent_per_s))
+
+    assert due_moves({}) == 0
+    assert due_moves({"a": 1e9}) == 0, "the other one takes none"
+    assert due_moves({"a": 0.0, "b": 1e9}) == 0, "not measured where they are"
+    assert due_moves({"a": 0.1, "b": 0.0}) == 0, "sending takes as long"
+    assert due_moves({"a": 1e9, "b": 0.0}) == MOVES_AT_ONCE
 
 
 def test_nothing_moves_where_that_is_off():

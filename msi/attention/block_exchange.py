@@ -62,6 +62,7 @@ class BlockExchange:
 
     Attributes:
         num_sent, num_received: blocks.
+        sending_s: that it took to send them, connections included.
         bytes_per_s: as sending was measured; 0 before.
     """
 
@@ -74,7 +75,7 @@ class BlockExchange:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_sent = self.num_received = 0
-        self.bytes_per_s = 0.0
+        self.sending_s = self.bytes_per_s = 0.0
         self._hello = BlocksHello(VERSION, public_name(instance), memory.shape)
         self._memory = memory
         self._transport = transport
@@ -138,7 +139,8 @@ class BlockExchange:
             self._target = None
             self._landing.revoke(seat)
             endpoint.close()
-        elapsed_s = self._clock() - began
+            elapsed_s = self._clock() - began
+            self.sending_s += elapsed_s
         if elapsed_s > 0:
             rate = (self.num_sent - sent_before) * self._memory.block_bytes / elapsed_s
             self.bytes_per_s += (rate - self.bytes_per_s) / (REMEMBERED if self.bytes_per_s else 1)

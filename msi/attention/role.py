@@ -175,6 +175,7 @@ class AttentionRole:
             kv_blocks_lost=0 if scheduler.num_running else scheduler.num_blocks - scheduler.num_free_blocks,
             kv_blocks_sent=0 if self.blocks is None else self.blocks.num_sent,
             kv_blocks_received=0 if self.blocks is None else self.blocks.num_received,
+            kv_blocks_sending_s=0.0 if self.blocks is None else self.blocks.sending_s,
             dropped=by_reason(link.dropped),
             **scheduler.counters,
         )

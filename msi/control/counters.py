@@ -31,6 +31,7 @@ class AttentionCounters:
     prompt_tokens: of sequences that were admitted; `prefix_hit_tokens` of them were known.
     readmitted_tokens, readmission_hit_tokens: the same for sequences that were admitted again.
     kv_blocks_sent, kv_blocks_received: to and from other attention workers; see `msi.attention.block_exchange`.
+    kv_blocks_sending_s: that it took to send them.
     packed_again, hedges, hedges_cancelled: see `msi.net.turns.DispatchCounters`.
     set_aside: how often expert workers were, as they were late or slow.
     dropped: immediates that were not used, by reason.
@@ -63,6 +64,7 @@ class AttentionCounters:
     overtakings: Count = 0
     kv_blocks_sent: Count = 0
     kv_blocks_received: Count = 0
+    kv_blocks_sending_s: Measured = 0.0
     dropped: dict[str, Count] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

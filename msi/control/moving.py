@@ -3,8 +3,9 @@
 A step of each worker takes a time by its load that was measured: tokens are counted in windows. A request moves from
 the worker whose steps take longest to the one where they take least, if those are by more than a threshold longer
 than the other's will be *with* it: then it does not move back. What it saves over the rest of its answer, and what
-others gain and lose by it, must be more than what it costs: its prompt and output are computed again, and whoever runs
-there waits as long. What runs on a worker that is to end moves without being weighed.
+others gain and lose by it, must be more than what it costs: its prompt and output are computed again, or its KV blocks
+are sent and what follows them is computed, whichever was measured to take less; whoever runs there waits as long. What
+runs on a worker that is to end moves without being weighed.
 
 The worker is asked to let a request go, and it goes on elsewhere only once that one has said so, as one goes on whose
 worker was lost. Decides; does not act. Knows no sockets or clock.
@@ -19,6 +20,7 @@ from itertools import count
 from msi.control.loads import Loads
 from msi.control.overload import Service
 from msi.control.routed import Routed
+from msi.kernels import BLOCK_TOKENS
 from msi.settings import AttentionBalance
 
 MOVES_AT_ONCE = 4  # from being asked for to the first token at the other worker
@@ -75,17 +77,32 @@ class Move:
     saved_s: float
 
 
+def goes_on_after_s(num_context: int, again_s: Callable[[int], float], sent_per_s: float) -> float:
+    """Seconds in which a sequence can go on elsewhere: by computing it again, or by sending its full KV blocks.
+
+    Args:
+        num_context: its tokens; the last of them has no keys and values yet.
+        again_s: seconds in which a prompt of so many tokens is computed.
+        sent_per_s: tokens whose blocks are sent in a second; 0 where none can be, or that is not known.
+    """
+    num_sent = (num_context - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    all_again_s = again_s(num_context)
+    if not sent_per_s or not num_sent:
+        return all_again_s
+    return min(all_again_s, num_sent / sent_per_s + again_s(num_context - num_sent))
+
+
 def best_move(
     workers: Collection[Laden],
     step_s: Callable[[str, float], float],
-    again_s: Callable[[int], float],
+    moved_s: Callable[[str, str, int], float],
     threshold: float,
 ) -> Move | None:
     """The one that saves most; None where none does.
 
     Args:
         step_s: seconds of a worker's step by its load.
-        again_s: seconds in which a sequence of so many tokens can go on elsewhere.
+        moved_s: seconds in which a sequence of one worker, of so many tokens, can go on at another.
         threshold: by how much longer steps are to be, as a share.
     """
     targets = [one for one in workers if one.num_free > 0]
@@ -103,7 +120,8 @@ def best_move(
         without_it_s = step_s(source.worker_id, source.load - one.load)
         gained_s = here_s - with_it_s + (source.num_requests - 1) * (here_s - without_it_s)
         lost_s = target.num_requests * (with_it_s - there_s)
-        saved_s = one.num_left * (gained_s - lost_s) - (1 + target.num_requests) * again_s(one.num_context)
+        cost_s = moved_s(source.worker_id, target.worker_id, one.num_context)
+        saved_s = one.num_left * (gained_s - lost_s) - (1 + target.num_requests) * cost_s
         if saved_s > 0 and (best is None or saved_s > best.saved_s):
             best = Move(one.request_id, source.worker_id, target.worker_id, saved_s)
     return best
@@ -152,13 +170,20 @@ class Moves:
         self._loads_then: dict[str, float] = {}
 
     def due(
-        self, requests: Mapping[str, Routed], capacities: Mapping[str, int], leaving: Collection[str], now: float
+        self,
+        requests: Mapping[str, Routed],
+        capacities: Mapping[str, int],
+        leaving: Collection[str],
+        sent_per_s: Mapping[str, float],
+        now: float,
     ) -> list[Routed]:
         """Requests that their workers are to let go now, each by its `Routed.release`.
 
         Args:
             capacities: tokens of KV cache of each worker that serves.
             leaving: workers that take nothing new and are to end.
+            sent_per_s: of each worker that takes KV blocks, tokens whose blocks it sends in a second; 0 where that is
+                not known.
         """
         if self._settings.balance_attention == "off":
             return []
@@ -169,7 +194,7 @@ class Moves:
         asked: list[Routed] = []
         if len(self._under_way) < MOVES_AT_ONCE and capacities:
             asked += self._from_leaving(requests, capacities, leaving, now)
-            asked += self._for_balance(requests, capacities, now)
+            asked += self._for_balance(requests, capacities, sent_per_s, now)
         return asked
 
     def _from_leaving(
@@ -183,15 +208,24 @@ class Moves:
                 yield self._ask(routed, self._loads.soonest(routed, capacities), now)
 
     def _for_balance(
-        self, requests: Mapping[str, Routed], capacities: Mapping[str, int], now: float
+        self,
+        requests: Mapping[str, Routed],
+        capacities: Mapping[str, int],
+        sent_per_s: Mapping[str, float],
+        now: float,
     ) -> Iterator[Routed]:
         meters = self._service.meters
+
+        def moved_s(source: str, target: str, num_context: int) -> float:
+            rate = sent_per_s.get(source, 0.0) if target in sent_per_s else 0.0
+            return goes_on_after_s(num_context, meters.prefill.at, rate)
+
         if len(capacities) < 2 or not meters.step.y.num_seen or not meters.prefill.y.num_seen:
             return
         workers = self._laden(requests, capacities, now)
         while len(self._under_way) < MOVES_AT_ONCE:
             threshold = self._settings.balance_attention_threshold
-            move = best_move(workers, meters.step_s, meters.prefill.at, threshold)
+            move = best_move(workers, meters.step_s, moved_s, threshold)
             if move is None:
                 return
             workers = after(workers, move)

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count
+from types import MappingProxyType
 
 from msi.control.fair_queue import FairQueue
 from msi.control.loads import Loads
@@ -30,6 +31,7 @@ from msi.settings import AttentionBalance
 from msi.types import Progress, Request
 
 WAIT_FOR_WORKERS_S = 30.0
+NOTHING_IS_SENT: Mapping[str, float] = MappingProxyType({})
 OUT_OF_TIME = Failure.of(DeadlineExceeded()).kind
 
 
@@ -286,9 +288,11 @@ class Router:
         why = f"attention worker {worker_id} does not have this request any more"
         return Reconciled(unknown_here, self._resume(lost, why, now))
 
-    def due_moves(self, leaving: Collection[str], now: float) -> list[Routed]:
-        """Requests that their workers are to let go now; `leaving`: workers that are to end."""
-        return self._moves.due(self._requests, self._capacities, leaving, now)
+    def due_moves(
+        self, leaving: Collection[str], now: float, sent_per_s: Mapping[str, float] = NOTHING_IS_SENT
+    ) -> list[Routed]:
+        """Requests that their workers are to let go now; see `Moves.due`."""
+        return self._moves.due(self._requests, self._capacities, leaving, sent_per_s, now)
 
     def again_s(self, routed: Routed) -> float:
         """What computing it again is thought to take; 0 where that is not known."""

@@ -22,7 +22,7 @@ from msi.control.client_messages import (
     Welcome,
 )
 from msi.control.clients import Clients
-from msi.control.members import InstancePlan, Lost, Send
+from msi.control.members import InstancePlan, Lost, Member, Send
 from msi.control.membership import Cluster
 from msi.control.messages import Account, Cancel, Heartbeat, HelloAgain, PassDone, RequestsFailed, Submit
 from msi.control.move_messages import Release, Released
@@ -232,7 +232,8 @@ class Traffic:
             self._cancel(*given)
         routes = {one.worker_id: one.route for one in self._cluster.live("attention")}
         leaving = [one.worker_id for one in self._cluster.live("attention") if one.state == "draining"]
-        for one in self._router.due_moves(leaving, now):
+        sent_per_s = {one.worker_id: _sent_per_s(one) for one in self._cluster.serving.values() if one.address}
+        for one in self._router.due_moves(leaving, now, sent_per_s):
             target = self._cluster.serving.get(one.moves_to)
             address, again_s = "" if target is None else target.address, self._router.again_s(one)
             self._send(routes[one.worker_id], Release(one.request.request_id, one.release, address, again_s))
@@ -304,3 +305,11 @@ class Traffic:
         member = next((m for m in self._cluster.live("attention") if m.worker_id == worker_id), None)
         if member is not None:
             self._send(member.route, Cancel(request_id))
+
+
+def _sent_per_s(member: Member) -> float:
+    """Tokens whose KV blocks an attention worker sends in a second, as it measured; 0 before it has sent any."""
+    counted = member.status.attention
+    if counted is None or not counted.kv_blocks_sending_s:
+        return 0.0
+    return counted.kv_blocks_sent * BLOCK_TOKENS / counted.kv_blocks_sending_s
