@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.25
+TICK_S = 0.25  # at most
 LOOKS_PER_TICK = 5  # whether this loop has stood still
 MESSAGES_AT_ONCE = 64  # before others get their turn on the loop
 
@@ -357,10 +357,11 @@ class Coordinator:
 
     async def _tick(self) -> None:
         while True:
-            late_s = await sleep_late(TICK_S, self._clock, LOOKS_PER_TICK)
+            delay_s = self._cluster.looks_again_in_s(self._clock(), TICK_S)
+            late_s = await sleep_late(delay_s, self._clock, LOOKS_PER_TICK)
             has_read_all = await read_first(self._server, self._clock)
             if not has_read_all:
-                late_s += TICK_S  # whoever seems silent may have spoken
+                late_s += delay_s  # whoever seems silent may have spoken
             now = self._clock()
             self._carry_out(self._cluster.tick(now, late_s))
             self._traffic.tick(now, late_s)

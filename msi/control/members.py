@@ -22,6 +22,7 @@ from msi.settings import (
 )
 from msi.types import Place, Placement, StageTimes
 
+LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
 NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes())
 
 
@@ -194,6 +195,13 @@ class Member:
     @property
     def is_live(self) -> bool:
         return self.state != "lost"
+
+    def patience_s(self, plan: InstancePlan) -> float:
+        """With its silence."""
+        most_s = plan.timeouts.lost_after_s
+        if self.state == "loading":
+            return most_s * LOADING_PATIENCE
+        return self.rhythm.patience_s(most_s) if plan.is_on_network else most_s
 
     def with_why(self, reason: str) -> str:
         """Its end, with what it left for."""

@@ -17,7 +17,7 @@ from msi.control.expert_places import ExpertPlaces
 from msi.control.formation import Formation, Joining, Refusal
 from msi.control.inheritance import Inheritance
 from msi.control.leaving import Leaving
-from msi.control.members import InstancePlan, Instruction, Lost, Member, Send, assignment
+from msi.control.members import LOADING_PATIENCE, InstancePlan, Instruction, Lost, Member, Send, assignment
 from msi.control.messages import (
     Account,
     Assignment,
@@ -46,7 +46,7 @@ from msi.control.roster import Roster
 from msi.control.waiting_for import sentence
 from msi.control.watched import WATCHED_FOR_S
 
-LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
+LEAST_LOOK_S = 0.02  # after which time is looked at again
 STUCK_AFTER_S = 30.0  # a process that lives, but whose loop stands still for so long, is given up
 
 
@@ -381,8 +381,7 @@ class Cluster:
             self._leaving.gone(member)  # its experts may be elsewhere by now
             silent_s = now - member.last_seen
             member.rhythm.settle(late_s)
-            patience_s = self._patience_s(member)
-            if member.is_live and silent_s > patience_s:
+            if member.is_live and silent_s > member.patience_s(self.plan):
                 instructions += self._lose(member, f"no sign of life for {silent_s:.1f} s")
         if self._inheritance.is_over(now):
             instructions += self._topology_to(*self.live("attention"))
@@ -403,12 +402,10 @@ class Cluster:
             self.failure = f"gave up after {self.plan.timeouts.start_timeout_s:g} s: {self.sentence(now)}"
         return instructions
 
-    def _patience_s(self, member: Member) -> float:
-        """With a member's silence."""
-        most_s = self.plan.timeouts.lost_after_s
-        if member.state == "loading":
-            return most_s * LOADING_PATIENCE
-        return member.rhythm.patience_s(most_s) if self.plan.is_on_network else most_s
+    def looks_again_in_s(self, now: float, most_s: float) -> float:
+        """When time is to be looked at again: where somebody is silent, as soon as that has been for too long."""
+        left_s = (one.patience_s(self.plan) - (now - one.last_seen) for one in self._members.values() if one.is_live)
+        return min(most_s, max(LEAST_LOOK_S, min(left_s, default=most_s)))
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
