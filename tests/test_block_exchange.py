@@ -37,7 +37,7 @@ class Side:
             SchedulerLimits(**given), num_lanes=1, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS
         )
         self.memory = torch.zeros(3, num_blocks, 2, BLOCK_TOKENS, 1, head_dim)
-        self.exchange = BlockExchange(instance, BlockBytes(self.memory), transport, lambda: self.scheduler)
+        self.exchange = BlockExchange(instance, BlockBytes(self.memory), transport, lambda: self.scheduler.exchanged)
 
     def run(self, name, prompt=PROMPT, num_passes=1, max_tokens=100):
         """Some passes of a request, whose keys and values are its tokens."""
@@ -56,7 +56,7 @@ class Side:
 
     def of(self, name):
         """What the full blocks of a request say."""
-        blocks = [block for block, _ in self.scheduler.full_blocks(name, 0, 1000)]
+        blocks = [block for block, _ in self.scheduler.exchanged.full(name, 0, 1000)]
         return self.memory[:, blocks]
 
 
@@ -108,7 +108,7 @@ async def test_one_that_runs_on_meanwhile_is_sent_up_to_its_last_full_block():
 
         b.exchange._take = take_as_it_runs_on
         await a.exchange.send("r", address, 0.0)
-        assert b.exchange.num_received == len(a.scheduler.full_blocks("r", 0, 1000)) == 14
+        assert b.exchange.num_received == len(a.scheduler.exchanged.full("r", 0, 1000)) == 14
         assert a.scheduler.num_running == 1
 
 

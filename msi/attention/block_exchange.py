@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from msi.attention.block_pool import HASH_BYTES
-from msi.attention.scheduler import Scheduler
+from msi.attention.exchanged_blocks import ExchangedBlocks
 from msi.complaints import Complaints
 from msi.errors import EngineError, ProtocolError, TransportError
 from msi.net.alarm import Alarm
@@ -57,7 +57,7 @@ class BlockExchange:
     """Of one attention worker's life.
 
     Args:
-        scheduler: has the requests and their blocks; asked for each time.
+        blocks: of the requests that are here; asked for each time.
         clock: seconds, monotonic.
 
     Attributes:
@@ -71,7 +71,7 @@ class BlockExchange:
         instance: str,
         memory: BlockMemory,
         transport: Transport,
-        scheduler: Callable[[], Scheduler],
+        blocks: Callable[[], ExchangedBlocks],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_sent = self.num_received = 0
@@ -79,7 +79,7 @@ class BlockExchange:
         self._hello = BlocksHello(VERSION, public_name(instance), memory.shape)
         self._memory = memory
         self._transport = transport
-        self._scheduler = scheduler
+        self._blocks = blocks
         self._clock = clock
         row_bytes = aligned_row_bytes(memory.block_bytes)
         self._layout = SlotLayout(1, max(1, min(MOST_NAMES, CHUNK_BYTES // row_bytes)), row_bytes)
@@ -120,7 +120,7 @@ class BlockExchange:
             self._complaints.say(error, "KV blocks could not be sent")
 
     async def _send(self, request_id: str, address: str, again_s: float) -> None:
-        num_bytes = self._memory.block_bytes * len(self._scheduler().full_blocks(request_id, 0, 1 << 30))
+        num_bytes = self._memory.block_bytes * len(self._blocks().full(request_id, 0, 1 << 30))
         if not num_bytes or (again_s and self.bytes_per_s and num_bytes / self.bytes_per_s > again_s):
             return
         began, sent_before, seat = self._clock(), self.num_sent, PEERS_AT_ONCE
@@ -129,7 +129,7 @@ class BlockExchange:
         self._target = endpoint
         try:
             most = self._layout.slot_rows
-            while blocks := self._scheduler().full_blocks(request_id, self.num_sent - sent_before, most):
+            while blocks := self._blocks().full(request_id, self.num_sent - sent_before, most):
                 self._post(endpoint, blocks)
                 await self._answered.wait()
                 if self._is_closed:
@@ -193,13 +193,13 @@ class BlockExchange:
             raise ProtocolError(f"{count} KV blocks at once; {self._layout.slot_rows} may come")
         stride = self._landing.rows.num_bytes // self._landing.num_seats
         rows = self._landing.rows.host()[endpoint.seat * stride : (endpoint.seat + 1) * stride]
-        names, scheduler = self._landing.headers[endpoint.seat][0], self._scheduler()
+        names, ours = self._landing.headers[endpoint.seat][0], self._blocks()
         for index in range(count):
             row = self._row(rows, index)
             name, checksum = NAME.unpack_from(names, index * NAME.size)
             if zlib.crc32(row) != checksum:
                 raise ProtocolError("a KV block came with other bytes than were sent")
-            self.num_received += scheduler.adopt_block(name, lambda block, row=row: self._memory.write(block, row))  # type: ignore[misc]
+            self.num_received += ours.adopt(name, lambda block, row=row: self._memory.write(block, row))  # type: ignore[misc]
 
     def _leave(self, endpoint: Endpoint) -> None:
         """A peer sends no more: its seat is another's."""

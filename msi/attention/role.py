@@ -83,7 +83,7 @@ class AttentionRole:
         if memory is None or not ours.limits.enable_prefix_caching or ours.is_colocated:
             return ""
         exchange = self.blocks = BlockExchange(
-            ours.instance, memory, new_transport(), lambda: self.requests.scheduler, self._clock
+            ours.instance, memory, new_transport(), lambda: self.requests.scheduler.exchanged, self._clock
         )
         try:
             return await exchange.listen()

@@ -10,13 +10,14 @@ sampler says, and where an exception came out of a pass each is tried again by i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
 
 from msi.attention.admission import Admission
 from msi.attention.block_pool import BlockPool
+from msi.attention.exchanged_blocks import ExchangedBlocks
 from msi.attention.prompt_share import PromptShare
 from msi.attention.sequence import Lane, Sequence, micro_batch, share_budget
 from msi.errors import InvalidRequest, RequestFailed, Unavailable, context_exceeded, shown
@@ -40,6 +41,9 @@ class Scheduler:
         limits: without zeros; a micro-batch's tokens are at most the rows of a slot.
         prompt_share: what prompts may have beside those that decode; None for whatever there is room for.
         vocab_size: no token outside it gets in; None for any.
+
+    Attributes:
+        exchanged: KV blocks that go to other attention workers, or come from them.
     """
 
     def __init__(
@@ -66,6 +70,9 @@ class Scheduler:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(token for token in eos_token_ids if self._is_token(token))
         self._sequences: dict[str, Sequence] = {}
+        self.exchanged = ExchangedBlocks(
+            self._pool, self._sequences, lambda: self.num_running, takes_any=limits.enable_prefix_caching
+        )
         self._ended: list[Sequence] = []
         self._num_failed = 0
 
@@ -134,36 +141,6 @@ class Scheduler:
     def find(self, request_id: str) -> Sequence | None:
         """One that is here; to be read."""
         return self._sequences.get(request_id)
-
-    def full_blocks(self, request_id: str, start: int, count: int) -> list[tuple[int, bytes]]:
-        """Of the full blocks that a request has, so many from `start` on, each with the name of its contents; none are
-        written to any more, as long as it has them.
-        """
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return []
-        stop = min(start + count, sequence.num_kept)
-        return [(sequence.blocks[index], sequence.hashes[index]) for index in range(start, stop)]
-
-    def adopt_block(self, name: bytes, write: Callable[[int], None]) -> bool:
-        """The contents of a block come from elsewhere, as if a sequence that is gone had computed them.
-
-        Args:
-            write: into this block.
-
-        Returns:
-            Whether there was room; blocks that sequences may need at once are left alone.
-        """
-        pool = self._pool
-        if not self._limits.enable_prefix_caching or pool.find((name,)) or pool.num_free <= self.num_running:
-            return False
-        blocks = pool.allocate(1)
-        try:
-            write(blocks[0])
-            pool.keep(blocks[0], name)
-        finally:
-            pool.free(blocks)
-        return True
 
     def take_ended(self) -> list[Sequence]:
         """Those whose last token came since this was last asked."""

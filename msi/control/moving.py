@@ -153,13 +153,9 @@ class Moves:
     Args:
         loads: of its workers.
         service: knows what steps and prompts took.
-
-    Attributes:
-        num_moved: requests that workers have let go.
     """
 
     def __init__(self, settings: AttentionBalance, loads: Loads, service: Service) -> None:
-        self.num_moved = 0
         self._settings = settings
         self._loads = loads
         self._service = service

@@ -6,9 +6,8 @@ has waited for too long, before it costs anything; what has had its time ends wh
 
 Which worker would take least time is asked of `loads`, among those whose KV cache has room.
 
-Holds every request's prompt and the tokens emitted so far: those of a worker that is lost, or that lets one go
-(`moving`), are resumed on another, which computes prompt and output again; or wait for one. Decides; does not act.
-Knows no sockets or clock.
+Holds every request's prompt and the tokens emitted so far: what becomes of those of a worker that is lost, or that lets
+one go (`moving`), says `resuming`. Decides; does not act. Knows no sockets or clock.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from msi.control.loads import Loads
 from msi.control.move_messages import Released
 from msi.control.moving import Moves
 from msi.control.overload import Objectives, Service, out_of_time
+from msi.control.resuming import Resuming
 from msi.control.routed import Load, Order, Reconciled, Routed, Updates
 from msi.control.suspects import Suspects, Trials, asked_by, guilty
-from msi.errors import DeadlineExceeded, EngineError, Failure, InvalidRequest, RequestFailed, Unavailable
+from msi.errors import DeadlineExceeded, EngineError, Failure, InvalidRequest, Unavailable
 from msi.settings import AttentionBalance
 from msi.types import Progress, Request
 
@@ -49,7 +49,6 @@ class Router:
         balance: when requests move between workers.
 
     Attributes:
-        num_resumptions: of all requests, since the start.
         num_refused, num_shed: requests that were predicted to come too late when they came; and as they waited.
         num_out_of_time: whose own time was over.
         num_displaced: that gave up their place to one that goes before them.
@@ -67,7 +66,7 @@ class Router:
         backlog: int = 1 << 62,
         balance: AttentionBalance = AttentionBalance(),
     ) -> None:
-        self.num_resumptions = self.num_refused = self.num_shed = self.num_out_of_time = self.num_displaced = 0
+        self.num_refused = self.num_shed = self.num_out_of_time = self.num_displaced = 0
         self._service = Service(objectives, max_num_seqs)
         self._backlog = backlog
         self._capacities: Mapping[str, int] = {}
@@ -77,7 +76,6 @@ class Router:
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._max_waiting = max_waiting
-        self._max_resumptions = max_resumptions
         self._hold_timeout_s = hold_timeout_s
         self._suspects = Suspects()
         self._trials = Trials()
@@ -86,6 +84,10 @@ class Router:
         self._waiting = FairQueue()  # those without a worker
         self._loads = Loads(max_model_len, self._service.meters.relative)
         self._moves = Moves(balance, self._loads, self._service)
+        self._resuming = Resuming(
+            self._requests, self._waiting, self._suspects, self._trials, free=self._free, forget=self._forget,
+            max_num_seqs=max_num_seqs, max_resumptions=max_resumptions, hold_timeout_s=hold_timeout_s,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -164,7 +166,7 @@ class Router:
             name = next(f"{name}~{number}" for number in count(2) if f"{name}~{number}" not in self._requests)
         routed = self._taken_over(request, name, client, now)
         routed.num_resumptions = 1
-        self.num_resumptions += 1
+        self._resuming.num_resumptions += 1
         self._waiting.remove(routed)
         self._waiting.add_again(routed)
 
@@ -197,8 +199,8 @@ class Router:
     def counters(self) -> dict[str, float]:
         """Of requests, since the start."""
         return {
-            "resumptions": float(self.num_resumptions),
-            "moves": float(self._moves.num_moved),
+            "resumptions": float(self._resuming.num_resumptions),
+            "moves": float(self._resuming.num_moved),
             "requests_refused_as_too_late": float(self.num_refused),
             "requests_shed": float(self.num_shed),
             "requests_out_of_time": float(self.num_out_of_time),
@@ -286,7 +288,7 @@ class Router:
         lost = [routed for name, routed in ours.items() if name not in ids and routed.ack <= acked]
         unknown_here = [name for name in ids if name not in ours]
         why = f"attention worker {worker_id} does not have this request any more"
-        return Reconciled(unknown_here, self._resume(lost, why, now))
+        return Reconciled(unknown_here, self._resuming.resume(lost, why, now) if lost else {})
 
     def due_moves(
         self, leaving: Collection[str], now: float, sent_per_s: Mapping[str, float] = NOTHING_IS_SENT
@@ -300,17 +302,7 @@ class Router:
 
     def released(self, released: Released, now: float) -> Updates:
         """A worker has let a request go, which waits for another one; its end where it may not."""
-        routed = self._requests.get(released.request_id)
-        if routed is None or routed.worker_id != released.worker_id or routed.release != released.number:
-            return {}  # it ended meanwhile, or is another one that is called so
-        if (len(routed.token_ids), routed.num_scored) != (released.num_tokens, released.num_scored):
-            return self._resume([routed], f"tokens of attention worker {routed.worker_id} were lost on the way", now)
-        self._take_back(routed)
-        routed.lost_by = f"attention worker {released.worker_id} let it go, for another one"
-        self._moves.num_moved += 1
-        routed.num_moves += 1
-        self._wait_again(routed, now)
-        return {}
+        return self._resuming.released(released, now)
 
     def fail(self, request_ids: Iterable[str], failure: Failure, worker_id: str | None = None) -> Updates:
         """These requests end with an error; only those of `worker_id`, where that is given."""
@@ -336,48 +328,9 @@ class Router:
         Args:
             has_crashed: it ended by itself: each of them is suspected of having done that, or the one that is guilty.
         """
-        lost = [routed for routed in self._requests.values() if routed.worker_id == worker_id]
         self._loads.lost(worker_id)
         self._capacities = {name: size for name, size in self._capacities.items() if name != worker_id}
-        on_trial = [routed for routed in lost if self._trials.end(worker_id, routed.request.request_id)]
-        if has_crashed and on_trial:
-            self._suspects.convict(on_trial[0].asked, now)
-            lost += [one for one in self._waiting if one.is_suspect and one.asked == on_trial[0].asked]
-        elif has_crashed:
-            ran = [routed for index, routed in enumerate(lost) if index < self._max_num_seqs or routed.token_ids]
-            self._suspects.crashed([routed.asked for routed in ran], now)
-            for routed in ran:
-                routed.is_suspect = True
-        return self._resume(lost, f"attention worker {worker_id} was lost: {reason}", now)
-
-    def _resume(self, lost: Iterable[Routed], why: str, now: float) -> Updates:
-        """These wait for another worker, before those that came later; the ends of those that may not."""
-        updates: Updates = {}
-        for routed in lost:
-            self._take_back(routed)
-            routed.lost_by = why
-            error = self._why_not_resumed(routed, now)
-            if error is not None:
-                self._forget(routed)
-                updates.setdefault(routed.client, []).append(Progress(routed.name, failure=Failure.of(error)))
-                continue
-            self.num_resumptions += 1
-            self._wait_again(routed, now)
-        return updates
-
-    def _wait_again(self, routed: Routed, now: float) -> None:
-        routed.num_resumptions += 1
-        routed.waits_until = now + self._hold_timeout_s
-        self._waiting.add_again(routed)
-
-    def _why_not_resumed(self, routed: Routed, now: float) -> EngineError | None:
-        if self._suspects and self._suspects.is_guilty(routed.asked, now):
-            return guilty(routed.lost_by)
-        times = routed.num_resumptions - routed.num_moves
-        if times >= self._max_resumptions:
-            before = f"; it had been resumed {times} time{'s' * (times != 1)} before, and is no more" if times else ""
-            return RequestFailed(routed.lost_by + before)
-        return None
+        return self._resuming.worker_lost(worker_id, reason, now, has_crashed)
 
     def expire(self, now: float, reason: str) -> Updates:
         """Requests that have waited for a worker for too long, or whose own time is over."""
@@ -457,10 +410,6 @@ class Router:
         if not routed.worker_id:
             self._waiting.remove(routed)
         self._free(routed)
-
-    def _take_back(self, routed: Routed) -> None:
-        self._free(routed)
-        routed.worker_id, routed.predicted, routed.release = "", 0.0, 0
 
     def _free(self, routed: Routed) -> None:
         """It counts for its worker no longer."""
