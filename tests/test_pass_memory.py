@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from msi.attention.graphs import Bucket
-from msi.attention.pass_memory import GRAPH_BYTES, bytes_of_passes, graph_bytes, graphed, largest_batch
+from msi.attention.pass_memory import GRAPH_BYTES, PassBytes, bytes_of_passes, graph_bytes, graphed, largest_batch
 from msi.control.messages import Assignment
 from msi.errors import ConfigError
 from msi.kernels import BLOCK_TOKENS
@@ -19,6 +20,7 @@ from msi.models.checkpoint import Checkpoint
 from msi.placement import place_evenly
 from msi.precision import Precision
 from msi.settings import DEMO_MODEL, LinkShape, SchedulerLimits, Timeouts
+from msi.worker import torch_host
 from msi.worker.loading import ModelFiles
 from tests.test_models import PlainDevice
 
@@ -63,7 +65,9 @@ def test_every_lane_has_what_the_largest_pass_took_at_the_most_the_second_time()
         work()
         return 1000
 
-    assert taken(Device(), peak_bytes, max_num_seqs=4)[1] == 3 * 1000
+    device = Device()
+    device.kernels.kept_bytes = lambda num_lanes: num_lanes * 70 + len(ran)  # asked once a pass has run
+    assert taken(device, peak_bytes, max_num_seqs=4)[1] == PassBytes(running=3 * 1000, kept=3 * 70 + 1)
     assert ran == ["cpu"]
 
 
@@ -72,7 +76,8 @@ def test_what_graphs_keep_is_counted_for_each_lane_and_size():
     found = graphed(config, DTYPE, limits, LinkShape(3, 48), 1e12)
     assert found.buckets == tuple(Bucket(size, width) for width in (16, 32) for size in (1, 2, 4))
     rows = 2 * 2 * (1 + 2 + 4) * config.hidden_size * DTYPE.itemsize
-    assert found.num_bytes == 3 * config.num_layers * (rows + 6 * GRAPH_BYTES)
+    tables = 3 * 4 * (1 + 2 + 4) * (16 + 32)
+    assert found.num_bytes == 3 * (config.num_layers * (rows + 6 * GRAPH_BYTES) + tables)
 
 
 def test_graphs_that_would_leave_too_little_for_the_cache_are_left_out_with_a_sentence(caplog):
@@ -94,6 +99,19 @@ def test_a_pass_that_does_not_fit_is_said_with_what_to_give():
         taken(Device(), too_much)
 
 
+def test_what_a_gpu_has_no_memory_for_is_said_per_worker(monkeypatch):
+    def too_much(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch_host, "ExpertHalf", too_much)
+    given = SimpleNamespace(worker_id="expert-1", precision=Precision.of("bfloat16"))
+    part = SimpleNamespace(experts=object(), expert_ids=(0,))
+    model = SimpleNamespace(_assignment=given, part=part, _files=ModelFiles(DEMO_MODEL), _device=None)
+    link = SimpleNamespace(layout=None, answer_layout=None, landing=SimpleNamespace(rows=None))
+    with pytest.raises(ConfigError, match=r"activations of waves of expert-1 do not fit: CUDA out .* 2\.00 GiB; give"):
+        torch_host.TorchModel.expert_half(model, link, 1)
+
+
 def test_the_cache_has_what_passes_leave_and_says_so_where_that_is_nothing():
     files = ModelFiles(DEMO_MODEL)
     assignment = Assignment(
@@ -102,7 +120,11 @@ def test_the_cache_has_what_passes_leave_and_says_so_where_that_is_nothing():
     )  # fmt: skip
     block_bytes = files.config.kv_values_per_token * BLOCK_TOKENS * 2
     room = Device(100 * block_bytes)
-    assert files.num_kv_blocks(assignment, room, 1.0, 40 * block_bytes) == 60
-    assert files.num_kv_blocks(replace(assignment, memory_share=0.5), room, 1.0, 40 * block_bytes) == 10
-    with pytest.raises(ConfigError, match=r"0 MB for KV cache do not hold .* MB free and .* MB for passes; .*batched"):
-        files.num_kv_blocks(assignment, room, 1.0, 200 * block_bytes)
+    passes = PassBytes(20 * block_bytes, 15 * block_bytes, 5 * block_bytes)
+    assert files.num_kv_blocks(assignment, room, 1.0, passes) == 60
+    assert files.num_kv_blocks(replace(assignment, memory_share=0.5), room, 1.0, passes) == 10
+    each = r"2000 MB while they run, 384 MB that kernels keep for lanes, 16 MB in graphs"
+    with pytest.raises(
+        ConfigError, match=rf"0 MB for KV cache do not hold .* MB free and 2400 MB for passes \({each}\); .*batched"
+    ):
+        files.num_kv_blocks(assignment, room, 1.0, PassBytes(2_000_000_000, 384_000_000, 16_000_000))

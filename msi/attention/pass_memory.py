@@ -1,7 +1,8 @@
 """What the passes of a GPU's lanes take beside weights and KV cache, so that the cache leaves room for it.
 
 A pass of the largest micro-batch is run through a small cache of its own, with slots' rows as if they lay on the
-device, which is asked what it had at the most; what captured graphs keep is counted. Each lane has as much.
+device, which is asked what it had at the most; what captured graphs keep is counted, and what kernels keep for each
+lane. Each lane has as much.
 """
 
 from __future__ import annotations
@@ -29,8 +30,31 @@ from msi.types import MicroBatch, Placement, TokenSampling
 log = logging.getLogger(__name__)
 
 GRAPH_BYTES = 128 << 10  # of a layer's graph: some 20 kernels, of which 60 took 315 KB on an H100
+TABLES = 3  # of blocks, of each size of pass: its own, and a library's for two windows of attention
 GRAPHS_SHARE = 1 / 8  # of the memory for KV cache, that graphs may take
 SAMPLING = TokenSampling(0.7, 0.9, 5, 0, 0)
+
+
+class PassBytes(NamedTuple):
+    """Of all lanes together.
+
+    Attributes:
+        running: while passes run.
+        kept: by kernels, for lanes.
+        graphs: that are captured.
+    """
+
+    running: int = 0
+    kept: int = 0
+    graphs: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def __str__(self) -> str:
+        running, kept, graphs = (f"{num_bytes / 1e6:.0f} MB" for num_bytes in self)
+        return f"{running} while they run, {kept} that kernels keep for lanes, {graphs} in graphs"
 
 
 def bytes_of_passes(
@@ -44,8 +68,8 @@ def bytes_of_passes(
     limits: SchedulerLimits,
     link: LinkShape,
     peak_bytes: Callable[[torch.device, Callable[[], object]], int] | None = None,
-) -> int:
-    """Of all lanes together, without graphs. Waits for the device; nothing else may run on it.
+) -> PassBytes:
+    """Without graphs. Waits for the device; nothing else may run on it.
 
     Args:
         peak_bytes: that the device had at the most while something ran, beyond what it had before.
@@ -66,7 +90,7 @@ def bytes_of_passes(
             f"a pass of {num_tokens} tokens does not fit beside the weights ({error}); give a smaller "
             "`max_num_batched_tokens`, or fewer `slot_rows`"
         ) from error
-    return link.num_lanes * of_pass
+    return PassBytes(link.num_lanes * of_pass, device.kernels.kept_bytes(link.num_lanes))
 
 
 def largest_batch(num_tokens: int, max_num_seqs: int) -> MicroBatch:
@@ -115,10 +139,13 @@ def graphed(
 
 
 def graph_bytes(config: ModelConfig, dtype: torch.dtype, bucket: Bucket) -> int:
-    """That one lane's graphs keep: of each layer the graph, the rows that it sent, and those it was given."""
+    """That one lane's graphs keep: of each layer the graph, the rows that it sent, and those it was given; and where
+    blocks lie.
+    """
     rows = 2 * bucket.num_seqs * config.hidden_size * dtype.itemsize
     num_parts = 1 if config.shared_intermediate_size is None else 2
-    return config.num_layers * (rows + num_parts * GRAPH_BYTES)
+    tables = TABLES * 4 * bucket.num_seqs * bucket.num_blocks
+    return config.num_layers * (rows + num_parts * GRAPH_BYTES) + tables
 
 
 def cuda_peak_bytes(device: torch.device, work: Callable[[], object]) -> int:

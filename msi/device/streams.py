@@ -119,6 +119,7 @@ class Streams:
         self._gates = gates
         self.words = StreamWords(driver, self._look_soon)
         self._queues: tuple[StreamQueue, ...] = ()
+        self._of_names: dict[str, Any] = {}  # streams
         self._events: list[Any] = []  # that are free
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
@@ -131,7 +132,11 @@ class Streams:
         self._thread.start()
 
     def queue(self, name: str) -> StreamQueue:
-        queue = StreamQueue(self, name, self.driver.stream())  # now: while work is out, the driver might wait for it
+        """On the stream that the last queue of that name had: kernels keep memory for streams."""
+        stream = self._of_names.get(name)
+        if stream is None:
+            stream = self._of_names[name] = self.driver.stream()  # now: while work is out, it might wait for that
+        queue = StreamQueue(self, name, stream)
         self._queues = (*self._queues, queue)
         return queue
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -35,7 +35,8 @@ from msi.kernels.triton.rounded import Library
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 128 << 20  # what the library recommends
-PLAN_BYTES = 1 << 20  # of a pass of single tokens: some ten numbers for each program that runs at once
+NUMBERS_BYTES = 8 << 20  # that each wrapper takes for what it plans
+PLAN_BYTES = 1 << 20  # in graphs, of a pass of single tokens: some ten numbers for each program that runs at once
 FEWEST_SHARING = 3  # query heads of a KV head, from which tensor cores pay; without them it has no kernels for most
 MOST_APART = 2e-2  # of two results in 16 bits
 
@@ -112,6 +113,7 @@ class FixedPlan:
     launched: tuple[int, ...]
 
 
+Wrappers = dict[tuple[object, ...], Any]  # by lane, and what they are for
 AnyPlan = PagedPlan | FlashinferPlan | FixedPlan
 
 
@@ -139,10 +141,10 @@ class FlashinferKernels(TritonKernels):
         self._is_measured = is_measured
         self._trial = trial or Trial()
         self._seconds = seconds or partial(device_seconds, device)
-        self._wrappers: dict[object, Any] = {}
-        self._wrappers_of_graphs: dict[object, Any] = {}
+        self._wrappers: Wrappers = {}
+        self._wrappers_of_graphs: Wrappers = {}
         self._workspaces: dict[object, Tensor] = {}
-        self._plans: dict[object, Tensor] = {}
+        self._plans: dict[tuple[object, ...], Tensor] = {}
         self._met: dict[tuple[AttentionShape, torch.dtype], tuple[torch.dtype, bool]] = {}
         self._is_taken: dict[object, dict[bool, bool]] = {}  # in passes that decode, and in others
         self._draw = ListedDraw(self._library, super().draw, is_measured, self._seconds)
@@ -187,16 +189,34 @@ class FlashinferKernels(TritonKernels):
     def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
         return self._draw(logits, numbers)
 
+    def kept_bytes(self, num_lanes: int) -> int:
+        """Of whom asks, which is no lane, there are a workspace and wrappers already."""
+        asks = self.lane()
+
+        def missing(held: Iterable[object]) -> int:
+            return max(0, num_lanes - len({lane for lane in held if lane != asks}))
+
+        num_wrappers = num_plans = 0
+        for (shape, dtype), (cache_dtype, has_sinks) in self._met.items():
+            way = (shape, dtype, cache_dtype)
+            is_taken = {} if has_sinks else self._is_taken.get(way, {})
+            for is_decoding in (kind for kind, wanted in is_taken.items() if wanted):
+                num_wrappers += missing(key[0] for key in self._wrappers if key[1:] == (is_decoding, *way))
+                num_plans += is_decoding * missing(key[0] for key in self._plans if key[1:] == way)
+        if not num_wrappers and not num_plans:
+            return 0
+        return missing(self._workspaces) * WORKSPACE_BYTES + num_wrappers * NUMBERS_BYTES + num_plans * PLAN_BYTES
+
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _attend(self, query: Tensor, layer_cache: Tensor, plan: FlashinferPlan, wrappers: dict[object, Any]) -> Tensor:
+    def _attend(self, query: Tensor, layer_cache: Tensor, plan: FlashinferPlan, wrappers: Wrappers) -> Tensor:
         ready = plan.planned.get(layer_cache.dtype)
         if ready is None:
             ready = plan.planned[layer_cache.dtype] = self._planned(plan, layer_cache.dtype, wrappers)
         attended: Tensor = ready.run(query.contiguous(), layer_cache)
         return attended
 
-    def _planned(self, plan: FlashinferPlan, cache_dtype: torch.dtype, wrappers: dict[object, Any]) -> Any:
+    def _planned(self, plan: FlashinferPlan, cache_dtype: torch.dtype, wrappers: Wrappers) -> Any:
         """A wrapper that knows the pass. Each lane, by its stream, has its own of each kind: what one plans lies in its
         buffers until the last layer has run.
         """

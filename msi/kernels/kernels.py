@@ -127,6 +127,11 @@ class Kernels(TokenKernels, Protocol):
     @property
     def has_e4m3(self) -> bool: ...
 
+    def kept_bytes(self, num_lanes: int) -> int:
+        """Of the device's memory, that lanes will take and keep beside what their passes take while they run, and have
+        not taken yet; known once a pass has run.
+        """
+
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:

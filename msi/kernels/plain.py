@@ -42,6 +42,9 @@ class PlainKernels:
     def has_e4m3(self) -> bool:
         return True
 
+    def kept_bytes(self, num_lanes: int) -> int:
+        return 0
+
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def linear(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> Linear:

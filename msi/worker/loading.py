@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from msi.attention.kv_cache import KvCache
+from msi.attention.pass_memory import PassBytes
 from msi.control.messages import Assignment
 from msi.device.device import Device
 from msi.errors import ConfigError
@@ -37,6 +39,18 @@ log = logging.getLogger(__name__)
 DTYPES = {  # names of msi.precision
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, FP8: fp8.E4M3,
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def fitting(worker_id: str, what: str) -> Iterator[None]:
+    """Raises ConfigError where a device has not the memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{what} of {worker_id} do not fit: {error}; give its role more workers, on more GPUs, or lower "
+            "`gpu_memory_utilization` of those that share this one"
+        ) from error
 
 
 def row_dtypes(precision: Precision) -> RowDtypes:
@@ -156,17 +170,17 @@ class ModelFiles:
         return LoadedPart(precision, attention, experts, assignment.experts)
 
     def num_kv_blocks(
-        self, assignment: Assignment, device: Device, memory_utilization: float, pass_bytes: int = 0
+        self, assignment: Assignment, device: Device, memory_utilization: float, passes: PassBytes | None = None
     ) -> int:
         """As many as the share of free memory allows but no more than could ever be used, and the padding block.
 
         Args:
-            pass_bytes: of that share, that passes take.
+            passes: what they take of that share.
 
         Raises:
             ConfigError: not even one fits.
         """
-        limits = assignment.limits
+        limits, pass_bytes = assignment.limits, 0 if passes is None else passes.total
         if limits.num_gpu_blocks_override:
             return 1 + limits.num_gpu_blocks_override
         block_bytes = KvCache.block_bytes(self.config, DTYPES[assignment.precision.kv_cache])
@@ -178,7 +192,7 @@ class ModelFiles:
             raise ConfigError(
                 f"{budget / 1e6:.0f} MB for KV cache do not hold one block of {block_bytes / 1e6:.2f} MB"
                 + (
-                    f", of {free_bytes / 1e6:.0f} MB free and {pass_bytes / 1e6:.0f} MB for passes"
+                    f", of {free_bytes / 1e6:.0f} MB free and {pass_bytes / 1e6:.0f} MB for passes ({passes})"
                     if pass_bytes
                     else ""
                 )
@@ -187,8 +201,9 @@ class ModelFiles:
             )
         if pass_bytes:
             log.info(
-                "%s: %.0f MB free beside the weights, %.0f MB of them for passes, %.0f MB for KV cache",
-                assignment.worker_id, free_bytes / 1e6, pass_bytes / 1e6, min(useful, affordable) * block_bytes / 1e6,
+                "%s: %.0f MB free beside the weights, %.0f MB of them for passes (%s), %.0f MB for KV cache",
+                assignment.worker_id, free_bytes / 1e6, pass_bytes / 1e6, passes,
+                min(useful, affordable) * block_bytes / 1e6,
             )  # fmt: skip
         return 1 + min(useful, affordable)
 

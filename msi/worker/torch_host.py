@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from msi.attention.half import AttentionHalf
 from msi.attention.kv_cache import KvCache
-from msi.attention.pass_memory import Graphed, bytes_of_passes, graphed
+from msi.attention.pass_memory import Graphed, PassBytes, bytes_of_passes, graphed
 from msi.attention.warming import warm
 from msi.control.counters import ProcessCounters, by_reason
 from msi.control.messages import Assignment
@@ -39,7 +39,7 @@ from msi.settings import SHARING, HostOptions, ModelSource
 from msi.text.grammars import Grammars
 from msi.tracing import Spans
 from msi.worker.host import ExpertPart, ServedShape
-from msi.worker.loading import DTYPES, LoadedPart, ModelFiles, resident_memory_bytes, row_dtypes
+from msi.worker.loading import DTYPES, LoadedPart, ModelFiles, fitting, resident_memory_bytes, row_dtypes
 
 log = logging.getLogger(__name__)
 
@@ -121,16 +121,16 @@ class TorchModel:
 
     def num_kv_blocks(self) -> int:
         given, limits = self._assignment, self._assignment.limits
-        pass_bytes = 0
+        passes = PassBytes()
         if self._device.kernels.device.type == "cuda" and not limits.num_gpu_blocks_override:
             assert self.part.attention is not None
-            pass_bytes = bytes_of_passes(
+            passes = bytes_of_passes(
                 self._files.config, self.part.attention, given.placement, self._device, row_dtypes(given.precision),
                 DTYPES[given.precision.kv_cache], limits=limits, link=given.link,
             )  # fmt: skip
-            pass_bytes += self._graphed.num_bytes
+            passes = passes._replace(graphs=self._graphed.num_bytes)
             given = replace(given, memory_share=share_of_gpu(os.environ, given.memory_share))
-        return self._files.num_kv_blocks(given, self._device, self._memory_utilization, pass_bytes)
+        return self._files.num_kv_blocks(given, self._device, self._memory_utilization, passes)
 
     def _captured(self) -> Graphed:
         """Decode passes that are, and what they take."""
@@ -146,7 +146,8 @@ class TorchModel:
         assert self.part.attention is not None
         config, device, placement = self._files.config, self._device, self._assignment.placement
         precision = self._assignment.precision
-        kv_cache = KvCache(config, num_blocks, device, DTYPES[precision.kv_cache])
+        with fitting(self._assignment.worker_id, f"{num_blocks} blocks of KV cache"):
+            kv_cache = KvCache(config, num_blocks, device, DTYPES[precision.kv_cache])
         half = AttentionHalf(
             config,
             self.part.attention,
@@ -167,17 +168,18 @@ class TorchModel:
 
     def expert_half(self, link: CombineLink, num_seats: int) -> ExpertHalf:
         assert self.part.experts is not None
-        self._experts = ExpertHalf(
-            self._files.config,
-            self.part.experts,
-            self._device,
-            row_dtypes(self._assignment.precision),
-            dispatch_layout=link.layout,
-            answer_layout=link.answer_layout,
-            landing=link.landing.rows,
-            num_seats=num_seats,
-            experts=self.part.expert_ids,
-        )
+        with fitting(self._assignment.worker_id, "the sums and activations of waves"):
+            self._experts = ExpertHalf(
+                self._files.config,
+                self.part.experts,
+                self._device,
+                row_dtypes(self._assignment.precision),
+                dispatch_layout=link.layout,
+                answer_layout=link.answer_layout,
+                landing=link.landing.rows,
+                num_seats=num_seats,
+                experts=self.part.expert_ids,
+            )
         return self._experts
 
     def _goes_through_both(self) -> bool:
@@ -269,7 +271,8 @@ class TorchHost:
         if self._part is None or not self._part.fits(assignment):
             had = None if self._part is None else self._part.kept_for(assignment)
             self._part = had  # the rest goes before what is new comes; this stays where that does not fit
-            self._part = await asyncio.to_thread(self._files.load, assignment, device, had)
+            with fitting(assignment.worker_id, "the weights"):
+                self._part = await asyncio.to_thread(self._files.load, assignment, device, had)
         memory = None if assignment.is_colocated else self._memory  # within a process the host copies rows
         utilization = self._settings.host.gpu_memory_utilization
         return TorchModel(self._files, self._part, assignment, device, utilization, memory)

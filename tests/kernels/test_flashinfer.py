@@ -201,6 +201,30 @@ def test_a_pass_is_planned_once_for_all_layers_and_a_lanes_memory_is_taken_once(
 
 
 @pytest.mark.usefixtures("library")
+def test_what_lanes_will_keep_is_known_once_a_pass_has_run_and_nothing_is_counted_twice(monkeypatch):
+    kernels, shape, lane = FlashinferKernels(CPU, trial=SMALL), SHAPES[0], ["start"]
+    monkeypatch.setattr(kernels, "lane", lambda: lane[0])
+    workspace, wrapper, plans = 128 << 20, 8 << 20, 1 << 20
+    assert kernels.kept_bytes(3) == 0, "nobody knows yet whether it attends"
+    attended(kernels, shape, PASSES["both"])
+    assert kernels.kept_bytes(3) == 3 * (workspace + 2 * wrapper + plans), "of prompts, and of passes that decode"
+    attended(kernels, SHAPES[1], PASSES["both"])
+    assert kernels.kept_bytes(3) == 3 * (workspace + 4 * wrapper + 2 * plans), "another window has wrappers of its own"
+    lane[0] = "lane 0"
+    attended(kernels, shape, PASSES["decoding"])
+    fixed(kernels, shape, 1, 1)
+    lane[0] = "start"
+    assert kernels.kept_bytes(3) == 2 * workspace + (3 * 4 - 1) * wrapper + (3 * 2 - 1) * plans
+    assert kernels.kept_bytes(1) == 3 * wrapper + plans
+    slower = FlashinferKernels(CPU, True, SMALL, lambda work: 1.0)
+    attended(slower, shape, PASSES["both"])
+    assert slower.kept_bytes(3) == 0, "Triton attends"
+    with_sinks = FlashinferKernels(CPU, trial=SMALL)
+    attended(with_sinks, shape, PASSES["both"], sinks=torch.randn(4))
+    assert with_sinks.kept_bytes(3) == 0
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(("first", "second"), [(1.0, 2.0), (2.0, 1.0)])
 def test_measured_the_faster_attends(first, second):
     """Triton is timed before flashinfer, for passes that decode before others."""
