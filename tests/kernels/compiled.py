@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a program can have
 ARCHITECTURES = tuple(SHARED_BYTES)
+TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # their own way with tiles of 64 rows
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ def assert_fits(request: Request, compiled: Compiled) -> None:
     assert not compiled.count(r"LDL|STL"), (request, compiled.count(r"LDL|STL"))
     limit = SHARED_BYTES[request.architecture]
     assert compiled.shared <= limit, f"{request} wants {compiled.shared} bytes of shared memory of {limit}"
+
+
+def assert_uses_tensor_cores(request: Request, compiled: Compiled) -> None:
+    assert compiled.count(TENSOR_CORES[request.architecture]), (request, compiled.instructions)
 
 
 def _compile(request: dict[str, Any]) -> Compiled:

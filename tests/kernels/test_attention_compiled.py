@@ -9,7 +9,7 @@ import pytest
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.triton import penalties, sampling
 from msi.kernels.triton.attention_plan import ITEM, chunk_tiles, split_tiles, warps_and_stages
-from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
+from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, assert_uses_tensor_cores, compile_all
 
 BF16, F32, I32, I64, E4M3 = "*bf16", "*fp32", "*i32", "*i64", "*fp8e4nv"
 NAMES = "query", "cache", "block_tables", "items", "item_starts", "output", "partial", "partial_lse"
@@ -47,8 +47,8 @@ def test_attention_of_served_shapes_fits_and_loads_whole_lines(architecture):
     for request, compiled in zip(requests, compile_all(requests), strict=True):
         assert_fits(request, compiled)
         assert compiled.count(r"LDGSTS\.E.*128") >= 4, "keys and values are copied in lines of 16 bytes, ahead"
-        if architecture == 90 and not request.constants["IS_SPLIT"]:
-            assert compiled.count("HGMMA"), "chunks of prompts use the tensor cores' own way"
+        if request.constants["BLOCK_M"] >= 64:  # chunks of prompts
+            assert_uses_tensor_cores(request, compiled)
 
 
 @pytest.mark.slow
