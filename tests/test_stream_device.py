@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from functools import partial
 
@@ -13,9 +14,11 @@ from msi.attention.launching import LanePrograms, LaneQueues
 from msi.device import streams
 from msi.device.compute_thread import Program
 from msi.device.cuda_driver import DeviceLost, host_address
+from msi.device.fake.device import FakeDevice
 from msi.device.fake.late import WouldWait
 from msi.device.fake.nothing import NothingDriver
 from msi.device.fake.streams import FakeStreams
+from msi.device.fake.world import FakeWorld
 from msi.device.stream_device import StreamDevice
 from msi.device.stream_words import WORD_BYTES
 from msi.kernels.plain import PlainKernels
@@ -24,7 +27,7 @@ from msi.net.shm_seats import ShmLanding
 from msi.net.slots import SlotLayout
 from msi.worker.torch_host import TorchHost
 from tests.engine_in_tasks import engine_in_tasks
-from tests.everyday import SOME_FAMILIES, mostly_slow
+from tests.everyday import SOME_FAMILIES, mostly_slow, thorough
 from tests.reference import references, save_tiny
 from tests.test_tokens import NUM_TOKENS, check_equal
 from tests.waiting import until
@@ -110,7 +113,7 @@ async def test_what_would_wait_for_a_value_is_refused_where_it_is_launched():
     x = torch.zeros(3)
     for run in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0]):
         device.queue("reads").run(Program(run, failures.append, StageMeter(), "reads", 0))
-    await until(lambda: len(failures) == 3)
+    await until(lambda: len(failures) == 3, timeout_s=60.0)  # torch loads what knows shapes, for seconds
     assert {type(failure) for failure in failures} == {WouldWait}
     await device.close()
 
@@ -218,6 +221,16 @@ async def test_a_seat_that_is_mapped_anew_is_so_for_the_device_and_others_stay()
     assert len(log) == 2, "what the device sees of it is nobody's until the next peer comes"
 
 
+async def test_a_queue_made_anew_has_the_stream_of_the_one_before_it_for_which_kernels_keep_memory():
+    driver = NothingDriver()
+    device = StreamDevice(driver, PlainKernels(driver.device))
+    first, other, again = device.queue("lane 0"), device.queue("lane 1"), device.queue("lane 0")
+    assert again is not first
+    assert again.stream is first.stream
+    assert other.stream is not first.stream
+    await device.close()
+
+
 async def test_without_gates_no_work_lies_behind_one_that_is_closed():
     driver = Recorded()
     device = StreamDevice(driver, PlainKernels(driver.device))
@@ -238,10 +251,13 @@ async def test_without_gates_no_work_lies_behind_one_that_is_closed():
     await device.close()
 
 
-async def test_a_thousand_passes_leave_nothing_behind():
-    figures = await measure(sequences=4, layers=3, lanes=2, steps=2, passes=1000)
-    assert figures["bytes_left_by_passes"] < 10_000
-    assert figures["launch_calls_per_step"] == 2 * (3 + 1), "a program for each layer and one at the end"
+@pytest.mark.parametrize(("sequences", "layers", "lanes"), [(4, 2, 5), thorough(128, 60, 3)])
+@pytest.mark.parametrize("gates", [False, thorough(True)])
+async def test_a_thousand_passes_leave_nothing_behind(sequences, layers, lanes, gates):
+    figures = await measure(sequences, layers, lanes, steps=2, passes=1000, gates=gates)
+    assert figures["bytes_left_at_most"] < 10_000, "ten for each pass"
+    assert figures["launch_calls_per_step"] == lanes * (layers + 1), "a program for each layer and one at the end"
+    assert figures["replay_calls_per_step"] == (0 if gates else lanes * layers), "a graph for each layer"
 
 
 class Recorded(NothingDriver):
@@ -297,3 +313,89 @@ async def test_a_pass_is_launched_as_the_lanes_say_it_and_no_further_than_they_m
     await queues.sampled(0)
     assert driver.log[-2:] == ["sample", ("write", sampled, 4)]
     await device.close()
+
+
+class Watched(NothingDriver):
+    """Tells of waits and writes, by word."""
+
+    def __init__(self, waited, written):
+        super().__init__()
+        self.waited, self.written, self.at = waited, written, 0
+
+    def map_host(self, memory):
+        at = super().map_host(memory)
+        self.at = self.at or at  # the words' memory is the first
+        return at
+
+    def wait(self, stream, address, at_least):
+        self.waited((address - self.at) // WORD_BYTES, at_least)
+
+    def write(self, stream, address, value):
+        self.written((address - self.at) // WORD_BYTES, value)
+        super().write(stream, address, value)
+
+
+def on_the_fake_gpu(seed):
+    def make(waited, written):
+        device = FakeDevice(FakeWorld(seed))
+        signalled = device.signalled
+        device.signalled = lambda word, value: (written(word, value), signalled(word, value))
+        return device
+
+    return make
+
+
+def over_a_driver_that_does_nothing(gates):
+    return lambda *tell: StreamDevice((driver := Watched(*tell)), PlainKernels(driver.device), gates)
+
+
+WAYS = [*map(on_the_fake_gpu, range(4)), *map(over_a_driver_that_does_nothing, (False, True))]
+
+
+@pytest.mark.parametrize("make", WAYS, ids=["fake", "fake 1", "fake 2", "fake 3", "streams", "streams with gates"])
+async def test_lanes_programs_flags_and_gates_are_in_the_order_of_the_fake_gpu(make):
+    """Of every lane by itself; lanes may go on beside one another in any order."""
+    num_layers, first, log, waited = 4, {0: 1, 1: 1}, ([], []), {}
+    chance, loop = random.Random(1), asyncio.get_running_loop()
+
+    def written(word, value):
+        for lane, of_lane in enumerate(log):
+            if word in (queues._lanes[lane].packed, queues._lanes[lane].sampled):
+                of_lane.append(value)
+
+    device = make(lambda word, value: waited.update({word: value}), written)
+
+    def program(lane, what, turn):
+        def run():
+            gate, at_least = queues._lanes[lane].gate, first[lane] + turn - 1
+            is_behind = device.words.is_there(gate, at_least) or waited.get(gate, 0) >= at_least
+            log[lane].append((what, is_behind))
+
+        return Program(run, pytest.fail, StageMeter(), what, lane, reads=what == "sample")
+
+    class Link:
+        def packed(self, lane, turn):
+            loop.call_later(chance.random() / 500, queues.open, lane, turn)
+
+    programs = [
+        LanePrograms(
+            [(program(lane, f"layer {turn}", turn), program(lane, "shared", turn)) for turn in range(num_layers)],
+            program(lane, "sample", num_layers),
+            program(lane, "again", 0),
+        )
+        for lane in first
+    ]
+    queues = LaneQueues(device, 1, programs)
+    for _ in range(3):
+        for lane in first:
+            queues.launch(lane, first[lane], Link())
+        for lane in first:
+            await queues.sampled(lane)
+            first[lane] += num_layers
+    await device.close()
+    wanted = []
+    for since in range(1, 3 * num_layers, num_layers):
+        for turn in range(num_layers):
+            wanted += [(f"layer {turn}", True), since + turn, ("shared", True)]
+        wanted += [("sample", True), since + num_layers - 1]
+    assert log == (wanted, wanted)
