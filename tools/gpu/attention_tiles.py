@@ -111,5 +111,5 @@ def _look(place: Place, add: Add, name: str, work: Attention, split: Tiles, chun
     floor, asked = None, None
     if "bytes_per_s" in place.ceilings and "flop_per_s" in place.ceilings:
         moved, calculated = work.num_bytes / place.ceilings["bytes_per_s"], work.flop / place.ceilings["flop_per_s"]
-        floor, asked = max(moved, calculated) * 1e6, 0.85 if moved >= calculated else None
+        floor, asked = max(moved, calculated) * 1e6, 0.85 if moved >= calculated else 0.65
     add(Row(name, took_s * 1e6, "us", floor, asked, note=f"{how}; relative error {error:.1e}"))

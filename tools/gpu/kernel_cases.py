@@ -15,7 +15,7 @@ from torch import Tensor
 from msi.attention.pass_inputs import PassInputs
 from msi.kernels import BLOCK_TOKENS, NONE, SWIGLU, Activation, SigmoidRouting, fp8
 from msi.kernels.kernels import Kernels, Outboxes
-from msi.kernels.norm import HeadNorm, Norm, rms_norm
+from msi.kernels.norm import HeadNorm, Norm, layer_norm, rms_norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
 from msi.kernels.penalties import Penalties
@@ -26,6 +26,7 @@ from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, hidden_
 from msi.types import MicroBatch
 from tools.gpu.shapes import Shape
 
+LEAST_CHUNK = 40  # queries of a prompt, which are not attended to as those of decoding are
 RING = 32  # waves whose descriptors an expert bank of Triton's holds at a time
 
 
@@ -108,6 +109,18 @@ def norm_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     )
 
 
+def add_norm_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    """By a layer norm, which one family has."""
+    hidden, added = numbers.normal(size.num_tokens, size.hidden), numbers.normal(size.num_tokens, size.hidden)
+    norm, stream = replace(_norm(size, numbers), apply=layer_norm), torch.empty_like(hidden)
+    normed = torch.empty_like(hidden)
+
+    def run() -> None:
+        normed.copy_(kernels.add_norm(stream.copy_(hidden), added, norm))
+
+    return Case(run, lambda: torch.cat((normed.double(), stream.double())), 8 * hidden.nbytes)
+
+
 def mlp_case(kernels: Kernels, size: Size, numbers: Numbers, format: str = NONE) -> Case:
     rows = numbers.normal(size.num_tokens, size.hidden)
     weights = (
@@ -154,20 +167,43 @@ def attention_case(
     kernels: Kernels, size: Size, numbers: Numbers, has_sinks: bool = False, in_eight_bits: bool = False
 ) -> Case:
     """With sinks also within a window, of half a context; of a cache in eight bits, or as it is computed in."""
+    return _attention(kernels, size, numbers, _decoding(size, numbers.device), has_sinks, in_eight_bits)
+
+
+def prompts_case(
+    kernels: Kernels, size: Size, numbers: Numbers, has_sinks: bool = False, in_eight_bits: bool = False
+) -> Case:
+    """The same of a whole prompt, and of what follows a cached half of another's context."""
+    num_queries = max(LEAST_CHUNK, size.num_tokens // 2)
+    lens = num_queries, num_queries + size.context_len // 2
+    return _attention(kernels, size, numbers, _pass(numbers.device, (num_queries,) * 2, lens), has_sinks, in_eight_bits)
+
+
+def _attention(
+    kernels: Kernels,
+    size: Size,
+    numbers: Numbers,
+    inputs: tuple[PassTensors, PassTensors],
+    has_sinks: bool,
+    in_eight_bits: bool,
+) -> Case:
     window = size.context_len // 2 if has_sinks else None
-    host, on_device = _decoding(size, numbers.device)
-    query = numbers.normal(size.num_tokens, size.num_heads, size.head_dim)
-    cache = numbers.normal(*_cache_shape(size))
+    host, on_device = inputs
+    query = numbers.normal(len(host.positions), size.num_heads, size.head_dim)
+    num_blocks = 1 + int(host.block_tables.max())
+    cache = numbers.normal(num_blocks, 2, BLOCK_TOKENS, size.num_kv_heads, size.head_dim)
     cache = fp8.to_e4m3(cache) if in_eight_bits else cache
     plan = kernels.plan_attention(on_device, host, replace(_heads(size), sliding_window=window), numbers.dtype)
     sinks = numbers.distinct(size.num_heads) if has_sinks else None
     found: list[Tensor] = []
-    seen = [min(length, window or length) for length in host.context_lens.tolist()]
-    read = sum(seen) * 2 * size.num_kv_heads * size.head_dim * cache.itemsize
+    lens = list(zip(host.query_lens.tolist(), host.context_lens.tolist(), strict=True))
+    kept = sum(min(length, (window or length) + count - 1) for count, length in lens)
+    seen = sum(min(at + 1, window or length) for count, length in lens for at in range(length - count, length))
     return Case(
         lambda: found.__setitem__(slice(None), [kernels.paged_attention(query, cache, plan, sinks)]),
         lambda: found[0],
-        read + 2 * query.nbytes,
+        kept * 2 * size.num_kv_heads * size.head_dim * cache.itemsize + 2 * query.nbytes,
+        4.0 * seen * size.num_heads * size.head_dim,
     )
 
 
@@ -209,12 +245,15 @@ def softmax_routing_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case
     return Case(run, lambda: found[0], logits.nbytes)
 
 
-def sigmoid_routing_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+def sigmoid_routing_case(kernels: Kernels, size: Size, numbers: Numbers, most_groups: int = 1) -> Case:
+    """Of as many groups as there can be of at least two experts each, the better half, or those that k experts need."""
+    num = next(num for num in range(most_groups, 0, -1) if not size.num_experts % num and size.num_experts >= 2 * num)
+    routing = SigmoidRouting(num, max(-(-num // 2), -(-size.top_k * num // size.num_experts)), 2.5)
     logits, bias = numbers.distinct(size.num_tokens, size.num_experts), numbers.distinct(size.num_experts)
     found: list[Tensor] = []
 
     def run() -> None:
-        weights, ids = kernels.topk_sigmoid(logits, bias, size.top_k, True, SigmoidRouting(scale=2.5))
+        weights, ids = kernels.topk_sigmoid(logits, bias, size.top_k, True, routing)
         found[:] = [torch.cat((weights.double(), ids.double()))]
 
     return Case(run, lambda: found[0], logits.nbytes)
@@ -244,6 +283,20 @@ def mask_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
     return Case(
         lambda: kernels.allow(logits, rows, bits), lambda: logits.clamp(min=-100.0), 2 * logits.nbytes + bits.nbytes
     )
+
+
+def bias_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
+    """Of one token in four of every row, from its first on."""
+    logits, num = numbers.distinct(size.num_tokens, size.vocab_size), -(-size.vocab_size // 4)
+    rows = torch.arange(size.num_tokens, device=numbers.device).repeat_interleave(num)
+    at = torch.stack((rows, torch.arange(num, device=numbers.device).repeat(size.num_tokens)))
+    bias, changed = numbers.distinct(len(rows)), torch.empty_like(logits)
+
+    def run() -> None:
+        changed.copy_(logits)
+        kernels.add_bias(changed, at, bias)
+
+    return Case(run, lambda: changed, 2 * logits.nbytes + at.nbytes + 3 * bias.nbytes)
 
 
 def penalties_case(kernels: Kernels, size: Size, numbers: Numbers) -> Case:
@@ -328,6 +381,7 @@ def experts_case(
 
 CASES: dict[str, Make] = {
     "norm": norm_case,
+    "adding and layer norm": add_norm_case,
     "gated MLP": mlp_case,
     "gated MLP in float8": partial(mlp_case, format="fp8"),
     "rope and KV write": rope_case,
@@ -339,8 +393,12 @@ CASES: dict[str, Make] = {
     "paged decode attention over float8 with sinks in a window": partial(
         attention_case, has_sinks=True, in_eight_bits=True
     ),
+    "paged attention of prompts": prompts_case,
+    "paged attention of prompts with sinks in a window": partial(prompts_case, has_sinks=True),
+    "paged attention of prompts over float8": partial(prompts_case, in_eight_bits=True),
     "softmax routing": softmax_routing_case,
     "sigmoid routing": sigmoid_routing_case,
+    "sigmoid routing in groups": partial(sigmoid_routing_case, most_groups=8),
     "pack, combine and norm": pack_case,
     "pack, combine and norm in float8": partial(pack_case, in_eight_bits=True),
     "experts": experts_case,
@@ -351,6 +409,7 @@ CASES: dict[str, Make] = {
         experts_case, format="fp8", rows_in_eight_bits=True, answers_in_eight_bits=True
     ),
     "masks of allowed tokens": mask_case,
+    "biases of tokens": bias_case,
     "penalties for tokens seen": penalties_case,
     "greedy tokens": best_case,
     "drawing tokens": draw_case,
@@ -368,20 +427,23 @@ def _norm(size: Size, numbers: Numbers) -> Norm:
 
 
 def _cache_shape(size: Size) -> tuple[int, ...]:
-    return (1 + size.num_tokens * _blocks(size), 2, BLOCK_TOKENS, size.num_kv_heads, size.head_dim)
-
-
-def _blocks(size: Size) -> int:
-    """Of each sequence."""
-    return -(-size.context_len // BLOCK_TOKENS)
+    num_blocks = 1 + size.num_tokens * -(-size.context_len // BLOCK_TOKENS)
+    return (num_blocks, 2, BLOCK_TOKENS, size.num_kv_heads, size.head_dim)
 
 
 def _decoding(size: Size, device: torch.device) -> tuple[PassTensors, PassTensors]:
     """A pass of decoding sequences, host's and device's; their contexts lie between half and all of the size's."""
-    count, blocks = size.num_tokens, _blocks(size)
+    count = size.num_tokens
     lens = tuple(size.context_len - (37 * sequence) % (size.context_len // 2 + 1) for sequence in range(count))
-    scattered = (torch.randperm(count * blocks, generator=torch.Generator().manual_seed(0)) + 1).tolist()
+    return _pass(device, (1,) * count, lens)
+
+
+def _pass(device: torch.device, query_lens: tuple[int, ...], lens: tuple[int, ...]) -> tuple[PassTensors, PassTensors]:
+    """Of sequences whose blocks lie in no order."""
+    blocks = -(-max(lens) // BLOCK_TOKENS)
+    scattered = (torch.randperm(len(lens) * blocks, generator=torch.Generator().manual_seed(0)) + 1).tolist()
     tables = tuple(tuple(scattered[blocks * at : blocks * at + -(-n // BLOCK_TOKENS)]) for at, n in enumerate(lens))
-    batch = MicroBatch((5,) * count, tuple(n - 1 for n in lens), (1,) * count, lens, tables)
+    positions = tuple(at for num, length in zip(query_lens, lens, strict=True) for at in range(length - num, length))
+    batch = MicroBatch((5,) * len(positions), positions, query_lens, lens, tables)
     on_device, host = PassInputs(lambda block: block.to(device)).lay_out(batch)
     return host, on_device
