@@ -1,7 +1,8 @@
 """The requests of an attention worker: from the coordinator into the scheduler, from there onto lanes and back.
 
 Answers that are held to a grammar wait until it is compiled, on another thread and in order of arrival, before the
-scheduler hears of them. What is new of requests, and why they ended, goes out through `report`.
+scheduler hears of them. What is new of requests, and why they ended, goes out through `report`: tokens once the pass
+after them is launched, so that the device need not wait for words, and before anything else that is said or heard.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from msi.attention.journal import Journal, RequestAccount, digest_of
 from msi.attention.prompt_share import PromptShare
 from msi.attention.scheduler import Scheduler
+from msi.attention.sequence import Sequence
 from msi.complaints import Complaints
 from msi.control.messages import Assignment, PassDone, RequestsFailed
 from msi.control.move_messages import Release, Released
@@ -75,6 +77,8 @@ class Requests:
         self.journal = Journal()
         self._idle = [Alarm() for _ in range(assignment.link.num_lanes)]
         self._ended = Alarm()
+        self._untold: list[tuple[tuple[Progress, ...], list[Sequence]]] = []  # of passes, with whom they ended
+        self._has_untold = Alarm()
         self._num_reports = 0
         self._grammars = grammars
         self._to_compile: dict[str, Request] = {}  # by id, in order of arrival
@@ -111,6 +115,7 @@ class Requests:
 
     def submit(self, request: Request) -> None:
         """Takes a request, or reports why it cannot."""
+        self._tell()  # of one before it that was called so
         if request.timeout_s:
             heappush(self._deadlines, (self._clock() + request.timeout_s, request.request_id))
         self.journal.begins(request.request_id)
@@ -167,6 +172,7 @@ class Requests:
         self._wake()
 
     def cancel(self, request_id: str, why: str = "cancelled") -> None:
+        self._tell()
         if self._to_compile.pop(request_id, None) is None:
             self.scheduler.cancel(request_id)
         self._forget(request_id, why)
@@ -174,6 +180,7 @@ class Requests:
 
     def release(self, wanted: Release) -> None:
         """Lets a request go on elsewhere, and says so: what the pass that it is in computes for it is not told."""
+        self._tell()
         request_id = wanted.request_id
         if (request := self._to_compile.get(request_id)) is not None:
             told = len(request.output_token_ids), request.num_scored
@@ -200,10 +207,10 @@ class Requests:
 
     @property
     def is_idle(self) -> bool:
-        return self.scheduler.is_idle and not self._to_compile
+        return self.scheduler.is_idle and not self._to_compile and not self._untold
 
     async def wait_idle(self) -> None:
-        """Until no request is left."""
+        """Until no request is left, and all is told."""
         while not self.is_idle:
             await self._ended.wait()
 
@@ -213,7 +220,8 @@ class Requests:
     @property
     def ids(self) -> tuple[str, ...]:
         """Of all that are here."""
-        return (*self.scheduler.request_ids, *self._to_compile)
+        ended = (one.request.request_id for _, with_it in self._untold for one in with_it)
+        return (*self.scheduler.request_ids, *self._to_compile, *ended)
 
     @property
     def num_reports(self) -> int:
@@ -222,6 +230,7 @@ class Requests:
 
     def accounts(self) -> list[RequestAccount]:
         """Of all that are here, and of those that ended not long ago, for a coordinator that is new."""
+        self._tell()
         waiting = [
             RequestAccount(one.request_id, digest_of(one), len(one.output_token_ids), one.num_scored)
             for one in self._to_compile.values()
@@ -231,6 +240,7 @@ class Requests:
     def _fail(self, request_ids: list[str], error: EngineError) -> None:
         if not request_ids:
             return
+        self._tell()
         for request_id in request_ids:
             self._forget(request_id, str(error))
         if isinstance(error, RequestFailed):
@@ -298,15 +308,32 @@ class Requests:
             self._end_lane(lane, error)
             return
         if progress:
+            self._untold.append((tuple(progress), self.scheduler.take_ended()))
+            self._has_untold.ring()
+        self._wake()
+
+    async def tell_progress(self) -> None:
+        """Tells what passes have brought, for ever: whenever their lanes have gone on, and wait."""
+        while True:
+            await self._has_untold.wait()
+            self._tell()
+
+    def _tell(self) -> None:
+        """What passes have brought and nobody was told."""
+        if not self._untold:
+            return
+        untold, self._untold = self._untold, []
+        ours = self._assignment
+        for told, ended in untold:
             if self._queued_s:
-                progress = [self._with_queue_time(one) for one in progress]
+                told = tuple(self._with_queue_time(one) for one in told)
             if self._spans is not None:
-                self._end_spans(progress)
-            ours, told = self._assignment, tuple(progress)
+                self._end_spans(told)
             self._report(PassDone(ours.worker_id, ours.incarnation, self._num_reports, told))
             self._num_reports += 1
-            self.journal.told(told, self.scheduler.take_ended(), self._clock())
-        self._wake()
+            self.journal.told(told, ended, self._clock())
+        if self.is_idle:
+            self._ended.ring()
 
     def _with_queue_time(self, one: Progress) -> Progress:
         queued_s = self._queued_s.pop(one.request_id, None)
@@ -314,7 +341,7 @@ class Requests:
             self._spans.event(one.request_id, "first token")
         return one if queued_s is None else one._replace(queued_s=queued_s)
 
-    def _end_spans(self, progress: list[Progress]) -> None:
+    def _end_spans(self, progress: tuple[Progress, ...]) -> None:
         assert self._spans is not None
         for one in progress:
             if one.finish_reason is not None:

@@ -107,6 +107,7 @@ class AttentionRole:
             self._tasks = tasks
             tasks.create_task(self.links.keep_connected(self.half), name="connector")
             tasks.create_task(self.requests.compile_grammars(), name="grammars")
+            tasks.create_task(self.requests.tell_progress(), name="progress")
 
     def close(self) -> None:
         """Lets go of the device, once `run` has ended. Idempotent."""
