@@ -130,17 +130,18 @@ struct Int8 : Grouped<2 * WIDTH> {
 struct Float8 : Grouped<2 * WIDTH> {
   static constexpr bool BY_TWO_LINES = false;
   static constexpr float SCALE = 256.0f;
-  static V floats(const uint8_t* at) {
+  static V floats(const uint8_t* at, int half) {
 #ifdef __AVX512F__
     const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at)), 7);
     return (V)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff)));
-#else
-    const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)at)), 7);
-    return (V)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbfff)));
+#else  // both halves are widened at once
+    const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at)), 7);
+    const __m256i both = _mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff));
+    return (V)_mm256_cvtph_ps(half ? _mm256_extracti128_si256(both, 1) : _mm256_castsi256_si128(both));
 #endif
   }
-  static V first(const uint8_t* at, int half) { return floats(at + half * LANES); }
-  static V second(const uint8_t* at, int half) { return floats(at + WIDTH + half * LANES); }
+  static V first(const uint8_t* at, int half) { return floats(at, half); }
+  static V second(const uint8_t* at, int half) { return floats(at + WIDTH, half); }
   static U line(const uint8_t* at, int half) { return line_of(first(at, half), second(at, half)); }
 };
 
