@@ -169,6 +169,11 @@ class HostOptions:
             raise ConfigError(f"`transport` {shown(self.transport)} is not one; supported: {', '.join(TRANSPORTS)}")
         if self.encrypt_rows and self.transport == "rdma":
             raise ConfigError("`encrypt_rows` is for TCP: RDMA cards send rows as they are; give `transport=tcp`")
+        if not self.enforce_eager and self.cuda_queues != "streams":
+            raise ConfigError(
+                f"`enforce_eager` is off for `cuda_queues` streams alone: with {self.cuda_queues} no graph of decoding "
+                "is captured; give `cuda_queues=streams`, or leave it on"
+            )
         if self.cuda_rows == "device" and self.transport not in ("shm", "rdma"):
             raise ConfigError(
                 f"`cuda_rows` device needs `transport` shm or rdma, not {self.transport}: others copy rows by the host"

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from msi import SamplingParams
+from msi import ConfigError, SamplingParams
 from msi.attention import capturing, graphs
 from msi.attention.forward import PassState
 from msi.attention.graphs import Bucket, LaneGraphs, bucket_of, buckets_of, filled_up
@@ -18,6 +18,7 @@ from msi.device.fake.streams import FakeStreams
 from msi.device.stream_device import StreamDevice
 from msi.kernels.plain import PlainKernels
 from msi.kernels.replicas import PlacementTables
+from msi.settings import HostOptions
 from msi.types import MicroBatch
 from msi.worker.loading import ModelFiles
 from msi.worker.torch_host import TorchHost
@@ -144,6 +145,13 @@ async def test_long_capturing_says_how_far_it_is(monkeypatch, caplog):
     assert seen == [(0, Bucket(1, 16)), (2, Bucket(1, 16)), (0, Bucket(2, 16))], "no more of a lane that gave up"
     assert logged(caplog, "captured: 4 of 4 sizes and lanes")
     assert logged(caplog, "1 lanes of 3 have none")
+
+
+@pytest.mark.parametrize("queues", ["threads", "gates"])
+def test_graphs_are_refused_where_nothing_of_decoding_would_be_captured(queues):
+    with pytest.raises(ConfigError, match=f"`enforce_eager` is off for `cuda_queues` streams alone: with {queues} no"):
+        HostOptions(device="cuda", cuda_queues=queues, enforce_eager=False)
+    assert HostOptions(device="cuda", cuda_queues=queues).enforce_eager
 
 
 def test_buckets_are_those_that_passes_can_be_in():
