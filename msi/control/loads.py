@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 
 from msi.attention.sequence import CONTEXT_UNIT
 from msi.control.overload import FIRST_ANSWER
+from msi.control.prediction import Mean
 from msi.control.routed import Load, Routed
 from msi.types import Request
-
-OUTPUTS_REMEMBERED = 64  # the mean length of answers is that of about the last so many
 
 
 class Loads:
@@ -29,7 +28,7 @@ class Loads:
         self._max_model_len = max_model_len
         self._time_of = time_of
         self._loads: dict[str, Load] = {}
-        self._mean_output = 0.0  # of finished answers; 0 before the first
+        self._outputs = Mean()  # tokens of finished answers
 
     def of(self, worker_id: str) -> Load:
         return self._loads.get(worker_id, Load())
@@ -54,23 +53,27 @@ class Loads:
 
     def expected_tokens(self, request: Request) -> float:
         """Prompt and answer."""
-        num_output = min(request.params.max_tokens, self._mean_output or FIRST_ANSWER)
+        num_output = min(request.params.max_tokens, self.mean_output or FIRST_ANSWER)
         return min(len(request.prompt_token_ids) + num_output, self._max_model_len)
 
     def expected_left(self, request: Request, num_output: int) -> float:
         """Tokens that its answer still has; what is longer than others are is thought to go on for half as long."""
         most = min(request.params.max_tokens, self._max_model_len - len(request.prompt_token_ids)) - num_output
-        return max(0.0, min(most, max((self._mean_output or FIRST_ANSWER) - num_output, num_output / 2)))
+        return max(0.0, min(most, max((self.mean_output or FIRST_ANSWER) - num_output, num_output / 2)))
+
+    @property
+    def mean_output(self) -> float:
+        """Tokens of an answer; 0 before the first has ended."""
+        return self._outputs.value
 
     def answered(self, num_tokens: int) -> None:
         """An answer of so many has come to its end."""
-        weight = 1 / OUTPUTS_REMEMBERED if self._mean_output else 1.0
-        self._mean_output += weight * (num_tokens - self._mean_output)
+        self._outputs.add(num_tokens)
 
     def _predicted(self, request: Request) -> float:
         """Of a request in the middle of its answer, whose length is taken to be the mean of those before."""
         most = min(request.params.max_tokens, self._max_model_len)
-        num_output = min(most, self._mean_output) if self._mean_output else most
+        num_output = min(most, self.mean_output) if self.mean_output else most
         return 1 + (len(request.prompt_token_ids) + num_output / 2) / CONTEXT_UNIT
 
     # -- what workers are given --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from msi.control.prediction import Meters, Occupancy
+from msi.control.prediction import Mean, Meters, Occupancy
 from msi.control.routed import Load, Routed
 from msi.errors import DeadlineExceeded, Overloaded
 from msi.settings import ServiceLevel
@@ -18,6 +18,7 @@ from msi.types import Progress
 HEADROOM = 0.8  # of an objective, up to which predictions may come: half of them are too small
 MORE_CAUTION, LESS_CAUTION = 1.1, 0.995  # with each first token that came late, and in time: one in twenty may be late
 MOST_CAUTION = 4.0
+PASSES_BEHIND = 2  # so many may be through at a worker before it gets what follows from the first
 FIRST_ANSWER = 128  # tokens that an answer is thought to have before any has ended
 
 
@@ -33,9 +34,17 @@ class Objectives:
         return Objectives(*((one / 1000 if one else math.inf) for one in (level.ttft_slo_ms, level.tpot_slo_ms)))
 
 
-def backlog_of(max_num_seqs: int) -> int:
-    """Requests that a worker has besides those that it can run: as many as may end before it hears of more."""
-    return 1 + max_num_seqs // 4
+def backlog_of(max_num_seqs: int, mean_output: float) -> int:
+    """Requests that a worker has besides those that it can run: as many as may end before it hears of more.
+
+    No more than that: what waits at a worker is overtaken there by whatever goes first, and computed though its first
+    token comes too late; what waits here is ended before it costs anything.
+
+    Args:
+        mean_output: tokens of an answer, of which each pass computes one; 0 where that is not known yet.
+    """
+    most = 1 + max_num_seqs // 4
+    return min(most, 1 + math.ceil(PASSES_BEHIND * max_num_seqs / mean_output)) if mean_output else most
 
 
 def too_late(predicted_s: float, objective_s: float) -> Overloaded:
@@ -68,6 +77,7 @@ class Service:
     def __init__(self, objectives: Objectives, max_num_seqs: int) -> None:
         self.meters = Meters()
         self._caution = dict.fromkeys((-1, 0, 1), 1.0)  # by urgency: times what is predicted, as so many came late
+        self._before = {urgency: Mean() for urgency in (-1, 0, 1)}  # by urgency: of those that begin, who go first
         self._objectives = objectives
         self._max_num_seqs = max_num_seqs
 
@@ -94,8 +104,9 @@ class Service:
             Occupancy(self.num_places(capacity), load.num_requests, load.num_prompt_tokens)
             for capacity, load in workers
         ]
-        ttft_s = self.meters.ttft_s(num_prompt, num_before, occupied)
-        return self._too_late(self._caution[_urgency(priority)] * ttft_s, HEADROOM)
+        urgency = _urgency(priority)
+        ttft_s = self.meters.ttft_s(num_prompt, num_before, occupied, self._before[urgency].value)
+        return self._too_late(self._caution[urgency] * ttft_s, HEADROOM)
 
     def is_too_late(self, routed: Routed, now: float) -> Overloaded | None:
         """The refusal of one that has waited for so long that its first token cannot come in time any more."""
@@ -119,6 +130,8 @@ class Service:
         urgency = _urgency(routed.request.priority)
         caution = self._caution[urgency] * (MORE_CAUTION if is_late else LESS_CAUTION)
         self._caution[urgency] = min(MOST_CAUTION, max(1.0, caution))
+        for other, share in self._before.items():
+            share.add(float(urgency < other))
         # where it waited for a place, the prompts before it were computed meanwhile
         has_waited = first.queued_s > 0.5 * (now - routed.given_at)
         num_prompt = len(routed.request.prompt_token_ids)

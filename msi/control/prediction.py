@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 REMEMBERED = 64  # what is measured is a mean of about the last so many
 SEEN_OFTEN = 8  # then a worker is known
 NOISE = 1.2
+MOST_BEFORE = 0.9  # of what begins; somebody else always comes to it
 MIN_SPREAD = 0.05  # of x, relative to its mean: below it a slope is not to be told from noise
 
 
@@ -121,11 +122,14 @@ class Meters:
             most = min(most, capacity / self.num_tokens.value)
         return max(1, int(min(most, self.tpot.most_x(tpot_slo_s))))
 
-    def ttft_s(self, num_prompt: int, num_before: int, workers: Collection[Occupancy]) -> float:
+    def ttft_s(
+        self, num_prompt: int, num_before: int, workers: Collection[Occupancy], share_before: float = 0.0
+    ) -> float:
         """Until the first token of a request that comes now.
 
         Args:
             num_before: requests that no worker has yet and that go first.
+            share_before: of the requests that begin, those that go before it whenever they come.
         """
         if not workers:
             return 0.0
@@ -136,7 +140,9 @@ class Meters:
         # places come free at this rate (Little's law), and each that waits takes one
         num_taken = sum(min(one.num_places, one.num_requests) for one in workers)
         num_waiting = num_before - num_free + sum(max(0, one.num_requests - one.num_places) for one in workers)
-        return (num_waiting + 1) * self.stay.value / max(1, num_taken) + self.prefill.at(num_prompt)
+        wait_s = (num_waiting + 1) * self.stay.value / max(1, num_taken)
+        # those that come while it waits and go first take their share of these places (Cobham, 1954: 1 / (1 - rho))
+        return wait_s / (1 - min(share_before, MOST_BEFORE)) + self.prefill.at(num_prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ one go (`moving`), says `resuming`. Decides; does not act. Knows no sockets or c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count
@@ -45,7 +45,8 @@ class Router:
         max_resumptions: how often a request is given to another worker.
         hold_timeout_s: it waits so long for that one.
         objectives: what those that are taken can expect.
-        backlog: requests that a worker has besides those that it can run, so that it need not wait for more.
+        backlog: requests that a worker has besides those that it can run, so that it need not wait for more, by the
+            tokens of a mean answer.
         balance: when requests move between workers.
 
     Attributes:
@@ -63,7 +64,7 @@ class Router:
         max_resumptions: int = 3,
         hold_timeout_s: float = 60.0,
         objectives: Objectives = Objectives(),
-        backlog: int = 1 << 62,
+        backlog: Callable[[float], int] = lambda mean_output: 1 << 62,
         balance: AttentionBalance = AttentionBalance(),
     ) -> None:
         self.num_refused = self.num_shed = self.num_out_of_time = self.num_displaced = 0
@@ -238,7 +239,7 @@ class Router:
     def _takes_more(self, worker: str, capacity: int, cost: float) -> bool:
         """Whether a worker could begin with a request of about so many tokens, or has less than its backlog."""
         load = self.load(worker)
-        if load.num_unstarted < self._backlog:
+        if load.num_unstarted < self._backlog(self._loads.mean_output):
             return True
         return self._service.is_free(load, capacity, cost)
 

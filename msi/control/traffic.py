@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from msi.attention.journal import RequestAccount
@@ -70,7 +71,7 @@ class Traffic:
             max_resumptions=plan.max_resumptions,
             hold_timeout_s=plan.timeouts.hold_timeout_s,
             objectives=Objectives.of(plan.service),
-            backlog=backlog_of(plan.limits.max_num_seqs),
+            backlog=partial(backlog_of, plan.limits.max_num_seqs),
             balance=plan.balance,
         )
         self._clients = Clients(welcome)
