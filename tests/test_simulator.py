@@ -234,7 +234,7 @@ def test_a_dead_attention_worker_delays_its_own_requests_and_no_others():
     assert [one.num_tokens for one in report.requests] == [400] * 9
     late = [one.end_s - before.end_s for one, before in zip(report.requests, undisturbed.requests, strict=True)]
     assert sum(late_s < 0.1 for late_s in late) == 6
-    assert sum(2.0 < late_s < 5.5 for late_s in late) == 3, late  # until its silence was noticed
+    assert sum(1.5 < late_s < 5.5 for late_s in late) == 3, late  # until its silence was noticed
 
 
 @pytest.mark.slow
