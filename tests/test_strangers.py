@@ -26,6 +26,8 @@ from msi.net.shm import ShmTransport
 from msi.net.slots import SlotLayout
 from msi.net.tcp import ACCEPTED, CHALLENGE, GREETING, GREETING_MAGIC, HELLO, TcpTransport, split_address
 from msi.net.transport import Admission, CompletionKind
+from msi.precision import Precision
+from msi.profiler.process import Hosting, StageHost
 from tests.everyday import mostly_slow
 from tests.test_launch import free_port, launched
 from tests.waiting import until
@@ -308,6 +310,23 @@ async def test_a_local_instance_listens_on_no_port_and_leaves_no_socket(tiny_mod
             params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
             assert sum([len(output.token_ids) async for output in other.generate([1, 2, 3], params)]) == 4
     assert not path.parent.exists()
+
+
+@pytest.mark.parametrize(("transport", "stranger"), [("shm", ShmTransport), ("tcp", TcpTransport)])
+async def test_the_sides_of_a_profile_take_nobody_but_each_other(tiny_model, transport, stranger):
+    if transport == "shm" and (why_not := shm.is_available()) is not None:
+        pytest.skip(why_not)
+    side = StageHost(Hosting(tiny_model, "expert", "cpu", Precision(), "auto", 1, 16, link_key=KEY))
+    await side.load()
+    address = await side.listen(transport)
+    try:
+        for key in (None, OTHER):
+            one = stranger(key=key)
+            with pytest.raises(TransportError, match="does not prove"):
+                await one.connect(address, b"anna", one.register(1, LAYOUT, HOST_MEMORY), 0)
+            await one.close()
+    finally:
+        await side.unlink()
 
 
 @pytest.mark.slow

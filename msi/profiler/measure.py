@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -111,10 +112,12 @@ def measure(asked: Measuring, begin: Steps) -> Profile:
     # one GPU cannot tell what two do to each other: with CUDA each worker has its own
     contentions = ("alone", "overlapped") if asked.device == "cpu" else ("alone",)
 
+    link_key = secrets.token_bytes(32)  # goes to the processes with what they are to do, by a pipe
+
     def hosting(role: str) -> Hosting:
         return Hosting(
             asked.model_dir.resolve(), role, asked.device, asked.precision, asked.load_format, max(batches),
-            max(contexts),
+            max(contexts), link_key,
         )  # fmt: skip
 
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Hosting:
     Attributes:
         role: "attention", "expert", or "colocated" for both.
         max_seqs, max_context: the largest micro-batch of decoding sequences that will be asked for.
+        link_key: what the two sides of one profile know, and no other process: see `msi.net.link_proof`.
     """
 
     model_dir: Path
@@ -65,6 +66,7 @@ class Hosting:
     load_format: str
     max_seqs: int
     max_context: int
+    link_key: bytes = field(repr=False)
 
 
 class StageProcess:
@@ -91,7 +93,7 @@ class StageProcess:
             self._process.kill()
 
     def start(self, name: str, *arguments: object) -> None:
-        """Calls a method of `_Host`; fetch its result with `result` before the next call."""
+        """Calls a method of `StageHost`; fetch its result with `result` before the next call."""
         self._connection.send((name, arguments))
 
     def result(self) -> Any:
@@ -114,7 +116,7 @@ def _main(connection: Connection, hosting: Hosting) -> None:
 
 async def _serve(connection: Connection, hosting: Hosting) -> None:
     """Answers calls until the parent closes the connection, or is gone."""
-    host = _Host(hosting)
+    host = StageHost(hosting)
     while True:
         try:
             name, arguments = await asyncio.to_thread(connection.recv)
@@ -127,7 +129,7 @@ async def _serve(connection: Connection, hosting: Hosting) -> None:
         connection.send(answer)
 
 
-class _Host:
+class StageHost:
     """What the parent may call; each method is one call."""
 
     def __init__(self, hosting: Hosting) -> None:
@@ -296,9 +298,9 @@ class _Host:
         if name == "inproc":
             transport = InprocTransport(poller=self._device.poller)
         elif name == "shm":
-            transport = ShmTransport(poller=self._device.poller)
+            transport = ShmTransport(key=self._hosting.link_key, poller=self._device.poller)
         else:
-            transport = TcpTransport("127.0.0.1")
+            transport = TcpTransport("127.0.0.1", key=self._hosting.link_key)
         self._stack.push_async_callback(transport.close)
         return transport
 
@@ -336,7 +338,7 @@ async def _running(role: AttentionRole) -> AsyncIterator[None]:
 
 
 def _schedule(assignment: Assignment, num_seqs: int, context_len: int, num_passes: int) -> list[float]:
-    """See `_Host.scheduling`."""
+    """See `StageHost.scheduling`."""
     scheduler = Scheduler(
         replace(assignment.limits, max_num_seqs=num_seqs),
         num_lanes=1,

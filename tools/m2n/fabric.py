@@ -14,6 +14,7 @@ ROW_BYTES = 128  # every size is a multiple
 PATTERNS = ("dispatch", "exchange")
 MODULUS = 251  # of a round's number in a payload's last byte
 PATIENCE_S = 60.0
+KEY_FILE = "key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Place:
     """One process of a comparison. Ranks below `num_senders` send, the others receive.
 
     Attributes:
-        folder: where ranks of one system leave each other their addresses.
+        folder: where ranks of one system leave each other their addresses; only this user's processes read there.
         sizes: bytes per pair that will be asked for.
     """
 
@@ -53,6 +54,11 @@ class Place:
     def row_bytes(self) -> int:
         """The largest row of which every size is a whole number."""
         return math.gcd(*self.sizes)
+
+    @property
+    def key(self) -> bytes:
+        """By which ranks of one comparison know each other."""
+        return (self.folder / KEY_FILE).read_bytes()
 
     def publish(self, address: bytes) -> None:
         path = self.folder / f"address-{self.rank}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import socket
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.m2n.fabric import PATIENCE_S, Task
+from tools.m2n.fabric import KEY_FILE, PATIENCE_S, Task
 from tools.m2n.systems import SYSTEMS, environment_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,6 +34,7 @@ class Group:
         self._ranks: dict[int, _Rank] = {}
         self._folder = tempfile.TemporaryDirectory()
         folder = self._folder.name
+        Path(folder, KEY_FILE).write_bytes(secrets.token_bytes(32))
         told = {
             "system": name, "num_senders": num_senders, "num_receivers": num_receivers, "folder": folder,
             "sizes": sizes,

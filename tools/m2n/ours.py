@@ -18,7 +18,6 @@ from msi.net.landing import seat_rows
 from msi.net.rdma.drivers import open_rdma
 from msi.net.rdma.options import RdmaOptions
 from msi.net.regions import HOST_MEMORY
-from msi.net.secret import Secret, Trust
 from msi.net.shm import ShmTransport
 from msi.net.slots import SlotLayout
 from msi.net.tcp import TcpTransport
@@ -26,14 +25,13 @@ from msi.net.transport import Admission, CompletionKind, Endpoint, Poller, Trans
 from tools.m2n.fabric import STAMP, Place, Task, check, stamp
 
 ACKNOWLEDGED = 2**32 - 1
-LINK_KEY = Trust(Secret("only this benchmark")).link_key("m2n")
 POLL_S = {"shm-poll": 200e-6}
-TRANSPORTS: dict[str, Callable[[Poller], Transport]] = {
-    "shm": lambda poller: ShmTransport(poller=poller),
-    "shm-poll": lambda poller: ShmTransport(poller=poller),
-    "tcp": lambda _: TcpTransport("127.0.0.1", key=LINK_KEY),
-    "rdma": lambda _: open_rdma(RdmaOptions(), "127.0.0.1", key=LINK_KEY),
-    "tls": lambda _: TcpTransport("127.0.0.1", key=LINK_KEY, encrypt=True),
+TRANSPORTS: dict[str, Callable[[bytes, Poller], Transport]] = {
+    "shm": lambda key, poller: ShmTransport(key=key, poller=poller),
+    "shm-poll": lambda key, poller: ShmTransport(key=key, poller=poller),
+    "tcp": lambda key, _: TcpTransport("127.0.0.1", key=key),
+    "rdma": lambda key, _: open_rdma(RdmaOptions(), "127.0.0.1", key=key),
+    "tls": lambda key, _: TcpTransport("127.0.0.1", key=key, encrypt=True),
 }
 
 
@@ -58,7 +56,7 @@ class OurFabric:
 
     async def _open(self) -> None:
         place = self._place
-        self._transport = TRANSPORTS[place.system](self._poller)
+        self._transport = TRANSPORTS[place.system](place.key, self._poller)
         layout = SlotLayout(1, place.max_bytes // place.row_bytes, place.row_bytes)
         landing = self._transport.register(len(place.peers), layout, HOST_MEMORY)
         self._rows = [seat_rows(landing, seat) for seat in range(len(place.peers))]
