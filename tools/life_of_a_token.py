@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
 """Which files a request passes through from HTTP to its first token, traced on the demo model, in order of appearance.
 
-    tools/life_of_a_token.py [--functions]
+    tools/life_of_a_token.py [--chain] [--functions]
 
 A file is listed if any function of it runs for the request. Those marked with > hand it on: they call another file for
 it. The others are asked something, and answer. What several processes do happens in this one, with the same sockets
-between the parts, so that one trace sees all of it. Functions that also run while there is no request (heartbeats,
-ticks) are left out.
+between the parts, so that one trace sees all of it; the client is connected already. Functions that also run while
+there is no request (heartbeats, ticks) are left out.
+
+With --chain only those through which it passes: at some moment one of their functions has been called, and has not
+returned, when the request, its rows or its token go over to another task, thread or process (a future gets its
+result, a task begins, a thread is told, a socket or a bell is written to). So whoever is asked and answers, like a
+codec, is none of them. Calls are told apart by all that called them: those that happen without a request, too, are
+left out, and those that do not happen for each of three.
 """
 
 from __future__ import annotations
@@ -15,10 +21,12 @@ import argparse
 import asyncio
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import aiohttp
 
@@ -32,27 +40,48 @@ from msi.server.gateway import Gateway
 
 ROOT = Path(__file__).resolve().parent.parent
 IDLE_S = 3.0  # several heartbeats of everybody
+REQUESTS = 3  # what does not happen for each of them happens beside them
 BODY = {"prompt": "It was a fine morning", "max_tokens": 4, "temperature": 0, "stream": True}
+HANDING_OVER = {
+    "Future.set_result", "SimpleQueue.put", "eventfd_write", "socket.send", "socket.sendmsg", "socket.sendall",
+    "BaseEventLoop.create_task", "BaseEventLoop.call_soon_threadsafe", "Socket.send_multipart",
+}  # fmt: skip
 Function = tuple[str, str]  # file, qualified name
-Functions = dict[Function, set[str]]  # in the order of the first calls, and the files that they were called from
+Stack = tuple[Function, ...]  # msi's own, from the first that was called
+
+
+@dataclass
+class Found:
+    """What ran, in the order in which it first did."""
+
+    functions: dict[Function, set[str]] = field(default_factory=dict)  # and the files that they were called from
+    stacks: dict[Stack, None] = field(default_factory=dict)  # from which something was handed over
+    always: set[Function] = field(default_factory=set)  # in such a stack of every request
 
 
 class Trace:
     """Calls of msi's functions on every thread that starts after this."""
 
     def __init__(self) -> None:
-        self._found: Functions | None = None
+        self._found: Found | None = None
         threading.setprofile(self._called)
         sys.setprofile(self._called)
 
-    def _called(self, frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and (found := self._found) is not None and (file := _ours(frame)) is not None:
-            found.setdefault((file, frame.f_code.co_qualname), set()).update({_caller_of(frame)} - {file, ""})
+    def _called(self, frame: FrameType, event: str, called: Any) -> None:
+        if (found := self._found) is None:
+            return
+        if event == "call":
+            if (file := _ours(frame)) is not None:
+                callers = found.functions.setdefault((file, frame.f_code.co_qualname), set())
+                callers.update({_caller_of(frame)} - {file, ""})
+            elif frame.f_code.co_qualname in HANDING_OVER:
+                found.stacks.setdefault(_stack_of(frame))
+        elif event == "c_call" and getattr(called, "__qualname__", "") in HANDING_OVER:
+            found.stacks.setdefault(_stack_of(frame))
 
     @contextmanager
-    def recording(self) -> Iterator[Functions]:
-        found: Functions = {}
-        self._found = found
+    def recording(self) -> Iterator[Found]:
+        self._found = found = Found()
         yield found
         self._found = None
 
@@ -72,16 +101,25 @@ def _caller_of(frame: FrameType) -> str:
     return ""
 
 
-async def first_token(url: str) -> None:
-    """Streams a completion until its first text has come; the rest is read, too."""
-    async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/completions", json=BODY) as response:
+def _stack_of(frame: FrameType | None) -> Stack:
+    stack: list[Function] = []
+    while frame is not None:
+        if (file := _ours(frame)) is not None:
+            stack.append((file, frame.f_code.co_qualname))
+        frame = frame.f_back
+    return tuple(reversed(stack))
+
+
+async def first_token(session: aiohttp.ClientSession, url: str) -> None:
+    """Streams a completion until its first text has come."""
+    async with session.post(f"{url}/v1/completions", json=BODY) as response:
         async for line in response.content:
             if b'"text"' in line:
                 return
 
 
-async def traced() -> Functions:
-    """Functions that ran for a request, and do not run without one."""
+async def traced() -> Found:
+    """What ran for a request, and does not run without one."""
     trace = Trace()
     options = InstanceOptions.of(expert_workers=2, micro_batches=2, threads_per_worker=1)
     sockets = SocketDir()
@@ -95,10 +133,16 @@ async def traced() -> Functions:
             gateway = Gateway(engine, host="127.0.0.1", port=0)
             url = await gateway.start()
             try:
-                with trace.recording() as idle:
-                    await asyncio.sleep(IDLE_S)
-                with trace.recording() as busy:
-                    await first_token(url)
+                async with aiohttp.ClientSession() as session:
+                    async with session.get(f"{url}/health") as response:  # the connection stays
+                        await response.read()
+                    with trace.recording() as idle:
+                        await asyncio.sleep(IDLE_S)
+                    busy = []
+                    for _ in range(REQUESTS):
+                        with trace.recording() as one:
+                            await first_token(session, url)
+                        busy.append(one)
             finally:
                 await gateway.close()
     finally:
@@ -107,10 +151,15 @@ async def traced() -> Functions:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         sockets.close()
-    return {function: callers for function, callers in busy.items() if function not in idle}
+    first = busy[0]
+    return Found(
+        {function: callers for function, callers in first.functions.items() if function not in idle.functions},
+        dict.fromkeys(stack for stack in first.stacks if stack not in idle.stacks),
+        set[Function].intersection(*({function for stack in one.stacks for function in stack} for one in busy)),
+    )
 
 
-def by_file(functions: Functions) -> dict[str, list[str]]:
+def by_file(functions: Iterable[Function]) -> dict[str, list[str]]:
     """Names by file, in order of appearance."""
     files: dict[str, list[str]] = {}
     for file, name in functions:
@@ -121,13 +170,22 @@ def by_file(functions: Functions) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--functions", action="store_true", help="what is called in each file, too")
+    parser.add_argument("--chain", action="store_true", help="only the files through which the request passes")
     arguments = parser.parse_args()
-    functions = asyncio.run(traced())
-    files, handing_on = by_file(functions), set().union(*functions.values())
+    found = asyncio.run(traced())
+    if arguments.chain:
+        passed = dict.fromkeys(function for stack in found.stacks for function in stack)
+        files = by_file(function for function in passed if function in found.always)
+        handing_on: set[str] = set()
+    else:
+        files, handing_on = by_file(found.functions), set().union(*found.functions.values())
     for number, (file, names) in enumerate(files.items(), 1):
         mark = ">" if file in handing_on else " "
         print(f"{number:3} {mark} {file}" + (f"  {', '.join(names)}" if arguments.functions else ""))
-    print(f"{len(files)} files, of which {len(handing_on & files.keys())} hand it on")
+    if arguments.chain:
+        print(f"it passes through {len(files)} files")
+    else:
+        print(f"{len(files)} files, of which {len(handing_on & files.keys())} hand it on")
 
 
 if __name__ == "__main__":
