@@ -161,9 +161,9 @@ def clear_header(endpoint, lane):
     endpoint.out_headers[lane][:] = bytes(endpoint.out_headers[lane].nbytes)
 
 
-def cleared_once_posted(clear, original, link, lane, turn):
-    original(link, lane, turn)
-    for peer in link.nodes.connected:
+def cleared_once_posted(clear, original, turns, lane, turn):
+    original(turns, lane, turn)
+    for peer in turns.nodes.connected:
         clear(peer.endpoint, lane)
 
 
@@ -195,10 +195,10 @@ LEFT_OUT = {
     "a descriptor is used again before it was read": partial(made, ExpertHalf, one_descriptor),
     "a batch is taken before all have landed": partial(patched, Wave, "due_at", no_patience),
     "rows are overwritten once they are posted": partial(
-        patched, DispatchLink, "packed", partial(cleared_once_posted, clear_rows)
+        patched, Turns, "packed", partial(cleared_once_posted, clear_rows)
     ),
     "a header is overwritten once it is posted": partial(
-        patched, DispatchLink, "packed", partial(cleared_once_posted, clear_header)
+        patched, Turns, "packed", partial(cleared_once_posted, clear_header)
     ),
     "answers are overwritten once they are posted": partial(
         patched, CombineLink, "answer", partial(cleared_once_answered, clear_rows)

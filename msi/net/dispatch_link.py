@@ -10,15 +10,14 @@ sequence number and a higher *attempt*; the pass goes on with those. Where what 
 *held*: until it is somewhere, or for `hold_s`. The same is done about a node that is late, where others hold what it
 does (`late_nodes`). A lost node's seat is wiped once nobody reads what it had answered.
 Rows themselves are written where they leave to the nodes and read from `landing` by whoever computes, on the thread
-that computes; that thread posts them, and takes the answers where the transport lets it. Everything else here happens
-on the event loop.
+that computes; that thread posts them, and takes the answers where the transport lets it, by calls of `Turns` that go
+past what is here, which happens on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,7 +29,7 @@ from msi.net.link_hello import LinkHello
 from msi.net.passes import MAX_ATTEMPTS, Gates, Pass
 from msi.net.regions import HOST_MEMORY, Allocator, Region
 from msi.net.slots import SEQ_MASK, life_word, split_life_word
-from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Landed, Transport
+from msi.net.transport import CONNECT_TIMEOUT_S, CompletionKind, Endpoint, Transport
 from msi.net.turns import Turns, Watch
 
 IMMEDIATE = CompletionKind.IMMEDIATE  # looked up once for each that lands, it would cost as much as its header
@@ -58,6 +57,7 @@ class DispatchLink:
         use_aside: called when other nodes than before are to get no rows that others can compute.
 
     Attributes:
+        packed, packed_again: see `msi.net.turns.Turns`.
         late: who is set aside.
         nodes: who is connected, and who is missing.
         turns: what is away, and what was counted and measured of it.
@@ -99,11 +99,10 @@ class DispatchLink:
         self._watching: asyncio.TimerHandle | None = None
         self._watch_due = 0.0
         self._back_at = -math.inf
-        self._turning = threading.Lock()  # held while a turn is posted or an answer taken, and while nodes come and go
+        self._turning = self.turns.lock
         self.late = LateNodes(self.nodes, self.turns, self._turning, self._try_again, hedge_after_s, use_aside, clock)
-        self._acquire, self._release = self._turning.acquire, self._turning.release  # `with` costs twice as much
-        self._thread = threading.get_ident()  # of the event loop
-        transport.deliver(self._completed, self._landed)
+        self.packed, self.packed_again = self.turns.packed, self.turns.packed_again
+        transport.deliver(self._completed, self.turns.take)
 
     # -- connections -------------------------------------------------------------------------------------------------
 
@@ -149,7 +148,7 @@ class DispatchLink:
             short = self.turns.lose(node)  # whether it has answered or not, these turns are packed again
         self.late.hedging.forget(index)
         node.endpoint.close()
-        self._wipe()
+        self.wipe()
         self._report_loss(index, node.welcome.worker_id, reason)
         self.look_again()
         if not self.nodes.hold_s and not self.nodes.is_complete:
@@ -157,12 +156,7 @@ class DispatchLink:
                 if passing is not None:
                     self._fail(lane, passing, TransportError(node.welcome.worker_id, reason))
         for lane, passing in short:
-            self._go_on(lane, passing)
-
-    def _wipe(self) -> None:
-        """The seats of lost nodes whose answers nobody reads any more. On the event loop."""
-        with self._turning:
-            self.nodes.wipe(self.turns.is_read)
+            self.go_on(lane, passing)
 
     def look_again(self) -> None:
         """Nodes have come or gone, or `missing` says something else: those that are held may go on."""
@@ -170,10 +164,23 @@ class DispatchLink:
         if self.nodes.is_complete:
             for lane, passing in enumerate(self._passes):
                 if passing is not None and passing.held_since is not None:
-                    self._go_on(lane, passing)
+                    self.go_on(lane, passing)
 
-    def _go_on(self, lane: int, passing: Pass) -> None:
-        """A turn that lacks answers of lost nodes is packed again, or held until it can be. On the event loop."""
+    def _try_again(self, passing: Pass) -> None:
+        """Its turn is about to be packed again. With the lock held."""
+        passing.since = self._clock()
+        passing.attempt += 1
+        passing.nodes, passing.life_word = self.nodes.connected, self._life_word
+        passing.num_counted = self._num_counted
+
+    @property
+    def _life_word(self) -> int:
+        return life_word(self._hello.incarnation, self.placement_version)
+
+    # -- msi.net.turns.Course ----------------------------------------------------------------------------------------
+
+    def go_on(self, lane: int, passing: Pass) -> None:
+        """A turn that lacks answers of lost nodes is packed again, or held until it can be."""
         if passing.is_over or self._passes[lane] is not passing or not passing.is_short:
             return
         if not self.nodes.is_complete:
@@ -191,16 +198,45 @@ class DispatchLink:
         self.counters.packed_again += 1
         passing.gates.pack_again(lane, passing.turn)
 
-    def _try_again(self, passing: Pass) -> None:
-        """Its turn is about to be packed again. With the lock held."""
-        passing.since = self._clock()
-        passing.attempt += 1
-        passing.nodes, passing.life_word = self.nodes.connected, self._life_word
-        passing.num_counted = self._num_counted
+    def wipe(self) -> None:
+        """The seats of lost nodes whose answers nobody reads any more."""
+        with self._turning:
+            self.nodes.wipe(self.turns.is_read)
 
-    @property
-    def _life_word(self) -> int:
-        return life_word(self._hello.incarnation, self.placement_version)
+    def failed(self, lane: int, turn: int, error: Exception) -> None:
+        """The pass that a turn belongs to cannot go on: nothing more of it is posted, its await raises `error`. From
+        any thread.
+        """
+        passing = self._passes[lane]
+        if passing is not None and passing.first <= turn <= passing.last:
+            passing.is_over = True
+            self._loop.call_soon_threadsafe(self._fail, lane, passing, error)
+
+    def _fail(self, lane: int, passing: Pass, error: Exception) -> None:
+        """Whatever the reason, the lane's queue must run out: behind a closed gate it would be stuck for ever."""
+        passing.is_over = True
+        if not passing.done.done():
+            passing.done.set_exception(error)
+        with self._turning:
+            if self._passes[lane] is passing:
+                self.turns.waiting[lane] = 0
+        passing.gates.open(lane, passing.last)
+
+    def fell_short(self, lane: int, passing: Pass) -> None:
+        """Rows that could not be posted are those of nodes that were lost: they are packed again."""
+        passing.is_short = True
+        if not self.nodes.hold_s and not self.nodes.is_complete:
+            self.turns.waiting[lane] = 0
+            self.failed(lane, passing.turn, self.nodes.held_too_long())
+
+    def not_posted(self, node: Node, error: TransportError) -> None:
+        if not node.is_lost:
+            self._loop.call_soon_threadsafe(self._not_posted, node, error)
+
+    def _not_posted(self, node: Node, error: TransportError) -> None:
+        """A connection that takes no post is lost, whether or not the transport has said so."""
+        if self.nodes[node.index] is node:
+            self.drop(node.index, f"connection lost ({error.reason})")
 
     # -- the layer loop ----------------------------------------------------------------------------------------------
 
@@ -248,7 +284,7 @@ class DispatchLink:
         self._passes[lane] = None
         self.turns.sent(passing)
         if self.nodes.is_leaving:
-            self._wipe()
+            self.wipe()
 
     def give_up(self, lane: int) -> None:
         """Ends a pass that failed, wherever it was: its gates open, nothing of it is posted, answers are late.
@@ -267,121 +303,23 @@ class DispatchLink:
             self._passes[lane] = None
             self.turns.sent(passing)
         if self.nodes.is_leaving:
-            self._wipe()
+            self.wipe()
         passing.gates.open(lane, passing.last)
         if passing.done.done() and not passing.done.cancelled():
             passing.done.exception()  # whoever gave up has another reason
 
-    def packed(self, lane: int, turn: int) -> None:
-        """The rows of a turn lie where they leave: one post to every node; the turn then waits for those that got rows.
-
-        From any thread; does not raise. Does nothing for a pass that was given up while its rows were computed.
-        """
-        passing = self._passes[lane]
-        if passing is not None and passing.first <= turn <= passing.last:
-            self._acquire()
-            try:
-                if not passing.is_over:
-                    self.turns.post(lane, passing, turn)
-            finally:
-                self._release()
-            if self.nodes.is_leaving:
-                self._loop.call_soon_threadsafe(self._wipe)
-
-    def packed_again(self, lane: int, turn: int) -> None:
-        """The same for a turn whose gates' `pack_again` was called."""
-        passing = self._passes[lane]
-        if passing is not None and passing.turn == turn:
-            self.packed(lane, turn)
-
-    def failed(self, lane: int, turn: int, error: Exception) -> None:
-        """The pass that a turn belongs to cannot go on: nothing more of it is posted, its await raises `error`. From
-        any thread.
-        """
-        passing = self._passes[lane]
-        if passing is not None and passing.first <= turn <= passing.last:
-            passing.is_over = True
-            self._loop.call_soon_threadsafe(self._fail, lane, passing, error)
-
-    def _fail(self, lane: int, passing: Pass, error: Exception) -> None:
-        """Whatever the reason, the lane's queue must run out: behind a closed gate it would be stuck for ever."""
-        passing.is_over = True
-        if not passing.done.done():
-            passing.done.set_exception(error)
-        with self._turning:
-            if self._passes[lane] is passing:
-                self.turns.waiting[lane] = 0
-        passing.gates.open(lane, passing.last)
-
     def next_seq(self, lane: int) -> int:
         return self._next_seqs[lane]
-
-    # -- msi.net.turns.Course ----------------------------------------------------------------------------------------
-
-    def posted(self, lane: int, passing: Pass, is_short: bool) -> None:
-        """Rows that could not be posted are those of nodes that were lost: they are packed again."""
-        if is_short:
-            passing.is_short = True
-            if not self.nodes.hold_s and not self.nodes.is_complete:
-                self.turns.waiting[lane] = 0
-                self.failed(lane, passing.turn, self.nodes.held_too_long())
-                return
-        if not self.turns.waiting[lane]:
-            self._loop.call_soon_threadsafe(self.landed, lane, passing, passing.since)
-
-    def not_posted(self, node: Node, error: TransportError) -> None:
-        if not node.is_lost:
-            self._loop.call_soon_threadsafe(self._not_posted, node, error)
-
-    def _not_posted(self, node: Node, error: TransportError) -> None:
-        """A connection that takes no post is lost, whether or not the transport has said so."""
-        if self.nodes[node.index] is node:
-            self.drop(node.index, f"connection lost ({error.reason})")
-
-    def landed(self, lane: int, passing: Pass, now: float) -> None:
-        """All answers to the turn that is away are here. On whatever thread took the last."""
-        turn = passing.turn
-        if passing.is_over:
-            return
-        if passing.is_short:
-            self._loop.call_soon_threadsafe(self._go_on, lane, passing)
-            return
-        if turn + 1 == passing.last:
-            try:
-                self.turns.more[lane] = passing.may_continue(lane)
-            except Exception as error:
-                self.failed(lane, turn, error)
-                return
-        passing.since = now
-        passing.attempt, passing.is_reading = 0, True
-        passing.gates.open(lane, turn)
-        if turn == passing.last:
-            if threading.get_ident() == self._thread:
-                passing.set_done()
-            else:
-                self._loop.call_soon_threadsafe(passing.set_done)
 
     # -- completions -------------------------------------------------------------------------------------------------
 
     def _completed(self, endpoint: Endpoint, kind: CompletionKind, immediate: int, reason: str) -> None:
         if kind is IMMEDIATE:
-            self._acquire()
-            try:
-                self.turns.take(((endpoint, immediate, endpoint.came_at),))
-            finally:
-                self._release()
+            self.turns.take(((endpoint, immediate, endpoint.came_at),))
         elif (node := self.nodes.of.get(endpoint)) is None:
             self.counters.dropped["closed endpoint"] += 1
         elif kind is CompletionKind.CLOSED:
             self.drop(node.index, f"connection lost ({reason})")
-
-    def _landed(self, landed: Sequence[Landed]) -> None:
-        """What lies there together."""
-        self._acquire()
-        try:
-            self.turns.take(landed)
-        finally:
-            self._release()
 
     # -- time --------------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ class Pass:
 
     Attributes:
         counts: int32 [num_nodes], the lane's row of its gates'.
+        done: gets a result once the answers to the last turn have landed.
         num_counted: nodes that its placement uses, and whose counts count: no rows go to those behind them.
         nodes: that it sends to: those that were there when it was begun, or when rows of it were packed again.
         life_word: our life, and the placement that its rows are of.
@@ -115,8 +116,3 @@ class Pass:
             for node, index, *_ in self.ways:
                 node.num_rows += totals[index]
                 self.num_sent += totals[index]
-
-    def set_done(self) -> None:
-        """On the event loop: wakes who awaits it."""
-        if not self.done.done():
-            self.done.set_result(None)

@@ -1,13 +1,16 @@
 """The turns of a dispatching end that are away: what was posted of each lane, who owes an answer to it, what comes.
 
-A turn is a row of numbers, written and read with the link's lock held: by whatever thread posts it, and by whatever
-thread takes an answer. Nearly always that is the one that is owed, which a few comparisons tell. What becomes of a
-lane's pass when the last answer is here, or when one will not come, the link decides.
+A turn is a row of numbers, written and read with the lock held: by whatever thread posts it, and by whatever thread
+takes an answer. Nearly always that is the one that is owed, which a few comparisons tell. The last one opens the gate
+that the lane's queue waits at. Queues and transports call these turns directly, as all that a layer takes is here;
+what becomes of a lane's pass when an answer will not come, the link decides.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -100,19 +103,22 @@ class TurnTimes:
 
 
 class Course(Protocol):
-    """Who decides what becomes of passes. Called with the lock held, on whatever thread posts or takes answers."""
+    """Who decides what becomes of passes that do not go as they should."""
 
-    def posted(self, lane: int, passing: Pass, is_short: bool) -> None:
-        """A turn was posted that nobody owes an answer to, or (`is_short`) not all of its rows could be."""
-
-    def landed(self, lane: int, passing: Pass, now: float) -> None:
-        """All answers to the turn that is away are here."""
+    def fell_short(self, lane: int, passing: Pass) -> None:
+        """Not all rows of a turn could be posted. With the lock held, on whatever thread posts."""
 
     def failed(self, lane: int, turn: int, error: Exception) -> None:
-        """A node has no answer to a turn."""
+        """A node has no answer to a turn, or none can follow it. Likewise, where answers are taken."""
 
     def not_posted(self, node: Node, error: TransportError) -> None:
-        """Its connection takes no post."""
+        """Its connection takes no post. Likewise, where posts are made."""
+
+    def go_on(self, lane: int, passing: Pass) -> None:
+        """All answers to a turn are here but those of lost nodes. On the event loop, as is `wipe`."""
+
+    def wipe(self) -> None:
+        """Nodes that were lost have answers here, which somebody may have read by now."""
 
 
 class Turns:
@@ -124,6 +130,7 @@ class Turns:
         watch: told of each exchange as it ends, on whatever thread took the answer.
 
     Attributes:
+        lock: held while a turn is posted or an answer taken, and while nodes come and go.
         passes: of each lane, the one in flight.
         more: of each lane, whether it goes on after its turn.
         seqs: of each lane, the last that any node may have seen.
@@ -141,6 +148,10 @@ class Turns:
     ) -> None:
         self.counters = DispatchCounters()
         self.times = TurnTimes()
+        self.lock = threading.Lock()
+        self._acquire, self._release = self.lock.acquire, self.lock.release  # `with` costs twice as much
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()  # of the event loop
         self.exchange_watch = watch
         self.passes: list[Pass | None] = [None] * hello.num_lanes
         self.more = [True] * hello.num_lanes
@@ -149,7 +160,7 @@ class Turns:
         self._posted_at = [0.0] * hello.num_lanes
         self._awaited = [NO_WORD] * MAX_LANES  # the immediate of its answers, but for their senders' lives
         self._counts: list[list[int]] = [[]] * hello.num_lanes  # rows to each node
-        self._nodes, self._node_of = nodes, nodes.of.get
+        self.nodes, self._node_of = nodes, nodes.of.get
         self._course = course
         self._clock = clock
         self._row_bytes_word = hello.dispatch_layout.row_bytes << 32
@@ -167,11 +178,30 @@ class Turns:
 
     # -- posts -------------------------------------------------------------------------------------------------------
 
-    def post(self, lane: int, passing: Pass, turn: int) -> None:
-        """A turn whose rows lie where they leave: one post to every node of the pass.
+    def packed(self, lane: int, turn: int) -> None:
+        """The rows of a turn lie where they leave: one post to every node; the turn then waits for those that got rows.
 
-        One that is packed again goes to those that get rows; all others have seen it.
+        From any thread; does not raise. Does nothing for a pass that was given up while its rows were computed.
         """
+        passing = self.passes[lane]
+        if passing is not None and passing.first <= turn <= passing.last:
+            self._acquire()
+            try:
+                if not passing.is_over:
+                    self._post(lane, passing, turn)
+            finally:
+                self._release()
+            if self.nodes.is_leaving:
+                self._loop.call_soon_threadsafe(self._course.wipe)
+
+    def packed_again(self, lane: int, turn: int) -> None:
+        """The same for a turn whose gates' `pack_again` was called."""
+        passing = self.passes[lane]
+        if passing is not None and passing.turn == turn:
+            self.packed(lane, turn)
+
+    def _post(self, lane: int, passing: Pass, turn: int) -> None:
+        """One that is packed again goes to those that get rows; all others have seen it."""
         attempt = passing.attempt
         seq = passing.seq_of_turn_0 + turn
         low_seq = (seq & SEQ_MASK) << SEQ_SHIFT
@@ -209,8 +239,10 @@ class Turns:
         is_short = num_full + counts.count(0) != len(counts)  # what could not be posted are rows to nodes that are lost
         self.counters.posts += num_full if attempt else len(passing.ways)
         self.waiting[lane] = waiting
-        if is_short or not waiting:
-            self._course.posted(lane, passing, is_short)
+        if is_short:
+            self._course.fell_short(lane, passing)
+        if not waiting and not passing.is_over:
+            self._loop.call_soon_threadsafe(self._landed, lane, passing, passing.since)
 
     def sent(self, passing: Pass) -> None:
         """A pass is through, or given up: its rows are counted."""
@@ -240,7 +272,14 @@ class Turns:
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def take(self, landed: Iterable[Landed]) -> None:
-        """Immediates that have come."""
+        """Immediates that have come, on whatever thread."""
+        self._acquire()
+        try:
+            self._take(landed)
+        finally:
+            self._release()
+
+    def _take(self, landed: Iterable[Landed]) -> None:
         node_of, awaited, waitings = self._node_of, self._awaited, self.waiting
         seqs, counts, num_answers = self.seqs, self._counts, 0
         notes_all = self.exchange_watch is not None
@@ -271,7 +310,30 @@ class Turns:
             self.times.add((now - self._posted_at[lane], service_s, compute_s))
             passing = self.passes[lane]
             assert passing is not None, f"lane {lane} has no pass, and answers were owed to it"
-            self._course.landed(lane, passing, now)
+            self._landed(lane, passing, now)
+
+    def _landed(self, lane: int, passing: Pass, now: float) -> None:
+        """All answers to the turn that is away are here. On whatever thread took the last."""
+        turn = passing.turn
+        if passing.is_over:
+            return
+        if passing.is_short:
+            self._loop.call_soon_threadsafe(self._course.go_on, lane, passing)
+            return
+        if turn + 1 == passing.last:
+            try:
+                self.more[lane] = passing.may_continue(lane)
+            except Exception as error:
+                self._course.failed(lane, turn, error)
+                return
+        passing.since = now
+        passing.attempt, passing.is_reading = 0, True
+        passing.gates.open(lane, turn)
+        if turn == passing.last:
+            if threading.get_ident() == self._thread:
+                _wake(passing.done)
+            else:
+                self._loop.call_soon_threadsafe(_wake, passing.done)
 
     def _exchanged(self, node: Node, lane: int, now: float, service_s: float) -> None:
         posted_at = self._posted_at[lane]
@@ -304,3 +366,9 @@ class Turns:
             self._course.failed(lane, passing.turn, BatchRefused(node.welcome.worker_id, reason))
         else:
             dropped["rows"] += 1
+
+
+def _wake(done: asyncio.Future[None]) -> None:
+    """Whoever awaits the end of a pass. On the event loop."""
+    if not done.done():
+        done.set_result(None)
