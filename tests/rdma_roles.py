@@ -86,10 +86,13 @@ class PlainExperts:
                 at = batch.lane * layout.slot_bytes + index * ROW.size
                 row = ROW.unpack_from(landing.rows.host(), seat * stride + at)
                 ROW.pack_into(self.out_rows[seat], at, *expert(self.node, row))
-        self.loop.call_soon_threadsafe(self.finished, ticket, 0.0, None)  # rows may be taken on another thread
+        self.loop.call_soon_threadsafe(self.seen, ticket)  # rows may be taken on another thread
 
-    def tell(self, finished):
-        self.finished = finished
+    def follow(self, seen):
+        self.seen = seen
+
+    def outcome(self):
+        return 0.0, None
 
 
 async def serve(transports):

@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from msi.experts.batches import WaveBatch
-from msi.experts.server import ExpertServer, Finished
+from msi.experts.server import ExpertServer
 from msi.experts.waves import Waves
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
@@ -124,7 +124,7 @@ class StubCompute:
 
     def __init__(self) -> None:
         self.running: list[tuple[WaveBatch, int]] = []
-        self.finished: Finished
+        self.seen: Callable[[int], None]
 
     def attach(self, seat: int, out_rows: Region) -> None:
         pass
@@ -132,8 +132,11 @@ class StubCompute:
     def run(self, batch: WaveBatch, ticket: int) -> None:
         self.running.append((batch, ticket))
 
-    def tell(self, finished: Finished) -> None:
-        self.finished = finished
+    def follow(self, seen: Callable[[int], None]) -> None:
+        self.seen = seen
+
+    def outcome(self) -> tuple[float, None]:
+        return 1e-4, None
 
 
 def hello(index: int, num_lanes: int) -> LinkHello:
@@ -182,7 +185,7 @@ async def expert_side(num_seats: int, num_lanes: int, num_layers: int, num_passe
             compute.running.clear()
             assert len(batch.rows) == num_seats, batch
             computed = time.thread_time()
-            compute.finished(ticket, 1e-4, None)
+            compute.seen(ticket)
             answered = time.thread_time()
             assert endpoints[-1].posted == pack_immediate(Kind.COMBINE, False, lane, 0, seq, 0)
             times.append((landed - started, answered - computed))

@@ -6,6 +6,7 @@ Owns weights, never requests. Reads rows where they landed and writes answers wh
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,6 @@ from msi.device.compute_thread import Program
 from msi.device.device import Device
 from msi.device.regions import slot_rows
 from msi.experts.batches import WaveBatch
-from msi.experts.server import Finished
 from msi.kernels.kernels import ExpertBank
 from msi.kernels.routing import PackedRows, RowDtypes, hidden_rows
 from msi.meter import StageMeter
@@ -121,14 +121,14 @@ class ExpertHalf:
         self._queue.run(self._programs[batch.lane])
         self._queue.signal(self._done, ticket)
 
-    def tell(self, finished: Finished) -> None:
-        def seen(ticket: int) -> None:
-            ran = self._ran.popleft()
-            while self._replaced and self._replaced[0][0] is ran:
-                self._replaced.popleft()
-            finished(ticket, ran.program.spent_s, ran.error)
-
+    def follow(self, seen: Callable[[int], None]) -> None:
         self._device.follow(self._done, seen)
+
+    def outcome(self) -> tuple[float, Exception | None]:
+        ran = self._ran.popleft()
+        while self._replaced and self._replaced[0][0] is ran:
+            self._replaced.popleft()
+        return ran.program.spent_s, ran.error
 
     def run_here(self, layer: int, rows: PackedRows, num_rows: int, answers: Tensor) -> None:
         """A layer's experts over rows of this thread's own, in place of a batch.

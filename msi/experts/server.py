@@ -29,9 +29,6 @@ from msi.net.regions import Region
 log = logging.getLogger(__name__)
 
 
-Finished = Callable[[int, float, Exception | None], None]  # a ticket, seconds of the device's time, an error if any
-
-
 class ExpertCompute(Protocol):
     """The experts of one node on a device."""
 
@@ -43,8 +40,11 @@ class ExpertCompute(Protocol):
     def run(self, batch: WaveBatch, ticket: int) -> None:
         """Launches one layer's experts over the batch's rows, and a signal of the ticket behind them. Tickets rise."""
 
-    def tell(self, finished: Finished) -> None:
-        """Calls `finished` as soon as a ticket is seen, on whatever thread sees it: answers lie where they leave."""
+    def follow(self, seen: Callable[[int], None]) -> None:
+        """Calls `seen` with each ticket, on whatever thread sees it: answers lie where they leave."""
+
+    def outcome(self) -> tuple[float, Exception | None]:
+        """Seconds of the device's time that it took, and an error if any; for each ticket, as it is seen, once."""
 
 
 class ExpertServer:
@@ -74,7 +74,7 @@ class ExpertServer:
         self._timer: asyncio.TimerHandle | None = None  # that was set last
         self._loop = asyncio.get_running_loop()
         self._complaints = Complaints(log)
-        compute.tell(self._finished)
+        compute.follow(self._finished)
 
     def close(self) -> None:
         """Starts no more batches. Idempotent."""
@@ -156,11 +156,12 @@ class ExpertServer:
             self._timer_at = deadline
             self._loop.call_soon_threadsafe(self._set_timer)
 
-    def _finished(self, ticket: int, compute_s: float, error: Exception | None) -> None:
+    def _finished(self, ticket: int) -> None:
         """Must not raise: the device's thread calls it. A batch of several seats that failed runs again seat by seat,
         so that only the one whose rows are to blame is refused.
         """
         batch = self._out[ticket]
+        compute_s, error = self._compute.outcome()
         try:
             with self._lock:
                 del self._out[ticket]

@@ -191,7 +191,7 @@ class ExpertSide:
             num_seats=1,
         )
         self._half.attach(0, device.region(answers.rows_bytes))
-        self._half.tell(self._tell)
+        self._half.follow(self._seen)
         self._loop = asyncio.get_running_loop()
         self._num_batches = 0
 
@@ -205,7 +205,8 @@ class ExpertSide:
             await self._finished
         return Timed((self._half.meter.total_s - before_s) / self._num_layers)
 
-    def _tell(self, ticket: int, compute_s: float, error: Exception | None) -> None:
+    def _seen(self, ticket: int) -> None:
+        _, error = self._half.outcome()
         self._loop.call_soon_threadsafe(_resolve, self._finished, error)
 
     def _route(self, size: ExpertSize) -> int:

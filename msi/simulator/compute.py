@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from msi.attention.launching import LanePrograms, LaneQueues
 from msi.experts.batches import WaveBatch
-from msi.experts.server import Finished
 from msi.meter import StageMeter
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
@@ -220,8 +219,11 @@ class SimulatedExperts:
         self._queue.run(program)
         self._queue.signal(self._done, ticket)
 
-    def tell(self, finished: Finished) -> None:
-        self.device.follow(self._done, lambda ticket: finished(ticket, self._spent_s, None))
+    def follow(self, seen: Callable[[int], None]) -> None:
+        self.device.follow(self._done, seen)
+
+    def outcome(self) -> tuple[float, None]:
+        return self._spent_s, None
 
     def close(self) -> None:
         self.device.words.give_back(self._done)
