@@ -37,66 +37,53 @@ updates = st.builds(
 @given(st.lists(st.one_of(st.lists(updates, max_size=2 * KEPT_WHOLE), st.integers(1, 3 * KEPT_WHOLE)), max_size=12))
 def test_what_comes_out_is_what_went_in_whenever_it_is_taken(steps):
     """Lists go in; numbers say how many are taken."""
-
-    async def main():
-        inbox, expected, taken = Inbox(), [], []
-        for step in steps:
-            if isinstance(step, list):
-                for update in step:
-                    inbox.put(update)
-                expected += step
-            else:
-                for _ in range(min(step, len(expected) - len(taken))):
-                    taken.append(await asyncio.wait_for(inbox.get(), 5))
-        while len(taken) < len(expected):
-            taken.append(await asyncio.wait_for(inbox.get(), 5))
-        assert taken == expected
-        assert inbox.held_bytes == 0
-
-    asyncio.run(main())
+    inbox, expected, taken = Inbox(), [], []
+    for step in steps:
+        if isinstance(step, list):
+            for update in step:
+                inbox.put(update)
+            expected += step
+        else:
+            for _ in range(min(step, len(expected) - len(taken))):
+                taken.append(inbox.take())
+    while len(taken) < len(expected):
+        taken.append(inbox.take())
+    assert taken == expected
+    assert inbox.take() is None
+    assert inbox.held_bytes == 0
 
 
-async def test_a_long_answer_that_nobody_reads_costs_six_bytes_a_token():
+def test_a_long_answer_that_nobody_reads_costs_six_bytes_a_token():
     inbox = Inbox()
     for token in range(NUM_TOKENS):
         inbox.put(Progress("a", (token,)))
     assert inbox.held_bytes == 6 * (NUM_TOKENS - KEPT_WHOLE)
-    assert [(await inbox.get()).token_ids[0] for _ in range(NUM_TOKENS)] == list(range(NUM_TOKENS))
+    assert [inbox.take().token_ids[0] for _ in range(NUM_TOKENS)] == list(range(NUM_TOKENS))
     assert inbox.held_bytes == 0
 
 
-async def test_what_was_taken_gives_its_room_back_while_more_comes():
+def test_what_was_taken_gives_its_room_back_while_more_comes():
     inbox = Inbox()
     for token in range(2 * TRIMMED):
         inbox.put(Progress("a", (token,)))
     before = inbox.held_bytes
     for token in range(10 * TRIMMED):
-        await inbox.get()
+        inbox.take()
         inbox.put(Progress("a", (token,)))
         assert inbox.held_bytes <= before + 6 * (TRIMMED + KEPT_WHOLE)
 
 
 @pytest.mark.parametrize("logprobs", [(), LOGPROBS])
-async def test_beyond_the_bound_an_answer_is_given_up_and_says_so(logprobs):
+def test_beyond_the_bound_an_answer_is_given_up_and_says_so(logprobs):
     inbox = Inbox(max_held_bytes=1 << 20)
     for token in range(300_000):
         inbox.put(Progress("a", (token,), None, logprobs))
         assert inbox.held_bytes <= (1 << 20) + 1024
     for _ in range(KEPT_WHOLE):
-        assert (await inbox.get()).failure is None
-    failure = (await inbox.get()).failure
+        assert inbox.take().failure is None
+    failure = inbox.take().failure
     assert failure is not None
     assert "this answer was not read: 1 MiB of it were waiting. Read it as it comes" in str(failure.error())
-
-
-async def test_a_wait_that_is_cancelled_loses_nothing():
-    inbox = Inbox()
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(inbox.get(), 0.01)
-    waiting = asyncio.ensure_future(inbox.get())
-    await asyncio.sleep(0)
-    inbox.put(Progress("a", (1,)))
-    assert await asyncio.wait_for(waiting, 5) == Progress("a", (1,))
 
 
 class Silent:

@@ -32,6 +32,7 @@ from msi.control.lateness import read_first, sleep_late
 from msi.control.messages import PROTOCOL_VERSION, Cancel, HeartbeatAck, HelloAgain, Refused, Submit
 from msi.control.orders import Order, Ordered
 from msi.errors import ConfigError, EngineError, Failure, InvalidRequest, RequestFailed, Unavailable, shown
+from msi.net.alarm import Alarm
 from msi.net.control import MessageClient
 from msi.types import Progress, Request
 
@@ -54,6 +55,7 @@ class _Asked:
 
     request: Request
     inbox: Inbox
+    has_come: Alarm
     came_at: float
     token_ids: array[int] = field(default_factory=lambda: array("i"))
     num_scored: int = 0
@@ -65,6 +67,7 @@ class _Asked:
             self.num_scored += len(update.prompt_logprobs)
         self.is_over |= update.is_last
         self.inbox.put(update)
+        self.has_come.ring()
 
     def rest(self, now: float) -> Request:
         """What is still wanted of it."""
@@ -202,7 +205,7 @@ class CoordinatorClient:
                 f"the coordinator at {self.address} has been gone for {silent_s:.0f} s, and {len(self._asked)} "
                 "requests wait for it already; try again later"
             )
-        inbox = Inbox()
+        inbox, has_come = Inbox(), Alarm()
         ours: list[str] = []
         try:
             for request in requests:
@@ -213,7 +216,7 @@ class CoordinatorClient:
                         param="request_id",
                     )
                 ours.append(request.request_id)
-                self._asked[request.request_id] = _Asked(request, inbox, self._clock())
+                self._asked[request.request_id] = _Asked(request, inbox, has_come, self._clock())
                 inbox.num_open += 1
                 if not self._must_greet:  # else with all others
                     self._control.send(Submit(request))
@@ -221,7 +224,9 @@ class CoordinatorClient:
                 if len(requests) > 1:
                     await asyncio.sleep(0)  # others have their turn between the copies for each choice
             while inbox.num_open:
-                update = await inbox.get()
+                if (update := inbox.take()) is None:
+                    await has_come.wait()
+                    continue
                 if update.request_id not in self._asked:  # cancelled since
                     continue
                 if update.is_last:

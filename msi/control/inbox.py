@@ -2,12 +2,11 @@
 
 Nobody else waits for a slow one: whatever comes is kept, the first few updates as they are, what lies behind them
 packed: six bytes a token, some hundred with log-probabilities. So an answer that nobody reads costs little until it
-ends, and one beyond `MAX_HELD_BYTES` is given up. What comes out is what went in, update by update.
+ends, and one beyond `MAX_HELD_BYTES` is given up. What comes out is what went in, update by update. Nobody waits here.
 """
 
 from __future__ import annotations
 
-import asyncio
 from array import array
 from collections import deque
 
@@ -22,7 +21,7 @@ CODEC = Codec([Progress])
 
 
 class Inbox:
-    """For one task that takes.
+    """Of one call, however many requests it makes.
 
     Attributes:
         num_open: requests whose updates come here and have not ended; whoever puts and takes counts them.
@@ -33,7 +32,6 @@ class Inbox:
         self._max_held_bytes = max_held_bytes
         self._whole: deque[Progress] = deque()
         self._packed: _Packed | None = None  # while there is any
-        self._waiter: asyncio.Future[None] | None = None
         self._is_given_up = False
 
     @property
@@ -45,8 +43,6 @@ class Inbox:
         """Never blocks. Once too much is held, the rest is dropped and the last thing to take is a failure."""
         if self._is_given_up:
             return
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
         if self._packed is None:
             if len(self._whole) < KEPT_WHOLE:
                 self._whole.append(update)
@@ -62,17 +58,16 @@ class Inbox:
             )
             self._packed.append(Progress(update.request_id, failure=Failure.of(error)))
 
-    async def get(self) -> Progress:
-        """The next update. Cancellation loses none."""
-        while not self._whole:
-            if self._packed is not None:
-                update = self._packed.popleft()
-                if not len(self._packed):
-                    self._packed = None
-                return update
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self._whole.popleft()
+    def take(self) -> Progress | None:
+        """The next update; None while there is none."""
+        if self._whole:
+            return self._whole.popleft()
+        if self._packed is None:
+            return None
+        update = self._packed.popleft()
+        if not len(self._packed):
+            self._packed = None
+        return update
 
 
 class _Packed:
