@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from functools import partial
 
 import aiohttp
 import pytest
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from msi import ConfigError, Engine, InvalidRequest, SamplingParams
 from msi.control.client_messages import Stats
 from msi.errors import Unavailable
+from msi.server.calls import observed
 from msi.server.chat import parse_chat
 from msi.server.chat_template import ChatTemplate
 from msi.server.completions import parse_completion
@@ -123,11 +125,11 @@ async def test_a_client_that_leaves_counts_as_cancelled_whatever_some_of_its_cho
         await asyncio.sleep(0)
 
     metrics = Metrics()
-    observed = metrics.observed(outputs(), num_choices)
+    seen = observed(outputs(), partial(metrics.request, num_choices))
     with contextlib.suppress(Unavailable):
-        async with contextlib.aclosing(observed):
+        async with contextlib.aclosing(seen):
             for _ in range(len(reasons) + 1 if leaves_after is None else leaves_after):
-                await anext(observed, None)
+                await anext(seen, None)
     text = metrics.exposition(Stats(0, 1, ()), {}).decode()
     counted = {
         sample.labels["outcome"]: sample.value

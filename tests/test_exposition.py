@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from msi.control.client_messages import Stats, WorkerStats
 from msi.control.counters import AttentionCounters, ExpertCounters, PeerDelay, ProcessCounters
 from msi.control.worker_status import WorkerStatus
+from msi.server.calls import observed
 from msi.server.edge_counters import EdgeCounters, Histogram
 from msi.server.metrics import Metrics
 from msi.types import Output, StageTimes
@@ -57,8 +59,8 @@ async def told(metrics, clock, *pieces, num_choices=1, leaves=False):
             clock.now += after_s
             yield Output("r", "", (1,) * num_tokens, reason, 10, index, queued_s=0.5)
 
-    async with contextlib.aclosing(metrics.observed(outputs(), num_choices)) as observed:
-        async for _ in observed:
+    async with contextlib.aclosing(observed(outputs(), partial(metrics.request, num_choices))) as seen:
+        async for _ in seen:
             if leaves:
                 break
 

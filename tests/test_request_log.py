@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -12,6 +13,7 @@ from msi.control.client_messages import Stats, WorkerStats
 from msi.control.counters import AttentionCounters
 from msi.control.messages import StageTimes
 from msi.control.worker_status import WorkerStatus
+from msi.server.calls import observed
 from msi.server.request_log import LoadLog, RequestLog
 from msi.types import Output
 
@@ -37,7 +39,7 @@ def output(tokens, reason=None, index=0):
 
 
 async def followed(clock, requests, *pieces, num_choices=1, take=None, then=None):
-    stream = requests.followed(outputs(clock, *pieces, then=then), "cmpl-1", num_choices)
+    stream = observed(outputs(clock, *pieces, then=then), partial(requests.request, "cmpl-1", num_choices))
     seen = []
     try:
         async for one in stream:
@@ -94,7 +96,7 @@ async def test_a_request_whose_task_is_cancelled_is_cancelled(caplog):
         await asyncio.sleep(1000)
 
     requests = RequestLog()
-    stream = requests.followed(endless(), "cmpl-1")
+    stream = observed(endless(), partial(requests.request, "cmpl-1"))
     assert (await anext(stream)).token_ids
     task = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0)

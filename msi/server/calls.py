@@ -9,7 +9,8 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from msi.engine import Engine
 from msi.errors import (
@@ -111,6 +112,15 @@ class Call:
     streaming: Streaming
     has_logprobs: bool
     prompts: PromptAnswers | None = None
+
+
+class Observer(Protocol):
+    """Of one request: counts, times or logs it."""
+
+    def saw(self, output: Output) -> None: ...
+
+    def ended(self, error: BaseException | None) -> None:
+        """Why there are no more: None where that was the last, no Exception where nobody wanted the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,13 +266,14 @@ class Calls:
             if thinking is not None:
                 context["thinking"] = thinking
             context |= caller.context(asked)
-            outputs = [
-                self._metrics.observed(engine.generate(tokens_of(one), asked.params, **context), num_choices)
-                for one in asked.prompts
-            ]
-            together = outputs[0] if len(outputs) == 1 else merged(outputs, num_choices)
-            followed = self._requests.followed(together, answer.request_id, num_choices)
-            return followed if scored is None else with_prompts(followed, scored)
+            counted = partial(self._metrics.request, num_choices)
+            logged = partial(self._requests.request, answer.request_id, num_choices)
+            outputs = [engine.generate(tokens_of(one), asked.params, **context) for one in asked.prompts]
+            if len(outputs) == 1:
+                seen = observed(outputs[0], counted, logged)
+            else:
+                seen = observed(merged([observed(one, counted) for one in outputs], num_choices), logged)
+            return seen if scored is None else with_prompts(seen, scored)
 
         outputs = start() if self._spans is None else traced(self._spans, parent, answer.request_id, start)
         return Call(outputs, answer, asked.streaming, has_logprobs, scored)
@@ -296,6 +307,30 @@ def prompt_answers(asked: Prepared, token_text: Callable[[int], TokenText]) -> P
         prompts, asked.params.n, token_text, num_echoed=num_echoed, num_listed=asked.num_listed,
         names_by_id=asked.streaming.tokens_as_ids,
     )  # fmt: skip
+
+
+async def observed(
+    outputs: AsyncGenerator[Output, None], *begin: Callable[[], Observer]
+) -> AsyncGenerator[Output, None]:
+    """The same outputs, of which observers are told. Closing it closes them.
+
+    Args:
+        begin: makes an observer, once the first output is asked for.
+    """
+    observers = [one() for one in begin]
+    why: BaseException | None = None
+    try:
+        async for output in outputs:
+            for observer in observers:
+                observer.saw(output)
+            yield output
+    except BaseException as error:
+        why = error
+        raise
+    finally:
+        for observer in observers:
+            observer.ended(why)
+        await outputs.aclose()
 
 
 async def with_prompts(outputs: AsyncGenerator[Output, None], prompts: PromptAnswers) -> AsyncGenerator[Output, None]:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,42 +95,54 @@ class RequestLog:
         since = self._clock() - RECENT_S
         return [duration_s for at, duration_s in kept if at >= since]
 
-    async def followed(
-        self, outputs: AsyncGenerator[Output, None], request_id: str, num_choices: int = 1
-    ) -> AsyncGenerator[Output, None]:
-        """The same outputs. Closing it closes them.
+    def request(self, request_id: str, num_choices: int = 1) -> LoggedRequest:
+        """One that begins now.
 
         Args:
             num_choices: of each prompt; choices of one prompt have indices that follow one another.
         """
-        served = Served(request_id, self._clock())
-        try:
-            async for output in outputs:
-                if output.index // num_choices not in served.prompts:
-                    served.prompts[output.index // num_choices] = output.num_prompt_tokens
-                    self.num_prompt_tokens += output.num_prompt_tokens
-                if served.first_at is None:
-                    served.first_at = self._clock()
-                    self._first_tokens_s.append((served.first_at, served.first_at - served.started_at))
-                served.num_tokens += len(output.token_ids)
-                self.num_tokens += len(output.token_ids)
-                served.outcome = output.finish_reason or served.outcome
-                yield output
-        except (GeneratorExit, asyncio.CancelledError):
-            served.outcome = "cancelled"
-            raise
-        except Exception as error:
-            served.outcome = f"failed: {str(error)[:MAX_ERROR_CHARS]}"
-            raise
-        finally:
-            self.num_ended += 1
-            now, num_steps = self._clock(), served.num_tokens / max(1, num_choices * len(served.prompts)) - 1
-            if served.first_at is not None and num_steps > 0:
-                self._per_token_s.append((now, (now - served.first_at) / num_steps))
-            if self._is_told:
-                now = self._clock()
-                log.info("%s", served.sentence(now), extra=with_fields(**served.fields(now)))
-            await outputs.aclose()
+        return LoggedRequest(self, Served(request_id, self._clock()), num_choices)
+
+    def first_token(self, served: Served) -> None:
+        served.first_at = self._clock()
+        self._first_tokens_s.append((served.first_at, served.first_at - served.started_at))
+
+    def ended(self, served: Served, num_choices: int) -> None:
+        self.num_ended += 1
+        now, num_steps = self._clock(), served.num_tokens / max(1, num_choices * len(served.prompts)) - 1
+        if served.first_at is not None and num_steps > 0:
+            self._per_token_s.append((now, (now - served.first_at) / num_steps))
+        if self._is_told:
+            log.info("%s", served.sentence(now), extra=with_fields(**served.fields(now)))
+
+
+class LoggedRequest:
+    """Counts one request's outputs; implements `msi.server.calls.Observer`."""
+
+    def __init__(self, requests: RequestLog, served: Served, num_choices: int) -> None:
+        self._requests = requests
+        self._served = served
+        self._num_choices = num_choices
+
+    def saw(self, output: Output) -> None:
+        requests, served = self._requests, self._served
+        prompt = output.index // self._num_choices
+        if prompt not in served.prompts:
+            served.prompts[prompt] = output.num_prompt_tokens
+            requests.num_prompt_tokens += output.num_prompt_tokens
+        if served.first_at is None:
+            requests.first_token(served)
+        num_tokens = len(output.token_ids)
+        served.num_tokens += num_tokens
+        requests.num_tokens += num_tokens
+        served.outcome = output.finish_reason or served.outcome
+
+    def ended(self, error: BaseException | None) -> None:
+        if isinstance(error, Exception):
+            self._served.outcome = f"failed: {str(error)[:MAX_ERROR_CHARS]}"
+        elif error is not None:
+            self._served.outcome = "cancelled"
+        self._requests.ended(self._served, self._num_choices)
 
 
 class LoadLog:
