@@ -46,7 +46,8 @@ class Compute:
         self.error = [None] * NUM_LANES
         self.has_shared = has_shared
         self.queues = LaneQueues(device, 2, [self.programs(lane) for lane in range(NUM_LANES)])
-        self.counts, self.open, self.pack_again = self.queues.counts, self.queues.open, self.queues.pack_again
+        self.counts, self.launch = self.queues.counts, self.queues.launch
+        self.open, self.pack_again = self.queues.open, self.queues.pack_again
 
     def programs(self, lane):
         def program(place):
@@ -77,9 +78,8 @@ class Compute:
         self.error[lane] = error
         link.failed(lane, first, error)
 
-    def launch(self, lane, micro_batch, first, link):
+    def begin(self, lane, micro_batch, first, link):
         self.launched[lane].append((micro_batch, first, link))
-        self.queues.launch(lane, first, link)
 
     async def sampled(self, lane):
         await self.queues.sampled(lane)

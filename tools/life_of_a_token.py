@@ -8,11 +8,11 @@ it. The others are asked something, and answer. What several processes do happen
 between the parts, so that one trace sees all of it; the client is connected already. Functions that also run while
 there is no request (heartbeats, ticks) are left out.
 
-With --chain only those through which it passes: at some moment one of their functions has been called, and has not
-returned, when the request, its rows or its token go over to another task, thread or process (a future gets its
+Through those marked with >> it passes (--chain: only these): at some moment one of their functions has been called, and
+has not returned, when the request, its rows or its token go over to another task, thread or process (a future gets its
 result, a task begins, a thread is told, a socket or a bell is written to). So whoever is asked and answers, like a
 codec, is none of them. Calls are told apart by all that called them: those that happen without a request, too, are
-left out, and those that do not happen for each of three.
+left out, and those of timers, and those that do not happen for each of three requests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REQUESTS = 3  # what does not happen for each of them happens beside them
 BODY = {"prompt": "It was a fine morning", "max_tokens": 4, "temperature": 0, "stream": True}
 HANDING_OVER = {
     "Future.set_result", "SimpleQueue.put", "eventfd_write", "socket.send", "socket.sendmsg", "socket.sendall",
-    "BaseEventLoop.create_task", "BaseEventLoop.call_soon_threadsafe", "Socket.send_multipart",
+    "BaseEventLoop.create_task", "BaseEventLoop.call_soon_threadsafe", "Socket.send",
 }  # fmt: skip
 Function = tuple[str, str]  # file, qualified name
 Stack = tuple[Function, ...]  # msi's own, from the first that was called
@@ -102,10 +102,13 @@ def _caller_of(frame: FrameType) -> str:
 
 
 def _stack_of(frame: FrameType | None) -> Stack:
+    """() where a timer called."""
     stack: list[Function] = []
     while frame is not None:
         if (file := _ours(frame)) is not None:
             stack.append((file, frame.f_code.co_qualname))
+        elif frame.f_code.co_qualname == "Handle._run" and isinstance(frame.f_locals["self"], asyncio.TimerHandle):
+            return ()
         frame = frame.f_back
     return tuple(reversed(stack))
 
@@ -151,11 +154,13 @@ async def traced() -> Found:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         sockets.close()
-    first = busy[0]
+    stacks = [{stack: None for stack in one.stacks if stack not in idle.stacks} for one in busy]
+    always = set[Function].intersection(*({function for stack in one for function in stack} for one in stacks))
+    first = busy[0].functions
     return Found(
-        {function: callers for function, callers in first.functions.items() if function not in idle.functions},
-        dict.fromkeys(stack for stack in first.stacks if stack not in idle.stacks),
-        set[Function].intersection(*({function for stack in one.stacks for function in stack} for one in busy)),
+        {one: callers for one, callers in first.items() if one not in idle.functions or one in always},
+        stacks[0],
+        always,
     )
 
 
@@ -173,19 +178,15 @@ def main() -> None:
     parser.add_argument("--chain", action="store_true", help="only the files through which the request passes")
     arguments = parser.parse_args()
     found = asyncio.run(traced())
-    if arguments.chain:
-        passed = dict.fromkeys(function for stack in found.stacks for function in stack)
-        files = by_file(function for function in passed if function in found.always)
-        handing_on: set[str] = set()
-    else:
-        files, handing_on = by_file(found.functions), set().union(*found.functions.values())
-    for number, (file, names) in enumerate(files.items(), 1):
-        mark = ">" if file in handing_on else " "
-        print(f"{number:3} {mark} {file}" + (f"  {', '.join(names)}" if arguments.functions else ""))
-    if arguments.chain:
-        print(f"it passes through {len(files)} files")
-    else:
-        print(f"{len(files)} files, of which {len(handing_on & files.keys())} hand it on")
+    passed = dict.fromkeys(function for stack in found.stacks for function in stack if function in found.always)
+    chain, files = by_file(passed), by_file(found.functions)
+    handing_on = set().union(*found.functions.values())
+    for number, (file, names) in enumerate((chain if arguments.chain else files).items(), 1):
+        mark = ">>" if file in chain else ">" if file in handing_on else ""
+        print(f"{number:3} {mark:2} {file}" + (f"  {', '.join(names)}" if arguments.functions else ""))
+    if not arguments.chain:
+        print(f"{len(files)} files, of which {len((handing_on | chain.keys()) & files.keys())} hand it on")
+    print(f"it passes through {len(chain)} files")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class AttentionHalf:
         counts = device.host_region(4 * len(lanes) * placement.num_nodes)
         programs = [self._programs(lane) for lane in lanes]
         self._queues = LaneQueues(device, placement.num_nodes, programs, counts.host())
-        self.counts = self._queues.counts
+        self.counts, self.launch, self.open = self._queues.counts, self._queues.launch, self._queues.open
         nowhere = PackedRows.view(
             torch.empty(0, dispatch_layout.row_bytes, dtype=torch.uint8), config.hidden_size, config.top_k,
             self._sent_dtype,
@@ -169,13 +169,9 @@ class AttentionHalf:
 
     # -- msi.attention.lanes.AttentionCompute --------------------------------------------------------------------------
 
-    def launch(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
+    def begin(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
         masks = self._masks.begin(micro_batch.constrained) if micro_batch.constrained else None
         self._launched[lane].append(_Launched(micro_batch, self.forward.tables, first, link, masks))
-        self._queues.launch(lane, first, link)
-
-    def open(self, lane: int, turn: int) -> None:
-        self._queues.open(lane, turn)
 
     def pack_again(self, lane: int, turn: int) -> None:
         self._tables_again[lane] = self.forward.tables

@@ -20,10 +20,15 @@ from msi.types import MicroBatch, Sampled
 class AttentionCompute(Gates, Protocol):
     """The attention half of the model on a device, whose queues it keeps a few layers ahead."""
 
-    def launch(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
+    def begin(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
+        """What the pass computes that `launch` is called for next; `link.failed` is called where that raises. It uses
+        the placement that is used now to its end.
+        """
+
+    def launch(self, lane: int, first: int, link: DispatchLink) -> None:
         """A pass whose turns are numbered from `first`: of each layer, once the answers to the turn before have landed,
-        attention and router, whose rows go straight into the outboxes; then `link.packed`, and `link.failed` where it
-        raised. After the last layer the tokens are chosen. It uses the placement that is used now to its end.
+        attention and router, whose rows go straight into the outboxes; then `link.packed`. After the last layer the
+        tokens are chosen.
         """
 
     @property
@@ -91,7 +96,8 @@ async def run_pass(
         return await compute.run_whole(lane, micro_batch, link.timeout_s)
     first = link.begin(lane, compute, may_continue)
     try:
-        compute.launch(lane, micro_batch, first, link)
+        compute.begin(lane, micro_batch, first, link)
+        compute.launch(lane, first, link)
         await link.passed(lane)
         sampled = await compute.sampled(lane)
         link.end(lane)

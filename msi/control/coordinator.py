@@ -112,7 +112,7 @@ class Coordinator:
         self._cluster = Cluster(plan, clock())
         self._lane_choice = LaneChoice(plan, num_micro_batches, num_layers)
         self._stages = StageWatch(self._cluster, self._lane_choice, drift)
-        self._traffic = Traffic(self._cluster, server.send, plan, welcome, self._sentence, spans)
+        self._traffic = Traffic(self._cluster, plan, welcome, self._sentence, spans)
         self._changes = ChangesOfPlacement(self._cluster, self._carry_out)
         self._balance = Rebalancing(plan.rebalance, self._cluster, self._changes, clock())
         self.operator = Operator(
@@ -210,9 +210,9 @@ class Coordinator:
             case PeerLost():
                 self._carry_out(cluster.peer_lost(route, message))
             case RequestsFailed() if cluster.knows(route, message.worker_id, message.incarnation):
-                traffic.failed(message)
+                self._carry_out(traffic.failed(message))
             case Released() if cluster.knows(route, message.worker_id, message.incarnation):
-                traffic.released(message, now)
+                self._carry_out(traffic.released(message, now))
             case WorkerFailed() if cluster.knows(route, message.worker_id, message.incarnation):
                 log.error("%s: %s", message.worker_id, message.reason)
                 self._carry_out(cluster.worker_failed(route, message))
@@ -226,7 +226,7 @@ class Coordinator:
             case RequestsFailed() | Released() | WorkerFailed() | Calibrated() | CalibrationCutShort():
                 log.debug("dropped %s: not from the member that it names", type(message).__name__)
             case ClientHello() if not cluster.has_route(route):
-                traffic.hello(route, message, now)
+                self._carry_out(traffic.hello(route, message, now))
             case ClientPulse():
                 traffic.pulse(message, now)
                 return
@@ -237,13 +237,13 @@ class Coordinator:
                     route, HelloAgain("the coordinator does not know this client; say hello first", cluster.term)
                 )
             case Submit():
-                traffic.submit(route, message, now)
+                self._carry_out(traffic.submit(route, message, now))
             case Resubmit():
                 traffic.resubmit(route, message)
             case Cancel():
-                traffic.cancel(route, message.request_id)
+                self._carry_out(traffic.cancel(route, message.request_id))
             case ClientHeartbeat():
-                traffic.beats(route, message, now)
+                self._carry_out(traffic.beats(route, message, now))
             case Superseded():
                 if self._is_private and message.term > cluster.term:
                     self.give_way(message)
@@ -294,7 +294,7 @@ class Coordinator:
     def _passed(self, route: bytes, message: PassDone, now: float) -> None:
         instructions = self._cluster.passed(route, message)
         if instructions == []:
-            self._traffic.passed(message, now)
+            self._carry_out(self._traffic.passed(message, now))
             self._let_experts_end()
         elif instructions:
             self._carry_out(instructions)
@@ -307,7 +307,7 @@ class Coordinator:
         self._carry_out(self._cluster.heartbeat(route, message, now))
         if (member := self._cluster.member(route, message.worker_id, message.incarnation)) is not None:
             self._balance.hear(member)
-            self._traffic.believed(route, message, now)
+            self._carry_out(self._traffic.believed(route, message, now))
 
     async def change_placement(self, choose: Choose, remark: str) -> Placement:
         """Experts are placed as `choose` says, while requests run; returns the placement once nothing of the one before
@@ -332,7 +332,7 @@ class Coordinator:
         """
         self._traffic.end()
         self._advance(self._clock())
-        await self._traffic.ended(timeout_s)
+        self._carry_out(await self._traffic.ended(timeout_s))
 
     # -- acting ------------------------------------------------------------------------------------------------------
 
@@ -342,15 +342,15 @@ class Coordinator:
                 case Send():
                     self._server.send(instruction.route, instruction.message)
                 case Lost():
-                    self._traffic.worker_lost(instruction, self._clock())
+                    self._carry_out(self._traffic.worker_lost(instruction, self._clock()))
 
     def _advance(self, now: float) -> None:
         """What follows from the state as it is now: requests routed, lanes chosen, clients told."""
-        self._traffic.route(now)
+        self._carry_out(self._traffic.route(now))
         self._carry_out(self._lane_choice.next(self._cluster, now))
         self._changes.look()
         self.operator.look()
-        self._traffic.look(now)
+        self._carry_out(self._traffic.look(now))
 
     def _sentence(self, now: float) -> str:
         return self._cluster.sentence(now) + self._lane_choice.remark
@@ -364,7 +364,7 @@ class Coordinator:
                 late_s += delay_s  # whoever seems silent may have spoken
             now = self._clock()
             self._carry_out(self._cluster.tick(now, late_s))
-            self._traffic.tick(now, late_s)
+            self._carry_out(self._traffic.tick(now, late_s))
             self.operator.slow.look(now)
             for role in self.operator.slow.replacements_due(now):
                 self._tasks.create_task(self.operator.replace(role), name="replacement")

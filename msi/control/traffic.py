@@ -1,17 +1,17 @@
 """Requests on their way through the coordinator: from clients to attention workers, and tokens back.
 
-A thin shell: which request goes where is decided by `Router`, what a client has and what was lost on its way by
-`Clients`, and whose the requests of a coordinator before are by `Takeover`. Who is there is the `Cluster`'s to say.
+Which request goes where is decided by `Router`, what a client has and what was lost on its way by `Clients`, and whose
+the requests of a coordinator before are by `Takeover`. Who is there is the `Cluster`'s to say. What is to be sent is
+returned, in order, for whoever owns this to send.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from msi.attention.journal import RequestAccount
 from msi.control.client_messages import (
@@ -44,7 +44,6 @@ class Traffic:
 
     Args:
         cluster: decides who serves; what it decides is carried out by whoever owns both.
-        send: gives a message to whoever is behind a route.
         plan: of the start.
         welcome: what each client is told of the model.
         sentence: what the instance waits for at a time, in words.
@@ -54,14 +53,12 @@ class Traffic:
     def __init__(
         self,
         cluster: Cluster,
-        send: Callable[[bytes, Any], None],
         plan: InstancePlan,
         welcome: Welcome,
         sentence: Callable[[float], str],
         spans: OpenSpans | None,
     ) -> None:
         self._cluster = cluster
-        self._send = send
         self._sentence = sentence
         self._spans = spans
         self._router = Router(
@@ -107,19 +104,19 @@ class Traffic:
 
     # -- clients' messages -------------------------------------------------------------------------------------------
 
-    def hello(self, route: bytes, hello: ClientHello, now: float) -> None:
+    def hello(self, route: bytes, hello: ClientHello, now: float) -> list[Send]:
         answer, gone = self._clients.hello(route, hello, now)
-        self._forget_clients(gone)
-        self._send(route, answer.message)
+        return [*self._forget_clients(gone), answer]
 
     def pulse(self, pulse: ClientPulse, now: float) -> None:
         self._clients.pulse(pulse, now)
 
-    def submit(self, route: bytes, message: Submit, now: float) -> None:
+    def submit(self, route: bytes, message: Submit, now: float) -> list[Send]:
         request = self._traced(route, message.request)
         self._clients.submits(route)
+        sends: list[Send] = []
         if self._takeover and (given := self._takeover.displaced(request.request_id)) is not None:
-            self._cancel(*given)
+            sends += self._cancel(*given)
         if request.params.seed is None:
             failure = Failure.of(InvalidRequest("give every request a seed"))
             refusal: Progress | None = Progress(request.request_id, failure=failure)
@@ -129,7 +126,8 @@ class Traffic:
         else:
             refusal = self._router.add(request, route, now)
         if refusal is not None:
-            self._tell({route: [refusal]})
+            sends += self._tell({route: [refusal]})
+        return sends
 
     def resubmit(self, route: bytes, message: Resubmit) -> None:
         """A request that the coordinator before knew."""
@@ -137,30 +135,30 @@ class Traffic:
         if not self._router.has(route, message.request.request_id):
             self._takeover.claim(route, self._traced(route, message.request))
 
-    def cancel(self, route: bytes, request_id: str) -> None:
+    def cancel(self, route: bytes, request_id: str) -> list[Send]:
         self._takeover.unclaim(route, request_id)
         if self._spans is not None:
             self._spans.end((route, request_id), "cancelled")
-        if (given := self._router.cancel(route, request_id)) is not None:
-            self._cancel(*given)
+        given = self._router.cancel(route, request_id)
+        return [] if given is None else self._cancel(*given)
 
-    def beats(self, route: bytes, heartbeat: ClientHeartbeat, now: float) -> None:
+    def beats(self, route: bytes, heartbeat: ClientHeartbeat, now: float) -> list[Send]:
         term = self._cluster.term
         if not self._clients.beats(route, heartbeat.num_submits, now):
-            self._forget_clients([route])
-            self._send(route, HelloAgain("requests were lost on the way to the coordinator", term))
-            return
-        self._say_status(now)
-        self._send(route, self._clients.acknowledged(route, term).message)
+            again = HelloAgain("requests were lost on the way to the coordinator", term)
+            return [*self._forget_clients([route]), Send(route, again)]
+        return [*self._say_status(now), self._clients.acknowledged(route, term)]
 
-    def _forget_clients(self, routes: Iterable[bytes]) -> None:
+    def _forget_clients(self, routes: Iterable[bytes]) -> list[Send]:
         """They are gone: nobody waits for their requests."""
+        sends: list[Send] = []
         for route in routes:
             if self._spans is not None:
                 self._spans.end_where(lambda key, route=route: key[0] == route, "its client is gone")  # type: ignore
             self._takeover.client_lost(route)
             for worker_id, request_id in self._router.client_lost(route):
-                self._cancel(worker_id, request_id)
+                sends += self._cancel(worker_id, request_id)
+        return sends
 
     def _traced(self, route: bytes, request: Request) -> Request:
         if self._spans is None or not request.trace:
@@ -170,29 +168,30 @@ class Traffic:
 
     # -- attention workers' messages, once the cluster knows whose they are ------------------------------------------
 
-    def passed(self, done: PassDone, now: float) -> None:
+    def passed(self, done: PassDone, now: float) -> list[Send]:
         """New tokens."""
-        self._tell(self._router.progress(done.worker_id, done.progress, now))
+        sends = self._tell(self._router.progress(done.worker_id, done.progress, now))
         if self._takeover:
             self._takeover.progress(done.worker_id, done.progress)
+        return sends
 
-    def failed(self, failed: RequestsFailed) -> None:
-        self._tell(self._router.fail(failed.request_ids, failed.failure, failed.worker_id))
+    def failed(self, failed: RequestsFailed) -> list[Send]:
+        sends = self._tell(self._router.fail(failed.request_ids, failed.failure, failed.worker_id))
         self._takeover.failed(failed.worker_id, failed.request_ids)
+        return sends
 
-    def released(self, released: Released, now: float) -> None:
+    def released(self, released: Released, now: float) -> list[Send]:
         """A worker has let a request go, which goes on elsewhere."""
-        self._tell(self._router.released(released, now))
+        sends = self._tell(self._router.released(released, now))
         self._takeover.failed(released.worker_id, [released.request_id])
+        return sends
 
-    def believed(self, route: bytes, heartbeat: Heartbeat, now: float) -> None:
+    def believed(self, route: bytes, heartbeat: Heartbeat, now: float) -> list[Send]:
         """A worker says which requests it has: others are as lost as those that nobody here knows."""
-        belief = heartbeat.belief
+        belief, holds = heartbeat.belief, self._takeover.holds
         found = self._router.reconcile(heartbeat.worker_id, belief.request_ids, belief.acked, now)
-        for request_id in found.unknown_here:
-            if not self._takeover.holds(heartbeat.worker_id, request_id):
-                self._send(route, Cancel(request_id))
-        self._tell(found.updates)
+        unknown = [one for one in found.unknown_here if not holds(heartbeat.worker_id, one)]
+        return [*(Send(route, Cancel(request_id)) for request_id in unknown), *self._tell(found.updates)]
 
     def taken_over(self, worker_id: str, account: Account, now: float) -> None:
         """A worker of the coordinator before is about to say what it has."""
@@ -201,66 +200,67 @@ class Traffic:
     def account(self, worker_id: str, account: RequestAccount, now: float) -> None:
         self._takeover.account(worker_id, account, now, is_known=self._router.knows(account.request_id))
 
-    def worker_lost(self, lost: Lost, now: float) -> None:
+    def worker_lost(self, lost: Lost, now: float) -> list[Send]:
         log.warning("attention worker %s was lost: %s", lost.worker_id, lost.reason)
         self._takeover.worker_lost(lost.worker_id)
-        self._tell(self._router.worker_lost(lost.worker_id, lost.reason, now, lost.has_crashed))
+        return self._tell(self._router.worker_lost(lost.worker_id, lost.reason, now, lost.has_crashed))
 
     # -- what follows ------------------------------------------------------------------------------------------------
 
-    def route(self, now: float) -> None:
+    def route(self, now: float) -> list[Send]:
         """After whatever happened: requests go to those who serve now."""
-        if self._takeover:
-            self._settle(now)
+        sends = self._settle(now) if self._takeover else []
         serving = self._cluster.serving
         capacities = {worker_id: (member.num_blocks - 1) * BLOCK_TOKENS for worker_id, member in serving.items()}
         acks = {worker_id: member.num_acks for worker_id, member in serving.items()}
         for worker_id, request in self._router.route(capacities, acks, now):
-            self._send(serving[worker_id].route, Submit(request))
-        self._tell(self._router.take_ended())
+            sends.append(Send(serving[worker_id].route, Submit(request)))
+        sends += self._tell(self._router.take_ended())
+        return sends
 
-    def look(self, now: float) -> None:
+    def look(self, now: float) -> list[Send]:
         """After whatever happened: clients hear whether requests are taken now, and the end goes on."""
         if self._is_ending and not len(self):
             self._all_ended.set()
-        if not self._clients.are_told(self._is_ready):
-            self._say_status(now)
+        return [] if self._clients.are_told(self._is_ready) else self._say_status(now)
 
-    def tick(self, now: float, late_s: float) -> None:
+    def tick(self, now: float, late_s: float) -> list[Send]:
         """Time has passed; see `Cluster.tick`."""
-        self._tell(self._router.expire(now, self._cluster.sentence(now)))
+        sends = self._tell(self._router.expire(now, self._cluster.sentence(now)))
         for given in self._router.take_to_cancel():
-            self._cancel(*given)
+            sends += self._cancel(*given)
         routes = {one.worker_id: one.route for one in self._cluster.live("attention")}
         leaving = [one.worker_id for one in self._cluster.live("attention") if one.state == "draining"]
         sent_per_s = {one.worker_id: _sent_per_s(one) for one in self._cluster.serving.values() if one.address}
         for one in self._router.due_moves(leaving, now, sent_per_s):
             target = self._cluster.serving.get(one.moves_to)
             address, again_s = "" if target is None else target.address, self._router.again_s(one)
-            self._send(routes[one.worker_id], Release(one.request.request_id, one.release, address, again_s))
-        self._forget_clients(self._clients.tick(now, late_s))
-        self._say_status(now)
+            release = Release(one.request.request_id, one.release, address, again_s)
+            sends.append(Send(routes[one.worker_id], release))
+        return [*sends, *self._forget_clients(self._clients.tick(now, late_s)), *self._say_status(now)]
 
-    def _settle(self, now: float) -> None:
+    def _settle(self, now: float) -> list[Send]:
         """Requests of the coordinator before go on where they are, or are computed again."""
         settled = self._takeover.settle(now, is_complete=not self._cluster.awaits_accounts(now))
+        sends: list[Send] = []
         for given in settled.cancelled:
-            self._cancel(*given)
+            sends += self._cancel(*given)
         for one in settled.taken:
             self._router.adopt(one.request, one.request_id, one.worker_id, one.client, now)
-            self._tell(self._router.progress(one.worker_id, one.behind, now))
+            sends += self._tell(self._router.progress(one.worker_id, one.behind, now))
         for client, request in settled.resumed:
             self._router.resume(request, client, now)
+        return sends
 
     @property
     def _is_ready(self) -> bool:
         return bool(self._cluster.serving) and not self._is_ending
 
-    def _say_status(self, now: float) -> None:
+    def _say_status(self, now: float) -> list[Send]:
         """To the clients that do not know it."""
         sentence = f"ending, {len(self)} requests run" if self._is_ending else self._sentence(now)
         status = InstanceStatus(self._is_ready, sentence, self._cluster.failure)
-        self._send_all(self._clients.statuses(status))
+        return self._clients.statuses(status)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -268,8 +268,9 @@ class Traffic:
         """No new requests are taken from now on."""
         self._is_ending = True
 
-    async def ended(self, timeout_s: float) -> None:
+    async def ended(self, timeout_s: float) -> list[Send]:
         """Until those that are here have ended, after `timeout_s` with an error. Cancelling it leaves them alone."""
+        sends: list[Send] = []
         try:
             async with asyncio.timeout(timeout_s):
                 await self._all_ended.wait()
@@ -281,19 +282,16 @@ class Traffic:
             )
             updates, given = self._router.fail_all(Failure.of(error))
             for worker_id, request_id in given:
-                self._cancel(worker_id, request_id)
-            self._tell(updates)
+                sends += self._cancel(worker_id, request_id)
+            sends += self._tell(updates)
+        return sends
 
-    # -- acting ------------------------------------------------------------------------------------------------------
+    # -- what is to be sent ------------------------------------------------------------------------------------------
 
-    def _tell(self, updates: Updates) -> None:
+    def _tell(self, updates: Updates) -> list[Send]:
         if self._spans is not None:
             self._end_spans(self._spans, updates)
-        self._send_all(self._clients.outputs(updates))
-
-    def _send_all(self, sends: Sequence[Send]) -> None:
-        for one in sends:
-            self._send(one.route, one.message)
+        return self._clients.outputs(updates)
 
     @staticmethod
     def _end_spans(spans: OpenSpans, updates: Updates) -> None:
@@ -302,10 +300,9 @@ class Traffic:
                 if one.is_last:
                     spans.end((route, one.request_id), "" if one.failure is None else str(one.failure.error()))
 
-    def _cancel(self, worker_id: str, request_id: str) -> None:
+    def _cancel(self, worker_id: str, request_id: str) -> list[Send]:
         member = next((m for m in self._cluster.live("attention") if m.worker_id == worker_id), None)
-        if member is not None:
-            self._send(member.route, Cancel(request_id))
+        return [] if member is None else [Send(member.route, Cancel(request_id))]
 
 
 def _sent_per_s(member: Member) -> float:

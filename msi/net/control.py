@@ -139,9 +139,10 @@ class ControlClient:
             return
         self.num_sent += 1
         try:
-            self._socket.send([self._codec.encode(message)])
+            self._socket.raw.send(self._codec.encode(message), zmq.NOBLOCK)
         except zmq.Again:
             self._complain("unsent", f"the coordinator at {self.address} takes no more messages; one is lost")
+        self._socket.sent()
 
     async def receive(self) -> Any:
         """The next message. Cancellation loses nothing.

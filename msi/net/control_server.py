@@ -78,7 +78,8 @@ class ControlServer:
         if route in self._given_up:
             return
         try:
-            self._socket.send([route, self._encoded(message)])
+            self._socket.raw.send_multipart([route, self._encoded(message)], zmq.NOBLOCK)
+            self._socket.sent()
         except ProtocolError as error:
             self._complain("too_large", f"cannot tell {_name(route)}: {error}")
         except zmq.Again:
@@ -193,7 +194,8 @@ class _Door:
             version, request_id, mechanism = frames[0], frames[1], frames[5] if len(frames) > 5 else b""
             is_known = mechanism == b"CURVE" and len(frames) == 7 and frames[6] == self._client_key
             answer = (b"200", b"OK", b"member") if is_known else (b"400", b"the secret differs", b"")
-            asked.send([version, request_id, *answer, b""])
+            asked.raw.send_multipart([version, request_id, *answer, b""], zmq.NOBLOCK)
+            asked.sent()
 
     async def _follow(self) -> None:
         assert self._events is not None

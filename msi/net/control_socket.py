@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
 
 import zmq
 from zmq.utils import z85
@@ -27,7 +26,7 @@ HANDSHAKE_FAILED = (
 
 
 class ControlSocket:
-    """A ZeroMQ socket on the running event loop, for one task that receives."""
+    """A ZeroMQ socket on the running event loop, for one task that receives. Whoever sends by `raw` says so: `sent`."""
 
     def __init__(self, raw: zmq.Socket[bytes]) -> None:
         self.raw = raw
@@ -36,11 +35,10 @@ class ControlSocket:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def send(self, frames: list[Any]) -> None:
-        """Raises zmq.ZMQError: there is no room (zmq.Again), or nobody."""
-        self.raw.send_multipart(frames, zmq.NOBLOCK)
+    def sent(self) -> None:
+        """Sending may have acknowledged what announced a message: to be called after it, or that is found late."""
         if self._waiter is not None:
-            self.look()  # sending may have acknowledged what announced a message
+            self.look()
 
     def fail(self, sentence: str) -> None:
         """Nothing will come any more."""

@@ -89,7 +89,7 @@ class SimulatedAttention:
         self._launched: list[deque[_Launched]] = [deque() for _ in lanes]  # whose first layer has not opened yet
         self._lanes = [NO_PASS for _ in lanes]
         self._queues = LaneQueues(device, len(link.nodes), [self._programs(lane) for lane in lanes])
-        self.counts = self._queues.counts
+        self.counts, self.launch, self.open = self._queues.counts, self._queues.launch, self._queues.open
 
     def attach(self, node: int, out_rows: Region) -> None:
         self._slots[node] = self._layout.split_rows(out_rows.host())
@@ -112,15 +112,11 @@ class SimulatedAttention:
     async def run_whole(self, lane: int, micro_batch: MicroBatch, within_s: float) -> Sampled:
         raise NotImplementedError("the simulator's roles meet by their links")
 
-    def launch(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
+    def begin(self, lane: int, micro_batch: MicroBatch, first: int, link: DispatchLink) -> None:
         num_context_tokens = sum(micro_batch.context_lens)
         self._launched[lane].append(
             _Launched(micro_batch, micro_batch.num_tokens, num_context_tokens, first, self._view)
         )
-        self._queues.launch(lane, first, link)
-
-    def open(self, lane: int, turn: int) -> None:
-        self._queues.open(lane, turn)
 
     def use_nodes(self, missing: tuple[int, ...]) -> None:
         self._missing = missing
