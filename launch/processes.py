@@ -200,6 +200,8 @@ class CoordinatorEnding:
             self._coordinator.launched(message["serving"], message["running"], message["forgotten"])
         elif worker_id := message.get("exited"):
             self._coordinator.worker_exited(worker_id, message["pid"], message["how"], message["has_crashed"])
+        elif worker_id := message.get("given_up"):
+            self._coordinator.operator.given_up(worker_id, message["role"], message["why"])
 
     async def tell(self, asked: Callable[[], None]) -> None:
         """Calls `asked` when it is asked to end, and again when it is urgent."""

@@ -74,6 +74,13 @@ async def test_workers_come_and_go_by_msi_ctl_and_no_stream_notices(checkpoint):
         assert told["status"] == "ready"
         with pytest.raises(AssertionError, match=r"there is no worker .*expert-9.* that could leave"):
             await ctl(engine, "drain", "expert-9")
+        weights = next(checkpoint.glob("*.safetensors"))
+        hidden = weights.rename(weights.with_suffix(".hidden"))
+        try:
+            with pytest.raises(AssertionError, match=r"expert-\d was started and cannot work: .*safetensors"):
+                await ctl(engine, "add", "--role", "expert")
+        finally:
+            hidden.rename(weights)
         assert list(await undisturbed(engine)) == expected
 
 

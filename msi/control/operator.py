@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +56,9 @@ class Operator:
         self._balance = balance
         self._carry_out = carry_out
         self._address = address
+        self._coming: Counter[str] = Counter()  # by role: workers that orders wait for
+        self._known: set[int] = set()  # members that were there before, or that an order has got
+        self._given_up: dict[str, list[str]] = {}  # by role: why those cannot work that will not come
         self._clock = clock
         self.slow = SlowWorkerPolicy(cluster.plan.slow, cluster, self._let_go_slow, lambda: self.launcher is not None)
         self._num_moved = num_moved
@@ -167,32 +172,63 @@ class Operator:
         else:
             log.warning("%s, in the place of a slow one", answer.text)
 
+    def given_up(self, worker_id: str, role: str, why: str) -> None:
+        """The launcher says of one that was to come that it cannot work."""
+        if self._coming[role]:
+            self._given_up.setdefault(role, []).append(f"{worker_id} was started and cannot work: {why}")
+            self.look()
+
     async def _add(self, order: Order) -> tuple[str, dict[str, Any]]:
         cluster, role = self._cluster, order.role
         if role not in cluster.plan.most or cluster.plan.is_colocated:
             raise ConfigError(f"there is no role {role!r} for more workers here; give attention or expert")
-        if len(cluster.live(role)) >= cluster.plan.most[role]:
+        live, most = cluster.live(role), cluster.plan.most[role]
+        if not self._coming.total():
+            self._known = {id(member) for member in (*cluster.live("attention"), *cluster.live("expert"))}
+        num_under_way = max(0, self._coming[role] - sum(id(member) not in self._known for member in live))
+        if len(live) + num_under_way >= most:
+            under_way = f", with {num_under_way} on their way" if num_under_way else ""
             raise ConfigError(
-                f"there is room for {cluster.plan.most[role]} {role} workers, and so many are there; start the "
-                f"instance with a larger `max_{role}_workers`"
+                f"there is room for {most} {role} workers, and so many are there{under_way}; start the instance with a "
+                f"larger `max_{role}_workers`"
             )
         if self.launcher is None:
             command = " ".join(["msi-launch", "MODEL", "--role", role, "--coordinator", self._address])
             raise ConfigError(f"nobody starts workers for this instance; start one where it is to run: {command}")
-        before = {id(member) for member in cluster.live(role)}
-        self.launcher(start=role)
-        found: list[Member] = []
+        self._coming[role] += 1
+        try:
+            come = await self._newcomer(role, self.launcher)
+        finally:
+            self._coming[role] -= 1
+            if not self._coming[role]:
+                self._given_up.pop(role, None)
+        return f"{come.worker_id} (pid {come.pid}) has come", self._status()
 
-        def has_come() -> bool:
-            found[:] = [one for one in cluster.live(role) if id(one) not in before and cluster.is_of_use(one)]
-            return bool(found)
+    async def _newcomer(self, role: str, launcher: Launcher) -> Member:
+        """One that is started and has come; of two that are waited for each has come for one order.
 
+        Raises:
+            Unavailable: it did not come in time, or cannot work.
+        """
+        cluster, found, failed = self._cluster, list[Member](), list[str]()
+        launcher(start=role)
+
+        def is_decided() -> bool:
+            if not found and not failed:
+                new = (one for one in cluster.live(role) if id(one) not in self._known and cluster.is_of_use(one))
+                found.extend(itertools.islice(new, 1))
+                self._known.update(map(id, found))
+            if not found and not failed and (failures := self._given_up.get(role)):
+                failed.append(failures.pop(0))
+            return bool(found or failed)
+
+        timeout_s = cluster.plan.timeouts.start_timeout_s
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(cluster.plan.timeouts.start_timeout_s):
-                await self._until(has_come)
+            async with asyncio.timeout(timeout_s):
+                await self._until(is_decided)
         if not found:
-            raise Unavailable(f"no {role} worker came within {cluster.plan.timeouts.start_timeout_s:g} s")
-        return f"{found[0].worker_id} (pid {found[0].pid}) has come", self._status()
+            raise Unavailable(failed[0] if failed else f"no {role} worker came within {timeout_s:g} s")
+        return found[0]
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         if not condition():

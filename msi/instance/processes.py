@@ -228,7 +228,7 @@ class ProcessInstance:
             log.error("%s cannot be started: %s", worker_id, error.strerror or error)
             return
         self._leaving.discard(worker_id)
-        self._watch(self._keep_alive(address, role, worker_id))
+        self._watch(self._keep_alive(address, role, worker_id, is_added=True))
 
     def _watch(self, running: Coroutine[Any, Any, None]) -> None:
         async def watched() -> None:
@@ -318,8 +318,12 @@ class ProcessInstance:
         forgotten = [name for name in workers if name in self._leaving]
         coordinator.tell(launches=True, serving=serving, running=running, forgotten=forgotten)
 
-    async def _keep_alive(self, address: str, role: str, worker_id: str) -> None:
-        """Tells of a worker's end, and starts it again as long as that helps."""
+    async def _keep_alive(self, address: str, role: str, worker_id: str, *, is_added: bool = False) -> None:
+        """Tells of a worker's end, and starts it again as long as that helps.
+
+        Raises Unavailable: it never could work, and it is one of those that there are to be; one that was added to them
+        is only given up.
+        """
         restarts = Restarts()
         while True:
             child = self._children[worker_id]
@@ -339,8 +343,13 @@ class ProcessInstance:
             delay_s = restarts.ended(time.monotonic(), has_said_why=bool(child.failure))
             how = f"{worker_id} (pid {child.pid}) is gone: {child.end}"
             if delay_s is None:
-                end = f"{how}, again and again; it is not started again"
-                raise Unavailable(child.failure or end)
+                why = child.failure or f"{how}, again and again; it is not started again"
+                if not is_added:
+                    raise Unavailable(why)
+                log.error("%s was added and cannot work; all else goes on without it: %s", worker_id, why)
+                self._children["coordinator"].tell(given_up=worker_id, role=role, why=why)
+                del self._children[worker_id]
+                return
             log.warning(
                 "%s; it is started again%s", how, f" in {delay_s:g} s" if delay_s else "",
                 extra=with_fields(worker=worker_id, worker_pid=child.pid, end=child.end, again_in_s=delay_s),
