@@ -15,7 +15,7 @@ import pytest
 from msi.errors import Unavailable
 from msi.instance import processes as process_instance
 from msi.instance.children import Child
-from msi.instance.fork_server import ForkServer, forks_workers
+from msi.instance.fork_server import WAITING, ForkServer, forks_workers, waiting_asleep
 from msi.options import InstanceOptions
 from msi_launch import fork_server
 from tests.waiting import until
@@ -46,9 +46,27 @@ def test_workers_on_gpus_are_not_forked():
     assert not forks_workers("cuda:1")
 
 
+@pytest.mark.parametrize(
+    ("num_workers", "num_threads", "given", "is_asleep"),
+    [
+        (2, 2, None, True), (4, 2, None, True), (1, 3, None, True), (1, 2, None, False), (2, 1, None, False),
+        (4, 1, None, False), (2, 2, "OMP_WAIT_POLICY", False), (2, 2, "GOMP_SPINCOUNT", False),
+    ],
+)  # fmt: skip
+def test_threads_sleep_between_products_where_there_are_more_than_cores(
+    num_workers, num_threads, given, is_asleep, monkeypatch
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(given, "1")
+    assert dict(waiting_asleep(num_workers, num_threads)) == ({"OMP_WAIT_POLICY": "passive"} if is_asleep else {})
+
+
 async def test_workers_are_forked_show_their_command_lines_and_their_ends_are_told(monkeypatch, tmp_path):
     monkeypatch.setenv("MSI_SECRET", "not-for-workers-of-this-machine")
-    server = ForkServer("workers")
+    server = ForkServer("workers", {"OMP_WAIT_POLICY": "passive"})
     try:
         nowhere = f"ipc://{tmp_path}/x"  # where nobody is, and nobody else could be
         refused = await Child.fork((*WORDS, "nonsense"), server)
@@ -64,7 +82,9 @@ async def test_workers_are_forked_show_their_command_lines_and_their_ends_are_to
             (waiting.pid, ("msi_launch", *WORDS, nowhere)),
         ):
             assert command_line(pid)[: len(words) + 2] == (sys.executable, "-m", *words)
-            assert b"MSI_SECRET" not in of_process(pid, "environ")
+            environment = of_process(pid, "environ")
+            assert b"MSI_SECRET" not in environment
+            assert b"OMP_WAIT_POLICY=passive" in environment
         waiting.signal(signal.SIGKILL)
         assert await asyncio.wait_for(waiting.process.wait(), 30) == -signal.SIGKILL
         assert waiting.end == "it was killed by signal 9"

@@ -16,7 +16,8 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from msi.net.secret import without_secret
@@ -24,12 +25,22 @@ from msi.net.secret import without_secret
 MAX_PACKET_BYTES = 1 << 16
 HAS_ENDED = "the process that forks it has ended"
 CAN_FORK = sys.platform == "linux"
+EMPTY: Mapping[str, str] = MappingProxyType({})
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # of these an operator's own count
 ROOM_BYTES = 4096  # of its command line, in which who is forked shows its own
 
 
 def forks_workers(device: str) -> bool:
     """Whether workers on this device are forked; those on a GPU load for themselves what its driver needs."""
     return CAN_FORK and device == "cpu"
+
+
+def waiting_asleep(num_workers: int, num_threads: int) -> Mapping[str, str]:
+    """Variables by which OpenMP's threads sleep from one product to the next, where workers have more of them than this
+    machine has cores: those that spin take the core that another worker computes on.
+    """
+    is_crowded = num_threads > 1 and num_workers * num_threads > (os.cpu_count() or 1)
+    return EMPTY if not is_crowded or any(name in os.environ for name in WAITING) else {WAITING[0]: "passive"}
 
 
 class Forked:
@@ -64,10 +75,12 @@ class ForkServer:
 
     Args:
         what: "workers" or "coordinator": who is forked.
+        environment: variables that they have beside ours.
     """
 
-    def __init__(self, what: Literal["workers", "coordinator"]) -> None:
+    def __init__(self, what: Literal["workers", "coordinator"], environment: Mapping[str, str] = EMPTY) -> None:
         self._what = what
+        self._environment = environment
         self._process: asyncio.subprocess.Process | None = None
         self._socket: socket.socket | None = None
         self._asked: deque[asyncio.Future[Forked]] = deque()
@@ -87,7 +100,7 @@ class ForkServer:
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable, "-m", "msi_launch.fork_server", self._what, str(theirs.fileno()),
                     str(os.getpid()), "-" * ROOM_BYTES, stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
-                    env=without_secret(os.environ),
+                    env={**without_secret(os.environ), **self._environment},
                 )  # fmt: skip
             except BaseException:
                 ours.close()

@@ -20,7 +20,7 @@ from msi.control.messages import CLIENT_END
 from msi.control.restarts import Restarts
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.instance.children import Child
-from msi.instance.fork_server import CAN_FORK, ForkServer, forks_workers
+from msi.instance.fork_server import CAN_FORK, ForkServer, forks_workers, waiting_asleep
 from msi.instance.gpus import Gpus, num_gpus
 from msi.instance.instance import check_device, check_files, worker_ids
 from msi.json_log import with_fields
@@ -164,7 +164,8 @@ class ProcessInstance:
         self._sockets: SocketDir | None = None
         self._stopping = asyncio.Event()
         self._leaving: set[str] = set()  # workers that are not started again
-        self._forks = ForkServer("workers") if forks_workers(options.host.device) else None
+        waiting = waiting_asleep(len(worker_ids(options)), options.num_threads)
+        self._forks = ForkServer("workers", waiting) if forks_workers(options.host.device) else None
         self._coordinator_forks = ForkServer("coordinator") if CAN_FORK else None
         self._gpus = Gpus(options.host.device, num_gpus(os.environ))
         self._placed_first: list[str] = []  # until all of them are children
