@@ -117,6 +117,15 @@ async def test_an_idle_instance_outlives_an_absence_of_its_coordinator_or_its_la
 # -- a server that is asked to end -----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def hang_ups():
+    """Are heard by whom we start, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_ups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_server_that_is_asked_to_end_finishes_what_runs_and_takes_nothing_new(checkpoint, number):
     """Streams were cut without an error or [DONE], and plain requests got no answer at all."""
