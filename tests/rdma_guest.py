@@ -182,6 +182,11 @@ async def exchanges(client, process):
 
 
 @with_echo
+async def briefly(client, process):
+    await client.exchange(400)
+
+
+@with_echo
 async def killed(client, process):
     """While it writes: its death is known within a second, and all that came before is whole."""
     await client.exchange(4)
@@ -410,9 +415,9 @@ async def converse(ours, theirs, options):
 
 
 CHECKS = {
-    "contract": contract, "exchanges": exchanges, "killed": killed, "silent": silent, "lossy": lossy, "keys": keys,
-    "latency": latency, "least": rdma_least.least, "perftest": perftest, "roles": roles, "wire": wire,
-    "leftovers": leftovers,
+    "contract": contract, "exchanges": exchanges, "briefly": briefly, "killed": killed, "silent": silent,
+    "lossy": lossy, "keys": keys, "latency": latency, "least": rdma_least.least, "perftest": perftest, "roles": roles,
+    "wire": wire, "leftovers": leftovers,
 }  # fmt: skip
 
 
