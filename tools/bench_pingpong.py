@@ -79,7 +79,10 @@ async def run(engine: Engine, num_lanes: int, arguments: argparse.Namespace) -> 
         await asyncio.wait(requests, timeout=0.2)
     await asyncio.gather(*requests)
     begin, end = max(times[0] for times in seen), min(times[-1] for times in seen)
-    rate = sum(1 for times in seen for at in times if begin < at <= end) / (end - begin)
+    counted = sum(1 for times in seen for at in times if begin < at <= end)
+    if not counted:
+        raise SystemExit("the batch never decoded as a whole; give a longer --output-len")
+    rate = counted / (end - begin)
     _, stats = max((at, stats) for at, stats in samples if at < end)  # medians of the last stages: decoding alone
     (attention,) = (worker.status for worker in stats.workers if worker.role == "attention")
     stages = Stages(attention.times.attention_s, attention.times.expert_s, attention.times.comm_s)
