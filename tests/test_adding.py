@@ -94,3 +94,16 @@ async def test_one_that_cannot_work_fails_its_order_and_no_other():
     assert (await orders[1]).text == "expert-3 (pid 1) has come"
     late = await instance.add()  # what an order before it was told is not told again
     assert (await late).failure == "no expert worker came within 0.3 s"
+
+
+async def test_who_came_back_while_another_role_was_waited_for_is_nobodys_newcomer():
+    instance = Instance()
+    order = await instance.add()
+    back = SimpleNamespace(worker_id="attention-0", role="attention", pid=7, is_ready=True)
+    instance.members.append(back)
+    instance.operator.look()
+    other = asyncio.ensure_future(instance.operator.obey(Order(1, "add", role="attention")))
+    await asyncio.sleep(0)
+    instance.comes("expert-2")
+    assert (await order).text == "expert-2 (pid 1) has come"
+    assert (await other).failure == "no attention worker came within 0.3 s"

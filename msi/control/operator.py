@@ -57,7 +57,7 @@ class Operator:
         self._carry_out = carry_out
         self._address = address
         self._coming: Counter[str] = Counter()  # by role: workers that orders wait for
-        self._known: set[int] = set()  # members that were there before, or that an order has got
+        self._known: dict[int, Member] = {}  # by identity: who was there before, or has come for an order
         self._given_up: dict[str, list[str]] = {}  # by role: why those cannot work that will not come
         self._clock = clock
         self.slow = SlowWorkerPolicy(cluster.plan.slow, cluster, self._let_go_slow, lambda: self.launcher is not None)
@@ -184,7 +184,9 @@ class Operator:
             raise ConfigError(f"there is no role {role!r} for more workers here; give attention or expert")
         live, most = cluster.live(role), cluster.plan.most[role]
         if not self._coming.total():
-            self._known = {id(member) for member in (*cluster.live("attention"), *cluster.live("expert"))}
+            self._known.clear()
+        if not self._coming[role]:
+            self._known.update((id(member), member) for member in live)
         num_under_way = max(0, self._coming[role] - sum(id(member) not in self._known for member in live))
         if len(live) + num_under_way >= most:
             under_way = f", with {num_under_way} on their way" if num_under_way else ""
@@ -217,7 +219,7 @@ class Operator:
             if not found and not failed:
                 new = (one for one in cluster.live(role) if id(one) not in self._known and cluster.is_of_use(one))
                 found.extend(itertools.islice(new, 1))
-                self._known.update(map(id, found))
+                self._known.update((id(member), member) for member in found)
             if not found and not failed and (failures := self._given_up.get(role)):
                 failed.append(failures.pop(0))
             return bool(found or failed)
