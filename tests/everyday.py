@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 IS_THOROUGH = os.environ.get("MSI_THOROUGH") == "1"
-NUM_SEEDS = 100 if IS_THOROUGH else 12
+NUM_SEEDS = 100 if IS_THOROUGH else 8
 
 
 only_thorough = pytest.mark.skipif(not IS_THOROUGH, reason="MSI_THOROUGH=1 tries it")
@@ -24,6 +24,14 @@ def mostly_slow(values: Iterable[Any], keep: int = 1) -> list[Any]:
         value
         if index < keep
         else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        for index, value in enumerate(values)
+    ]
+
+
+def mostly_thorough(values: Iterable[Any], keep: int = 1) -> list[Any]:
+    """For `parametrize`: only MSI_THOROUGH=1 tries all but the first `keep`. A tuple is a case's several values."""
+    return [
+        value if index < keep else thorough(*(value if isinstance(value, tuple) else (value,)))
         for index, value in enumerate(values)
     ]
 

@@ -13,6 +13,7 @@ import time
 import aiohttp
 import pytest
 
+from tests.everyday import mostly_thorough, thorough
 from tests.test_faults import LONG, SHORT, checkpoint, local, outcome, running_requests, until
 from tests.test_launch import free_port, launched
 
@@ -27,8 +28,8 @@ async def stand_still(pid, for_s):
     os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.parametrize(("name", "for_s"), [("coordinator", 2.5), ("coordinator", 4.5), ("coordinator", 6.0),
-                                             ("attention-1", 1.5), ("expert-0", 1.5)])  # fmt: skip
+@pytest.mark.parametrize(("name", "for_s"), [("coordinator", 2.5), ("coordinator", 6.0), ("attention-1", 1.5),
+                                             ("expert-0", 1.5), thorough("coordinator", 4.5)])  # fmt: skip
 async def test_streams_go_on_when_a_process_has_stood_still_for_less_than_its_bound(checkpoint, name, for_s):
     """All streams were lost: the coordinator took its own absence for everybody's."""
     async with local(checkpoint) as engine:
@@ -202,7 +203,7 @@ async def test_a_worker_of_a_local_instance_that_is_asked_to_end_finishes_what_r
 # -- an id that is taken ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("worker_id", ["attention-0", "expert-0"])
+@pytest.mark.parametrize("worker_id", mostly_thorough(["attention-0", "expert-0"]))
 async def test_a_second_start_of_a_live_id_is_refused_and_changes_nothing_for_the_live_one(checkpoint, worker_id):
     """Its farewell was taken for the live one's, and requests of others were lost."""
     async with local(checkpoint) as engine:

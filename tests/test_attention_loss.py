@@ -15,6 +15,7 @@ import pytest
 
 from msi import Engine, RequestFailed, SamplingParams, StructuredOutputs, Unavailable
 from tests import crashing
+from tests.everyday import thorough
 from tests.test_faults import until
 
 ENDS_WITHIN_S = 60
@@ -105,8 +106,15 @@ async def signalled_amid(engine, worker_id, number, asked=ASKED, after=3, beside
     return answers
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("number", "transport"),
+    [
+        (signal.SIGKILL, "tcp"),
+        (signal.SIGSTOP, "shm"),
+        thorough(signal.SIGKILL, "shm"),
+        thorough(signal.SIGSTOP, "tcp"),
+    ],
+)
 async def test_when_an_attention_worker_dies_or_freezes_every_answer_is_what_it_would_have_been(
     tiny_model, number, transport
 ):

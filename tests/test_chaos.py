@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.everyday import mostly_thorough
 from tests.hosts import why_not
 from tests.test_pages import ROOT
 from tools.chaos import left_over
@@ -137,7 +138,7 @@ def test_workers_that_serve_are_counted_by_the_metrics():
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", mostly_thorough(["tcp", "shm"]))
 async def test_attention_workers_die_and_are_cut_off_and_no_answer_changes(tmp_path, transport):
     process = await asyncio.create_subprocess_exec(
         sys.executable, "tools/chaos.py", "--minutes", "0.4", "--every", "5", "--calm", "3", "--streams", "4",

@@ -16,6 +16,7 @@ from msi.instance.instance import create_coordinator, create_worker, listen
 from msi.net.tcp import TcpTransport
 from msi.options import InstanceOptions
 from tests import waiting
+from tests.everyday import mostly_thorough
 from tests.test_faults import LONG, SHORT, checkpoint, outcome, running_requests, until
 from tests.test_launch import free_port, launched
 
@@ -106,7 +107,7 @@ async def test_a_connection_that_breaks_and_is_back_while_the_device_is_busy_cos
         assert sum(expert_lives(workers)) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", mostly_thorough([signal.SIGKILL, signal.SIGSTOP]))
 async def test_what_runs_waits_for_a_lost_expert_worker_over_tcp_which_is_taken_back(checkpoint, number):
     engine = Engine.local(model=checkpoint, expert_workers=2, micro_batches=2, threads_per_worker=1, transport="tcp")
     async with engine:

@@ -16,6 +16,7 @@ from msi.instance.instance import check_files
 from msi.options import InstanceOptions
 from msi.placement import place_evenly
 from msi.worker.loading import ModelFiles
+from tests.everyday import IS_THOROUGH
 from tests.reference import load_reference, save_tiny
 from tests.test_models import PlainDevice, assignment, logits_of
 
@@ -175,5 +176,5 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence_or_computes_what_transfor
 
 @pytest.mark.slow
 def test_many_damaged_checkpoints(intact, tmp_path, monkeypatch):
-    ends = try_seeds(intact, tmp_path / "model", monkeypatch, range(1000, 1800))
-    assert ends.count("refused") > 300
+    ends = try_seeds(intact, tmp_path / "model", monkeypatch, range(1000, 1800 if IS_THOROUGH else 1200))
+    assert ends.count("refused") > 3 / 8 * len(ends)

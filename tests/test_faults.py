@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from msi import Engine, RequestFailed, SamplingParams, Unavailable
+from tests.everyday import mostly_thorough
 from tests.tiny import save_tiny
 
 ENDS_WITHIN_S = 20
@@ -126,7 +127,7 @@ async def _succeeds(engine):
     return await outcome(engine, [7, 8, 9], SHORT) == ("done", 4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", mostly_thorough([signal.SIGKILL, signal.SIGSTOP]))
 async def test_a_lost_attention_worker_costs_no_request_and_is_taken_back(checkpoint, number):
     async with local(checkpoint) as engine:
         tasks = await running_requests(engine, 4)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from msi import Engine, InvalidRequest, SamplingParams
 from tests.conftest import TEXT
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 from tests.test_engine import collect, idle
 from tests.tiny import save_tiny
 
@@ -30,7 +30,7 @@ ABSURD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("eos", mostly_slow([[2, -1, 10_000], None, -1, 10_000, []]), ids=str)
+@pytest.mark.parametrize("eos", [*mostly_slow([[2, -1, 10_000], None, []]), *map(thorough, [-1, 10_000])], ids=str)
 @pytest.mark.slow
 async def test_live_streams_keep_their_tokens_beside_absurd_requests(tiny_model, tmp_path, eos):
     if eos is not None:

@@ -30,6 +30,7 @@ from msi.simulator.deployment import Fault
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
 from msi.types import Progress
+from tests.everyday import thorough
 from tests.test_resumption import ASKED, FAULT, FLOW, NAMES, Storm, request
 from tests.test_simulator import SMALL
 
@@ -349,7 +350,7 @@ def test_moving_raises_the_throughput_where_a_worker_turns_slow():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_s", [9.5, 10.0, 10.5, 11.0])
+@pytest.mark.parametrize("at_s", [9.5, 10.5, *map(thorough, [10.0, 11.0])])
 @pytest.mark.parametrize("worker", ["coordinator", "attention-0", "attention-1"])
 def test_a_coordinator_or_a_worker_may_die_amid_moves(worker, at_s):
     """The simulation asserts that every token is the right one, and told once."""

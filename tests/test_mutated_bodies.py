@@ -26,7 +26,7 @@ from msi.server.prepare import (
     Setup,
 )
 from msi.settings import DEMO_MODEL
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 
 NUM_BODIES = 2500
 MAX_SENTENCE_CHARS = 900
@@ -170,7 +170,7 @@ def test_bodies_as_they_should_be_are_understood(preparation, endpoint):
         assert not isinstance(answer, NotUnderstood), answer
 
 
-@pytest.mark.parametrize("seed", mostly_slow(range(12)))
+@pytest.mark.parametrize("seed", [*mostly_slow(range(6)), *map(thorough, range(6, 12))])
 def test_whatever_is_wrong_is_a_sentence(preparation, seed):
     chance, counted = random.Random(seed), Counter()
     for _ in range(NUM_BODIES):

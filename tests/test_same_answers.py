@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from tests.conftest import TEXT
 from tests.edge import gateway, with_template
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 from tests.test_engine import idle
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -132,7 +132,7 @@ def usage_of(values):
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-@pytest.mark.parametrize("seed", mostly_slow(range(8)))
+@pytest.mark.parametrize("seed", [*mostly_slow(range(4)), *map(thorough, range(4, 8))])
 async def test_streams_and_wholes_say_the_same(served, path, seed):
     chance = random.Random(seed)
     num_answered = 0
@@ -162,7 +162,7 @@ async def test_streams_and_wholes_say_the_same(served, path, seed):
 
 
 @pytest.mark.parametrize("own", [COMPLETIONS, CHATS], ids=["completions", "chats"])
-@pytest.mark.parametrize("seed", mostly_slow(range(8)))
+@pytest.mark.parametrize("seed", [*mostly_slow(range(4)), *map(thorough, range(4, 8))])
 async def test_the_websocket_says_the_same(served, own, seed):
     chance = random.Random(100 + seed)
     for _ in range(NUM_REQUESTS):

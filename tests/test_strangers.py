@@ -28,7 +28,7 @@ from msi.net.tcp import ACCEPTED, CHALLENGE, GREETING, GREETING_MAGIC, HELLO, Tc
 from msi.net.transport import Admission, CompletionKind
 from msi.precision import Precision
 from msi.profiler.process import Hosting, StageHost
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 from tests.test_launch import free_port, launched
 from tests.waiting import until
 
@@ -330,7 +330,7 @@ async def test_the_sides_of_a_profile_take_nobody_but_each_other(tiny_model, tra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encryption", [(), ("--encrypt-rows",)])
+@pytest.mark.parametrize("encryption", [("--encrypt-rows",), thorough(())])
 async def test_a_cluster_serves_who_holds_its_secret_and_nobody_else(tiny_model, tmp_path, encryption):
     secret = tmp_path / "secret"
     secret.touch(mode=0o600)

@@ -177,8 +177,14 @@ def checkpoint(request, tmp_path_factory):
     return path, references(model, [1, 17, 64], NUM_TOKENS)
 
 
-@pytest.mark.parametrize("host", mostly_slow([StreamHost, GatedHost]))
-@pytest.mark.parametrize(("layout", "micro_batches"), [((1, 1), 1), ((2, 2), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("host", "layout", "micro_batches"),
+    [
+        *mostly_slow([(StreamHost, (1, 1), 1), (GatedHost, (2, 2), 2)]),
+        *(thorough(StreamHost, (2, 2), 2), thorough(GatedHost, (1, 1), 1)),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 async def test_tokens_of_every_family_equal_transformers(checkpoint, layout, micro_batches, host):
     path, expected = checkpoint
     async with stream_engine(

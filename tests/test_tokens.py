@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 
 import pytest
@@ -156,9 +157,10 @@ async def settled(engine):
 # -- the other families ------------------------------------------------------------------------------------------------
 
 FAMILIES = ["qwen3", "qwen2", "olmoe", "dbrx", "glm4", "gpt_oss"]
+SCARCE_OVER = dict(zip(["mixtral", *FAMILIES], itertools.cycle(["tcp", "shm"]), strict=False))  # in the full check
 
 
-@pytest.fixture(scope="module", params=mostly_slow(FAMILIES[::-1], keep=2))
+@pytest.fixture(scope="module")
 def family_checkpoint(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     model = save_tiny(path, family=request.param)
@@ -175,6 +177,7 @@ def family_checkpoint(request, tmp_path_factory):
     ],
     ids=str,
 )
+@pytest.mark.parametrize("family_checkpoint", mostly_slow(FAMILIES[::-1], keep=2), indirect=True, scope="module")
 async def test_tokens_of_every_family_equal_transformers(family_checkpoint, layout, micro_batches):
     path, expected = family_checkpoint
     async with Engine.local(
@@ -190,6 +193,12 @@ async def test_tokens_of_every_family_equal_transformers(family_checkpoint, layo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "family_checkpoint",
+    [one if SCARCE_OVER[one] == "tcp" else thorough(one) for one in FAMILIES[::-1]],
+    indirect=True,
+    scope="module",
+)
 async def test_tokens_of_every_family_equal_transformers_as_processes_over_shared_memory(family_checkpoint):
     path, expected = family_checkpoint
     async with Engine.local(
@@ -198,14 +207,23 @@ async def test_tokens_of_every_family_equal_transformers_as_processes_over_share
         await check_equal(engine, expected, seed=0)
 
 
-@pytest.fixture(scope="module", params=["mixtral", *FAMILIES])
+@pytest.fixture(scope="module")
 def long_checkpoint(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(f"long-{request.param}")
     return path, references(save_tiny(path, family=request.param), *LONG)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize(
+    ("long_checkpoint", "transport"),
+    [
+        (family, transport) if SCARCE_OVER[family] == transport else thorough(family, transport)
+        for family in SCARCE_OVER
+        for transport in ("shm", "tcp")
+    ],
+    indirect=["long_checkpoint"],
+    scope="module",
+)
 async def test_tokens_of_every_family_equal_transformers_when_blocks_are_scarce(long_checkpoint, transport):
     path, expected = long_checkpoint
     async with Engine.local(model=path, transport=transport, expert_workers=2, **SCARCE) as engine:

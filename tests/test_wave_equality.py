@@ -12,7 +12,7 @@ from msi.experts.batches import WaveBatch
 from msi.experts.waves import Waves
 from msi.simulator.clock import run_virtual
 from tests import plain_waves
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 from tests.test_simulated_pipeline import storms, weather
 
 
@@ -158,7 +158,7 @@ class Weather:
             self.free_at = max(self.free_at, self.now) + chance.choice([1.0, 5.0])
 
 
-@pytest.mark.parametrize("first", mostly_slow(range(0, 2000, 100)))
+@pytest.mark.parametrize("first", [*mostly_slow(range(0, 600, 100)), *map(thorough, range(600, 2000, 100))])
 def test_whatever_happens_they_decide_the_same(first):
     for seed in range(first, first + 100):
         weather = Weather(seed)

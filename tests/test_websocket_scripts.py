@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.edge import gateway, with_template
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 from tests.test_engine import idle
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -73,7 +73,7 @@ def check(message, ended):
     ended[name] += 1
 
 
-@pytest.mark.parametrize("seed", mostly_slow(range(10)))
+@pytest.mark.parametrize("seed", [*mostly_slow(range(4)), *map(thorough, range(4, 10))])
 async def test_each_message_is_answered_once(served, seed):
     engine, url = served
     chance = random.Random(seed)
@@ -106,7 +106,7 @@ async def test_each_message_is_answered_once(served, seed):
     await idle(engine)
 
 
-@pytest.mark.parametrize("seed", mostly_slow(range(4)))
+@pytest.mark.parametrize("seed", [*mostly_slow(range(2)), *map(thorough, (2, 3))])
 async def test_clients_that_leave_in_the_middle_leave_nothing(served, seed):
     engine, url = served
     chance = random.Random(seed)

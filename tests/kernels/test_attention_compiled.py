@@ -9,7 +9,8 @@ import pytest
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.triton import penalties, sampling
 from msi.kernels.triton.attention_plan import ITEM, chunk_tiles, split_tiles, warps_and_stages
-from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, assert_uses_tensor_cores, compile_all
+from tests.everyday import IS_THOROUGH, thorough
+from tests.kernels.compiled import Request, assert_fits, assert_uses_tensor_cores, compile_all
 
 BF16, F32, I32, I64, E4M3 = "*bf16", "*fp32", "*i32", "*i64", "*fp8e4nv"
 NAMES = "query", "cache", "block_tables", "items", "item_starts", "output", "partial", "partial_lse"
@@ -37,12 +38,13 @@ def attention(shape, dtype, is_split, architecture, cached=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [90, 89, 100, thorough(80)])
 def test_attention_of_served_shapes_fits_and_loads_whole_lines(architecture):
     shapes = [
-        AttentionShape(48, 8, 128), AttentionShape(32, 8, 128), AttentionShape(32, 4, 128), AttentionShape(96, 8, 128),
-        AttentionShape(16, 16, 128), GPT_OSS,
+        AttentionShape(48, 8, 128), GPT_OSS, AttentionShape(32, 8, 128), AttentionShape(32, 4, 128),
+        AttentionShape(96, 8, 128), AttentionShape(16, 16, 128),
     ]  # fmt: skip
+    shapes = shapes if architecture == 90 or IS_THOROUGH else shapes[:2]
     requests = [attention(shape, BF16, is_split, architecture) for shape in shapes for is_split in (True, False)]
     for request, compiled in zip(requests, compile_all(requests), strict=True):
         assert_fits(request, compiled)
@@ -52,7 +54,7 @@ def test_attention_of_served_shapes_fits_and_loads_whole_lines(architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [89, 90, 100])
+@pytest.mark.parametrize("architecture", [89, 90, thorough(100)])
 def test_attention_to_a_cache_in_eight_bits_fits(architecture):
     shapes = [AttentionShape(48, 8, 128), AttentionShape(32, 4, 128), AttentionShape(16, 16, 128)]
     requests = [attention(shape, BF16, is_split, architecture, E4M3) for shape in shapes for is_split in (True, False)]
@@ -184,7 +186,7 @@ def penalty_kernels(architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [80, 90, *map(thorough, [89, 100])])
 def test_small_kernels_fit_and_store_whole_lines(architecture):
     asked, stores = zip(*small_kernels(architecture), strict=True)
     requests = [replace(one, is_read=least > 0) for one, least in zip(asked, stores, strict=True)]

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 
 from msi.kernels.triton.launches import answer_warps, counted_rows, plan_rows
 from msi.kernels.triton.tiles import TUNED, Product, Tiles, default_tiles, file_name, from_json
-from tests.everyday import mostly_slow, thorough
+from tests.everyday import mostly_slow, mostly_thorough, thorough
 from tests.kernels.compiled import (
     ARCHITECTURES,
     SHARED_BYTES,
@@ -101,7 +101,7 @@ def stage(architecture: int, scales_at: int = 0) -> Request:
     return Request("msi.kernels.triton.wave:stage_rows", types, constants, architecture)
 
 
-@pytest.mark.parametrize("architecture", mostly_slow(sorted(ARCHITECTURES, key=lambda one: one != 90)))
+@pytest.mark.parametrize("architecture", [*mostly_slow([90, 80]), *map(thorough, [89, 100])])
 def test_a_waves_plan_and_answers_fit_and_store_wide(architecture):
     requests = [
         plan(architecture, 8, 2),
@@ -122,7 +122,7 @@ def test_a_waves_plan_and_answers_fit_and_store_wide(architecture):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("architecture", mostly_slow(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", mostly_thorough([90, *(one for one in ARCHITECTURES if one != 90)]))
 def test_the_products_of_clamped_experts_with_biases_fit(architecture):
     """Of a shape that few tiles divide."""
     requests = []
@@ -142,7 +142,15 @@ def test_the_products_of_clamped_experts_with_biases_fit(architecture):
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("architecture", "weights"),
-    [*((one, "bf16") for one in ARCHITECTURES), *((one, "fp8e4nv") for one in ARCHITECTURES if one >= 89)],
+    [
+        (89, "bf16"),
+        (90, "bf16"),
+        (100, "bf16"),
+        (89, "fp8e4nv"),
+        (90, "fp8e4nv"),
+        thorough(80, "bf16"),
+        thorough(100, "fp8e4nv"),
+    ],
 )
 def test_the_products_fit(architecture, weights):
     """With the tiles of a device that nobody has measured."""

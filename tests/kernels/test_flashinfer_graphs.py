@@ -16,6 +16,7 @@ from msi.kernels.plain import PlainKernels, apply_rope
 from msi.worker.torch_host import TorchHost
 from tests import fake_flashinfer
 from tests.engine_in_tasks import engine_in_tasks
+from tests.everyday import thorough
 from tests.reference import references, save_tiny
 from tests.test_tokens import NUM_TOKENS, check_equal
 
@@ -87,7 +88,7 @@ def engine_of(path, layout=(1, 1), micro_batches=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "micro_batches"), [((1, 1), 1), ((2, 2), 2)], ids=str)
+@pytest.mark.parametrize(("layout", "micro_batches"), [((1, 1), 1), thorough((2, 2), 2)], ids=str)
 async def test_tokens_equal_transformers(layout, micro_batches, tmp_path):
     expected = references(save_tiny(tmp_path, family="mixtral"), [1, 17, 64], NUM_TOKENS)
     async with engine_of(tmp_path, layout, micro_batches) as engine:

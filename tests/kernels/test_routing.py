@@ -19,9 +19,10 @@ from msi.kernels.routing import (
     topk_softmax,
 )
 from msi.kernels.triton.kernels import TritonKernels
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 from tests.kernels.device import DEVICE, TOLERANCES
 
+DTYPES = (torch.float32, torch.bfloat16)
 NAN = float("nan")
 PLAIN, TRITON = PlainKernels(DEVICE), TritonKernels(DEVICE)
 
@@ -94,12 +95,14 @@ def outboxes_of(num_nodes, num_rows, hidden, k, dtype):
     return memory, Outboxes(rows, counts if DEVICE.type == "cpu" else counts.pin_memory())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("num_tokens", "num_nodes", "num_experts", "k", "hidden"),
-    mostly_slow(
-        [(37, 3, 8, 2, 48), (1, 1, 4, 1, 16), (0, 2, 4, 2, 16), (70, 9, 20, 4, 2064), (300, 2, 4, 3, 16)], keep=3
-    ),
+    ("num_tokens", "num_nodes", "num_experts", "k", "hidden", "dtype"),
+    [
+        *((*one, dtype) for one in ((37, 3, 8, 2, 48), (1, 1, 4, 1, 16), (0, 2, 4, 2, 16)) for dtype in DTYPES),
+        *mostly_slow([(70, 9, 20, 4, 2064, torch.bfloat16), (300, 2, 4, 3, 16, torch.float32)], keep=0),
+        *(thorough(70, 9, 20, 4, 2064, torch.float32), thorough(300, 2, 4, 3, 16, torch.bfloat16)),
+    ],
+    ids=str,
 )
 def test_rows_leave_and_come_back_as_the_plain_ones(num_tokens, num_nodes, num_experts, k, hidden, dtype):
     torch.manual_seed(4)

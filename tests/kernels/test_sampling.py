@@ -42,7 +42,7 @@ def is_close_call(logits, numbers):
     return result
 
 
-@pytest.mark.parametrize("seed", mostly_slow(range(NUM_SEEDS // 2 - 1)))  # five widths
+@pytest.mark.parametrize("seed", mostly_slow(range(NUM_SEEDS // 2 - 1)))  # each of another width
 @pytest.mark.parametrize("kind", ["any", "ties", "all equal", "few left", "zeros of both signs"])
 def test_the_same_tokens_as_from_sorted_rows(seed, kind):
     generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,7 @@ from msi.kernels.triton import expert_bank, host_rows
 from msi.kernels.triton.expert_bank import TritonExpertBank, new_expert_bank
 from msi.kernels.triton.launches import ExpertWeights
 from msi.kernels.triton.tiles import Product, Tiles, choose, expected_rows
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POISON = 0xFF  # NaN in every format, -1 as an id
@@ -99,10 +99,18 @@ SHAPES = {  # seats, lanes, slot_rows, k, experts, hidden, inner
     "many experts": (5, 3, 9, 4, 20, 64, 48),
     "k is no power of two": (4, 2, 7, 3, 5, 64, 48),
 }
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", mostly_slow(SHAPES, keep=2))
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, dtype) for shape in list(SHAPES)[:2] for dtype in DTYPES),
+        *mostly_slow(((shape, torch.float32) for shape in list(SHAPES)[2:]), keep=0),
+        *(thorough(shape, dtype) for shape in list(SHAPES)[2:] for dtype in DTYPES[1:]),
+    ],
+    ids=str,
+)
 def test_waves_are_right_and_write_nothing_but_their_rows(shape, dtype):
     """Many waves with the same launches, of all layers and lanes: empty, one row, ragged, full."""
     seats, lanes, slot_rows, k, experts, hidden, inner = SHAPES[shape]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from msi.kernels.quantized import in_float8, joined, quantize
-from tests.everyday import mostly_slow
+from tests.everyday import mostly_slow, thorough
 from tests.kernels.device import DEVICE, TOLERANCES
 
 pytest.importorskip("triton", reason="Triton is not installed here")
@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from msi.kernels.triton import linear
 from msi.kernels.triton.kernels import TritonKernels
 from msi.kernels.triton.linear import CUTS, EXACT_CUTS, Cut, Float8Linear
-from tests.kernels.compiled import ARCHITECTURES, Request, assert_fits, compile_all
+from tests.kernels.compiled import Request, assert_fits, compile_all
 
 SHAPES = [(1, 32, 32), (5, 144, 136), (17, 40, 300), (70, 272, 128)]  # rows, outputs, depth
 
@@ -73,7 +73,7 @@ def request(cut: Cut, architecture: int, rows: str, num_outputs: int, depth: int
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", mostly_slow(sorted((one for one in ARCHITECTURES if one >= 89), reverse=True)))
+@pytest.mark.parametrize("architecture", [*mostly_slow([90, 89]), thorough(100)])
 def test_they_fit_and_load_wide(architecture):
     requests = [request(cut, architecture, "bf16", 6144, 4096) for cut in CUTS]
     requests += [request(EXACT_CUTS[0], architecture, "fp32", 6144, 4096)]
