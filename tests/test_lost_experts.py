@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -17,9 +18,10 @@ from tests.test_faults import until
 from tests.tiny import save_tiny
 
 NUM_TOKENS = 300
+FEWER_TOKENS = 150  # where what happens does so at once
 KILL_AFTER = 40  # tokens of each stream
-PROMPTS = [[5 + index] * (4 + 3 * index) for index in range(6)]
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+PROMPTS = [[5 + index] * (4 + 3 * index) for index in range(6)]
 ENDS_WITHIN_S = 90
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
@@ -42,22 +44,23 @@ def local(checkpoint, transport, **options):
 class Streams:
     """Greedy streams of one engine, all at once."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, num_tokens=NUM_TOKENS):
+        self.params = replace(GREEDY, max_tokens=num_tokens)
         self.tokens = [[] for _ in PROMPTS]
         self.reached = asyncio.Event()
         self.ended = asyncio.gather(*(self._run(engine, index) for index in range(len(PROMPTS))))
 
     async def _run(self, engine, index):
         mine = self.tokens[index]
-        async for output in engine.generate(PROMPTS[index], GREEDY):
+        async for output in engine.generate(PROMPTS[index], self.params):
             mine += output.token_ids
             if min(map(len, self.tokens)) >= KILL_AFTER:
                 self.reached.set()
         return tuple(mine)
 
 
-async def undisturbed(engine):
-    return await asyncio.wait_for(Streams(engine).ended, ENDS_WITHIN_S)
+async def undisturbed(engine, num_tokens=NUM_TOKENS):
+    return await asyncio.wait_for(Streams(engine, num_tokens).ended, ENDS_WITHIN_S)
 
 
 async def kill(engine, streams, name):
@@ -71,10 +74,10 @@ async def kill(engine, streams, name):
 )  # redundancy 0: rows are held until it is back
 async def test_no_stream_fails_or_changes_when_an_expert_worker_is_killed(checkpoint, transport, redundancy):
     async with local(checkpoint, transport, expert_redundancy=redundancy) as engine:
-        expected = await undisturbed(engine)
+        expected = await undisturbed(engine, FEWER_TOKENS)
         others = {name: pid for name, pid in engine.pids.items() if not name.startswith("expert")}
         for name in ("expert-1", "expert-0"):
-            streams = Streams(engine)
+            streams = Streams(engine, FEWER_TOKENS)
             await kill(engine, streams, name)
             assert await asyncio.wait_for(streams.ended, ENDS_WITHIN_S) == list(expected)
 
@@ -82,7 +85,7 @@ async def test_no_stream_fails_or_changes_when_an_expert_worker_is_killed(checkp
                 return all(one.state == "ready" for one in (await engine.stats()).workers)
 
             await until(is_back)
-        assert await undisturbed(engine) == expected
+        assert await undisturbed(engine, FEWER_TOKENS) == expected
         assert {name: pid for name, pid in engine.pids.items() if not name.startswith("expert")} == others
 
 
