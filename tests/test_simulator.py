@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import pytest
 
@@ -15,9 +16,11 @@ from msi.planner.pipeline import Stages, isolated_pass_s, steady_pass_s
 from msi.planner.stage_costs import ConstantCosts
 from msi.simulator.clock import SimulationStalled
 from msi.simulator.deployment import LIMITS, Deployment, Fault, parse_fault
+from msi.simulator.histories import Histories, answer_to
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, fixed_lengths, lognormal_lengths, poisson
 from msi.tracing import COMPUTE_ROW
+from msi.types import MicroBatch, TokenSampling
 from tests.everyday import mostly_slow
 
 T_F = 1e-3
@@ -333,3 +336,51 @@ def test_the_trace_is_the_real_runs_in_virtual_time(tmp_path):
     assert {span["name"] for span in exchanges} == {"expert-0", "expert-1"}
     assert {round(span["args"]["delay_ms"], 3) for span in exchanges} == {0.4}
     assert max(span["ts"] + span["dur"] for span in spans) <= (report.duration_s + 1) * 1e6
+
+
+PROMPT, TABLE, SEED = tuple(range(40)), (7, 3, 9), 5
+NEXT = next(answer_to(PROMPT, SEED))
+
+
+def run_pass(histories, tokens, first, table=TABLE, is_given_up=False):
+    """The last of these tokens, which begin at that position, is to be followed by one; which."""
+    end = first + len(tokens)
+    sampling = (TokenSampling(0.0, 1.0, 0, SEED, end),)
+    batch = MicroBatch(
+        tuple(tokens), tuple(range(first, end)), (len(tokens),), (end,), (table,), (len(tokens) - 1,), sampling
+    )
+    histories.begin(batch)
+    if not is_given_up:
+        histories.write(batch)
+    return histories.said(batch)[0]
+
+
+@pytest.mark.parametrize("cut", [0, 15, 16, 39])
+def test_a_simulated_sequence_says_the_same_however_its_prompt_is_cut(cut):
+    histories = Histories()
+    if cut:
+        run_pass(histories, PROMPT[:cut], 0)
+    assert run_pass(histories, PROMPT[cut:], cut) == NEXT
+    assert run_pass(histories, (NEXT,), 40) == list(islice(answer_to(PROMPT, SEED), 2))[1]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [PROMPT[:10] + (99,) + PROMPT[11:39], (PROMPT[1], PROMPT[0]) + PROMPT[2:39], PROMPT[1:39] + (0,)],
+    ids=["changed", "swapped", "lost"],
+)
+def test_a_wrong_token_anywhere_shows_in_what_follows(before):
+    histories = Histories()
+    run_pass(histories, before, 0)
+    assert run_pass(histories, PROMPT[39:], 39) != NEXT
+
+
+def test_a_block_that_is_anothers_or_that_no_pass_has_filled_shows_in_what_follows():
+    histories = Histories()
+    run_pass(histories, PROMPT[:32], 0)
+    run_pass(histories, PROMPT[::-1], 0, table=(4, 5, 6))
+    assert run_pass(histories, PROMPT[32:], 32, table=(7, 5, 9)) != NEXT, "of another sequence"
+    assert run_pass(histories, PROMPT[32:], 32) == NEXT
+    run_pass(histories, PROMPT[16:32], 16, is_given_up=True)
+    assert run_pass(histories, PROMPT[32:], 32) != NEXT, "of a pass that came to nothing"
+    assert run_pass(histories, PROMPT[16:], 16) == NEXT, "computed again"

@@ -1,8 +1,9 @@
 """Storms in the simulator: workers and coordinators that die, stand still and are slow, in any order and at once.
 
-Every request ends once and with all its tokens, as long as somebody is left who can run it. That each token is the one
-of its request and place, and that no KV block is left, the simulation asserts itself. With MSI_THOROUGH=1 there are
-thousands, and how many there were is said every ten seconds.
+Every request ends once and with all its tokens, as long as somebody is left who can run it. Each token hangs on all
+before it, by the KV blocks that hold them (`msi.simulator.histories`); that it is the right one, and that no block is
+left, the simulation asserts itself. With MSI_THOROUGH=1 there are thousands, and how many there were is said every ten
+seconds.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from msi.net.regions import Region
 from msi.net.slots import ROW_ALIGNMENT
 from msi.planner.stage_costs import StageCosts
 from msi.simulator.device import SimulatedDevice, SimulatedProgram
+from msi.simulator.histories import Histories
 from msi.simulator.popularity import Routing
 from msi.types import MicroBatch, Placement, Sampled
 from msi.worker.host import BlockMemory
@@ -30,12 +31,6 @@ ROW_BYTES = ROW_ALIGNMENT  # of a simulated row, either way
 DRAW = struct.Struct("<III")  # lies where the first row would: the mark of the draw, tokens it was for, and the view
 
 PACKING_S = 20e-6  # rows once more, after a loss
-NUM_TOKEN_IDS = 1009  # that are said
-
-
-def token_at(seed: int, position: int) -> int:
-    """What a simulated sequence says there: one that is said twice, or left out, shows."""
-    return (seed * 31 + position) % NUM_TOKEN_IDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +79,7 @@ class SimulatedAttention:
         self._missing: tuple[int, ...] = ()
         self._view = routing.view(placement)
         self._layout = link.layout
+        self._histories = Histories()
         self._slots: dict[int, Sequence[memoryview]] = {}  # by node, each lane's rows
         lanes = range(link.layout.num_lanes)
         self._launched: list[deque[_Launched]] = [deque() for _ in lanes]  # whose first layer has not opened yet
@@ -128,8 +124,7 @@ class SimulatedAttention:
 
     async def sampled(self, lane: int) -> Sampled:
         await self._queues.sampled(lane)
-        micro_batch = self._lanes[lane].micro_batch
-        return Sampled([token_at(one.seed, one.position) for one in micro_batch.sampling])
+        return Sampled(self._histories.said(self._lanes[lane].micro_batch))
 
     def close(self) -> None:
         self._queues.close()
@@ -149,9 +144,12 @@ class SimulatedAttention:
     def _attention_s(self, lane: int, layer: int) -> float | None:
         if layer == 0:
             self._lanes[lane] = self._launched[lane].popleft()
+            self._histories.begin(self._lanes[lane].micro_batch)
         passing = self._lanes[lane]
         if self._queues.is_given_up(lane, passing.first + layer):
             return None
+        if layer == self.num_layers - 1:
+            self._histories.write(passing.micro_batch)
         return self._costs.attention_s(passing.num_tokens, passing.num_context_tokens)
 
     def _sample_s(self, lane: int) -> float | None:

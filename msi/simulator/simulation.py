@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from msi.control.client import CoordinatorClient
@@ -22,8 +23,8 @@ from msi.net.control_inproc import InprocServer
 from msi.planner.drift import DriftWatch
 from msi.planner.stage_costs import StageCosts
 from msi.simulator.clock import run_virtual, virtual_loop
-from msi.simulator.compute import token_at
 from msi.simulator.deployment import COORDINATOR, Deployment, Fault, check_faults
+from msi.simulator.histories import answer_to
 from msi.simulator.host import VOCAB_SIZE, RememberedCosts, SimulatedHost, World
 from msi.simulator.popularity import Routing, build_routing
 from msi.simulator.report import Report, RequestResult, build_report
@@ -223,10 +224,11 @@ class _Simulation:
             f"request-{index}", prompt, params, flow=arrival.flow, priority=arrival.priority,
             timeout_s=arrival.timeout_s,
         )  # fmt: skip
+        answer = answer_to(prompt, index)
         num_tokens, first_at, kind, error = 0, None, "", ""
         try:
             async for update in client.generate([request]):
-                wanted = tuple(token_at(index, len(prompt) + num_tokens + at) for at in range(len(update.token_ids)))
+                wanted = tuple(islice(answer, len(update.token_ids)))
                 assert update.token_ids == wanted, (update, num_tokens, wanted)
                 num_tokens += len(update.token_ids)
                 first_at = clock() - started_at if first_at is None else first_at
