@@ -103,6 +103,30 @@ async def test_rows_of_a_late_answer_go_to_a_replica_in_the_same_pass_and_the_an
     await pair.stop()
 
 
+async def test_an_answer_that_comes_while_its_turn_is_about_to_be_packed_again_cancels_that(monkeypatch):
+    pair = await replicated(hedge_after_s=0.03)
+    passing = pair.exchange(0, (1, 1))
+    await pair.landed(0)
+    await pair.landed(1)
+    pair.nodes[0].answer(0, [(0, 0, 1)], compute_s=0.0)
+    waiting = pair.link.turns.waiting
+
+    def comes_first(num_turns):
+        if not waiting[0] or pair.link.counters.hedges_cancelled:
+            return False
+        asyncio.get_running_loop().call_soon(waiting.__setitem__, 0, waiting[0])
+        waiting[0] = 0  # as the thread that computes leaves it
+        return True
+
+    monkeypatch.setattr(pair.link.late.hedging, "may_hedge", comes_first)
+    await until(lambda: pair.link.counters.hedges_cancelled)
+    assert (pair.link.counters.hedges, pair.gates.again) == (0, [])
+    pair.nodes[1].answer(0, [(0, 0, 1)], compute_s=0.0)
+    await asyncio.wait_for(passing, 5)
+    assert not pair.losses
+    await pair.stop()
+
+
 async def test_whoever_is_set_aside_gets_rows_all_the_same_once_nobody_else_is_left():
     pair = await replicated(hedge_after_s=0.03)
     assert pair.link.late.avoided == ()
