@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -53,11 +54,24 @@ def test_the_table_has_a_row_for_each_figure_and_a_column_for_each_server():
     assert [list(column.cells) for column in made.columns] == [["start_s", "ttft_s, 1"], ["5", ""], ["15  (3.00)", "1"]]
 
 
-def test_a_picture_is_drawn(tmp_path):
+def test_a_picture_is_drawn_and_drawn_again_of_what_was_kept(tmp_path, monkeypatch):
     figures = {f"figure {at}": {"msi": [1.0], "vllm": [2.0]} for at in range(4)}
     about = {"model": "mid", "threads": 2, "processor": "any"}
     bench_peers.draw(figures, ["msi", "vllm"], about, tmp_path / "peers.svg")
-    assert "<svg" in (tmp_path / "peers.svg").read_text()
+    drawn = (tmp_path / "peers.svg").read_text()
+    assert drawn.count('<g id="axes_') == 4, "and no panel without a figure"
+    kept, again = tmp_path / "peers.json", tmp_path / "again.svg"
+    kept.write_text(json.dumps({**about, "weights": {"msi": "bfloat16", "vllm": "bfloat16"}, "rounds_of": figures}))
+    monkeypatch.setattr(sys, "argv", ["bench_peers.py", "--redraw", str(kept), "--figure", str(again)])
+    asyncio.run(bench_peers.main())
+    assert again.read_text().count('<g id="axes_') == 4
+
+
+def test_without_a_model_a_sentence_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_peers.py"])
+    with pytest.raises(SystemExit, match="2"):
+        bench_peers.parse()
+    assert "model is missing" in capsys.readouterr().err
 
 
 def test_of_other_families_no_gguf_file_is_written(tmp_path):

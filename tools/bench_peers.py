@@ -3,6 +3,7 @@
 
     tools/bench_peers.py MODEL [--peers msi vllm llama.cpp transformers] [--batch 1 8 32] [--rounds 3]
         [--quantization int8] [--json FILE] [--figure FILE]
+    tools/bench_peers.py --redraw FILE --figure FILE
 
 Each is installed into an environment of its own in .clients/, at a pinned version, the first time (several GB); one
 that cannot be installed, or cannot serve this checkpoint, is left out with a sentence. All serve HTTP, and are asked
@@ -41,7 +42,7 @@ Figures = dict[str, dict[str, list[float]]]  # by what was measured, then by ser
 
 def parse() -> argparse.Namespace:
     parser = ScriptLine(__doc__)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--peers", nargs="+", type=one_of(*PEERS), default=list(PEERS), metavar="P",
                         help="of " + ", ".join(PEERS))  # fmt: skip
     parser.add_argument("--batch", nargs="+", type=integer(1, 256), default=[1, 8, 32], metavar="B")
@@ -55,7 +56,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quantization", type=one_of("none", "int8"), default="none", metavar="Q")
     parser.add_argument("--json", type=Path, help="where the medians go", metavar="FILE")
     parser.add_argument("--figure", type=Path, help="where a picture goes", metavar="FILE")
+    parser.add_argument("--redraw", type=Path, metavar="FILE", help="measure nothing: draw what --json kept")
     values: argparse.Namespace = parser.parse_args()
+    if values.model is None and values.redraw is None:
+        sys.stderr.write("tools/bench_peers.py: model is missing; or give --redraw what --json kept\n")
+        raise SystemExit(2)
     return values
 
 
@@ -157,7 +162,7 @@ def draw(figures: Figures, servers: list[str], about: dict[str, Any], path: Path
     rows = -(-len(figures) // columns)
     figure = Figure(figsize=(4 * columns, 2.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, (name, by_server) in zip(panels, figures.items(), strict=False):
+    for (name, by_server), panel in zip(figures.items(), panels, strict=False):  # in this order no panel is left out
         heights = [median(by_server[server]) if by_server.get(server) else 0.0 for server in servers]
         bars = panel.bar(servers, heights, color=[f"C{at}" for at in range(len(servers))])
         panel.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=7)
@@ -172,6 +177,10 @@ def draw(figures: Figures, servers: list[str], about: dict[str, Any], path: Path
 
 async def main() -> None:
     arguments = parse()
+    if arguments.redraw is not None:
+        kept = json.loads(arguments.redraw.read_text())
+        draw(kept["rounds_of"], list(kept["weights"]), kept, arguments.figure or arguments.redraw.with_suffix(".png"))
+        return
     config, _ = load_config(arguments.model)
     context = max(arguments.long, arguments.input_len) + arguments.output_len + WARM_TOKENS
     setting = Setting(
