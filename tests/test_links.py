@@ -17,8 +17,9 @@ from msi.net.dispatch_link import DispatchLink
 from msi.net.inproc import InprocTransport
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
 from msi.net.regions import HOST_MEMORY
-from msi.net.slots import HEADER, HEADER_BYTES, MAGIC, Header, Kind, pack_immediate, unpack_immediate
+from msi.net.slots import HEADER, HEADER_BYTES, MAGIC, SEQ_MASK, Header, Kind, pack_immediate, unpack_immediate
 from tests.waiting import until
+from tools.bench_links import expert_side
 
 HELLO = LinkHello(
     protocol_version=PROTOCOL_VERSION, instance="token", worker_id="attention-0", incarnation=5, node=3, rank=0, size=1,
@@ -198,6 +199,11 @@ def test_immediates_hold_their_fields():
     for fields in [(3, True, 7, 3, 4095, 4095), (0, False, 0, 0, 0, 0), (2, True, 3, 1, 1234, 77)]:
         assert tuple(unpack_immediate(pack_immediate(*fields))) == fields
     assert HEADER.size <= HEADER_BYTES
+
+
+async def test_a_peer_goes_on_when_its_sequence_numbers_outgrow_an_immediate():
+    num_passes = -(-(SEQ_MASK + 10) // 60)
+    assert len(await expert_side(2, 1, 60, num_passes, is_apart=False)) > SEQ_MASK  # each landed and was answered
 
 
 GARBAGE = [

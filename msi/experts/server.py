@@ -177,7 +177,7 @@ class ExpertServer:
         try:
             if error is None:
                 self._link.answer(batch.lane, batch.rows, compute_s)
-                self.meter.add(sum(num_rows for _, _, num_rows in batch.rows), compute_s)
+                self.meter.add(sum([num_rows for _, _, num_rows in batch.rows]), compute_s)
             else:
                 self._refuse(batch, error)
         except Exception as second:

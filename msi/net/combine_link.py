@@ -32,6 +32,7 @@ from msi.net.slots import (
     ROWS,
     SEQ_MASK,
     SEQ_SHIFT,
+    SEQ_STEP,
     WORDS,
     Kind,
     kind_word,
@@ -194,7 +195,7 @@ class CombineLink:
 
     def _take(self, landed: Sequence[Landed], now: float) -> bool:
         """Immediates that came (now, if they do not say when); whether there is something to do. Needs the lock."""
-        counters, seat_of, is_news, num_taken = self.counters, self._seat_of.get, False, 0
+        counters, seat_of, is_news, num_taken, all_rows = self.counters, self._seat_of.get, False, 0, 0
         full_row_bytes, slot_rows = self._row_bytes, self._slot_rows
         for endpoint, immediate, came_at in landed:
             seat = seat_of(endpoint)
@@ -204,18 +205,17 @@ class CombineLink:
             num_taken += 1
             lane = immediate >> LANE_SHIFT & 7
             slot = seat.slots[lane]
-            seq = slot.seq + 1
-            if immediate == slot.immediate | (seq & SEQ_MASK) << SEQ_SHIFT:
+            if immediate == slot.immediate + SEQ_STEP:
                 # nearly always: the peer's next dispatch, which a few comparisons tell
-                opening, its_seq, num_rows, row_bytes = ROWS_OF(slot.header)
+                opening, seq, num_rows, row_bytes = ROWS_OF(slot.header)
                 if (
-                    its_seq == seq
+                    seq == slot.seq + 1
                     and opening == slot.opening
                     and row_bytes == full_row_bytes
                     and 0 < num_rows <= slot_rows
                 ):
-                    slot.seq, slot.landed_at = seq, came_at or now
-                    counters.rows += num_rows
+                    slot.seq, slot.immediate, slot.landed_at = seq, immediate, came_at or now
+                    all_rows += num_rows
                     try:
                         if slot.tell(seat.index, seq, num_rows, True, slot.landed_at):
                             is_news = True
@@ -225,6 +225,7 @@ class CombineLink:
             if self._landed_otherwise(seat, lane, immediate, came_at or now):
                 is_news = True
         counters.immediates += num_taken
+        counters.rows += all_rows
         return is_news
 
     def _not_taken(self, seat: Seat, lane: int, seq: int, error: Exception) -> None:
@@ -244,7 +245,7 @@ class CombineLink:
                 header=self.landing.headers[seat.index][lane],
                 out_header=endpoint.out_headers[lane],
                 seq=next_seq - 1,
-                immediate=pack_immediate(Kind.DISPATCH, True, lane, 0, 0, seat.hello.incarnation),
+                immediate=_immediate_of(seat, lane, next_seq - 1),
                 opening=opening_bytes(kind_word(Kind.DISPATCH, lane, True), life),
                 post=endpoint.post,
                 tell=self._listener.told(lane),
@@ -276,7 +277,7 @@ class CombineLink:
             seq = slot.seq + ahead
             num_rows, reason = self._rows_of(seat, lane, seq, immediate)
             if not reason:
-                slot.seq, slot.landed_at = seq, now
+                slot.seq, slot.immediate, slot.landed_at = seq, _immediate_of(seat, lane, seq), now
                 self.counters.rows += num_rows
                 try:
                     return slot.tell(seat.index, seq, num_rows, bool(immediate >> 29 & 1), now)
@@ -342,7 +343,7 @@ class CombineLink:
         slots, now = self._slots[lane], self._clock()
         opening, base = self._answer_openings[lane], self._answer_bases[lane]
         row_bytes, pack = self.answer_layout.row_bytes, WORDS.pack_into
-        num_answers = 0
+        num_answers, same_seq, immediate = 0, -1, 0
         failure: Exception | None = None
         for index, seq, num_rows in answers:
             slot = slots[index]
@@ -352,7 +353,9 @@ class CombineLink:
             try:
                 service_s = now - slot.landed_at
                 pack(slot.out_header, 0, opening, seq, num_rows, row_bytes, service_s, compute_s)
-                slot.post(lane, base | (seq & SEQ_MASK) << SEQ_SHIFT, num_rows)
+                if seq != same_seq:  # most seats of a wave count alike
+                    same_seq, immediate = seq, base | (seq & SEQ_MASK) << SEQ_SHIFT
+                slot.post(lane, immediate, num_rows)
                 num_answers += 1
             except TransportError as error:  # its CLOSED completion is on the way and frees the seat
                 log.debug("answer not sent: %s", error)
@@ -383,6 +386,11 @@ class CombineLink:
             self.counters.answers += 1
         except TransportError as error:
             log.debug("refusal not sent: %s", error)
+
+
+def _immediate_of(seat: Seat, lane: int, seq: int) -> int:
+    """That its rows of this sequence number come with, if more follows."""
+    return pack_immediate(Kind.DISPATCH, True, lane, 0, seq, seat.hello.incarnation)
 
 
 def _nobody_listens() -> None:

@@ -47,7 +47,7 @@ class Slot:
     header: memoryview
     out_header: memoryview
     seq: int
-    immediate: int  # of sequence number 0
+    immediate: int  # of rows of `seq`, if more follows: one step from the next, but where its few bits run over
     opening: bytes  # of a header, if more follows and the placement stays
     post: Callable[[int, int, int], None]
     tell: Told
@@ -63,7 +63,9 @@ def _no_rows(seat: int, seq: int, num_rows: int, more: bool, now: float) -> bool
     raise AssertionError(f"rows of seat {seat} in no lane")
 
 
-NO_SLOT = Slot(memoryview(b""), memoryview(b""), 0, -1, b"", _no_post, _no_rows)  # of lanes that there are not
+NO_IMMEDIATE = -(1 << 32)  # nor is the next after it one
+# of lanes that there are not
+NO_SLOT = Slot(memoryview(b""), memoryview(b""), 0, NO_IMMEDIATE, b"", _no_post, _no_rows)
 
 
 @dataclass(slots=True)

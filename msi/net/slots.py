@@ -24,6 +24,7 @@ ROW_ALIGNMENT = 128  # rows are whole lines of a GPU's memory and start on one
 MAX_LANES = 8
 SEQ_BITS = 12
 SEQ_SHIFT, ATTEMPT_SHIFT, LANE_SHIFT = 12, 24, 26  # in an immediate
+SEQ_STEP = 1 << SEQ_SHIFT
 ATTEMPT_WORD_SHIFT = 48  # in a header's first word
 HEADER_ATTEMPT_AT = 6  # the byte of a header
 ATTEMPT_MASK = 3  # of which an immediate holds so much
