@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -30,23 +31,27 @@ from msi.net.regions import HOST_MEMORY
 from msi.net.slots import HEADER_BYTES, SlotLayout
 from msi.net.transport import Admission, CompletionKind
 from tests import rdma_least, rdma_roles
+from tests.rdma_forks import Forked
 
 CARDS = ("rxe0", "rxe1")
 LAYOUT = SlotLayout(num_lanes=2, slot_rows=16, row_bytes=512)
 WAIT_S = 60.0
 
 
-POLLER = Ready()
-TAKER = threading.Thread(target=POLLER.get, daemon=True)  # does nothing but take what comes
+@functools.cache
+def poller():
+    """Of this process, and the thread that does nothing but take what comes."""
+    ready = Ready()
+    taker = threading.Thread(target=ready.get, daemon=True)
+    taker.start()
+    return ready, taker
 
 
 def transport(driver, card, **options):
     """`driver` may end in "-polled": immediates are taken by a thread as computes."""
     driver, _, is_polled = driver.partition("-")
-    if is_polled and not TAKER.is_alive():
-        TAKER.start()
     options = RdmaOptions(rdma_device=CARDS[card], **options)
-    return RdmaTransport(load_driver(driver), options, poller=POLLER if is_polled else None)
+    return RdmaTransport(load_driver(driver), options, poller=poller()[0] if is_polled else None)
 
 
 # -- the contract, between the two cards ------------------------------------------------------------------------------
@@ -54,7 +59,7 @@ def transport(driver, card, **options):
 
 def contract(driver):
     cards = itertools.cycle((0, 1))
-    taker = TAKER if driver.endswith("polled") else None
+    taker = poller()[1] if driver.endswith("polled") else None
     subject = Subject(lambda: transport(driver, next(cards)), "rdma://127.0.0.1:1", timeout_s=WAIT_S, taker=taker)
     for rule in RULES:
         began = time.monotonic()
@@ -99,24 +104,17 @@ class Mirror(Echo):
             endpoint.post(0, word, word >> 1)
 
 
-async def serve(driver, kind="Echo"):
-    echo = {"Echo": Echo, "Mirror": Mirror}[kind](driver)
+async def serve(kind, driver):
+    echo = kind(driver)
     print(await echo.transport.listen(lambda hello: Admission(echo.landing, 0, b"")), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await echo.transport.close()
 
 
-def server(*words):
-    command = [sys.executable, "-m", "tests.rdma_guest", ":".join(("serve", *words))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def server(serving, *drivers):
+    """A process, and the line that it says first."""
+    process = Forked(lambda: asyncio.run(serving(*drivers)), has_pipes=True)
     return process, process.stdout.readline().strip()
-
-
-def end(server):
-    """Its pipes, too: an error whose traceback knows the frame that knows the server would hold them for a while."""
-    with server:
-        server.stdin.close()
-        server.wait(WAIT_S)
 
 
 class Client:
@@ -156,9 +154,9 @@ class Client:
                 assert self.landing.rows.host()[start : start + len(sent[lane][1])] == sent[lane][1], number
 
 
-def with_echo(scenario, kind="Echo"):
+def with_echo(scenario, kind=Echo):
     def check(ours, theirs):
-        process, address = server(theirs, kind)
+        process, address = server(serve, kind, theirs)
 
         async def run():
             client = Client(ours)
@@ -171,7 +169,7 @@ def with_echo(scenario, kind="Echo"):
         try:
             asyncio.run(run())
         finally:
-            end(process)
+            process.end(WAIT_S)
 
     return check
 
@@ -234,7 +232,7 @@ def losing(share):
 
 
 def with_mirror(scenario):
-    return with_echo(scenario, "Mirror")
+    return with_echo(scenario, Mirror)
 
 
 @with_mirror
@@ -265,7 +263,7 @@ async def serve_roles(*drivers):
 
 def roles(ours, *theirs):
     """Attention by one driver, an expert node by each of the others."""
-    process, line = server("roles", *theirs)
+    process, line = server(serve_roles, *theirs)
 
     async def run():
         attention = transport(ours, 0)
@@ -277,7 +275,7 @@ def roles(ours, *theirs):
     try:
         tokens = asyncio.run(run())
     finally:
-        end(process)
+        process.end(WAIT_S)
     assert tokens == rdma_roles.expected(), tokens
     print(f"  {sum(len(one) - 1 for lane in tokens for one in lane)} tokens are equal, such as {tokens[0][0]}")
 
@@ -424,11 +422,11 @@ CHECKS = {
 def main():
     for word in sys.argv[1:]:
         name, *drivers = word.split(":")
-        if name == "serve":
-            asyncio.run(serve_roles(*drivers[1:]) if drivers[0] == "roles" else serve(*drivers))
-            continue
+        for driver in drivers:
+            load_driver(driver.partition("-")[0])  # here, and so once
         began = time.monotonic()
-        CHECKS[name](*drivers)
+        if status := Forked(lambda name=name, drivers=drivers: CHECKS[name](*drivers)).wait():
+            sys.exit(status)
         print(f"{word} {time.monotonic() - began:.1f} s", flush=True)
 
 
