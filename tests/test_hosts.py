@@ -20,6 +20,7 @@ REASON = hosts.why_not()
 PORT = 5555
 LOST_S = 6.0  # in which a silent host is noticed
 NUM_TOKENS = 24
+NUM_HELD = 400  # which take seconds
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.skipif(bool(REASON), reason=REASON)]
 
@@ -92,7 +93,7 @@ async def test_three_hosts_serve_the_tokens_of_one_process_and_come_back_after_a
                 assert f"the secret differs: the coordinator at {address}" in child.said
 
             for host in ("experts", "attention"):
-                async with asked(net, 2, 900) as client:
+                async with asked(net, 2, NUM_HELD) as client:
                     await client.until_said("running")
                     net.set_link(host, "down")
                     await asyncio.sleep(LOST_S)
@@ -102,7 +103,7 @@ async def test_three_hosts_serve_the_tokens_of_one_process_and_come_back_after_a
                     net.set_link(host, "up")
                     assert await client.ended(120) == 0, client.said
                     for how, tokens, _ in results(client):
-                        assert (how, len(tokens)) == ("done", 900)
+                        assert (how, len(tokens)) == ("done", NUM_HELD)
                         assert tokens[:NUM_TOKENS] == expected
                 for how, tokens, _ in await answers(net):
                     assert (how, tokens) == ("done", expected), "the workers were taken back"
