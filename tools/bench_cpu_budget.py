@@ -82,25 +82,35 @@ def counted(owner: type, name: str, counts: Callable[[Any], bool]) -> None:
     setattr(owner, name, measured)
 
 
-def work(arguments: list[str]) -> int:
-    """Runs msi-launch with its stages timed; SIGUSR1 prints a snapshot."""
+def stages() -> tuple[list[tuple[type, str, str]], list[tuple[type, str, Callable[[Any], bool]]]]:
+    """Methods and the stages that their time belongs to; and those whose calls are units if their results count."""
     from msi.attention.launching import LaneQueues
     from msi.attention.requests import Requests
     from msi.attention.scheduler import Scheduler
     from msi.experts.server import ExpertServer
     from msi.experts.waves import Waves
-    from msi.net.dispatch_link import DispatchLink
     from msi.net.shm import ShmTransport
+
+    timed_ones = [
+        (ShmTransport, "take", "read rings, check what landed"),
+        (LaneQueues, "launch", "launch passes"),
+        (Requests, "finish", "end passes"),
+        (Scheduler, "plan", "plan passes"),
+        (LaneQueues, "_packed", "post rows, launch the next layer"),
+        (ExpertServer, "_finished", "take the next batch, post answers"),
+    ]
+    return timed_ones, [(LaneQueues, "_packed", lambda _: True), (Waves, "take", lambda batch: batch is not None)]
+
+
+def work(arguments: list[str]) -> int:
+    """Runs msi-launch with its stages timed; SIGUSR1 prints a snapshot."""
     from msi.worker.worker import Worker
 
-    timed(ShmTransport, "take", "read rings, check what landed")
-    timed(LaneQueues, "launch", "launch passes")
-    timed(Requests, "finish", "end passes")
-    timed(Scheduler, "plan", "plan passes")
-    timed(LaneQueues, "_packed", "post rows, launch the next layer")
-    timed(ExpertServer, "_finished", "take the next batch, post answers")
-    counted(DispatchLink, "packed", lambda result: True)
-    counted(Waves, "take", lambda batch: batch is not None)
+    timed_ones, counted_ones = stages()
+    for stage in timed_ones:
+        timed(*stage)
+    for unit in counted_ones:
+        counted(*unit)
     original = Worker.run
 
     async def run_with_snapshots(worker: Worker) -> None:
@@ -147,7 +157,8 @@ async def main() -> None:
             measured = await measure(engine, workers, arguments.batch, arguments.seconds)
     finally:
         for process in workers.values():
-            process.terminate()
+            if process.returncode is None:
+                process.terminate()
         await asyncio.gather(*(process.wait() for process in workers.values()))
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
