@@ -33,6 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 from msi import Engine, SamplingParams
+from msi.control.client_messages import WorkerStats
 from msi.control.orders import Order, Ordered
 from msi.models.families import load_config
 from msi.settings import DEMO_MODEL
@@ -40,7 +41,8 @@ from msi_launch.command_line import ScriptLine, integer
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 MESSAGE = "1M"
-ANSWER, MOVED_AFTER = 120, 30  # tokens of an answer that moves, and those before that
+ANSWER, MOVED_AFTER = 240, 30  # tokens of an answer that moves, and those before that
+LOOK_EVERY_S = 0.02
 
 
 def parse() -> argparse.Namespace:
@@ -103,6 +105,10 @@ def compared(context: int, again_s: float, token_bytes: int, ways: dict[str, tup
     }
 
 
+def _runs(worker: WorkerStats) -> bool:
+    return worker.role == "attention" and worker.status.num_running > 0
+
+
 async def moved(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
     """Seconds that a stream paused, and its tokens."""
     client = engine._require_client()
@@ -111,14 +117,21 @@ async def moved(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
     params = SamplingParams(max_tokens=ANSWER, temperature=0, ignore_eos=True)
     leaving: asyncio.Task[Ordered] | None = None
     asked_at = 0
+
+    async def leave() -> Ordered:
+        nonlocal asked_at
+        while not (names := [one.worker_id for one in (await engine.stats()).workers if _runs(one)]):
+            await asyncio.sleep(LOOK_EVERY_S)  # who runs it is told with signs of life
+        asked_at = len(came_at)
+        return await client.order(Order(0, "remove", names[0], "", 60.0))
+
     async for output in engine.generate(prompt, params):
         token_ids += output.token_ids
         came_at.append(time.monotonic())
         if len(token_ids) >= MOVED_AFTER and leaving is None:
-            workers = (await engine.stats()).workers
-            name = next(one.worker_id for one in workers if one.role == "attention" and one.status.num_running)
-            leaving, asked_at = asyncio.create_task(client.order(Order(0, "remove", name, "", 60.0))), len(came_at)
+            leaving = asyncio.create_task(leave())
     assert leaving is not None
+    assert leaving.done() or asked_at, f"an answer of {ANSWER} tokens ended before its worker was known"
     for answer in (await leaving, await client.order(Order(0, "add", "", "attention", 60.0))):
         assert not answer.failure, answer.failure
     gaps = [later - sooner for sooner, later in itertools.pairwise(came_at)]
