@@ -112,3 +112,10 @@ def test_what_is_kept_is_drawn_again(tmp_path):
     subprocess.run([sys.executable, "tools/bench_m2n.py", *words], cwd=ROOT, timeout=60, check=True)
     assert "<svg" in (tmp_path / "again.svg").read_text()
     assert {row["senders"] for file in kept for row in json.loads(file.read_text())["rows"]} == {1, 2, 4}
+
+
+def test_all_systems_at_once_have_looks_of_their_own():
+    figure = pytest.importorskip("tools.m2n.figure")
+    looks = figure.looks_of(list(SYSTEMS))
+    assert len({str(one) for one in looks.values()}) == len(SYSTEMS)
+    assert {look["linewidth"] for name, look in looks.items() if SYSTEMS[name].is_ours} == {1.8}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tools.m2n.systems import SYSTEMS
 INK, QUIET = "#22262a", "#7a7f85"
 OURS = ("#2f5d8a", "#d9822b", "#3b8a5a", "#8a2f3b", "#5a3b8a")
 OTHERS = ("#7a7f85", "#a05d8a", "#8a7f2f", "#5d8a8a", "#b0645a", "#6a6ab0", "#4a4f55")
+STYLES = ("solid", "dashed", "dotted")  # once all colours are taken
 PANELS = (("median_us", "median, us"), ("p99_us", "99th percentile, us"), ("gbytes_per_s", "throughput, GB/s"))
 PAIRS_BYTES = 256 << 10  # the size at which numbers of senders and receivers are compared
 Rows = list[dict[str, Any]]
@@ -67,14 +69,13 @@ def of_pair(row: dict[str, Any], pair: tuple[int, int]) -> bool:
 
 
 def looks_of(names: list[str]) -> dict[str, dict[str, Any]]:
-    """Ours stand out."""
-    ours, others = iter(OURS), iter(OTHERS)
-    return {
-        name: {"color": next(ours), "linewidth": 1.8, "zorder": 3}
-        if SYSTEMS[name].is_ours
-        else {"color": next(others), "linewidth": 0.9, "zorder": 2}
-        for name in names
-    }
+    """Ours stand out; no two are alike."""
+    ours, others = lines(OURS, linewidth=1.8, zorder=3), lines(OTHERS, linewidth=0.9, zorder=2)
+    return {name: next(ours if SYSTEMS[name].is_ours else others) for name in names}
+
+
+def lines(colors: Sequence[str], **alike: float) -> Iterator[dict[str, Any]]:
+    return ({"color": color, "linestyle": style, **alike} for style in STYLES for color in colors)
 
 
 def over_size(panel: Any, rows: Rows, names: list[str], key: str, looks: dict[str, dict[str, Any]]) -> None:
