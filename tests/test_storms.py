@@ -94,6 +94,13 @@ class Progress:
 PROGRESS = Progress()
 
 
+def test_a_worker_that_is_stopped_twice_at_a_time_goes_on_when_the_later_one_ends():
+    faults = [Fault(2.0, "attention-0", "stalled", 2.0), Fault(2.0, "attention-0", "stalled", 2.5)]
+    report = simulate(CALM, COSTS, [Arrival(2.0, 1, 1)], faults=faults, limit_s=LIMIT_S)
+    assert not report.failed
+    assert 4.5 < report.duration_s < 4.6
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600 if IS_THOROUGH else 300)
 @settings(max_examples=NUM_STORMS, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -151,6 +151,7 @@ class SimulatedDevice:
         self._running: _Work | None = None
         self._free_at = 0.0
         self._stalled_s = 0.0  # by which what runs is to end later
+        self._stalled_until = 0.0
         self._is_closed = False
         self._loop = virtual_loop()
 
@@ -174,9 +175,12 @@ class SimulatedDevice:
             self._waiting.append(work)
 
     def stall(self, duration_s: float) -> None:
-        """Nothing gets on for a while."""
+        """Nothing gets on for a while; of two at a time, until the later ends."""
+        now = self._loop.time()
+        since, self._stalled_until = max(self._stalled_until, now), max(self._stalled_until, now + duration_s)
+        duration_s = self._stalled_until - since
         if self._running is None:
-            self._free_at = max(self._free_at, self._loop.time()) + duration_s
+            self._free_at = max(self._free_at, now) + duration_s
         else:
             self._stalled_s += duration_s
 
