@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import sys
 
 import pytest
 
-from tests.everyday import mostly_thorough
+from tests.everyday import mostly_thorough, only_thorough
 from tests.hosts import why_not
 from tests.test_pages import ROOT
-from tools.chaos import left_over
+from tools import chaos
+from tools.chaos import left_over, why_not_together
+from tools.hostility import cluster, disasters
 from tools.hostility.chaos_report import Run, differences, draw, summary, write
-from tools.hostility.disasters import Disaster, num_ready
-from tools.hostility.processes import Held
+from tools.hostility.cluster import has_successor, lines_of
+from tools.hostility.disasters import KINDS, LOSS, Disaster, Disasters, num_ready
+from tools.hostility.processes import Held, TcpPorts
 from tools.hostility.streams import BUCKET_S, Gap, PacedStream
 from tools.hostility.wire import Target
 
@@ -136,17 +140,128 @@ def test_workers_that_serve_are_counted_by_the_metrics():
     assert num_ready("\n".join(f"msi_workers{line}" for line in lines)) == 3
 
 
+# -- a coordinator lost for good --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("faults", "has_standby", "sentence"),
+    [
+        ([LOSS], False, "--faults lose-coordinator needs --standby"),
+        (["kill-expert", "kill-coordinator"], True, "--faults kill-coordinator is not for --standby"),
+        (["add-expert"], True, "--faults add-expert is not for --standby"),
+        ([LOSS, "kill-expert", "drain-expert", "lose-packets"], True, ""),
+        (list(KINDS), False, ""),
+    ],
+)
+def test_faults_that_cannot_be_are_refused_by_a_sentence(monkeypatch, capsys, faults, has_standby, sentence):
+    why = why_not_together(faults, has_standby=has_standby)
+    assert why.startswith(sentence)
+    assert bool(why) == bool(sentence)
+    words = [*(["--standby"] if has_standby else []), "--faults", *faults]
+    if not why:
+        assert chaos.parse(words).faults == faults
+        return
+    with pytest.raises(SystemExit) as ended:
+        chaos.parse(words)
+    assert ended.value.code == 2
+    assert why in capsys.readouterr().err
+
+
+def test_with_a_standby_coordinators_are_lost_for_good_by_default():
+    assert chaos.parse([]).faults == list(KINDS)
+    faults = chaos.parse(["--standby"]).faults
+    assert faults.index(LOSS) == KINDS.index("kill-coordinator")
+    assert "kill-coordinator" not in faults
+    assert not why_not_together(faults, has_standby=True)
+
+
+CLUSTER = {
+    "launcher": 1, "coordinator": 2, "coordinator-2": 3, "attention-0": 4, "attention-1": 5, "expert-0": 6,
+    "gateway": 7,
+}  # fmt: skip
+
+
+async def test_the_coordinator_that_leads_is_the_one_that_is_lost_and_who_stands_by_is_the_elder_then(monkeypatch):
+    pids, killed = dict(CLUSTER), []
+
+    def kill(pid, _):
+        killed.append(pid)
+        pids["coordinator"], pids["coordinator-2"] = pids["coordinator-2"], pid + 10
+
+    monkeypatch.setattr(disasters, "family", lambda _: dict(pids))
+    monkeypatch.setattr(disasters, "send_signal", kill)
+    striking = Disasters(1, random.Random(5), [LOSS])
+    struck = [one for _ in range(3) for one in await striking.strike()]
+    assert killed == [2, 3, 12]
+    assert {(one.kind, one.what) for one in struck} == {(LOSS, "the coordinator that leads lost for good")}
+
+
+async def test_the_seed_fixes_who_is_struck_when(monkeypatch):
+    monkeypatch.setattr(disasters, "family", lambda _: CLUSTER)
+    monkeypatch.setattr(disasters, "send_signal", lambda *_: None)
+
+    async def struck(seed):
+        striking = Disasters(1, random.Random(seed), [LOSS, "kill-expert", "kill-attention"])
+        return [one.what for _ in range(12) for one in await striking.strike()]
+
+    assert await struck(3) == await struck(3)
+    assert await struck(3) != await struck(4)
+    assert len(set(await struck(3))) == 4, "three kinds, one of them of either attention worker"
+
+
+def test_what_is_started_in_place_of_a_lost_coordinator_stands_by_for_the_other():
+    lines = lines_of(["model"], {"attention": 1, "expert": 2}, ("tcp://h:1", "tcp://h:2"), ["--port", "80"])
+    coordinating = ("model", "--role", "coordinator", "--no-gateway", "--coordinator")
+    assert lines["coordinator"].first == (*coordinating, "tcp://h:1")
+    assert lines["coordinator"].again == (*coordinating, "tcp://h:1", "--standby", "tcp://h:2")
+    assert lines["standby"].first == lines["standby"].again == (*coordinating, "tcp://h:2", "--standby", "tcp://h:1")
+    where = ("--coordinator", "tcp://h:1,tcp://h:2")
+    assert lines["expert-1"].again == ("model", "--role", "expert", "--worker-id", "expert-1", *where)
+    assert lines["gateway"].again == ("--role", "gateway", *where, "--port", "80")
+    assert list(lines) == ["coordinator", "standby", "attention-0", "expert-0", "expert-1", "gateway"]
+
+
+@pytest.mark.parametrize(
+    ("of_the_elder", "of_the_younger", "is_whole"),
+    [
+        (TcpPorts(frozenset({21}), frozenset()), TcpPorts(frozenset(), frozenset({21})), True),
+        (TcpPorts(frozenset(), frozenset()), TcpPorts(frozenset(), frozenset({21})), False),
+        (TcpPorts(frozenset({21}), frozenset()), TcpPorts(frozenset(), frozenset({22})), False),
+    ],
+    ids=["one leads and the other hears it", "nobody has taken over yet", "who stands by has not come yet"],
+)
+def test_an_instance_is_whole_once_a_coordinator_leads_and_another_hears_it(
+    monkeypatch, of_the_elder, of_the_younger, is_whole
+):
+    ports = {2: of_the_elder, 3: of_the_younger}
+    monkeypatch.setattr(cluster, "coordinator_address", lambda pid: {2: "tcp://h:21", 3: "tcp://h:22"}[pid])
+    monkeypatch.setattr(cluster, "tcp_ports", ports.__getitem__)
+    assert has_successor(CLUSTER) is is_whole
+    assert not has_successor({"coordinator": 2})
+
+
+@only_thorough
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_coordinators_are_lost_for_good_one_after_the_other_and_no_answer_changes(tmp_path):
+    await survived(tmp_path, "--standby", "--faults", LOSS, "--minutes", "0.6")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("transport", mostly_thorough(["tcp", "shm"]))
 async def test_attention_workers_die_and_are_cut_off_and_no_answer_changes(tmp_path, transport):
+    await survived(tmp_path, "--transport", transport, "--minutes", "0.4")
+
+
+async def survived(folder, *words):
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "tools/chaos.py", "--minutes", "0.4", "--every", "5", "--calm", "3", "--streams", "4",
-        "--max-tokens", "100", "--transport", transport, "--json", str(tmp_path / "seen.json"),
+        sys.executable, "tools/chaos.py", "--every", "5", "--calm", "3", "--streams", "4", "--max-tokens", "100",
+        "--json", str(folder / "seen.json"), *words,
         cwd=ROOT, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     _, complaints = await asyncio.wait_for(process.communicate(), 280)
     assert process.returncode == 0, complaints.decode()
-    seen = json.loads((tmp_path / "seen.json").read_text())
+    seen = json.loads((folder / "seen.json").read_text())
     assert seen["num_faults"] >= 2
     assert (seen["num_failed"], seen["num_changed_answers"], seen["deaths"], seen["leftovers"]) == (0, 0, [], [])

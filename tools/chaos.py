@@ -5,6 +5,7 @@
     tools/chaos.py --minutes 5 --at-once 2           # two different processes at a time
     tools/chaos.py --minutes 5 --faults kill-attention --transport tcp --redundancy 0
     tools/chaos.py --minutes 5 --faults drain-attention drain-expert add-attention add-expert kill-expert
+    tools/chaos.py --minutes 3 --standby --faults lose-coordinator kill-expert kill-attention
     tools/chaos.py --seed 3 --json chaos.json --picture chaos      # chaos.svg and chaos.png, which need matplotlib
     tools/chaos.py --redraw chaos.json --picture chaos
     tools/chaos.py --minutes 60 --json chaos.json --picture chaos --log chaos.log        # both are written as it goes
@@ -18,6 +19,10 @@ end it waits until the instance is whole again. Fails (status 1) when
 - the instance was not whole again within a minute of a fault;
 - a process ended that was not killed here, or descriptors, shared mappings, KV blocks or processes are left over at the
   end.
+
+With --standby all processes are started each by itself, as on a cluster: a coordinator, one that stands by for it,
+workers and a gateway. lose-coordinator kills the one that leads for good; the other one takes over, and a new one is
+started that stands by for it.
 
 With faults of the network it runs in a network namespace of its own, whose packets take a detour through a process that
 delays and loses them: those between workers over TCP, and those of the streams.
@@ -41,6 +46,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +54,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 
 from msi_launch.command_line import ScriptLine, integer, number, one_of
 from tools.hostility.chaos_report import Run, draw, summary, write
-from tools.hostility.disasters import KINDS, NETWORK, NOTICED_S, ORDERS, Disaster, Disasters, exists, is_whole
+from tools.hostility.cluster import MODULE, has_successor, share_secret
+from tools.hostility.disasters import (
+    KINDS,
+    LOSS,
+    NETWORK,
+    NOTICED_S,
+    ORDERS,
+    Disaster,
+    Disasters,
+    exists,
+    is_whole,
+)
 from tools.hostility.network import enter_namespace
 from tools.hostility.processes import Held, all_held, family
 from tools.hostility.server import ROOT, Server
@@ -56,12 +73,14 @@ from tools.hostility.streams import PacedStream, paced_streams
 from tools.hostility.wire import ask
 
 WHOLE_WITHIN_S = 60.0
+SUCCESSION_NOTICED_S = 5.0  # where nobody tells of a process's end
+REVIVAL = "kill-coordinator"
 SPARE_DESCRIPTORS = SPARE_MAPPINGS = 8
 DRAWN_EVERY_S = 300.0
 WRITTEN = ("json", "picture", "log", "redraw")  # where, which says nothing of what was seen
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ScriptLine(__doc__)
     parser.add_argument("model", nargs="?", help="the demo model without it")
     parser.add_argument("--minutes", type=number(0, 1e5), default=5.0, metavar="N", help="5")
@@ -74,17 +93,36 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-workers", type=integer(1, 64), default=2, metavar="N", help="2")
     parser.add_argument("--transport", type=one_of("auto", "shm", "tcp"), default="auto", metavar="T", help="auto")
     parser.add_argument("--redundancy", type=integer(0, 63), default=1, metavar="R", help="more of each expert; 1")
-    parser.add_argument("--faults", nargs="+", default=list(KINDS), type=one_of(*KINDS, *ORDERS, *NETWORK),
-                        metavar="FAULT",
-                        help=f"all of: {', '.join(KINDS)}; or {', '.join((*ORDERS, *NETWORK))}")  # fmt: skip
+    parser.add_argument("--standby", action="store_true", help="processes of a cluster, one coordinator standing by")
+    parser.add_argument("--faults", nargs="+", type=one_of(*KINDS, *ORDERS, *NETWORK, LOSS), metavar="FAULT",
+                        help=f"all of: {', '.join(KINDS)} ({LOSS} in place of {REVIVAL} with --standby); or "
+                        f"{', '.join((*ORDERS, *NETWORK))}")  # fmt: skip
     parser.add_argument("--at-once", type=integer(1, 8), default=1, metavar="N", help="faults at a time; 1")
     parser.add_argument("--launch", nargs="+", default=[], metavar="OPTION", help="more for msi-launch, -- before each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was seen, after each fault")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="throughput and stalls over time")
     parser.add_argument("--redraw", type=Path, metavar="FILE", help="run nothing: the picture of what was seen before")
     parser.add_argument("--log", type=Path, default=Path("/dev/null"), metavar="FILE", help="what the server says")
-    values: argparse.Namespace = parser.parse_args()
+    values: argparse.Namespace = parser.parse_args(argv)
+    if values.faults is None:
+        values.faults = [LOSS if kind == REVIVAL and values.standby else kind for kind in KINDS]
+    if why := why_not_together(values.faults, has_standby=values.standby):
+        parser.exit(2, f"{parser.prog}: {why}\n")
     return values
+
+
+def why_not_together(faults: Sequence[str], *, has_standby: bool) -> str:
+    """Why these cannot be had together, in a sentence; "" where they can."""
+    if not has_standby and LOSS in faults:
+        return f"--faults {LOSS} needs --standby: with nobody to take over, the instance would be lost with it"
+    if has_standby and REVIVAL in faults:
+        return (
+            f"--faults {REVIVAL} is not for --standby: a coordinator that is killed comes back there only to stand by; "
+            f"give {LOSS}"
+        )
+    if has_standby and (adding := [kind for kind in faults if kind.startswith("add-")]):
+        return f"--faults {' '.join(adding)} is not for --standby: nobody starts more workers of a cluster when asked"
+    return ""
 
 
 def launched_with(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -96,11 +134,15 @@ def launched_with(arguments: argparse.Namespace) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-async def whole_again(server: Server, num_workers: int) -> bool:
-    await asyncio.sleep(NOTICED_S)
+async def whole_again(server: Server, num_workers: int, *, has_standby: bool = False) -> bool:
+    await asyncio.sleep(SUCCESSION_NOTICED_S if has_standby else NOTICED_S)
+
+    def is_led() -> bool:
+        return not has_standby or has_successor(family(server.process.pid))
+
     try:
         async with asyncio.timeout(WHOLE_WITHIN_S):
-            while not await is_whole(server.target, num_workers):
+            while not (await asyncio.to_thread(is_led) and await is_whole(server.target, num_workers)):
                 await asyncio.sleep(0.1)
     except TimeoutError:
         return False
@@ -126,7 +168,7 @@ async def storm(server: Server, arguments: argparse.Namespace, run: Run) -> None
         struck = await disasters.strike(arguments.at_once)
         run.disasters += struck
         run.deaths += [f"{one.what}: {one.complaint}" for one in struck if one.complaint]
-        if not await whole_again(server, num_workers):
+        if not await whole_again(server, num_workers, has_standby=arguments.standby):
             what = ", ".join(one.what for one in struck)
             run.deaths.append(f"the instance was not whole {WHOLE_WITHIN_S:g} s after {what}")
         for one in struck:
@@ -246,7 +288,10 @@ async def main() -> int:
     running = asyncio.current_task()
     assert running is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)  # nothing is left behind
-    server = await Server.start(launched_with(arguments), arguments.log)
+    if arguments.standby:
+        share_secret()
+    module = MODULE if arguments.standby else "msi_launch"
+    server = await Server.start(launched_with(arguments), arguments.log, module)
     children = family(server.process.pid)
     try:
         seen = await observed(server, arguments)

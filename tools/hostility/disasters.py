@@ -16,7 +16,7 @@ from typing import Any
 from tools.hostility.breaking import break_control, break_data
 from tools.hostility.machines import send_signal
 from tools.hostility.network import Trouble
-from tools.hostility.operators import come_and_go, coordinator_address, ctl
+from tools.hostility.operators import come_and_go, coordinator_addresses, ctl
 from tools.hostility.processes import family
 from tools.hostility.streams import PacedStream
 from tools.hostility.wire import Target, ask
@@ -36,6 +36,7 @@ KINDS = (
     "kill-coordinator",
     "stop-coordinator",
 )
+LOSS = "lose-coordinator"  # with one that stands by: the one that leads is killed, and never comes back
 NETWORK = ("delay-packets", "lose-packets")  # of all processes
 ORDERS = (
     "drain-attention",
@@ -84,7 +85,7 @@ class Disasters:
 
     Args:
         launcher: process id.
-        kinds: of `KINDS`, `ORDERS` and `NETWORK`.
+        kinds: of `KINDS`, `ORDERS` and `NETWORK`; `LOSS` of an instance in which a coordinator stands by.
     """
 
     def __init__(self, launcher: int, chance: random.Random, kinds: Sequence[str]) -> None:
@@ -109,6 +110,7 @@ class Disasters:
         chance = self._chance
         role = next((one for one in ("expert", "coordinator") if kind.endswith(one)), "attention")
         name = chance.choice(sorted(name for name in pids if name.startswith(role)))
+        name = role if kind == LOSS else name  # the elder one leads
         seconds = chance.uniform(*STOPPED_S)
         expert = chance.choice(sorted(name for name in pids if name.startswith("expert")) or [name])
         if kind in NETWORK:
@@ -123,6 +125,9 @@ class Disasters:
 async def signalled(kind: str, name: str, seconds: float, pid: int) -> Disaster:
     """A process is killed, stands still, or is slow."""
     began_at = time.monotonic()
+    if kind == LOSS:
+        send_signal(pid, signal.SIGKILL)
+        return Disaster(kind, "the coordinator that leads lost for good", began_at)
     if kind.startswith("kill"):
         send_signal(pid, signal.SIGKILL)
         return Disaster(kind, f"kill -9 of {name}", began_at)
@@ -156,7 +161,7 @@ async def troubled(kind: str, seconds: float) -> Disaster:
 
 async def ordered(kind: str, role: str, name: str, pids: dict[str, int]) -> Disaster:
     """What an operator has done."""
-    began_at, address = time.monotonic(), coordinator_address(pids["coordinator"])
+    began_at, address = time.monotonic(), coordinator_addresses(pids)
     if kind.startswith("add"):
         complaint = await come_and_go(address, role)
         return Disaster(kind, f"one {role} worker more, and it went again", began_at, complaint=complaint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tools.hostility.server import ROOT
@@ -13,9 +14,14 @@ WITHIN_S = 60.0
 
 
 def coordinator_address(pid: int) -> str:
-    """Where a coordinator that msi-launch started listens."""
+    """Where a coordinator listens, or would if it led. Raises OSError: it is gone."""
     words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     return words[words.index("--coordinator") + 1]
+
+
+def coordinator_addresses(pids: Mapping[str, int]) -> str:
+    """Of the one that there is, or of the two of which one leads."""
+    return ",".join(coordinator_address(pid) for name, pid in pids.items() if name.startswith("coordinator"))
 
 
 async def ctl(address: str, *words: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
-LISTEN = "0A"  # a TCP socket's state in /proc/net/tcp
+ESTABLISHED, LISTEN = "01", "0A"  # a TCP socket's state in /proc/net/tcp
 ACCEPTS = 0x10000  # a listening socket's flag in /proc/net/unix
 
 
@@ -22,18 +22,27 @@ class Held:
     num_mappings: int
 
 
+@dataclass(frozen=True, slots=True)
+class TcpPorts:
+    """Of one process: where it listens, and those at the other ends of its connections."""
+
+    listening: frozenset[int]
+    connected: frozenset[int]
+
+
 def family(launcher: int) -> dict[str, int]:
-    """Process ids of a launcher and all that it started, by name; helpers of one kind are numbered."""
-    parents = {}
+    """Process ids of a launcher and all that it started, by name; of one kind they are numbered, the eldest first."""
+    parents, began_at = {}, {}
     for folder in PROC.iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError, IndexError):
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
                 if fields[0] != "Z":
-                    parents[int(folder.name)] = int(fields[1])
+                    parents[int(folder.name)], began_at[int(folder.name)] = int(fields[1]), int(fields[19])
     members = [launcher]
     for pid in members:
-        members += sorted(child for child, parent in parents.items() if parent == pid)
+        children = (child for child, parent in parents.items() if parent == pid)
+        members += sorted(children, key=lambda child: (began_at[child], child))
     named: dict[str, int] = {"launcher": launcher}
     for pid in members[1:]:
         name = _name(pid)
@@ -89,22 +98,44 @@ def num_descriptors(launcher: int) -> dict[str, int]:
     return {name: one.num_descriptors for name, one in all_held(launcher).items()}
 
 
+def tcp_ports(pid: int) -> TcpPorts:
+    """Over IPv4. Raises OSError: it is gone."""
+    sockets = _tcp_sockets(_inodes(pid))
+    return TcpPorts(
+        frozenset(port for state, port, _ in sockets if state == LISTEN),
+        frozenset(port for state, _, port in sockets if state == ESTABLISHED),
+    )
+
+
+def _inodes(pid: int) -> set[str]:
+    """Of a process's sockets. Raises OSError: it is gone."""
+    inodes = set()
+    for link in (PROC / str(pid) / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            if found := re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink())):
+                inodes.add(found[1])
+    return inodes
+
+
+def _tcp_sockets(inodes: set[str]) -> list[tuple[str, int, int]]:
+    """State, own port, and the port at the other end, of those of them that are TCP over IPv4."""
+    lines = (PROC / "net/tcp").read_text().splitlines()[1:]
+    return [
+        (words[3], int(words[1].rpartition(":")[2], 16), int(words[2].rpartition(":")[2], 16))
+        for words in map(str.split, lines)
+        if words[9] in inodes
+    ]
+
+
 def listening(launcher: int) -> list[str]:
     """Where a launcher's family listens, its HTTP port included: "unix:PATH" (abstract: "unix:@NAME") or "tcp:PORT"."""
-    inodes = set()
+    inodes: set[str] = set()
     for pid in family(launcher).values():
         with contextlib.suppress(OSError):
-            for link in (PROC / str(pid) / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    if found := re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink())):
-                        inodes.add(found[1])
-    found_at = []
+            inodes |= _inodes(pid)
+    found_at = [f"tcp:{port}" for state, port, _ in _tcp_sockets(inodes) if state == LISTEN]
     for line in (PROC / "net/unix").read_text().splitlines()[1:]:
         words = line.split(maxsplit=7)
         if len(words) == 8 and int(words[3], 16) & ACCEPTS and words[6] in inodes:
             found_at.append(f"unix:{words[7]}")
-    for line in (PROC / "net/tcp").read_text().splitlines()[1:]:
-        words = line.split()
-        if words[3] == LISTEN and words[9] in inodes:
-            found_at.append(f"tcp:{int(words[1].rpartition(':')[2], 16)}")
     return sorted(set(found_at))

@@ -26,10 +26,15 @@ class Server:
         self._logging = logging
 
     @staticmethod
-    async def start(arguments: Iterable[str], log: Path) -> Server:
-        """With these arguments; returns once it serves. `log`: gets what it says."""
+    async def start(arguments: Iterable[str], log: Path, module: str = "msi_launch") -> Server:
+        """With these arguments; returns once it serves.
+
+        Args:
+            log: gets what it says.
+            module: that is run; what it starts says where HTTP is.
+        """
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "msi_launch", *arguments, "--port", "0", "--api-key", API_KEY, cwd=ROOT,
+            sys.executable, "-m", module, *arguments, "--port", "0", "--api-key", API_KEY, cwd=ROOT,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
