@@ -14,7 +14,7 @@ from tests.everyday import mostly_thorough, only_thorough
 from tests.hosts import why_not
 from tests.test_pages import ROOT
 from tools import chaos
-from tools.chaos import left_over, why_not_together
+from tools.chaos import having_stood_by, left_over, why_not_together
 from tools.hostility import cluster, disasters
 from tools.hostility.chaos_report import Run, differences, draw, summary, write
 from tools.hostility.cluster import has_successor, lines_of
@@ -84,6 +84,13 @@ def test_what_a_process_holds_more_than_before_is_said():
     assert left_over(before, after) == [
         "expert-0 holds 29 descriptors; 20 before", "expert-0 has 15 shared mappings; 6 before",
     ]  # fmt: skip
+
+
+def test_a_coordinator_that_took_over_may_hold_its_way_to_the_former_one_too():
+    before = {"coordinator": Held(1, 33, 0), "coordinator-2": Held(1, 21, 1)}
+    before["coordinator"] = having_stood_by(before)
+    assert left_over(before, {"coordinator": Held(1, 42, 0)}) == []
+    assert left_over(before, {"coordinator": Held(1, 63, 0)}) == ["coordinator holds 63 descriptors; 54 before"]
 
 
 IN_A_NAMESPACE = """

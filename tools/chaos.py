@@ -241,6 +241,8 @@ async def observed(server: Server, arguments: argparse.Namespace) -> dict[str, A
     await asyncio.gather(*living, return_exceptions=True)
     await asyncio.sleep(arguments.calm)
     after = all_held(server.process.pid)
+    if arguments.standby:
+        before["coordinator"] = having_stood_by(before)
     return summary(run) | {
         "options": {name: value for name, value in vars(arguments).items() if name not in WRITTEN},
         "descriptors_before": {name: one.num_descriptors for name, one in before.items()},
@@ -261,6 +263,16 @@ def left_over(before: dict[str, Held], after: dict[str, Held]) -> list[str]:
         if now.num_mappings > then.num_mappings + SPARE_MAPPINGS:
             found.append(f"{name} has {now.num_mappings} shared mappings; {then.num_mappings} before")
     return found
+
+
+def having_stood_by(before: dict[str, Held]) -> Held:
+    """What a coordinator may hold that took over from the first one: its way to that one, too, which it stood by for."""
+    leading, standing = before["coordinator"], before["coordinator-2"]
+    return Held(
+        leading.resident_bytes,
+        leading.num_descriptors + standing.num_descriptors,
+        leading.num_mappings + standing.num_mappings,
+    )
 
 
 async def blocks_left_over(server: Server) -> list[str]:
