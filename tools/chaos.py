@@ -266,7 +266,7 @@ def left_over(before: dict[str, Held], after: dict[str, Held]) -> list[str]:
 
 
 def having_stood_by(before: dict[str, Held]) -> Held:
-    """What a coordinator may hold that took over from the first one: its way to that one, too, which it stood by for."""
+    """What a coordinator may hold that took over: its way to the one that it stood by for, too."""
     leading, standing = before["coordinator"], before["coordinator-2"]
     return Held(
         leading.resident_bytes,
