@@ -5,17 +5,20 @@
     v+1      attention workers have nothing of v on its way any more; the nodes drop what v+1 does not have
 
 So an expert that stays keeps its local id, and the id of one that leaves stands for none in v+1: it is a `HOLE`, which
-only v+2 may give away.
+only v+2 may give away. Each layer has local ids of its own; what is said of one here is done for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence, Set
-from dataclasses import dataclass, replace
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence, Set
+from dataclasses import dataclass
+from typing import Concatenate, ParamSpec
 
 from msi.errors import ConfigError
 from msi.kernels.turns import first_homes
-from msi.types import HOLE, Placement
+from msi.types import HOLE, LayerExperts, Placement, at_layer
 
 Held = tuple[int, ...]  # experts by local id
 Wanted = Sequence[Set[int]]  # the experts of each node
@@ -29,7 +32,17 @@ class Shared:
     shares: tuple[tuple[int, ...], ...]
 
 
-def changed(placement: Placement, chosen: Wanted | Shared, version: int = 0) -> Placement:
+@dataclass(frozen=True, slots=True)
+class ByLayer:
+    """What nodes are to hold of each layer."""
+
+    layers: tuple[Wanted | Shared, ...]
+
+
+Chosen = Wanted | Shared | ByLayer  # of all layers alike, or of each
+
+
+def changed(placement: Placement, chosen: Chosen, version: int = 0) -> Placement:
     """The placement after this one in which each node holds what is wanted of it: nobody's local id is another's.
 
     Args:
@@ -38,23 +51,45 @@ def changed(placement: Placement, chosen: Wanted | Shared, version: int = 0) -> 
         version: of the new one; by default the next.
 
     Raises:
-        ConfigError: of other nodes, with an expert that there is not, or without one that there is.
+        ConfigError: of other nodes or layers, with an expert that there is not, or without one that there is.
     """
-    wanted, shares = (chosen.experts, chosen.shares) if isinstance(chosen, Shared) else (chosen, ())
-    if len(wanted) != placement.num_nodes:
+    of_layers = _of_layers(chosen)
+    num_layers = max(len(of_layers), len(placement.layers))
+    if num_layers > 1 and {len(of_layers), len(placement.layers)} - {1, num_layers}:
         raise ConfigError(
-            f"a placement of {len(wanted)} nodes cannot follow one of {placement.num_nodes}; name every node, also "
+            f"a placement of {len(of_layers)} layers cannot follow one of {len(placement.layers)}; name every layer, "
+            "or one for all"
+        )
+    layers = [
+        _layer_changed(at_layer(placement.layers, layer), at_layer(of_layers, layer), placement.num_experts)
+        for layer in range(num_layers)
+    ]
+    return Placement.of_layers(layers, placement.num_experts, version or placement.version + 1)
+
+
+def _of_layers(chosen: Chosen) -> Sequence[Wanted | Shared]:
+    return chosen.layers if isinstance(chosen, ByLayer) else [chosen]
+
+
+def _wanted(chosen: Wanted | Shared) -> Wanted:
+    return chosen.experts if isinstance(chosen, Shared) else chosen
+
+
+def _layer_changed(before: LayerExperts, chosen: Wanted | Shared, num_experts: int) -> LayerExperts:
+    wanted, shares = _wanted(chosen), chosen.shares if isinstance(chosen, Shared) else ()
+    if len(wanted) != len(before.experts):
+        raise ConfigError(
+            f"a placement of {len(wanted)} nodes cannot follow one of {len(before.experts)}; name every node, also "
             f"those that hold nothing"
         )
     named = {expert for experts in wanted for expert in experts}
-    if named != set(range(placement.num_experts)):
-        odd = sorted(named ^ set(range(placement.num_experts)))
-        raise ConfigError(f"each of the {placement.num_experts} experts is on a node, and no other; look at {odd[:8]}")
-    nodes = zip(placement.experts, wanted, strict=True)
-    held = tuple(_placed(before, set(experts)) for before, experts in nodes)
-    if not shares and sum(map(len, wanted)) > placement.num_experts:
-        shares = first_homes(held, placement.num_experts)
-    return Placement(held, placement.num_experts, version or placement.version + 1, shares)
+    if named != set(range(num_experts)):
+        odd = sorted(named ^ set(range(num_experts)))
+        raise ConfigError(f"each of the {num_experts} experts is on a node, and no other; look at {odd[:8]}")
+    held = tuple(_placed(were, set(experts)) for were, experts in zip(before.experts, wanted, strict=True))
+    if not shares and sum(map(len, wanted)) > num_experts:
+        shares = first_homes(held, num_experts)
+    return LayerExperts(held, shares)
 
 
 def _placed(before: Held, wanted: set[int]) -> Held:
@@ -85,29 +120,82 @@ def _one_of(expert: int, other: int) -> int:
     return max(expert, other)
 
 
+def num_to_load(held: Sequence[Held], had: Sequence[Held], num_layers: int) -> int:
+    """Experts of layers that a node is to hold, and does not yet.
+
+    Args:
+        held, had: of all layers, or of each; () for none in any.
+    """
+    had = had or ((),)
+    layers = range(num_layers if held else 0)
+    return sum(len(set(at_layer(held, layer)) - {HOLE, *at_layer(had, layer)}) for layer in layers)
+
+
 def padded(placement: Placement, num_nodes: int) -> Placement:
     """The same with places for nodes that may come."""
     missing = num_nodes - placement.num_nodes
     assert missing >= 0, f"{placement} has more than {num_nodes} nodes"
-    return replace(placement, experts=placement.experts + ((),) * missing)
+    layers = [LayerExperts(one.experts + ((),) * missing, one.shares) for one in placement.layers]
+    return Placement.of_layers(layers, placement.num_experts, placement.version)
 
 
 # -- who holds what ----------------------------------------------------------------------------------------------------
 
 
+def is_as(placement: Placement, chosen: Chosen) -> bool:
+    """Whether nodes hold already what is wanted of them."""
+    of_layers = _of_layers(chosen)
+    num_layers = max(len(of_layers), len(placement.layers))
+    return all(
+        _sets(at_layer(placement.layers, layer)) == [set(one) for one in _wanted(at_layer(of_layers, layer))]
+        for layer in range(num_layers)
+    )
+
+
+def copies_of(placement: Placement) -> list[int]:
+    """On how many nodes each expert is, in the layer where it is on fewest."""
+    counts = [_num_homes(layer, range(placement.num_nodes)) for layer in placement.layers]
+    return [min(homes[expert] for homes in counts) for expert in range(placement.num_experts)]
+
+
 def lost_experts(placement: Placement, nodes: Collection[int]) -> list[int]:
-    """Those that none of these nodes holds."""
-    there = {expert for node in nodes for expert in placement.held_by(node)}
-    return [expert for expert in range(placement.num_experts) if expert not in there]
+    """Those that, in some layer, none of these nodes holds."""
+    counts = [_num_homes(layer, nodes) for layer in placement.layers]
+    return [expert for expert in range(placement.num_experts) if any(not homes[expert] for homes in counts)]
 
 
 def scarce_experts(placement: Placement, nodes: Collection[int], copies: Sequence[int]) -> list[int]:
-    """Those that are on fewer of these nodes than `copies` says, or than there are."""
-    on = [len(set(placement.nodes_of(expert)) & set(nodes)) for expert in range(placement.num_experts)]
-    return [expert for expert, wanted in enumerate(copies) if on[expert] < min(wanted, len(nodes))]
+    """Those that, in some layer, are on fewer of these nodes than `copies` says, or than there are."""
+    counts = [_num_homes(layer, nodes) for layer in placement.layers]
+    return [
+        expert
+        for expert, wanted in enumerate(copies)
+        if any(homes[expert] < min(wanted, len(nodes)) for homes in counts)
+    ]
 
 
-def with_node(placement: Placement, node: int, nodes: Collection[int], copies: Sequence[int] = ()) -> list[set[int]]:
+def _num_homes(layer: LayerExperts, nodes: Collection[int]) -> Counter[int]:
+    return Counter(expert for node in nodes for expert in layer.experts[node])
+
+
+P = ParamSpec("P")
+
+
+def in_each_layer(
+    choose: Callable[Concatenate[LayerExperts, P], list[set[int]]],
+) -> Callable[Concatenate[Placement, P], Chosen]:
+    """What is chosen for a layer, for all of a placement: once where they are alike."""
+
+    @functools.wraps(choose)
+    def choose_all(placement: Placement, /, *args: P.args, **options: P.kwargs) -> Chosen:
+        chosen = tuple(choose(layer, *args, **options) for layer in placement.layers)
+        return ByLayer(chosen) if placement.further else chosen[0]
+
+    return choose_all
+
+
+@in_each_layer
+def with_node(layer: LayerExperts, node: int, nodes: Collection[int], copies: Sequence[int] = ()) -> list[set[int]]:
     """`node` gets as many experts as the others then have, from those of `nodes` that hold most; nothing else moves.
 
     An expert that has replicas moves, too: no node gets one that it has, and none is on fewer nodes than before.
@@ -115,7 +203,7 @@ def with_node(placement: Placement, node: int, nodes: Collection[int], copies: S
     Args:
         copies: of each expert, on how many nodes it is to be: where it is on fewer of `nodes`, `node` gets one more.
     """
-    held = _sets(placement)
+    held = _sets(layer)
     held[node] |= {
         expert for expert, wanted in enumerate(copies) if sum(expert in held[one] for one in {*nodes, node}) < wanted
     }
@@ -129,9 +217,10 @@ def with_node(placement: Placement, node: int, nodes: Collection[int], copies: S
         held[node].add(moved)
 
 
-def spread_evenly(placement: Placement, nodes: Collection[int]) -> list[set[int]]:
+@in_each_layer
+def spread_evenly(layer: LayerExperts, nodes: Collection[int]) -> list[set[int]]:
     """Each of `nodes` holds as many experts as the others, or one more; as few as possible move."""
-    held = _sets(placement)
+    held = _sets(layer)
     while True:
         fullest = max(nodes, key=lambda node: (len(held[node]), -node))
         emptiest = min(nodes, key=lambda node: (len(held[node]), node))
@@ -143,31 +232,36 @@ def spread_evenly(placement: Placement, nodes: Collection[int]) -> list[set[int]
         held[emptiest].add(moved)
 
 
-def without_node(placement: Placement, node: int, nodes: Collection[int]) -> list[set[int]]:
+@in_each_layer
+def without_node(layer: LayerExperts, node: int, nodes: Collection[int]) -> list[set[int]]:
     """`node` holds nothing; its experts go to those of `nodes` that hold least.
 
     One whose replicas are on all others already loses that replica.
     """
-    held = _sets(placement)
+    held = _sets(layer)
     gone, held[node] = held[node], set()
     for expert in sorted(gone):
         _give(held, expert, [other for other in nodes if other != node])
     return held
 
 
-def repaired(placement: Placement, nodes: Collection[int], copies: Sequence[int] = ()) -> list[set[int]]:
+@in_each_layer
+def repaired(layer: LayerExperts, nodes: Collection[int], copies: Sequence[int] = ()) -> list[set[int]]:
     """Experts that are on too few of `nodes`, which live, go to those of them that hold least, and from the others.
 
     Args:
         copies: of each expert, on how many it is to be; by default one.
     """
-    held, copies = _sets(placement), copies or [1] * placement.num_experts
-    for expert in scarce_experts(placement, nodes, copies):
+    held, num_homes = _sets(layer), _num_homes(layer, nodes)
+    copies = copies or [1] * len(set().union(*held))
+    for expert, wanted in enumerate(copies):
+        if num_homes[expert] >= min(wanted, len(nodes)):
+            continue
         there = [node for node in nodes if expert in held[node]]
         for node, of_node in enumerate(held):
             if node not in there:
                 of_node.discard(expert)
-        for _ in range(min(copies[expert], len(nodes)) - len(there)):
+        for _ in range(min(wanted, len(nodes)) - len(there)):
             _give(held, expert, nodes)
     return held
 
@@ -178,5 +272,5 @@ def _give(held: list[set[int]], expert: int, nodes: Collection[int]) -> None:
         held[min(free, key=lambda node: (len(held[node]), node))].add(expert)
 
 
-def _sets(placement: Placement) -> list[set[int]]:
-    return [set(placement.held_by(node)) for node in range(placement.num_nodes)]
+def _sets(layer: LayerExperts) -> list[set[int]]:
+    return [set(held) - {HOLE} for held in layer.experts]

@@ -236,7 +236,7 @@ def test_what_is_checked_beforehand_is_what_the_loaders_read(tmp_path, family, i
     original = source.read
     source.read = lambda name, shape, rows=None: (read.update({name: shape}), original(name, shape, rows))[1]
     load_attention_weights(config, source, PlainDevice(), torch.float32)
-    load_expert_bank(config, tuple(range(config.num_experts)), source, PlainDevice().kernels, torch.float32)
+    load_expert_bank(config, [tuple(range(config.num_experts))], source, PlainDevice().kernels, torch.float32)
     assert dict(required_tensors(config, TensorIndex(tmp_path))) == read
     assert set(read) == set(source.index.tensors), "and all there is"
 

@@ -167,7 +167,7 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path, family, name, complain
     def load():
         source = Checkpoint(tmp_path)
         load_attention_weights(config, source, PlainDevice(), torch.float32)
-        load_expert_bank(config, (0, 6), source, PlainDevice().kernels, torch.float32)
+        load_expert_bank(config, [(0, 6)], source, PlainDevice().kernels, torch.float32)
 
     load()
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)

@@ -205,7 +205,7 @@ def test_experts_with_biases_add_each_to_its_product(kernels):
     )  # fmt: skip
     for expert in range(2):
         bank.put(0, expert, gate_up[expert], down[expert], (biases[0][expert], biases[1][expert]))
-    bank = bank.arranged([1, None, 0])
+    bank = bank.arranged([[1, None, 0]])
     bank.put(0, 1, gate_up[2], down[2], (biases[0][2], biases[1][2]))
     order, ids = [1, 2, 0], torch.tensor([[0, 1], [2, 1], [-1, 0], [1, 2]], dtype=torch.int32)
     slots = PackedRows(torch.randn(1, 1, 4, 8), torch.rand(1, 1, 4, 2), ids.view(1, 1, 4, 2))
@@ -424,7 +424,7 @@ def test_a_bank_that_is_arranged_anew_keeps_its_experts(kernels):
     for layer in range(2):
         for expert in range(2):
             bank.put(layer, expert, gate_up[expert], down[expert])
-    grown = bank.arranged([1, None, 0])
+    grown = bank.arranged([[1, None, 0]] * 2)
     for layer in range(2):
         grown.put(layer, 1, gate_up[2], down[2])
     order = torch.tensor([1, 2, 0])

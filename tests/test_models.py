@@ -138,7 +138,7 @@ def load_everything(path):
     source = Checkpoint(path)
     attention = load_attention_weights(config, source, PlainDevice(), torch.float32)
     kernels = PlainKernels(torch.device("cpu"))
-    experts = load_expert_bank(config, tuple(range(config.num_experts)), source, kernels, torch.float32)
+    experts = load_expert_bank(config, [tuple(range(config.num_experts))], source, kernels, torch.float32)
     return attention, experts
 
 
@@ -308,7 +308,7 @@ def logits_of(
     precision = Precision(quantization=quantization)
     attention = load_attention_weights(config, source, device, weights or dtype, dtype, precision)
     bank = load_expert_bank(
-        config, tuple(range(config.num_experts)), source, device.kernels, weights or dtype, quantization=quantization
+        config, [tuple(range(config.num_experts))], source, device.kernels, weights or dtype, quantization=quantization
     )
     num_rows = len(prompt)
     num_blocks = 2 + num_rows // BLOCK_TOKENS

@@ -105,7 +105,7 @@ def test_what_a_gpu_has_no_memory_for_is_said_per_worker(monkeypatch):
 
     monkeypatch.setattr(torch_host, "ExpertHalf", too_much)
     given = SimpleNamespace(worker_id="expert-1", precision=Precision.of("bfloat16"))
-    part = SimpleNamespace(experts=object(), expert_ids=(0,))
+    part = SimpleNamespace(experts=object(), expert_ids=((0,),))
     model = SimpleNamespace(_assignment=given, part=part, _files=ModelFiles(DEMO_MODEL), _device=None)
     link = SimpleNamespace(layout=None, answer_layout=None, landing=SimpleNamespace(rows=None))
     with pytest.raises(ConfigError, match=r"activations of waves of expert-1 do not fit: CUDA out .* 2\.00 GiB; give"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msi.control.changes import ChangesOfPlacement
-from msi.control.counters import BatchTimes, ExpertCounters
+from msi.control.counters import BatchTimes, ExpertCounters, LayerRows
 from msi.control.expert_load import ExpertLoad
 from msi.control.members import NO_STATUS
 from msi.control.messages import Placed
@@ -23,7 +23,8 @@ from msi.placement import place_evenly, place_with_replicas
 from msi.placement_change import Shared, changed
 from msi.planner.expert_counts import read_counts
 from msi.planner.expert_curve import ExpertCurve, fit_curve
-from msi.planner.rebalance import Question, decide
+from msi.planner.rebalance import FLOOR_ROWS, Question, decide
+from msi.planner.replicas import cost_of_layers
 from msi.planner.stage_costs import BatchMean
 from msi.settings import Rebalance
 from msi.types import Placement
@@ -32,7 +33,7 @@ from tests.test_membership import beat as cluster_beat
 from tests.tiny import save_plainly
 
 EVEN = place_evenly(8, 2)
-SKEWED = (40.0, 30.0, 20.0, 10.0, 1.0, 1.0, 1.0, 1.0)
+SKEWED = ((40.0, 30.0, 20.0, 10.0, 1.0, 1.0, 1.0, 1.0),)
 
 
 # -- what batches take -------------------------------------------------------------------------------------------------
@@ -70,9 +71,10 @@ def test_no_curve_takes_less_than_nothing(points):
 # -- what is counted ---------------------------------------------------------------------------------------------------
 
 
-def beat(load, node, rows, batches, incarnation=0, times=()):
-    counted = ExpertCounters(expert_rows=rows, batches=batches, expert_batches_s=batches * 1e-3)
-    status = replace(NO_STATUS, experts=counted, batches=times)
+def beat(load, node, rows, batches, incarnation=0, times=(), *further):
+    """`further`: rows of more layers."""
+    counted = ExpertCounters(batches=batches, expert_batches_s=batches * 1e-3)
+    status = replace(NO_STATUS, experts=counted, batches=times, layer_rows=LayerRows.of([rows, *further]))
     load.hear(f"expert-{node}", incarnation, node, status)
 
 
@@ -86,13 +88,27 @@ def test_rows_are_those_since_the_window_began_whatever_lives_and_places_experts
     assert load.close(100) is None, "too few rows: it goes on"
     beat(load, 0, {0: 1080, 2: 20}, 70)  # expert 1 has gone, 2 has come
     window = load.close(100)
-    assert window.rows == (80.0, 20.0, 30.0)
-    assert (window.waves, window.load) == (20.0, (4.0, 1.0, 1.5))
+    assert window.rows == ((80.0, 20.0, 30.0),)
+    assert (window.waves, window.load) == (20.0, ((4.0, 1.0, 1.5),))
     assert not load.before
     beat(load, 0, {0: 10, 1: 5, 2: 5}, 5, incarnation=1)
     beat(load, 0, {0: 20, 1: 15, 2: 15}, 15, incarnation=1)
-    assert load.close(1).load == (1.0, 1.0, 1.0)
-    assert [*load.before] == [(4.0, 1.0, 1.5)]
+    assert load.close(1).load == ((1.0, 1.0, 1.0),)
+    assert [*load.before] == [((4.0, 1.0, 1.5),)]
+
+
+def test_layers_are_counted_each_for_itself_and_a_wave_is_of_one():
+    load = ExpertLoad(2)
+    beat(load, 0, {0: 0}, 0, 0, (), {1: 0})
+    beat(load, 1, {1: 0}, 0, 0, (), {0: 0})
+    beat(load, 0, {0: 30}, 20, 0, (BatchTimes(8, 20, 80, 0.02),), {1: 50})
+    beat(load, 1, {1: 10}, 20, 0, (), {0: 70})
+    assert load.close(81) is None, "80 rows of a layer, in the mean"
+    window = load.close(80)
+    assert window.rows == ((30.0, 10.0), (70.0, 50.0))
+    assert (window.waves, window.load) == (10.0, ((3.0, 1.0), (7.0, 5.0)))
+    (mean,) = load.means
+    assert (mean.rows, mean.experts) == pytest.approx((4.0, 1 - (np.exp(-3.0) + np.exp(-5.0)) / 2))
 
 
 def test_times_of_batches_become_rows_and_experts_hit_by_what_a_token_has_there():
@@ -116,13 +132,30 @@ def test_experts_are_shared_out_by_load_where_the_slowest_worker_gains():
     found = decide(question())
     assert found.gain > 0.3
     assert found.is_worth
-    assert found.num_moved == sum(len(set(held) - {*EVEN.experts[node]}) for node, held in enumerate(found.experts))
-    after = changed(EVEN, Shared(found.experts, found.shares))
-    assert (after.version, after.shares) == (1, found.shares)
+    (layer,) = found.chosen.layers
+    assert found.num_moved == sum(len(held - {*EVEN.experts[node]}) for node, held in enumerate(layer.experts))
+    after = changed(EVEN, found.chosen)
+    assert (after.version, after.shares, after.further) == (1, layer.shares, ())
+
+
+def test_layers_with_loads_of_their_own_are_placed_each_by_its_own_and_gain_what_none_placed_alike_would():
+    load = (*SKEWED, SKEWED[0][::-1])
+    alike = (tuple(map(sum, zip(*load, strict=True))),)
+    assert decide(question(alike)).gain < 0.05
+    found = decide(question(load))
+    assert found.gain > 0.3
+    after = changed(EVEN, found.chosen)
+    assert len(after.layers) == 2
+    assert found.gain == pytest.approx(
+        1 - cost_of_layers(load, FLOOR_ROWS, after) / cost_of_layers(load, FLOOR_ROWS, EVEN)
+    )
+    assert decide(question(load, placement=after, slots=after.num_held_by(0) + after.num_held_by(1))).num_moved == 0
+    same = decide(question(SKEWED * 2))
+    assert not changed(EVEN, same.chosen).further, "layers whose loads are alike are placed alike"
 
 
 def test_what_the_last_window_does_not_bear_out_gains_nothing():
-    assert decide(question(latest=(1.0, 40.0, 30.0, 1.0, 20.0, 10.0, 1.0, 1.0))).gain < 0
+    assert decide(question(latest=((1.0, 40.0, 30.0, 1.0, 20.0, 10.0, 1.0, 1.0),))).gain < 0
 
 
 def test_a_gain_that_does_not_pay_for_loading_is_not_worth_it():
@@ -158,7 +191,7 @@ def test_noise_and_popularities_that_alternate_move_experts_a_few_times_at_most(
         asked = Question(placement, tuple(range(num_nodes)), 0, slots, tuple(load.before), closed.load)
         found = decide(asked)
         if found.gain > 0.1:
-            placement, rest = changed(placement, Shared(found.experts, found.shares)), 1
+            placement, rest = changed(placement, found.chosen), 1
             moved.append(window)
     assert len(moved) <= 2 + alternates, moved
 
@@ -211,7 +244,10 @@ def test_shares_are_kept_by_a_change_that_says_them_and_go_to_first_homes_withou
 def test_counts_are_read_as_a_list_or_as_msi_ctl_prints_them(tmp_path):
     (tmp_path / "list.json").write_text("[3, 0.5, 0]")
     (tmp_path / "printed.json").write_text('{"version": 1, "expert_rows": [3, 0.5, 0]}')
-    assert read_counts(tmp_path / "list.json") == read_counts(tmp_path / "printed.json") == [3.0, 0.5, 0.0]
+    assert read_counts(tmp_path / "list.json") == read_counts(tmp_path / "printed.json") == [[3.0, 0.5, 0.0]]
+    layers = '{"expert_rows": [3, 1], "layer_rows": [[1, 1], [2, 0]]}'
+    (tmp_path / "layers.json").write_text(layers)
+    assert read_counts(tmp_path / "layers.json") == [[1.0, 1.0], [2.0, 0.0]]
     for number, text in enumerate(("{", "{}", '["a"]', "[-1]", "[true]", "[NaN]", "3")):
         (tmp_path / f"{number}.json").write_text(text)
         with pytest.raises(ConfigError, match=r"cannot read expert popularity|give a weight or count for each expert"):

@@ -117,7 +117,7 @@ def test_an_experts_cost_is_its_rows_or_its_weights_with_the_rows_way_and_nothin
 
 def test_each_layer_is_placed_by_its_own_load():
     load = [[90.0, 1, 1, 1], [1.0, 1, 1, 90]]
-    plans = plan_layers(load, 0.0, 2, [3, 3], before=[place_evenly(4, 2)] * 2)
+    plans = plan_layers(load, 0.0, 2, [3, 3], before=place_evenly(4, 2))
     assert [plan.cost for plan in plans] == pytest.approx([46.5] * 2, abs=1.5)
 
 

@@ -223,12 +223,12 @@ def test_peers_that_metrics_could_not_show_are_no_message(peers):
 
 @pytest.mark.parametrize(
     "watched",
-    [[[], [], b"", 0, 1], [[[1, 0.0, 1, ["a\nb"], b""]], [], b"", 0], [[[1, math.nan, 1, [], b""]], [], b"", 0],
-     [[[-1, 0.0, 1, [], b""]], [], b"", 0], [[[1, 0.0, 1, [], b"1"]], [], b"", 0], [[], [["a\nb", "c"]], b"", 0],
-     [[], [], b"1", 1], [[], [], bytes(1 << 20), 1], [[[1, 0.0, 1, [], b""]] * 3, [], b"", 0]],
+    [[[], [], 1], [[[1, 0.0, 1, ["a\nb"], b""]], []], [[[1, math.nan, 1, [], b""]], []],
+     [[[-1, 0.0, 1, [], b""]], []], [[[1, 0.0, 1, [], b"1"]], []], [[], [["a\nb", "c"]]],
+     [[[1, 0.0, 1, [], b""]] * 3, []]],
 )  # fmt: skip
-def test_spans_and_rows_that_no_page_could_show_are_no_message(watched):
-    assert heartbeat_said(watched=[[[1, 0.0, 1, ["a"], bytes(11)]], [["a", "b"]], bytes(16), 2]) is not None
+def test_spans_that_no_page_could_show_are_no_message(watched):
+    assert heartbeat_said(watched=[[[1, 0.0, 1, ["a"], bytes(11)]], [["a", "b"]]]) is not None
     assert heartbeat_said(watched=watched) is None
 
 
@@ -242,7 +242,19 @@ def test_times_of_batches_that_cannot_be_are_no_message(batches):
     assert heartbeat_said(batches=batches) is None
 
 
-def heartbeat_said(process=None, attention=None, experts=None, loop=None, peers=(), watched=None, batches=()):
+@pytest.mark.parametrize(
+    "layer_rows",
+    [[[[0], [0]], [[1]]], [[[0, 1]], [[1]]], [[[4096]], [[1]]], [[[-1]], [[1]]], [[[0]], [[-1]]], [[[0]], [[0.5]]],
+     [[[0]], [[True]]], [[[0]], b"1"], [[[0]], [b"123"]]],
+)  # fmt: skip
+def test_rows_of_layers_that_are_none_are_no_message(layer_rows):
+    assert heartbeat_said(layer_rows=[[[0, 4095]], [[2**40, 0], [7, 8]]]) is not None
+    assert heartbeat_said(layer_rows=layer_rows) is None
+
+
+def heartbeat_said(
+    process=None, attention=None, experts=None, loop=None, peers=(), watched=None, batches=(), layer_rows=((), ())
+):
     def plain(kind, changes):
         values = {**dataclasses.asdict(kind()), **(changes or {})}
         return [values[field.name] for field in dataclasses.fields(kind)]
@@ -250,6 +262,7 @@ def heartbeat_said(process=None, attention=None, experts=None, loop=None, peers=
     status = [
         0, 0, 0, 0, 0, [0.0] * 5, plain(ProcessCounters, process), plain(AttentionCounters, attention),
         plain(ExpertCounters, experts), loop or {}, list(peers), watched, list(batches),
+        list(layer_rows),
     ]  # fmt: skip
     return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0, False, 0]])
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from msi.control.client_messages import WorkerStats
-from msi.control.counters import AttentionCounters, ExpertCounters
+from msi.control.counters import AttentionCounters, ExpertCounters, LayerRows
 from msi.control.messages import COORDINATOR_END, WORKER_END, Heartbeat
-from msi.control.watched import MAX_SPANS, SPAN, WINDOW_S, Span, SpanWindow, Watched, Way, packed_rows
+from msi.control.watched import MAX_SPANS, SPAN, WINDOW_S, Span, SpanWindow, Watched, Way
 from msi.control.worker_status import WorkerStatus
 from msi.server.pingpong import ExpertCounts, PingpongWindows, picture
 from msi.types import StageTimes
@@ -25,21 +26,18 @@ spans = st.builds(
     st.integers(-(2**31), 2**31 - 1),
     st.integers(0, 2**32 - 1),
 )
-rows = st.integers(1, 4).flatmap(
-    lambda width: st.lists(st.lists(st.integers(0, 2**40), min_size=width, max_size=width), max_size=5)
-)
+layer_rows = st.dictionaries(st.integers(0, 4095), st.integers(0, 2**40), max_size=40)
 
 
-@given(st.lists(spans, max_size=40), rows)
-def test_what_is_told_survives_the_wire(given_spans, given_rows):
+@given(st.lists(spans, max_size=40), st.lists(layer_rows, max_size=5))
+def test_what_is_told_survives_the_wire(given_spans, rows):
     window = SpanWindow.of(7, 1.5, 300_000, given_spans)
-    packed = packed_rows(given_rows)
-    watched = Watched((window,), (Way("expert-0", "shared memory"),), packed, len(given_rows))
-    sent = Heartbeat("a", 1, WorkerStatus(0, 0, 0, 0, 0, StageTimes(), watched=watched))
-    told = COORDINATOR_END.decode(WORKER_END.encode(sent)).status.watched
-    assert told == watched
-    assert list(told.windows[0].spans()) == given_spans
-    assert told.rows() == given_rows
+    watched = Watched((window,), (Way("expert-0", "shared memory"),))
+    sent = Heartbeat("a", 1, WorkerStatus(0, 0, 0, 0, 0, StageTimes(), watched=watched, layer_rows=LayerRows.of(rows)))
+    status = COORDINATOR_END.decode(WORKER_END.encode(sent)).status
+    assert status.watched == watched
+    assert list(status.watched.windows[0].spans()) == given_spans
+    assert status.layer_rows.by_expert() == rows
 
 
 @pytest.mark.parametrize(
@@ -50,8 +48,11 @@ def test_what_is_told_survives_the_wire(given_spans, given_rows):
         (lambda: SpanWindow(1, 0.0, 1, ("a\nb",), b""), "is no name of a span"),
         (lambda: SpanWindow(1, 0.0, 1, ("a",) * 300, b""), "300 names"),
         (lambda: Watched(windows=(SpanWindow.of(1, 0.0, 1, []),) * 3), "3 windows"),
-        (lambda: Watched(layer_rows=bytes(24), num_layers=2), "24 bytes are not rows of 2 layers"),
-        (lambda: Watched(layer_rows=bytes(8)), "8 bytes are not rows of 0 layers"),
+        (lambda: LayerRows(((0, 1), (0, 1)), ((1, 2),)), "2 rows of 1 layers, experts of 2"),
+        (lambda: LayerRows(((0, 1),), ((1, 2), (1,))), "1 rows of 2 experts of layer 1 are no such count"),
+        (lambda: LayerRows(((0, 0),), ((1, 2),)), "2 rows of 2 experts of layer 0 are no such count"),
+        (lambda: LayerRows(((0, 1),), ((1, -2),)), "2 rows of 2 experts of layer 0 are no such count"),
+        (lambda: LayerRows(((0,),), ((1,),) * (2**18 + 1)), "262145 rows of 262145 layers"),
         (lambda: Watched(ways=(Way("a", "b" * 400),)), "is no way to 'a'"),
     ],
 )
@@ -197,28 +198,35 @@ def test_only_so_many_rows_are_told_attention_first():
 
 
 def holder(worker_id, experts, counts, incarnation=0):
-    counted = ExpertCounters(expert_rows=dict.fromkeys(experts, 1))
-    one = worker(worker_id, watched=Watched((), (), packed_rows(counts), len(counts)), experts=counted)
+    """`experts`: of all layers, or of each."""
+    one = worker(worker_id, watched=Watched(), experts=ExpertCounters())
+    one = replace(one, status=replace(one.status, layer_rows=LayerRows(experts, counts)))
     return WorkerStats(worker_id, "expert", 1, "h", incarnation, "ready", one.status)
 
 
 def test_rows_are_told_once_by_layer_and_the_experts_own_numbers():
     counts = ExpertCounts()
-    first = counts.take([holder("expert-0", (0, 2), [[1, 2], [3, 4]]), holder("expert-1", (1,), [[5], [6]])])
-    assert first.rows == [[1, 5, 2], [3, 6, 4]]
+    differ = ((0,), (1,))
+    was = [holder("expert-0", ((0, 2),), ((1, 2), (3, 4))), holder("expert-1", differ, ((5,), (6,)))]
+    assert counts.take(was) is None, "what was computed before somebody watched"
+    now = [holder("expert-0", ((0, 2),), ((2, 4), (6, 8))), holder("expert-1", differ, ((10,), (12,)))]
+    first = counts.take(now)
+    assert first.rows == [[6, 0, 2], [3, 6, 4]]
     assert [(one.worker_id, one.rows) for one in first.workers] == [("expert-0", 10), ("expert-1", 11)]
-    again = counts.take([holder("expert-0", (0, 2), [[1, 4], [3, 4]]), holder("expert-1", (1,), [[5], [6]])])
-    assert again.rows == [[0, 0, 2], [0, 0, 0]]
-    assert counts.take([holder("expert-0", (0, 2), [[1, 4], [3, 4]]), holder("expert-1", (1,), [[5], [6]])]) is None
+    now[0] = holder("expert-0", ((0, 2, 3),), ((2, 6, 1), (6, 8, 0)))  # which has come
+    assert counts.take(now).rows == [[0, 0, 2, 1], [0, 0, 0, 0]]
+    assert counts.take(now) is None
 
 
 def test_copies_of_an_expert_count_together_and_a_new_life_counts_anew():
     counts = ExpertCounts()
-    assert counts.take([holder("expert-0", (0, 1), [[4, 1]]), holder("expert-1", (1, 0), [[2, 3]])]).rows == [[7, 3]]
-    assert counts.take([holder("expert-0", (0, 1), [[1, 0]], incarnation=1)]).rows == [[1, 0]]
+    assert counts.take([holder("expert-0", ((0, 1),), ((0, 0),)), holder("expert-1", ((1, 0),), ((0, 0),))]) is None
+    two = [holder("expert-0", ((0, 1),), ((4, 1),)), holder("expert-1", ((1, 0),), ((2, 3),))]
+    assert counts.take(two).rows == [[7, 3]]
+    assert counts.take([holder("expert-0", ((0, 1),), ((1, 0),), incarnation=1)]) is None
+    assert counts.take([holder("expert-0", ((0, 1),), ((2, 0),), incarnation=1)]).rows == [[1, 0]]
 
 
-def test_workers_that_do_not_count_or_have_just_changed_are_left_out():
-    counts = ExpertCounts()
-    changed = holder("expert-0", (0, 1, 2), [[1, 2]])
-    assert counts.take([changed, worker("attention-0", attention=AttentionCounters()), worker("expert-1")]) is None
+def test_workers_that_do_not_count_are_left_out():
+    two = [worker("attention-0", attention=AttentionCounters()), worker("expert-1")]
+    assert ExpertCounts().take(two) is None

@@ -101,9 +101,8 @@ class Forward:
 
     def use_placement(self, placement: Placement, missing: Collection[int] = ()) -> None:
         """For passes that begin from now on with `tables`; no rows go to nodes that are missing."""
-        self.tables = PlacementTables.of(
-            placement.experts, placement.num_experts, self._upload, missing, placement.shares
-        )
+        layers = [(layer.experts, layer.shares) for layer in placement.layers]
+        self.tables = PlacementTables.of_layers(layers, placement.num_experts, self._upload, missing)
 
     def begin(
         self,
@@ -160,16 +159,16 @@ class Forward:
         """The rows of this turn as they lie, of one seat and lane, for the only expert node."""
         assert state.routed is not None, "no turn was computed"
         normed, topk_weights, topk_ids = state.routed
-        local_ids = state.tables.local_ids[0][topk_ids]
+        local_ids = state.tables.of_layer(state.turn).local_ids[0][topk_ids]
         state.is_here = True
         return PackedRows(normed[None, None], topk_weights[None, None], local_ids[None, None])
 
     def all_layers(
         self, state: PassState, layers: NativeLayers, bank: NativeExpertBank, answers: Tensor
     ) -> tuple[float, float]:
-        """All turns over the experts beside it, as `NativeLayers.run` says."""
+        """All turns over the experts beside it, as `NativeLayers.run` says; they are there alike in all layers."""
         state.is_here = True
-        return layers.run(state.hidden, state.plans, state.tables.local_ids[0], bank, answers[0])
+        return layers.run(state.hidden, state.plans, state.tables.of_layer(0).local_ids[0], bank, answers[0])
 
     def pack_again(self, state: PassState, tables: PlacementTables, outboxes: Outboxes) -> None:
         """The rows of the turn that is away, and those of later turns, go where `tables` say."""
@@ -183,6 +182,7 @@ class Forward:
     def _pack(self, state: PassState, tables: PlacementTables, outboxes: Outboxes) -> None:
         assert state.routed is not None, "no turn was computed"
         normed, topk_weights, topk_ids = state.routed
+        tables = tables.of_layer(state.turn)
         replicas = topk_ids if tables.most_replicas == 1 else choose_replicas(topk_ids, tables)
         if state.is_filler is not None:
             nobody = tables.local_ids.shape[1] - 1

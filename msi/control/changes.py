@@ -82,8 +82,9 @@ class ChangesOfPlacement:
         elif placing.is_changing:
             log.info("placement %d (%s): %s", placing.placement.version, placing.remark, placing.stage)
         elif placing.placement.version:
-            held = [len(placing.placement.held_by(node)) for node in range(placing.placement.num_nodes)]
-            log.info("placement %d is used: experts per node %s", placing.placement.version, held)
+            held = [placing.placement.num_held_by(node) for node in range(placing.placement.num_nodes)]
+            by_layer = ", by layer" if placing.placement.further else ""
+            log.info("placement %d is used: experts per node %s%s", placing.placement.version, held, by_layer)
 
 
 def _end(asked: _Asked, placement: Placement, failure: str) -> None:

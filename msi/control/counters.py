@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from msi.errors import shown
 from msi.meter import percentile
-from msi.types import Measured
+from msi.types import Measured, at_layer
 
 MAX_KEYS = 4096  # of a map: an expert worker counts waves by their size, and rows by their expert
+MAX_CELLS = 2**18  # layers times experts of a worker
 MAX_ID_CHARS = 256
 MAX_SIZES = 34  # powers of two
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
@@ -77,7 +78,7 @@ class ExpertCounters:
     alone_batches: of the batches, those of rows that were out of step.
     wait_s: W as it is now.
     seats: that are taken now.
-    experts_loaded: since the start of the life, and `loading_s`, the time that it took.
+    experts_loaded: of layers, since the start of the life, and `loading_s`, the time that it took.
     wave_sizes: batches by the seats in them.
     expert_rows: rows that each expert here has computed in all layers together, by its id in the model.
     dropped: immediates that were not used, by reason.
@@ -140,6 +141,53 @@ class PeerDelay:
     residence_p99_s: Measured
     bytes_sent: Count = 0
     bytes_received: Count = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRows:
+    """Rows that the experts of a worker have computed since the start of its life, layer by layer.
+
+    Attributes:
+        experts: of all layers, or of each, in the order of their rows.
+        rows: of each layer.
+
+    Raises:
+        ValueError: they do not belong together, or are more than are told.
+    """
+
+    experts: tuple[tuple[int, ...], ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        num_cells = sum(map(len, self.rows))
+        if num_cells > MAX_CELLS or len(self.experts) not in (min(1, len(self.rows)), len(self.rows)):
+            raise ValueError(f"{num_cells} rows of {len(self.rows)} layers, experts of {len(self.experts)}")
+        for layer, counts in enumerate(self.rows):
+            held = at_layer(self.experts, layer)
+            if (
+                len(set(held)) != len(counts)
+                or not all(0 <= one < MAX_KEYS for one in held)
+                or min(counts, default=0) < 0
+            ):
+                raise ValueError(f"{len(counts)} rows of {len(held)} experts of layer {layer} are no such count")
+
+    @staticmethod
+    def of(by_layer: Sequence[Mapping[int, int]]) -> LayerRows:
+        """By an expert's id; nothing of more than can be told."""
+        if sum(map(len, by_layer)) > MAX_CELLS:
+            return NO_ROWS
+        experts = tuple(tuple(of_layer) for of_layer in by_layer)
+        return LayerRows(
+            experts if len(set(experts)) > 1 else experts[:1], tuple(tuple(one.values()) for one in by_layer)
+        )
+
+    def by_expert(self) -> list[dict[int, int]]:
+        """Of each layer, by an expert's id."""
+        held = (at_layer(self.experts, layer) for layer in range(len(self.rows)))
+        return [dict(zip(experts, rows, strict=True)) for experts, rows in zip(held, self.rows, strict=True)]
+
+
+NO_ROWS = LayerRows()
 
 
 @dataclass(frozen=True, slots=True)

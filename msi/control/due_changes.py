@@ -10,19 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from msi.control.members import Member
-from msi.placement_change import Shared, Wanted, lost_experts, repaired, scarce_experts, with_node, without_node
+from msi.placement_change import Chosen, is_as, lost_experts, repaired, scarce_experts, with_node, without_node
 from msi.types import Placement
 
 REPLICAS_AFTER = 4  # times as long: nobody waits for a replica, and a worker that is started again brings its own
 # of the placement that is used, and the nodes that are there
-Choose = Callable[[Placement, Sequence[int]], Wanted | Shared]
+Choose = Callable[[Placement, Sequence[int]], Chosen]
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
     """A change that is to begin; `remark` says what for."""
 
-    wanted: Wanted
+    wanted: Chosen
     remark: str
 
 
@@ -55,7 +55,7 @@ class DueChanges:
         self._tried = {key for key in self._tried if key[1] == present}
         staying = [member.place.node for member in live if member.state != "draining"]
         for due, key in self._possible(placement, members, staying, now):
-            if (key, present) not in self._tried and [set(one) for one in due.wanted] != _sets(placement):
+            if (key, present) not in self._tried and not is_as(placement, due.wanted):
                 self._tried.add((key, present))
                 return due
         return None
@@ -107,10 +107,6 @@ class DueChanges:
 
 def _leaves(member: Member) -> str:
     return f"{member.worker_id} leaves"
-
-
-def _sets(placement: Placement) -> list[set[int]]:
-    return [set(placement.held_by(node)) for node in range(placement.num_nodes)]
 
 
 def _named(experts: Sequence[int]) -> str:

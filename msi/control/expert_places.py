@@ -11,7 +11,7 @@ from msi.control.messages import Drain
 from msi.control.placing import Placing
 from msi.control.roster import Roster
 from msi.errors import ConfigError
-from msi.placement_change import Shared, Wanted, changed, lost_experts, with_node
+from msi.placement_change import Chosen, changed, copies_of, lost_experts, with_node
 from msi.types import Place
 
 
@@ -28,7 +28,7 @@ class ExpertPlaces:
     def __init__(self, roster: Roster) -> None:
         plan = roster.plan
         self.placing = Placing(plan.placement)
-        copies = [len(plan.placement.nodes_of(expert)) for expert in range(plan.placement.num_experts)]
+        copies = copies_of(plan.placement)
         if plan.rebalance.rebalance == "auto":  # which experts have more is decided anew while it runs
             copies = [min(copies)] * len(copies)
         self._due = DueChanges(plan.timeouts.reload_after_s, copies)
@@ -74,9 +74,9 @@ class ExpertPlaces:
         """A coordinator has taken over: whoever is not there now has only just been missed."""
         self._due.begin(now)
 
-    def _begin(self, wanted: Wanted | Shared, remark: str) -> list[Instruction]:
+    def _begin(self, chosen: Chosen, remark: str) -> list[Instruction]:
         nodes = [member.place.node for member in self._live]
-        placement = changed(self.placing.placement, wanted)
+        placement = changed(self.placing.placement, chosen)
         if nowhere := lost_experts(placement, nodes):
             raise ConfigError(f"experts {nowhere[:8]} would be on no worker that lives; nodes {nodes} are there")
         self.placing.begin(placement, remark)
@@ -102,7 +102,7 @@ class ExpertPlaces:
         nodes = self._staying
         if lost_experts(self.placing.placement, nodes):
             return "waiting for experts that are on no worker"
-        if all(len(self.placing.placement.held_by(node)) < 2 for node in nodes):
+        if all(self.placing.placement.num_held_by(node) < 2 for node in nodes):
             return "waiting: every expert worker has one expert already"
         return ""
 

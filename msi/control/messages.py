@@ -38,9 +38,9 @@ from msi.net.codec import Codec
 from msi.placement_change import merged
 from msi.precision import Precision
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
-from msi.types import Place, Placement, Progress, Request, StageTimes
+from msi.types import Place, Placement, Progress, Request, StageTimes, at_layer
 
-PROTOCOL_VERSION = 14
+PROTOCOL_VERSION = 15
 
 Seats = Annotated[int, range(2**16)]
 Index = Annotated[int, range(2**24)]
@@ -106,14 +106,20 @@ class Assignment:
         return self.role == "attention"
 
     @property
-    def experts(self) -> tuple[int, ...]:
-        """Those that this worker holds, by their local ids; () for none."""
+    def experts(self) -> tuple[tuple[int, ...], ...]:
+        """Those that this worker holds, by their local ids: of all layers, or of each; () for none in any."""
         if self.is_colocated:
-            return tuple(range(self.placement.num_experts))
+            return (tuple(range(self.placement.num_experts)),)
         if self.role != "expert":
             return ()
-        held, node = self.placement.experts, self.place.node
-        return held[node] if self.former is None else merged(held[node], self.former.experts[node])
+        node, now = self.place.node, self.placement.layers
+        before = now if self.former is None else self.former.layers
+        num_layers = max(len(now), len(before))
+        held = [
+            merged(at_layer(now, layer).experts[node], at_layer(before, layer).experts[node])
+            for layer in range(num_layers)
+        ]
+        return tuple(held if len(set(held)) > 1 else held[:1]) if any(held) else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from msi.control.rebalancing import Rebalancing
 from msi.control.slow_workers import SlowWorkerPolicy
 from msi.errors import ConfigError, EngineError, Unavailable
 from msi.placement_change import spread_evenly
+from msi.types import Placement
 
 log = logging.getLogger(__name__)
 
@@ -127,23 +128,40 @@ class Operator:
         placing = self._cluster.placing
         names = {member.place.node: member.worker_id for member in self._cluster.live("expert")}
         placement = placing.used_by("attention")[0]
+
+        def told_by_name(of: Placement) -> dict[str, list[int]]:
+            return {
+                names.get(node, f"node {node}"): list(of.held_by(node))
+                for node in range(of.num_nodes)
+                if node in names or of.held_by(node)
+            }
+
         return {
             "version": placement.version,
             "stage": placing.stage,
             "remark": placing.remark,
             "last_failure": placing.failure,
-            "expert_rows": self._balance.rows(),
-            "experts": {
-                names.get(node, f"node {node}"): list(placement.held_by(node))
-                for node in range(placement.num_nodes)
-                if node in names or placement.held_by(node)
-            },
+            "expert_rows": self._balance.expert_rows(),
+            "layer_rows": self._balance.rows(),
+            "experts": told_by_name(placement),
+            "layers": [told_by_name(placement.of_layer(layer)) for layer in range(len(placement.further) + 1)]
+            if placement.further
+            else [],
         }
 
     def _placement_text(self) -> str:
         told = self._placement()
-        held = "; ".join(f"{name}: {' '.join(map(str, experts))}" for name, experts in told["experts"].items())
-        return f"placement {told['version']} ({told['stage']}): {held}"
+        layers = told["layers"] or [told["experts"]]
+
+        def held(name: str) -> str:
+            numbers = [len(of_layer.get(name, ())) for of_layer in layers]
+            if told["layers"]:
+                return f"{min(numbers)} to {max(numbers)} of each of {len(layers)} layers"
+            return " ".join(map(str, told["experts"][name]))
+
+        return f"placement {told['version']} ({told['stage']}): " + "; ".join(
+            f"{name}: {held(name)}" for name in told["experts"]
+        )
 
     # -- workers that go and come ------------------------------------------------------------------------------------
 

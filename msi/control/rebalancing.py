@@ -11,18 +11,18 @@ import logging
 from collections.abc import Sequence
 
 from msi.control.changes import ChangesOfPlacement
-from msi.control.expert_load import ExpertLoad, Window
+from msi.control.expert_load import ExpertLoad, Layers, Window
 from msi.control.members import Member
 from msi.control.membership import Cluster
 from msi.errors import ConfigError, EngineError, one_line
-from msi.placement_change import Shared
+from msi.placement_change import ByLayer, copies_of
 from msi.planner.rebalance import Decision, Question, decide
 from msi.settings import Rebalance
 from msi.types import Placement
 
 log = logging.getLogger(__name__)
 
-LEAST_ROWS = 32  # of an expert in the mean, for a window to say anything
+LEAST_ROWS = 32  # of an expert of a layer in the mean, for a window to say anything
 LOOK_AGAIN_S = 1.0  # at a window in which too little has run
 REST_AFTER_FAILURE = 10  # windows
 
@@ -36,19 +36,19 @@ class Rebalancing:
 
     Attributes:
         num_changes: of placement, that came to their end.
-        num_moved: experts that workers loaded for them.
+        num_moved: experts of layers that workers loaded for them.
         last_gain: that was predicted of the last, as a share of the slowest worker's time.
     """
 
     def __init__(self, settings: Rebalance, cluster: Cluster, changes: ChangesOfPlacement, now: float) -> None:
         placement = cluster.plan.placement
-        copies = [len(placement.nodes_of(expert)) for expert in range(placement.num_experts)]
         self.num_changes = self.num_moved = 0
         self.last_gain = 0.0
         self._settings = settings
         self._cluster = cluster
         self._changes = changes
-        self._redundancy, self._slots = min(copies) - 1, sum(copies)
+        self._redundancy = min(copies_of(placement)) - 1
+        self._slots = sum(placement.num_held_by(node) for node in range(placement.num_nodes))
         self._load = ExpertLoad(placement.num_experts)
         self._least_rows = LEAST_ROWS * placement.num_experts
         self._due = now + settings.rebalance_interval_s
@@ -63,9 +63,14 @@ class Rebalancing:
             "placement_version": float(self._cluster.placing.placement.version),
         }
 
-    def rows(self) -> list[float]:
-        """That each expert computed since this coordinator began to count."""
+    def rows(self) -> list[list[float]]:
+        """That each expert of each layer computed since this coordinator began to count."""
         return self._load.total
+
+    def expert_rows(self) -> list[float]:
+        """The same, of all layers together."""
+        num_experts = self._cluster.plan.placement.num_experts
+        return [sum(of_layer[expert] for of_layer in self._load.total) for expert in range(num_experts)]
 
     def hear(self, member: Member) -> None:
         """A heartbeat of a member has come."""
@@ -123,10 +128,10 @@ class Rebalancing:
             log.warning("experts stay where they are: %s", one_line(error))
 
     async def _change(self, question: Question, decision: Decision) -> Placement:
-        def choose(placement: Placement, nodes: Sequence[int]) -> Shared:
+        def choose(placement: Placement, nodes: Sequence[int]) -> ByLayer:
             if (placement.version, tuple(nodes)) != (question.placement.version, question.nodes):
                 raise _Stale("workers or experts have come or gone while the plan was made")
-            return Shared(decision.experts, decision.shares)
+            return decision.chosen
 
         clock = asyncio.get_running_loop().time
         started = clock()
@@ -154,7 +159,7 @@ class Rebalancing:
             and all(member.state == "ready" for member in experts)
         )
 
-    def _question(self, window: Window, before: tuple[tuple[float, ...], ...]) -> Question:
+    def _question(self, window: Window, before: tuple[Layers, ...]) -> Question:
         experts = self._cluster.live("expert")
         counted = [one.status.experts for one in experts if one.status.experts is not None]
         num_loaded = sum(one.experts_loaded for one in counted)
@@ -175,6 +180,6 @@ class Rebalancing:
 
 def _told(decision: Decision) -> str:
     return (
-        f"{decision.num_moved} experts to load, {decision.gain:.1%} less for the slowest expert worker (an expert's "
-        f"weights are read as long as {decision.floor_rows:.0f} rows take)"
+        f"{decision.num_moved} experts of layers to load, {decision.gain:.1%} less for the slowest expert worker (an "
+        f"expert's weights are read as long as {decision.floor_rows:.0f} rows take)"
     )

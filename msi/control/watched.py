@@ -1,5 +1,5 @@
-"""What workers tell with their heartbeats only while somebody watches the instance: spans of short windows, how each
-link travels, and rows by layer. All of it is bounded; whoever shows it reads it, the coordinator only passes it on.
+"""What workers tell with their heartbeats only while somebody watches the instance: spans of short windows, and how
+each link travels. All of it is bounded; whoever shows it reads it, the coordinator only passes it on.
 
 Windows begin with each second of wall time and have one number everywhere, so that those of all workers belong
 together; times within one are by its worker's own clock, which the workers of a host share.
@@ -21,10 +21,8 @@ WINDOW_S = 0.4  # of each second
 MAX_SPANS = 600  # of a window
 MAX_WINDOWS = 2  # in one heartbeat
 MAX_NAMES = 256
-MAX_CELLS = 2**16  # layers times experts of a worker
 MAX_WAY_CHARS = 256
 SPAN = struct.Struct("<BBBiI")  # name, lane, whether rows were away, start and duration in microseconds
-ROWS = struct.Struct("<Q")
 
 Number = Annotated[int, range(2**40)]
 Clock = Annotated[float, (-1e12, 1e12)]
@@ -107,8 +105,6 @@ class Watched:
     Attributes:
         windows: that were not told before.
         ways: of an attention worker, to each expert worker that is connected.
-        layer_rows: of an expert worker, rows by [layer][local expert] since it was first watched, as `ROWS`.
-        num_layers: in `layer_rows`.
 
     Raises:
         ValueError: it is more than anybody shows.
@@ -116,32 +112,13 @@ class Watched:
 
     windows: tuple[SpanWindow, ...] = ()
     ways: tuple[Way, ...] = ()
-    layer_rows: bytes = b""
-    num_layers: Annotated[int, range(2**16)] = 0
 
     def __post_init__(self) -> None:
         if len(self.windows) > MAX_WINDOWS or len(self.ways) > MAX_KEYS:
             raise ValueError(f"{len(self.windows)} windows, {len(self.ways)} ways; at most {MAX_WINDOWS}, {MAX_KEYS}")
-        num_bytes, layer_bytes = len(self.layer_rows), self.num_layers * ROWS.size
-        is_whole = num_bytes % layer_bytes == 0 if layer_bytes else num_bytes == 0
-        if not is_whole or num_bytes > MAX_CELLS * ROWS.size:
-            raise ValueError(f"{num_bytes} bytes are not rows of {self.num_layers} layers")
         for one in self.ways:
             if not (one.worker_id + one.way).isprintable() or len(one.worker_id) + len(one.way) > MAX_WAY_CHARS:
                 raise ValueError(f"{shown(one.way)} is no way to {shown(one.worker_id)}")
-
-    def rows(self) -> list[list[int]]:
-        """`layer_rows` by layer and local expert; [] where nobody counts."""
-        cells = [count for (count,) in ROWS.iter_unpack(self.layer_rows)]
-        width = len(cells) // self.num_layers if self.num_layers else 0
-        return [cells[start : start + width] for start in range(0, len(cells), width)] if width else []
-
-
-def packed_rows(rows: list[list[int]]) -> bytes:
-    """For `Watched.layer_rows`; b"" of more than can be told."""
-    if sum(map(len, rows)) > MAX_CELLS:
-        return b""
-    return b"".join(ROWS.pack(count) for of_layer in rows for count in of_layer)
 
 
 def window_number(wall_s: float) -> int:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from msi.control.counters import (
+    NO_ROWS,
     NOT_COUNTED,
     AttentionCounters,
     BatchTimes,
     ExpertCounters,
+    LayerRows,
     PeerDelay,
     ProcessCounters,
     by_name,
@@ -36,6 +38,7 @@ class WorkerStatus:
         peers: of an attention worker, the expert workers by their delay, the slowest first.
         watched: while somebody watches.
         batches: of an expert worker, by their size.
+        layer_rows: of an expert worker.
 
     Raises:
         ValueError: /metrics could not show a name of `loop`, or a peer; or a size comes twice.
@@ -54,6 +57,7 @@ class WorkerStatus:
     peers: tuple[PeerDelay, ...] = ()
     watched: Watched | None = None
     batches: tuple[BatchTimes, ...] = ()
+    layer_rows: LayerRows = NO_ROWS
 
     def __post_init__(self) -> None:
         check_names(self.loop)

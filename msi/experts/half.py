@@ -22,7 +22,7 @@ from msi.meter import StageMeter
 from msi.models.config import ModelConfig
 from msi.net.regions import Region
 from msi.net.slots import SlotLayout
-from msi.types import HOLE
+from msi.types import HOLE, at_layer
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class ExpertHalf:
     Args:
         landing: where rows land: [num_seats, stride] of `dispatch_layout` slots' rows.
         dispatch_layout, answer_layout: the slots on either side of the link.
-        experts: of the bank, by local id.
+        experts: of the bank by local id, of all layers or of each.
     """
 
     def __init__(
@@ -51,14 +51,13 @@ class ExpertHalf:
         answer_layout: SlotLayout,
         landing: Region,
         num_seats: int,
-        experts: tuple[int, ...] = (),
+        experts: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.depth = 1
         self.meter = StageMeter()  # T_e
         self._config = config
         self._bank = bank
         self._experts = experts
-        self._rows_before: Tensor | None = None  # the bank's [layer, expert] when somebody began to ask
         self._bytes_before = 0  # that earlier banks read
         self._device = device
         self._answer_dtype = row_dtypes.answered
@@ -79,14 +78,13 @@ class ExpertHalf:
         self._queue = device.queue("experts")
         self._done = device.words.take()
 
-    def use_bank(self, bank: ExpertBank, experts: tuple[int, ...]) -> None:
+    def use_bank(self, bank: ExpertBank, experts: tuple[tuple[int, ...], ...]) -> None:
         """Computes with this one from now on: whatever rows are here, their experts have the same local ids in it."""
         bank.prepare(self._rows, self._answer_strides, self._answer_dtype)
         self._bytes_before += self._bank.weight_bytes_read
         if self._ran:
             self._replaced.append((self._ran[-1], self._bank))
         self._bank, self._experts = bank, experts
-        self._rows_before = None
 
     @property
     def bank(self) -> ExpertBank:
@@ -97,18 +95,14 @@ class ExpertHalf:
     def weight_bytes_read(self) -> int:
         return self._bytes_before + self._bank.weight_bytes_read
 
-    def expert_rows(self) -> dict[int, int]:
-        counts = zip(self._experts, self._bank.num_rows.sum(0).tolist(), strict=False)
-        return {expert: count for expert, count in counts if expert != HOLE}
-
-    def rows_by_layer(self, is_wanted: bool) -> list[list[int]]:
-        if not is_wanted:
-            self._rows_before = None
+    def rows_by_layer(self) -> list[dict[int, int]]:
+        if not self._experts:
             return []
-        if self._rows_before is None:
-            self._rows_before = self._bank.num_rows.clone()
-        counts: list[list[int]] = (self._bank.num_rows - self._rows_before).tolist()
-        return counts
+        counted = [
+            zip(at_layer(self._experts, layer), counts, strict=False)
+            for layer, counts in enumerate(self._bank.num_rows.tolist())
+        ]
+        return [{expert: count for expert, count in of_layer if expert != HOLE} for of_layer in counted]
 
     # -- msi.experts.server.ExpertCompute -----------------------------------------------------------------------------
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
-from msi.control.counters import BatchTimes, ExpertCounters, by_reason
+from msi.control.counters import BatchTimes, ExpertCounters, LayerRows, by_reason
 from msi.control.messages import Assignment
 from msi.experts.server import ExpertServer
 from msi.experts.waves import Waves
@@ -92,9 +93,12 @@ class ExpertRole:
         self.placed = (placement, former)
 
     def has_loaded(self, num_experts: int, spent_s: float) -> None:
-        """So many more were read from where they lie, in that time."""
+        """So many more of a layer were read from where they lie, in that time."""
         self._num_loaded += num_experts
         self._loading_s += spent_s
+
+    def layer_rows(self) -> LayerRows:
+        return LayerRows.of(self.half.rows_by_layer())
 
     def batch_times(self) -> tuple[BatchTimes, ...]:
         return self._server.meter.told()
@@ -108,6 +112,9 @@ class ExpertRole:
 
     def counters(self) -> ExpertCounters:
         waves, link = self._waves.counters, self._link.counters
+        expert_rows = Counter[int]()
+        for of_layer in self.half.rows_by_layer():
+            expert_rows.update(of_layer)
         return ExpertCounters(
             batches=waves.batches,
             alone_batches=waves.alone_batches,
@@ -122,7 +129,7 @@ class ExpertRole:
             experts_loaded=self._num_loaded,
             loading_s=self._loading_s,
             wave_sizes=dict(waves.wave_sizes),
-            expert_rows=self.half.expert_rows(),
+            expert_rows=dict(expert_rows),
             dropped=by_reason(link.dropped),
         )
 

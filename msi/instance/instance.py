@@ -106,13 +106,14 @@ def _placed(options: InstanceOptions, config: ModelConfig, num_experts: int, num
     from msi.planner.rebalance import FLOOR_ROWS
     from msi.planner.replicas import place_by_popularity  # with numpy
 
-    counts = [1.0] * num_experts
+    counts = [[1.0] * num_experts]
     if options.expert_popularity is not None:
         counts = read_counts(options.expert_popularity)
-        check_counts(counts, num_experts, options.expert_popularity)
+        check_counts(counts, num_experts, config.num_sparse_layers, options.expert_popularity)
     seqs = max(1, options.limits.max_num_seqs // (options.micro_batches or MAX_MICRO_BATCHES // 2))
     rows = options.attention_workers * seqs * config.top_k
-    return place_by_popularity([rows * one / sum(counts) for one in counts], FLOOR_ROWS, before, redundancy)
+    load = [[rows * one / sum(of_layer) for one in of_layer] for of_layer in counts]
+    return place_by_popularity(load, FLOOR_ROWS, before, redundancy)
 
 
 def check_files(options: InstanceOptions) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from msi.kernels import NONE, SWIGLU, Activation, fp8
-from msi.kernels.experts import at_places, counts_at, moe_experts
+from msi.kernels.experts import Places, at_places, counts_at, moe_experts
 from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
 from msi.kernels.native import rows
 from msi.kernels.native.bank import NativeExpertBank
@@ -203,8 +203,8 @@ class CpuExpertBank:
         self._gate_up: list[list[Linear]] = [[_no_weights] * num_experts for _ in range(num_layers)]
         self._down: list[list[Linear]] = [[_no_weights] * num_experts for _ in range(num_layers)]
 
-    def arranged(self, places: Sequence[int | None]) -> CpuExpertBank:
-        bank = CpuExpertBank(self._linear, len(self._gate_up), len(places), self._dtype, self._activation)
+    def arranged(self, places: Places) -> CpuExpertBank:
+        bank = CpuExpertBank(self._linear, len(places), len(places[0]), self._dtype, self._activation)
         bank._expert_bytes = self._expert_bytes
         bank.num_rows = counts_at(self.num_rows, places)
         bank._gate_up = at_places(self._gate_up, places, _no_weights)

@@ -80,15 +80,30 @@ def moe_experts(
     return combined, counts[1:]
 
 
-def at_places(layers: Sequence[Sequence[T]], places: Sequence[int | None], none: T) -> list[list[T]]:
-    """What each layer has at these places, in their order; `none` where there is no place."""
-    return [[none if place is None else layer[place] for place in places] for layer in layers]
+Places = Sequence[Sequence[int | None]]  # [num_layers], an expert's place in another bank's layer; None for none
 
 
-def counts_at(counts: Tensor, places: Sequence[int | None]) -> Tensor:
-    """The same of counts [layers, experts]; 0 where there is no place."""
-    arranged = counts.new_zeros(counts.shape[0], len(places))
-    for local, place in enumerate(places):
-        if place is not None:
-            arranged[:, local] = counts[:, place]
-    return arranged
+def at_places(layers: Sequence[Sequence[T]], places: Places, none: T) -> list[list[T]]:
+    """What each layer has at its places, in their order; `none` where there is no place."""
+    return [
+        [none if place is None else layer[place] for place in of_layer]
+        for layer, of_layer in zip(layers, places, strict=True)
+    ]
+
+
+def weights_at(weights: Tensor, places: Places) -> Tensor:
+    """The same of weights [num_layers, num_experts, ...]; whatever the memory had where there is no place."""
+    return _copied(weights, weights.new_empty(len(places), len(places[0]), *weights.shape[2:]), places)
+
+
+def counts_at(counts: Tensor, places: Places) -> Tensor:
+    """The same of counts [num_layers, num_experts]; 0 where there is no place."""
+    return _copied(counts, counts.new_zeros(len(places), len(places[0])), places)
+
+
+def _copied(old: Tensor, new: Tensor, places: Places) -> Tensor:
+    for layer, of_layer in enumerate(places):
+        for local, place in enumerate(of_layer):
+            if place is not None:
+                new[layer, local] = old[layer, place]
+    return new

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting
+from msi.kernels.experts import Places
 from msi.kernels.norm import HeadNorm, Norm
 from msi.kernels.paged_attention import AttentionShape
 from msi.kernels.pass_tensors import PassTensors
@@ -53,8 +54,9 @@ class ExpertBank(Protocol):
     def weight_bytes_read(self) -> int:
         """Of all waves together, as of the same time."""
 
-    def arranged(self, places: Sequence[int | None]) -> ExpertBank:
-        """A bank whose experts are these of this one's, None for one without weights yet; this one stays as it is."""
+    def arranged(self, places: Places) -> ExpertBank:
+        """A bank whose experts are these of this one's, as many in each layer, None for one without weights yet; this
+        one stays as it is."""
 
     def put(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from msi.kernels import NONE, SWIGLU, Activation, SigmoidRouting, fp8
-from msi.kernels.experts import activate, counts_at, gated_mlp
+from msi.kernels.experts import Places, activate, counts_at, gated_mlp, weights_at
 from msi.kernels.kernels import Biases, ExpertBank, Linear, Outboxes
 from msi.kernels.norm import HeadNorm, Norm, norm_heads
 from msi.kernels.paged_attention import AttentionShape, paged_attention, plan_attention, write_kv
@@ -188,16 +188,12 @@ class PlainExpertBank:
         self.weight_bytes_read = 0
         self.num_rows = torch.zeros(gate_up.shape[:2], dtype=torch.int64, device=gate_up.device)
 
-    def arranged(self, places: Sequence[int | None]) -> PlainExpertBank:
-        def moved(old: Tensor) -> Tensor:
-            new = old.new_empty((old.shape[0], len(places), *old.shape[2:]))
-            for local, place in enumerate(places):
-                if place is not None:
-                    new[:, local] = old[:, place]
-            return new
-
-        biases = None if self.biases is None else (moved(self.biases[0]), moved(self.biases[1]))
-        bank = PlainExpertBank(moved(self.gate_up), moved(self.down), biases, self._activation)
+    def arranged(self, places: Places) -> PlainExpertBank:
+        gate_up, down = weights_at(self.gate_up, places), weights_at(self.down, places)
+        biases = (
+            None if self.biases is None else (weights_at(self.biases[0], places), weights_at(self.biases[1], places))
+        )
+        bank = PlainExpertBank(gate_up, down, biases, self._activation)
         bank.num_rows = counts_at(self.num_rows, places)
         return bank
 

@@ -19,8 +19,9 @@ class PlacementTables:
 
     Attributes:
         local_ids: int32 [num_used_nodes, num_experts * most_replicas], -1 where a node lacks the replica. Nodes behind
-            the last that holds any have no row, and get none.
-        wheels: int64 [num_experts, TURNS], the replica that has each turn.
+            the last that holds any have no row, and get none. Where layers differ, one behind the other: [num_layers,
+            num_used_nodes, ...], as wide in each, so that graphs know one piece of memory for all.
+        wheels: int64 [num_experts, TURNS], the replica that has each turn; so, too.
     """
 
     local_ids: Tensor
@@ -43,21 +44,47 @@ class PlacementTables:
             shares: [num_experts] of an expert's rows on each of its nodes; () for even ones. Those of missing nodes go
                 to the others by theirs, evenly where they have none.
         """
-        every = homes_of(experts, num_experts)
+        return PlacementTables.of_layers([(experts, shares)], num_experts, upload, missing)
+
+    @staticmethod
+    def of_layers(
+        layers: Sequence[tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]],
+        num_experts: int,
+        upload: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        missing: Collection[int] = (),
+    ) -> PlacementTables:
+        """Of experts and shares, as in `of`, of all layers or of each."""
+        every = [its_homes for experts, _ in layers for its_homes in homes_of(experts, num_experts)]
         num_used = 1 + max(its_homes[-1].node for its_homes in every)
         most = max(map(len, every))
-        homes = homes_of(experts, num_experts, missing, shares)
-        local_ids = torch.full((num_used, num_experts * most), -1, dtype=torch.int32)
-        for expert, its_homes in enumerate(homes):
-            for replica, home in enumerate(its_homes):
-                local_ids[home.node, expert * most + replica] = home.local_id
-        wheels = torch.tensor([wheel_of(in_turns([home.share for home in its_homes])) for its_homes in homes])
-        return PlacementTables(upload(local_ids), upload(wheels), most)
+        local_ids = torch.full((len(layers), num_used, _width(num_experts * most, len(layers))), -1, dtype=torch.int32)
+        wheels = []
+        for layer, (experts, shares) in enumerate(layers):
+            homes = homes_of(experts, num_experts, missing, shares)
+            for expert, its_homes in enumerate(homes):
+                for replica, home in enumerate(its_homes):
+                    local_ids[layer, home.node, expert * most + replica] = home.local_id
+            wheels.append([wheel_of(in_turns([home.share for home in its_homes])) for its_homes in homes])
+        tables = PlacementTables(upload(local_ids), upload(torch.tensor(wheels)), most)
+        return tables.of_layer(0) if len(layers) == 1 else tables
+
+    def of_layer(self, layer: int) -> PlacementTables:
+        """Which every layer has, where all are alike."""
+        if self.local_ids.dim() == 2:
+            return self
+        return PlacementTables(self.local_ids[layer], self.wheels[layer], self.most_replicas)
 
     def with_nobody(self) -> PlacementTables:
         """With one replica more, the last, that no node has."""
-        nobody = self.local_ids.new_full((self.local_ids.shape[0], 1), -1)
-        return PlacementTables(torch.cat((self.local_ids, nobody), dim=1), self.wheels, self.most_replicas)
+        *shape, num_ids = self.local_ids.shape
+        num_layers = shape[0] if len(shape) > 1 else 1
+        nobody = self.local_ids.new_full((*shape, _width(num_ids + 1, num_layers) - num_ids), -1)
+        return PlacementTables(torch.cat((self.local_ids, nobody), dim=-1), self.wheels, self.most_replicas)
+
+
+def _width(num_ids: int, num_layers: int) -> int:
+    """Such that each layer's begin where kernels are used to: at multiples of 16 bytes."""
+    return num_ids if num_layers == 1 else -(-num_ids // 4) * 4
 
 
 def choose_replicas(topk_ids: Tensor, tables: PlacementTables) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,16 +18,16 @@ from msi.models.config import ModelConfig
 from msi.models.families import family_of
 from msi.models.family import InterleavedExpertNames, StackedExpertNames
 from msi.precision import NONE
-from msi.types import HOLE
+from msi.types import HOLE, at_layer
 
 
 def load_expert_bank(
     config: ModelConfig,
-    experts: tuple[int, ...],
+    experts: Sequence[tuple[int, ...]],
     source: TensorSource,
     kernels: Kernels,
     dtype: torch.dtype,
-    had: tuple[ExpertBank, tuple[int, ...]] | None = None,
+    had: tuple[ExpertBank, Sequence[tuple[int, ...]]] | None = None,
     *,
     row_dtypes: RowDtypes | None = None,
     quantization: str = NONE,
@@ -35,17 +37,18 @@ def load_expert_bank(
     Args:
         row_dtypes: of what will be computed; None for that of the weights.
         quantization: of the matrices, or "none".
-        experts: by local id; a `HOLE` gets no weights.
+        experts: of all layers, or of each, by local id; a `HOLE` gets no weights.
         had: a bank of these kernels and this dtype, and its experts: what is wanted of them is not read again.
 
     Raises:
         CheckpointError: a tensor is missing, truncated or misshapen.
     """
-    known: dict[int, int] = {}
+    layers = range(config.num_sparse_layers)
+    num_experts, known = max(map(len, experts)), [dict[int, int]()] * len(layers)
     if had is None:
         bank = kernels.expert_bank(
-            num_layers=config.num_sparse_layers,
-            num_experts=len(experts),
+            num_layers=len(layers),
+            num_experts=num_experts,
             hidden_size=config.hidden_size,
             inner_size=config.intermediate_size,
             dtype=dtype,
@@ -54,17 +57,23 @@ def load_expert_bank(
             has_bias=config.expert_bias,
         )
     else:
-        known = {expert: local for local, expert in enumerate(had[1]) if expert != HOLE}
-        bank = had[0].arranged([known.get(expert) for expert in experts])
+        known = [_places(at_layer(had[1], index)) for index in layers]
+        wanted = [at_layer(experts, index) for index in layers]
+        places = [[at.get(one) for one in of_layer] for at, of_layer in zip(known, wanted, strict=True)]
+        bank = had[0].arranged([of_layer + [None] * (num_experts - len(of_layer)) for of_layer in places])
     for index, layer in enumerate(config.sparse_layers):
-        for local, expert in enumerate(experts):
-            if expert == HOLE or expert in known:
+        for local, expert in enumerate(at_layer(experts, index)):
+            if expert == HOLE or expert in known[index]:
                 continue
             gate_up, down, biases = _read_expert(config, source, layer, expert)
             parts = [held(one, dtype, quantization) for one in gate_up]
             bank.put(index, local, joined(parts), held(down, dtype, quantization), biases)
     bank.warm(config.num_experts, config.top_k, row_dtypes or RowDtypes.of(dtype))
     return bank
+
+
+def _places(experts: Sequence[int]) -> dict[int, int]:
+    return {expert: local for local, expert in enumerate(experts) if expert != HOLE}
 
 
 def _read_expert(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from msi.kernels.turns import TURNS, in_turns
 from msi.planner.replica_state import ReplicaState, norm
 from msi.planner.surges import against_surges, cost_in_surges
-from msi.types import Placement
+from msi.types import LayerExperts, Placement
 
 HEAVIEST = 3  # nodes that a step may relieve
 MOST_STEPS = 2000
@@ -47,13 +47,17 @@ class ReplicaPlan:
         """Of the node that the others wait for."""
         return max(self.costs)
 
+    @property
+    def layer(self) -> LayerExperts:
+        return LayerExperts(self.experts, self.shares)
+
     def placement(self, version: int) -> Placement:
         """For all layers alike."""
         return Placement(self.experts, len(self.shares), version, self.shares)
 
 
 def expected_costs(load: Sequence[float], floor_cost: float, placement: Placement) -> tuple[float, ...]:
-    """[num_nodes], of a wave under a placement."""
+    """[num_nodes], of a wave under the placement of a layer."""
     state = ReplicaState.of(load, floor_cost, [len(held) for held in placement.experts], placement)
     return tuple(state.costs.tolist())
 
@@ -104,15 +108,18 @@ def plan_replicas(
     return _planned(found, before)
 
 
-def place_by_popularity(chosen: Sequence[float], floor_cost: float, before: Placement, redundancy: int) -> Placement:
+def place_by_popularity(
+    chosen: Sequence[Sequence[float]], floor_cost: float, before: Placement, redundancy: int
+) -> Placement:
     """Places and shares at the start, when loading costs nothing: as many replicas on each node as `before` has.
 
     Args:
-        chosen: [num_experts], rows of a wave that choose each; all alike where nothing is known.
+        chosen: [num_experts], rows of a wave that choose each, in all layers alike or in each; all alike where nothing
+            is known.
     """
-    memory = [len(before.held_by(node)) for node in range(before.num_nodes)]
-    plan = plan_replicas(chosen, floor_cost, before.num_nodes, memory, before=before, redundancy=redundancy)
-    return plan.placement(before.version)
+    memory = [before.num_held_by(node) for node in range(before.num_nodes)]
+    plans = plan_layers(chosen, floor_cost, before.num_nodes, memory, before=before, redundancy=redundancy)
+    return Placement.of_layers([plan.layer for plan in plans], before.num_experts, before.version)
 
 
 def plan_layers(
@@ -121,16 +128,32 @@ def plan_layers(
     nodes: int,
     memory: Sequence[int],
     *,
-    before: Sequence[Placement] | None = None,
+    before: Placement | None = None,
     move_cost: float = 0.0,
     redundancy: int = 0,
+    surges: Sequence[float] = (),
 ) -> list[ReplicaPlan]:
-    """`plan_replicas` for each layer's load [num_layers, num_experts] by itself."""
-    were: Sequence[Placement | None] = before or [None] * len(load)
+    """`plan_replicas` for each layer's load [num_layers, num_experts].
+
+    Args:
+        memory: [nodes], experts of each layer that a node has room for. A GPU's bank has as many places in every layer,
+            so that what one layer left free would be of no use to another.
+        surges: of each layer.
+    """
     return [
-        plan_replicas(of_layer, floor_cost, nodes, memory, before=was, move_cost=move_cost, redundancy=redundancy)
-        for of_layer, was in zip(load, were, strict=True)
-    ]
+        plan_replicas(
+            of_layer, floor_cost, nodes, memory, before=None if before is None else before.of_layer(layer),
+            move_cost=move_cost, redundancy=redundancy, surge=surges[layer] if surges else 0.0,
+        )
+        for layer, of_layer in enumerate(load)
+    ]  # fmt: skip
+
+
+def cost_of_layers(load: Sequence[Sequence[float]], floor_cost: float, placement: Placement) -> float:
+    """Of the node that the others wait for, in each layer by its load, one layer after the other."""
+    return sum(
+        max(expected_costs(of_layer, floor_cost, placement.of_layer(layer))) for layer, of_layer in enumerate(load)
+    )
 
 
 def _check(load: Sequence[float], floor_cost: float, nodes: int, memory: Sequence[int], redundancy: int) -> None:

@@ -5,7 +5,7 @@ Pure. Workers tell their windows when their heartbeats come; one is shown once a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from msi.control.client_messages import WorkerStats
@@ -141,38 +141,36 @@ class ExpertCounts:
     """What has been counted, so that only what is new is told."""
 
     def __init__(self) -> None:
-        self._last: dict[tuple[str, int], list[list[int]]] = {}
+        self._last: dict[tuple[str, int], list[dict[int, int]]] = {}
 
     def take(self, workers: Iterable[WorkerStats]) -> ExpertRows | None:
-        """What was computed since the last call; None where nothing was."""
-        now: dict[tuple[str, int], list[list[int]]] = {}
-        new: list[tuple[str, list[int], list[list[int]]]] = []
+        """What was computed since the last call, by those that were there then; None where nothing was."""
+        now: dict[tuple[str, int], list[dict[int, int]]] = {}
+        new: list[tuple[str, list[dict[int, int]]]] = []
         for worker in in_order(workers):
-            status, watched = worker.status, worker.status.watched
-            if watched is None or status.experts is None or worker.state == "lost" or not watched.layer_rows:
+            rows = worker.status.layer_rows.by_expert()
+            if worker.status.watched is None or worker.state == "lost" or not any(rows):
                 continue
-            rows, experts = watched.rows(), list(status.experts.expert_rows)
-            if len(rows[0]) != len(experts):
-                continue  # a placement has just changed
-            now[worker.worker_id, worker.incarnation] = rows
-            before = self._last.get((worker.worker_id, worker.incarnation), [])
-            new.append((worker.worker_id, experts, since(before, rows)))
+            key = worker.worker_id, worker.incarnation
+            now[key] = rows
+            new.append((worker.worker_id, since(self._last.get(key, rows), rows)))
         self._last = now
-        num_layers = max((len(rows) for _, _, rows in new), default=0)
-        num_experts = max((max(experts) + 1 for _, experts, _ in new), default=0)
-        if num_layers * num_experts > MAX_CELLS or not any(any(map(any, rows)) for _, _, rows in new):
+        num_layers = max((len(rows) for _, rows in new), default=0)
+        num_experts = max((1 + max(of_layer, default=-1) for _, rows in new for of_layer in rows), default=0)
+        if num_layers * num_experts > MAX_CELLS or not any(any(one.values()) for _, rows in new for one in rows):
             return None
         cells = [[0] * num_experts for _ in range(num_layers)]
-        for _, experts, rows in new:
+        for _, rows in new:
             for layer, of_layer in enumerate(rows):
-                for expert, count in zip(experts, of_layer, strict=True):
+                for expert, count in of_layer.items():
                     cells[layer][expert] += count
-        return ExpertRows(cells, [Held(worker_id, sum(map(sum, rows))) for worker_id, _, rows in new])
+        return ExpertRows(cells, [Held(worker_id, sum(sum(one.values()) for one in rows)) for worker_id, rows in new])
 
 
-def since(before: list[list[int]], now: list[list[int]]) -> list[list[int]]:
-    """What came to counts; all of them where they began anew."""
-    if [len(one) for one in before] != [len(one) for one in now]:
-        return now
-    new = [[a - b for a, b in zip(one, was, strict=True)] for one, was in zip(now, before, strict=True)]
-    return now if any(count < 0 for one in new for count in one) else new
+def since(before: Sequence[Mapping[int, int]], now: Sequence[Mapping[int, int]]) -> list[dict[int, int]]:
+    """What came to counts of each layer; all of them where they began anew."""
+    if len(before) != len(now):
+        return [dict(one) for one in now]
+    pairs = zip(now, before, strict=True)
+    new = [{expert: count - was.get(expert, 0) for expert, count in one.items()} for one, was in pairs]
+    return [dict(one) for one in now] if any(count < 0 for one in new for count in one.values()) else new

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.planner.replicas import place_by_popularity
 from msi.planner.stage_costs import StageCosts
 from msi.simulator.deployment import Deployment
-from msi.simulator.popularity import build_routing
+from msi.simulator.popularity import Popularity, build_routing
 
 MANY_ROWS = 4096  # then an expert's time is that of its rows
 
 
-def placed_by_popularity(
-    deployment: Deployment, costs: StageCosts, popularity: str | Sequence[float], seed: int
-) -> Deployment:
+def placed_by_popularity(deployment: Deployment, costs: StageCosts, popularity: Popularity, seed: int) -> Deployment:
     """The same memory on each node, and at least as many replicas of each expert as its redundancy asks for.
 
     Waves are taken to be full: of every attention worker, as many sequences as a micro-batch can have.
@@ -25,10 +22,12 @@ def placed_by_popularity(
         ConfigError: popularity that cannot be.
     """
     before = deployment.plan.placement
-    routing = build_routing(popularity, before, deployment.top_k, most_tokens=1, seed=seed)
+    routing = build_routing(
+        popularity, before, deployment.top_k, most_tokens=1, seed=seed, num_layers=deployment.num_layers
+    )
     num_lanes = deployment.num_micro_batches or MAX_MICRO_BATCHES // 2
     num_tokens = deployment.num_attention * max(1, deployment.limits.max_num_seqs // num_lanes)
-    load = [num_tokens * share for share in routing.chosen()]
+    load = [[num_tokens * share for share in of_layer] for of_layer in routing.chosen()]
     placed = place_by_popularity(load, rows_of_floor(costs), before, deployment.expert_redundancy)
     return replace(deployment, placement=placed)
 

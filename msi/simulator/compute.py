@@ -130,16 +130,24 @@ class SimulatedAttention:
         self._queues.close()
 
     def _programs(self, lane: int) -> LanePrograms[SimulatedProgram]:
-        pack = partial(self._pack, lane)
         layers = [
-            (SimulatedProgram(partial(self._attention_s, lane, layer), pack, "attention", lane), None)
+            (
+                SimulatedProgram(
+                    partial(self._attention_s, lane, layer), partial(self._pack, lane, layer), "attention", lane
+                ),
+                None,
+            )
             for layer in range(self.num_layers)
         ]
         return LanePrograms(
             layers,
             SimulatedProgram(partial(self._sample_s, lane), self.pass_meter.add, "sample", lane),
-            SimulatedProgram(lambda: PACKING_S, lambda duration_s: self._draw(lane), "pack again", lane),
+            SimulatedProgram(lambda: PACKING_S, partial(self._draw_again, lane), "pack again", lane),
         )
+
+    def _draw_again(self, lane: int, duration_s: float) -> None:
+        layer = self._queues.turn_again(lane) - self._lanes[lane].first
+        self._draw(lane, max(0, layer))  # of a pass that was given up nobody wants its rows
 
     def _attention_s(self, lane: int, layer: int) -> float | None:
         if layer == 0:
@@ -155,13 +163,13 @@ class SimulatedAttention:
     def _sample_s(self, lane: int) -> float | None:
         return self._costs.pass_s(len(self._lanes[lane].micro_batch.logit_rows)) or None
 
-    def _pack(self, lane: int, duration_s: float) -> None:
+    def _pack(self, lane: int, layer: int, duration_s: float) -> None:
         self.meter.add(duration_s)
-        self._draw(lane)
+        self._draw(lane, layer)
 
-    def _draw(self, lane: int) -> None:
+    def _draw(self, lane: int, layer: int) -> None:
         num_tokens, view = self._lanes[lane].num_tokens, self._lanes[lane].view
-        mark, num_rows = self._routing.draw(num_tokens, self._chance, view)
+        mark, num_rows = self._routing.draw(num_tokens, self._chance, view, layer)
         for node, slots in self._slots.items():
             self.counts[lane, node] = num_rows[node]
             if num_rows[node]:
@@ -197,16 +205,13 @@ class SimulatedExperts:
         self._queue = device.queue("experts")
         self._done = device.words.take()
         self._spent_s = 0.0
-        self._rows: NDArray[np.float64] | None = None
+        self._rows: dict[int, NDArray[np.float64]] = {}  # by layer and expert
 
     def attach(self, seat: int, out_rows: Region) -> None:
         pass
 
-    def expert_rows(self) -> dict[int, int]:
-        return {} if self._rows is None else dict(enumerate(self._rows.round().astype(int).tolist()))
-
-    def rows_by_layer(self, is_wanted: bool) -> list[list[int]]:
-        return []
+    def rows_by_layer(self) -> list[dict[int, int]]:
+        return [dict(enumerate(rows.round().astype(int).tolist())) for _, rows in sorted(self._rows.items())]
 
     def run(self, batch: WaveBatch, ticket: int) -> None:
         program = SimulatedProgram(partial(self._experts_s, batch), self._through, "experts", batch.lane)
@@ -226,9 +231,9 @@ class SimulatedExperts:
         lane, slots = batch.lane, self._slots
         draws = [DRAW.unpack_from(slots[seat][lane]) for seat, _, _ in batch.rows]
         if self._counts_rows:
-            rows = self._routing.rows(self._node, draws)
-            self._rows = rows if self._rows is None else self._rows + rows
-        return self._costs.expert_s(*self._routing.load(self._node, draws))
+            rows = self._routing.rows(self._node, draws, batch.layer)
+            self._rows[batch.layer] = self._rows.get(batch.layer, 0.0) + rows
+        return self._costs.expert_s(*self._routing.load(self._node, draws, batch.layer))
 
     def _through(self, duration_s: float) -> None:
         self._spent_s = duration_s

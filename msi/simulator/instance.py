@@ -258,10 +258,12 @@ class SimulatedInstance:
     def view(self, placement: Placement, missing: Collection[int] = ()) -> int:
         return 0
 
-    def chosen(self) -> list[float]:
-        return [1.0] * self.shape.num_experts
+    def chosen(self) -> list[list[float]]:
+        return [[1.0] * self.shape.num_experts]
 
-    def draw(self, num_tokens: int, chance: random.Random, view: int = 0) -> tuple[int, tuple[int, ...]]:
+    def draw(
+        self, num_tokens: int, chance: random.Random, view: int = 0, layer: int = 0
+    ) -> tuple[int, tuple[int, ...]]:
         """One row for each expert node; none for some, when the shape has empty dispatches, but never none at all."""
         num_nodes = self.shape.num_experts
         rows = tuple(int(chance.random() >= self.shape.empty) for _ in range(num_nodes))
@@ -270,8 +272,8 @@ class SimulatedInstance:
         kept = chance.randrange(num_nodes)
         return 0, tuple(int(node == kept) for node in range(num_nodes))
 
-    def load(self, node: int, draws: Iterable[Draw]) -> tuple[float, int]:
+    def load(self, node: int, draws: Iterable[Draw], layer: int = 0) -> tuple[float, int]:
         return 1.0, 1
 
-    def rows(self, node: int, draws: Iterable[Draw]) -> NDArray[np.float64]:
+    def rows(self, node: int, draws: Iterable[Draw], layer: int = 0) -> NDArray[np.float64]:
         return np.ones(1)

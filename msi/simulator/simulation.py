@@ -26,7 +26,7 @@ from msi.simulator.clock import run_virtual, virtual_loop
 from msi.simulator.deployment import COORDINATOR, Deployment, Fault, check_faults
 from msi.simulator.histories import answer_to
 from msi.simulator.host import VOCAB_SIZE, RememberedCosts, SimulatedHost, World
-from msi.simulator.popularity import Routing, build_routing
+from msi.simulator.popularity import Popularity, Routing, build_routing
 from msi.simulator.report import Report, RequestResult, build_report
 from msi.simulator.transport import SimulatedNetwork
 from msi.simulator.workload import Arrival, check_arrivals
@@ -44,7 +44,7 @@ def simulate(
     costs: StageCosts,
     arrivals: Sequence[Arrival],
     *,
-    popularity: str | Sequence[float] = "uniform",
+    popularity: Popularity = "uniform",
     faults: Sequence[Fault] = (),
     seed: int = 0,
     trace: Path | None = None,
@@ -70,7 +70,10 @@ def simulate(
     check_faults(faults, deployment)
     plan = deployment.plan
     most_tokens = plan.limits.max_num_batched_tokens
-    routing = build_routing(popularity, plan.placement, deployment.top_k, most_tokens=most_tokens, seed=seed)
+    routing = build_routing(
+        popularity, plan.placement, deployment.top_k, most_tokens=most_tokens, seed=seed,
+        num_layers=deployment.num_layers,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as parts:
         simulation = _Simulation(
             deployment, routing, faults, None if trace is None else Path(parts), drift, report_progress

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from msi.control.counters import NO_ROWS
 from msi.control.lateness import read_first, sleep_late
 from msi.control.messages import Assignment, Heartbeat, Pulse
 from msi.control.worker_status import WorkerStatus
@@ -112,8 +113,9 @@ class Heartbeats:
             experts=None if experts is None else experts.counters(),
             loop={} if self._watch is None else self._watch.counters(),
             peers=() if attention is None else attention.peers(),
-            watched=self._watching.told(attention, experts),
+            watched=self._watching.told(attention),
             batches=() if experts is None else experts.batch_times(),
+            layer_rows=NO_ROWS if experts is None else experts.layer_rows(),
         )
 
     def _busy_share(self) -> float:

@@ -93,11 +93,8 @@ class ExpertPart(ExpertCompute, Protocol):
     @property
     def weight_bytes_read(self) -> int: ...
 
-    def expert_rows(self) -> dict[int, int]:
-        """Rows that each expert has computed in all layers together, by its id in the model; {} where nobody counts."""
-
-    def rows_by_layer(self, is_wanted: bool) -> list[list[int]]:
-        """Rows by layer and local expert since they were first wanted; not wanted, counting ends. [] where none are."""
+    def rows_by_layer(self) -> list[dict[int, int]]:
+        """Rows that each expert has computed, layer by layer, by its id in the model; [] where nobody counts."""
 
     def close(self) -> None:
         """The device, which outlives it, lets go of it; of a batch in progress nothing is heard."""

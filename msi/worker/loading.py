@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from msi.models.families import load_config
 from msi.models.files import read_json
 from msi.models.required import check_tensors
 from msi.models.texts import read_texts
+from msi.placement_change import num_to_load
 from msi.precision import FP8, NONE, Precision
 from msi.text.grammars import Grammars
 from msi.text.tokenizer import load_tokenizer
@@ -64,14 +65,14 @@ class LoadedPart:
     precision: Precision
     attention: AttentionWeights | None = None
     experts: ExpertBank | None = None
-    expert_ids: tuple[int, ...] = ()  # by local id
+    expert_ids: tuple[tuple[int, ...], ...] = ()  # by local id, of all layers or of each
 
     def kept_for(self, assignment: Assignment) -> LoadedPart:
         """What of it an assignment has a use for; the rest may go."""
         if self.precision != assignment.precision:
             return LoadedPart(assignment.precision)
         attention = self.attention if assignment.has_attention else None
-        if not set(self.expert_ids) & set(assignment.experts) - {HOLE}:
+        if not _experts_in(self.expert_ids) & _experts_in(assignment.experts):
             return LoadedPart(self.precision, attention)
         return LoadedPart(self.precision, attention, self.experts, self.expert_ids)
 
@@ -81,6 +82,10 @@ class LoadedPart:
         return (self.precision, has_attention, self.expert_ids) == (
             assignment.precision, assignment.has_attention, assignment.experts,
         )  # fmt: skip
+
+
+def _experts_in(held: Iterable[tuple[int, ...]]) -> set[int]:
+    return set().union(*held) - {HOLE}
 
 
 @dataclass
@@ -231,10 +236,10 @@ class ModelFiles:
     def _values_to_read(self, assignment: Assignment, had: LoadedPart) -> tuple[int, int]:
         """Elements of what `load` will read: of the attention side, and of experts."""
         config = self.config
-        num_new = len(set(assignment.experts) - {HOLE, *had.expert_ids})
+        num_new = num_to_load(assignment.experts, had.expert_ids, config.num_sparse_layers)
         has_attention = assignment.has_attention and had.attention is None
         num_values = config.expert_values + config.expert_bias_values
-        return config.attention_values * has_attention, num_new * config.num_sparse_layers * num_values
+        return config.attention_values * has_attention, num_new * num_values
 
     def _count(self, num_bytes: int) -> None:
         self.loaded_bytes += num_bytes

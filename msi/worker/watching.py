@@ -1,7 +1,7 @@
-"""What a worker does only while somebody watches: its spans are kept, rows are counted by layer, links say their ways.
+"""What a worker does only while somebody watches: its spans are kept, and links say their ways.
 
-The coordinator says with each answer to a heartbeat whether somebody does. Nobody: the device, the link and the experts
-have nothing more to do than a look at a None.
+The coordinator says with each answer to a heartbeat whether somebody does. Nobody: the device and the link have nothing
+more to do than a look at a None.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from msi.control.watched import (
     SpanWindow,
     Watched,
     Way,
-    packed_rows,
     window_number,
 )
-from msi.experts.role import ExpertRole
 from msi.tracing import COMPUTE_ROW, Spans, Tracer
 from msi.worker.host import Host
 
@@ -121,26 +119,20 @@ class Watching:
         if self.tracer is not None:
             self.tracer.flush()
 
-    def follow(self, is_watched: bool, attention: AttentionRole | None, experts: ExpertRole | None) -> None:
-        """As the coordinator says, once a heartbeat; the roles are those of this life."""
+    def follow(self, is_watched: bool, attention: AttentionRole | None) -> None:
+        """As the coordinator says, once a heartbeat; the role is that of this life."""
         if is_watched != (self._recorder is not None):
             self._recorder = SpanRecorder(self._host.clock) if is_watched else None
             self._host.use_tracer(self.spans)
-            if experts is not None and not is_watched:
-                experts.half.rows_by_layer(False)
         if attention is not None:
             attention.trace(self.spans)
 
-    def told(self, attention: AttentionRole | None, experts: ExpertRole | None) -> Watched | None:
+    def told(self, attention: AttentionRole | None) -> Watched | None:
         """For a heartbeat; None while nobody watches."""
         if self._recorder is None:
             return None
-        rows = [] if experts is None else experts.half.rows_by_layer(True)
-        packed = packed_rows(rows)
         ways = () if attention is None else tuple(attention.links.link.nodes.ways.items())
         return Watched(
             self._recorder.windows(),
             tuple(Way(worker_id, way[: MAX_WAY_CHARS - len(worker_id)]) for worker_id, way in ways),
-            packed,
-            len(rows) if packed else 0,
         )

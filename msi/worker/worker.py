@@ -51,10 +51,11 @@ from msi.experts.role import ExpertRole
 from msi.net.alarm import Alarm
 from msi.net.control import MessageClient
 from msi.net.transport import Transport
+from msi.placement_change import num_to_load
 from msi.request_spans import OpenSpans, open_spans
 from msi.settings import Timeouts
 from msi.tracing import Tracer
-from msi.types import HOLE, Placement
+from msi.types import Placement
 from msi.watchdog import LoopWatch
 from msi.worker.heartbeats import Heartbeats
 from msi.worker.host import Host
@@ -233,7 +234,8 @@ class Worker:
         if model.has_experts:
             life.experts = ExpertRole(assignment, model, self._new_transport(life), clock=clock)
             if self._host.loaded[0] and not assignment.has_attention:
-                life.experts.has_loaded(len(set(assignment.experts) - {HOLE}), clock() - started)
+                num_loaded = num_to_load(assignment.experts, (), model.shape.num_sparse_layers)
+                life.experts.has_loaded(num_loaded, clock() - started)
             address = await life.experts.listen()
         if model.has_attention:
             num_blocks = model.num_kv_blocks()
@@ -302,7 +304,7 @@ class Worker:
                     life.acked, life.standing = message.number, message.standing
                     if attention is not None:
                         attention.requests.journal.heard(life.last_heard)
-                    self._watching.follow(message.is_watched, attention, experts)
+                    self._watching.follow(message.is_watched, attention)
                 case Assignment() | Fence() | Undecided():
                     pass
                 case _:
@@ -347,9 +349,10 @@ class Worker:
                     had = replace(ours, placement=experts.placed[0], former=experts.placed[1])
                     assignment = replace(ours, placement=placement, former=former)
                     started = self._clock()
-                    model = await self._host.load(assignment) if set(assignment.experts) - {HOLE} else None
-                    if new := set(assignment.experts) - {HOLE, *had.experts}:
-                        experts.has_loaded(len(new), self._clock() - started)
+                    model = await self._host.load(assignment) if assignment.experts else None
+                    num_layers = 0 if model is None else model.shape.num_sparse_layers
+                    if num_new := num_to_load(assignment.experts, had.experts, num_layers):
+                        experts.has_loaded(num_new, self._clock() - started)
                     experts.use_placement(placement, former, model)
             except (EngineError, MemoryError, RuntimeError) as error:
                 failure = str(error) if isinstance(error, EngineError) else one_line(error)

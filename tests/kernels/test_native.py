@@ -107,7 +107,7 @@ def test_a_bank_that_is_arranged_anew_computes_the_same_and_asks_for_weights_tha
     landed = landed_rows(4)
     landed.topk_ids.fill_(2)
     old, _ = banks(*KINDS[kind])
-    new = old.arranged([2, None])
+    new = old.arranged([[2, None]] * len(old.num_rows))
     answers = {0: torch.zeros(1, 4, HIDDEN)}
     old.run(0, 0, [(0, 4)], landed, answers)
     before = answers[0].clone()

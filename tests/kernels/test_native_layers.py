@@ -201,7 +201,7 @@ def test_experts_that_moved_are_read_where_they_are_now():
         given = torch.randn(2, 48)
         local_ids, answers = torch.arange(5, dtype=torch.int32), torch.zeros(2, 2, 48)
         at_once.run(given.clone(), plans, local_ids, layers.bank, answers[0])
-        moved = layers.bank.arranged([4, None, 2, 0, 1, 3])
+        moved = layers.bank.arranged([[4, None, 2, 0, 1, 3]] * len(layers.bank.num_rows))
         at_once.run(given.clone(), plans, torch.tensor([3, 4, 2, 5, 0], dtype=torch.int32), moved, answers[1])
     assert torch.equal(*answers)
 
@@ -209,7 +209,7 @@ def test_experts_that_moved_are_read_where_they_are_now():
 def test_an_expert_without_weights_is_said_and_nothing_is_left_waiting():
     with torch.inference_mode():
         layers = Layers(Kind(), torch.float32)
-        bank, hidden = layers.bank.arranged([None] * 5), torch.randn(1, 48)
+        bank, hidden = layers.bank.arranged([[None] * 5] * len(layers.bank.num_rows)), torch.randn(1, 48)
         with pytest.raises(AssertionError, match="no weights"):
             layers.at_once().run(hidden, layers.plans((3,)), torch.arange(5).int(), bank, torch.zeros(1, 48))
 

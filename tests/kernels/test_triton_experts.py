@@ -279,7 +279,7 @@ def test_what_is_put_into_a_float8_bank_is_kept_in_blocks():
     for expert in range(3):
         bank.put(0, expert, w13[0, expert], w2[0, expert])
     order = [2, 0, 1]
-    moved = bank.arranged(order)
+    moved = bank.arranged([order])
     place = Place(1, 1, 5, 2, 136, torch.float16)
     place.put(0, 0, 5, 3, generator)
     moved.run(0, 0, [(0, 5)], place.landed, place.answers)
@@ -312,7 +312,7 @@ def test_experts_of_a_checkpoint_in_float8_are_taken_as_they_are(grain):
     seen13, seen2 = (torch.stack(ones).to(DEVICE) for ones in zip(*seen, strict=True))
     assert bank.weights.scale_block == (1 if grain == "row" else SCALE_BLOCK)
     order = [2, 0, 1]
-    moved = bank.arranged(order)
+    moved = bank.arranged([order])
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
         place = Place(1, 1, 9, 2, hidden, dtype)
         place.put(0, 0, 9, num_experts, generator)

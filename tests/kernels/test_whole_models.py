@@ -53,7 +53,7 @@ class Model:
         source = Checkpoint(path, stored_as=config.stored_as)
         placement = place_evenly(config.num_experts, NUM_NODES)
         self.banks = [
-            load_expert_bank(config, held, source, device.kernels, dtype, quantization=config.stored_as)
+            load_expert_bank(config, [held], source, device.kernels, dtype, quantization=config.stored_as)
             for held in placement.experts
         ]
         precision = Precision(quantization=config.stored_as)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msi.kernels import SWIGLU, Activation
-from msi.kernels.experts import at_places, counts_at
+from msi.kernels.experts import Places, at_places, counts_at
 from msi.kernels.kernels import Biases
 from msi.kernels.native.compiled import FORMATS, Packed, pack, row_dtype
 from msi.kernels.native.rows import native_rows, scatter
@@ -65,11 +65,11 @@ class NativeExpertBank:
         self.activation = None if self._kind == (SWIGLU, False) else (ctypes.c_float * 3)(*numbers)
         self._work = torch.empty(0)
 
-    def arranged(self, places: Sequence[int | None]) -> NativeExpertBank:
+    def arranged(self, places: Places) -> NativeExpertBank:
         bank = NativeExpertBank(
             self._library,
-            len(self._gate_up),
             len(places),
+            len(places[0]),
             self._hidden_size,
             self.inner_size,
             self._format,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msi.kernels import SCALE_BLOCK, SWIGLU, Activation, fp8
 from msi.kernels.blocks import num_blocks
+from msi.kernels.experts import Places, counts_at, weights_at
 from msi.kernels.kernels import Biases
 from msi.kernels.quantized import Quantized, quantize
 from msi.kernels.routing import PackedRows, RowDtypes, answer_row_bytes, row_bytes
@@ -80,32 +81,21 @@ class TritonExpertBank:
     def weight_bytes_read(self) -> int:
         return int(self._counts.read_seen[0]) * self._expert_bytes
 
-    def arranged(self, places: Sequence[int | None]) -> TritonExpertBank:
+    def arranged(self, places: Places) -> TritonExpertBank:
         def moved(old: Tensor | None) -> Tensor | None:
-            if old is None:
-                return None
-            new = old.new_empty((old.shape[0], len(places), *old.shape[2:]))
-            for local, place in enumerate(places):
-                if place is not None:
-                    new[:, local] = old[:, place]
-            return new
+            return None if old is None else weights_at(old, places)
 
         had = self.weights
-        w13, w2 = moved(had.w13), moved(had.w2)
-        assert w13 is not None
-        assert w2 is not None
         new = replace(
-            had, w13=w13, w2=w2, bias13=moved(had.bias13), bias2=moved(had.bias2), scale13=moved(had.scale13),
-            scale2=moved(had.scale2),
+            had, w13=weights_at(had.w13, places), w2=weights_at(had.w2, places), bias13=moved(had.bias13),
+            bias2=moved(had.bias2), scale13=moved(had.scale13), scale2=moved(had.scale2),
         )  # fmt: skip
         bank = TritonExpertBank(
             new, num_model_experts=self._num_model_experts, tiles=self._wanted_tiles, uses_graphs=self._uses_graphs,
             library=self._library,
         )  # fmt: skip
         bank._has_scaled = self._has_scaled
-        for local, place in enumerate(places):
-            if place is not None:
-                bank.num_rows[:, local] = self.num_rows[:, place]
+        bank.num_rows.copy_(counts_at(self.num_rows, places))
         bank._counts.rows.copy_(bank.num_rows)
         return bank
 
