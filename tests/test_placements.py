@@ -17,8 +17,8 @@ from msi.instance.inproc import InprocInstance
 from msi.kernels.turns import TURNS, first_homes, homes_of, in_turns
 from msi.options import InstanceOptions
 from msi.placement import place_evenly, place_with_replicas
-from msi.placement_change import padded
-from msi.types import Placement, Request, SamplingParams
+from msi.placement_change import ByLayer, padded
+from msi.types import HOLE, LayerExperts, Placement, Request, SamplingParams
 from tests.reference import references, save_tiny
 from tests.waiting import until
 
@@ -30,8 +30,14 @@ FEWER = Placement(((0, 1, 2), (3, 4, 5, 6), (5, 6)), 7, version=2)  # after TWIC
 MOVED = Placement(((3, 4), (0, 5, 6), (1, 2)), 7)
 
 
+LAYERED = Placement.of_layers([LayerExperts(one.experts, one.shares) for one in (TWICE, MOVED, MIXED)], 7, 1)
+
+
 def held(placement):
-    return [set(placement.held_by(node)) for node in range(min(3, placement.num_nodes))]
+    return [
+        [set(held) - {HOLE} for held in layer.experts[:3]]
+        for layer in (placement.layers if placement.further else placement.layers * 3)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,8 @@ class Serving:
     async def change_to(self, placement):
         return await asyncio.wait_for(
             self.coordinator.change_placement(
-                lambda before, nodes: (*map(set, placement.experts), set(), set()), "a test"
+                lambda before, nodes: ByLayer(tuple((*of_layer, set(), set()) for of_layer in held(placement))),
+                "a test",
             ),
             30,
         )
@@ -176,7 +183,7 @@ def test_what_is_missing_is_what_no_other_node_has(placement, nodes, says):
     assert lacking(placement, nodes) == says
 
 
-@pytest.mark.parametrize("placement", [TWICE, MIXED], ids=["each twice", "some twice"])
+@pytest.mark.parametrize("placement", [TWICE, MIXED, LAYERED], ids=["each twice", "some twice", "by layer"])
 async def test_tokens_equal_transformers_when_experts_have_several_nodes(checkpoint, placement):
     path, expected = checkpoint
     async with serving(path, placement) as instance:
@@ -206,6 +213,27 @@ async def test_a_placement_is_swapped_while_requests_run_and_loads_only_what_is_
         read = zip(instance.experts, loaded, strict=True)
         assert all(worker.loaded in ((0, 0), before) for worker, before in read), "all was there"
         assert {worker.life.assignment.incarnation for worker in (*instance.experts, *instance.attention)} == {0}
+
+
+async def test_layers_are_placed_each_for_itself_while_requests_run_and_load_only_what_is_new(checkpoint):
+    path, expected = checkpoint
+
+    def loaded():
+        return [worker.life.experts.counters().experts_loaded for worker in instance.experts]
+
+    async with serving(path, ONCE) as instance:
+        for placement, num_loaded in ((LAYERED, (2 + 2 + 1, 2 + 3 + 0, 3 + 2 + 1)), (ONCE, (0 + 3 + 0, 2, 2))):
+            before = loaded()
+            changing = asyncio.ensure_future(instance.change_to(placement))
+            while not changing.done():
+                await instance.check_tokens(expected)
+            assert held(await changing) == held(placement)
+            assert [now - was for now, was in zip(loaded(), before, strict=True)] == [*num_loaded]
+            await until(lambda: all(worker.life.experts.placed[1] is None for worker in instance.experts), 30)
+            await instance.check_tokens(expected)
+            rows = [worker.life.experts.half.rows_by_layer() for worker in instance.experts]
+            for layer, of_layer in enumerate(held(placement)):
+                assert [set(one[layer]) for one in rows] == of_layer, "what is not wanted any more was dropped"
 
 
 @pytest.mark.slow
