@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msi.kernels.turns import TURNS
 from msi.placement import place_evenly, place_with_replicas
 from msi.planner.replica_state import wave_cost
-from msi.planner.replicas import expected_costs, plan_layers, plan_replicas
+from msi.planner.replicas import expected_costs, most_gain, plan_layers, plan_replicas
 from msi.types import Placement
 
 
@@ -119,6 +119,24 @@ def test_each_layer_is_placed_by_its_own_load():
     load = [[90.0, 1, 1, 1], [1.0, 1, 1, 90]]
     plans = plan_layers(load, 0.0, 2, [3, 3], before=place_evenly(4, 2))
     assert [plan.cost for plan in plans] == pytest.approx([46.5] * 2, abs=1.5)
+
+
+def test_a_layer_that_can_gain_too_little_stays_and_none_gains_more_than_it_can():
+    load, before = [[30.0, 20.0, 22.0, 28.0], [30.0, 30.0, 20.0, 20.0]], place_evenly(4, 2)
+    assert [most_gain(one, 4.0, before, [2, 2]) for one in load] == pytest.approx([0.0, 1 / 6])
+    stays, moves = plan_layers(load, 4.0, 2, [2, 2], before=before, least_gain=0.1)
+    assert (stays.experts, stays.num_moved) == (before.experts, 0)
+    assert moves.num_moved == 2
+    assert [sorted(sum(load[1][expert] for expert in held) for held in moves.experts)] == [[50.0, 50.0]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(tasks())
+def test_no_plan_gains_more_than_is_said_to_be_possible(task):
+    load, floor_cost, num_nodes, memory, before, redundancy = task
+    plan = plan_replicas(load, floor_cost, num_nodes, memory, before=before, redundancy=redundancy)
+    was = max(expected_costs(load, floor_cost, before))
+    assert was - plan.cost <= was * most_gain(load, floor_cost, before, memory) + 1e-6
 
 
 @pytest.mark.parametrize(

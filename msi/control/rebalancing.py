@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from msi.control.changes import ChangesOfPlacement
 from msi.control.expert_load import ExpertLoad, Layers, Window
@@ -108,8 +109,8 @@ class Rebalancing:
         """
         self._is_planning = True
         try:
-            decision = await asyncio.to_thread(decide, question)
             least = 0.0 if is_asked else self._settings.rebalance_threshold
+            decision = await asyncio.to_thread(decide, replace(question, least_gain=least))
             if decision.gain <= least or not (decision.is_worth or is_asked):
                 log.debug("experts stay: %s", _told(decision))
                 return None

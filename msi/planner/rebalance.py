@@ -39,6 +39,7 @@ class Question:
         waves: of each layer, in a window.
         busy_s: that the node with most to do computes experts in a window.
         load_s: that an expert of one layer takes a node to load; 0 where nobody knows.
+        least_gain: what gains less is not done.
     """
 
     placement: Placement
@@ -51,6 +52,7 @@ class Question:
     waves: float = 0.0
     busy_s: float = 0.0
     load_s: float = 0.0
+    least_gain: float = 0.0
 
     @property
     def memory(self) -> list[int]:
@@ -100,7 +102,7 @@ def decide(question: Question) -> Decision:
         move_cost = ours.load_s / (curve.row_s * ours.waves * PAYBACK)
     plans = plan_layers(
         load, floor, before.num_nodes, ours.memory, before=before, move_cost=move_cost, redundancy=ours.redundancy,
-        surges=[one.surge for one in expected],
+        surges=[one.surge for one in expected], least_gain=ours.least_gain / 2,
     )  # fmt: skip
     planned = Placement.of_layers([plan.layer for plan in plans], before.num_experts, before.version + 1)
     gain = min(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msi.kernels.turns import TURNS, in_turns
-from msi.planner.replica_state import ReplicaState, norm
+from msi.planner.replica_state import ReplicaState, norm, wave_cost
 from msi.planner.surges import against_surges, cost_in_surges
 from msi.types import LayerExperts, Placement
 
@@ -132,6 +132,7 @@ def plan_layers(
     move_cost: float = 0.0,
     redundancy: int = 0,
     surges: Sequence[float] = (),
+    least_gain: float = 0.0,
 ) -> list[ReplicaPlan]:
     """`plan_replicas` for each layer's load [num_layers, num_experts].
 
@@ -139,14 +140,32 @@ def plan_layers(
         memory: [nodes], experts of each layer that a node has room for. A GPU's bank has as many places in every layer,
             so that what one layer left free would be of no use to another.
         surges: of each layer.
+        least_gain: a layer whose cost no plan can lower by more than this share of it stays as it is: looking takes
+            long.
     """
-    return [
-        plan_replicas(
-            of_layer, floor_cost, nodes, memory, before=None if before is None else before.of_layer(layer),
-            move_cost=move_cost, redundancy=redundancy, surge=surges[layer] if surges else 0.0,
+    plans = []
+    for layer, of_layer in enumerate(load):
+        was = None if before is None else before.of_layer(layer)
+        if was is not None and least_gain and most_gain(of_layer, floor_cost, was, memory) <= least_gain:
+            plans.append(_planned(ReplicaState.of(of_layer, floor_cost, memory, was), was))
+            continue
+        surge = surges[layer] if surges else 0.0
+        plans.append(
+            plan_replicas(
+                of_layer, floor_cost, nodes, memory, before=was, move_cost=move_cost, redundancy=redundancy, surge=surge
+            )
         )
-        for layer, of_layer in enumerate(load)
-    ]  # fmt: skip
+    return plans
+
+
+def most_gain(load: Sequence[float], floor_cost: float, placement: Placement, memory: Sequence[int]) -> float:
+    """Of a layer's cost, the share that no plan for nodes with memory saves more than.
+
+    Whatever is placed where, all nodes together have at least each expert's cost on one node alone.
+    """
+    cost = max(expected_costs(load, floor_cost, placement))
+    least = float(wave_cost(np.asarray(load, np.float64), floor_cost).sum()) / sum(room > 0 for room in memory)
+    return 1 - least / cost if cost > 0 else 0.0
 
 
 def cost_of_layers(load: Sequence[Sequence[float]], floor_cost: float, placement: Placement) -> float:
