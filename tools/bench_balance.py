@@ -14,7 +14,7 @@ evenly; its rows take turns here by the same rule as ours. It is given windows w
 `eplb, ours`, the load that ours forecasts.
 
 With `--layers`, layers have popularities of their own, and what is compared is the time of all layers, one after the
-other: placed alike in all layers, by the sum of their rows, as an instance does it, or layer by layer.
+other: placed alike in all layers, by the sum of their rows, or each by its own, as an instance does it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from msi.kernels.turns import homes_of, in_turns, wheel_of, whose_turn
 from msi.placement import place_evenly
 from msi.planner.forecast import forecast
-from msi.planner.replicas import plan_replicas
+from msi.planner.replicas import plan_layers, plan_replicas
 from msi.types import Placement
 from msi_launch.command_line import ScriptLine
 
@@ -184,6 +184,19 @@ def ours(shape: Shape, windows: Sequence[Floats], before: Planned | None) -> Pla
     return Planned.of(plan.experts, shape.experts, plan.placement(1))
 
 
+def ours_by_layer(shape: Shape, windows: Sequence[Sequence[Floats]], before: Placement | None) -> Placement:
+    """By the rows of a wave of each layer, window by window."""
+    expected = [forecast(of_layer) for of_layer in windows]
+    was = before or place_evenly(shape.experts, shape.nodes)
+    mean_rows = sum(sum(one.load) for one in expected) / len(expected)
+    plans = plan_layers(
+        [one.load for one in expected], shape.floor_cost, shape.nodes, [shape.per_node] * shape.nodes, before=was,
+        move_cost=0.0 if before is None else MOVE_COST * mean_rows / shape.nodes,
+        surges=[one.surge for one in expected],
+    )  # fmt: skip
+    return Placement.of_layers([plan.layer for plan in plans], shape.experts, was.version + 1)
+
+
 def eplb(shape: Shape, windows: Sequence[Floats], before: Planned | None) -> Planned:
     return eplb_of(shape, weighed(windows))
 
@@ -262,12 +275,15 @@ def layers(shape: Shape, trace: str, arguments: argparse.Namespace, seed: int) -
     traces = [popularities(shape, trace, arguments.windows + 1, chance) for _ in range(num_layers)]
     loads: list[list[Floats]] = [[] for _ in range(num_layers)]
     alike: Planned | None = None
+    placement: Placement | None = None
     by_layer: list[Planned | None] = [None] * num_layers
     first, times = unchanged(shape, [], None), []
     for of_layers in zip(*traces, strict=True):
         if loads[0]:
             alike = ours(shape, [np.mean(one, axis=0) for one in zip(*loads, strict=True)], alike)
-            by_layer = [ours(shape, one, before) for one, before in zip(loads, by_layer, strict=True)]
+            placement = ours_by_layer(shape, loads, placement)
+            layers_now = [placement.of_layer(layer) for layer in range(num_layers)]
+            by_layer = [Planned.of(one.experts, shape.experts, one) for one in layers_now]
         counts = np.zeros((num_layers, shape.experts))
         for _ in range(arguments.waves):
             spent = np.zeros(3)

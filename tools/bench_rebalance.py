@@ -3,12 +3,12 @@
 
     tools/bench_rebalance.py --repeat 3
 
-Makes a GLM-4.5 of random weights whose routers choose experts by Zipf's law (the biases of its routers are fitted to
-that on random text), profiles it, and decodes with one attention worker and two expert workers, one thread each, m = 1,
-so that two cores are enough: first with experts one after the other, then, once the instance has counted its rows, as
-`msi-ctl rebalance` places them. The simulator runs both placements with the profile's stage times, and draws experts as
-often as the instance counted them; nothing else is fitted. Prints tokens per second of both, and the gain, measured and
-predicted.
+Makes a GLM-4.5 of random weights whose routers choose experts by Zipf's law, in each layer in an order of its own (the
+biases of its routers are fitted to that on random text), profiles it, and decodes with one attention worker and two
+expert workers, one thread each, m = 1, so that two cores are enough: first with experts one after the other, then, once
+the instance has counted its rows, as `msi-ctl rebalance` places them, layer by layer. The simulator runs both
+placements with the profile's stage times, and draws experts as often as the instance counted them; nothing else is
+fitted. Prints tokens per second of both, and the gain, measured and predicted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from msi.simulator.deployment import Deployment
 from msi.simulator.popularity import build_routing
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
-from msi.types import Placement
+from msi.types import LayerExperts, Placement
 from msi_launch.command_line import ScriptLine, integer, number
 
 NUM_EXPERTS, TOP_K, NUM_LAYERS, NUM_NODES = 16, 2, 4, 2
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_model(folder: Path, zipf: float) -> None:
-    """Expert i of each layer is chosen by (i + 1) ** -zipf."""
+    """The experts of each layer are chosen by Zipf's law, which of them how often by chance."""
     import torch
     from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
@@ -77,9 +77,9 @@ def make_model(folder: Path, zipf: float) -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).float().eval()
     before = place_evenly(NUM_EXPERTS, 1)
-    target = build_routing(f"zipf:{zipf}", before, TOP_K, most_tokens=1, seed=0).chosen()
+    targets = build_routing(f"layers:{zipf}", before, TOP_K, most_tokens=1, seed=0, num_layers=NUM_LAYERS).chosen()
     text = torch.randint(3, VOCAB, (FITTING_TOKENS // 64, 64))
-    for layer in model.model.layers:
+    for layer, target in zip(model.model.layers, targets, strict=True):
         inputs: list[Any] = []
         hook = layer.mlp.gate.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0]))
         with torch.no_grad():
@@ -135,26 +135,29 @@ async def asked(engine: Engine, *words: str) -> dict[str, Any]:
 
 
 def placed(answer: dict[str, Any]) -> Placement:
-    held = (tuple(answer["experts"].get(f"expert-{node}", ())) for node in range(NUM_NODES))
-    return Placement(tuple(held), NUM_EXPERTS)
+    layers = [
+        LayerExperts(tuple(tuple(of_layer.get(f"expert-{node}", ())) for node in range(NUM_NODES)))
+        for of_layer in answer["layers"] or [answer["experts"]]
+    ]
+    return Placement.of_layers(layers, NUM_EXPERTS)
 
 
 async def measured(
     model: Path, values: argparse.Namespace, seed: int
-) -> tuple[list[float], list[Placement], list[float]]:
-    """Tokens per second, placements and rows of experts: before and after."""
+) -> tuple[list[float], list[Placement], list[list[float]]]:
+    """Tokens per second and placements, before and after; rows of experts, by layer."""
     chance, found, placements = Random(seed), [], []
     async with Engine.local(
         model=model, attention_workers=1, expert_workers=NUM_NODES, micro_batches=1, threads_per_worker=1,
         transport="shm", max_num_seqs=values.batch, dtype="float32", enable_prefix_caching=False,
     ) as engine:  # fmt: skip
         await tokens_per_s(engine, values, chance)  # warms up
-        rows: list[float] = []
+        rows: list[list[float]] = []
         for is_last in (False, True):
             placements.append(placed(await asked(engine, "placement")))
             found.append(await tokens_per_s(engine, values, chance))
             if not is_last:
-                rows = (await asked(engine, "rebalance"))["expert_rows"]
+                rows = (await asked(engine, "rebalance"))["layer_rows"]
         return found, placements, rows
 
 
@@ -176,7 +179,7 @@ def profile_of(model: Path, folder: Path, values: argparse.Namespace) -> Profile
     return ProfiledCosts(read_profile(output), conditions)
 
 
-def predicted(costs: ProfiledCosts, placement: Placement, rows: list[float], values: argparse.Namespace) -> float:
+def predicted(costs: ProfiledCosts, placement: Placement, rows: list[list[float]], values: argparse.Namespace) -> float:
     """Tokens per second."""
     deployment = Deployment(
         num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, top_k=TOP_K, num_attention=1, num_expert=NUM_NODES,
@@ -184,7 +187,7 @@ def predicted(costs: ProfiledCosts, placement: Placement, rows: list[float], val
         limits=SchedulerLimits(1024, max_num_seqs=values.batch, num_gpu_blocks_override=16 * values.batch),
     )  # fmt: skip
     arrivals = [Arrival(0.0, PROMPT, values.tokens)] * values.batch
-    report = simulate(deployment, costs, arrivals, popularity=weights_of(rows), seed=0)
+    report = simulate(deployment, costs, arrivals, popularity=[weights_of(one) for one in rows], seed=0)
     return float(values.batch / median(one.tpot_s for one in report.requests if one.tpot_s))
 
 
@@ -193,7 +196,7 @@ def weights_of(rows: list[float]) -> list[float]:
     wanted = np.maximum(np.array(rows), 1e-3 * max(rows))
     weights, before = wanted / wanted.sum(), place_evenly(NUM_EXPERTS, 1)
     for _ in range(20):
-        chosen = np.array(build_routing(weights.tolist(), before, TOP_K, most_tokens=1, seed=1).chosen())
+        chosen = np.array(build_routing(weights.tolist(), before, TOP_K, most_tokens=1, seed=1).chosen()[0])
         weights *= (wanted / wanted.sum()) / np.maximum(chosen / chosen.sum(), 1e-9)
         weights /= weights.sum()
     found: list[float] = weights.tolist()
@@ -217,7 +220,7 @@ def main() -> None:
                 "tokens_per_s": [round(one, 1) for one in found],
                 "predicted_tokens_per_s": [round(one, 1) for one in foreseen],
                 "gain": round(gains[-1][0], 4), "predicted_gain": round(gains[-1][1], 4),
-                "expert_rows": rows, "experts": placements[1].experts,
+                "layer_rows": rows, "experts": [layer.experts for layer in placements[1].layers],
             }  # fmt: skip
             print(json.dumps(line), flush=True)
     gain, foreseen_gain = (median(one) for one in zip(*gains, strict=True))
