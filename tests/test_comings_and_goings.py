@@ -10,6 +10,7 @@ import pytest
 from msi.simulator.workload import Arrival
 from tests.comings_and_goings import Act, lived_through
 from tests.everyday import NUM_SEEDS, mostly_slow
+from tests.layered import rotated
 from tests.test_takeover import COSTS, STORMY
 
 
@@ -34,6 +35,8 @@ def test_whoever_comes_and_goes_no_request_notices_and_nobody_is_waited_for_in_t
     chance = random.Random(seed)
     acts = acts_of(chance, ["kill", "kill", "drain", "remove", "ask", "add", "rebalance", "dies"])
     deployment = replace(STORMY, expert_redundancy=redundancy)
+    if seed % 2:
+        deployment = replace(deployment, placement=rotated(deployment.plan.placement, deployment.num_layers))
     report, _ = lived_through(deployment, COSTS, arrivals(chance, acts[-1].at_s + 1), acts, seed)
     assert not report.failed, report.failed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from typing import ClassVar
@@ -69,10 +70,10 @@ def checkpoint(request, tmp_path_factory):
     return path, references(model, [1, 17, 64], NUM_TOKENS)
 
 
-def graph_engine(path, layout=(1, 1), micro_batches=1, max_num_seqs=4, max_model_len=128):
+def graph_engine(path, layout=(1, 1), micro_batches=1, max_num_seqs=4, max_model_len=128, **options):
     return engine_in_tasks(
         GraphHost, transport="inproc", model=path, attention_workers=layout[0], expert_workers=layout[1],
-        micro_batches=micro_batches, slot_rows=48, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+        micro_batches=micro_batches, slot_rows=48, max_num_seqs=max_num_seqs, max_model_len=max_model_len, **options,
     )  # fmt: skip
 
 
@@ -92,11 +93,14 @@ def logged(caplog, what):
 async def test_all_is_captured_before_an_instance_takes_requests_and_nothing_after(tmp_path, drivers, caplog):
     caplog.set_level(logging.INFO)
     expected = references(save_tiny(tmp_path, family="glm4"), [1, 17], NUM_TOKENS)  # has dense layers, shared experts
-    async with graph_engine(tmp_path, (1, 2), 2, max_num_seqs=2, max_model_len=300) as engine:
+    config, counts = ModelFiles(tmp_path).config, tmp_path / "counts.json"
+    by_layer = [[1 + (expert * 3 + layer) % 7 for expert in range(7)] for layer in range(config.num_sparse_layers)]
+    counts.write_text(json.dumps(by_layer))
+    options = {"max_num_seqs": 2, "max_model_len": 300, "expert_popularity": counts}  # layers differ in their places
+    async with graph_engine(tmp_path, (1, 2), 2, **options) as engine:
         before = sum(driver.num_captured for driver in drivers)
         await check_equal(engine, expected, 0)
         assert sum(driver.num_captured for driver in drivers) == before
-    config = ModelFiles(tmp_path).config
     num_buckets = 2 * 2  # 1 sequence, or 2; of up to 256 tokens, or of more
     assert before == 2 * num_buckets * 2 * config.num_sparse_layers
     assert sum(driver.num_replayed for driver in drivers) > before + NUM_TOKENS, "tokens came from graphs"

@@ -410,6 +410,23 @@ def test_rows_go_where_shares_say_and_to_others_where_those_are_missing():
     assert (torch.from_numpy(twin) + topk_ids * 3 == choose_replicas(topk_ids, tables)).all(), "numpy's is the same"
 
 
+def test_layers_that_differ_have_tables_of_their_own_in_one_piece_of_memory():
+    layers = [(((0, 1), (1, 0), (0, 2)), ((60, 0, 0), (15, 45), (60,))), (((2,), (0,), (1,)), ())]
+    tables = PlacementTables.of_layers(layers, 3, missing=(1,))
+    assert (tables.local_ids.shape, tables.wheels.shape, tables.most_replicas) == ((2, 3, 12), (2, 3, TURNS), 3)
+    topk_ids = torch.tensor([[0, 1], [2, 0], [1, 2]] * 20)
+    for layer, (experts, shares) in enumerate(layers):
+        of_layer, alone = tables.of_layer(layer), PlacementTables.of(experts, 3, missing=(1,), shares=shares)
+        assert of_layer.local_ids.data_ptr() % 16 == tables.local_ids.data_ptr() % 16
+        ids, own = (choose_replicas(topk_ids, one) for one in (of_layer, alone))
+        assert torch.equal(of_layer.local_ids[:, ids], alone.local_ids[:, own]), "as if all were like this one"
+        nobody = of_layer.with_nobody().local_ids[:, -1]
+        assert torch.equal(tables.with_nobody().of_layer(layer).local_ids[:, -1], nobody)
+        assert nobody.tolist() == [-1] * 3
+    alike = PlacementTables.of(EVERYWHERE.experts, 4)
+    assert alike.of_layer(7) is alike
+
+
 def test_without_replicas_there_is_nothing_to_choose():
     tables, topk_ids = PlacementTables.of(place_evenly(7, 3).experts, 7), torch.tensor([[0, 6], [2, 3], [5, 1]])
     assert tables.most_replicas == 1

@@ -23,6 +23,7 @@ from msi.simulator.deployment import LIMITS, Deployment, Fault
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
 from tests.everyday import IS_THOROUGH
+from tests.layered import rotated
 
 NUM_STORMS = 2000 if IS_THOROUGH else 25
 LASTS_S = 6.0
@@ -32,6 +33,7 @@ CALM = Deployment(
     num_layers=2, num_experts=4, top_k=2, num_attention=3, num_expert=3, num_micro_batches=2, expert_redundancy=1,
     limits=replace(LIMITS, num_gpu_blocks_override=60),
 )  # fmt: skip
+LAYERED = replace(CALM, placement=rotated(CALM.plan.placement, CALM.num_layers))
 WATCHFUL = replace(CALM, slow=SlowWorkers(drain_slow_after_s=1), rebalance=Rebalance("auto", 1.0, 0.05))
 
 AT = st.floats(0.05, LASTS_S, allow_nan=False)
@@ -104,7 +106,7 @@ def test_a_worker_that_is_stopped_twice_at_a_time_goes_on_when_the_later_one_end
 @pytest.mark.slow
 @pytest.mark.timeout(3600 if IS_THOROUGH else 300)
 @settings(max_examples=NUM_STORMS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(STORMS, ARRIVALS, st.sampled_from([CALM, WATCHFUL]))
+@given(STORMS, ARRIVALS, st.sampled_from([CALM, LAYERED, WATCHFUL]))
 def test_in_any_storm_every_request_gets_all_its_tokens(storm, arrivals, deployment):
     faults = survivable(storm)
     PROGRESS.add(faults)

@@ -174,9 +174,45 @@ def test_popular_experts_slow_the_instance():
     assert balanced.duration_s < 0.85 * skewed.duration_s
 
 
+class SlowExperts:
+    """Whose time is that of their rows."""
+
+    def attention_s(self, num_tokens, num_context_tokens):
+        return 0.1e-3
+
+    def pass_s(self, num_logit_rows):
+        return 0.0
+
+    def expert_s(self, num_expert_rows, num_active_experts):
+        return 0.1e-3 * num_expert_rows
+
+    def comm_s(self, num_bytes):
+        return num_bytes * 1e-9
+
+
+def test_layers_with_popularities_of_their_own_are_each_drawn_and_placed_by_it():
+    arrivals = [Arrival(0.0, 4, 8)] * 24
+    roomy = replace(SMALL, num_layers=2, redundant_experts=2)
+    routed = build_routing("layers:2", roomy.plan.placement, roomy.top_k, most_tokens=512, seed=0, num_layers=2)
+    first, second = routed.chosen()
+    assert sorted(first) == pytest.approx(sorted(second), abs=0.02)
+    assert first != pytest.approx(second, abs=0.1)
+    placed = placed_by_popularity(roomy, SlowExperts(), "layers:2", seed=0)
+    assert len(placed.placement.layers) == 2
+    view, chance = routed.view(placed.placement), random.Random(1)
+    for layer in (0, 1):
+        draws = [(*routed.draw(512, chance, view, layer)[:1], 512, view) for _ in range(60)]
+        pairs = [routed.load(node, draws, layer)[0] for node in range(placed.num_expert)]
+        assert max(pairs) < 1.15 * mean(pairs), "each layer's nodes have as much to do as each other"
+    before, after = (simulate(one, SlowExperts(), arrivals, popularity="layers:2") for one in (roomy, placed))
+    assert (after.num_failed, before.num_failed) == (0, 0)
+    assert after.duration_s < 0.9 * before.duration_s
+
+
 @pytest.mark.parametrize(
     ("popularity", "sentence"),
     [
+        (((1.0,) * 8,) * 3, "expert popularity is of 3 layers; give it for one, or for all "),
         ("flat", "expert popularity 'flat' is not one; give uniform, uniform-drawn, zipf, zipf:EXPONENT"),
         ("zipf:-1", "'zipf:-1' is not one"),
         ("zipf:steep", "'zipf:steep' is not one"),

@@ -15,6 +15,7 @@ from msi.control.membership import Cluster
 from msi.control.replacements import Replacements
 from msi.control.slowness import Done, Life, Slowness
 from msi.errors import ConfigError
+from msi.placement_change import copies_of, lost_experts
 from msi.settings import SlowWorkers
 
 log = logging.getLogger(__name__)
@@ -120,10 +121,10 @@ class SlowWorkerPolicy:
         if placing.is_changing:
             return "experts are being placed"
         others = {one.place.node for one in self._cluster.live("expert") if one is not member and one.state == "ready"}
-        homes = [set(placing.placement.nodes_of(expert)) for expert in range(placing.placement.num_experts)]
-        if alone := [expert for expert in placing.placement.held_by(node) if not homes[expert] & others]:
+        held = set(placing.placement.held_by(node))
+        if alone := [expert for expert in lost_experts(placing.placement, others) if expert in held]:
             return f"no other worker holds expert {alone[0]}"
-        if len(others) < (copies := min(map(len, homes))):
+        if len(others) < (copies := min(copies_of(placing.placement))):
             return f"each expert is on {copies} workers, and without it no more than {len(others)} are there"
         return ""
 
