@@ -127,7 +127,8 @@ def _add_requests(parser: CommandLine) -> None:
     add("--input-len", type=integer(1, MOST), metavar="N", help="by default log-normal around the paper's median, 571")
     add("--output-len", type=integer(1, MOST), metavar="N", help="by default log-normal around the paper's median, 159")
     add("--popularity", default="uniform", metavar="P",
-        help="of experts: uniform, uniform-drawn, zipf:EXPONENT, or a JSON file of weights")  # fmt: skip
+        help="of experts: uniform, uniform-drawn, zipf:EXPONENT, layers:EXPONENT (so in each layer, in an order of "
+        "its own), or a JSON file of weights")  # fmt: skip
     add("--seed", type=integer(0, 2**63 - 1), default=0, metavar="N", help="0")
 
 

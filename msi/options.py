@@ -72,8 +72,9 @@ class InstanceOptions:
         0, "replicas on top of that, of experts that are chosen most", metavar="N", group=MODEL_AND_WORKERS
     )
     expert_popularity: Path | None = parameter(
-        None, "how often each expert is chosen, as a JSON list or what msi-ctl placement --json printed: experts and "
-        "replicas are placed by it at the start", metavar="FILE", group=MODEL_AND_WORKERS, file="read",
+        None, "how often each expert is chosen, as a JSON list, or one for each layer, or what msi-ctl placement "
+        "--json printed: experts and replicas are placed by it at the start", metavar="FILE", group=MODEL_AND_WORKERS,
+        file="read",
     )  # fmt: skip
     rebalance: Rebalance = Rebalance()
     balance: AttentionBalance = AttentionBalance()

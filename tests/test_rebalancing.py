@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +16,14 @@ from msi.control.counters import BatchTimes, ExpertCounters, LayerRows
 from msi.control.expert_load import ExpertLoad
 from msi.control.members import NO_STATUS
 from msi.control.messages import Placed
+from msi.control.operator import Operator
+from msi.control.orders import Order
 from msi.control.rebalancing import Rebalancing
 from msi.errors import ConfigError
 from msi.instance.instance import build_plan
 from msi.options import InstanceOptions
 from msi.placement import place_evenly, place_with_replicas
-from msi.placement_change import Shared, changed
+from msi.placement_change import ByLayer, Shared, changed
 from msi.planner.expert_counts import read_counts
 from msi.planner.expert_curve import ExpertCurve, fit_curve
 from msi.planner.rebalance import FLOOR_ROWS, Question, decide
@@ -228,6 +231,29 @@ async def test_a_plan_that_came_too_late_is_made_anew_after_the_next_window_and_
         changes.look()
     await changing
     assert next_questions(11) == [False] * 10 + [True]
+
+
+async def test_an_operator_hears_what_layers_hold_and_what_their_experts_had_to_do():
+    crossed = changed(EVEN, ByLayer(([{*range(4)}, {*range(4, 8)}], [{*range(4, 8)}, {*range(4)}])))
+    cluster = formed(replace(PLAN, placement=crossed, rebalance=Rebalance("auto", 1.0)))
+    changes = ChangesOfPlacement(cluster, lambda instructions: None)
+    balance = Rebalancing(cluster.plan.rebalance, cluster, changes, 0.0)
+    operator = Operator(cluster, changes, balance, lambda instructions: None, "inproc://c", lambda: 1.0)
+    before = json.loads((await operator.obey(Order(0, "placement"))).report)
+    assert (before["expert_rows"], before["layer_rows"]) == ([0.0] * 8, [])
+    beat(balance._load, 0, {0: 0}, 1, 0, (), {5: 0})
+    beat(balance._load, 0, {0: 30}, 2, 0, (), {5: 9, 0: 2})
+    ordered = await operator.obey(Order(0, "placement"))
+    told = json.loads(ordered.report)
+    assert told["experts"] == {"expert-0": [*range(8)], "expert-1": [*range(4, 8), *range(4)]}
+    first, second = ({"expert-0": one, "expert-1": other} for one, other in SWAPPED)
+    assert told["layers"] == [first, second]
+    assert told["layer_rows"] == [[30.0, *[0.0] * 7], [2.0, 0.0, 0.0, 0.0, 0.0, 9.0, 0.0, 0.0]]
+    assert told["expert_rows"] == [32.0, 0.0, 0.0, 0.0, 0.0, 9.0, 0.0, 0.0]
+    assert ordered.text == "placement 1 (settled): expert-0: 4 of each of 2 layers; expert-1: 4 of each of 2 layers"
+
+
+SWAPPED = [([*range(4)], [*range(4, 8)]), ([*range(4, 8)], [*range(4)])]
 
 
 def test_shares_are_kept_by_a_change_that_says_them_and_go_to_first_homes_without():

@@ -151,17 +151,9 @@ class Operator:
 
     def _placement_text(self) -> str:
         told = self._placement()
-        layers = told["layers"] or [told["experts"]]
-
-        def held(name: str) -> str:
-            numbers = [len(of_layer.get(name, ())) for of_layer in layers]
-            if told["layers"]:
-                return f"{min(numbers)} to {max(numbers)} of each of {len(layers)} layers"
-            return " ".join(map(str, told["experts"][name]))
-
-        return f"placement {told['version']} ({told['stage']}): " + "; ".join(
-            f"{name}: {held(name)}" for name in told["experts"]
-        )
+        experts, layers = told["experts"], told["layers"]
+        held = [f"{name}: {_held(experts[name], [of_layer.get(name, ()) for of_layer in layers])}" for name in experts]
+        return f"placement {told['version']} ({told['stage']}): {'; '.join(held)}"
 
     # -- workers that go and come ------------------------------------------------------------------------------------
 
@@ -255,3 +247,11 @@ class Operator:
             future = asyncio.get_running_loop().create_future()
             self._waits.append((condition, future))
             await future
+
+
+def _held(experts: Sequence[int], layers: Sequence[Sequence[int]]) -> str:
+    """In words; `layers`: [] where all are alike."""
+    if not layers:
+        return " ".join(map(str, experts))
+    least, most = min(map(len, layers)), max(map(len, layers))
+    return f"{least if least == most else f'{least} to {most}'} of each of {len(layers)} layers"
