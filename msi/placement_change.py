@@ -11,6 +11,7 @@ only v+2 may give away. Each layer has local ids of its own; what is said of one
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass
@@ -160,22 +161,26 @@ def copies_of(placement: Placement) -> list[int]:
 
 def lost_experts(placement: Placement, nodes: Collection[int]) -> list[int]:
     """Those that, in some layer, none of these nodes holds."""
-    counts = [_num_homes(layer, nodes) for layer in placement.layers]
-    return [expert for expert in range(placement.num_experts) if any(not homes[expert] for homes in counts)]
+    every, lost = set(range(placement.num_experts)), set[int]()
+    for layer in placement.layers:
+        lost |= every.difference(*(layer.experts[node] for node in nodes))
+    return sorted(lost)
 
 
 def scarce_experts(placement: Placement, nodes: Collection[int], copies: Sequence[int]) -> list[int]:
     """Those that, in some layer, are on fewer of these nodes than `copies` says, or than there are."""
-    counts = [_num_homes(layer, nodes) for layer in placement.layers]
-    return [
-        expert
-        for expert, wanted in enumerate(copies)
-        if any(homes[expert] < min(wanted, len(nodes)) for homes in counts)
-    ]
+    wanted = [min(one, len(nodes)) for one in copies]
+    if wanted == [1] * placement.num_experts:
+        return lost_experts(placement, nodes)
+    scarce = set[int]()
+    for layer in placement.layers:
+        homes = _num_homes(layer, nodes)
+        scarce.update(expert for expert, least in enumerate(wanted) if homes[expert] < least)
+    return sorted(scarce)
 
 
 def _num_homes(layer: LayerExperts, nodes: Collection[int]) -> Counter[int]:
-    return Counter(expert for node in nodes for expert in layer.experts[node])
+    return Counter(itertools.chain.from_iterable(layer.experts[node] for node in nodes))
 
 
 P = ParamSpec("P")

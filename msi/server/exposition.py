@@ -33,7 +33,7 @@ msi_expert_rows_total{expert}               rows that an expert has computed on 
 msi_expert_imbalance_ratio{scope}           rows since the start, busiest over mean: of all experts ("expert"), or
                                             of the workers that hold them ("worker")
 msi_rebalances_total, msi_rebalanced_experts_total, msi_rebalance_gain_ratio, msi_placement_version
-                                            experts that were placed anew by load: how often, how many loaded (layers apart),
+                                            experts that were placed anew by load: how often, how many loaded, by layer,
                                             what the slowest expert worker was to gain by the last; which placement runs
 msi_slow_workers, msi_slow_workers_drained_total
                                             workers that take several times as long as the others of their role, and
