@@ -132,6 +132,14 @@ def num_to_load(held: Sequence[Held], had: Sequence[Held], num_layers: int) -> i
     return sum(len(set(at_layer(held, layer)) - {HOLE, *at_layer(had, layer)}) for layer in layers)
 
 
+def check_layers(placement: Placement, num_layers: int) -> None:
+    """Raises ConfigError: it is of a model with another number of layers."""
+    if len(placement.layers) not in (1, num_layers):
+        raise ConfigError(
+            f"a placement of {len(placement.layers)} layers is not for this model, which has {num_layers} with experts"
+        )
+
+
 def padded(placement: Placement, num_nodes: int) -> Placement:
     """The same with places for nodes that may come."""
     missing = num_nodes - placement.num_nodes

@@ -427,6 +427,20 @@ def test_layers_that_differ_have_tables_of_their_own_in_one_piece_of_memory():
     assert alike.of_layer(7) is alike
 
 
+@pytest.mark.parametrize("num_experts", [5, 8, 15, 16, 31])
+def test_tables_of_layers_are_what_a_gpus_kernels_were_compiled_for(num_experts):
+    """They tell apart what begins at, or is, a multiple of 16."""
+    one, other = place_evenly(num_experts, 1).experts, (tuple(range(num_experts))[::-1],)
+    tables, alone = (
+        PlacementTables.of_layers([(one, ()), (other, ())], num_experts),
+        PlacementTables.of(one, num_experts),
+    )
+    for of_layers, of_one in ((tables, alone), (tables.with_nobody(), alone.with_nobody())):
+        widths = [of.local_ids.shape[-1] for of in (of_layers, of_one)]
+        assert widths[0] % 4 == 0, "four bytes each"
+        assert widths[0] % 16 == 0 if widths[1] % 16 == 0 else widths[0] % 16
+
+
 def test_without_replicas_there_is_nothing_to_choose():
     tables, topk_ids = PlacementTables.of(place_evenly(7, 3).experts, 7), torch.tensor([[0, 6], [2, 3], [5, 1]])
     assert tables.most_replicas == 1

@@ -12,6 +12,7 @@ from msi.placement_change import (
     ByLayer,
     Shared,
     changed,
+    check_layers,
     copies_of,
     is_as,
     lost_experts,
@@ -199,3 +200,7 @@ def test_shares_are_of_each_layer_and_another_number_of_layers_cannot_follow():
     assert [layer.shares for layer in changed(shared, both).layers] == [((60, 0), (0, 60))]
     with pytest.raises(ConfigError, match="a placement of 3 layers cannot follow one of 2; name every layer, or one"):
         changed(shared, ByLayer((both,) * 3))
+    check_layers(shared, 2)
+    check_layers(place_evenly(2, 2), 3)
+    with pytest.raises(ConfigError, match="a placement of 2 layers is not for this model, which has 3 with experts"):
+        check_layers(shared, 3)

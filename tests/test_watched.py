@@ -52,7 +52,11 @@ def test_what_is_told_survives_the_wire(given_spans, rows):
         (lambda: LayerRows(((0, 1),), ((1, 2), (1,))), "1 rows of 2 experts of layer 1 are no such count"),
         (lambda: LayerRows(((0, 0),), ((1, 2),)), "2 rows of 2 experts of layer 0 are no such count"),
         (lambda: LayerRows(((0, 1),), ((1, -2),)), "2 rows of 2 experts of layer 0 are no such count"),
-        (lambda: LayerRows(((0,),), ((1,),) * (2**18 + 1)), "262145 rows of 262145 layers"),
+        (lambda: LayerRows(((0,),), ((1,),) * 4097), "4097 rows of 4097 layers, experts of 1"),
+        (
+            lambda: LayerRows((tuple(range(4096)),), (tuple(range(4096)),) * 65),
+            "266240 rows of 65 layers, experts of 1",
+        ),
         (lambda: Watched(ways=(Way("a", "b" * 400),)), "is no way to 'a'"),
     ],
 )

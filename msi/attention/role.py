@@ -21,6 +21,7 @@ from msi.control.messages import Assignment
 from msi.control.move_messages import Release
 from msi.errors import ConfigError, EngineError
 from msi.net.transport import Transport
+from msi.placement_change import check_layers
 from msi.request_spans import OpenSpans
 from msi.tracing import Spans
 from msi.types import Placement
@@ -67,6 +68,7 @@ class AttentionRole:
         self.blocks: BlockExchange | None = None  # with other attention workers
         self.num_lanes = self._num_started = 0
         self._num_blocks = num_blocks
+        self._num_layers = model.shape.num_sparse_layers
         self._tasks: asyncio.TaskGroup | None = None
 
     @property
@@ -137,9 +139,10 @@ class AttentionRole:
         """Passes that begin from now on send rows where it says; those in flight keep to the one they began with.
 
         Raises:
-            ConfigError: it is one of other nodes or experts.
+            ConfigError: it is one of other nodes, experts or layers.
         """
         ours = self.placement
+        check_layers(placement, self._num_layers)
         if (placement.num_nodes, placement.num_experts) != (ours.num_nodes, ours.num_experts):
             raise ConfigError(
                 f"a placement of {placement.num_experts} experts on {placement.num_nodes} nodes cannot follow one of "

@@ -17,6 +17,7 @@ from msi.types import Measured, at_layer
 
 MAX_KEYS = 4096  # of a map: an expert worker counts waves by their size, and rows by their expert
 MAX_CELLS = 2**18  # layers times experts of a worker
+MAX_LAYERS = 2**12
 MAX_ID_CHARS = 256
 MAX_SIZES = 34  # powers of two
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
@@ -160,8 +161,10 @@ class LayerRows:
 
     def __post_init__(self) -> None:
         num_cells = sum(map(len, self.rows))
-        if num_cells > MAX_CELLS or len(self.experts) not in (min(1, len(self.rows)), len(self.rows)):
-            raise ValueError(f"{num_cells} rows of {len(self.rows)} layers, experts of {len(self.experts)}")
+        num_layers = len(self.rows)
+        is_whole = len(self.experts) in (min(1, num_layers), num_layers)
+        if num_cells > MAX_CELLS or num_layers > MAX_LAYERS or not is_whole:
+            raise ValueError(f"{num_cells} rows of {num_layers} layers, experts of {len(self.experts)}")
         for layer, counts in enumerate(self.rows):
             held = at_layer(self.experts, layer)
             if (
@@ -174,7 +177,7 @@ class LayerRows:
     @staticmethod
     def of(by_layer: Sequence[Mapping[int, int]]) -> LayerRows:
         """By an expert's id; nothing of more than can be told."""
-        if sum(map(len, by_layer)) > MAX_CELLS:
+        if sum(map(len, by_layer)) > MAX_CELLS or len(by_layer) > MAX_LAYERS:
             return NO_ROWS
         experts = tuple(tuple(of_layer) for of_layer in by_layer)
         return LayerRows(

@@ -120,8 +120,10 @@ class ExpertLoad:
         nodes, self._nodes = self._nodes, {}
         means = (mean for one in nodes.values() for mean in _means(one, num_layers))
         self.means = [*self.means, *means][-MEANS_KEPT:]
-        if self.last is not None and len(self.last.load) == num_layers:
+        if self.last is not None:
             self.before.append(self.last.load)
+        if any(len(load) != num_layers for load in self.before):  # of which nobody had told all
+            self.before.clear()
         rows = tuple(
             tuple(float(cells[layer, expert]) for expert in range(self._num_experts)) for layer in range(num_layers)
         )

@@ -86,7 +86,7 @@ class Rebalancing:
         if not self._is_steady or (window := self._load.close(self._least_rows)) is None:
             return None
         self._due = now + self._settings.rebalance_interval_s
-        if self._num_resting or not self._load.before:
+        if self._num_resting or not self._load.before or not self._is_of_all_layers(window):
             self._num_resting = max(0, self._num_resting - 1)
             return None
         return self._question(window, tuple(self._load.before))
@@ -94,7 +94,7 @@ class Rebalancing:
     def asked(self) -> Question | None:
         """As somebody wants to know now: by all that was counted; None where that is too little."""
         window = self._load.close(self._least_rows) or self._load.last
-        if window is None or not self._is_steady:
+        if window is None or not self._is_steady or not self._is_of_all_layers(window):
             return None
         return self._question(window, tuple(self._load.before) or (window.load,))
 
@@ -159,6 +159,9 @@ class Rebalancing:
             and not cluster.placing.is_changing
             and all(member.state == "ready" for member in experts)
         )
+
+    def _is_of_all_layers(self, window: Window) -> bool:
+        return len(self._cluster.placing.placement.layers) in (1, len(window.load))
 
     def _question(self, window: Window, before: tuple[Layers, ...]) -> Question:
         experts = self._cluster.live("expert")

@@ -43,12 +43,13 @@ class ExpertRole:
 
     Attributes:
         placed: the placement whose rows it takes, and the one before it while that may still be used.
+        num_layers: of the model that have experts.
     """
 
     def __init__(
         self, assignment: Assignment, model: LoadedModel, transport: Transport, *, clock: Callable[[], float]
     ) -> None:
-        num_layers = model.shape.num_sparse_layers
+        self.num_layers = num_layers = model.shape.num_sparse_layers
         self.placed = (assignment.placement, assignment.former)
         self._num_loaded, self._loading_s = 0, 0.0
         self._waves = Waves(num_layers=num_layers, num_lanes=assignment.link.num_lanes, min_wait_s=MIN_WAIT_S)

@@ -58,14 +58,18 @@ class PlacementTables:
         num_used = 1 + max(its_homes[-1].node for its_homes in every)
         most = max(map(len, every))
         local_ids = torch.full((len(layers), num_used, _width(num_experts * most, len(layers))), -1, dtype=torch.int32)
-        wheels = []
+        held: list[tuple[int, int, int, int]] = []  # layer, node, replica's number, local id
+        dealt: list[tuple[int, ...]] = []  # shares of each expert of each layer
         for layer, (experts, shares) in enumerate(layers):
-            homes = homes_of(experts, num_experts, missing, shares)
-            for expert, its_homes in enumerate(homes):
-                for replica, home in enumerate(its_homes):
-                    local_ids[layer, home.node, expert * most + replica] = home.local_id
-            wheels.append([wheel_of(in_turns([home.share for home in its_homes])) for its_homes in homes])
-        tables = PlacementTables(upload(local_ids), upload(torch.tensor(wheels)), most)
+            for expert, its_homes in enumerate(homes_of(experts, num_experts, missing, shares)):
+                first = expert * most
+                held += [(layer, home.node, first + replica, home.local_id) for replica, home in enumerate(its_homes)]
+                dealt.append(tuple([home.share for home in its_homes]))
+        *places, ids = torch.tensor(held).T
+        local_ids[tuple(places)] = ids.to(torch.int32)
+        kinds = {shares: number for number, shares in enumerate(dict.fromkeys(dealt))}  # few: all at once takes long
+        wheels = torch.tensor([wheel_of(in_turns(shares)) for shares in kinds])[[kinds[shares] for shares in dealt]]
+        tables = PlacementTables(upload(local_ids), upload(wheels.view(len(layers), num_experts, -1)), most)
         return tables.of_layer(0) if len(layers) == 1 else tables
 
     def of_layer(self, layer: int) -> PlacementTables:
@@ -76,15 +80,22 @@ class PlacementTables:
 
     def with_nobody(self) -> PlacementTables:
         """With one replica more, the last, that no node has."""
-        *shape, num_ids = self.local_ids.shape
+        *shape, _ = self.local_ids.shape
         num_layers = shape[0] if len(shape) > 1 else 1
-        nobody = self.local_ids.new_full((*shape, _width(num_ids + 1, num_layers) - num_ids), -1)
-        return PlacementTables(torch.cat((self.local_ids, nobody), dim=-1), self.wheels, self.most_replicas)
+        num_replicas = self.wheels.shape[-2] * self.most_replicas
+        nobody = self.local_ids.new_full((*shape, _width(num_replicas + 1, num_layers) - num_replicas), -1)
+        local_ids = torch.cat((self.local_ids[..., :num_replicas], nobody), dim=-1)
+        return PlacementTables(local_ids, self.wheels, self.most_replicas)
 
 
 def _width(num_ids: int, num_layers: int) -> int:
-    """Such that each layer's begin where kernels are used to: at multiples of 16 bytes."""
-    return num_ids if num_layers == 1 else -(-num_ids // 4) * 4
+    """Of a layer's table among several: each begins at a multiple of 16 bytes, and is as wide as a multiple of 16, or
+    as none, as it would be alone. Else a GPU's kernels would be compiled anew for it, while requests run.
+    """
+    if num_layers == 1:
+        return num_ids
+    width = -(-num_ids // 4) * 4
+    return width + 4 if width % 16 == 0 and num_ids % 16 else width
 
 
 def choose_replicas(topk_ids: Tensor, tables: PlacementTables) -> Tensor:

@@ -211,7 +211,9 @@ class SimulatedExperts:
         pass
 
     def rows_by_layer(self) -> list[dict[int, int]]:
-        return [dict(enumerate(rows.round().astype(int).tolist())) for _, rows in sorted(self._rows.items())]
+        layers = range(1 + max(self._rows, default=-1))
+        counted = [self._rows[layer].round().astype(int).tolist() if layer in self._rows else [] for layer in layers]
+        return [dict(enumerate(rows)) for rows in counted]
 
     def run(self, batch: WaveBatch, ticket: int) -> None:
         program = SimulatedProgram(partial(self._experts_s, batch), self._through, "experts", batch.lane)

@@ -23,7 +23,7 @@ from msi.types import HOLE, LayerExperts, Placement, at_layer
 
 Counts = NDArray[np.integer]
 Floats = NDArray[np.float64]
-POOL_TOKENS = 1 << 16
+POOL_TOKENS, LEAST_POOL_TOKENS = 1 << 16, 1 << 12  # of all layers together, and of each
 Draw = tuple[int, int, int]  # mark, tokens of one micro-batch, and the view by which they were sent
 
 
@@ -163,7 +163,8 @@ class DrawnRouting:
         self, placement: Placement, top_k: int, weights: Sequence[Sequence[float]], *, most_tokens: int, seed: int
     ) -> None:
         generator = np.random.default_rng(seed)
-        self._chosen = [_drawn(generator, one, top_k, POOL_TOKENS + most_tokens) for one in weights]
+        self._pool_tokens = max(LEAST_POOL_TOKENS, POOL_TOKENS // len(weights))
+        self._chosen = [_drawn(generator, one, top_k, self._pool_tokens + most_tokens) for one in weights]
         self._num_experts = len(weights[0])
         self._views: list[tuple[Placement, Collection[int]]] = []
         self._layers: list[list[_LayerView]] = []  # by view, of all layers or of each
@@ -191,7 +192,7 @@ class DrawnRouting:
     def draw(
         self, num_tokens: int, chance: random.Random, view: int = 0, layer: int = 0
     ) -> tuple[int, tuple[int, ...]]:
-        mark = int(chance.random() * POOL_TOKENS)
+        mark = int(chance.random() * self._pool_tokens)
         before = at_layer(self._layers[view], layer).rows_before
         return mark, tuple((before[mark + num_tokens] - before[mark]).tolist())
 

@@ -51,7 +51,7 @@ from msi.experts.role import ExpertRole
 from msi.net.alarm import Alarm
 from msi.net.control import MessageClient
 from msi.net.transport import Transport
-from msi.placement_change import num_to_load
+from msi.placement_change import check_layers, num_to_load
 from msi.request_spans import OpenSpans, open_spans
 from msi.settings import Timeouts
 from msi.tracing import Tracer
@@ -346,6 +346,7 @@ class Worker:
                 if life.attention is not None:
                     life.attention.use_placement(placement)
                 if experts is not None and _follows(wanted, experts.placed):
+                    check_layers(placement, experts.num_layers)
                     had = replace(ours, placement=experts.placed[0], former=experts.placed[1])
                     assignment = replace(ours, placement=placement, former=former)
                     started = self._clock()
