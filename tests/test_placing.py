@@ -7,16 +7,19 @@ from dataclasses import replace
 import pytest
 
 from msi.control.due_changes import REPLICAS_AFTER, DueChanges
-from msi.control.members import NO_STATUS, Member, Send
+from msi.control.members import NO_STATUS, Member, Send, assignment
 from msi.control.messages import Placed, UsePlacement
 from msi.control.placing import Placing
 from msi.control.size_watch import SizeWatch
 from msi.placement import place_evenly
-from msi.placement_change import changed, padded
+from msi.placement_change import ByLayer, changed, padded
 from msi.planner.pipeline import Stages
+from msi.precision import Precision
 from msi.types import HOLE, Place, Placement, StageTimes
+from tests.test_membership import PLAN
 
 FIRST = padded(place_evenly(4, 2), 3)  # (0, 1), (2, 3), ()
+FIRST_HELD = [{0, 1}, {2, 3}, set()]
 GROWN = changed(FIRST, [{0}, {2, 3}, {1}])
 
 
@@ -99,6 +102,20 @@ def test_a_change_goes_back_when_a_worker_is_lost_whose_experts_would_be_nowhere
     assert not placing.failure
     placing.advance(experts[:2], attention)
     assert placing.failure == "an expert worker was lost that was to hold experts [1]"
+
+
+def test_an_expert_worker_holds_layer_by_layer_what_either_placement_has_for_it():
+    crossed = changed(FIRST, ByLayer((FIRST_HELD, [*FIRST_HELD[1::-1], set()])))
+    plan = replace(PLAN, placement=FIRST)
+
+    def held(role, index, placement, former):
+        return assignment(plan, member(role, index), Precision.of("float32"), placement, former).experts
+
+    assert held("expert", 0, FIRST, None) == ((0, 1),)
+    assert held("expert", 0, crossed, FIRST) == ((0, 1), (0, 1, 2, 3))
+    assert held("expert", 0, crossed, None) == ((0, 1), (HOLE, HOLE, 2, 3))
+    assert held("expert", 0, replace(FIRST, version=2), crossed) == ((0, 1), (0, 1, 2, 3)), "on the way back"
+    assert held("expert", 2, crossed, FIRST) == held("attention", 0, crossed, FIRST) == ()
 
 
 def test_attention_workers_that_load_do_not_hold_a_change_up(experts, attention):
