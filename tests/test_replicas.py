@@ -14,6 +14,7 @@ from msi.placement import place_evenly, place_with_replicas
 from msi.planner.replica_state import wave_cost
 from msi.planner.replicas import expected_costs, most_gain, plan_layers, plan_replicas
 from msi.types import Placement
+from tests.layered import homes_in
 
 
 @st.composite
@@ -33,7 +34,7 @@ def check(plan, task):
     assert (placement.num_nodes, placement.num_experts) == (num_nodes, len(load))
     assert all(len(held) <= room for held, room in zip(placement.experts, memory, strict=True))
     for expert in range(len(load)):
-        nodes = placement.nodes_of(expert)
+        nodes = homes_in(placement, expert)
         assert len(nodes) >= 1 + redundancy
         assert sum(placement.shares[expert]) == TURNS
     np.testing.assert_allclose(expected_costs(load, floor_cost, placement), plan.costs, atol=1e-9)
@@ -128,6 +129,16 @@ def test_a_layer_that_can_gain_too_little_stays_and_none_gains_more_than_it_can(
     assert (stays.experts, stays.num_moved) == (before.experts, 0)
     assert moves.num_moved == 2
     assert [sorted(sum(load[1][expert] for expert in held) for held in moves.experts)] == [[50.0, 50.0]]
+
+
+def test_a_layer_that_could_gain_little_is_placed_anew_where_its_experts_have_no_room_or_lack_replicas():
+    drained = Placement(((0, 1, 2, 3), (4, 5, 6, 7, 0, 1, 2, 3), ()), 8)
+    load = [[101.0] * 4 + [100.0] * 4]
+    (plan,) = plan_layers(load, 1.0, 3, [6, 6, 0], before=drained, redundancy=0, least_gain=0.05)
+    assert sorted({expert for held in plan.experts for expert in held}) == [*range(8)]
+    assert [len(held) <= 6 for held in plan.experts] == [True] * 3
+    (plan,) = plan_layers([[5.0] * 4], 1.0, 2, [4, 4], before=place_evenly(4, 2), redundancy=1, least_gain=0.5)
+    assert [sorted(held) for held in plan.experts] == [[0, 1, 2, 3]] * 2
 
 
 @settings(max_examples=25, deadline=None)

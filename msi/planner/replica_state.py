@@ -68,6 +68,10 @@ class ReplicaState:
         state.cost = wave_cost(state.rows, floor_cost)
         return state
 
+    def has_all(self, copies: int) -> bool:
+        """Whether there is room for all that was there, and every expert is on so many nodes."""
+        return bool((self.held.sum(axis=0) >= copies).all() and (self.held == self.was_held).all())
+
     def copy(self) -> ReplicaState:
         return replace(self, held=self.held.copy(), rows=self.rows.copy(), cost=self.cost.copy())
 

@@ -102,8 +102,10 @@ def plan_replicas(
     _round_shares(found)
     if before is not None:
         stay = ReplicaState.of(load, floor_cost, memory, before)
-        is_enough = bool((stay.held.sum(axis=0) > redundancy).all() and (stay.held == stay.was_held).all())
-        if is_enough and cost_in_surges(stay, surge) <= cost_in_surges(found, surge) + move_cost * found.num_moved:
+        if (
+            stay.has_all(1 + redundancy)
+            and cost_in_surges(stay, surge) <= cost_in_surges(found, surge) + move_cost * found.num_moved
+        ):
             found = stay
     return _planned(found, before)
 
@@ -147,8 +149,10 @@ def plan_layers(
     for layer, of_layer in enumerate(load):
         was = None if before is None else before.of_layer(layer)
         if was is not None and least_gain and most_gain(of_layer, floor_cost, was, memory) <= least_gain:
-            plans.append(_planned(ReplicaState.of(of_layer, floor_cost, memory, was), was))
-            continue
+            stay = ReplicaState.of(of_layer, floor_cost, memory, was)
+            if stay.has_all(1 + redundancy):
+                plans.append(_planned(stay, was))
+                continue
         surge = surges[layer] if surges else 0.0
         plans.append(
             plan_replicas(
