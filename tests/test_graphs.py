@@ -279,6 +279,22 @@ def test_a_pass_goes_where_its_like_was_and_one_that_does_not_fit_has_graphs_of_
         graphs.refill(larger.state, other)
 
 
+def test_a_pass_of_another_placement_does_not_change_what_others_still_run_by():
+    """Each bucket and each pass that is not begun has a placement's tables for itself."""
+    first = PlacementTables.of([(0, 1), (1, 0)], 2, shares=((60, 0), (60, 0)))
+    second = PlacementTables.of([(0, 1), (1, 0)], 2, shares=((0, 60), (0, 60)))
+    lane, waits = LaneGraphs(Counted(), 512), first.wheels.clone()
+    of_two, of_one = (state_of(size) for size in (2, 1))
+    of_two.tables, of_one.tables = first.with_nobody(), first.with_nobody()
+    lane.begin(Bucket(2, 16), of_two)
+    kept = lane.begin(Bucket(1, 16), of_one)
+    later = state_of(2)
+    later.tables = second.with_nobody()
+    assert torch.equal(lane.begin(Bucket(2, 16), later).state.tables.wheels, second.wheels)
+    assert torch.equal(kept.state.tables.wheels, waits)
+    assert torch.equal(first.wheels, waits)
+
+
 def test_what_cannot_be_captured_is_launched_piece_by_piece():
     class Refusing(Counted):
         def capture(self, memory, work):

@@ -22,9 +22,10 @@ from msi.kernels.plain import PlainKernels
 from msi.kernels.replicas import PlacementTables, choose_replicas
 from msi.kernels.rope import apply_rope, rope_frequencies, rope_table
 from msi.kernels.routing import PackedRows, row_bytes, topk_sigmoid, topk_softmax
-from msi.kernels.turns import TURNS, in_turns, wheel_of, whose_turn
+from msi.kernels.turns import TURNS, homes_of, in_turns, wheel_of, whose_turn
 from msi.placement import place_evenly
 from msi.types import MicroBatch, Placement
+from tests.layered import homes_in
 
 PLAIN, CPU = PlainKernels(torch.device("cpu")), CpuKernels()
 
@@ -247,7 +248,7 @@ def chosen_in_words(topk_ids, placement):
     """
     chosen = []
     for number, ids in enumerate(topk_ids):
-        nodes = [placement.nodes_of(expert) for expert in ids]
+        nodes = [homes_in(placement, expert) for expert in ids]
         wheels = [one * (TURNS // len(one)) if TURNS % len(one) == 0 else uneven_wheel(one) for one in nodes]
         chosen.append([wheel[(number + sum(ids)) % TURNS] for wheel in wheels])
     return chosen
@@ -370,8 +371,8 @@ def test_rows_go_to_nodes_that_are_there_where_one_has_their_expert():
         chosen = zip(topk_ids.tolist(), nodes_of(choose_replicas(topk_ids, tables), tables), strict=True)
         for experts, nodes in chosen:
             for expert, node in zip(experts, nodes, strict=True):
-                others = [one for one in placement.nodes_of(expert) if one != missing]
-                assert node in (others or placement.nodes_of(expert))
+                others = [one for one in homes_in(placement, expert) if one != missing]
+                assert node in (others or homes_in(placement, expert))
 
 
 @pytest.mark.parametrize("shares", [[60], [30, 30], [45, 15], [0, 60], [1, 58, 1], [20, 20, 20], [7, 13, 17, 23]])
@@ -425,6 +426,34 @@ def test_layers_that_differ_have_tables_of_their_own_in_one_piece_of_memory():
         assert nobody.tolist() == [-1] * 3
     alike = PlacementTables.of(EVERYWHERE.experts, 4)
     assert alike.of_layer(7) is alike
+
+
+@given(num_nodes=st.integers(1, 5), num_experts=st.integers(1, 6), num_layers=st.integers(1, 3), draw=st.data())
+def test_tables_are_those_that_homes_and_turns_one_by_one_come_to(num_nodes, num_experts, num_layers, draw):
+    nodes = st.integers(0, num_nodes - 1)
+    layers = []
+    for _ in range(num_layers):
+        held = [[] for _ in range(num_nodes)]
+        for expert in range(num_experts):
+            for node in draw.draw(st.sets(nodes, min_size=1)):
+                held[node].append(expert)
+        held = [draw.draw(st.permutations(of_node + [-1] * draw.draw(st.integers(0, 1)))) for of_node in held]
+        counts = [len(of_one) for of_one in homes_of(held, num_experts)]
+        shares = [in_turns([draw.draw(st.integers(0, 9)) for _ in range(count)]) for count in counts]
+        layers.append((held, shares if draw.draw(st.booleans()) else ()))
+    missing = draw.draw(st.sets(nodes))
+    tables = PlacementTables.of_layers(layers, num_experts, missing=missing)
+    every = [of_one for held, _ in layers for of_one in homes_of(held, num_experts)]
+    assert tables.most_replicas == max(map(len, every))
+    assert tables.local_ids.shape[-2] == 1 + max(home.node for of_one in every for home in of_one)
+    for layer, (held, shares) in enumerate(layers):
+        of_layer = tables.of_layer(layer)
+        expected = torch.full_like(of_layer.local_ids, -1)
+        for expert, of_one in enumerate(homes_of(held, num_experts, missing, shares)):
+            for replica, home in enumerate(of_one):
+                expected[home.node, expert * tables.most_replicas + replica] = home.local_id
+            assert of_layer.wheels[expert].tolist() == wheel_of(in_turns([home.share for home in of_one]))
+        assert torch.equal(of_layer.local_ids, expected)
 
 
 @pytest.mark.parametrize("num_experts", [5, 8, 15, 16, 31])

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from msi.attention.graphs import Bucket
-from msi.attention.pass_memory import GRAPH_BYTES, PassBytes, bytes_of_passes, graph_bytes, graphed, largest_batch
+from msi.attention.pass_memory import (
+    GRAPH_BYTES,
+    PassBytes,
+    bytes_of_passes,
+    graph_bytes,
+    graphed,
+    largest_batch,
+    placement_bytes,
+)
 from msi.control.messages import Assignment
 from msi.errors import ConfigError
 from msi.kernels import BLOCK_TOKENS
@@ -25,6 +33,7 @@ from msi.worker.loading import ModelFiles
 from tests.test_models import PlainDevice
 
 DTYPE = torch.float32
+PLACEMENT = place_evenly(8, 2)
 
 
 class Device(PlainDevice):
@@ -73,20 +82,21 @@ def test_every_lane_has_what_the_largest_pass_took_at_the_most_the_second_time()
 
 def test_what_graphs_keep_is_counted_for_each_lane_and_size():
     config, limits = ModelFiles(DEMO_MODEL).config, SchedulerLimits(500, max_num_seqs=4)
-    found = graphed(config, DTYPE, limits, LinkShape(3, 48), 1e12)
+    found = graphed(config, DTYPE, limits, LinkShape(3, 48), 1e12, PLACEMENT)
     assert found.buckets == tuple(Bucket(size, width) for width in (16, 32) for size in (1, 2, 4))
     rows = 2 * 2 * (1 + 2 + 4) * config.hidden_size * DTYPE.itemsize
     tables = 3 * 4 * (1 + 2 + 4) * (16 + 32)
-    assert found.num_bytes == 3 * (config.num_layers * (rows + 6 * GRAPH_BYTES) + tables)
+    experts = 6 * config.num_sparse_layers * 8 * (4 * 2 + 60)
+    assert found.num_bytes == 3 * (config.num_layers * (rows + 6 * GRAPH_BYTES) + tables + experts)
 
 
 def test_graphs_that_would_leave_too_little_for_the_cache_are_left_out_with_a_sentence(caplog):
     config, limits = ModelFiles(DEMO_MODEL).config, SchedulerLimits(500, max_num_seqs=4)
-    one = 3 * graph_bytes(config, DTYPE, Bucket(1, 16))
-    found = graphed(config, DTYPE, limits, LinkShape(3, 48), 8.5 * one)
+    one = 3 * (graph_bytes(config, DTYPE, Bucket(1, 16)) + placement_bytes(PLACEMENT, config.num_sparse_layers))
+    found = graphed(config, DTYPE, limits, LinkShape(3, 48), 8.5 * one, PLACEMENT)
     assert found == ((Bucket(1, 16),), one)
     assert "of 6 sizes of decode passes 1 are captured" in caplog.text
-    assert graphed(config, DTYPE, limits, LinkShape(3, 48), 0.0) == ((), 0)
+    assert graphed(config, DTYPE, limits, LinkShape(3, 48), 0.0, PLACEMENT) == ((), 0)
 
 
 def test_a_pass_that_does_not_fit_is_said_with_what_to_give():

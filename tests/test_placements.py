@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from msi.options import InstanceOptions
 from msi.placement import place_evenly, place_with_replicas
 from msi.placement_change import ByLayer, padded
 from msi.types import HOLE, LayerExperts, Placement, Request, SamplingParams
+from tests.layered import homes_in
 from tests.reference import references, save_tiny
 from tests.waiting import until
 
@@ -115,7 +117,7 @@ def test_replicas_are_as_many_as_asked_for_spread_and_never_two_on_one_node(num_
     most = num_experts if redundancy + 1 < num_nodes else 0
     num_redundant = draw.draw(st.integers(0, most), "redundant")
     placement = place_with_replicas(num_experts, num_nodes, redundancy, num_redundant)
-    counts = sorted(len(placement.nodes_of(expert)) for expert in range(num_experts))
+    counts = sorted(len(homes_in(placement, expert)) for expert in range(num_experts))
     assert counts == [1 + redundancy] * (num_experts - num_redundant) + [2 + redundancy] * num_redundant
     first = place_evenly(num_experts, num_nodes).experts
     assert [held[: len(own)] for held, own in zip(placement.experts, first, strict=True)] == list(first)
@@ -139,6 +141,25 @@ def test_each_expert_has_one_first_home_and_no_move_of_one_would_even_nodes_out(
     for node in used:
         given[node] += 1
     assert all(given[node] - given[other] < 2 for node, nodes in zip(used, homes, strict=True) for other in nodes)
+    assert first == moved_one_by_one(held, num_experts)
+
+
+def moved_one_by_one(held, num_experts):
+    """The same as it is said: of the moves that even two nodes out most, that of the first expert, to the last home."""
+    homes = homes_of(held, num_experts)
+    first = [min(of_one, key=lambda home: home.local_id) for of_one in homes]
+    while True:
+        given = Counter(home.node for home in first)
+        gain, expert, _, home = max(
+            (given[first[expert].node] - given[home.node], -expert, number, home)
+            for expert, of_one in enumerate(homes)
+            for number, home in enumerate(of_one)
+        )
+        if gain < 2:
+            return tuple(
+                tuple(TURNS * (home == used) for home in of_one) for of_one, used in zip(homes, first, strict=True)
+            )
+        first[-expert] = home
 
 
 def test_rows_of_a_lost_node_are_shared_by_all_that_hold_replicas_of_its_experts():

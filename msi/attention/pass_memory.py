@@ -8,8 +8,10 @@ lane. Each lane has as much.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from msi.device.device import Device
 from msi.errors import ConfigError
 from msi.kernels import BLOCK_TOKENS
 from msi.kernels.routing import RowDtypes
+from msi.kernels.turns import TURNS
 from msi.models.attention_weights import AttentionWeights
 from msi.models.config import ModelConfig
 from msi.settings import LinkShape, SchedulerLimits
@@ -118,14 +121,20 @@ class Graphed(NamedTuple):
 
 
 def graphed(
-    config: ModelConfig, dtype: torch.dtype, limits: SchedulerLimits, link: LinkShape, free_bytes: float
+    config: ModelConfig,
+    dtype: torch.dtype,
+    limits: SchedulerLimits,
+    link: LinkShape,
+    free_bytes: float,
+    placement: Placement,
 ) -> Graphed:
     """As many sizes of decode passes as fit, those of short contexts first; the log says what is left out."""
+    tables = placement_bytes(placement, config.num_sparse_layers)
     wanted = buckets_of(limits.max_num_seqs, link.slot_rows, limits.max_model_len)
     buckets: list[Bucket] = []
     num_bytes = 0
     for bucket in wanted:
-        more = link.num_lanes * graph_bytes(config, dtype, bucket)
+        more = link.num_lanes * (graph_bytes(config, dtype, bucket) + tables)
         if num_bytes + more > GRAPHS_SHARE * free_bytes:
             log.warning(
                 "of %d sizes of decode passes %d are captured, for which %.0f MB are set aside; from %d sequences of "
@@ -146,6 +155,14 @@ def graph_bytes(config: ModelConfig, dtype: torch.dtype, bucket: Bucket) -> int:
     num_parts = 1 if config.shared_intermediate_size is None else 2
     tables = TABLES * 4 * bucket.num_seqs * bucket.num_blocks
     return config.num_layers * (rows + num_parts * GRAPH_BYTES) + tables
+
+
+def placement_bytes(placement: Placement, num_layers: int) -> int:
+    """That one lane's graphs of a bucket keep of where experts are, were each on as many nodes as now and layers to
+    differ, as they may later.
+    """
+    most = max(max(Counter(chain.from_iterable(layer.experts)).values()) for layer in placement.layers)
+    return num_layers * placement.num_experts * (4 * placement.num_nodes * most + TURNS)
 
 
 def cuda_peak_bytes(device: torch.device, work: Callable[[], object]) -> int:

@@ -5,7 +5,8 @@ Torch computes it beside the rows, numpy in the simulator and in benchmarks; thi
 
 from __future__ import annotations
 
-from collections import Counter
+import heapq
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,21 +55,36 @@ def first_homes(experts: Sequence[Sequence[int]], num_experts: int) -> tuple[tup
     homes = homes_of(experts, num_experts)
     first = [min(range(len(of_one)), key=lambda home: of_one[home].local_id) for of_one in homes]
     num_given = Counter(of_one[home].node for of_one, home in zip(homes, first, strict=True))
+    movable: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)  # (expert, -home) by nodes: from, to
+
+    def offer(expert: int) -> None:
+        source = homes[expert][first[expert]].node
+        for home, other in enumerate(homes[expert]):
+            if other.node != source:
+                heapq.heappush(movable[source, other.node], (expert, -home))
+
+    for expert in range(num_experts):
+        offer(expert)
     while True:
-        gain, expert, home = max(
-            (num_given[of_one[first[expert]].node] - num_given[other.node], -expert, home)
-            for expert, of_one in enumerate(homes)
-            for home, other in enumerate(of_one)
-        )
-        if gain < 2:
+        best: tuple[int, int, int] | None = None
+        for (source, target), heap in movable.items():
+            less = num_given[target] - num_given[source]
+            if less > (-2 if best is None else best[0]):
+                continue
+            while heap and homes[heap[0][0]][first[heap[0][0]]].node != source:
+                heapq.heappop(heap)  # it is elsewhere by now
+            if heap:
+                best = min(best or (0, 0, 0), (less, *heap[0]))
+        if best is None:
             return tuple(
                 tuple(TURNS * (home == first[expert]) for home in range(len(of_one)))
                 for expert, of_one in enumerate(homes)
             )
-        of_one = homes[-expert]
-        num_given[of_one[first[-expert]].node] -= 1
-        num_given[of_one[home].node] += 1
-        first[-expert] = home
+        _, expert, home = best
+        num_given[homes[expert][first[expert]].node] -= 1
+        num_given[homes[expert][-home].node] += 1
+        first[expert] = -home
+        offer(expert)
 
 
 def wheel_of(shares: Sequence[int]) -> list[int]:
@@ -107,7 +123,7 @@ def whose_turn(topk_ids: Any, rows: Any, wheels: Any) -> Any:
     Args:
         topk_ids: int64 [num_tokens, k].
         rows: int64 [num_tokens], the number of each row in its micro-batch.
-        wheels: int64 [num_experts, TURNS]; see `wheel_of`.
+        wheels: integers [num_experts, TURNS]; see `wheel_of`.
     """
     turns = (rows + topk_ids.sum(-1)) % TURNS
     return wheels[topk_ids, turns[:, None]]

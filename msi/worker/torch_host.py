@@ -140,7 +140,7 @@ class TorchModel:
         share = self._memory_utilization * share_of_gpu(os.environ, given.memory_share)
         dtype = row_dtypes(given.precision).computed
         free_bytes = device.free_memory_bytes() * share
-        return graphed(self._files.config, dtype, given.limits, given.link, free_bytes)
+        return graphed(self._files.config, dtype, given.limits, given.link, free_bytes, given.placement)
 
     def attention_half(self, link: DispatchLink, num_blocks: int) -> AttentionHalf:
         assert self.part.attention is not None
