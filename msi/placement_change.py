@@ -88,6 +88,8 @@ def _layer_changed(before: LayerExperts, chosen: Wanted | Shared, num_experts: i
         odd = sorted(named ^ set(range(num_experts)))
         raise ConfigError(f"each of the {num_experts} experts is on a node, and no other; look at {odd[:8]}")
     held = tuple(_placed(were, set(experts)) for were, experts in zip(before.experts, wanted, strict=True))
+    if held == before.experts:
+        shares = shares or before.shares
     if not shares and sum(map(len, wanted)) > num_experts:
         shares = first_homes(held, num_experts)
     return LayerExperts(held, shares)
@@ -132,9 +134,9 @@ def num_to_load(held: Sequence[Held], had: Sequence[Held], num_layers: int) -> i
     return sum(len(set(at_layer(held, layer)) - {HOLE, *at_layer(had, layer)}) for layer in layers)
 
 
-def check_layers(placement: Placement, num_layers: int) -> None:
+def check_layers(placement: Placement | None, num_layers: int) -> None:
     """Raises ConfigError: it is of a model with another number of layers."""
-    if len(placement.layers) not in (1, num_layers):
+    if placement is not None and len(placement.layers) not in (1, num_layers):
         raise ConfigError(
             f"a placement of {len(placement.layers)} layers is not for this model, which has {num_layers} with experts"
         )
@@ -216,10 +218,8 @@ def with_node(layer: LayerExperts, node: int, nodes: Collection[int], copies: Se
     Args:
         copies: of each expert, on how many nodes it is to be: where it is on fewer of `nodes`, `node` gets one more.
     """
-    held = _sets(layer)
-    held[node] |= {
-        expert for expert, wanted in enumerate(copies) if sum(expert in held[one] for one in {*nodes, node}) < wanted
-    }
+    held, num_homes = _sets(layer), _num_homes(layer, {*nodes, node})
+    held[node] |= {expert for expert, wanted in enumerate(copies) if num_homes[expert] < wanted}
     while True:
         fullest = max((other for other in nodes if other != node), key=lambda other: (len(held[other]), -other))
         movable = held[fullest] - held[node]

@@ -26,6 +26,7 @@ from msi.placement_change import (
     without_node,
 )
 from msi.types import HOLE, LayerExperts, Placement
+from tests.layered import homes_in
 
 NUM_EXPERTS = 9
 experts = st.sets(st.integers(0, NUM_EXPERTS - 1))
@@ -157,7 +158,7 @@ def test_what_is_missing_in_any_layer_is_missing_and_what_is_held_in_any_is_held
     assert lost_experts(CROSSED, [0]) == lost_experts(CROSSED, [1]) == [0, 1, 2, 3]
     assert lost_experts(CROSSED, [0, 1]) == []
     assert CROSSED.held_by(0) == (0, 1, 2, 3)
-    assert (CROSSED.num_held_by(0), CROSSED.num_used_nodes, CROSSED.nodes_of(0)) == (2, 2, (0, 1))
+    assert (CROSSED.num_held_by(0), CROSSED.num_used_nodes, homes_in(CROSSED, 0)) == (2, 2, (0, 1))
     twice = changed(CROSSED, ByLayer(([{0, 1, 2, 3}, {2, 3}], [{2, 3, 0}, {0, 1, 3}])))
     assert copies_of(twice) == [1, 1, 1, 2]
     assert scarce_experts(twice, [0, 1], [2] * 4) == [0, 1, 2]
@@ -197,7 +198,9 @@ def test_shares_are_of_each_layer_and_another_number_of_layers_cannot_follow():
         place_evenly(2, 2), ByLayer((Shared(both, ((45, 15), (0, 60))), Shared(both, ((0, 60), (30, 30)))))
     )
     assert [layer.shares for layer in shared.layers] == [((45, 15), (0, 60)), ((0, 60), (30, 30))]
-    assert [layer.shares for layer in changed(shared, both).layers] == [((60, 0), (0, 60))]
+    assert changed(shared, both).layers == shared.layers, "what stays where it is keeps its shares"
+    more = changed(shared, ByLayer((both, [{0, 1}, {0}])))
+    assert [layer.shares for layer in more.layers] == [((45, 15), (0, 60)), ((0, 60), (60,))]
     with pytest.raises(ConfigError, match="a placement of 3 layers cannot follow one of 2; name every layer, or one"):
         changed(shared, ByLayer((both,) * 3))
     check_layers(shared, 2)

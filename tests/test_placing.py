@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from msi.control import due_changes
 from msi.control.due_changes import REPLICAS_AFTER, DueChanges
 from msi.control.members import NO_STATUS, Member, Send, assignment
 from msi.control.messages import Placed, UsePlacement
 from msi.control.placing import Placing
 from msi.control.size_watch import SizeWatch
 from msi.placement import place_evenly
-from msi.placement_change import ByLayer, changed, padded
+from msi.placement_change import ByLayer, changed, padded, with_node
 from msi.planner.pipeline import Stages
 from msi.precision import Precision
 from msi.types import HOLE, Place, Placement, StageTimes
@@ -55,6 +56,11 @@ def test_experts_are_told_first_then_attention_workers_and_experts_again_when_no
     assert placing.used_by("attention") == (FIRST, None)
     assert placing.to(experts[0]) == [Send(b"expert-0", UsePlacement(GROWN, FIRST))]
     assert placing.to(experts[2]) == placing.to(attention[0]) == [], "it loads; it is not its turn"
+    experts[0].follows_version, experts[0].follows_former = GROWN.version, True
+    assert placing.to(experts[0]) == [], "it works on it"
+    experts[0].follows_former = False
+    assert placing.to(experts[0]), "that was another"
+    experts[0].follows_version = 0
     for one in experts[:2]:
         assert placing.advance(experts, attention) == []
         say(placing, one)
@@ -185,6 +191,18 @@ def test_replicas_that_were_lost_with_their_worker_are_loaded_elsewhere_and_it_g
     assert due([member("expert", 0), lost], Placement(((0, 1), (0, 1)), 2), 200.0, DueChanges(5.0, [2, 2])) is None
     lost.state = "lost"
     assert due([member("expert", 0), lost], Placement(((0, 1), (0, 1)), 2), 200.0, DueChanges(5.0, [2, 2])) is None
+
+
+def test_what_changes_nothing_is_found_out_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(due_changes, "with_node", lambda *given: calls.append(given) or with_node(*given))
+    changes, single = DueChanges(5.0), Placement(((0,), (1,), ()), 2)
+    members = [member("expert", 0), member("expert", 1), member("expert", 2)]
+    for _ in range(3):
+        assert due(members, single, changes=changes) is None
+    assert len(calls) == 1
+    assert due(members, replace(single, version=1), changes=changes) is None
+    assert len(calls) == 2, "of another placement it is not known"
 
 
 def test_what_came_to_nothing_is_tried_again_once_somebody_has_come_or_gone():

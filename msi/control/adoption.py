@@ -33,6 +33,8 @@ def why_not_adopted(account: Account, plan: InstancePlan, members: Mapping[str, 
     shape = (account.placement.num_nodes, account.placement.num_experts)
     if shape != (plan.placement.num_nodes, plan.placement.num_experts):
         return "experts are placed on another number of workers now"
+    if len({1, len(account.placement.layers), len(plan.placement.layers)}) > 2:
+        return "experts are placed in another number of layers now"
     wanted = replace(plan, instance=given.instance, timeouts=given.timeouts)
     would_be = assignment(wanted, adopted(b"", account, 0.0), account.hello.precision, given.placement, given.former)
     if replace(would_be, memory_share=given.memory_share, term=given.term) != given:  # a share of as many as were there

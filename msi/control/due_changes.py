@@ -6,8 +6,9 @@ Each is tried once with the same workers: one that came to nothing is due again 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from msi.control.members import Member
 from msi.placement_change import Chosen, is_as, lost_experts, repaired, scarce_experts, with_node, without_node
@@ -39,6 +40,7 @@ class DueChanges:
         self._reload_after_s = reload_after_s
         self._lost_from = -math.inf
         self._tried: set[tuple[str, frozenset[tuple[str, int]]]] = set()
+        self._needless: dict[str, Hashable] = {}  # what would change nothing, and of which situation that was found
 
     def begin(self, now: float) -> None:
         """Who is not there now has only just been missed."""
@@ -54,10 +56,15 @@ class DueChanges:
         present = frozenset((member.worker_id, member.incarnation) for member in live)
         self._tried = {key for key in self._tried if key[1] == present}
         staying = [member.place.node for member in live if member.state != "draining"]
-        for due, key in self._possible(placement, members, staying, now):
-            if (key, present) not in self._tried and not is_as(placement, due.wanted):
+        situation = (present, tuple(staying), placement.version)
+        self._needless = {key: found for key, found in self._needless.items() if found == situation}
+        for key, remark, choose in self._possible(placement, members, staying, now):
+            if (key, present) in self._tried or key in self._needless:
+                continue
+            if not is_as(placement, wanted := choose()):
                 self._tried.add((key, present))
-                return due
+                return Due(wanted, remark)
+            self._needless[key] = situation
         return None
 
     def is_stuck(self, placement: Placement, member: Member, members: Sequence[Member]) -> bool:
@@ -69,30 +76,28 @@ class DueChanges:
 
     def _possible(
         self, placement: Placement, members: Sequence[Member], staying: Sequence[int], now: float
-    ) -> Sequence[tuple[Due, str]]:
+    ) -> Iterator[tuple[str, str, Callable[[], Chosen]]]:
+        """By what it is known again, a remark, and what nodes are to hold, which takes long to choose."""
         live = [member.place.node for member in members if member.is_live]
         if live and (lost := lost_experts(placement, live)):
             if self._may_come(lost, placement, members, now, self._reload_after_s):
-                return []
+                return
             remark = f"experts {_named(lost)} are on no worker that lives"
-            return [(Due(repaired(placement, live), remark), f"lost {lost}")]
-        found: list[tuple[Due, str]] = []
+            yield f"lost {lost}", remark, partial(repaired, placement, live)
+            return
         if not staying:
-            return found
+            return
         for member in members:
             node, name = member.place.node, member.worker_id
             held = placement.held_by(node)
             if member.state == "draining" and held:
-                wanted = without_node(placement, node, staying)
-                found.append((Due(wanted, f"{name} leaves"), _leaves(member)))
+                yield _leaves(member), f"{name} leaves", partial(without_node, placement, node, staying)
             elif member.state == "ready" and not held:
-                shared = with_node(placement, node, staying, self.copies)
-                found.append((Due(shared, f"{name} came"), f"came {name}"))
+                yield f"came {name}", f"{name} came", partial(with_node, placement, node, staying, self.copies)
         scarce = scarce_experts(placement, staying, self.copies)
         if scarce and not self._may_come(scarce, placement, members, now, REPLICAS_AFTER * self._reload_after_s):
             remark = f"experts {_named(scarce)} have lost replicas"
-            found.append((Due(repaired(placement, staying, self.copies), remark), f"scarce {scarce}"))
-        return found
+            yield f"scarce {scarce}", remark, partial(repaired, placement, staying, self.copies)
 
     def _may_come(
         self, lost: Sequence[int], placement: Placement, members: Sequence[Member], now: float, within_s: float

@@ -158,6 +158,7 @@ class Member:
         num_acks: HeartbeatAcks that were sent to it.
         num_passes: PassDones that came from it.
         placement_version, has_former: of what it uses, as it last said; see `msi.control.placing`.
+        follows_version, follows_former: the same of what it was told to use and works on, as it last said.
         is_leaving: it wants to end, or somebody wants that; also once it is lost, until its place is given up.
         leaves_by: whatever it runs goes on elsewhere then.
         why_leaves: where it was not asked to by name.
@@ -185,6 +186,8 @@ class Member:
     num_passes: int = 0
     placement_version: int = 0
     has_former: bool = False
+    follows_version: int = 0
+    follows_former: bool = False
     is_leaving: bool = False
     leaves_by: float = math.inf
     why_leaves: str = ""

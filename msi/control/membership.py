@@ -232,6 +232,7 @@ class Cluster:
             elif member.has_lanes and belief.num_lanes != self.num_lanes:
                 instructions.append(Send(route, UseLanes(self.num_lanes)))
         member.placement_version, member.has_former = belief.placement_version, belief.has_former
+        member.follows_version, member.follows_former = belief.follows_version, belief.follows_former
         instructions += self.placing.to(member)
         member.num_acks += 1
         is_watched = now < self._watched_until

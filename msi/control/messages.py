@@ -269,6 +269,8 @@ class WorkerBelief:
         num_lanes: that it was told of last; 0 before UseLanes.
         placement_version: of the placement that it uses; an attention worker of which nothing older is on its way.
         has_former: of an expert worker, whether it takes rows of the placement before that.
+        follows_version, follows_former: the same of a UsePlacement that it follows now, which may take a while; 0 for
+            none.
         request_ids: all that it holds.
         term: of the coordinator that it follows.
     """
@@ -280,6 +282,8 @@ class WorkerBelief:
     request_ids: tuple[str, ...] = ()
     placement_version: Count = 0
     has_former: bool = False
+    follows_version: Count = 0
+    follows_former: bool = False
     term: Count = 0
 
 

@@ -74,9 +74,9 @@ class Placing:
             self.former = placement
 
     def to(self, member: Member) -> list[Instruction]:
-        """What a member does not use yet."""
+        """What a member does not use yet, nor works on: a placement of many layers takes long to say, and to read."""
         placement, former = self.used_by(member.role)
-        if member.state == "loading" or _has(member, placement, former):
+        if member.state == "loading" or _has(member, placement, former) or _follows(member, placement, former):
             return []
         return [Send(member.route, UsePlacement(placement, former))]
 
@@ -120,6 +120,10 @@ class Placing:
         if not self.failure:
             self.failure = failure
             self.placement = replace(self.former, version=self.placement.version + 1)
+
+
+def _follows(member: Member, placement: Placement, former: Placement | None) -> bool:
+    return (member.follows_version, member.follows_former) == (placement.version, former is not None)
 
 
 def _has(member: Member, placement: Placement, former: Placement | None) -> bool:

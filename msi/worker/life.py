@@ -54,6 +54,7 @@ class Life:
     def belief(self) -> WorkerBelief:
         """What this worker takes for true, for the coordinator to compare with what it takes for true."""
         attention, experts = self.attention, self.experts
+        followed, former = (self.wanted if self.placing.locked() else None) or (None, None)
         return WorkerBelief(
             acked=self.acked,
             ready=self.ready,
@@ -63,6 +64,8 @@ class Life:
             request_ids=() if attention is None else attention.requests.ids,
             placement_version=self._placement_version(),
             has_former=experts is not None and experts.placed[1] is not None,
+            follows_version=0 if followed is None else followed.version,
+            follows_former=former is not None,
         )
 
     def _placement_version(self) -> int:

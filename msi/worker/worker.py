@@ -346,7 +346,8 @@ class Worker:
                 if life.attention is not None:
                     life.attention.use_placement(placement)
                 if experts is not None and _follows(wanted, experts.placed):
-                    check_layers(placement, experts.num_layers)
+                    for one in wanted:
+                        check_layers(one, experts.num_layers)
                     had = replace(ours, placement=experts.placed[0], former=experts.placed[1])
                     assignment = replace(ours, placement=placement, former=former)
                     started = self._clock()
