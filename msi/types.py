@@ -428,10 +428,6 @@ class Placement:
         """A node's experts in the layer of which it has most."""
         return max(sum(expert != HOLE for expert in layer.experts[node]) for layer in self.layers)
 
-    def nodes_of(self, expert: int) -> tuple[int, ...]:
-        """The nodes that hold an expert in any layer, in ascending order."""
-        return tuple(node for node in range(self.num_nodes) if any(expert in one.experts[node] for one in self.layers))
-
 
 T = TypeVar("T")
 

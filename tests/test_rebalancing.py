@@ -31,6 +31,7 @@ from msi.planner.replicas import cost_of_layers
 from msi.planner.stage_costs import BatchMean
 from msi.settings import Rebalance
 from msi.types import Placement
+from tests.layered import homes_in
 from tests.test_membership import PLAN, formed
 from tests.test_membership import beat as cluster_beat
 from tests.tiny import save_plainly
@@ -112,6 +113,17 @@ def test_layers_are_counted_each_for_itself_and_a_wave_is_of_one():
     assert (window.waves, window.load) == (10.0, ((3.0, 1.0), (7.0, 5.0)))
     (mean,) = load.means
     assert (mean.rows, mean.experts) == pytest.approx((4.0, 1 - (np.exp(-3.0) + np.exp(-5.0)) / 2))
+
+
+def test_counts_of_another_number_of_layers_begin_anew():
+    load = ExpertLoad(2)
+    beat(load, 0, {0: 0}, 0)
+    beat(load, 0, {0: 10}, 10)
+    for rows in (0, 10, 20):
+        beat(load, 1, {1: rows}, 2 * rows, 0, (), {0: rows})
+    assert load.total == [[0.0, 20.0], [20.0, 0.0]], "a layer more than was told at first"
+    window = load.close(1)
+    assert (window.rows, window.waves) == (((0.0, 20.0), (20.0, 0.0)), 20.0)
 
 
 def test_times_of_batches_become_rows_and_experts_hit_by_what_a_token_has_there():
@@ -256,11 +268,12 @@ async def test_an_operator_hears_what_layers_hold_and_what_their_experts_had_to_
 SWAPPED = [([*range(4)], [*range(4, 8)]), ([*range(4, 8)], [*range(4)])]
 
 
-def test_shares_are_kept_by_a_change_that_says_them_and_go_to_first_homes_without():
+def test_shares_are_kept_by_a_change_that_says_them_or_moves_nothing_and_go_to_first_homes_with_another():
     both = Placement(((0, 1), (0, 2)), 3)
     shared = changed(both, Shared(((0, 1), (0, 2)), ((45, 15), (60,), (60,))))
     assert shared.shares == ((45, 15), (60,), (60,))
-    assert changed(shared, [{0, 1}, {0, 2}]).shares == ((60, 0), (60,), (60,))
+    assert changed(shared, [{0, 1}, {0, 2}]).shares == shared.shares
+    assert changed(shared, [{0, 1}, {0, 1, 2}]).shares == ((60, 0), (60, 0), (60,))
     assert changed(shared, [{0, 1}, {2}]).shares == ()
 
 
@@ -288,7 +301,7 @@ def test_replicas_at_the_start_go_to_the_experts_that_are_chosen_most(tmp_path):
 
     def homes(**given):
         placement = build_plan(InstanceOptions.of(**asked, **given))[0].placement
-        return [len(placement.nodes_of(expert)) for expert in range(7)], placement.shares
+        return [len(homes_in(placement, expert)) for expert in range(7)], placement.shares
 
     assert homes() == ([1] * 7, ())
     assert homes(redundant_experts=2)[0] == [1 + (expert in (0, 3)) for expert in range(7)]

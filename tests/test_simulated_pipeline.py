@@ -240,8 +240,8 @@ class Recording:
     def __init__(self, routing, sent):
         self.routing, self.sent = routing, sent
 
-    def draw(self, num_tokens, chance, view=0):
-        mark, rows = self.routing.draw(num_tokens, chance, view)
+    def draw(self, num_tokens, chance, view=0, layer=0):
+        mark, rows = self.routing.draw(num_tokens, chance, view, layer)
         self.sent.append(sum(map(bool, rows)))
         return mark, rows
 

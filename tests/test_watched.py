@@ -222,6 +222,12 @@ def test_rows_are_told_once_by_layer_and_the_experts_own_numbers():
     assert counts.take(now) is None
 
 
+def test_counts_that_fall_are_nothing_new_and_say_nothing_of_others():
+    counts = ExpertCounts()
+    counts.take([holder("expert-0", ((0, 1),), ((9, 5), (3, 3)))])
+    assert counts.take([holder("expert-0", ((0, 1),), ((4, 6), (3, 5)))]).rows == [[0, 1], [0, 2]]
+
+
 def test_copies_of_an_expert_count_together_and_a_new_life_counts_anew():
     counts = ExpertCounts()
     assert counts.take([holder("expert-0", ((0, 1),), ((0, 0),)), holder("expert-1", ((1, 0),), ((0, 0),))]) is None

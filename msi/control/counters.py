@@ -171,6 +171,7 @@ class LayerRows:
                 len(set(held)) != len(counts)
                 or not all(0 <= one < MAX_KEYS for one in held)
                 or min(counts, default=0) < 0
+                or max(counts, default=0) >= 2**62
             ):
                 raise ValueError(f"{len(counts)} rows of {len(held)} experts of layer {layer} are no such count")
 

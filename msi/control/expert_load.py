@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 
 from msi.control.counters import BatchTimes
 from msi.control.worker_status import WorkerStatus
+from msi.planner.rebalance import Load
 from msi.planner.stage_costs import BatchMean
 
 WINDOWS_KEPT = 10
 MEANS_KEPT = 512
-
-
-Layers = tuple[tuple[float, ...], ...]  # by layer and expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +50,8 @@ class Window:
         busy_s: of the node with most to do.
     """
 
-    rows: Layers
-    load: Layers
+    rows: Load
+    load: Load
     waves: float
     busy_s: float
 
@@ -69,7 +67,7 @@ class ExpertLoad:
     """
 
     def __init__(self, num_experts: int) -> None:
-        self.before: deque[Layers] = deque(maxlen=WINDOWS_KEPT)
+        self.before: deque[Load] = deque(maxlen=WINDOWS_KEPT)
         self.last: Window | None = None
         self.means: list[BatchMean] = []
         self.total: list[list[float]] = []
@@ -90,6 +88,11 @@ class ExpertLoad:
         self._known = {key: totals for key, totals in self._known.items() if key[0] != worker_id} | {life: now}
         if before is None:
             return
+        if now.rows and len(now.rows) != len(self.total):  # it is the first to tell any, or somebody told others
+            self.total = [[0.0] * self._num_experts for _ in now.rows]
+            self.before.clear()
+            self.last = None
+            self._nodes.clear()
         window = self._nodes.setdefault(node, _NodeWindow())
         for layer, of_layer in enumerate(now.rows):
             was = before.rows[layer] if layer < len(before.rows) else {}
@@ -101,8 +104,6 @@ class ExpertLoad:
             window.times[most] = since_then.plus(window.times.get(most))
 
     def _count(self, window: _NodeWindow, layer: int, rows: Mapping[int, int]) -> None:
-        while len(self.total) <= layer:
-            self.total.append([0.0] * self._num_experts)
         for expert, count in rows.items():
             if expert < self._num_experts:
                 window.rows[layer, expert] = window.rows.get((layer, expert), 0.0) + max(0, count)
@@ -122,8 +123,6 @@ class ExpertLoad:
         self.means = [*self.means, *means][-MEANS_KEPT:]
         if self.last is not None:
             self.before.append(self.last.load)
-        if any(len(load) != num_layers for load in self.before):  # of which nobody had told all
-            self.before.clear()
         rows = tuple(
             tuple(float(cells[layer, expert]) for expert in range(self._num_experts)) for layer in range(num_layers)
         )

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from msi.control.changes import ChangesOfPlacement
-from msi.control.expert_load import ExpertLoad, Layers, Window
+from msi.control.expert_load import ExpertLoad, Window
 from msi.control.members import Member
 from msi.control.membership import Cluster
 from msi.errors import ConfigError, EngineError, one_line
 from msi.placement_change import ByLayer, copies_of
-from msi.planner.rebalance import Decision, Question, decide
+from msi.planner.rebalance import Decision, Load, Question, decide
 from msi.settings import Rebalance
 from msi.types import Placement
 
@@ -163,7 +163,7 @@ class Rebalancing:
     def _is_of_all_layers(self, window: Window) -> bool:
         return len(self._cluster.placing.placement.layers) in (1, len(window.load))
 
-    def _question(self, window: Window, before: tuple[Layers, ...]) -> Question:
+    def _question(self, window: Window, before: tuple[Load, ...]) -> Question:
         experts = self._cluster.live("expert")
         counted = [one.status.experts for one in experts if one.status.experts is not None]
         num_loaded = sum(one.experts_loaded for one in counted)

@@ -82,6 +82,12 @@ class ExpertHalf:
         """Computes with this one from now on: whatever rows are here, their experts have the same local ids in it."""
         bank.prepare(self._rows, self._answer_strides, self._answer_dtype)
         self._bytes_before += self._bank.weight_bytes_read
+        for layer, (now, before) in enumerate(zip(bank.num_rows, self._bank.num_rows, strict=True)):
+            was = at_layer(self._experts, layer) if self._experts else ()
+            stay = [
+                one for one, pair in enumerate(zip(at_layer(experts, layer), was, strict=False)) if len({*pair}) < 2
+            ]
+            now[stay] = before[stay]  # which went on while the new one was loaded
         if self._ran:
             self._replaced.append((self._ran[-1], self._bank))
         self._bank, self._experts = bank, experts

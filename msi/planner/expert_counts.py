@@ -27,8 +27,8 @@ def read_counts(path: Path) -> list[list[float]]:
     layers = counts if isinstance(counts, list) and counts and isinstance(counts[0], list) else [counts]
     if not all(map(_is_counts, layers)):
         raise ConfigError(
-            f"{path} holds no list of numbers of at least 0, nor an object with one as {KEY!r}; give a weight or count "
-            "for each expert"
+            f"{path} holds no list of numbers of at least 0, nor one of such lists by layer, nor an object with either "
+            f"as {KEY!r} or {LAYERS_KEY!r}; give a weight or count for each expert"
         )
     return [[float(one) for one in of_layer] for of_layer in layers]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from msi.control.client_messages import WorkerStats
 from msi.control.watched import Span, SpanWindow
@@ -168,9 +169,6 @@ class ExpertCounts:
 
 
 def since(before: Sequence[Mapping[int, int]], now: Sequence[Mapping[int, int]]) -> list[dict[int, int]]:
-    """What came to counts of each layer; all of them where they began anew."""
-    if len(before) != len(now):
-        return [dict(one) for one in now]
-    pairs = zip(now, before, strict=True)
-    new = [{expert: count - was.get(expert, 0) for expert, count in one.items()} for one, was in pairs]
-    return [dict(one) for one in now] if any(count < 0 for one in new for count in one.values()) else new
+    """What came to counts of each layer; all of one that began anew."""
+    pairs = zip_longest(now, before[: len(now)], fillvalue=dict[int, int]())
+    return [{expert: max(0, count - was.get(expert, 0)) for expert, count in one.items()} for one, was in pairs]

@@ -168,22 +168,26 @@ class DrawnRouting:
         self._num_experts = len(weights[0])
         self._views: list[tuple[Placement, Collection[int]]] = []
         self._layers: list[list[_LayerView]] = []  # by view, of all layers or of each
+        self._known: dict[tuple[int, LayerExperts, Collection[int]], _LayerView] = {}
         self.view(placement)
 
     def view(self, placement: Placement, missing: Collection[int] = ()) -> int:
         key = (placement, tuple(sorted(missing)))
         if key not in self._views:
             self._views.append(key)
-            num_layers = max(len(placement.layers), len(self._chosen))
+            layers = range(max(len(placement.layers), len(self._chosen)))
             self._layers.append(
-                [
-                    _LayerView(
-                        at_layer(self._chosen, layer), at_layer(placement.layers, layer), self._num_experts, missing
-                    )
-                    for layer in range(num_layers)
-                ]
+                [self._layer_view(layer, at_layer(placement.layers, layer), key[1]) for layer in layers]
             )
         return self._views.index(key)
+
+    def _layer_view(self, layer: int, placed: LayerExperts, missing: Collection[int]) -> _LayerView:
+        """Tens of megabytes, which all layers and views have together that are alike in it."""
+        pool = layer if len(self._chosen) > 1 else 0
+        key = (pool, placed, missing)
+        if key not in self._known:
+            self._known[key] = _LayerView(self._chosen[pool], placed, self._num_experts, missing)
+        return self._known[key]
 
     def chosen(self) -> list[list[float]]:
         counts = [np.bincount(one.ravel(), minlength=self._num_experts) / len(one) for one in self._chosen]
