@@ -264,7 +264,7 @@ def heartbeat_said(
         plain(ExpertCounters, experts), loop or {}, list(peers), watched, list(batches),
         list(layer_rows),
     ]  # fmt: skip
-    return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0, False, 0]])
+    return said(["Heartbeat", "attention-0", 0, status, [-1, None, False, 0, [], 0, False, 0, False, 0]])
 
 
 def test_a_member_that_counts_no_blocks_and_half_its_stalls_does_not_end_metrics():
