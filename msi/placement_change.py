@@ -19,7 +19,7 @@ from typing import Concatenate, ParamSpec
 
 from msi.errors import ConfigError
 from msi.kernels.turns import first_homes
-from msi.types import HOLE, LayerExperts, Placement, at_layer
+from msi.placement import HOLE, LayerExperts, Placement, at_layer
 
 Held = tuple[int, ...]  # experts by local id
 Wanted = Sequence[Set[int]]  # the experts of each node

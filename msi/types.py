@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, NamedTuple, Protocol, TypeVar
+from typing import Annotated, NamedTuple, Protocol
 
 from msi.errors import ConfigError, Failure, InvalidRequest, shown
 from msi.prompt_logprobs import PromptLogprobs
@@ -337,104 +336,6 @@ class Place:
                 f"this worker is to be rank {self.rank} of {self.size} of node {self.node}; nodes of more than one "
                 "rank (tensor parallelism) are not built yet: give every node one worker"
             )
-
-
-HOLE = -1  # in place of an expert: a local id that stands for none
-
-
-Nodes = tuple[tuple[int, ...], ...]  # the experts of each, by local id
-Shares = tuple[tuple[Annotated[int, range(61)], ...], ...]  # of each expert's rows, by its nodes
-
-
-@dataclass(frozen=True, slots=True)
-class LayerExperts:
-    """Where the experts of one layer are; as in `Placement`."""
-
-    experts: Nodes
-    shares: Shares = ()
-
-    def check(self, num_nodes: int, num_experts: int) -> None:
-        held = [[expert for expert in of_node if expert != HOLE] for of_node in self.experts]
-        num_homes = Counter(expert for experts in held for expert in experts)
-        assert len(held) == num_nodes, self
-        assert all(len(set(experts)) == len(experts) for experts in held), self
-        assert num_homes.keys() == set(range(num_experts)), self
-        assert not self.shares or [len(one) for one in self.shares] == [num_homes[one] for one in range(num_experts)], (
-            self
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Which expert nodes hold which experts; an expert may be on several, a node may hold none.
-
-    Rows name experts by their local ids, so a node can take rows of two placements at a time as long as no local id
-    means one expert in the one and another in the other (`msi.placement_change`). A layer's local ids are its own.
-
-    Attributes:
-        experts: [num_nodes] the experts of each node; the index into a node's is the local expert id. Where one has
-            left, and its id is not given away yet, there is a `HOLE`. Of all layers, or, where there are `further`,
-            of the first.
-        num_experts: of the model; in each layer, each is on one node at least.
-        version: rises with every change.
-        shares: [num_experts] of rows that choose an expert, how many of `msi.kernels.turns.TURNS` go to each of its
-            nodes, by number; () for even ones.
-        further: of the layers after the first; () where all are alike.
-    """
-
-    experts: Nodes
-    num_experts: Annotated[int, range(1, 2**16)]
-    version: Annotated[int, range(2**32)] = 0
-    shares: Shares = ()
-    further: tuple[LayerExperts, ...] = ()
-
-    def __post_init__(self) -> None:
-        for layer in self.layers:
-            layer.check(self.num_nodes, self.num_experts)
-
-    @staticmethod
-    def of_layers(layers: Sequence[LayerExperts], num_experts: int, version: int = 0) -> Placement:
-        """Of each layer, or of all; those that are alike are kept once."""
-        first, *further = layers if len(set(layers)) > 1 else layers[:1]
-        return Placement(first.experts, num_experts, version, first.shares, tuple(further))
-
-    @property
-    def layers(self) -> tuple[LayerExperts, ...]:
-        """One for all, or one for each."""
-        return LayerExperts(self.experts, self.shares), *self.further
-
-    def of_layer(self, layer: int) -> Placement:
-        """As if all were like this one."""
-        if not self.further:
-            return self
-        one = self.layers[layer]
-        return Placement(one.experts, self.num_experts, self.version, one.shares)
-
-    @property
-    def num_nodes(self) -> int:
-        return len(self.experts)
-
-    @property
-    def num_used_nodes(self) -> int:
-        """Up to the last that holds any: none behind it gets rows."""
-        return 1 + max(node for node in range(self.num_nodes) if self.held_by(node))
-
-    def held_by(self, node: int) -> tuple[int, ...]:
-        """A node's experts in any layer, each once and without holes."""
-        held = dict.fromkeys(expert for layer in self.layers for expert in layer.experts[node])
-        return tuple(expert for expert in held if expert != HOLE)
-
-    def num_held_by(self, node: int) -> int:
-        """A node's experts in the layer of which it has most."""
-        return max(sum(expert != HOLE for expert in layer.experts[node]) for layer in self.layers)
-
-
-T = TypeVar("T")
-
-
-def at_layer(of_layers: Sequence[T], layer: int) -> T:
-    """Of one for all layers, or one for each."""
-    return of_layers[layer if len(of_layers) > 1 else 0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,10 +35,11 @@ from msi.control.messages import (
 from msi.control.worker_status import WorkerStatus
 from msi.errors import Failure, InvalidRequest, ProtocolError
 from msi.net.codec import Codec
+from msi.placement import Placement
 from msi.precision import Precision
 from msi.settings import LinkShape, SchedulerLimits, Timeouts
 from msi.structured_outputs import StructuredOutputs
-from msi.types import Place, Placement, Progress, Request, SamplingParams, StageTimes, TokenLogprobs
+from msi.types import Place, Progress, Request, SamplingParams, StageTimes, TokenLogprobs
 
 CODEC = Codec({*FROM_CLIENT, *FROM_WORKER, *TO_CLIENT, *TO_WORKER})
 EXAMPLES = [

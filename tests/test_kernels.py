@@ -23,8 +23,8 @@ from msi.kernels.replicas import PlacementTables, choose_replicas
 from msi.kernels.rope import apply_rope, rope_frequencies, rope_table
 from msi.kernels.routing import PackedRows, row_bytes, topk_sigmoid, topk_softmax
 from msi.kernels.turns import TURNS, homes_of, in_turns, wheel_of, whose_turn
-from msi.placement import place_evenly
-from msi.types import MicroBatch, Placement
+from msi.placement import Placement, place_evenly
+from msi.types import MicroBatch
 from tests.layered import homes_in
 
 PLAIN, CPU = PlainKernels(torch.device("cpu")), CpuKernels()

@@ -35,10 +35,10 @@ from msi.control.messages import (
     WorkerReady,
 )
 from msi.errors import ConfigError
-from msi.placement import place_evenly
+from msi.placement import Placement, place_evenly
 from msi.precision import Precision
 from msi.settings import SchedulerLimits, Timeouts
-from msi.types import Place, Placement
+from msi.types import Place
 
 PLAN = InstancePlan("token", 1, 2, False, place_evenly(8, 2), SchedulerLimits(1024, 64, 512))
 CHOICE = "waiting for other workers: the role that they leave is this one's"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msi.errors import ConfigError
-from msi.placement import place_evenly, place_with_replicas
+from msi.placement import HOLE, LayerExperts, Placement, place_evenly, place_with_replicas
 from msi.placement_change import (
     ByLayer,
     Shared,
@@ -25,7 +25,6 @@ from msi.placement_change import (
     with_node,
     without_node,
 )
-from msi.types import HOLE, LayerExperts, Placement
 from tests.layered import homes_in
 
 NUM_EXPERTS = 9

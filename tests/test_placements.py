@@ -17,9 +17,9 @@ from msi.errors import ConfigError
 from msi.instance.inproc import InprocInstance
 from msi.kernels.turns import TURNS, first_homes, homes_of, in_turns
 from msi.options import InstanceOptions
-from msi.placement import place_evenly, place_with_replicas
+from msi.placement import HOLE, LayerExperts, Placement, place_evenly, place_with_replicas
 from msi.placement_change import ByLayer, padded
-from msi.types import HOLE, LayerExperts, Placement, Request, SamplingParams
+from msi.types import Request, SamplingParams
 from tests.layered import homes_in
 from tests.reference import references, save_tiny
 from tests.waiting import until

@@ -12,11 +12,11 @@ from msi.control.members import NO_STATUS, Member, Send, assignment
 from msi.control.messages import Placed, UsePlacement
 from msi.control.placing import Placing
 from msi.control.size_watch import SizeWatch
-from msi.placement import place_evenly
+from msi.placement import HOLE, Placement, place_evenly
 from msi.placement_change import ByLayer, changed, padded, with_node
 from msi.planner.pipeline import Stages
 from msi.precision import Precision
-from msi.types import HOLE, Place, Placement, StageTimes
+from msi.types import Place, StageTimes
 from tests.test_membership import PLAN
 
 FIRST = padded(place_evenly(4, 2), 3)  # (0, 1), (2, 3), ()

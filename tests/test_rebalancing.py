@@ -22,7 +22,7 @@ from msi.control.rebalancing import Rebalancing
 from msi.errors import ConfigError
 from msi.instance.instance import build_plan
 from msi.options import InstanceOptions
-from msi.placement import place_evenly, place_with_replicas
+from msi.placement import Placement, place_evenly, place_with_replicas
 from msi.placement_change import ByLayer, Shared, changed
 from msi.planner.expert_counts import read_counts
 from msi.planner.expert_curve import ExpertCurve, fit_curve
@@ -30,7 +30,6 @@ from msi.planner.rebalance import FLOOR_ROWS, Question, decide
 from msi.planner.replicas import cost_of_layers
 from msi.planner.stage_costs import BatchMean
 from msi.settings import Rebalance
-from msi.types import Placement
 from tests.layered import homes_in
 from tests.test_membership import PLAN, formed
 from tests.test_membership import beat as cluster_beat

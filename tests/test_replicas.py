@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msi.kernels.turns import TURNS
-from msi.placement import place_evenly, place_with_replicas
+from msi.placement import Placement, place_evenly, place_with_replicas
 from msi.planner.replica_state import wave_cost
 from msi.planner.replicas import expected_costs, most_gain, plan_layers, plan_replicas
-from msi.types import Placement
 from tests.layered import homes_in
 
 

@@ -29,12 +29,13 @@ from msi.control.messages import (
 )
 from msi.control.request_routing import Router
 from msi.control.takeover import ACCOUNTED_WITHIN_S, CLAIMED_WITHIN_S, Taken, Takeover
+from msi.placement import Placement
 from msi.planner.stage_costs import ConstantCosts
 from msi.prompt_logprobs import PromptLogprobs
 from msi.simulator.deployment import LIMITS, Deployment, Fault
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
-from msi.types import Place, Placement, Progress, Request, SamplingParams
+from msi.types import Place, Progress, Request, SamplingParams
 from tests.everyday import NUM_SEEDS, mostly_slow
 from tests.test_membership import HELLO, PLAN, beat, formed, hello
 

@@ -9,13 +9,12 @@ from statistics import mean, median
 import pytest
 
 from msi.errors import ConfigError
-from msi.placement import place_evenly
+from msi.placement import Placement, place_evenly
 from msi.settings import Rebalance
 from msi.simulator.balanced import placed_by_popularity
 from msi.simulator.popularity import build_routing
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival, bursts, fixed_lengths, lognormal_lengths, poisson, read_trace
-from msi.types import Placement
 from tests.everyday import only_thorough
 from tests.test_simulator import COSTS, SMALL
 

@@ -30,10 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msi.kernels.turns import homes_of, in_turns, wheel_of, whose_turn
-from msi.placement import place_evenly
+from msi.placement import Placement, place_evenly
 from msi.planner.forecast import forecast
 from msi.planner.replicas import plan_layers, plan_replicas
-from msi.types import Placement
 from msi_launch.command_line import ScriptLine
 
 Floats = NDArray[np.float64]

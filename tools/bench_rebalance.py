@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 from msi import Engine, SamplingParams
-from msi.placement import place_evenly
+from msi.placement import LayerExperts, Placement, place_evenly
 from msi.planner.profile import read_profile
 from msi.planner.profiled_costs import ProfiledCosts, StageConditions
 from msi.settings import SchedulerLimits
@@ -37,7 +37,6 @@ from msi.simulator.deployment import Deployment
 from msi.simulator.popularity import build_routing
 from msi.simulator.simulation import simulate
 from msi.simulator.workload import Arrival
-from msi.types import LayerExperts, Placement
 from msi_launch.command_line import ScriptLine, integer, number
 
 NUM_EXPERTS, TOP_K, NUM_LAYERS, NUM_NODES = 16, 2, 4, 2

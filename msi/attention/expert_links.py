@@ -14,8 +14,8 @@ from msi.net.alarm import Alarm
 from msi.net.dispatch_link import DispatchLink
 from msi.net.regions import Allocator
 from msi.net.transport import Transport
+from msi.placement import Placement
 from msi.placement_change import lost_experts
-from msi.types import Placement
 from msi.worker.host import AttentionPart, ServedShape
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,8 @@ from msi.kernels.routing import PackedRows
 from msi.models.attend import PassView
 from msi.models.attention_weights import AttentionLayer, AttentionWeights
 from msi.models.config import ModelConfig
-from msi.types import Cause, MicroBatch, Placement, Sampled
+from msi.placement import Placement
+from msi.types import Cause, MicroBatch, Sampled
 
 log = logging.getLogger(__name__)
 

@@ -41,7 +41,8 @@ from msi.models.config import ModelConfig
 from msi.net.dispatch_link import DispatchLink
 from msi.net.regions import Region
 from msi.net.slots import SlotLayout
-from msi.types import MicroBatch, Placement, Sampled
+from msi.placement import Placement
+from msi.types import MicroBatch, Sampled
 from msi.worker.host import BlockMemory
 
 NOBODY = MicroBatch((), (), (), (), ())  # a pass of fillers alone

@@ -27,8 +27,9 @@ from msi.kernels.routing import RowDtypes
 from msi.kernels.turns import TURNS
 from msi.models.attention_weights import AttentionWeights
 from msi.models.config import ModelConfig
+from msi.placement import Placement
 from msi.settings import LinkShape, SchedulerLimits
-from msi.types import MicroBatch, Placement, TokenSampling
+from msi.types import MicroBatch, TokenSampling
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from msi.control.messages import Assignment
 from msi.control.move_messages import Release
 from msi.errors import ConfigError, EngineError
 from msi.net.transport import Transport
+from msi.placement import Placement
 from msi.placement_change import check_layers
 from msi.request_spans import OpenSpans
 from msi.tracing import Spans
-from msi.types import Placement
 from msi.worker.host import LoadedModel
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from msi.control.due_changes import Choose
 from msi.control.members import Instruction
 from msi.control.membership import Cluster
 from msi.errors import ConfigError
-from msi.types import Placement
+from msi.placement import Placement
 
 log = logging.getLogger(__name__)
 

@@ -61,8 +61,8 @@ from msi.control.stage_watch import StageWatch
 from msi.control.traffic import Traffic
 from msi.errors import Unavailable, one_line
 from msi.net.control import MessageServer
+from msi.placement import Placement
 from msi.request_spans import OpenSpans
-from msi.types import Placement
 from msi.watchdog import LoopWatch
 
 if TYPE_CHECKING:

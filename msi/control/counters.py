@@ -13,7 +13,8 @@ from typing import Annotated
 
 from msi.errors import shown
 from msi.meter import percentile
-from msi.types import Measured, at_layer
+from msi.placement import at_layer
+from msi.types import Measured
 
 MAX_KEYS = 4096  # of a map: an expert worker counts waves by their size, and rows by their expert
 MAX_CELLS = 2**18  # layers times experts of a worker

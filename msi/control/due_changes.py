@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from msi.control.members import Member
+from msi.placement import Placement
 from msi.placement_change import Chosen, is_as, lost_experts, repaired, scarce_experts, with_node, without_node
-from msi.types import Placement
 
 REPLICAS_AFTER = 4  # times as long: nobody waits for a replica, and a worker that is started again brings its own
 # of the placement that is used, and the nodes that are there

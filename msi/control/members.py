@@ -10,6 +10,7 @@ from typing import Any
 from msi.control.messages import Assignment, WorkerHello
 from msi.control.rhythm import Rhythm
 from msi.control.worker_status import WorkerStatus
+from msi.placement import Placement
 from msi.precision import Precision
 from msi.settings import (
     AttentionBalance,
@@ -20,7 +21,7 @@ from msi.settings import (
     SlowWorkers,
     Timeouts,
 )
-from msi.types import Place, Placement, StageTimes
+from msi.types import Place, StageTimes
 
 LOADING_PATIENCE = 5  # a worker that loads may be silent for so many times longer
 NO_STATUS = WorkerStatus(0, 0, 0, 0, 0, StageTimes())

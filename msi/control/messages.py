@@ -35,10 +35,11 @@ from msi.control.orders import Order, Ordered
 from msi.control.worker_status import Count, Seconds, WorkerStatus
 from msi.errors import Failure
 from msi.net.codec import Codec
+from msi.placement import Placement, at_layer
 from msi.placement_change import merged
 from msi.precision import Precision
 from msi.settings import Lanes, LinkShape, SchedulerLimits, Timeouts
-from msi.types import Place, Placement, Progress, Request, StageTimes, at_layer
+from msi.types import Place, Progress, Request, StageTimes
 
 PROTOCOL_VERSION = 15
 

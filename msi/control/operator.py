@@ -19,8 +19,8 @@ from msi.control.orders import Order, Ordered
 from msi.control.rebalancing import Rebalancing
 from msi.control.slow_workers import SlowWorkerPolicy
 from msi.errors import ConfigError, EngineError, Unavailable
+from msi.placement import Placement
 from msi.placement_change import spread_evenly
-from msi.types import Placement
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from dataclasses import replace
 
 from msi.control.members import Instruction, Member, Send
 from msi.control.messages import Placed, UsePlacement
+from msi.placement import Placement
 from msi.placement_change import lost_experts
-from msi.types import Placement
 
 
 class Placing:

@@ -16,10 +16,10 @@ from msi.control.expert_load import ExpertLoad, Window
 from msi.control.members import Member
 from msi.control.membership import Cluster
 from msi.errors import ConfigError, EngineError, one_line
+from msi.placement import Placement
 from msi.placement_change import ByLayer, copies_of
 from msi.planner.rebalance import Decision, Load, Question, decide
 from msi.settings import Rebalance
-from msi.types import Placement
 
 log = logging.getLogger(__name__)
 

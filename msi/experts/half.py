@@ -22,7 +22,7 @@ from msi.meter import StageMeter
 from msi.models.config import ModelConfig
 from msi.net.regions import Region
 from msi.net.slots import SlotLayout
-from msi.types import HOLE, at_layer
+from msi.placement import HOLE, at_layer
 
 
 @dataclass(slots=True)

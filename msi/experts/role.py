@@ -13,7 +13,8 @@ from msi.net.combine_link import CombineLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
 from msi.net.secret import public_name
 from msi.net.transport import Transport
-from msi.types import Placement, StageTimes
+from msi.placement import Placement
+from msi.types import StageTimes
 from msi.worker.host import LoadedModel, ServedShape
 
 MIN_WAIT_S = 0.005  # W on a real host is never less: its scheduler takes a core away for longer than a short turn

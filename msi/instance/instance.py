@@ -29,12 +29,11 @@ from msi.net.control import MessageClient, MessageServer
 from msi.net.control_server import ControlServer
 from msi.net.secret import NO_SECRET, Trust
 from msi.options import InstanceOptions
-from msi.placement import PlaceExperts, place_with_replicas
+from msi.placement import PlaceExperts, Placement, place_with_replicas
 from msi.placement_change import padded
 from msi.planner.expert_counts import check_counts, read_counts
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.request_spans import open_spans
-from msi.types import Placement
 from msi.watchdog import LoopWatch
 
 if TYPE_CHECKING:

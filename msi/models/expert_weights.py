@@ -17,8 +17,8 @@ from msi.models.checkpoint import TensorSource
 from msi.models.config import ModelConfig
 from msi.models.families import family_of
 from msi.models.family import InterleavedExpertNames, StackedExpertNames
+from msi.placement import HOLE, at_layer
 from msi.precision import NONE
-from msi.types import HOLE, at_layer
 
 
 def load_expert_bank(

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msi.placement import Placement, at_layer
 from msi.placement_change import ByLayer, Shared
 from msi.planner.stage_costs import BatchMean
-from msi.types import Placement, at_layer
 
 FLOOR_ROWS = 8.0  # where nothing was measured that tells
 MOVE_SHARE = 0.0007  # of a node's mean cost, that an expert is to save for a node, where loading was not measured

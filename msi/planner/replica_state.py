@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msi.kernels.turns import homes_of
-from msi.types import Placement
+from msi.placement import Placement
 
 WAY = 2.0  # what the way of a row costs, there and back, in rows computed: nodes are to be even in rows as well
 NORM = 12  # of the nodes' costs that the search lowers: near their largest, and it tells two heavy nodes from one

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msi.kernels.turns import TURNS, in_turns
+from msi.placement import LayerExperts, Placement
 from msi.planner.replica_state import ReplicaState, norm, wave_cost
 from msi.planner.surges import against_surges, cost_in_surges
-from msi.types import LayerExperts, Placement
 
 HEAVIEST = 3  # nodes that a step may relieve
 MOST_STEPS = 2000

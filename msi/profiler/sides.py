@@ -27,7 +27,8 @@ from msi.models.config import ModelConfig
 from msi.net.dispatch_link import DispatchLink
 from msi.net.passes import Gates
 from msi.net.slots import SlotLayout
-from msi.types import MicroBatch, Placement, TokenSampling
+from msi.placement import Placement
+from msi.types import MicroBatch, TokenSampling
 from msi.worker.loading import LoadedPart
 
 SLOT_ROWS = 512

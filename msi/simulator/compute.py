@@ -20,11 +20,12 @@ from msi.net.dispatch_link import DispatchLink
 from msi.net.landing import seat_slots
 from msi.net.regions import Region
 from msi.net.slots import ROW_ALIGNMENT
+from msi.placement import Placement
 from msi.planner.stage_costs import StageCosts
 from msi.simulator.device import SimulatedDevice, SimulatedProgram
 from msi.simulator.histories import Histories
 from msi.simulator.popularity import Routing
-from msi.types import MicroBatch, Placement, Sampled
+from msi.types import MicroBatch, Sampled
 from msi.worker.host import BlockMemory
 
 ROW_BYTES = ROW_ALIGNMENT  # of a simulated row, either way

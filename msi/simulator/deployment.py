@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from msi.control.members import InstancePlan
 from msi.errors import ConfigError
-from msi.placement import place_with_replicas
+from msi.placement import Placement, place_with_replicas
 from msi.planner.pipeline import MAX_MICRO_BATCHES
 from msi.settings import (
     AttentionBalance,
@@ -19,7 +19,6 @@ from msi.settings import (
     SlowWorkers,
     Timeouts,
 )
-from msi.types import Placement
 
 LIMITS = SchedulerLimits(
     max_model_len=65_536,

@@ -21,13 +21,13 @@ from msi.experts.waves import Waves
 from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.link_hello import PROTOCOL_VERSION, LinkHello
-from msi.placement import place_evenly
+from msi.placement import Placement, place_evenly
 from msi.planner.pipeline import Stages
 from msi.simulator.compute import ROW_BYTES, SimulatedAttention, SimulatedExperts
 from msi.simulator.device import SimulatedDevice
 from msi.simulator.popularity import Draw
 from msi.simulator.transport import SimulatedNetwork, SimulatedTransport
-from msi.types import MicroBatch, Placement, Sampled
+from msi.types import MicroBatch, Sampled
 
 MICRO_BATCH = MicroBatch((0,), (0,), (1,), (1,), ((0,),))
 PEER_TIMEOUT_S = 1e6  # virtual; a test that wants a loss causes it

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from msi.errors import ConfigError
 from msi.kernels.turns import TURNS, Home, homes_of, in_turns, wheel_of, whose_turn
+from msi.placement import HOLE, LayerExperts, Placement, at_layer
 from msi.planner.expert_counts import read_counts
-from msi.types import HOLE, LayerExperts, Placement, at_layer
 
 Counts = NDArray[np.integer]
 Floats = NDArray[np.float64]

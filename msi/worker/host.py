@@ -18,10 +18,10 @@ from msi.net.combine_link import CombineLink
 from msi.net.dispatch_link import DispatchLink
 from msi.net.regions import Allocator, Region
 from msi.net.transport import Transport
+from msi.placement import Placement
 from msi.precision import Precision
 from msi.text.grammars import Grammars
 from msi.tracing import Spans
-from msi.types import Placement
 
 
 @dataclass(frozen=True, slots=True)

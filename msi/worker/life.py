@@ -10,7 +10,7 @@ from msi.attention.role import AttentionRole
 from msi.control.messages import Assignment, Standing, WorkerBelief, WorkerReady
 from msi.experts.role import ExpertRole
 from msi.net.transport import Transport
-from msi.types import Placement
+from msi.placement import Placement
 
 
 class LifeEnds(Exception):

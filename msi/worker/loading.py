@@ -29,11 +29,11 @@ from msi.models.families import load_config
 from msi.models.files import read_json
 from msi.models.required import check_tensors
 from msi.models.texts import read_texts
+from msi.placement import HOLE
 from msi.placement_change import num_to_load
 from msi.precision import FP8, NONE, Precision
 from msi.text.grammars import Grammars
 from msi.text.tokenizer import load_tokenizer
-from msi.types import HOLE
 
 log = logging.getLogger(__name__)
 

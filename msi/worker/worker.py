@@ -51,11 +51,11 @@ from msi.experts.role import ExpertRole
 from msi.net.alarm import Alarm
 from msi.net.control import MessageClient
 from msi.net.transport import Transport
+from msi.placement import Placement
 from msi.placement_change import check_layers, num_to_load
 from msi.request_spans import OpenSpans, open_spans
 from msi.settings import Timeouts
 from msi.tracing import Tracer
-from msi.types import Placement
 from msi.watchdog import LoopWatch
 from msi.worker.heartbeats import Heartbeats
 from msi.worker.host import Host
