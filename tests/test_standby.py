@@ -54,6 +54,7 @@ def test_when_the_other_is_heard_again_the_higher_term_stays_if_anybody_follows_
 
 def test_a_worker_goes_to_whoever_answers_first_and_hears_no_other():
     follows = Allegiance(["a", "b"], 0.0)
+    assert follows.hears("a", 0.0)
     assert not follows.hears("b", 1.0), "it was not asked"
     assert follows.asked(SILENT_S) == []
     assert follows.asked(SILENT_S + 0.1) == ["b"]
@@ -64,6 +65,7 @@ def test_a_worker_goes_to_whoever_answers_first_and_hears_no_other():
 
 def test_a_worker_stays_where_it_is_when_its_own_speaks_first_and_goes_where_that_sends_it():
     follows = Allegiance(["a", "b"], 0.0)
+    assert follows.hears("a", 0.0)
     follows.asked(SILENT_S + 0.1)
     assert follows.hears("a", SILENT_S + 0.2)
     assert not follows.hears("b", SILENT_S + 0.3)
@@ -72,6 +74,15 @@ def test_a_worker_stays_where_it_is_when_its_own_speaks_first_and_goes_where_tha
     assert follows.asked(9.0 + SILENT_S + 0.1) == ["a", "b"]
     follows.sent_on("", 20.0)
     assert follows.address == "a"
+
+
+def test_who_comes_after_a_takeover_asks_all_at_once_and_has_to_wait_for_no_silence():
+    follows = Allegiance(["a", "b"], 0.0)
+    assert follows.asked(0.5) == ["b"]
+    assert follows.hears("b", 0.6)
+    assert follows.address == "b"
+    assert follows.asked(1.0) == []
+    assert not follows.hears("a", 1.1)
 
 
 def arrivals(chance, until_s):

@@ -1,8 +1,8 @@
 """A worker's or client's way to whichever coordinator it follows, where one stands by for another.
 
-One connection at a time counts. While its coordinator is silent, those at the other addresses are asked, over
-connections of their own; the first that answers is followed, and the former connection is closed with whatever of it
-was not read. `msi.control.succession` decides.
+One connection at a time counts. While its coordinator is silent, and until any was heard, those at the other addresses
+are asked, over connections of their own; the first that answers is followed, and the former connection is closed with
+whatever of it was not read. `msi.control.succession` decides.
 """
 
 from __future__ import annotations

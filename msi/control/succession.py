@@ -2,10 +2,11 @@
 
 Each coordinator has a term, a number that no other has: the first ones have even terms, those that stand by odd ones,
 and whoever takes an instance over has a higher term than any that a worker of it has followed. Whoever takes part
-follows one coordinator at a time. It looks for another only when that one has been silent, goes to whoever answers
-first, and from then on hears nothing of the former. So a coordinator that only slept orders nobody about when it wakes:
-it learns that it is superseded and ends. Where both believe that they coordinate, each has followers of its own until
-they hear of each other; then the lower term gives way.
+follows one coordinator at a time. It looks for another only when that one has been silent, or was never heard, as
+whoever comes cannot know which one leads; it goes to whoever answers first, and from then on hears nothing of the
+former. So a coordinator that only slept orders nobody about when it wakes: it learns that it is superseded and ends.
+Where both believe that they coordinate, each has followers of its own until they hear of each other; then the lower
+term gives way.
 
 Decides; does not act. Knows no sockets or clock.
 """
@@ -87,6 +88,7 @@ class Allegiance:
         self.address = addresses[0]
         self._addresses = list(addresses)
         self._heard_at = now
+        self._was_heard = False  # anybody
         self._is_looking = False
 
     def hears(self, address: str, now: float) -> bool:
@@ -94,12 +96,13 @@ class Allegiance:
         if address != self.address and not self._is_looking:
             return False
         self.address, self._heard_at, self._is_looking = address, now, False
+        self._was_heard = True
         return True
 
     def asked(self, now: float, *, late_s: float = 0.0) -> list[str]:
         """Addresses at which it asks now whether somebody coordinates there; none while it hears of its own one."""
         self._heard_at += late_s
-        self._is_looking = now - self._heard_at > SILENT_S
+        self._is_looking = not self._was_heard or now - self._heard_at > SILENT_S
         return [one for one in self._addresses if one != self.address] if self._is_looking else []
 
     def sent_on(self, address: str, now: float) -> None:

@@ -18,8 +18,10 @@ CREDENTIALS = struct.Struct("iII")
 
 
 def break_control(coordinator: int, worker: int) -> bool:
-    """Breaks local connections of a worker to its coordinator, by their process ids; False where there is none."""
-    return _break(coordinator, worker)
+    """Breaks connections of a worker to its coordinator, local ones or one over TCP, by their process ids; False where
+    there is none.
+    """
+    return _break(coordinator, worker) or _break_tcp(worker, coordinator)
 
 
 def break_data(attention: int, expert: int) -> bool:
