@@ -25,7 +25,7 @@ def test_decoding_is_counted_while_all_decode_and_pieces_may_hold_several_tokens
     found = load.figures_of_batch(0.0, streams, 4)
     assert found == {"decode_tokens_per_s": 4 / 2, "end_to_end_tokens_per_s": 8 / 5, "ttft_s": 1.5}
     assert load.figures_of_batch(0.0, [[1.0, 2.0], [1.0, 2.0]], 4)["decode_tokens_per_s"] == 4.0
-    assert load.figures_of_batch(0.0, [[1.0]], 4)["decode_tokens_per_s"] == 0.0
+    assert "decode_tokens_per_s" not in load.figures_of_batch(0.0, [[1.0]], 4), "they never did"
 
 
 def test_prompts_are_others_for_every_seed_and_the_same_for_every_server():

@@ -135,7 +135,7 @@ def ratio(name: str, ours: list[float], theirs: list[float]) -> float:
     pairs = [
         (a, b) if name.endswith("per_s") or "per_s," in name else (b, a) for a, b in zip(ours, theirs, strict=True)
     ]
-    return median(a / b if b else float("inf") for a, b in pairs)
+    return median(a / b for a, b in pairs)
 
 
 def table(figures: Figures, servers: list[str]) -> Table:

@@ -55,12 +55,14 @@ async def batch(url: str, asked: Sequence[Prompt], num_tokens: int) -> dict[str,
 
 
 def figures_of_batch(started: float, streams: Sequence[Sequence[float]], num_tokens: int) -> dict[str, float]:
-    """Of when pieces came, each of so many tokens as the number of pieces says."""
+    """Of when pieces came, each of so many tokens as the number of pieces says.
+
+    Of decoding nothing is said where never all did at once.
+    """
     firsts = [times[0] for times in streams]
     begin, end = max(firsts), min(times[-1] for times in streams)
     counted = sum(sum(begin < at <= end for at in times) * num_tokens / len(times) for times in streams)
-    return {
-        "decode_tokens_per_s": counted / (end - begin) if counted else 0.0,
+    return ({"decode_tokens_per_s": counted / (end - begin)} if counted else {}) | {
         "end_to_end_tokens_per_s": len(streams) * num_tokens / (max(times[-1] for times in streams) - started),
         "ttft_s": median(firsts) - started,
     }
