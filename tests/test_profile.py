@@ -28,6 +28,8 @@ from msi.planner.profile import (
 from msi.planner.profiled_costs import ProfiledCosts, StageConditions
 from msi.planner.stage_costs import StageCosts
 from msi.precision import Precision
+from msi.profiler.process import passes_of_prompts, time_scheduling
+from msi.settings import SchedulerLimits
 
 # alone T_a = 1 + b (1 + s/100) ms, T_e = active (2 + rows per expert) ms; overlapped twice and 1.5 times as much
 PROFILE = Profile(
@@ -284,6 +286,19 @@ def run(*arguments: object) -> str:
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=110, check=True
     ).stdout
+
+
+@pytest.mark.parametrize(("num_seqs", "max_model_len"), [(1, 1024), (96, 1024), (192, 160), (512, 4096)])
+def test_scheduling_is_timed_however_many_sequences_there_are(num_seqs, max_model_len):
+    limits = SchedulerLimits(max_model_len, max_num_seqs=num_seqs, max_num_batched_tokens=512)
+    times = time_scheduling(limits, num_seqs, 128, 20)
+    assert len(times) >= 20
+    assert min(times) > 0
+
+
+@pytest.mark.parametrize(("num_seqs", "expected"), [(1, 1), (8, 1), (9, 2), (192, 30)])
+def test_prompts_of_many_sequences_take_passes_in_which_others_decode_already(num_seqs, expected):
+    assert passes_of_prompts(num_seqs, 64, 512) == expected
 
 
 @pytest.mark.slow

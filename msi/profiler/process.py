@@ -222,7 +222,8 @@ class StageHost:
             elif isinstance(message, PassDone):
                 self._pass_done(len(message.progress))
 
-        num_blocks = 1 + self._hosting.max_seqs * -(-(ROUTING_CONTEXT + ROUTING_TOKENS) // BLOCK_TOKENS)
+        longest = ROUTING_CONTEXT + self._routing_tokens(self._hosting.max_seqs)
+        num_blocks = 1 + self._hosting.max_seqs * -(-longest // BLOCK_TOKENS)
         role = self._attention_role = AttentionRole(
             self._assignment(), self._model(), self._open(transport), num_blocks, report, clock=time.monotonic
         )
@@ -247,17 +248,27 @@ class StageHost:
         assert self._expert_role is not None
         role.use_lanes(1)
         chance, found = random.Random(1), []
-        params = SamplingParams(max_tokens=ROUTING_TOKENS, temperature=0, ignore_eos=True, seed=0)
         for num_seqs in batches:
+            params = SamplingParams(max_tokens=self._routing_tokens(num_seqs), temperature=0, ignore_eos=True, seed=0)
             self._decoding = (num_seqs, [])
             for index in range(num_seqs):
                 prompt = tuple(chance.randrange(self._config.vocab_size) for _ in range(ROUTING_CONTEXT))
                 role.requests.submit(Request(f"{num_seqs}-{index}", prompt, params))
             await role.requests.wait_idle()
+            if len(self._decoding[1]) < 2:
+                raise ConfigError(
+                    f"{num_seqs} sequences do not decode all at once within the {self._config.max_position_embeddings} "
+                    "positions of this model; give smaller `batches`"
+                )
             (first_bytes, first_batches), *_, (last_bytes, last_batches) = self._decoding[1]
             expert_bytes = self._config.expert_values * self._precision.matrix_bytes
             found.append((last_bytes - first_bytes) / expert_bytes / (last_batches - first_batches))
         return found
+
+    def _routing_tokens(self, num_seqs: int) -> int:
+        """So many that the first sequences still decode when the last prompts are through."""
+        tokens = ROUTING_TOKENS + passes_of_prompts(num_seqs, ROUTING_CONTEXT, SLOT_ROWS)
+        return min(tokens, self._config.max_position_embeddings - ROUTING_CONTEXT)
 
     def _pass_done(self, num_tokens: int) -> None:
         """Notes what the experts have read so far, whenever all sequences got a token."""
@@ -308,7 +319,7 @@ class StageHost:
 
     async def scheduling(self, num_seqs: int, context_len: int, num_passes: int) -> list[float]:
         """Seconds per pass of sequences that decode: from its end to the next one's plan, the report included."""
-        return await asyncio.to_thread(_schedule, self._assignment(), num_seqs, context_len, num_passes)
+        return await asyncio.to_thread(time_scheduling, self._assignment().limits, num_seqs, context_len, num_passes)
 
     def _assignment(self) -> Assignment:
         hosting = self._hosting
@@ -317,7 +328,9 @@ class StageHost:
             role="expert" if hosting.role == "expert" else "attention",
             place=Place(0), incarnation=0, placement=self._placement, num_seats=1,
             is_colocated=hosting.role == "colocated", memory_share=1.0,
-            limits=SchedulerLimits(self._config.max_position_embeddings, hosting.max_seqs, SLOT_ROWS),
+            limits=SchedulerLimits(
+                self._config.max_position_embeddings, hosting.max_seqs, SLOT_ROWS, prefill_delay_ms=0
+            ),
             link=LinkShape(num_lanes=1, slot_rows=SLOT_ROWS),
             timeouts=Timeouts(peer_timeout_s=LINK_TIMEOUT_S, lost_after_s=LINK_TIMEOUT_S),
             precision=self._precision,
@@ -337,10 +350,20 @@ async def _running(role: AttentionRole) -> AsyncIterator[None]:
 # -- scheduling ------------------------------------------------------------------------------------------------------
 
 
-def _schedule(assignment: Assignment, num_seqs: int, context_len: int, num_passes: int) -> list[float]:
+def passes_of_prompts(num_seqs: int, context_len: int, num_rows: int) -> int:
+    """After how many passes of so many rows all decode whose prompts come at once; each that does has a row."""
+    num_passes = num_tokens = 0
+    while num_tokens < num_seqs * context_len:
+        num_tokens += max(1, num_rows - num_tokens // context_len)
+        num_passes += 1
+    return num_passes
+
+
+def time_scheduling(limits: SchedulerLimits, num_seqs: int, context_len: int, num_passes: int) -> list[float]:
     """See `StageHost.scheduling`."""
     scheduler = Scheduler(
-        replace(assignment.limits, max_num_seqs=num_seqs),
+        # all prompts in one pass, as the first sequences would end before the last were through theirs
+        replace(limits, max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs * context_len),
         num_lanes=1,
         num_blocks=1 + num_seqs * (2 + -(-(context_len + num_passes) // BLOCK_TOKENS)),
         block_tokens=BLOCK_TOKENS,
@@ -357,7 +380,7 @@ def _schedule(assignment: Assignment, num_seqs: int, context_len: int, num_passe
         is_decoding = len(micro_batch.logit_rows) == micro_batch.num_tokens == num_seqs
         started = time.perf_counter()
         progress = scheduler.update(0, [1] * len(micro_batch.logit_rows))
-        codec.encode(PassDone(assignment.worker_id, 0, 0, tuple(progress)))
+        codec.encode(PassDone("attention-0", 0, 0, tuple(progress)))
         micro_batch = scheduler.plan(0)
         if is_decoding:
             times.append(time.perf_counter() - started)
