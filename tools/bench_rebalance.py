@@ -3,12 +3,12 @@
 
     tools/bench_rebalance.py --repeat 3
 
-Makes a GLM-4.5 of random weights whose routers choose experts by Zipf's law, in each layer in an order of its own (the
-biases of its routers are fitted to that on random text), profiles it, and decodes with one attention worker and two
-expert workers, one thread each, m = 1, so that two cores are enough: first with experts one after the other, then, once
-the instance has counted its rows, as `msi-ctl rebalance` places them, layer by layer. The simulator runs both
-placements with the profile's stage times, and draws experts as often as the instance counted them; nothing else is
-fitted. Prints tokens per second of both, and the gain, measured and predicted.
+Makes a GLM-4.5 of random weights whose routers choose experts by Zipf's law, in each layer in an order of its own, or
+in one order with --alike (the biases of its routers are fitted to that on random text), profiles it, and decodes with
+one attention worker and two expert workers, one thread each, m = 1, so that two cores are enough: first with experts
+one after the other, then, once the instance has counted its rows, as `msi-ctl rebalance` places them, layer by layer.
+The simulator runs both placements with the profile's stage times, and draws experts as often as the instance counted
+them; nothing else is fitted. Prints tokens per second of both, and the gain, measured and predicted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is there, not the one above
 from msi import Engine, SamplingParams
-from msi.placement import LayerExperts, Placement, place_evenly
+from msi.placement import LayerExperts, Placement, at_layer, place_evenly
 from msi.planner.profile import read_profile
 from msi.planner.profiled_costs import ProfiledCosts, StageConditions
 from msi.settings import SchedulerLimits
@@ -48,6 +48,7 @@ PROMPT = 16
 def parse() -> argparse.Namespace:
     parser = ScriptLine(__doc__)
     parser.add_argument("--zipf", type=number(0, 10), default=1.2, metavar="A", help="1.2")
+    parser.add_argument("--alike", action="store_true", help="all layers choose the first expert most, the last least")
     parser.add_argument("--batch", type=integer(1, 512), default=192, metavar="B", help="sequences; 192")
     parser.add_argument("--tokens", type=integer(8, 4096), default=48, metavar="N", help="of an answer; 48")
     parser.add_argument(
@@ -62,8 +63,8 @@ def parse() -> argparse.Namespace:
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def make_model(folder: Path, zipf: float) -> None:
-    """The experts of each layer are chosen by Zipf's law, which of them how often by chance."""
+def make_model(folder: Path, popularity: str) -> None:
+    """The experts of each layer are chosen by it, as `msi.simulator.popularity` names it."""
     import torch
     from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
@@ -76,7 +77,8 @@ def make_model(folder: Path, zipf: float) -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).float().eval()
     before = place_evenly(NUM_EXPERTS, 1)
-    targets = build_routing(f"layers:{zipf}", before, TOP_K, most_tokens=1, seed=0, num_layers=NUM_LAYERS).chosen()
+    chosen = build_routing(popularity, before, TOP_K, most_tokens=1, seed=0, num_layers=NUM_LAYERS).chosen()
+    targets = [at_layer(chosen, layer) for layer in range(NUM_LAYERS)]
     text = torch.randint(3, VOCAB, (FITTING_TOKENS // 64, 64))
     for layer, target in zip(model.model.layers, targets, strict=True):
         inputs: list[Any] = []
@@ -208,7 +210,7 @@ def main() -> None:
         folder = Path(name)
         model = values.model or folder / "model"
         if not (model / "config.json").exists():
-            make_model(model, values.zipf)
+            make_model(model, f"{'zipf' if values.alike else 'layers'}:{values.zipf}")
         costs = profile_of(model, folder, values)
         gains: list[tuple[float, float]] = []
         for seed in range(values.repeat):
