@@ -128,12 +128,11 @@ async def test_a_server_is_measured_in_turns_and_one_that_refuses_is_left_out(mo
     arguments = bench_peers.parse()
     try:
         figures = await bench_peers.in_turns(running, 100, arguments)
-        assert set(figures) == {
-            f"{name}, {batch}"
-            for batch in (1, 3)
-            for name in ("decode_tokens_per_s", "end_to_end_tokens_per_s", "ttft_s")
-        } | {"poisson_ttft_s", "poisson_ttft_p90_s", "poisson_tpot_s", "poisson_requests_per_s"}
-        assert all(len(values["msi"]) == 2 for values in figures.values())
+        always = {f"{name}, {batch}" for batch in (1, 3) for name in ("end_to_end_tokens_per_s", "ttft_s")} | {
+            "poisson_ttft_s", "poisson_ttft_p90_s", "poisson_tpot_s", "poisson_requests_per_s"
+        }  # fmt: skip
+        assert set(figures) - {f"decode_tokens_per_s, {batch}" for batch in (1, 3)} == always, "some answer too fast"
+        assert all(len(figures[name]["msi"]) == 2 for name in always)
         arguments.input_len = 6
         await bench_peers.in_turns(running, 100, arguments)
         assert running == []
